@@ -1,0 +1,210 @@
+"""What the stages that make a model have in common: made once, watched, saved, recorded."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from torch import nn
+
+from secateur import console, track
+from secateur.core import checkpoint, data, files, machine, record, resume, stage, train
+from secateur.core.checkpoint import Checkpoint, Header
+from secateur.core.errors import SecateurError
+from secateur.core.masks import Masks
+from secateur.core.penalty import Penalty
+from secateur.core.settings import Params, Train
+
+FOLDERS = {
+    "baseline": "models/baseline",
+    "sparse-train": "models/sparse",
+    "prune": "models/pruned",
+    "finetune": "models/finetuned",
+}
+"""Stage -> folder of the model it makes; its record lies beside the folder as <folder>.run.json."""
+
+
+@dataclass(frozen=True)
+class Product:
+    """A model as a stage leaves it."""
+
+    model: nn.Module
+    header: Header
+    masks: Masks = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    history: list[train.Row] = field(default_factory=list)
+
+
+class Job:
+    """One stage at work on one model: what it may read, and the loop it may run."""
+
+    def __init__(self, name: str) -> None:
+        """Check settings and inputs; nothing is computed yet."""
+        self.stage = stage.open_stage(name)
+        self.params: Params = self.stage.params
+        self.data = data.load(self.stage.input(f"data/{self.params.dataset}"))
+        self.upstream: dict[str, Checkpoint] = {}
+        self.watchers: list[train.Watch] = []
+        self.work: resume.Work | None = None
+        machine.device()
+
+    def checkpoint(self, maker: str) -> Checkpoint:
+        """The model that stage `maker` has made, checked against architecture and data."""
+        path = self.stage.input(FOLDERS[maker]) / "model.safetensors"
+        arch = self.params.arch
+        found = checkpoint.load(path, arch, self.params.archs.get(arch) or {}, self.data.about.hash)
+        self.upstream[maker] = found
+        return found
+
+    def fit(
+        self,
+        model: nn.Module,
+        settings: Train,
+        *,
+        penalty: Penalty | None = None,
+        decay: float = 0.0,
+        masks: Masks | None = None,
+    ) -> train.Fit:
+        """Train `model` in place; goes on where a killed process was."""
+        assert self.work is not None, "fit() is for the function that make() was given"
+        bar = console.Training(self.stage.name)
+        try:
+            result = train.fit(
+                model,
+                self.data,
+                settings,
+                self.params.seed,
+                self.work,
+                [bar, *self.watchers],
+                penalty=penalty,
+                decay=decay,
+                masks=masks,
+            )
+        finally:
+            bar.close()
+        bar.finish(result.history, result.picked)
+        return result
+
+    def header(self, parent: Checkpoint | None = None, **notes: Any) -> Header:
+        """Header of the model in the making."""
+        if parent is not None:
+            return replace(
+                parent.header,
+                stage=self.stage.name,
+                parent=parent.sha256,
+                notes=notes,
+                versions=machine.versions(),
+            )
+        about = self.data.about
+        return Header(
+            arch=self.params.arch,
+            arch_settings=self.params.archs.get(self.params.arch) or {},
+            classes=about.classes,
+            shape=about.shape,
+            mean=about.mean,
+            std=about.std,
+            split=about.hash,
+            stage=self.stage.name,
+            notes=notes,
+        )
+
+
+def trained(
+    model: nn.Module, header: Header, fit: train.Fit, masks: Masks | None = None
+) -> Product:
+    """What a training stage leaves: the model with the figures of the epoch that was kept."""
+    kept = {k: v for k, v in fit.history[fit.picked - 1].items() if k not in ("epoch", "lr")}
+    metrics = kept | {"picked_epoch": float(fit.picked), "epochs": float(len(fit.history))}
+    return Product(model, header, masks or {}, metrics, fit.history)
+
+
+def make(job: Job, produce: Callable[[Job], Product]) -> None:
+    """Run `produce` once for each fingerprint, and write model, history and record.
+
+    A twin that waits for the same work, here or in another experiment, takes the result over.
+    """
+    folder = Path(FOLDERS[job.stage.name])
+    recorded = folder.with_name(f"{folder.name}.run.json")
+    outs = [str(folder), str(recorded)]
+    name = job.stage.name
+    with resume.single_flight(job.stage, outs, lambda: console.waiting(name)) as work:
+        if work.done:
+            work.take()
+            console.taken(name)
+            return
+        run = _open_run(job, work)
+        clock = _Clock(work)
+        job.work, job.watchers = work, [run, clock]
+        try:
+            product = produce(job)
+        except SecateurError:
+            run.fail()
+            raise
+        sha256 = checkpoint.save(
+            folder / "model.safetensors", product.header, product.model, product.masks
+        )
+        if product.history:
+            table = pd.DataFrame(product.history).astype({"epoch": int})
+            files.write_text(folder / "history.csv", table.to_csv(index=False))
+        seconds = clock.total()
+        model = str(folder / "model.safetensors")
+        model_id = run.close(product.metrics | {"seconds": seconds}, model, sha256)
+        about = job.data.about
+        record.save(
+            recorded,
+            record.Record(
+                stage=name,
+                fingerprint=job.stage.fingerprint,
+                params=job.stage.declared,
+                metrics=product.metrics,
+                model=model,
+                sha256=sha256,
+                dataset={"name": about.name, "hash": about.hash, **about.counts},
+                seconds=round(seconds, 3),
+                hardware=machine.hardware(),
+                run_id=run.id,
+                model_id=model_id,
+                tracking_uri=run.store.uri if run.id else None,
+                upstream={maker: c.sha256 for maker, c in job.upstream.items()},
+            ),
+        )
+        work.finish()
+
+
+def _open_run(job: Job, work: resume.Work) -> track.Run:
+    """The stage's MLflow run, linked to those of the models it reads."""
+    upstream = {}
+    for maker in job.upstream:
+        path = Path(f"{FOLDERS[maker]}.run.json")  # for the link alone; may be missing
+        upstream[maker] = record.load(path) if path.exists() else None
+    run = track.Run(track.Store(), job.stage, upstream)
+    about = job.data.about
+    run.open(work.note("run_id"), {"name": about.name, "hash": about.hash})
+    work.note("run_id", run.id)
+    return run
+
+
+class _Clock:
+    """Wall time of the work over all tries, noted whenever the state is safe."""
+
+    def __init__(self, work: resume.Work) -> None:
+        self.work, self.began = work, time.monotonic()
+        self.before = float(work.note("seconds") or 0.0)
+
+    def total(self) -> float:
+        return self.before + time.monotonic() - self.began
+
+    def start(self, epochs: int, steps: int, rows: list[train.Row]) -> None:
+        """Nothing to do."""
+
+    def step(self, epoch: int, step: int) -> None:
+        """Nothing to do."""
+
+    def epoch(self, row: train.Row) -> None:
+        """Nothing to do."""
+
+    def saved(self) -> None:
+        """Note the time so far."""
+        self.work.note("seconds", self.total())

@@ -1,0 +1,42 @@
+"""Where the work runs: by what the machine has, never by a setting."""
+
+import os
+import platform
+from importlib.metadata import version
+
+import torch
+
+from secateur.core.errors import SettingsError
+
+
+def device() -> torch.device:
+    """The GPU if there is one, else the CPU; SECATEUR_DEVICE (cpu, cuda, mps, ...) overrides."""
+    wanted = os.environ.get("SECATEUR_DEVICE")
+    if not wanted:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=wanted)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise SettingsError(f"SECATEUR_DEVICE = {wanted!r}: not usable here: {reason}") from None
+    return torch.device(wanted)
+
+
+def hardware() -> str:
+    """Name of the device in words, for reports."""
+    if device().type == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{_cpu_name()}, {torch.get_num_threads()} threads"
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:  # noqa: PTH123
+            return next(x.split(":", 1)[1].strip() for x in lines if x.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def versions() -> dict[str, str]:
+    """Versions of the libraries that results depend on."""
+    return {name: version(name) for name in ("torch", "torchvision", "safetensors")}

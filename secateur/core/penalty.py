@@ -1,0 +1,107 @@
+"""What a penalty is, and the two usual ones: a formula by tensor, and one over groups of weights.
+
+A penalty is called once a training step and gives a scalar; sparse-train multiplies it by `decay`
+and adds it to the loss. It covers the weights of convolutions and linear layers (and their biases
+as an option) and sums one value by tensor: no average, no square root of the group size.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.core import masks
+from secateur.core.train import Penalty as Penalty
+
+Value = Callable[[Tensor], Tensor]
+"""A tensor -> its penalty, a scalar."""
+
+Gradient = Callable[[Tensor], Tensor]
+"""A tensor -> the derivative of its penalty, of the tensor's shape, zero where the tensor is."""
+
+
+class Formula:
+    """A penalty without memory: the sum of one formula over the tensors it covers."""
+
+    finished = False
+
+    def __init__(
+        self, model: nn.Module, value: Value, gradient: Gradient | None, biases: bool
+    ) -> None:
+        """Without a `gradient`, autograd differentiates `value`; giving one is faster."""
+        scope: masks.Scope = "weights_and_biases" if biases else "weights"
+        self.covered = list(masks.prunable(model, scope).values())
+        self.value, self.gradient = value, gradient
+
+    def __call__(self, step: int) -> Tensor:
+        """Sum of the formula over all tensors."""
+        if self.gradient is None:
+            return torch.stack([self.value(tensor) for tensor in self.covered]).sum()
+        total: Tensor = _Closed.apply(self.value, self.gradient, *self.covered)  # type: ignore[no-untyped-call]
+        return total
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Nothing to remember."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Nothing to remember."""
+
+
+class _Closed(torch.autograd.Function):
+    """Sum of a formula over tensors, with its derivative in closed form: a third of the work."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Value, gradient: Gradient, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        ctx.gradient = gradient
+        return torch.stack([value(tensor) for tensor in tensors]).sum()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Any:  # type: ignore[override]
+        return None, None, *(ctx.gradient(t).mul_(upstream) for t in ctx.saved_tensors)
+
+
+def channel_norms(weight: Tensor) -> Tensor:
+    """Euclidean norm of each input channel (a layer's column), finite derivative at zero.
+
+    `weight` is (filters, channels, height, width) or (outputs, inputs); gives (channels,). A bias
+    vector is one channel for each entry.
+    """
+    if weight.dim() == 1:
+        return weight.abs()
+    return torch.linalg.vector_norm(weight, dim=[0, *range(2, weight.dim())])
+
+
+def filter_norms(weight: Tensor) -> Tensor:
+    """Euclidean norm of each filter (a layer's row), finite derivative at zero.
+
+    `weight` is (filters, channels, height, width) or (outputs, inputs); gives (filters,). A bias
+    vector has no second grouping: gives an empty tensor.
+    """
+    if weight.dim() == 1:
+        return weight[:0]
+    return torch.linalg.vector_norm(weight, dim=[*range(1, weight.dim())])
+
+
+def along_channels(values: Tensor, weight: Tensor) -> Tensor:
+    """One value a channel, (channels,), shaped so that it multiplies `weight`."""
+    return values if weight.dim() == 1 else values.view(1, -1, *[1] * (weight.dim() - 2))
+
+
+def along_filters(values: Tensor, weight: Tensor) -> Tensor:
+    """One value a filter, (filters,), shaped so that it multiplies `weight`; 0 for a bias."""
+    if weight.dim() == 1:
+        return values.new_zeros(())
+    return values.view(-1, *[1] * (weight.dim() - 1))
+
+
+def inverse(values: Tensor) -> Tensor:
+    """1 / value, and 0 where the value is too small for that."""
+    return torch.where(values > torch.finfo(values.dtype).tiny, 1 / values, 0.0)
+
+
+def ratio(above: Tensor, below: Tensor) -> Tensor:
+    """above / below, and 0 where both are zero."""
+    return above / below.clamp_min(torch.finfo(below.dtype).tiny)

@@ -1,0 +1,205 @@
+"""params.yaml -> typed, validated settings; unknown keys and impossible values are refused."""
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+
+from secateur.core import plugin
+from secateur.core.errors import SettingsError
+
+FILE = "params.yaml"
+
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+NonNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+Table = dict[str, dict[str, Any]]
+T = TypeVar("T", bound=BaseModel)
+
+
+class Strict(BaseModel):
+    """A group of settings: frozen, no unknown keys, text converted by the field's type.
+
+    YAML 1.1 hands `1e-05` over as text, which is why text that reads as a number is a number here.
+    The reverse is not forgiven: `yes` or `true` is no number.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_truth_values_as_numbers(cls, values: Any) -> Any:
+        if isinstance(values, Mapping):
+            for key, value in values.items():
+                field = cls.model_fields.get(key)
+                if isinstance(value, bool) and field and field.annotation in (int, float):
+                    raise ValueError(f"{key} = {value}: a number is needed")
+        return values
+
+
+class Data(Strict):
+    """How the training images are divided."""
+
+    validation: Annotated[float, Field(ge=0, le=0.5)] = 0.1
+    """Fraction of the training images held out to pick epochs on; 0 trains on all of them."""
+    seed: Seed = 0
+    """Which images are held out. Kept apart from `seed`, so that seeds compare on one split."""
+
+
+class Train(Strict):
+    """One training: baseline, sparse_train and finetune have one each."""
+
+    epochs: Annotated[int, Field(ge=1)]
+    batch_size: Annotated[int, Field(ge=1)] = 128
+    optimizer: Literal["sgd", "adam", "adamw"] = "adam"
+    lr: Positive = 0.001
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Used by sgd, as Nesterov momentum."""
+    weight_decay: NonNegative = 0.0
+    schedule: Literal["constant", "cosine"] = "cosine"
+    """The rate over the epochs: constant, or falling to zero along half a cosine, step by step."""
+    keep: Literal["best", "last"] = "best"
+    """The epoch that is kept: best on the validation images, or simply the last."""
+
+
+class Finetune(Train):
+    """Training after pruning."""
+
+    init: Literal["inherit", "scratch"] = "inherit"
+    """Start from the pruned weights, or from new ones in the same pruned shape."""
+
+
+class Prune(Strict):
+    """What happens around every pruner."""
+
+    remove_dead: bool = True
+    """Take neurons and filters out that no longer matter, where that is exact."""
+
+
+class Evaluate(Strict):
+    """What evaluate measures beyond accuracy."""
+
+    latency_batch: Annotated[int, Field(ge=1)] = 1
+    """Images per forward pass while the latency is measured."""
+    latency_repeats: Annotated[int, Field(ge=3)] = 100
+    """Timed passes of each model, interleaved, after a warm-up."""
+
+
+class Params(BaseModel):
+    """All of params.yaml. A stage holds one with only the keys that dvc.yaml declares for it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    dataset: Name
+    arch: Name
+    penalty: Name
+    decay: NonNegative
+    pruner: Name
+    seed: Seed
+    data: Data
+    baseline: Train
+    sparse_train: Train
+    prune: Prune
+    finetune: Finetune
+    evaluate: Evaluate
+    datasets: Table
+    archs: Table
+    penalties: Table
+    pruners: Table
+
+    @classmethod
+    def declared(cls, raw: Mapping[str, Any]) -> Self:
+        """Validate the given keys alone; reading any other one later is an error of the stage."""
+        known = cls.model_fields
+        values = {
+            key: _convert(known[key].annotation, known[key].metadata, value, key)
+            for key, value in raw.items()
+        }
+        return cls.model_construct(**values)
+
+    def __getattr__(self, key: str) -> Any:
+        """Name the key that a stage reads without having declared it."""
+        if key in type(self).model_fields:
+            raise AttributeError(f"'{key}' is not among the params that dvc.yaml declares here")
+        return super().__getattr__(key)  # type: ignore[misc]
+
+    def chosen(self, kind: plugin.Kind) -> Any:
+        """Settings of the plug-in that is switched on, as its own `Settings` class has them."""
+        name: str = getattr(self, plugin.KEYS[kind])
+        table: Table = getattr(self, kind)
+        return parse(plugin.load(kind, name).Settings, table.get(name) or {}, f"{kind}.{name}")
+
+
+def check(path: Path | str = FILE) -> None:
+    """Validate the whole file, so that a mistake in the last stage's section stops the first.
+
+    Raises SettingsError naming the key, the value and what is allowed.
+    """
+    try:
+        raw = yaml.safe_load(Path(path).read_text())
+    except FileNotFoundError:
+        raise SettingsError(f"{path}: no such file; run from the project's root") from None
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise SettingsError(f"{path}: must be a table of settings")
+    raw = {
+        key: {name: value or {} for name, value in table.items()}
+        if key in plugin.KEYS and isinstance(table, dict)
+        else table
+        for key, table in raw.items()
+    }
+    params = parse(Params, raw, "")
+    for kind in plugin.KEYS:
+        for name in getattr(params, kind):
+            plugin.find(kind, name, key=f"{kind}.{name}")
+        params.chosen(kind)
+
+
+def parse(schema: type[T], raw: Any, where: str) -> T:
+    """Validate `raw` against `schema`; `where` is the dotted key it was found under."""
+    try:
+        return schema.model_validate(raw)
+    except ValidationError as error:
+        raise SettingsError(_first_line(error, schema, where)) from None
+
+
+def _convert(annotation: Any, metadata: list[Any], value: Any, where: str) -> Any:
+    """One top-level value, by its field's type and range."""
+    if isinstance(value, bool) and annotation in (int, float):
+        raise SettingsError(f"{FILE}: {where} = {value}: a number is needed")
+    kind = Annotated[annotation, *metadata] if metadata else annotation
+    try:
+        return TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        raise SettingsError(_first_line(error, annotation, where)) from None
+
+
+def _first_line(error: ValidationError, schema: Any, where: str) -> str:
+    """The first mistake in words: file, dotted key, value, what is allowed."""
+    first, *others = error.errors(include_url=False)
+    location = [str(part) for part in first["loc"]]
+    key = ".".join(filter(None, [where, *location]))
+    more = f" (and {len(others)} more)" if others else ""
+    if first["type"] == "extra_forbidden":
+        allowed = sorted(_fields(schema, location[:-1]))
+        close = difflib.get_close_matches(location[-1], allowed, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        return f"{FILE}: {key}: unknown key; allowed: {', '.join(allowed)}{hint}{more}"
+    if first["type"] == "missing":
+        return f"{FILE}: {key}: missing{more}"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error" and not location:
+        return f"{FILE}: {where + '.' if where else ''}{message}{more}"
+    return f"{FILE}: {key} = {first['input']!r}: {message[0].lower()}{message[1:]}{more}"
+
+
+def _fields(schema: Any, path: list[str]) -> list[str]:
+    """Field names of the settings class that `path` leads to."""
+    for part in path:
+        schema = schema.model_fields[part].annotation
+    return list(schema.model_fields)

@@ -1,0 +1,32 @@
+"""The 1,797 handwritten digits of 8x8 pixels that come with scikit-learn: no download.
+
+Source: E. Alpaydin, C. Kaynak, Optical Recognition of Handwritten Digits, UCI, 1998 (its test
+part). A fifth of them, by class in equal shares, is set aside as the test images.
+"""
+
+from pathlib import Path
+
+import torch
+
+from secateur.core.data import Images, Split
+from secateur.core.settings import Strict
+
+CLASSES = [str(digit) for digit in range(10)]
+
+
+class Settings(Strict):
+    """The digits have no settings."""
+
+
+def read(settings: Settings, root: Path) -> Images:
+    """All digits as (1, 8, 8) images; the original's grey levels 0..16 become 0..255."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    train, test = train_test_split(
+        range(len(digits.target)), test_size=0.2, random_state=0, stratify=digits.target
+    )
+    pixels = torch.from_numpy(digits.images * (255 / 16)).round().to(torch.uint8).unsqueeze(1)
+    everything = Split(pixels, torch.from_numpy(digits.target).long())
+    return Images(everything.take(sorted(train)), everything.take(sorted(test)), (0.0,), (1.0,))

@@ -1,0 +1,27 @@
+"""Fashion-MNIST: 60,000 + 10,000 pictures of clothing, 28x28 pixels, in MNIST's format.
+
+Source: H. Xiao, K. Rasul, R. Vollgraf, Fashion-MNIST, arXiv:1708.07747, 2017.
+"""
+
+from pathlib import Path
+
+from secateur.core import raw
+from secateur.core.data import Images
+from secateur.core.settings import Strict
+
+CLASSES = [
+    "t-shirt", "trouser", "pullover", "dress", "coat",
+    "sandal", "shirt", "sneaker", "bag", "ankle boot",
+]  # fmt: skip
+
+
+class Settings(Strict):
+    """How the pixels are scaled."""
+
+    normalise: bool = False
+    """Take off the mean 0.2860 and divide by the deviation 0.3530; else pixels stay in [0, 1]."""
+
+
+def read(settings: Settings, root: Path) -> Images:
+    """The images from `root`/FashionMNIST/raw, downloaded only if they are not there."""
+    return raw.idx_images("FashionMNIST", root, 0.2860, 0.3530, settings.normalise)

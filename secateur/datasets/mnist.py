@@ -1,0 +1,25 @@
+"""MNIST: 60,000 + 10,000 handwritten digits of 28x28 pixels.
+
+Source: Y. LeCun, L. Bottou, Y. Bengio, P. Haffner, Gradient-based learning applied to document
+recognition, Proceedings of the IEEE, 1998.
+"""
+
+from pathlib import Path
+
+from secateur.core import raw
+from secateur.core.data import Images
+from secateur.core.settings import Strict
+
+CLASSES = [str(digit) for digit in range(10)]
+
+
+class Settings(Strict):
+    """How the pixels are scaled."""
+
+    normalise: bool = False
+    """Take off the mean 0.1307 and divide by the deviation 0.3081; else pixels stay in [0, 1]."""
+
+
+def read(settings: Settings, root: Path) -> Images:
+    """The images from `root`/MNIST/raw, downloaded only if they are not there."""
+    return raw.idx_images("MNIST", root, 0.1307, 0.3081, settings.normalise)

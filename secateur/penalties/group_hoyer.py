@@ -1,0 +1,45 @@
+"""Group-Hoyer over channels and filters: group lasso over the L2 norm, whatever the scale.
+
+Source: the group form of Hoyer in H. Yang, W. Wen, H. Li, DeepHoyer, ICLR 2020.
+With A the sum of channel norms, B the sum of filter norms, S = sqrt(sum w^2): R(W) = (A + B) / S;
+derivative (w/a_c + w/b_n) / S - w (A + B) / S^3, and 0 in a group of zeros.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from secateur.core.penalty import (
+    Formula,
+    Penalty,
+    along_channels,
+    along_filters,
+    channel_norms,
+    filter_norms,
+    inverse,
+    ratio,
+)
+from secateur.core.settings import Strict
+
+
+class Settings(Strict):
+    """What it covers."""
+
+    biases: bool = False
+    """Cover biases too, each entry a group of its own."""
+
+
+def build(settings: Settings, model: nn.Module) -> Penalty:
+    """Group-Hoyer of every covered tensor, summed."""
+    return Formula(model, value, gradient, settings.biases)
+
+
+def value(w: Tensor) -> Tensor:
+    """(A + B) / S; 0 for a tensor of zeros."""
+    return ratio(channel_norms(w).sum() + filter_norms(w).sum(), torch.linalg.vector_norm(w))
+
+
+def gradient(w: Tensor) -> Tensor:
+    """w * (1/a_c + 1/b_n - (A + B)/S^2) / S."""
+    a, b, s = channel_norms(w), filter_norms(w), torch.linalg.vector_norm(w)
+    pull = along_channels(inverse(a), w) + along_filters(inverse(b), w)
+    return w * (pull - ratio(ratio(a.sum() + b.sum(), s), s)).mul_(inverse(s))

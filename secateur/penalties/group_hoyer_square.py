@@ -1,0 +1,49 @@
+"""Group-Hoyer-Square over channels and filters: a scale-free count of the groups that are large.
+
+Source: Group-HS of H. Yang, W. Wen, H. Li, DeepHoyer, ICLR 2020.
+With A the sum of channel norms, B the sum of filter norms: R(W) = (A^2 + B^2) / sum w^2, between 2
+and channels + filters; derivative 2w (A/a_c + B/b_n - R) / sum w^2, and 0 in a group of zeros.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from secateur.core.penalty import (
+    Formula,
+    Penalty,
+    along_channels,
+    along_filters,
+    channel_norms,
+    filter_norms,
+    inverse,
+    ratio,
+)
+from secateur.core.settings import Strict
+
+
+class Settings(Strict):
+    """What it covers."""
+
+    biases: bool = False
+    """Cover biases too, each entry a group of its own."""
+
+
+def build(settings: Settings, model: nn.Module) -> Penalty:
+    """Group-Hoyer-Square of every covered tensor, summed."""
+    return Formula(model, value, gradient, settings.biases)
+
+
+def value(w: Tensor) -> Tensor:
+    """(A^2 + B^2) / S^2; 0 for a tensor of zeros."""
+    s = torch.linalg.vector_norm(w)
+    return ratio(channel_norms(w).sum(), s).square() + ratio(filter_norms(w).sum(), s).square()
+
+
+def gradient(w: Tensor) -> Tensor:
+    """2 w (A/a_c + B/b_n - R) / S^2, through ratios that neither overflow nor divide by zero."""
+    a, b, s = channel_norms(w), filter_norms(w), torch.linalg.vector_norm(w)
+    over_a, over_b = ratio(a.sum(), s), ratio(b.sum(), s)
+    by_channel = along_channels(over_a * inverse(a), w)
+    by_filter = along_filters(over_b * inverse(b), w)
+    whole = (over_a.square() + over_b.square()) * inverse(s)
+    return w * (by_channel + by_filter - whole).mul_(2 * inverse(s))

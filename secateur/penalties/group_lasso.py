@@ -1,0 +1,43 @@
+"""Group lasso over channels and filters: the sum of their Euclidean norms.
+
+Source: M. Yuan, Y. Lin, Model selection and estimation in regression with grouped variables,
+JRSS B, 2006; on networks W. Wen et al., Learning structured sparsity, NeurIPS 2016.
+With a_c the norm of input channel c and b_n the norm of filter n: R(W) = sum_c a_c + sum_n b_n;
+derivative w/a_c + w/b_n, and 0 in a group of zeros.
+"""
+
+from torch import Tensor, nn
+
+from secateur.core.penalty import (
+    Formula,
+    Penalty,
+    along_channels,
+    along_filters,
+    channel_norms,
+    filter_norms,
+    inverse,
+)
+from secateur.core.settings import Strict
+
+
+class Settings(Strict):
+    """What it covers."""
+
+    biases: bool = False
+    """Cover biases too, each entry a group of its own."""
+
+
+def build(settings: Settings, model: nn.Module) -> Penalty:
+    """Group lasso of every covered tensor, summed."""
+    return Formula(model, value, gradient, settings.biases)
+
+
+def value(w: Tensor) -> Tensor:
+    """Sum of channel norms plus sum of filter norms."""
+    return channel_norms(w).sum() + filter_norms(w).sum()
+
+
+def gradient(w: Tensor) -> Tensor:
+    """w / a_c + w / b_n."""
+    by_channel = along_channels(inverse(channel_norms(w)), w)
+    return w * (by_channel + along_filters(inverse(filter_norms(w)), w))

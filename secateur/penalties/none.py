@@ -1,0 +1,15 @@
+"""No penalty: sparse-train goes on as plain training, the control of every other penalty."""
+
+from torch import nn
+
+from secateur.core.penalty import Penalty
+from secateur.core.settings import Strict
+
+
+class Settings(Strict):
+    """Nothing to set."""
+
+
+def build(settings: Settings, model: nn.Module) -> Penalty | None:
+    """Nothing is added to the loss."""
+    return None

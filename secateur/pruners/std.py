@@ -1,0 +1,28 @@
+"""Threshold in standard deviations: what is small for its own tensor goes.
+
+Source: the `V` scripts of H. Yang, W. Wen, H. Li, DeepHoyer, ICLR 2020, after S. Han et al.,
+Learning both weights and connections, NeurIPS 2015.
+Keep w if |w| >= sensitivity * std(w), the population deviation (divisor n) of its own tensor,
+zeros included.
+"""
+
+from torch import nn
+
+from secateur.core.masks import Masks, Scope, prunable
+from secateur.core.settings import NonNegative, Strict
+
+
+class Settings(Strict):
+    """The threshold and what it is held against."""
+
+    sensitivity: NonNegative = 0.25
+    """Smallest absolute value that stays, in standard deviations; 0 prunes nothing."""
+    scope: Scope = "weights_and_biases"
+
+
+def prune(settings: Settings, model: nn.Module) -> Masks:
+    """Masks of all tensors in scope."""
+    return {
+        name: tensor.detach().abs() >= settings.sensitivity * tensor.detach().std(correction=0)
+        for name, tensor in prunable(model, settings.scope).items()
+    }

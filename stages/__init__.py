@@ -1,0 +1,3 @@
+"""The pipeline's steps, one script each, run as `python -m stages.<name>`."""
+
+import secateur as secateur  # sets the thread policy before any stage imports torch

@@ -1,0 +1,31 @@
+"""baseline: train the dense network.
+
+Reads   data/<dataset>.
+Writes  models/baseline/model.safetensors and history.csv (one row an epoch), and
+        models/baseline.run.json, which says which run made them.
+
+A killed training, run again, goes on where it was and ends with the same bytes.
+"""
+
+import torch
+
+from secateur import chain, console
+from secateur.core import checkpoint
+
+
+def main() -> None:
+    """Build, train, save."""
+    chain.make(chain.Job("baseline"), train_dense)
+
+
+def train_dense(job: chain.Job) -> chain.Product:
+    """A new network, trained on cross-entropy alone."""
+    header = job.header()
+    torch.manual_seed(job.params.seed)
+    model = checkpoint.architecture(header)
+    fit = job.fit(model, job.params.baseline)
+    return chain.trained(model, header, fit)
+
+
+if __name__ == "__main__":
+    console.main(main, "baseline", __doc__)

@@ -1,0 +1,63 @@
+"""prune: choose what goes, set it to zero, and take out what no longer matters.
+
+Reads   data/<dataset> (a batch for the proof), models/sparse.
+Writes  models/pruned/model.safetensors with its masks, and models/pruned.run.json.
+
+Neurons and filters that are dead are removed (prune.remove_dead), and the smaller network is
+proved to compute the same as the masked one before anything is written.
+"""
+
+import copy
+
+import torch
+
+from secateur import chain, console
+from secateur.core import cost, masks, plugin, surgery
+from secateur.core.data import Normalise
+
+
+def main() -> None:
+    """Load the sparse-trained network, prune, save."""
+    job = chain.Job("prune")
+    job.checkpoint("sparse-train")
+    chain.make(job, prune)
+
+
+def prune(job: chain.Job) -> chain.Product:
+    """The sparse-trained network without its small weights and without its dead outputs."""
+    params, sparse = job.params, job.upstream["sparse-train"]
+    settings = params.chosen("pruners")
+    model = sparse.model().eval()
+    before = cost.parameters(model)
+    mask = plugin.load("pruners", params.pruner).prune(settings, model)
+    asked = f"{params.pruner}, " + ", ".join(f"{k} {v}" for k, v in settings)
+    masks.refuse_empty(model, mask, asked)
+    masks.apply(model, mask)
+    notes: dict[str, object] = {"asked": asked}
+    metrics: dict[str, float] = {"removed_outputs": 0.0}
+    if params.prune.remove_dead:
+        about = job.data.about
+        batch = Normalise(about.mean, about.std, torch.device("cpu"))(job.data.train.images[:256])
+        exact = surgery.remove_dead(copy.deepcopy(model).double(), mask, batch[:1].double())
+        double = copy.deepcopy(model).double()
+        metrics["difference_float64"] = surgery.verify(double, exact, batch.double(), surgery.EXACT)
+        small = surgery.Compact(exact.model.float(), exact.masks, exact.kept)
+        metrics["difference_float32"] = surgery.verify(model, small, batch, surgery.ROUNDING)
+        shapes = {name: layer.weight.shape[0] for name, layer in masks.layers(model).items()}
+        left = {name: len(kept) for name, kept in small.kept.items()}
+        metrics["removed_outputs"] = float(sum(shapes[n] - count for n, count in left.items()))
+        for name, count in left.items():
+            console.say(f"prune: {name}: {count} of {shapes[name]} outputs left")
+        model, mask = small.model, small.masks
+    metrics["nonzero"] = float(masks.nonzero(model))
+    metrics["compression"] = before / metrics["nonzero"]
+    notes["reached"] = dict(metrics)
+    console.say(
+        f"prune: {asked}: {int(metrics['nonzero']):,} of {before:,} parameters left "
+        f"({metrics['compression']:.1f}x)"
+    )
+    return chain.Product(model, job.header(sparse, **notes), mask, metrics)
+
+
+if __name__ == "__main__":
+    console.main(main, "prune", __doc__)
