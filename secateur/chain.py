@@ -14,16 +14,8 @@ from secateur.core import checkpoint, data, files, machine, record, resume, stag
 from secateur.core.checkpoint import Checkpoint, Header
 from secateur.core.errors import SecateurError
 from secateur.core.masks import Masks
-from secateur.core.penalty import Penalty
+from secateur.core.record import FOLDERS
 from secateur.core.settings import Params, Train
-
-FOLDERS = {
-    "baseline": "models/baseline",
-    "sparse-train": "models/sparse",
-    "prune": "models/pruned",
-    "finetune": "models/finetuned",
-}
-"""Stage -> folder of the model it makes; its record lies beside the folder as <folder>.run.json."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +55,7 @@ class Job:
         model: nn.Module,
         settings: Train,
         *,
-        penalty: Penalty | None = None,
+        penalty: train.Penalty | None = None,
         decay: float = 0.0,
         masks: Masks | None = None,
     ) -> train.Fit:

@@ -4,7 +4,6 @@ An observer, like `track`: no result depends on it, and dvc.yaml does not name i
 """
 
 import argparse
-import os
 import signal
 import sys
 import time
@@ -155,7 +154,7 @@ MODELS = {
 }
 
 
-def summary(report: Mapping[str, Any], asked: str, tracked: bool) -> None:
+def summary(report: Mapping[str, Any], asked: str, store: str | None) -> None:
     """The closing table: every model of the chain, what was asked, what was reached."""
     about = f"{report['arch']} on {report['dataset']}, seed {report['seed']}"
     table = Table(title=about, title_justify="left", title_style="bold")
@@ -175,12 +174,13 @@ def summary(report: Mapping[str, Any], asked: str, tracked: bool) -> None:
     change = (report["finetuned"]["accuracy"] - report["baseline"]["accuracy"]) * 100
     say(f"asked    {asked}")
     say(
-        f"reached  {report['compression']:.1f}x fewer parameters, {change:+.2f} points of accuracy, "
-        f"{report['theoretical_speedup']:.1f}x fewer MACs, {report['measured_speedup']:.2f}x "
-        "as fast as measured"
+        f"reached  compression {report['compression']:.1f}x, accuracy {change:+.2f} points, "
+        f"MACs 1/{report['theoretical_speedup']:.1f}, "
+        f"measured speed-up {report['measured_speedup']:.2f}x"
     )
     if report["measured_speedup"] < 0.5 * report["theoretical_speedup"]:
         say("         (single zeros among the weights save no time in dense kernels)")
     say("see      metrics/evaluate.json, metrics/layers.csv; `dvc plots show` for the curves")
-    if tracked and not os.environ.get("MLFLOW_TRACKING_URI"):
-        say("compare  `mlflow ui`, then filter the runs by tags.kind = 'pipeline'")
+    if store is not None:
+        where = "`mlflow ui`" if store.startswith("sqlite:") else store
+        say(f"compare  {where}, Model training, filter the runs by tags.kind = 'pipeline'")

@@ -55,8 +55,8 @@ class Store:
         except Exception as error:  # whatever MLflow throws, the stage goes on
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             print(
-                f"warning: MLflow ({self.uri}) does not answer, this stage goes untracked: {reason}."
-                " Later, `python -m secateur.sync` makes up for it",
+                f"warning: MLflow ({self.uri}) failed, the rest of this stage goes untracked "
+                f"(`make sync` makes up for it later): {reason}",
                 file=sys.stderr,
                 flush=True,
             )
@@ -213,15 +213,12 @@ def _pipeline(
         ids[name], _ = restore(
             store, record, rows, {k: ids[k] for k in record.upstream if k in ids}
         )
-    identities = " ".join(record.identity for record in records.values())
-    key = hashlib.sha256(identities.encode()).hexdigest()[:32]
     params: dict[str, Any] = {}
     for record in records.values():
         params |= flat(record.params)
-    found = store.runs(f"tags.`pipeline.key` = '{key}'")
-    if found:
-        run_id = str(found[0].info.run_id)
-    else:
+    key = pipeline_key(records)
+    run_id = find_pipeline(store, records) or ""
+    if not run_id:
         tags = _tags("evaluate") | {"kind": "pipeline", "pipeline.key": key}
         run_id = _create_run(store, "evaluate", key, tags, params, name=_name(params))
         _log_dataset(store, run_id, next(iter(records.values())).dataset)
@@ -239,6 +236,18 @@ def _pipeline(
         store.client.log_artifact(run_id, str(file))
     store.client.set_terminated(run_id, "FINISHED")
     return run_id
+
+
+def pipeline_key(records: Mapping[str, Record]) -> str:
+    """Equal for the same pieces of work in the same order."""
+    identities = " ".join(record.identity for record in records.values())
+    return hashlib.sha256(identities.encode()).hexdigest()[:32]
+
+
+def find_pipeline(store: Store, records: Mapping[str, Record]) -> str | None:
+    """Id of the chain's run in this store, if it has one."""
+    found = store.runs(f"tags.`pipeline.key` = '{pipeline_key(records)}'")
+    return str(found[0].info.run_id) if found else None
 
 
 def restore(

@@ -33,16 +33,17 @@ def main() -> None:
     job = chain.Job("evaluate")
     models = {name: job.checkpoint(maker).model() for name, maker in MODELS.items()}
     records = {
-        maker: record.load(job.stage.input(f"{chain.FOLDERS[maker]}.run.json"))
+        maker: record.load(job.stage.input(f"{record.FOLDERS[maker]}.run.json"))
         for maker in MODELS.values()
     }
     report, layers = measure(job, models)
     outs = [Path("metrics/evaluate.json"), Path("metrics/layers.csv")]
     files.write_text(outs[0], json.dumps(report, indent=2) + "\n")
     files.write_text(outs[1], layers.to_csv(index=False))
-    histories = {maker: Path(chain.FOLDERS[maker]) / "history.csv" for maker in records}
-    run_id = track.pipeline(records, histories, report, outs)
-    console.summary(report, asked(records, report), tracked=run_id is not None)
+    histories = {maker: Path(record.FOLDERS[maker]) / "history.csv" for maker in records}
+    store = track.Store()
+    run_id = track.pipeline(records, histories, report, outs, store)
+    console.summary(report, asked(records, report), store.uri if run_id else None)
 
 
 def measure(job: chain.Job, models: dict[str, nn.Module]) -> tuple[dict[str, Any], pd.DataFrame]:

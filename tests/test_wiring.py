@@ -134,7 +134,7 @@ def test_a_stage_reads_only_params_that_it_declares(name):
     declared = {p.split(".")[0] for p in stage["params"]}
     source = (ROOT / script(stage)).read_text()
     read = set(re.findall(r"\bparams\.(\w+)", source)) - {"chosen"}
-    read |= {kind for kind in re.findall(r"params\.chosen\(\"(\w+)\"\)", source)}
+    read |= set(re.findall(r"params\.chosen\(\"(\w+)\"\)", source))
     assert read - {"yaml"} <= declared
 
 

@@ -32,7 +32,7 @@ def prunable(model: nn.Module, scope: Scope) -> dict[str, nn.Parameter]:
 
 
 def refuse_empty(model: nn.Module, masks: Mapping[str, Tensor], asked: str) -> None:
-    """Raise PruningError if a layer's weights would all go; `asked` says what the user asked for."""
+    """Raise PruningError if a layer's weights would all go; `asked` is what the user wanted."""
     for name, mask in masks.items():
         if name.endswith("weight") and not bool(mask.any()):
             largest = float(model.get_parameter(name).detach().abs().max())
@@ -58,7 +58,7 @@ def hold(model: nn.Module, masks: Mapping[str, Tensor], optimizer: torch.optim.O
     """
     if not masks:
         return
-    held = [model.get_parameter(name) for name in masks]
+    held: list[Tensor] = [model.get_parameter(name) for name in masks]
     keep = [
         mask.to(p.device, p.dtype).to(memory_format=_format(p))
         for p, mask in zip(held, masks.values(), strict=True)
@@ -66,7 +66,7 @@ def hold(model: nn.Module, masks: Mapping[str, Tensor], optimizer: torch.optim.O
 
     def to_zero(*_: object) -> None:
         with torch.no_grad():
-            torch._foreach_mul_(held, keep)
+            torch._foreach_mul_(held, keep)  # type: ignore[arg-type]
 
     optimizer.register_step_post_hook(to_zero)
     to_zero()

@@ -42,10 +42,11 @@ def torchvision() -> Any:
 def idx_images(name: str, root: Path, mean: float, std: float, normalise: bool) -> Images:
     """MNIST or a data set in its format, read by torchvision's class of that name."""
     make = getattr(torchvision().datasets, name)
-    parts = [
-        found_or_downloaded(lambda now, t=train: make(str(root), train=t, download=now), name, root)
-        for train in (True, False)
-    ]
+
+    def both(download: bool) -> list[Any]:
+        return [make(str(root), train=train, download=download) for train in (True, False)]
+
+    parts = found_or_downloaded(both, name, root)
     train, test = (Split(part.data.unsqueeze(1), part.targets.long()) for part in parts)
     return Images(train, test, (mean if normalise else 0.0,), (std if normalise else 1.0,))
 

@@ -8,6 +8,14 @@ from typing import Any
 from secateur.core import files
 from secateur.core.errors import SecateurError
 
+FOLDERS = {
+    "baseline": "models/baseline",
+    "sparse-train": "models/sparse",
+    "prune": "models/pruned",
+    "finetune": "models/finetuned",
+}
+"""Stage -> folder of the model it makes; its record lies beside the folder as <folder>.run.json."""
+
 
 @dataclass(frozen=True)
 class Record:

@@ -172,7 +172,7 @@ def _convert(annotation: Any, metadata: list[Any], value: Any, where: str) -> An
     """One top-level value, by its field's type and range."""
     if isinstance(value, bool) and annotation in (int, float):
         raise SettingsError(f"{FILE}: {where} = {value}: a number is needed")
-    kind = Annotated[annotation, *metadata] if metadata else annotation
+    kind: Any = Annotated[annotation, *metadata] if metadata else annotation
     try:
         return TypeAdapter(kind).validate_python(value)
     except ValidationError as error:

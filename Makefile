@@ -1,0 +1,43 @@
+# Everything a newcomer needs. `make` or `make help` lists the targets.
+VENV   ?= .venv
+PYTHON ?= python3
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.DEFAULT_GOAL := help
+
+help:  ## list these targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1|/' | column -t -s '|'
+
+$(READY): pyproject.toml
+	@echo "setting up $(VENV) (a minute or two, once)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
+	@$(BIN)/python -m pip install --quiet --group dev
+	@touch $@
+
+setup: $(READY)  ## make .venv with everything that is needed
+
+repro: $(READY)  ## run the pipeline: what has changed, and nothing else
+	@dvc repro
+
+test: $(READY)  ## run the tests
+	@python -m pytest
+
+check: $(READY)  ## lint, format and types
+	@ruff check .
+	@ruff format --check .
+	@mypy
+
+format: $(READY)  ## put the code into the project's format
+	@ruff check --fix .
+	@ruff format .
+
+ui: $(READY)  ## compare runs at http://127.0.0.1:5000
+	@mlflow ui
+
+sync: $(READY)  ## write runs that MLflow lacks, from the tracked files
+	@python -m secateur.sync
+
+.PHONY: help setup repro test check format ui sync
