@@ -63,7 +63,7 @@ def usual(model: nn.Module, split: Split, decay: float, workers: int) -> float:
                         parameter**2
                     )
             loss = loss + decay * penalty
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
     return time.perf_counter() - start
 

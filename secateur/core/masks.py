@@ -66,7 +66,7 @@ def hold(model: nn.Module, masks: Mapping[str, Tensor], optimizer: torch.optim.O
 
     def to_zero(*_: object) -> None:
         with torch.no_grad():
-            torch._foreach_mul_(held, keep)  # type: ignore[arg-type]
+            torch._foreach_mul_(held, keep)
 
     optimizer.register_step_post_hook(to_zero)
     to_zero()

@@ -38,7 +38,7 @@ class Formula:
         """Sum of the formula over all tensors."""
         if self.gradient is None:
             return torch.stack([self.value(tensor) for tensor in self.covered]).sum()
-        total: Tensor = _Closed.apply(self.value, self.gradient, *self.covered)  # type: ignore[no-untyped-call]
+        total: Tensor = _Closed.apply(self.value, self.gradient, *self.covered)
         return total
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -59,7 +59,7 @@ class _Closed(torch.autograd.Function):
         return torch.stack([value(tensor) for tensor in tensors]).sum()
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, upstream: Tensor) -> Any:
         return None, None, *(ctx.gradient(t).mul_(upstream) for t in ctx.saved_tensors)
 
 

@@ -144,7 +144,7 @@ def _epoch(
             extra = decay * penalty(epoch * steps + step)
             total = loss + extra
             added += extra.detach()
-        total.backward()  # type: ignore[no-untyped-call]
+        total.backward()
         optimizer.step()
         checks.add(total.detach())
         losses += loss.detach() * len(labels)
