@@ -15,6 +15,9 @@ $(READY): pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
 	@$(BIN)/python -m pip install --quiet --group dev
+	@# DVC keeps experiments as commits, for which Git needs a name: one for this clone, if none is set
+	@git config user.name >/dev/null || git config user.name "$${USER:-secateur}"
+	@git config user.email >/dev/null || git config user.email "$${USER:-secateur}@localhost"
 	@touch $@
 
 setup: $(READY)  ## make .venv with everything that is needed

@@ -87,7 +87,7 @@ def test_values_and_gradients_worked_out_by_hand(name, weights, value, gradient)
 def test_group_hoyer_square_of_equal_weights_counts_filters_and_channels(layer):
     nn.init.ones_(layer.weight)
     penalty = build("group_hoyer_square", nn.Sequential(layer))
-    assert float(penalty(0)) == pytest.approx(4 + 7, rel=1e-6)
+    assert penalty(0).item() == pytest.approx(4 + 7, rel=1e-6)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -101,11 +101,11 @@ def test_the_value_is_the_papers_formula(name, shape):
 def test_the_form_of_transformed_l1_follows_a():
     w, near_zero, near_infinity = [[0.0, 0.5, -2.0]], 1e-7, 1e7
     a3 = build("transformed_l1", linear(w), a=3)(0)
-    assert float(a3) == pytest.approx(4 * 0.5 / 3.5 + 4 * 2 / 5)
+    assert a3.item() == pytest.approx(4 * 0.5 / 3.5 + 4 * 2 / 5)
     counted = build("transformed_l1", linear(w), a=near_zero)(0)
-    assert float(counted) == pytest.approx(2, rel=1e-5)
+    assert counted.item() == pytest.approx(2, rel=1e-5)
     summed = build("transformed_l1", linear(w), a=near_infinity)(0)
-    assert float(summed) == pytest.approx(2.5, rel=1e-5)
+    assert summed.item() == pytest.approx(2.5, rel=1e-5)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -184,19 +184,19 @@ def test_groups_and_tensors_of_zeros_stay_zero_and_harm_nobody(name, hole):
         assert float(value) == 0
 
 
-@pytest.mark.parametrize("scale", [1e-10, 1e-20, 1e-23, 1e-30, 1e-38, 1e-40, 1e-45, 1e10, 1e15])
 @pytest.mark.parametrize("shape", [*SHAPES, (50, 40)], ids=str)
 @pytest.mark.parametrize("name", FORMULAS)
-def test_tiny_and_large_weights_give_sound_values_and_finite_gradients(name, shape, scale):
+def test_tiny_and_large_weights_give_sound_values_and_finite_gradients(name, shape):
     module = plugin.load("penalties", name)
     w = torch.randn(shape, generator=torch.Generator().manual_seed(6))
     w.view(-1)[0] = 0
-    value, gradient = module.value(w * scale), module.gradient(w * scale)
-    assert value.isfinite()
-    assert gradient.isfinite().all()
-    assert not gradient[w == 0].any()
-    if scale < 1:  # smaller weights never cost more
-        assert 0 <= float(value) <= float(module.value(w)) * 1.001
+    for scale in (1e-10, 1e-20, 1e-23, 1e-30, 1e-38, 1e-40, 1e-45, 1e10, 1e15):
+        value, gradient = module.value(w * scale), module.gradient(w * scale)
+        assert value.isfinite(), scale
+        assert gradient.isfinite().all(), scale
+        assert not gradient[w == 0].any(), scale
+        if scale < 1:  # smaller weights never cost more
+            assert 0 <= float(value) <= float(module.value(w)) * 1.001, scale
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if len(variants(n)) == 2])
@@ -216,8 +216,8 @@ def test_the_penalty_sums_one_value_by_tensor(name):
     torch.manual_seed(8)
     model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(3, 4))
     parts = [in_numpy(name, p) for p in model.parameters()]  # conv, its bias, linear, its bias
-    weights = float(build(name, model, biases=False)(0))
-    everything = float(build(name, model, biases=True)(0))
+    weights = build(name, model, biases=False)(0).item()
+    everything = build(name, model, biases=True)(0).item()
     assert weights == pytest.approx(parts[0] + parts[2], rel=1e-5)
     assert everything == pytest.approx(sum(parts), rel=1e-5)
 

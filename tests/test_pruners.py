@@ -1,0 +1,255 @@
+"""Pruners and masks: exact choices by hand, and what is pruned stays exactly zero."""
+
+import copy
+import statistics
+from typing import get_args, get_origin
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
+from torch import nn
+
+from secateur.core import checkpoint, data, masks, plugin, train
+from secateur.core.errors import PruningError
+from secateur.core.resume import Work
+from secateur.core.settings import Train
+
+NAMES = plugin.names("pruners")
+GRADED = [n for n in NAMES if "sensitivity" in plugin.load("pruners", n).Settings.model_fields]
+ARCHS = plugin.names("archs")
+SHAPES = [(1, 28, 28), (1, 8, 8)]
+
+
+def prune(name, model, **chosen):
+    module = plugin.load("pruners", name)
+    return module.prune(module.Settings(**chosen), model)
+
+
+def network(arch, shape=(1, 8, 8)):
+    torch.manual_seed(0)
+    module = plugin.load("archs", arch)
+    return module.build(module.Settings(), 10, shape)
+
+
+def linear(weights, bias=None):
+    layer = nn.Linear(len(weights[0]), len(weights), bias=bias is not None)
+    layer.weight.data = torch.tensor(weights)
+    if bias is not None:
+        layer.bias.data = torch.tensor(bias)
+    return nn.Sequential(layer)
+
+
+def variants(name):
+    """Settings of a plug-in: its defaults, and every choice of every field with a fixed few."""
+    schema = plugin.load("pruners", name).Settings
+    choices = [
+        {key: choice}
+        for key, field in schema.model_fields.items()
+        if "Literal" in str(get_origin(field.annotation))
+        for choice in get_args(field.annotation)
+    ]
+    return [schema(**chosen) for chosen in [{}, *choices]]
+
+
+def test_threshold_keeps_what_is_as_large_as_the_threshold():
+    weights = [[0.1, -0.1, 0.0999, -0.0999, 0.0, 5.0]]
+    chosen = prune("threshold", linear(weights), sensitivity=0.1)
+    assert chosen["0.weight"].tolist() == [[True, True, False, False, False, True]]
+
+
+def test_std_takes_the_population_deviation_of_each_tensor_with_its_zeros():
+    # mean 1, squared deviations 1+1+9+1+1+1+4+4: 22 / 8; the sample deviation would be 1.77
+    model = linear([[0.0, 0, 4, 0], [2, 0, 3, -1]], bias=[0.3, -0.1])  # bias: mean 0.1, std 0.2
+    deviation = statistics.pstdev([0, 0, 4, 0, 2, 0, 3, -1])
+    assert deviation == pytest.approx(1.6583, abs=1e-4)
+    chosen = prune("std", model, sensitivity=1.2)  # 1.99 and 0.24; with n - 1 it would be 2.13
+    assert chosen["0.weight"].tolist() == [[False, False, True, False], [True, False, True, False]]
+    assert chosen["0.bias"].tolist() == [True, False]
+
+
+def test_std_keeps_what_is_exactly_one_deviation_large():
+    model = linear([[1.0, -1.0, 1.0, -1.0]])  # deviation exactly 1
+    assert prune("std", model, sensitivity=1.0)["0.weight"].all()
+    assert not prune("std", model, sensitivity=1.0001)["0.weight"].any()
+
+
+@given(
+    values=st.lists(st.floats(-2, 2, width=32), min_size=2, max_size=12),
+    sensitivity=st.floats(0, 3, width=16),
+)
+@examples(max_examples=50, deadline=None, derandomize=True)
+def test_both_thresholds_agree_with_a_loop_over_plain_numbers(values, sensitivity):
+    model = linear([values])
+    kept = prune("threshold", model, sensitivity=sensitivity)["0.weight"][0].tolist()
+    assert kept == [abs(v) >= sensitivity for v in values]
+    limit = sensitivity * statistics.pstdev(values)
+    for value, stays in zip(values, prune("std", model, sensitivity=sensitivity)["0.weight"][0]):
+        if abs(abs(value) - limit) > 1e-5 * limit:  # beyond rounding of the deviation
+            assert bool(stays) == (abs(value) >= limit)
+
+
+@pytest.mark.parametrize("name", GRADED)
+def test_sensitivity_zero_prunes_nothing_not_even_zeros(name):
+    model = linear([[0.0, -0.0, 1e-40], [0.0, 0.0, 0.0]], bias=[0.0, 0.0])
+    assert all(bool(mask.all()) for mask in prune(name, model, sensitivity=0).values())
+
+
+@pytest.mark.parametrize("name", GRADED)
+def test_a_higher_sensitivity_prunes_more_and_never_brings_anything_back(name):
+    model = network("lenet5")
+    steps = [prune(name, model, sensitivity=s) for s in (0, 0.01, 0.02, 0.05, 0.1, 0.5, 1)]
+    for weaker, stronger in zip(steps, steps[1:], strict=False):
+        assert all(bool((weaker[n] | ~stronger[n]).all()) for n in weaker)
+    count = [sum(int(mask.sum()) for mask in step.values()) for step in steps]
+    assert count == sorted(count, reverse=True)
+    assert count[0] > count[-1]
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("name", NAMES)
+def test_masks_cover_exactly_the_prunable_tensors(name, arch):
+    model = network(arch)
+    kinds = {"weights": ("weight",), "weights_and_biases": ("weight", "bias")}
+    for chosen in variants(name):
+        found = plugin.load("pruners", name).prune(chosen, model)
+        parameters = dict(model.named_parameters())
+        expected = {n for n in parameters if n.endswith(kinds[chosen.scope])}
+        assert set(found) == expected
+        for key, mask in found.items():
+            assert mask.dtype == torch.bool
+            assert mask.shape == parameters[key].shape
+
+
+def test_only_convolutions_and_linear_layers_are_prunable():
+    model = nn.Sequential(nn.Conv2d(1, 2, 3, bias=False), nn.BatchNorm2d(2), nn.Linear(2, 2))
+    assert set(masks.prunable(model, "weights_and_biases")) == {"0.weight", "2.weight", "2.bias"}
+    assert set(masks.prunable(model, "weights")) == {"0.weight", "2.weight"}
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_pruner_changes_nothing_and_says_nothing(name, arch, capsys):
+    model = network(arch)
+    before, chance = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    first = plugin.load("pruners", name).prune(variants(name)[0], model)
+    again = plugin.load("pruners", name).prune(variants(name)[0], model)
+    assert all(torch.equal(first[n], again[n]) for n in first)
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert torch.equal(torch.get_rng_state(), chance)
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("name", GRADED)
+def test_an_emptied_layer_is_refused_by_name_with_what_was_asked(name):
+    model = network("lenet300")
+    model.fc2.weight.data *= 1e-3
+    model.fc2.weight.data[0, 0] = 0.25
+    masks.refuse_empty(model, {"fc2.weight": model.fc2.weight > 0.2}, "one that stays")
+    chosen = prune("threshold", model, sensitivity=0.3)
+    assert chosen["fc3.weight"].numel() == 1000
+    with pytest.raises(PruningError, match=r"layer fc1 .*sensitivity 9.*235200 weights"):
+        masks.refuse_empty(model, prune(name, model, sensitivity=9), f"{name}, sensitivity 9")
+    emptied = {"fc1.weight": torch.ones(300, 784) > 0, "fc2.weight": model.fc2.weight > 0.3}
+    with pytest.raises(PruningError, match=r"layer fc2 .*largest is 0\.25"):
+        masks.refuse_empty(model, emptied, "hand")
+
+
+def test_a_layer_may_lose_all_its_biases():
+    model = linear([[1.0, 1.0]], bias=[0.0])
+    masks.refuse_empty(model, prune("threshold", model, sensitivity=0.5), "0.5")
+
+
+def toy_data(shape=(2, 9, 9), count=64):
+    chance = torch.Generator().manual_seed(1)
+    labels = torch.arange(count) % 3
+    images = torch.randint(0, 256, (count, *shape), generator=chance, dtype=torch.uint8)
+    split = data.Split(images, labels)
+    images = data.Images(split, split, (0.5,) * shape[0], (0.5,) * shape[0])
+    return data.prepare("toy", ["a", "b", "c"], images, 0, 0)
+
+
+def toy_network(kind):
+    torch.manual_seed(2)
+    if kind == "linear":
+        return nn.Sequential(nn.Flatten(), nn.Linear(162, 8), nn.ReLU(), nn.Linear(8, 3))
+    conv = nn.Conv2d(2, 6, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.Flatten()
+    return nn.Sequential(*conv, nn.Linear(36, 3))
+
+
+class Looker:
+    """A watcher that looks at the pruned entries after every step."""
+
+    def __init__(self, model, chosen):
+        self.model, self.chosen, self.looks = model, chosen, 0
+
+    def start(self, epochs, steps, rows):
+        self.step(0, 0)
+
+    def step(self, epoch, step):
+        self.looks += 1
+        for name, mask in self.chosen.items():
+            assert not self.model.get_parameter(name).detach().cpu()[~mask].any(), name
+
+    def epoch(self, row):
+        pass
+
+    def saved(self):
+        pass
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+def test_what_is_pruned_is_zero_after_every_step_and_positive_in_the_file(
+    optimizer, kind, tmp_path
+):
+    model, prepared = toy_network(kind), toy_data()
+    chosen = prune("std", model, sensitivity=0.8)
+    before = copy.deepcopy(model.state_dict())
+    looker = Looker(model, chosen)
+    settings = Train(
+        epochs=3, batch_size=10, optimizer=optimizer, lr=0.02, momentum=0.9, weight_decay=0.1
+    )
+    train.fit(model, prepared, settings, 1, Work(tmp_path, []), [looker], masks=chosen)
+    assert looker.looks == 1 + 3 * 7
+    for name, mask in chosen.items():  # the rest did learn, and so would have the pruned entries
+        assert (~mask).any()
+        assert (model.get_parameter(name).cpu() != before[name])[mask].any()
+    about = prepared.about
+    header = checkpoint.Header(
+        "toy", {}, about.classes, about.shape, about.mean, about.std, about.hash, "finetune"
+    )
+    checkpoint.save(tmp_path / "model.safetensors", header, model, chosen)
+    saved = checkpoint.load(tmp_path / "model.safetensors")
+    assert set(saved.masks) == set(chosen)
+    for name, mask in chosen.items():
+        pruned = saved.tensors[name][~mask]
+        assert not pruned.any()
+        assert not pruned.signbit().any()
+        assert torch.equal(saved.masks[name], mask)
+
+
+def test_held_entries_would_move_if_nobody_held_them(tmp_path):
+    model = toy_network("linear")
+    chosen = prune("std", model, sensitivity=0.8)
+    masks.apply(model, chosen)
+    with pytest.raises(AssertionError, match="weight"):
+        train.fit(
+            model,
+            toy_data(),
+            Train(epochs=1),
+            1,
+            Work(tmp_path, []),
+            [Looker(model, chosen)],
+        )
+
+
+def test_apply_zeroes_what_goes_and_leaves_the_rest_bit_for_bit():
+    model = linear([[1.0, -2.0, 3.0]], bias=[4.0])
+    masks.apply(model, {"0.weight": torch.tensor([[True, False, True]])})
+    assert model[0].weight.tolist() == [[1, 0, 3]]
+    assert not model[0].weight.signbit().any()
+    assert model[0].bias.tolist() == [4]
+    assert masks.nonzero(model) == 3
