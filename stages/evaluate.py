@@ -54,10 +54,20 @@ def measure(job: chain.Job, models: dict[str, nn.Module]) -> tuple[dict[str, Any
     example = normalise(test.images[:1])
     rows: dict[str, Any] = {}
     layers: list[dict[str, Any]] = []
+    whole: dict[str, int] = {}  # parameters of each layer of the dense network
     for name, model in models.items():
         right, loss = train.accuracy(model.to(place), test, normalise)
         costs = cost.layer_costs(model, example)
-        layers += [{"model": name, **asdict(layer)} for layer in costs]
+        whole = whole or {layer.layer: layer.params for layer in costs}
+        layers += [
+            {
+                "model": name,
+                **asdict(layer),
+                "sparsity_of_dense": 1 - layer.nonzero / whole[layer.layer],
+                "label": f"{layer.layer} {name}",
+            }
+            for layer in costs
+        ]
         size, packed = cost.weight_bytes(model)
         nonzero = sum(layer.nonzero for layer in costs)
         alive = sum(layer.filters_alive * layer.channels_alive for layer in costs)
