@@ -32,7 +32,7 @@ MODEL_TYPES = {
     "prune": "pruned",
     "finetune": "finetuned",
 }
-STAGES = tuple(MODEL_TYPES)
+HEADLINES = ("compression", "theoretical_speedup", "measured_speedup")
 
 Row = dict[str, float]
 R = TypeVar("R")
@@ -222,14 +222,20 @@ def _pipeline(
         tags = _tags("evaluate") | {"kind": "pipeline", "pipeline.key": key}
         run_id = _create_run(store, "evaluate", key, tags, params, name=_name(params))
         _log_dataset(store, run_id, next(iter(records.values())).dataset)
-    from mlflow.entities import Metric
+    from mlflow.entities import LoggedModelInput, Metric
 
     now = int(time.time() * 1000)
-    numbers = {k: v for k, v in flat(dict(report), "/").items() if _number(v)}
+    results = {key: report[key] for key in HEADLINES if key in report}
+    chain = {key: value for key, value in report.items() if isinstance(value, dict)}
+    numbers = {"accuracy": report["finetuned"]["accuracy"], **results, **flat(chain, "/")}
+    numbers = {key: value for key, value in numbers.items() if _number(value)}
     seconds = {f"{name}/seconds": record.seconds for name, record in records.items()}
     store.log(run_id, [Metric(k, float(v), now, 0) for k, v in (numbers | seconds).items()])
     for name, stage_id in ids.items():
         store.client.set_tag(run_id, f"run.{name}", stage_id)
+    models = [r.model_id for n, r in records.items() if r.model_id and ids[n] == r.run_id]
+    if models:
+        store.client.log_inputs(run_id, models=[LoggedModelInput(model) for model in models])
     _add_name(store, run_id, experiment_name or os.environ.get("DVC_EXP_NAME"))
     store.client.set_tag(run_id, "mlflow.note.content", _note(store, ids, report))
     for file in files:
@@ -307,7 +313,7 @@ def _close_run(
     from mlflow.entities import LoggedModelOutput, Metric
 
     now = int(time.time() * 1000)
-    store.log(run_id, [Metric(f"final/{k}", float(v), now, 0) for k, v in metrics.items()])
+    store.log(run_id, [Metric(f"result/{k}", float(v), now, 0) for k, v in metrics.items()])
     entry = mlflow.create_external_model(
         name=stage,
         source_run_id=run_id,
@@ -360,8 +366,8 @@ def _name(params: Mapping[str, Any]) -> str:
     pruner = params.get("pruner", "")
     sensitivity = params.get(f"pruners.{pruner}.sensitivity", "")
     return (
-        f"{params.get('arch')} {params.get('dataset')} {params.get('penalty')} "
-        f"{params.get('decay')} {pruner} {sensitivity} seed {params.get('seed')}"
+        f"{params.get('decay')} {params.get('penalty')}, {sensitivity} {pruner}, "
+        f"seed {params.get('seed')}, {params.get('arch')} on {params.get('dataset')}"
     )
 
 
