@@ -313,7 +313,7 @@ def _close_run(
     from mlflow.entities import LoggedModelOutput, Metric
 
     now = int(time.time() * 1000)
-    store.log(run_id, [Metric(f"result/{k}", float(v), now, 0) for k, v in metrics.items()])
+    store.log(run_id, [Metric(k, float(v), now, 0) for k, v in metrics.items()])
     entry = mlflow.create_external_model(
         name=stage,
         source_run_id=run_id,
@@ -374,17 +374,12 @@ def _name(params: Mapping[str, Any]) -> str:
 def _note(store: Store, ids: Mapping[str, str], report: Mapping[str, Any]) -> str:
     """Markdown for the run's page: the result in words and links to the stage runs."""
     finetuned, baseline = report["finetuned"], report["baseline"]
-    lines = [
+    runs = f"#/experiments/{store.experiment}/runs"
+    links = " · ".join(f"[{name}]({runs}/{run_id})" for name, run_id in ids.items())
+    return (
         f"Test accuracy **{finetuned['accuracy']:.2%}** (dense {baseline['accuracy']:.2%}) at "
-        f"**{report['compression']:.1f}x** compression.",
-        "",
-        "| stage | run |",
-        "|---|---|",
-    ]
-    for name, run_id in ids.items():
-        link = f"#/experiments/{store.experiment}/runs/{run_id}"
-        lines.append(f"| {name} | [{run_id[:12]}]({link}) |")
-    return "\n".join(lines)
+        f"**{report['compression']:.1f}x** compression.\n\nMade by: {links}"
+    )
 
 
 def _add_name(store: Store, run_id: str, name: str | None) -> None:
@@ -402,7 +397,7 @@ def _metrics(rows: Sequence[tuple[Row, float]]) -> list[Any]:
     from mlflow.entities import Metric
 
     return [
-        Metric(key, value, int(when * 1000), int(row["epoch"]))
+        Metric(f"epoch/{key}", value, int(when * 1000), int(row["epoch"]))
         for row, when in rows
         for key, value in row.items()
         if key != "epoch"
