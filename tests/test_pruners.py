@@ -2,7 +2,8 @@
 
 import copy
 import statistics
-from typing import get_args, get_origin
+from itertools import pairwise
+from typing import Literal, get_args, get_origin
 
 import pytest
 import torch
@@ -18,8 +19,8 @@ from secateur.core.settings import Train
 
 NAMES = plugin.names("pruners")
 GRADED = [n for n in NAMES if "sensitivity" in plugin.load("pruners", n).Settings.model_fields]
+SCOPED = [n for n in NAMES if "scope" in plugin.load("pruners", n).Settings.model_fields]
 ARCHS = plugin.names("archs")
-SHAPES = [(1, 28, 28), (1, 8, 8)]
 
 
 def prune(name, model, **chosen):
@@ -47,7 +48,7 @@ def variants(name):
     choices = [
         {key: choice}
         for key, field in schema.model_fields.items()
-        if "Literal" in str(get_origin(field.annotation))
+        if get_origin(field.annotation) is Literal
         for choice in get_args(field.annotation)
     ]
     return [schema(**chosen) for chosen in [{}, *choices]]
@@ -85,7 +86,8 @@ def test_both_thresholds_agree_with_a_loop_over_plain_numbers(values, sensitivit
     kept = prune("threshold", model, sensitivity=sensitivity)["0.weight"][0].tolist()
     assert kept == [abs(v) >= sensitivity for v in values]
     limit = sensitivity * statistics.pstdev(values)
-    for value, stays in zip(values, prune("std", model, sensitivity=sensitivity)["0.weight"][0]):
+    by_std = prune("std", model, sensitivity=sensitivity)["0.weight"][0]
+    for value, stays in zip(values, by_std, strict=True):
         if abs(abs(value) - limit) > 1e-5 * limit:  # beyond rounding of the deviation
             assert bool(stays) == (abs(value) >= limit)
 
@@ -100,7 +102,7 @@ def test_sensitivity_zero_prunes_nothing_not_even_zeros(name):
 def test_a_higher_sensitivity_prunes_more_and_never_brings_anything_back(name):
     model = network("lenet5")
     steps = [prune(name, model, sensitivity=s) for s in (0, 0.01, 0.02, 0.05, 0.1, 0.5, 1)]
-    for weaker, stronger in zip(steps, steps[1:], strict=False):
+    for weaker, stronger in pairwise(steps):
         assert all(bool((weaker[n] | ~stronger[n]).all()) for n in weaker)
     count = [sum(int(mask.sum()) for mask in step.values()) for step in steps]
     assert count == sorted(count, reverse=True)
@@ -108,15 +110,16 @@ def test_a_higher_sensitivity_prunes_more_and_never_brings_anything_back(name):
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SCOPED)
 def test_masks_cover_exactly_the_prunable_tensors(name, arch):
     model = network(arch)
-    kinds = {"weights": ("weight",), "weights_and_biases": ("weight", "bias")}
+    layers = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    kinds = {"weights": ["weight"], "weights_and_biases": ["weight", "bias"]}
+    parameters = dict(model.named_parameters())
     for chosen in variants(name):
         found = plugin.load("pruners", name).prune(chosen, model)
-        parameters = dict(model.named_parameters())
-        expected = {n for n in parameters if n.endswith(kinds[chosen.scope])}
-        assert set(found) == expected
+        expected = {f"{layer}.{kind}" for layer in layers for kind in kinds[chosen.scope]}
+        assert set(found) == expected & set(parameters)
         for key, mask in found.items():
             assert mask.dtype == torch.bool
             assert mask.shape == parameters[key].shape
@@ -145,16 +148,17 @@ def test_a_pruner_changes_nothing_and_says_nothing(name, arch, capsys):
 @pytest.mark.parametrize("name", GRADED)
 def test_an_emptied_layer_is_refused_by_name_with_what_was_asked(name):
     model = network("lenet300")
-    model.fc2.weight.data *= 1e-3
-    model.fc2.weight.data[0, 0] = 0.25
-    masks.refuse_empty(model, {"fc2.weight": model.fc2.weight > 0.2}, "one that stays")
-    chosen = prune("threshold", model, sensitivity=0.3)
-    assert chosen["fc3.weight"].numel() == 1000
-    with pytest.raises(PruningError, match=r"layer fc1 .*sensitivity 9.*235200 weights"):
-        masks.refuse_empty(model, prune(name, model, sensitivity=9), f"{name}, sensitivity 9")
-    emptied = {"fc1.weight": torch.ones(300, 784) > 0, "fc2.weight": model.fc2.weight > 0.3}
+    with pytest.raises(PruningError, match=r"layer fc1 .* by sensitivity 9: .*19200 weights"):
+        masks.refuse_empty(model, prune(name, model, sensitivity=9), "sensitivity 9")
+
+
+def test_one_weight_is_enough_and_none_is_too_few():
+    model = network("lenet300")
+    model.fc2.weight.data[0, 0] = 0.25  # the others are at most 1 / sqrt(300)
+    everything = {"fc1.weight": torch.ones(300, 64, dtype=torch.bool)}
+    masks.refuse_empty(model, everything | {"fc2.weight": model.fc2.weight >= 0.25}, "0.25")
     with pytest.raises(PruningError, match=r"layer fc2 .*largest is 0\.25"):
-        masks.refuse_empty(model, emptied, "hand")
+        masks.refuse_empty(model, everything | {"fc2.weight": model.fc2.weight > 0.25}, "more")
 
 
 def test_a_layer_may_lose_all_its_biases():
@@ -236,14 +240,8 @@ def test_held_entries_would_move_if_nobody_held_them(tmp_path):
     chosen = prune("std", model, sensitivity=0.8)
     masks.apply(model, chosen)
     with pytest.raises(AssertionError, match="weight"):
-        train.fit(
-            model,
-            toy_data(),
-            Train(epochs=1),
-            1,
-            Work(tmp_path, []),
-            [Looker(model, chosen)],
-        )
+        looker = Looker(model, chosen)
+        train.fit(model, toy_data(), Train(epochs=1), 1, Work(tmp_path, []), [looker])
 
 
 def test_apply_zeroes_what_goes_and_leaves_the_rest_bit_for_bit():

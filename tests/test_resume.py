@@ -1,0 +1,279 @@
+"""Work in progress: one process at a time, nothing lost, nothing made twice, nothing kept long."""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from secateur.core import resume
+from secateur.core.errors import SecateurError
+from secateur.core.resume import Work, single_flight
+from secateur.core.stage import Stage
+
+FORK = multiprocessing.get_context("fork")
+OUTS = ["models/toy", "models/toy.run.json"]
+
+
+@pytest.fixture(autouse=True)
+def project(tmp_path, monkeypatch):
+    """An empty project, with the current folder in it."""
+    (tmp_path / "workspace").mkdir()
+    monkeypatch.chdir(tmp_path / "workspace")
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    return tmp_path
+
+
+def stage(**declared):
+    return Stage("baseline", None, declared, {})
+
+
+def nobody():
+    raise AssertionError("nobody else holds this work")
+
+
+def write_outs(text):
+    Path("models/toy/deep").mkdir(parents=True, exist_ok=True)
+    for path in ("models/toy/model", "models/toy/deep/history", "models/toy.run.json"):
+        Path(path).write_text(f"{text} {path}")
+
+
+def tensors():
+    torch.manual_seed(0)
+    layout = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    return {
+        "weights": torch.randn(3, 4),
+        "optimizer/0/step": torch.tensor(7.0),
+        "layout": layout,
+        "mask": torch.tensor([True, False]),
+        "empty": torch.zeros(0, 2),
+        "view": torch.arange(6).view(2, 3).T,
+    }
+
+
+INFO = {"history": [{"epoch": 1, "lr": 0.1 + 0.2, "val_loss": 1e-300}], "best": 1}
+
+
+def test_the_state_comes_back_as_it_was():
+    work = Work(Path("folder"), [])
+    assert work.state() is None
+    given = tensors()
+    work.keep(given, INFO)
+    for tensor in given.values():  # what happens to the tensors afterwards is no matter
+        tensor.zero_()
+    work.flush()
+    found, info = Work(Path("folder"), []).state()
+    assert info == INFO
+    assert set(found) == set(tensors())
+    for name, tensor in tensors().items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor)
+
+
+def test_state_is_written_after_a_second_and_then_it_says_so():
+    work = Work(Path("folder"), [])
+    assert not work.keep({"a": torch.zeros(1)}, {"epoch": 1})
+    assert work.state() is None
+    time.sleep(1.05)
+    assert work.keep({"a": torch.zeros(1)}, {"epoch": 2})
+    assert work.state()[1] == {"epoch": 2}
+    assert not work.keep({"a": torch.zeros(1)}, {"epoch": 3})
+    assert work.state()[1] == {"epoch": 2}
+
+
+@pytest.mark.parametrize("error", [ValueError, SecateurError, KeyboardInterrupt, SystemExit])
+def test_whatever_ends_a_stage_the_last_state_is_written_and_the_lock_goes(error):
+    with pytest.raises(error), single_flight(stage(), OUTS, nobody) as work:
+        work.keep({"a": torch.ones(1)}, {"epoch": 1})
+        work.keep({"a": torch.ones(2)}, {"epoch": 2})
+        raise error("over")
+    with single_flight(stage(), OUTS, nobody) as work:
+        found, info = work.state()
+        assert info == {"epoch": 2}
+        assert torch.equal(found["a"], torch.ones(2))
+        assert not work.done
+
+
+def test_finished_work_is_taken_over_and_its_state_is_gone():
+    with single_flight(stage(), OUTS, nobody) as work:
+        assert not work.done
+        work.keep(tensors(), INFO)
+        work.flush()
+        work.note("run_id", "abc")
+        write_outs("made")
+        work.finish()
+    write_outs("something else")
+    with single_flight(stage(), OUTS, nobody) as work:
+        assert work.done
+        work.take()
+        assert work.state() is None
+        assert work.note("run_id") is None
+    for path in ("models/toy/model", "models/toy/deep/history", "models/toy.run.json"):
+        assert Path(path).read_text() == f"made {path}"
+
+
+def test_work_is_not_done_while_its_outs_are_half_kept(project):
+    with single_flight(stage(), OUTS, nobody) as work:
+        Path("models/toy").mkdir(parents=True)
+        Path("models/toy/model").write_text("made")  # the record is missing
+        with pytest.raises((OSError, SecateurError), match=r"toy\.run\.json"):
+            work.finish()
+        assert not work.done
+
+
+def test_notes_are_remembered_one_by_one():
+    work = Work(Path("folder"), [])
+    assert work.note("run_id") is None
+    assert work.note("run_id", "abc") == "abc"
+    assert work.note("seconds", 1.5) == 1.5
+    assert work.note("seconds", 2.5) == 2.5
+    later = Work(Path("folder"), [])
+    assert later.note("run_id") == "abc"
+    assert later.note("seconds") == 2.5
+    assert json.loads(Path("folder/notes.json").read_text()) == {"run_id": "abc", "seconds": 2.5}
+
+
+@pytest.mark.parametrize(
+    "other", [{"decay": 0.2}, {"decay": 0.1, "seed": 2}, {"decay": "0.1"}, {}], ids=str
+)
+def test_other_params_are_other_work(other):
+    assert stage(decay=0.1).fingerprint == stage(decay=0.1).fingerprint
+    assert stage(**other).fingerprint != stage(decay=0.1).fingerprint
+    one = single_flight(stage(decay=0.1), OUTS, nobody)
+    two = single_flight(stage(**other), OUTS, nobody)
+    with one as first, two as second:
+        assert first.folder != second.folder
+
+
+def test_inputs_and_names_are_part_of_the_work():
+    works = [
+        Stage("baseline", None, {}, {}),
+        Stage("finetune", None, {}, {}),
+        Stage("baseline", None, {}, {"data/toy": "1"}),
+        Stage("baseline", None, {}, {"data/toy": "2"}),
+        Stage("baseline", None, {}, {"data/other": "1"}),
+    ]
+    assert len({work.fingerprint for work in works}) == len(works)
+
+
+@contextlib.contextmanager
+def another_process(target, *arguments):
+    """Really another process, forked before any lock is held; gives its pipe and itself."""
+    ours, theirs = FORK.Pipe()
+    process = FORK.Process(target=target, args=(theirs, *arguments))
+    process.start()
+    try:
+        yield ours, process
+    finally:
+        process.kill()
+        process.join()
+
+
+def told(pipe):
+    assert pipe.poll(20), "the other process says nothing"
+    return pipe.recv()
+
+
+def twin(pipe, folder):
+    """Needs the same work in a workspace of its own."""
+    os.chdir(folder)
+    pipe.recv()
+    with single_flight(stage(), OUTS, lambda: pipe.send("waiting")) as work:
+        pipe.send("done" if work.done else "not done")
+        if work.done:
+            work.take()
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_second_process_waits_and_takes_what_the_first_has_made(finished, project):
+    (project / "twin").mkdir()
+    with another_process(twin, project / "twin") as (pipe, process):
+        with single_flight(stage(), OUTS, nobody) as work:
+            pipe.send("go")
+            assert told(pipe) == "waiting"
+            write_outs("made")
+            if finished:
+                work.finish()
+            assert not pipe.poll(0.2), "it waits as long as the lock is held"
+        assert told(pipe) == ("done" if finished else "not done")
+        process.join(20)
+        assert process.exitcode == 0
+    taken = project / "twin" / "models" / "toy" / "model"
+    assert taken.exists() == finished
+    if finished:
+        assert taken.read_text() == "made models/toy/model"
+
+
+def worker(pipe):
+    """Works until it is killed."""
+    with single_flight(stage(), OUTS, nobody) as work:
+        work.keep({"a": torch.ones(1)}, {"epoch": 3})
+        work.flush()
+        pipe.send("working")
+        time.sleep(60)
+
+
+def test_the_lock_of_a_killed_process_is_free_and_its_state_is_there():
+    with another_process(worker) as (pipe, process):
+        assert told(pipe) == "working"
+        os.kill(process.pid, signal.SIGKILL)
+        process.join(20)
+        with single_flight(stage(), OUTS, nobody) as work:
+            assert work.state()[1] == {"epoch": 3}
+
+
+def abandoned(days, **declared):
+    """Work that nobody has touched for so many days."""
+    with single_flight(stage(**declared), OUTS, nobody) as work:
+        work.keep({"a": torch.ones(1)}, {"epoch": 1})
+        work.flush()
+    age(work.folder, days)
+    return work.folder
+
+
+def age(folder, days):
+    then = time.time() - days * 86_400
+    for path in [*folder.rglob("*"), folder]:
+        os.utime(path, (then, then))
+
+
+def test_what_nobody_has_touched_for_long_is_dropped():
+    old, recent = abandoned(resume.KEEP_DAYS + 0.1, a=1), abandoned(resume.KEEP_DAYS - 0.1, a=2)
+    with single_flight(stage(a=3), OUTS, nobody):
+        assert not old.exists()
+        assert (recent / "state.safetensors").exists()
+
+
+def test_old_work_that_is_wanted_now_or_held_by_somebody_is_not_dropped():
+    with single_flight(stage(a=2), OUTS, nobody) as held:
+        wanted = abandoned(9, a=1)
+        age(held.folder, 9)
+        with single_flight(stage(a=1), OUTS, nobody) as work:
+            assert work.folder == wanted
+            assert work.state() is not None
+            assert held.folder.exists()
+
+
+def test_files_that_come_and_go_in_other_work_disturb_nobody():
+    with single_flight(stage(a=1), OUTS, nobody) as busy:
+        over = threading.Event()
+
+        def write():
+            while not over.is_set():
+                busy.note("seconds", time.monotonic())
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        try:
+            for _ in range(300):
+                with single_flight(stage(a=2), OUTS, nobody):
+                    pass
+        finally:
+            over.set()
+            writer.join()

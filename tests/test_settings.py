@@ -1,0 +1,288 @@
+"""Settings: every mistake in params.yaml is one line that says where, what, and what would do."""
+
+import copy
+from pathlib import Path
+from typing import Annotated
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
+from pydantic import Field
+
+from secateur.core import plugin, settings
+from secateur.core.errors import SettingsError
+
+ROOT = Path(__file__).resolve().parents[1]
+PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
+TRAININGS = ("baseline", "sparse_train", "finetune")
+KINDS = sorted(plugin.KEYS)
+PLUGINS = [(kind, name) for kind in KINDS for name in plugin.names(kind)]
+
+
+def changed(path, value, drop=False):
+    """The project's params with one value changed; `path` has its keys joined by dots."""
+    params = copy.deepcopy(PARAMS)
+    *way, last = path.split(".")
+    table = params
+    for key in way:
+        table = table[key]
+    if drop:
+        del table[last]
+    else:
+        table[last] = value
+    return params
+
+
+def complaint(params, tmp_path):
+    """The one line that `check` says about these params."""
+    path = tmp_path / "params.yaml"
+    path.write_text(params if isinstance(params, str) else yaml.safe_dump(params))
+    with pytest.raises(SettingsError) as caught:
+        settings.check(path)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_the_projects_own_params_are_sound():
+    settings.check(ROOT / "params.yaml")
+
+
+@pytest.mark.parametrize("text", ["1e-05", "1E-5", "1e-5", "0.00001", "+1e-05"])
+def test_a_number_that_yaml_takes_for_text_is_a_number(text):
+    raw = yaml.safe_load(f"decay: {text}\nbaseline: {{epochs: '7', lr: {text}}}")
+    params = settings.Params.declared(raw)
+    assert params.decay == 0.00001
+    assert params.baseline.lr == 0.00001
+    assert params.baseline.epochs == 7
+    assert type(params.decay) is float
+
+
+@given(value=st.floats(0, 1e300))
+@examples(max_examples=50, deadline=None, derandomize=True)
+def test_any_number_survives_its_way_through_yaml(value):
+    for text in (yaml.safe_dump({"decay": value}), f"decay: {value!r}"):
+        assert settings.Params.declared(yaml.safe_load(text)).decay == value
+
+
+MISTAKES = [  # key, value, what the line must hold beside both
+    ("dataset", "digit", "there is no secateur/datasets/digit.py; there are: digits"),
+    ("arch", "lenet", "there are: lenet300, lenet5; did you mean lenet5?"),
+    ("penalty", "hoyer_sqare", "did you mean hoyer_square?"),
+    ("penalty", "../chain", "string should match pattern"),
+    ("pruner", "__init__", "string should match pattern"),
+    ("pruner", None, "valid string"),
+    ("decay", -0.1, "greater than or equal to 0"),
+    ("decay", "a little", "valid number"),
+    ("decay", [1], "valid number"),
+    ("decay", None, "valid number"),
+    ("decay", True, "a number is needed"),
+    ("decay", False, "a number is needed"),
+    ("decay", float("nan"), ""),
+    ("decay", float("inf"), "finite number"),
+    ("seed", True, "a number is needed"),
+    ("seed", -1, "greater than or equal to 0"),
+    ("seed", 2**31, "less than 2147483648"),
+    ("seed", 1.5, "valid integer"),
+    ("data", 7, "valid dictionary"),
+    ("data.validation", -0.1, "greater than or equal to 0"),
+    ("data.validation", 0.6, "less than or equal to 0.5"),
+    ("data.validation", True, "a number is needed"),
+    ("data.seed", "x", "valid integer"),
+    ("prune.remove_dead", "maybe", "valid boolean"),
+    ("finetune.init", "new", "'inherit' or 'scratch'"),
+    ("evaluate.latency_batch", 0, "greater than or equal to 1"),
+    ("evaluate.latency_repeats", 2, "greater than or equal to 3"),
+    ("archs.lenet300.hidden", [], "at least 1 item"),
+    ("archs.lenet300.hidden", 300, "valid"),
+    ("penalties", [], "valid dictionary"),
+    ("penalties.hoyer_square", 3, "valid dictionary"),
+    ("penalties.hoyer_square.biases", "perhaps", "valid boolean"),
+    ("pruners.std.sensitivity", -1, "greater than or equal to 0"),
+    ("pruners.std.sensitivity", True, "a number is needed"),
+    ("pruners.std.scope", "biases", "'weights' or 'weights_and_biases'"),
+]
+TRAINING_MISTAKES = [
+    ("epochs", 0, "greater than or equal to 1"),
+    ("epochs", 1.5, "valid integer"),
+    ("batch_size", 0, "greater than or equal to 1"),
+    ("batch_size", True, "a number is needed"),
+    ("optimizer", "rmsprop", "'sgd', 'adam' or 'adamw'"),
+    ("lr", 0, "greater than 0"),
+    ("lr", "fast", "valid number"),
+    ("lr", True, "a number is needed"),
+    ("lr", float("inf"), "finite number"),
+    ("momentum", 1, "less than 1"),
+    ("momentum", -0.1, "greater than or equal to 0"),
+    ("weight_decay", -1e-4, "greater than or equal to 0"),
+    ("schedule", "step", "'constant' or 'cosine'"),
+    ("keep", "first", "'best' or 'last'"),
+]
+MISTAKES += [(f"{part}.{key}", *rest) for part in TRAININGS for key, *rest in TRAINING_MISTAKES]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "allowed"), MISTAKES, ids=[f"{key}={value}" for key, value, _ in MISTAKES]
+)
+def test_a_wrong_value_is_told_with_its_key_and_what_is_allowed(key, value, allowed, tmp_path):
+    line = complaint(changed(key, value), tmp_path)
+    written = str(value) if isinstance(value, bool) else repr(value)
+    assert line.startswith(f"params.yaml: {key} = {written}: ")
+    assert allowed in line
+
+
+@pytest.mark.parametrize(
+    ("value", "wrong", "allowed"),
+    [
+        ([300, 0], 0, "greater than or equal to 1"),
+        ([True, 100], True, "number"),
+        (["many", 100], "many", "valid integer"),
+    ],
+)
+def test_a_wrong_value_in_a_list_is_told(value, wrong, allowed, tmp_path):
+    line = complaint(changed("archs.lenet300.hidden", value), tmp_path)
+    assert line.startswith("params.yaml: archs.lenet300.hidden")
+    assert repr(wrong) in line
+    assert allowed in line
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("sed", "did you mean seed?"),
+        ("data.validatoin", "did you mean validation?"),
+        ("baseline.weightdecay", "did you mean weight_decay?"),
+        ("finetune.initial", "did you mean init?"),
+        ("prune.removedead", "did you mean remove_dead?"),
+        ("evaluate.latency", "did you mean latency_"),
+        ("pruners.std.sensitivty", "did you mean sensitivity?"),
+        ("archs.lenet300.hiden", "did you mean hidden?"),
+        ("penalties.hoyer_square.bias", "did you mean biases?"),
+        ("baseline.zzz", "allowed: batch_size, epochs, keep, lr, momentum, optimizer"),
+    ],
+)
+def test_an_unknown_key_is_told_with_the_one_that_was_meant(key, hint, tmp_path):
+    line = complaint(changed(key, 1), tmp_path)
+    assert line.startswith(f"params.yaml: {key}: unknown key; allowed: ")
+    assert hint in line
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_section_of_a_plugin_that_does_not_exist_is_refused(kind, tmp_path):
+    line = complaint(changed(f"{kind}.nonsense", {}), tmp_path)
+    assert line.startswith(f"params.yaml: {kind}.nonsense = ")
+    assert f"there is no secateur/{kind}/nonsense.py" in line
+
+
+@pytest.mark.parametrize("key", [*PARAMS, *(f"{part}.epochs" for part in TRAININGS)])
+def test_a_missing_key_is_named(key, tmp_path):
+    assert complaint(changed(key, None, drop=True), tmp_path) == f"params.yaml: {key}: missing"
+
+
+def test_two_mistakes_are_counted(tmp_path):
+    params = changed("decay", -1) | {"seed": "x"}
+    assert complaint(params, tmp_path).endswith("(and 1 more)")
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("decay: [1", "not valid YAML"),
+        ("a: b: c", "not valid YAML"),
+        ("\tdecay: 1", "not valid YAML"),
+        ("", "must be a table of settings"),
+        ("- decay", "must be a table of settings"),
+        ("decay", "must be a table of settings"),
+    ],
+)
+def test_a_file_that_is_no_table_is_refused(content, reason, tmp_path):
+    assert f"params.yaml: {reason}" in complaint(content, tmp_path)
+
+
+@pytest.mark.parametrize("spoil", [Path.unlink, lambda path: path.write_bytes(b"a: \xff\xfe")])
+def test_a_file_that_cannot_be_read_is_named(spoil, tmp_path):
+    path = tmp_path / "params.yaml"
+    path.touch()
+    spoil(path)
+    with pytest.raises(SettingsError, match=f"^{path}: "):
+        settings.check(path)
+
+
+@pytest.mark.parametrize(("kind", "name"), PLUGINS)
+def test_a_mistake_in_the_section_of_the_plugin_in_use_is_found(kind, name, tmp_path):
+    section = (PARAMS[kind][name] or {}) | {"nonsense": 1}
+    chosen = changed(plugin.KEYS[kind], name)
+    chosen[kind][name] = section
+    assert f"params.yaml: {kind}.{name}.nonsense: unknown key" in complaint(chosen, tmp_path)
+
+
+@pytest.mark.parametrize(("kind", "name"), PLUGINS)
+def test_a_mistake_is_found_while_another_plugin_is_switched_on(kind, name, tmp_path):
+    params = changed(f"{kind}.{name}", (PARAMS[kind][name] or {}) | {"nonsense": 1})
+    assert f"params.yaml: {kind}.{name}.nonsense: unknown key" in complaint(params, tmp_path)
+
+
+@pytest.mark.parametrize(("kind", "name"), PLUGINS)
+def test_every_plugin_runs_on_its_section_and_on_none(kind, name, tmp_path):
+    params = changed(plugin.KEYS[kind], name)
+    path = tmp_path / "params.yaml"
+    for section in (PARAMS[kind][name], None, {}):
+        params[kind][name] = section
+        path.write_text(yaml.safe_dump(params))
+        settings.check(path)
+        raw = {plugin.KEYS[kind]: name, kind: {name: section or {}}}
+        chosen = settings.Params.declared(raw).chosen(kind)
+        assert chosen == plugin.load(kind, name).Settings(**(section or {}))
+
+
+def test_reading_a_key_that_the_stage_has_not_declared_is_an_error():
+    params = settings.Params.declared({"decay": 0.1})
+    assert params.decay == 0.1
+    with pytest.raises(AttributeError, match=r"'seed' is not among the params that dvc\.yaml"):
+        params.seed  # noqa: B018
+    with pytest.raises(AttributeError, match="arch"):
+        params.chosen("archs")
+
+
+@pytest.mark.parametrize("value", [-1, "x", True, None])
+def test_declared_keys_are_validated_as_the_whole_file_is(value):
+    with pytest.raises(SettingsError, match=f"params.yaml: decay = {value!r}: "):
+        settings.Params.declared({"decay": value})
+
+
+def test_settings_cannot_be_changed_afterwards():
+    params = settings.Params.declared({"data": {"validation": 0.2}})
+    with pytest.raises(ValueError, match="frozen"):
+        params.data.validation = 0.3
+
+
+class Nested(settings.Strict):
+    """As a plug-in may have them."""
+
+    ratio: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    levels: tuple[float, ...] = ()
+    maximum: float | None = None
+
+
+@pytest.mark.parametrize(
+    ("raw", "line"),
+    [
+        ({"ratio": 1}, "penalties.nested.ratio = 1: input should be less than 1"),
+        ({"ratio": "1e-1x"}, "penalties.nested.ratio = '1e-1x': input should be a valid number"),
+        ({"levels": [0.5, True]}, "penalties.nested.levels"),
+        ({"maximum": True}, "penalties.nested.maximum = True: a number is needed"),
+        ([], "penalties.nested = []: input should be a valid dictionary"),
+    ],
+)
+def test_the_settings_of_a_plugin_are_held_to_the_same(raw, line):
+    with pytest.raises(SettingsError) as caught:
+        settings.parse(Nested, raw, "penalties.nested")
+    assert f"params.yaml: {line}" in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_files_of_their_folder_are_plugins(kind):
+    for name in ("", ".", "../core/plugin", "__init__", "nonsense", "os"):
+        with pytest.raises(SettingsError, match=f"{plugin.KEYS[kind]} = "):
+            plugin.load(kind, name)

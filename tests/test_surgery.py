@@ -1,0 +1,347 @@
+"""Surgery: the compact network computes what the masked one does, and nothing idle is left."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
+from torch import nn
+
+from secateur.core import masks, plugin, surgery
+from secateur.core.errors import PruningError
+
+SMALL = {"lenet300": {"hidden": [9, 7]}, "lenet5": {"filters": [5, 6], "hidden": 8}}
+ARCHS = plugin.names("archs")  # one that is not in SMALL is tested in its own size
+SHAPES = [(1, 28, 28), (1, 8, 8)]
+
+
+def network(arch, shape, **chosen):
+    module = plugin.load("archs", arch)
+    return module.build(module.Settings(**chosen), 10, shape)
+
+
+def layer_masks(layer, chance, protect):
+    """Random mask of a layer: rows and columns of zeros, single zeros, biases or not.
+
+    With `protect` one path through every layer stays, so that the network cannot be emptied.
+    """
+    out, into = layer.weight.shape[:2]
+    weight = torch.rand(layer.weight.shape, generator=chance) > 0.3
+    weight &= (torch.rand(out, generator=chance) > 0.4).view(-1, *[1] * (weight.dim() - 1))
+    weight &= (torch.rand(into, generator=chance) > 0.3).view(1, -1, *[1] * (weight.dim() - 2))
+    bias = torch.rand(out, generator=chance) > 0.3
+    if protect:
+        weight[0, 0], bias[0] = True, True
+    return {"weight": weight, "bias": bias}
+
+
+def prune_at_random(model, seed, protect=True):
+    chance = torch.Generator().manual_seed(seed)
+    for layer in masks.layers(model).values():
+        for parameter in layer.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=chance, dtype=parameter.dtype)
+    chosen = {
+        f"{name}.{kind}": mask
+        for name, layer in masks.layers(model).items()
+        for kind, mask in layer_masks(layer, chance, protect).items()
+        if dict(layer.named_parameters()).get(kind) is not None
+    }
+    masks.apply(model, chosen)
+    return chosen
+
+
+def difference(masked, compact, batch):
+    """Largest difference over the largest output, without the code under test."""
+    with torch.no_grad():
+        before, after = masked.eval()(batch), compact.eval()(batch)
+    return float((before - after).abs().max() / before.abs().max().clamp_min(1e-30))
+
+
+def check_bookkeeping(model, chosen, compact):
+    """Shapes, masks and indices of a compact network fit its weights and the masked network."""
+    parameters, old = dict(compact.model.named_parameters()), dict(model.named_parameters())
+    assert set(compact.masks) == set(chosen)
+    for name, mask in compact.masks.items():
+        assert mask.shape == parameters[name].shape
+        assert not parameters[name][~mask].any(), f"{name}: masked but not zero"
+        layer, kind = name.rsplit(".", 1)
+        rows = compact.kept.get(layer, torch.arange(len(old[name])))
+        assert len(rows) == len(mask)
+        if kind == "bias":  # a mask changes only where a constant was folded into the bias
+            moved = parameters[name] != old[name][rows]
+            assert torch.equal(mask, chosen[name][rows] | moved)
+    for name, layer in masks.layers(compact.model).items():
+        sizes = (layer.weight.shape[0], layer.weight.shape[1])
+        named = ("out_channels", "in_channels", "out_features", "in_features")
+        assert tuple(getattr(layer, n) for n in named if hasattr(layer, n)) == sizes, name
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=["28x28", "8x8"])
+@pytest.mark.parametrize("arch", ARCHS)
+@given(seed=st.integers(0, 10**6))
+@examples(max_examples=40, deadline=None, derandomize=True)
+def test_the_compact_network_computes_what_the_masked_one_does(arch, shape, seed):
+    masked = network(arch, shape, **SMALL.get(arch, {})).double()
+    chosen = prune_at_random(masked, seed)
+    before = copy.deepcopy(masked.state_dict())
+    compact = surgery.remove_dead(masked, chosen, torch.rand(1, *shape).double())
+    batch = torch.randn(6, *shape, generator=torch.Generator().manual_seed(seed)).double()
+    assert difference(masked, compact.model, batch) < 1e-9
+    assert all(torch.equal(t, before[n]) for n, t in masked.state_dict().items())
+    check_bookkeeping(masked, chosen, compact)
+    assert difference(masked.float(), compact.model.float(), batch.float()) < 1e-4
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=["28x28", "8x8"])
+@pytest.mark.parametrize("arch", ARCHS)
+def test_networks_of_full_size_shrink_and_compute_the_same(arch, shape):
+    masked = network(arch, shape).double()
+    chosen = prune_at_random(masked, 1)
+    compact = surgery.remove_dead(masked, chosen, torch.rand(1, *shape).double())
+    batch = torch.randn(4, *shape).double()
+    assert difference(masked, compact.model, batch) < 1e-9
+    assert surgery.verify(masked, compact, batch, surgery.EXACT) < 1e-9
+    assert sum(p.numel() for p in compact.model.parameters()) < 0.6 * sum(
+        p.numel() for p in masked.parameters()
+    )
+    check_bookkeeping(masked, chosen, compact)
+
+
+def chain(kind):
+    """Small networks without anything that could hide a living output (no ReLU)."""
+    if kind == "linear":
+        return nn.Sequential(nn.Linear(3, 4), nn.Identity(), nn.Linear(4, 4), nn.Linear(4, 2))
+    convs = nn.Conv2d(1, 3, 3), nn.AvgPool2d(2), nn.Conv2d(3, 3, 2, stride=2), nn.Flatten()
+    return nn.Sequential(*convs, nn.Linear(12, 4, bias=kind == "conv"), nn.Linear(4, 2))
+
+
+def idle(model, batch):
+    """By ablation: outputs of each layer that say the same for all inputs, or that nobody hears.
+
+    An output is idle if giving every image the activation of the first changes nothing.
+    """
+    found = {}
+    with torch.no_grad():
+        whole = model(batch)
+        for name, layer in list(masks.layers(model).items())[:-1]:
+            found[name] = set()
+            for j in range(layer.weight.shape[0]):
+
+                def ablate(_layer, _input, output, j=j):
+                    output = output.clone()
+                    output[:, j] = output[:1, j]
+                    return output
+
+                hook = layer.register_forward_hook(ablate)
+                if (model(batch) - whole).abs().max() <= 1e-12 * whole.abs().max():
+                    found[name].add(j)
+                hook.remove()
+    return found
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+@given(seed=st.integers(0, 10**6))
+@examples(max_examples=100, deadline=None, derandomize=True)
+def test_exactly_those_outputs_go_whose_ablation_changes_nothing(kind, seed):
+    model = chain(kind).double()
+    chosen = prune_at_random(model, seed, protect=False)
+    batch = torch.randn(8, *((3,) if kind == "linear" else (1, 12, 12))).double()
+    without = idle(model, batch)
+    try:
+        compact = surgery.remove_dead(model, chosen, batch[:1])
+    except PruningError as error:
+        layer = str(error).split()[1]
+        assert len(without[layer]) == model.get_submodule(layer).weight.shape[0]
+        return
+    for name, kept in compact.kept.items():
+        everything = set(range(model.get_submodule(name).weight.shape[0]))
+        assert set(kept.tolist()) == everything - without[name]
+    assert difference(model, compact.model, batch) < 1e-9
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@given(seed=st.integers(0, 10**6))
+@examples(max_examples=10, deadline=None, derandomize=True)
+def test_no_output_goes_whose_ablation_changes_something(arch, seed):
+    model = network(arch, (1, 8, 8), **SMALL.get(arch, {})).double()
+    chosen = prune_at_random(model, seed)
+    batch = 10 * torch.randn(16, 1, 8, 8).double()
+    without = idle(model, batch)
+    for name, kept in surgery.remove_dead(model, chosen, batch[:1]).kept.items():
+        everything = set(range(model.get_submodule(name).weight.shape[0]))
+        assert everything - set(kept.tolist()) <= without[name]
+
+
+def mlp(first, bias, second, bias2):
+    """Two linear layers with ReLU between, from plain numbers."""
+    model = nn.Sequential(
+        nn.Linear(len(first[0]), len(first)), nn.ReLU(), nn.Linear(len(first), len(second))
+    )
+    for parameter, values in zip(model.parameters(), [first, bias, second, bias2], strict=True):
+        parameter.data = torch.tensor(values)
+    return model.double()
+
+
+def nonzero_masks(model):
+    return {name: p.detach() != 0 for name, p in model.named_parameters()}
+
+
+def test_by_hand_an_unheard_neuron_goes_and_a_silent_one_is_folded():
+    # neuron 0 lives, 1 is not read, 2 says relu(3) always, 3 says relu(-5) = 0 always
+    model = mlp(
+        [[1.0, 2], [3, 4], [0, 0], [0, 0]],
+        [0.5, 1, 3, -5],
+        [[1.0, 0, 2, 7], [-1, 0, 0, 9]],
+        [0.0, 0.25],
+    )
+    compact = surgery.remove_dead(model, nonzero_masks(model), torch.rand(1, 2).double())
+    small = compact.model
+    assert compact.kept["0"].tolist() == [0]
+    assert small[0].weight.tolist() == [[1, 2]]
+    assert small[0].bias.tolist() == [0.5]
+    assert small[2].weight.tolist() == [[1], [-1]]
+    assert small[2].bias.tolist() == [6, 0.25]  # 2 * relu(3) went into the first
+    assert compact.masks["2.bias"].tolist() == [True, True]  # 0 was pruned, 6 must not be
+    assert compact.masks["0.weight"].tolist() == [[True, True]]
+    assert model[2].bias.tolist() == [0, 0.25]
+
+
+def test_folding_nothing_leaves_a_pruned_bias_pruned():
+    model = mlp([[1.0, 2], [0, 0]], [0.5, 3], [[1.0, 2], [-1, 0]], [0.0, 0.0])
+    compact = surgery.remove_dead(model, nonzero_masks(model), torch.rand(1, 2).double())
+    assert compact.model[2].bias.tolist() == [6, 0]
+    assert compact.masks["2.bias"].tolist() == [True, False]
+
+
+def test_removals_go_on_until_nothing_is_idle():
+    first = nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2)
+    model = nn.Sequential(*first).double()
+    with torch.no_grad():
+        model[2].weight[2] = 0  # neuron 2 says relu(bias); folded into the last layer
+        model[4].weight[:, 1] = 0  # nobody hears neuron 1 ...
+        model[2].weight[0, 0] = 0
+        model[2].weight[0, 2] = 0  # ... so nobody hears neurons 0 and 2 of the first layer
+    compact = surgery.remove_dead(model, {}, torch.rand(1, 2).double())
+    assert {name: kept.tolist() for name, kept in compact.kept.items()} == {"0": [1], "2": [0]}
+    batch = torch.randn(20, 2).double()
+    assert difference(model, compact.model, batch) < 1e-12
+
+
+def two_convs(padding, constant, mode="zeros"):
+    """Filter 0 of the first convolution says `constant` everywhere, filter 1 is alive."""
+    torch.manual_seed(3)
+    conv = nn.Conv2d(2, 3, 3, padding=padding, padding_mode=mode)
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), conv, nn.Flatten(), nn.LazyLinear(2))
+    model(torch.rand(1, 1, 9, 9))
+    with torch.no_grad():
+        model[0].weight[0] = 0
+        model[0].bias[0] = constant
+    return model.double()
+
+
+@pytest.mark.parametrize("mode", ["zeros", "reflect"])
+@pytest.mark.parametrize("padding", [0, 1, (0, 1), "same"])
+@pytest.mark.parametrize("constant", [0.7, -0.7, 0.0])
+def test_a_silent_filter_before_padding_goes_only_if_it_says_zero(padding, constant, mode):
+    model = two_convs(padding, constant, mode)
+    compact = surgery.remove_dead(model, {}, torch.rand(1, 1, 9, 9).double())
+    zero = constant <= 0  # ReLU
+    if mode == "zeros" or zero:
+        assert compact.kept["0"].tolist() == ([1] if zero or padding == 0 else [0, 1])
+    assert difference(model, compact.model, torch.randn(4, 1, 9, 9).double()) < 1e-12
+
+
+def test_folding_at_the_padded_border_would_have_been_wrong():
+    model, wrong = two_convs(1, 0.7), two_convs(1, 0.7)
+    with torch.no_grad():
+        wrong[2].bias += 0.7 * wrong[2].weight[:, 0].sum(dim=(1, 2))
+        wrong[2].weight[:, 0] = 0
+    assert difference(model, wrong, torch.randn(4, 1, 9, 9).double()) > 1e-3
+
+
+def test_a_silent_filter_before_uneven_pooling_is_kept():
+    convs = nn.Conv2d(1, 2, 3), nn.AvgPool2d(3, stride=2, padding=1)
+    model = nn.Sequential(*convs, nn.Conv2d(2, 2, 2), nn.Flatten(), nn.Linear(8, 2)).double()
+    with torch.no_grad():
+        model[0].weight[0] = 0
+        model[0].bias[0] = 1.0
+    compact = surgery.remove_dead(model, {}, torch.rand(1, 1, 7, 7).double())
+    assert compact.kept["0"].tolist() == [0, 1]
+
+
+def test_a_reader_without_bias_keeps_constants_but_not_zeros():
+    model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2, bias=False)).double()
+    with torch.no_grad():
+        model[0].weight[:2] = 0
+        model[0].bias[:2] = torch.tensor([1.0, -1.0])
+    compact = surgery.remove_dead(model, {}, torch.rand(1, 2).double())
+    assert compact.kept["0"].tolist() == [0, 2]
+    assert difference(model, compact.model, torch.randn(9, 2).double()) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["conv1", "conv2", "fc1", "fc2"])
+def test_verify_names_the_first_layer_that_is_not_the_same(name):
+    masked = network("lenet5", (1, 28, 28), **SMALL["lenet5"])
+    chosen = prune_at_random(masked, 7)
+    compact = surgery.remove_dead(masked, chosen, torch.rand(1, 1, 28, 28))
+    batch = torch.randn(8, 1, 28, 28)
+    assert surgery.verify(masked, compact, batch, surgery.ROUNDING) <= surgery.ROUNDING
+    with torch.no_grad():  # the first output is protected, so it is heard all the way
+        compact.model.get_submodule(name).bias[0] += 100.0
+    with pytest.raises(PruningError, match=rf"layer {name} differs"):
+        surgery.verify(masked, compact, batch, surgery.ROUNDING)
+
+
+def test_verify_refuses_what_is_not_a_number():
+    masked = network("lenet300", (1, 8, 8), **SMALL["lenet300"])
+    compact = surgery.remove_dead(masked, {}, torch.rand(1, 1, 8, 8))
+    with torch.no_grad():
+        compact.model.fc2.weight[0, 0] = torch.nan
+    with pytest.raises(PruningError, match="is not the masked one"):
+        surgery.verify(masked, compact, torch.randn(4, 1, 8, 8), 1.0)
+
+
+@pytest.mark.parametrize(("emptied", "dead"), [("fc1", "fc1"), ("fc2", "fc1"), ("fc3", "fc2")])
+def test_a_layer_without_a_living_output_is_refused_by_name(emptied, dead):
+    model = network("lenet300", (1, 8, 8), **SMALL["lenet300"])
+    with torch.no_grad():
+        model.get_submodule(emptied).weight.zero_()
+    with pytest.raises(PruningError, match=rf"layer {dead} has no living output"):
+        surgery.remove_dead(model, {}, torch.rand(1, 1, 8, 8))
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.outer(x + self.inner(x))
+
+
+class Reused(Residual):
+    def forward(self, x):
+        return self.outer(self.inner(self.inner(x)))
+
+
+class Branching(Residual):
+    def forward(self, x):
+        return self.outer(self.inner(x) if x.sum() > 0 else x)
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "named"),
+    [
+        (Residual(), (1, 4), "'add'"),
+        (Reused(), (1, 4), "inner"),
+        (Branching(), (1, 4), "cannot follow"),
+        (nn.Sequential(nn.Linear(4, 3), nn.Softplus(), nn.Linear(3, 2)), (1, 4), "'_1'"),
+        (nn.Sequential(nn.Conv2d(2, 4, 1), nn.Conv2d(4, 4, 1, groups=2)), (1, 2, 3, 3), "layer 1"),
+    ],
+    ids=["residual", "reused", "branching", "softplus", "groups"],
+)
+def test_what_cannot_be_followed_is_named(model, shape, named):
+    with pytest.raises(PruningError, match=named):
+        surgery.remove_dead(model, {}, torch.rand(shape))

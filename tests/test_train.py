@@ -1,0 +1,429 @@
+"""Training: every step by hand, every epoch again after a kill, and never on with a NaN."""
+
+import copy
+import hashlib
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from secateur.core import data, masks, plugin, resume, train
+from secateur.core.data import Normalise, Split
+from secateur.core.errors import TrainingError
+from secateur.core.settings import Train
+from secateur.core.stage import Stage
+
+SMALL = {"lenet300": {"hidden": [16, 8]}, "lenet5": {"filters": [4, 6], "hidden": 12}}
+ARCHS = plugin.names("archs")  # one that is not in SMALL is tested in its own size
+PENALTIES = plugin.names("penalties")
+OPTIMIZERS = ["sgd", "adam", "adamw"]
+DIGITS = plugin.load("datasets", "digits")
+
+
+@pytest.fixture(autouse=True)
+def project(tmp_path, monkeypatch):
+    """A project of its own for every test, on the CPU, where equal bytes are promised."""
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    monkeypatch.setenv("SECATEUR_DEVICE", "cpu")
+
+
+def digits(count=200, validation=0.2):
+    images = DIGITS.read(DIGITS.Settings(), None)
+    images = data.Images(images.train.take(range(count)), images.test, (0.3,), (0.4,))
+    return data.prepare("digits", DIGITS.CLASSES, images, validation, 0)
+
+
+def network(arch, small=True, seed=0):
+    module = plugin.load("archs", arch)
+    torch.manual_seed(seed)
+    return module.build(module.Settings(**SMALL.get(arch, {}) if small else {}), 10, (1, 8, 8))
+
+
+def content(model):
+    """A fingerprint of the bytes of all weights."""
+    parts = (t.contiguous().numpy().tobytes() for t in model.state_dict().values())
+    return hashlib.sha256(b"".join(parts)).hexdigest()
+
+
+class Watcher:
+    """Remembers what it is told, and the weights after every epoch; stops where it is asked to."""
+
+    def __init__(self, model, epoch=None, step=None):
+        self.model, self.at = model, (epoch, step)
+        self.weights, self.rows, self.steps = [], [], []
+
+    def start(self, epochs, steps, rows):
+        self.began = (epochs, steps, len(rows))
+
+    def step(self, epoch, step):
+        self.steps.append((epoch, step))
+        if self.at == (epoch, step):
+            raise KeyboardInterrupt
+
+    def epoch(self, row):
+        self.rows.append(row)
+        self.weights.append(content(self.model))
+        if self.at == (row["epoch"], None):
+            raise KeyboardInterrupt
+
+    def saved(self):
+        pass
+
+
+def fit(model, prepared, settings, name="a", seed=1, watcher=None, **options):
+    """Train under the lock of a stage of this name, as a stage does; a second call resumes."""
+    stage = Stage("baseline", None, {"name": name}, {})
+    with resume.single_flight(stage, [], lambda: None) as work:
+        watchers = [watcher] if watcher else []
+        return train.fit(model, prepared, settings, seed, work, watchers, **options)
+
+
+def state_left(name="a"):
+    stage = Stage("baseline", None, {"name": name}, {})
+    with resume.single_flight(stage, [], lambda: None) as work:
+        return work.state()
+
+
+def chosen_penalty(name, model):
+    module = plugin.load("penalties", name)
+    return module.build(module.Settings(), model)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_the_digits_are_learnt(arch):
+    prepared, model = digits(1437), network(arch, small=False)
+    result = fit(model, prepared, Train(epochs=5, batch_size=64, lr=0.002))
+    assert result.history[-1]["train_accuracy"] > 0.9
+    normalise = Normalise(prepared.about.mean, prepared.about.std, torch.device("cpu"))
+    assert train.accuracy(model, prepared.test, normalise)[0] > 0.9
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_one_others():
+    prepared, settings = digits(), Train(epochs=2, batch_size=32)
+    models = [network("lenet300") for _ in range(3)]
+    for name, seed, model in zip("abc", (1, 1, 2), models, strict=True):
+        torch.manual_seed(ord(name))  # the past has no say
+        fit(model, prepared, settings, name, seed)
+    assert content(models[0]) == content(models[1]) != content(models[2])
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("name", PENALTIES)
+def test_decay_zero_is_bit_for_bit_training_without_a_penalty(name, arch):
+    prepared, settings = digits(), Train(epochs=2, batch_size=32)
+    results = {}
+    for run, penalty, decay in [("plain", "none", 0.1), ("off", name, 0.0), ("on", name, 0.01)]:
+        model = network(arch)
+        result = fit(
+            model, prepared, settings, run, penalty=chosen_penalty(penalty, model), decay=decay
+        )
+        results[run] = content(model), result.history
+    assert results["off"] == results["plain"]
+    assert (results["on"][0] == results["plain"][0]) == (name == "none")
+
+
+FIRST_STEP = {  # weight and gradient -> weight, at rate 0.1 and weight decay 0.2
+    "sgd": lambda w, g: w - 0.1 * (1 + 0.9) * (g + 0.2 * w),  # Nesterov looks 0.9 ahead
+    "adam": lambda w, g: w - 0.1 * (g + 0.2 * w) / ((g + 0.2 * w).abs() + 1e-8),
+    "adamw": lambda w, g: w * (1 - 0.1 * 0.2) - 0.1 * g / (g.abs() + 1e-8),
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_one_step_is_the_gradient_of_cross_entropy_and_penalty_by_hand(optimizer):
+    prepared, model = digits(60, validation=0), network("lenet300")
+    images = (prepared.train.images / 255 - 0.3) / 0.4
+    twin = copy.deepcopy(model)
+    norm = sum(p.abs().sum() for n, p in twin.named_parameters() if n.endswith("weight"))
+    logits, labels = twin(images), prepared.train.labels
+    loss = F.cross_entropy(logits, labels)
+    (loss + 0.01 * norm).backward()
+    settings = Train(epochs=1, batch_size=60, optimizer=optimizer, lr=0.1, weight_decay=0.2)
+    result = fit(model, prepared, settings, penalty=chosen_penalty("l1", model), decay=0.01)
+    for after, before in zip(model.parameters(), twin.parameters(), strict=True):
+        sure = before.grad.abs() > 1e-5  # Adam's first step divides by the gradient
+        expected = FIRST_STEP[optimizer](before.detach(), before.grad)
+        torch.testing.assert_close(after[sure], expected[sure], rtol=1e-3, atol=1e-5)
+        assert sure.float().mean() > 0.5
+    (row,) = result.history
+    assert row["penalty"] == pytest.approx(0.01 * norm.item(), rel=1e-5)
+    assert row["train_loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert row["train_accuracy"] == pytest.approx((logits.argmax(1) == labels).float().mean())
+
+
+@pytest.mark.parametrize("keep", ["best", "last"])
+@pytest.mark.parametrize("lr", [0.2, 1e-7])
+@pytest.mark.parametrize("seed", [1, 2])
+def test_the_epoch_that_is_kept_is_the_one_that_the_history_names(keep, lr, seed):
+    prepared, model = digits(), network("lenet300", seed=seed)
+    watcher = Watcher(model)
+    settings = Train(epochs=6, batch_size=20, lr=lr, schedule="constant", keep=keep)
+    result = fit(model, prepared, settings, seed=seed, watcher=watcher)
+    ranks = [(row["val_accuracy"], -row["val_loss"]) for row in result.history]
+    assert result.history == watcher.rows
+    assert result.picked == (ranks.index(max(ranks)) + 1 if keep == "best" else 6)
+    assert content(model) == watcher.weights[result.picked - 1]
+    assert len(set(watcher.weights)) == 6
+    if lr == 0.2:  # the rate is high enough that the last epoch is not the best
+        assert ranks.index(max(ranks)) < 5
+    else:  # so low that the accuracy stays and the loss decides
+        assert len({row["val_accuracy"] for row in result.history}) == 1
+
+
+def test_of_equal_epochs_the_first_is_kept():
+    settings = Train(epochs=3, batch_size=32, lr=1e-30)  # no weight moves
+    assert fit(network("lenet300"), digits(), settings).picked == 1
+
+
+@pytest.mark.parametrize("keep", ["best", "last"])
+def test_without_validation_the_last_epoch_is_kept(keep):
+    model = network("lenet300")
+    watcher = Watcher(model)
+    settings = Train(epochs=3, batch_size=32, lr=0.05, keep=keep)
+    result = fit(model, digits(validation=0), settings, watcher=watcher)
+    assert result.picked == 3
+    assert content(model) == watcher.weights[-1]
+    assert not any(key.startswith("val") for row in result.history for key in row)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_the_rate_is_that_of_torch_own_scheduler(schedule):
+    settings = Train(epochs=4, batch_size=32, lr=0.03, schedule=schedule)
+    result = fit(network("lenet300"), digits(100, validation=0), settings)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.03)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=4 * 4)
+    rates = []
+    for _ in range(16):
+        rates.append(scheduler.get_last_lr()[0] if schedule == "cosine" else 0.03)
+        optimizer.step()
+        scheduler.step()
+    assert [row["lr"] for row in result.history] == pytest.approx(rates[3::4], rel=1e-9)
+    assert rates[0] == 0.03
+
+
+def test_the_cosine_starts_at_the_full_rate_and_ends_just_above_zero():
+    settings = Train(epochs=3, batch_size=25, lr=0.01)
+    history = fit(network("lenet300"), digits(100, validation=0), settings).history
+    last_steps = [3, 7, 11]
+    expected = [0.005 * (1 + math.cos(math.pi * step / 12)) for step in last_steps]
+    assert [row["lr"] for row in history] == pytest.approx(expected)
+    assert all(before["lr"] > after["lr"] > 0 for before, after in pairwise(history))
+
+
+def test_watchers_hear_of_every_step_and_epoch():
+    model = network("lenet300")
+    watcher = Watcher(model)
+    result = fit(model, digits(100, 0), Train(epochs=2, batch_size=30), watcher=watcher)
+    assert watcher.began == (2, 4, 0)
+    assert watcher.steps == [(epoch, step) for epoch in (1, 2) for step in (1, 2, 3, 4)]
+    assert watcher.rows == result.history
+
+
+def killed_and_undisturbed(make, settings, stops, options=lambda model: {}):
+    """Results of a training that is stopped again and again, and of one that is left alone."""
+    prepared, alone = digits(120), make()
+    expected = fit(alone, prepared, settings, "alone", **options(alone))
+    done = 0
+    for stop in stops:
+        model = make()
+        watcher = Watcher(model, *stop)
+        with pytest.raises(KeyboardInterrupt):
+            fit(model, prepared, settings, "killed", watcher=watcher, **options(model))
+        assert watcher.began[2] == done, "went on where the last one was"
+        done = stop[0] - (stop[1] is not None)
+    model = make()
+    watcher = Watcher(model)
+    result = fit(model, prepared, settings, "killed", watcher=watcher, **options(model))
+    assert watcher.began[2] == done
+    return (content(model), result), (content(alone), expected)
+
+
+@pytest.mark.parametrize(
+    "stops",
+    [[(1, None)], [(2, None)], [(4, None)], [(1, 2)], [(3, 1)], [(1, None), (2, 2), (3, None)]],
+    ids=["after 1", "after 2", "after all", "in 1", "in 3", "three times"],
+)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_a_killed_training_ends_with_the_bytes_of_one_left_alone(arch, optimizer, stops):
+    settings = Train(epochs=4, batch_size=32, optimizer=optimizer, lr=0.02, weight_decay=0.01)
+
+    def options(model):
+        module = plugin.load("pruners", "std")
+        chosen = module.prune(module.Settings(sensitivity=0.5), model)
+        return {
+            "penalty": chosen_penalty("hoyer_square", model),
+            "decay": 1e-4,
+            "masks": chosen,
+        }
+
+    killed, alone = killed_and_undisturbed(lambda: network(arch), settings, stops, options)
+    assert killed == alone
+
+
+@pytest.mark.parametrize("keep", ["best", "last"])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_killed_training_without_penalty_masks_or_momentum_does_too(momentum, keep):
+    settings = Train(epochs=4, batch_size=32, optimizer="sgd", lr=0.3, momentum=momentum, keep=keep)
+    killed, alone = killed_and_undisturbed(lambda: network("lenet5"), settings, [(2, None), (3, 2)])
+    assert killed == alone
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+def test_a_killed_training_with_any_penalty_does_too(name):
+    def options(model):
+        return {"penalty": chosen_penalty(name, model), "decay": 1e-3}
+
+    settings = Train(epochs=3, batch_size=32)
+    killed, alone = killed_and_undisturbed(
+        lambda: network("lenet300"), settings, [(1, 1), (2, None)], options
+    )
+    assert killed == alone
+
+
+def test_a_killed_training_with_dropout_does_too():
+    def make():
+        torch.manual_seed(5)
+        return nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(64, 10))
+
+    settings = Train(epochs=3, batch_size=32)
+    killed, alone = killed_and_undisturbed(make, settings, [(1, 2), (2, None)])
+    assert killed == alone
+
+
+class Clock:
+    """A penalty with a memory that grows at every step and ends the training by its own clock."""
+
+    def __init__(self, model, last=10):
+        self.weights = [p for p in model.parameters() if p.dim() > 1]
+        self.steps, self.last = torch.zeros(()), last
+
+    @property
+    def finished(self):
+        return bool(self.steps >= self.last)
+
+    def __call__(self, step):
+        assert step == int(self.steps), "steps are counted over all epochs, and never twice"
+        self.steps += 1
+        return self.steps * sum(w.square().sum() for w in self.weights)
+
+    def state_dict(self):
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state):
+        self.steps = state["steps"].clone()
+
+
+@pytest.mark.parametrize("stop", [(1, None), (2, 2), (3, None)], ids=["early", "within", "at end"])
+def test_a_penalty_with_a_memory_ends_a_killed_training_where_it_ends_another(stop):
+    def options(model):
+        return {"penalty": Clock(model), "decay": 1e-4}
+
+    settings = Train(epochs=8, batch_size=24)  # 4 steps an epoch: over after 12 steps
+    killed, alone = killed_and_undisturbed(lambda: network("lenet300"), settings, [stop], options)
+    assert len(alone[1].history) == 3
+    assert killed == alone
+
+
+class Poison:
+    """A penalty that is `value` at one step and nothing at all others."""
+
+    finished = False
+
+    def __init__(self, model, at, value):
+        self.weight, self.at, self.value = next(model.parameters()), at, value
+
+    def __call__(self, step):
+        return self.weight.sum() * (self.value if step == self.at else 0.0)
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    ("batch_size", "at", "epoch", "step"), [(32, 0, 1, 1), (32, 12, 3, 3), (1, 225, 2, 66)]
+)
+def test_a_loss_that_is_no_number_stops_the_training_and_the_good_state_is_kept(
+    batch_size, at, epoch, step, value
+):
+    model = network("lenet300")
+    settings, watcher = Train(epochs=4, batch_size=batch_size), Watcher(model)
+    options = {"penalty": Poison(model, at, value), "decay": 1.0}
+    with pytest.raises(
+        TrainingError, match=rf"epoch {epoch}, step {step} .*after epoch {epoch - 1}"
+    ):
+        fit(model, digits(), settings, watcher=watcher, **options)
+    state = state_left()
+    if epoch == 1:
+        assert state is None
+        return
+    tensors, info = state
+    assert info["history"] == watcher.rows
+    assert len(info["history"]) == epoch - 1
+    good = network("lenet300")
+    good.load_state_dict(
+        {n.removeprefix("model/"): t for n, t in tensors.items() if n[:6] == "model/"}
+    )
+    assert content(good) == watcher.weights[-1]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_rate_that_is_far_too_high_is_told(optimizer):
+    settings = Train(epochs=2, batch_size=16, optimizer=optimizer, lr=1e30)
+    with pytest.raises(TrainingError, match=r"loss became \S+ at epoch 1, step \d+ \(lr 1e\+30\)"):
+        fit(network("lenet300"), digits(), settings)
+
+
+def test_weights_that_explode_in_the_last_step_of_an_epoch_are_no_good_state():
+    settings = Train(epochs=1, batch_size=1000, optimizer="sgd", lr=1e38)
+    with pytest.raises(TrainingError, match="epoch 1"):
+        fit(network("lenet300"), digits(), settings)
+    assert state_left() is None
+
+
+class Cliff(Poison):
+    """A penalty of value zero without a finite gradient, as sqrt has at zero."""
+
+    def __call__(self, step):
+        return torch.sqrt(self.weight.square().sum() * 0)
+
+
+def test_a_gradient_that_is_no_number_in_the_last_step_is_told():
+    model = network("lenet300")
+    options = {"penalty": Cliff(model, 0, 0), "decay": 1.0}
+    with pytest.raises(TrainingError, match="epoch 1"):
+        fit(model, digits(validation=0), Train(epochs=1, batch_size=1000), **options)
+
+
+def test_masks_are_held_and_other_weights_learn():
+    model = network("lenet5")
+    before = copy.deepcopy(model.state_dict())
+    chosen = {"conv2.weight": torch.rand(model.conv2.weight.shape) > 0.5}
+    masks.apply(model, chosen)
+    fit(model, digits(), Train(epochs=1), masks=chosen)
+    assert torch.equal(model.conv2.weight != 0, chosen["conv2.weight"])
+    assert not torch.equal(model.conv1.weight, before["conv1.weight"])
+
+
+@pytest.mark.parametrize("count", [1, 999, 1000, 2345])
+def test_accuracy_and_loss_are_what_numpy_says(count):
+    chance = np.random.default_rng(0)
+    pixels = chance.integers(0, 256, (count, 1, 4, 4), dtype=np.uint8)
+    labels = chance.integers(0, 3, count)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 3), nn.Dropout(0.9)).train()
+    weight, bias = (p.detach().double().numpy() for p in model.parameters())
+    logits = (pixels.reshape(count, 16) / 255 - 0.5) / 0.25 @ weight.T + bias
+    chances = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    split = Split(torch.from_numpy(pixels), torch.from_numpy(labels))
+    right, loss = train.accuracy(model, split, Normalise([0.5], [0.25], torch.device("cpu")))
+    assert right == np.mean(logits.argmax(axis=1) == labels)
+    assert loss == pytest.approx(-np.log(chances[range(count), labels]).mean(), rel=1e-5)
