@@ -1,5 +1,6 @@
 """The pipeline as people use it: real DVC, real MLflow store, real digits."""
 
+import itertools
 import json
 import os
 import random
@@ -88,7 +89,7 @@ def test_a_second_clone_reuses_models_and_shows_the_whole_chain(finished, tmp_pa
 
 def test_queued_experiments_share_models_and_none_is_lost(unborn):
     names = ["a", "b"]
-    sweep = ["-S", "pruners.std.sensitivity=0.1,0.3", "-S", "decay=1e-4,1e-3"]
+    sweep = ["-S", "pruners.std.sensitivity=0.1,0.3", "-S", "decay=1e-4"]
     unborn.dvc("exp", "run", "--queue", *sweep)
     unborn.dvc("queue", "start", "-j", str(len(names)), SECATEUR_TRACKING="on")
     for _ in range(150):
@@ -102,7 +103,7 @@ def test_queued_experiments_share_models_and_none_is_lost(unborn):
         unborn.dvc("exp", "run", "--run-all", SECATEUR_TRACKING="on", ok=None)
         pytest.fail(f"{lost} failed:\n" + unborn.dvc("queue", "logs", lost[0], ok=None))
     made = Counter(r.data.tags["stage"] for r in runs(unborn))
-    assert made == {"baseline": 1, "sparse-train": 2, "prune": 4, "finetune": 4, "evaluate": 4}
+    assert made == {"baseline": 1, "sparse-train": 1, "prune": 2, "finetune": 2, "evaluate": 2}
 
 
 # -- what comes out --------------------------------------------------------------------------------
@@ -150,7 +151,7 @@ def test_what_is_pruned_stays_pruned(finished):
 
 def test_the_models_name_their_parents(finished):
     records = [json.loads((finished.path / f"models/{m}.run.json").read_text()) for m in MODELS]
-    for parent, child in zip(records, records[1:], strict=False):
+    for parent, child in itertools.pairwise(records):
         assert child["upstream"] == {parent["stage"]: parent["sha256"]}
 
 
@@ -291,7 +292,7 @@ def test_twins_train_once(project):
             env=project.env(),
             stdout=subprocess.PIPE,
             text=True,
-        )  # fmt: skip
+        )
         for _ in range(2)
     ]
     logs = [process.communicate(timeout=120)[0] for process in started]

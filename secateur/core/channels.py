@@ -40,8 +40,9 @@ def links(model: nn.Module, example: Tensor) -> list[Link]:
     found: list[Link] = []
     producer: str | None = None
     through: list[nn.Module] = []
+    seen: set[str] = set()
     sides = _sides(model, example)
-    for node in fx.symbolic_trace(model).graph.nodes:
+    for node in _trace(model).graph.nodes:
         if node.op in ("placeholder", "output"):
             continue
         module = modules[str(node.target)] if node.op == "call_module" else None
@@ -53,6 +54,9 @@ def links(model: nn.Module, example: Tensor) -> list[Link]:
             )
         if isinstance(module, LAYERS):
             name = str(node.target)
+            if name in seen:
+                raise PruningError(f"layer {name} is used twice: shared weights are not followed")
+            seen.add(name)
             if isinstance(module, nn.Conv2d) and module.groups != 1:
                 raise PruningError(f"layer {name}: grouped convolutions are not followed yet")
             if producer is not None:
@@ -63,6 +67,14 @@ def links(model: nn.Module, example: Tensor) -> list[Link]:
         elif not isinstance(module, nn.Flatten):
             through.append(module)
     return found
+
+
+def _trace(model: nn.Module) -> fx.GraphModule:
+    try:
+        return fx.symbolic_trace(model)
+    except Exception as error:  # what the tracer raises depends on what it stumbles over
+        reason = " ".join(str(error).split())
+        raise PruningError(f"cannot follow {type(model).__name__}: {reason}") from None
 
 
 @torch.no_grad()

@@ -64,6 +64,8 @@ class Checkpoint:
         try:
             resize(model, {name: tensor.shape for name, tensor in self.tensors.items()})
             model.load_state_dict(self.tensors)
+            with torch.inference_mode():  # one image through, so that layers fit each other
+                model.eval()(torch.zeros(1, *self.header.shape))
         except (RuntimeError, KeyError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise CheckpointError(
@@ -115,6 +117,8 @@ def load(
         content = path.read_bytes()
     except FileNotFoundError:
         raise CheckpointError(f"{path}: missing; run `dvc repro` to make it") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
     header = _header(path, content)
     if arch is not None and header.arch != arch:
         raise CheckpointError(
@@ -134,6 +138,7 @@ def load(
     masks = {k.removeprefix(MASK): t for k, t in everything.items() if k.startswith(MASK)}
     tensors = {k: t for k, t in everything.items() if not k.startswith(MASK)}
     strangers = [k for k in masks if k not in tensors or masks[k].shape != tensors[k].shape]
+    strangers += [k for k in masks if masks[k].dtype != torch.bool]
     if strangers:
         raise CheckpointError(f"{path}: mask without a tensor of its shape: {strangers[0]}")
     return Checkpoint(header, tensors, masks, hashlib.sha256(content).hexdigest())

@@ -84,9 +84,10 @@ def prepare(
     Raises DataError if a class has no image to give, or a label has no name.
     """
     labels = images.train.labels.numpy()
-    counts = np.bincount(labels, minlength=len(classes))
-    if len(counts) > len(classes) or labels.min() < 0:
+    everything = np.concatenate([labels, images.test.labels.numpy()])
+    if everything.min() < 0 or everything.max() >= len(classes):
         raise DataError(f"{name}: labels beyond the {len(classes)} classes")
+    counts = np.bincount(labels, minlength=len(classes))
     if empty := [c for c, n in zip(classes, counts, strict=True) if n == 0]:
         raise DataError(f"{name}: no training image of class {empty[0]!r}")
     train, val = np.arange(len(labels)), np.arange(0)

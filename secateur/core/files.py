@@ -25,7 +25,7 @@ def write_text(path: Path, content: str) -> None:
 
 def copy_tree(source: Path, target: Path) -> None:
     """Copy a file, or a folder file by file, each in one step."""
-    if source.is_file():
+    if not source.is_dir():
         write_bytes(target, source.read_bytes())
         return
     for path in sorted(source.rglob("*")):

@@ -63,6 +63,11 @@ class _Closed(torch.autograd.Function):
         return None, None, *(ctx.gradient(t).mul_(upstream) for t in ctx.saved_tensors)
 
 
+def l1_l2(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of absolute values and Euclidean norm, both scalars."""
+    return tensor.abs().sum(), torch.linalg.vector_norm(tensor)  # vector_norm(., 1) is slower
+
+
 def channel_norms(weight: Tensor) -> Tensor:
     """Euclidean norm of each input channel (a layer's column), finite derivative at zero.
 
@@ -99,9 +104,15 @@ def along_filters(values: Tensor, weight: Tensor) -> Tensor:
 
 def inverse(values: Tensor) -> Tensor:
     """1 / value, and 0 where the value is too small for that."""
-    return torch.where(values > torch.finfo(values.dtype).tiny, 1 / values, 0.0)
+    return torch.where(values > _floor(values), 1 / values, 0.0)
 
 
 def ratio(above: Tensor, below: Tensor) -> Tensor:
-    """above / below, and 0 where both are zero."""
-    return above / below.clamp_min(torch.finfo(below.dtype).tiny)
+    """above / below, and 0 where `below` is too small for that."""
+    floor = _floor(below)
+    return torch.where(below > floor, above / below.clamp_min(floor), 0.0)
+
+
+def _floor(values: Tensor) -> float:
+    """A norm below this counts as zero: its square is lost, its inverse squared overflows."""
+    return float(torch.finfo(values.dtype).tiny ** 0.4)  # 7e-16 in float32

@@ -29,7 +29,7 @@ def names(kind: Kind) -> list[str]:
 def find(kind: Kind, name: str, key: str | None = None) -> Path:
     """File of the plug-in; SettingsError with the names there are if there is none."""
     path = _PACKAGE / kind / f"{name}.py"
-    if kind not in get_args(Kind) or not re.fullmatch(r"\w+", name) or not path.is_file():
+    if kind not in get_args(Kind) or not re.fullmatch(r"[a-z]\w*", name) or not path.is_file():
         close = difflib.get_close_matches(name, names(kind), n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
         raise SettingsError(

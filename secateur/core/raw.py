@@ -59,10 +59,10 @@ def found_or_downloaded(make: Callable[[bool], Any], name: str, root: Path) -> A
     """
     try:
         return make(False)
-    except RuntimeError:
-        pass  # torchvision's way of saying that the files are not there
     except Exception as error:
-        raise DataError(f"{name}: the files under {root} are damaged: {_short(error)}") from None
+        if "not found" not in str(error):  # torchvision's way of saying that nothing is there
+            reason = _short(error)
+            raise DataError(f"{name}: the files under {root} are damaged: {reason}") from None
     try:
         print(f"{name}: not under {root}, downloading", flush=True)
         return make(True)

@@ -129,8 +129,17 @@ def _drop_old(root: Path, keep: Path) -> None:
     limit = time.time() - KEEP_DAYS * 86_400
     for lock_file in root.glob("*/*/lock"):
         folder = lock_file.parent
-        if folder == keep or max(p.stat().st_mtime for p in folder.iterdir()) > limit:
+        if folder == keep or _touched(folder) > limit:
             continue
         with lock_file.open() as lock, contextlib.suppress(BlockingIOError):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _touched(folder: Path) -> float:
+    """When anything in the folder last changed; files may come and go meanwhile."""
+    times = [folder.stat().st_mtime]
+    for path in folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            times.append(path.stat().st_mtime)
+    return max(times)

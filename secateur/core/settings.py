@@ -3,10 +3,18 @@
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from secateur.core import plugin
 from secateur.core.errors import SettingsError
@@ -21,6 +29,22 @@ Table = dict[str, dict[str, Any]]
 T = TypeVar("T", bound=BaseModel)
 
 
+def _refuse_truth(value: Any, annotation: Any) -> Any:
+    """`value`; ValueError if it is, or holds, a truth value where the type has numbers."""
+    types = set(_types(annotation))
+    if bool not in types and types & {int, float}:
+        if isinstance(value, bool):
+            raise ValueError("a number is needed")
+        if isinstance(value, list) and any(isinstance(item, bool) for item in value):
+            raise ValueError("numbers are needed")
+    return value
+
+
+def _types(annotation: Any) -> list[Any]:
+    """The annotation and all that it is made of."""
+    return [annotation, *(t for part in get_args(annotation) for t in _types(part))]
+
+
 class Strict(BaseModel):
     """A group of settings: frozen, no unknown keys, text converted by the field's type.
 
@@ -30,15 +54,10 @@ class Strict(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    @model_validator(mode="before")
+    @field_validator("*", mode="before")
     @classmethod
-    def _no_truth_values_as_numbers(cls, values: Any) -> Any:
-        if isinstance(values, Mapping):
-            for key, value in values.items():
-                field = cls.model_fields.get(key)
-                if isinstance(value, bool) and field and field.annotation in (int, float):
-                    raise ValueError(f"{key} = {value}: a number is needed")
-        return values
+    def _no_truth_values_as_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        return _refuse_truth(value, cls.model_fields[str(info.field_name)].annotation)
 
 
 class Data(Strict):
@@ -89,10 +108,8 @@ class Evaluate(Strict):
     """Timed passes of each model, interleaved, after a warm-up."""
 
 
-class Params(BaseModel):
+class Params(Strict):
     """All of params.yaml. A stage holds one with only the keys that dvc.yaml declares for it."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     dataset: Name
     arch: Name
@@ -143,7 +160,9 @@ def check(path: Path | str = FILE) -> None:
         raw = yaml.safe_load(Path(path).read_text())
     except FileNotFoundError:
         raise SettingsError(f"{path}: no such file; run from the project's root") from None
-    except yaml.YAMLError as error:
+    except OSError as error:
+        raise SettingsError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SettingsError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
         raise SettingsError(f"{path}: must be a table of settings")

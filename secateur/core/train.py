@@ -82,6 +82,8 @@ def fit(
     Raises TrainingError when the loss is no longer finite; the last good state stays in `work`.
     """
     torch.use_deterministic_algorithms(True)
+    # deterministic mode also fills fresh memory, as a debugging aid: a tenth of a step
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     place = device()
     model.to(place)
     if any(isinstance(module, nn.Conv2d) for module in model.modules()):
@@ -99,18 +101,19 @@ def fit(
     for watch in watchers:
         watch.start(settings.epochs, len(batches), run.history)
     for epoch in range(len(run.history), settings.epochs):
+        if penalty is not None and penalty.finished:  # before the epoch: it may be over on resume
+            break
         torch.manual_seed(seed * 1_000_003 + epoch)  # dropout and the like: by epoch, not by past
         row = _epoch(model, optimizer, penalty, decay, batches, settings, epoch, watchers)
         if len(val):
             row["val_accuracy"], row["val_loss"] = accuracy(model, val, batches.normalise)
+        _refuse_broken(model, row, settings.lr)
         run.add(row, keep_best=settings.keep == "best" and len(val) > 0)
         saved = work.keep(*run.save())
         for watch in watchers:
             watch.epoch(row)
             if saved:
                 watch.saved()
-        if penalty is not None and penalty.finished:
-            break
     run.load_best()
     return Fit(run.history, run.best or len(run.history))
 
@@ -202,6 +205,17 @@ def _rate(settings: Train, step: int, steps: int) -> float:
     if settings.schedule == "constant":
         return settings.lr
     return settings.lr * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def _refuse_broken(model: nn.Module, row: Row, lr: float) -> None:
+    """Raise TrainingError if the last step of an epoch, whose loss nobody saw, broke weights."""
+    whole = torch.stack([p.detach().isfinite().all() for p in model.parameters()]).all()
+    if not (bool(whole) and all(math.isfinite(value) for value in row.values())):
+        epoch = int(row["epoch"])
+        raise TrainingError(
+            f"weights or loss are no longer finite after epoch {epoch} (lr {lr:g}): stopped; "
+            f"the state after epoch {epoch - 1} is kept. Lower the learning rate or the decay"
+        )
 
 
 class _Finite:

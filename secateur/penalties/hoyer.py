@@ -5,10 +5,9 @@ scale-invariant sparsity measures, ICLR 2020 (after P. Hoyer, JMLR, 2004).
 R(w) = sum|w| / sqrt(sum w^2); derivative sign(w)/S - w * sum|w| / S^3 with S = sqrt(sum w^2).
 """
 
-import torch
 from torch import Tensor, nn
 
-from secateur.core.penalty import Formula, Penalty, inverse, ratio
+from secateur.core.penalty import Formula, Penalty, inverse, l1_l2, ratio
 from secateur.core.settings import Strict
 
 
@@ -26,10 +25,10 @@ def build(settings: Settings, model: nn.Module) -> Penalty:
 
 def value(w: Tensor) -> Tensor:
     """L1 over L2; 0 for a tensor of zeros."""
-    return ratio(torch.linalg.vector_norm(w, 1), torch.linalg.vector_norm(w))
+    return ratio(*l1_l2(w))
 
 
 def gradient(w: Tensor) -> Tensor:
     """(sign(w) - w * sum|w| / sum w^2) / L2."""
-    l1, l2 = torch.linalg.vector_norm(w, 1), torch.linalg.vector_norm(w)
-    return w.sign().sub_(w * ratio(ratio(l1, l2), l2)).mul_(inverse(l2))
+    l1, l2 = l1_l2(w)
+    return w.sign().addcmul_(w, ratio(ratio(l1, l2), l2), value=-1).mul_(inverse(l2))

@@ -6,10 +6,9 @@ R(w) = (sum|w|)^2 / sum w^2, between 1 and n. With t = sum w^2 / sum|w|, the der
 (2/t) * (sign(w) - w/t): entries below t shrink, entries above it grow.
 """
 
-import torch
 from torch import Tensor, nn
 
-from secateur.core.penalty import Formula, Penalty, ratio
+from secateur.core.penalty import Formula, Penalty, l1_l2, ratio
 from secateur.core.settings import Strict
 
 
@@ -27,11 +26,12 @@ def build(settings: Settings, model: nn.Module) -> Penalty:
 
 def value(w: Tensor) -> Tensor:
     """(L1 / L2)^2; 0 for a tensor of zeros."""
-    return ratio(torch.linalg.vector_norm(w, 1), torch.linalg.vector_norm(w)).square()
+    l1, l2 = l1_l2(w)
+    return ratio(l1, l2).square()
 
 
 def gradient(w: Tensor) -> Tensor:
     """2 * s * (sign(w) - s * w) with s = sum|w| / sum w^2."""
-    l2 = torch.linalg.vector_norm(w)
-    s = ratio(ratio(torch.linalg.vector_norm(w, 1), l2), l2)
-    return w.sign().sub_(w * s).mul_(2 * s)
+    l1, l2 = l1_l2(w)
+    s = ratio(ratio(l1, l2), l2)
+    return w.sign().addcmul_(w, s, value=-1).mul_(2 * s)

@@ -4,7 +4,6 @@ Source: R. Tibshirani, Regression shrinkage and selection via the lasso, JRSS B,
 R(w) = sum_i |w_i|; derivative sign(w_i).
 """
 
-import torch
 from torch import Tensor, nn
 
 from secateur.core.penalty import Formula, Penalty
@@ -25,7 +24,7 @@ def build(settings: Settings, model: nn.Module) -> Penalty:
 
 def value(w: Tensor) -> Tensor:
     """Sum of |w|."""
-    return torch.linalg.vector_norm(w, 1)
+    return w.abs().sum()
 
 
 def gradient(w: Tensor) -> Tensor:

@@ -1,0 +1,179 @@
+"""Run a published experiment by name, over several seeds, and report mean and spread.
+
+Every seed is a DVC experiment of its own (`<recipe>-seed<n>`, in a temporary copy: the workspace
+stays as it is), so whatever has run before comes from the cache.
+
+    python -m secateur.recipe                      lists the recipes
+    python -m secateur.recipe NAME --seeds 1 2 3   runs one and prints its table
+    python -m secateur.recipe NAME --apply         writes its settings into params.yaml instead
+"""
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from secateur import console
+from secateur.core.errors import SecateurError, SettingsError
+from secateur.core.record import FOLDERS, flat
+
+FOLDER = Path("recipes")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Settings that differ from params.yaml, and what they are for."""
+
+    name: str
+    about: str
+    settings: dict[str, Any]
+
+    @property
+    def overrides(self) -> list[str]:
+        """As `dvc exp run` takes them."""
+        parts = []
+        for key, value in flat(self.settings).items():
+            text = json.dumps(value) if isinstance(value, list | bool) else str(value)
+            parts += ["-S", f"{key}={text}"]
+        return parts
+
+
+def load(name: str) -> Recipe:
+    """Read recipes/<name>.yaml; SettingsError with the names there are if there is none."""
+    path = FOLDER / f"{name}.yaml"
+    if not path.exists():
+        raise SettingsError(f"recipe {name!r}: there is no {path}; there are: {', '.join(names())}")
+    content = yaml.safe_load(path.read_text())
+    return Recipe(name, content["about"], content["settings"])
+
+
+def names() -> list[str]:
+    """All recipes, sorted."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def run(recipe: Recipe, seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """One experiment a seed; gives their reports, with the seconds of every stage."""
+    reports = []
+    for seed in seeds:
+        name = f"{recipe.name}-seed{seed}"
+        subprocess.run(["dvc", "exp", "remove", "-q", name], capture_output=True, check=False)
+        command = ["dvc", "exp", "run", "--temp", "-n", name, *recipe.overrides, "-S"]
+        if subprocess.run([*command, f"seed={seed}"], check=False).returncode:
+            raise SecateurError(f"recipe {recipe.name}: seed {seed} failed (see above)")
+        reports.append(_report(name))
+    return reports
+
+
+def _report(experiment: str) -> dict[str, Any]:
+    """What evaluate wrote in an experiment, and how long its stages took."""
+    from dvc.api import DVCFileSystem
+
+    tree = DVCFileSystem(rev=experiment)
+    report: dict[str, Any] = json.loads(tree.read_bytes("metrics/evaluate.json"))
+    report["layers"] = tree.read_bytes("metrics/layers.csv").decode()
+    records = {s: json.loads(tree.read_bytes(f"{f}.run.json")) for s, f in FOLDERS.items()}
+    report["seconds"] = {stage: record["seconds"] for stage, record in records.items()}
+    return report
+
+
+def show(recipe: Recipe, seeds: Sequence[int], reports: Sequence[dict[str, Any]]) -> None:
+    """A table with one row a seed, mean and sample deviation below."""
+    columns = {
+        "dense error %": lambda r: 100 * (1 - r["baseline"]["accuracy"]),
+        "error %": lambda r: 100 * (1 - r["finetuned"]["accuracy"]),
+        "compression x": lambda r: r["compression"],
+        "MACs left": lambda r: r["finetuned"]["macs"],
+        "MACs, dense kernels": lambda r: r["finetuned"]["macs_dense"],
+        "speed-up x": lambda r: r["measured_speedup"],
+        "seconds": lambda r: sum(r["seconds"].values()),
+    }
+    values = {heading: [read(report) for report in reports] for heading, read in columns.items()}
+    table = Table(title=f"{recipe.name}: {recipe.about}", title_justify="left")
+    for heading in ("seed", *columns, "alive outputs"):
+        table.add_column(heading, justify="right")
+    for number, (seed, report) in enumerate(zip(seeds, reports, strict=True)):
+        cells = [_words(column[number]) for column in values.values()]
+        table.add_row(str(seed), *cells, _alive(report))
+    if len(reports) > 1:
+        table.add_section()
+        table.add_row("mean", *[_words(statistics.fmean(column)) for column in values.values()])
+        table.add_row("std", *[_words(statistics.stdev(column)) for column in values.values()])
+    Console(width=max(130, Console().width)).print(table)
+    took = {s: statistics.fmean(r["seconds"][s] for r in reports) for s in reports[0]["seconds"]}
+    console.say(
+        "seconds  " + ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in took.items())
+    )
+    console.say(f"on       {reports[0]['hardware']}")
+
+
+def _alive(report: dict[str, Any]) -> str:
+    """Outputs of every layer of the finetuned network that are alive."""
+    import io
+
+    import pandas as pd
+
+    layers = pd.read_csv(io.StringIO(report["layers"]))
+    return "-".join(map(str, layers[layers.model == "finetuned"].filters_alive))
+
+
+def _words(value: float) -> str:
+    """About four figures, thousands set apart."""
+    digits = 3 - math.floor(math.log10(abs(value))) if value else 2
+    return f"{value:,.{min(max(digits, 0), 2)}f}"
+
+
+def apply(recipe: Recipe) -> None:
+    """Write the settings into params.yaml; its comments and everything else stay."""
+    from ruamel.yaml import YAML
+
+    file, editor = Path("params.yaml"), YAML()
+    editor.preserve_quotes = True
+    params = editor.load(file)
+    for key, value in flat(recipe.settings).items():
+        *sections, last = key.split(".")
+        table = params
+        for section in sections:
+            table = table[section]
+        table[last] = value
+    editor.dump(params, file)
+    console.say(f"params.yaml has the settings of {recipe.name}; `dvc repro` runs them")
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m secateur.recipe",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("name", nargs="?", help="file name in recipes/, without .yaml")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], metavar="N")
+    parser.add_argument("--apply", action="store_true", help="write into params.yaml, run nothing")
+    options = parser.parse_args()
+    if options.name is None:
+        for name in names():
+            console.say(f"{name:28} {load(name).about}")
+        return
+    try:
+        recipe = load(options.name)
+        if options.apply:
+            apply(recipe)
+        else:
+            show(recipe, options.seeds, run(recipe, options.seeds))
+    except SecateurError as error:
+        console.fail(str(error))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
