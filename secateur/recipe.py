@@ -9,16 +9,17 @@ stays as it is), so whatever has run before comes from the cache.
 """
 
 import argparse
+import io
 import json
 import math
 import statistics
 import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import yaml
 from rich.console import Console
 from rich.table import Table
@@ -111,18 +112,12 @@ def show(recipe: Recipe, seeds: Sequence[int], reports: Sequence[dict[str, Any]]
         table.add_row("std", *[_words(statistics.stdev(column)) for column in values.values()])
     Console(width=max(130, Console().width)).print(table)
     took = {s: statistics.fmean(r["seconds"][s] for r in reports) for s in reports[0]["seconds"]}
-    console.say(
-        "seconds  " + ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in took.items())
-    )
+    console.say("seconds  " + ", ".join(f"{stage} {mean:.0f}" for stage, mean in took.items()))
     console.say(f"on       {reports[0]['hardware']}")
 
 
 def _alive(report: dict[str, Any]) -> str:
     """Outputs of every layer of the finetuned network that are alive."""
-    import io
-
-    import pandas as pd
-
     layers = pd.read_csv(io.StringIO(report["layers"]))
     return "-".join(map(str, layers[layers.model == "finetuned"].filters_alive))
 
@@ -176,4 +171,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

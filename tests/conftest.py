@@ -1,4 +1,4 @@
-"""A project of its own for every test that runs the pipeline: the real files, real DVC, real MLflow."""
+"""A project of its own for every test that runs the pipeline: real files, real DVC, real MLflow."""
 
 import os
 import shutil
@@ -72,7 +72,7 @@ class Project:
 
 
 def fresh_project(path):
-    """The repository's files as they are now, with trainings of a few epochs, as a Git repository."""
+    """The repository's files as they are now, with short trainings, as a Git repository."""
     listed = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard"],
         cwd=ROOT, text=True, capture_output=True, check=True,

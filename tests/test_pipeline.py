@@ -88,20 +88,22 @@ def test_a_second_clone_reuses_models_and_shows_the_whole_chain(finished, tmp_pa
 
 
 def test_queued_experiments_share_models_and_none_is_lost(unborn):
-    names = ["a", "b"]
     sweep = ["-S", "pruners.std.sensitivity=0.1,0.3", "-S", "decay=1e-4"]
-    unborn.dvc("exp", "run", "--queue", *sweep)
-    unborn.dvc("queue", "start", "-j", str(len(names)), SECATEUR_TRACKING="on")
-    for _ in range(150):
-        status = unborn.dvc("queue", "status")
-        if "Queued" not in status and "Running" not in status:
-            break
-        time.sleep(2)
-    # DVC's workers can trip over each other's temporary files (treeverse/dvc#10673): run those again
-    if "Failed" in status:
+    for attempt in range(2):
+        unborn.dvc("exp", "run", "--queue", *sweep)
+        unborn.dvc("queue", "start", "-j", "2", SECATEUR_TRACKING="on")
+        for _ in range(120):
+            status = unborn.dvc("queue", "status")
+            if "Queued" not in status and "Running" not in status:
+                break
+            time.sleep(2)
         lost = [line.split()[1] for line in status.splitlines() if "Failed" in line]
-        unborn.dvc("exp", "run", "--run-all", SECATEUR_TRACKING="on", ok=None)
-        pytest.fail(f"{lost} failed:\n" + unborn.dvc("queue", "logs", lost[0], ok=None))
+        if not lost:
+            break
+        # DVC's workers can trip over each other's temporary files (treeverse/dvc#10673)
+        log = unborn.dvc("queue", "logs", lost[0], ok=None)
+        assert attempt == 0 and ".tmp" in log, log
+        unborn.dvc("queue", "remove", "--all")
     made = Counter(r.data.tags["stage"] for r in runs(unborn))
     assert made == {"baseline": 1, "sparse-train": 1, "prune": 2, "finetune": 2, "evaluate": 2}
 
@@ -306,11 +308,7 @@ def test_twins_train_once(project):
 
 @pytest.mark.parametrize("name", STAGES)
 def test_every_stage_says_what_it_reads_and_writes(finished, name):
-    text = (
-        finished.stage(name).split()
-        if name == "never"
-        else finished.run(sys.executable, "-m", f"stages.{name}", "--help")
-    )
+    text = finished.run(sys.executable, "-m", f"stages.{name}", "--help")
     assert "Reads" in text and "Writes" in text
 
 
