@@ -20,7 +20,6 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-import secateur  # noqa: F401  (thread policy, before torch)
 from secateur.core import checkpoint, plugin, raw, train
 from secateur.core.checkpoint import Header
 from secateur.core.data import About, Dataset, Split

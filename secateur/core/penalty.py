@@ -63,6 +63,49 @@ class _Closed(torch.autograd.Function):
         return None, None, *(ctx.gradient(t).mul_(upstream) for t in ctx.saved_tensors)
 
 
+ByNorms = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+"""L1 and L2 norms -> the penalty, and a and b of its derivative a * sign(w) + b * w.
+
+Works on scalars and, entry by entry, on vectors with one norm for each tensor."""
+
+
+class NormFormula(Formula):
+    """A formula that knows a tensor only by its L1 and L2 norms: all tensors at once."""
+
+    def __init__(self, model: nn.Module, by_norms: ByNorms, biases: bool) -> None:
+        super().__init__(model, lambda w: by_norms(*l1_l2(w))[0], None, biases)
+        self.by_norms = by_norms
+
+    def __call__(self, step: int) -> Tensor:
+        """Sum of the formula over all tensors."""
+        return _ByNorms.apply(self.by_norms, *self.covered)
+
+
+class _ByNorms(torch.autograd.Function):
+    """Sum of a norm formula over tensors, with its derivative in closed form."""
+
+    @staticmethod
+    def forward(ctx: Any, by_norms: ByNorms, *tensors: Tensor) -> Tensor:
+        norms = [l1_l2(tensor) for tensor in tensors]
+        values, a, b = by_norms(
+            torch.stack([l1 for l1, _ in norms]), torch.stack([l2 for _, l2 in norms])
+        )
+        ctx.save_for_backward(a, b, *tensors)
+        return values.sum()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        a, b, *tensors = ctx.saved_tensors
+        pairs = zip(tensors, (a * upstream).unbind(), (b * upstream).unbind(), strict=True)
+        return None, *(t.sign().mul_(x).addcmul_(t, y) for t, x, y in pairs)
+
+
+def norm_gradient(by_norms: ByNorms, tensor: Tensor) -> Tensor:
+    """Derivative of a norm formula on one tensor."""
+    _, a, b = by_norms(*l1_l2(tensor))
+    return tensor.sign().mul_(a).addcmul_(tensor, b)
+
+
 def l1_l2(tensor: Tensor) -> tuple[Tensor, Tensor]:
     """Sum of absolute values and Euclidean norm, both scalars."""
     return tensor.abs().sum(), torch.linalg.vector_norm(tensor)  # vector_norm(., 1) is slower

@@ -7,7 +7,7 @@ R(w) = sum|w| / sqrt(sum w^2); derivative sign(w)/S - w * sum|w| / S^3 with S = 
 
 from torch import Tensor, nn
 
-from secateur.core.penalty import Formula, Penalty, inverse, l1_l2, ratio
+from secateur.core.penalty import NormFormula, Penalty, inverse, l1_l2, norm_gradient, ratio
 from secateur.core.settings import Strict
 
 
@@ -20,15 +20,20 @@ class Settings(Strict):
 
 def build(settings: Settings, model: nn.Module) -> Penalty:
     """Hoyer of every covered tensor, summed."""
-    return Formula(model, value, gradient, settings.biases)
+    return NormFormula(model, by_norms, settings.biases)
+
+
+def by_norms(l1: Tensor, l2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """L1 over L2 (0 for zeros); derivative sign(w) / L2 - w * L1 / L2^3."""
+    scale = inverse(l2)
+    return ratio(l1, l2), scale, -ratio(ratio(l1, l2), l2) * scale
 
 
 def value(w: Tensor) -> Tensor:
     """L1 over L2; 0 for a tensor of zeros."""
-    return ratio(*l1_l2(w))
+    return by_norms(*l1_l2(w))[0]
 
 
 def gradient(w: Tensor) -> Tensor:
     """(sign(w) - w * sum|w| / sum w^2) / L2."""
-    l1, l2 = l1_l2(w)
-    return w.sign().addcmul_(w, ratio(ratio(l1, l2), l2), value=-1).mul_(inverse(l2))
+    return norm_gradient(by_norms, w)

@@ -8,7 +8,7 @@ R(w) = (sum|w|)^2 / sum w^2, between 1 and n. With t = sum w^2 / sum|w|, the der
 
 from torch import Tensor, nn
 
-from secateur.core.penalty import Formula, Penalty, l1_l2, ratio
+from secateur.core.penalty import NormFormula, Penalty, l1_l2, norm_gradient, ratio
 from secateur.core.settings import Strict
 
 
@@ -21,17 +21,20 @@ class Settings(Strict):
 
 def build(settings: Settings, model: nn.Module) -> Penalty:
     """Hoyer-Square of every covered tensor, summed."""
-    return Formula(model, value, gradient, settings.biases)
+    return NormFormula(model, by_norms, settings.biases)
+
+
+def by_norms(l1: Tensor, l2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(L1 / L2)^2 (0 for zeros); derivative 2s * (sign(w) - s * w), s = sum|w| / sum w^2."""
+    s = ratio(ratio(l1, l2), l2)
+    return ratio(l1, l2).square(), 2 * s, -2 * s * s
 
 
 def value(w: Tensor) -> Tensor:
     """(L1 / L2)^2; 0 for a tensor of zeros."""
-    l1, l2 = l1_l2(w)
-    return ratio(l1, l2).square()
+    return by_norms(*l1_l2(w))[0]
 
 
 def gradient(w: Tensor) -> Tensor:
     """2 * s * (sign(w) - s * w) with s = sum|w| / sum w^2."""
-    l1, l2 = l1_l2(w)
-    s = ratio(ratio(l1, l2), l2)
-    return w.sign().addcmul_(w, s, value=-1).mul_(2 * s)
+    return norm_gradient(by_norms, w)
