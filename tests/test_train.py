@@ -93,10 +93,12 @@ def chosen_penalty(name, model):
     return module.build(module.Settings(), model)
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("arch", ARCHS)
-def test_the_digits_are_learnt(arch):
+def test_the_digits_are_learnt(arch, precision):
     prepared, model = digits(1437), network(arch, small=False)
-    result = fit(model, prepared, Train(epochs=5, batch_size=64, lr=0.002))
+    result = fit(model, prepared, Train(epochs=5, batch_size=64, lr=0.002, precision=precision))
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert result.history[-1]["train_accuracy"] > 0.9
     normalise = Normalise(prepared.about.mean, prepared.about.std, torch.device("cpu"))
     assert train.accuracy(model, prepared.test, normalise)[0] > 0.9

@@ -81,6 +81,9 @@ class Train(Strict):
     weight_decay: NonNegative = 0.0
     schedule: Literal["constant", "cosine"] = "cosine"
     """The rate over the epochs: constant, or falling to zero along half a cosine, step by step."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of products and convolutions while training; weights and everything else stay float32.
+    bfloat16 pays on GPUs and on CPUs with matrix units (AMX), for convolutions above all."""
     keep: Literal["best", "last"] = "best"
     """The epoch that is kept: best on the validation images, or simply the last."""
 

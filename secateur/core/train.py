@@ -134,14 +134,15 @@ def _epoch(
     checks = _Finite(epoch, settings.lr)
     losses = torch.zeros((), device=batches.split.labels.device)
     right, added = torch.zeros_like(losses), torch.zeros_like(losses)
-    lr = 0.0
+    lr, half = 0.0, settings.precision == "bfloat16"
     for step, (images, labels) in enumerate(batches.epoch(epoch)):
         lr = _rate(settings, epoch * steps + step, settings.epochs * steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.zero_grad()
-        logits = model(images)
-        loss = F.cross_entropy(logits, labels)
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=half):
+            logits = model(images)
+        loss = F.cross_entropy(logits.float(), labels)
         total = loss
         if penalty is not None:
             extra = decay * penalty(epoch * steps + step)
