@@ -119,7 +119,7 @@ def channel_norms(weight: Tensor) -> Tensor:
     """
     if weight.dim() == 1:
         return weight.abs()
-    return torch.linalg.vector_norm(weight, dim=[0, *range(2, weight.dim())])
+    return _root(weight.square().sum([0, *range(2, weight.dim())]))
 
 
 def filter_norms(weight: Tensor) -> Tensor:
@@ -130,19 +130,22 @@ def filter_norms(weight: Tensor) -> Tensor:
     """
     if weight.dim() == 1:
         return weight[:0]
-    return torch.linalg.vector_norm(weight, dim=[*range(1, weight.dim())])
+    return _root(weight.square().sum([*range(1, weight.dim())]))
 
 
-def along_channels(values: Tensor, weight: Tensor) -> Tensor:
-    """One value a channel, (channels,), shaped so that it multiplies `weight`."""
-    return values if weight.dim() == 1 else values.view(1, -1, *[1] * (weight.dim() - 2))
-
-
-def along_filters(values: Tensor, weight: Tensor) -> Tensor:
-    """One value a filter, (filters,), shaped so that it multiplies `weight`; 0 for a bias."""
+def by_groups(weight: Tensor, channels: Tensor, filters: Tensor) -> Tensor:
+    """`weight` times the factor of its channel, (channels,), plus times that of its filter."""
     if weight.dim() == 1:
-        return values.new_zeros(())
-    return values.view(-1, *[1] * (weight.dim() - 1))
+        return weight * channels
+    kernel = [1] * (weight.dim() - 2)
+    scaled = weight * channels.view(1, -1, *kernel)
+    return scaled.addcmul_(weight, filters.view(-1, 1, *kernel))
+
+
+def _root(squares: Tensor) -> Tensor:
+    """Square root whose derivative at zero is zero instead of infinite."""
+    some = squares > 0
+    return torch.where(some, torch.where(some, squares, 1.0).sqrt(), 0.0)
 
 
 def inverse(values: Tensor) -> Tensor:

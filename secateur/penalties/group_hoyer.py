@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from secateur.core.penalty import (
     Formula,
     Penalty,
-    along_channels,
-    along_filters,
+    by_groups,
     channel_norms,
     filter_norms,
     inverse,
@@ -41,5 +40,5 @@ def value(w: Tensor) -> Tensor:
 def gradient(w: Tensor) -> Tensor:
     """w * (1/a_c + 1/b_n - (A + B)/S^2) / S."""
     a, b, s = channel_norms(w), filter_norms(w), torch.linalg.vector_norm(w)
-    pull = along_channels(inverse(a), w) + along_filters(inverse(b), w)
-    return w * (pull - ratio(ratio(a.sum() + b.sum(), s), s)).mul_(inverse(s))
+    scale, whole = inverse(s), ratio(ratio(a.sum() + b.sum(), s), s)
+    return by_groups(w, (inverse(a) - whole) * scale, inverse(b) * scale)

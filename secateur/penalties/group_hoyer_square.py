@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from secateur.core.penalty import (
     Formula,
     Penalty,
-    along_channels,
-    along_filters,
+    by_groups,
     channel_norms,
     filter_norms,
     inverse,
@@ -42,8 +41,6 @@ def value(w: Tensor) -> Tensor:
 def gradient(w: Tensor) -> Tensor:
     """2 w (A/a_c + B/b_n - R) / S^2, through ratios that neither overflow nor divide by zero."""
     a, b, s = channel_norms(w), filter_norms(w), torch.linalg.vector_norm(w)
-    over_a, over_b = ratio(a.sum(), s), ratio(b.sum(), s)
-    by_channel = along_channels(over_a * inverse(a), w)
-    by_filter = along_filters(over_b * inverse(b), w)
+    over_a, over_b, scale = ratio(a.sum(), s), ratio(b.sum(), s), 2 * inverse(s)
     whole = (over_a.square() + over_b.square()) * inverse(s)
-    return w * (by_channel + by_filter - whole).mul_(2 * inverse(s))
+    return by_groups(w, (over_a * inverse(a) - whole) * scale, over_b * inverse(b) * scale)

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from secateur.core.penalty import (
     Formula,
     Penalty,
-    along_channels,
-    along_filters,
+    by_groups,
     channel_norms,
     filter_norms,
     inverse,
@@ -39,5 +38,4 @@ def value(w: Tensor) -> Tensor:
 
 def gradient(w: Tensor) -> Tensor:
     """w / a_c + w / b_n."""
-    by_channel = along_channels(inverse(channel_norms(w)), w)
-    return w * (by_channel + along_filters(inverse(filter_norms(w)), w))
+    return by_groups(w, inverse(channel_norms(w)), inverse(filter_norms(w)))
