@@ -19,7 +19,7 @@ from secateur.core.data import Batches, Images, Normalise, Split
 from secateur.core.errors import DataError
 
 ROOT = Path(__file__).resolve().parents[1]
-LENT = Path(os.environ.get("SECATEUR_TEST_DATA") or ROOT.parent / "shared" / "data")
+LENT = ROOT / os.environ.get("SECATEUR_DATA", "data/raw")
 CLASSES = ["a", "b", "c"]
 IDX = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST"}
 
