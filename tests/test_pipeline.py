@@ -260,28 +260,35 @@ def test_a_dead_tracking_server_costs_seconds_and_a_warning(project, silent):
 
 
 def test_killed_stages_end_with_the_same_bytes(project, tmp_path):
-    """kill -9 at random moments; the undisturbed twin has a project of its own."""
-    changes = {"baseline__epochs": 120, "seed": 5}
+    """kill -9 at random moments of the work; the undisturbed twin has a project of its own."""
     twin = project.copy(tmp_path / "twin")
     for copy in (project, twin):
-        copy.params(**changes)
-    before = time.monotonic()
+        copy.params(baseline__epochs=400, seed=5)
     twin.stage("baseline")
-    whole = time.monotonic() - before
     moments = random.Random(0)
-    killed = 0
+    state = project.path / ".resume/baseline"
+    before = set(state.glob("*/lock"))
     for _ in range(4):
         process = subprocess.Popen(
             [sys.executable, "-m", "stages.baseline"],
-            cwd=project.path, env=project.env(), stdout=subprocess.DEVNULL, start_new_session=True,
-        )  # fmt: skip
-        time.sleep(moments.uniform(0.3, 0.9) * whole)
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            killed += 1
+            cwd=project.path,
+            env=project.env(),
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        touched = time.time()
+        while process.poll() is None and not any(
+            lock not in before and lock.stat().st_mtime >= touched - 0.1
+            for lock in state.glob("*/lock")
+        ):
+            time.sleep(0.02)
+        time.sleep(moments.uniform(0.1, 1.3))
+        assert process.poll() is None, process.communicate()[0]
+        os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    project.stage("baseline")
-    assert killed
+    log = project.stage("baseline")
+    assert "going on after epoch" in log
     for file in ("model.safetensors", "history.csv"):
         ours, theirs = (p.path / "models/baseline" / file for p in (project, twin))
         assert ours.read_bytes() == theirs.read_bytes(), file
