@@ -1,5 +1,6 @@
 """fit(): the one training loop; accuracy(): the one evaluation."""
 
+import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -62,6 +63,17 @@ class Fit:
     """The epoch whose weights were kept, counted from 1."""
 
 
+@contextlib.contextmanager
+def _vanishing_is_zero() -> Iterator[None]:
+    """Flush numbers below 1e-38 to zero: weights that a penalty shrinks for ever slow a CPU."""
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
+
+
+@_vanishing_is_zero()
 def fit(
     model: nn.Module,
     data: Dataset,
@@ -84,7 +96,6 @@ def fit(
     torch.use_deterministic_algorithms(True)
     # deterministic mode also fills fresh memory, as a debugging aid: a tenth of a step
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    torch.set_flush_denormal(True)  # weights that a penalty shrinks for ever slow a CPU tenfold
     place = device()
     model.to(place)
     if any(isinstance(module, nn.Conv2d) for module in model.modules()):
