@@ -15,7 +15,8 @@ from secateur.core import checkpoint
 
 def main() -> None:
     """Build, train, save."""
-    chain.make(chain.Job("baseline"), train_dense)
+    job = chain.Job("baseline")
+    chain.train_model(job, job.params.baseline, train_dense)
 
 
 def train_dense(job: chain.Job) -> chain.Product:

@@ -56,7 +56,7 @@ def measure(job: chain.Job, models: dict[str, nn.Module]) -> tuple[dict[str, Any
     layers: list[dict[str, Any]] = []
     whole: dict[str, int] = {}  # parameters of each layer of the dense network
     for name, model in models.items():
-        right, loss = train.accuracy(model.to(place), test, normalise)
+        right, loss = train.accuracy(model.to(place), test, job.data.about)
         costs = cost.layer_costs(model, example)
         whole = whole or {layer.layer: layer.params for layer in costs}
         layers += [

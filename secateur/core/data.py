@@ -153,9 +153,24 @@ class Batches:
     The order depends on seed and epoch alone, so that training can go on at any epoch.
     """
 
-    def __init__(self, split: Split, about: About, batch_size: int, seed: int) -> None:
+    def __init__(
+        self,
+        split: Split,
+        about: About,
+        batch_size: int,
+        seed: int,
+        *,
+        device=torch.device("cpu"),
+        rank=0,
+        world=1,
+    ) -> None:
+        split = split.to(device)
+        self.rank, self.world = rank, world
         self.split, self.batch_size, self.seed = split, batch_size, seed
         self.normalise = Normalise(about.mean, about.std, split.images.device)
+
+    def close(self) -> None:
+        """x"""
 
     def __len__(self) -> int:
         return -(-len(self.split) // self.batch_size)
@@ -165,7 +180,16 @@ class Batches:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
         order = torch.randperm(len(self.split), generator=generator)
         for index in order.to(self.split.labels.device).split(self.batch_size):
+            index = index[self.rank :: self.world]
             yield self.normalise(self.split.images[index]), self.split.labels[index]
+
+
+def in_order(split, about, *, device, size=1000, rank=0, world=1):
+    n = Normalise(about.mean, about.std, device)
+    split = split.to(device)
+    split = Split(split.images[rank::world], split.labels[rank::world])
+    for i, l in zip(split.images.split(size), split.labels.split(size)):
+        yield n(i), l
 
 
 class Normalise:

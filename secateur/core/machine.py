@@ -39,4 +39,16 @@ def _cpu_name() -> str:
 
 def versions() -> dict[str, str]:
     """Versions of the libraries that results depend on."""
-    return {name: version(name) for name in ("torch", "torchvision", "safetensors")}
+    names = ("torch", "torchvision", "lightning-fabric", "safetensors")
+    return {name: version(name) for name in names}
+
+
+def processes() -> tuple[int, int, int]:
+    """Processes in all, processes on this machine, machines: as torchrun or srun has set them."""
+    environment = os.environ
+    if "TORCHELASTIC_RUN_ID" in environment:
+        world, local = int(environment["WORLD_SIZE"]), int(environment["LOCAL_WORLD_SIZE"])
+        return world, local, world // local
+    world = int(environment.get("SLURM_STEP_NUM_TASKS", 1))  # set within srun, not by sbatch
+    nodes = int(environment.get("SLURM_STEP_NUM_NODES", 1))
+    return world, world // nodes, nodes

@@ -11,7 +11,7 @@ import torch
 
 from secateur.core import settings
 from secateur.core.errors import SettingsError
-from secateur.core.machine import device, versions
+from secateur.core.machine import device, processes, versions
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class Stage:
             "inputs": self.inputs,
             "device": device().type,
             "threads": torch.get_num_threads(),
+            "processes": processes()[0],
             "versions": versions(),
         }
         return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
