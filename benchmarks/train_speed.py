@@ -73,11 +73,11 @@ def ours(model: nn.Module, data: Dataset, decay: float, precision: str = "float3
         {"epochs": 1, "batch_size": BATCH, "schedule": "constant", "precision": precision}
     )
     module = plugin.load("penalties", "hoyer_square")
-    penalty = module.build(module.Settings(biases=True), model) if decay else None
+    penalty = module.build(module.Settings(biases=True), model, decay) if decay else None
     with tempfile.TemporaryDirectory() as folder:
         work = Work(Path(folder), [])
         start = time.perf_counter()
-        train.fit(model, data, settings, 1, work, [], penalty=penalty, decay=decay)
+        train.fit(model, data, settings, 1, work, [], penalty=penalty)
         return time.perf_counter() - start
 
 

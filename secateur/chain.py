@@ -14,6 +14,7 @@ from secateur.core import checkpoint, data, files, machine, record, resume, stag
 from secateur.core.checkpoint import Checkpoint, Header
 from secateur.core.engine import Engine, relaunch
 from secateur.core.errors import SecateurError
+from secateur.core.groups import Choices
 from secateur.core.masks import Masks
 from secateur.core.record import FOLDERS
 from secateur.core.settings import Params, Train
@@ -26,8 +27,12 @@ class Product:
     model: nn.Module
     header: Header
     masks: Masks = field(default_factory=dict)
+    choices: Choices = field(default_factory=dict)
+    """What the penalty has chosen to go."""
     metrics: dict[str, float] = field(default_factory=dict)
     history: list[train.Row] = field(default_factory=list)
+    tables: dict[str, list[train.Row]] = field(default_factory=dict)
+    """Name -> rows of a further <name>.csv beside the model."""
 
 
 class Job:
@@ -58,7 +63,6 @@ class Job:
         settings: Train,
         *,
         penalty: train.Penalty | None = None,
-        decay: float = 0.0,
         masks: Masks | None = None,
     ) -> train.Fit:
         """Train `model` in place; goes on where a killed process was."""
@@ -75,7 +79,6 @@ class Job:
                 [bar, *self.watchers] if first else [],
                 engine=self.engine,
                 penalty=penalty,
-                decay=decay,
                 masks=masks,
             )
         finally:
@@ -114,7 +117,7 @@ def trained(
     """What a training stage leaves: the model with the figures of the epoch that was kept."""
     kept = {k: v for k, v in fit.history[fit.picked - 1].items() if k not in ("epoch", "lr")}
     metrics = kept | {"picked_epoch": float(fit.picked), "epochs": float(len(fit.history))}
-    return Product(model, header, masks or {}, metrics, fit.history)
+    return Product(model, header, masks or {}, metrics=metrics, history=fit.history)
 
 
 def train_model(job: Job, settings: Train, produce: Callable[[Job], Product]) -> None:
@@ -165,10 +168,12 @@ def _write(
 ) -> None:
     """Model, history and record of a stage that is through."""
     path, model = folder / "model.safetensors", str(folder / "model.safetensors")
-    sha256 = checkpoint.save(path, product.header, product.model, product.masks)
+    sha256 = checkpoint.save(path, product.header, product.model, product.masks, product.choices)
     if product.history:
         table = pd.DataFrame(product.history).astype({"epoch": int})
         files.write_text(folder / "history.csv", table.to_csv(index=False))
+    for name, rows in product.tables.items():
+        files.write_text(folder / f"{name}.csv", pd.DataFrame(rows).to_csv(index=False))
     model_id = run.close(product.metrics | {"seconds": seconds}, model, sha256)
     about = job.data.about
     record.save(

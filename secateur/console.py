@@ -112,6 +112,8 @@ class Training:
         self.words = f"loss {row['train_loss']:.4f}"
         if "val_accuracy" in row:
             self.words += f"  val {row['val_accuracy']:.2%}"
+        if "phase" in row:
+            self.words += f"  {_PHASES[int(row['phase'])]}, factor {row['factor']:.3g}"
 
     def saved(self) -> None:
         """The state is safe; nothing to show."""
@@ -144,6 +146,9 @@ def waiting(stage: str) -> None:
 def taken(stage: str) -> None:
     """Tell that finished work was taken over."""
     say(f"{stage}: made a moment ago by another process with the same settings; taken over")
+
+
+_PHASES = ("picking", "growing", "stabilising", "finished")
 
 
 MODELS = {

@@ -29,8 +29,8 @@ def prune(job: chain.Job) -> chain.Product:
     settings = params.chosen("pruners")
     model = sparse.model().eval()
     before = cost.parameters(model)
-    mask = plugin.load("pruners", params.pruner).prune(settings, model)
-    asked = f"{params.pruner}, " + ", ".join(f"{k} {v}" for k, v in settings)
+    mask = plugin.load("pruners", params.pruner).prune(settings, model, sparse.choices)
+    asked = ", ".join([params.pruner, *(f"{k} {v}" for k, v in settings)])
     masks.refuse_empty(model, mask, asked)
     masks.apply(model, mask)
     notes: dict[str, object] = {"asked": asked}
@@ -56,7 +56,7 @@ def prune(job: chain.Job) -> chain.Product:
         f"prune: {asked}: {int(metrics['nonzero']):,} of {before:,} parameters left "
         f"({metrics['compression']:.1f}x)"
     )
-    return chain.Product(model, job.header(sparse, **notes), mask, metrics)
+    return chain.Product(model, job.header(sparse, **notes), mask, metrics=metrics)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,18 @@
-"""sparse-train: train on from the dense network with decay * penalty added to the loss.
+"""sparse-train: train on from the dense network with a penalty added to the loss.
 
 Reads   data/<dataset>, models/baseline.
 Writes  models/sparse/model.safetensors and history.csv (one row an epoch), and
-        models/sparse.run.json, which says which run made them.
+        models/sparse.run.json, which says which run made them. A penalty that runs a course of its
+        own leaves its choice in the model and its course in growth.csv.
 
 A killed training, run again, goes on where it was and ends with the same bytes.
 """
 
+from dataclasses import replace
+
 from secateur import chain, console
-from secateur.core import plugin
+from secateur.core import penalty as penalties
+from secateur.core.train import Course
 
 
 def main() -> None:
@@ -22,10 +26,14 @@ def train_sparse(job: chain.Job) -> chain.Product:
     """The dense network, trained on towards small weights."""
     params, dense = job.params, job.upstream["baseline"]
     model = dense.model()
-    penalty = plugin.load("penalties", params.penalty).build(params.chosen("penalties"), model)
-    fit = job.fit(model, params.sparse_train, penalty=penalty, decay=params.decay)
+    chosen = params.chosen("penalties")
+    penalty = penalties.build(params.penalty, chosen, model, params.decay)
+    fit = job.fit(model, params.sparse_train, penalty=penalty)
     header = job.header(dense, penalty=params.penalty, decay=params.decay)
-    return chain.trained(model, header, fit)
+    product = chain.trained(model, header, fit)
+    if isinstance(penalty, Course):
+        product = replace(product, choices=penalty.choices(), tables={"growth": penalty.trace()})
+    return product
 
 
 if __name__ == "__main__":

@@ -135,6 +135,20 @@ def test_equal_models_are_equal_bytes(tmp_path):
     assert one_file.read_bytes() != other_file.read_bytes()
 
 
+@pytest.mark.parametrize("shape", [(6, 1), (1, 64), (6, 64)], ids=["filter", "channel", "weight"])
+def test_what_a_penalty_has_chosen_comes_back_and_is_neither_mask_nor_weight(shape, tmp_path):
+    model, path = network(), tmp_path / "model.safetensors"
+    choices = {"fc1.weight": (torch.arange(6 * 64).view(6, 64) % 5 == 0)[: shape[0], : shape[1]]}
+    plain = checkpoint.save(path, HEADER, model, {})
+    assert checkpoint.load(path).choices == {}
+    assert checkpoint.save(path, HEADER, model, {}, choices) != plain
+    found = checkpoint.load(path)
+    assert set(found.choices) == set(choices)
+    assert torch.equal(found.choices["fc1.weight"], choices["fc1.weight"])
+    assert found.masks == {}
+    assert set(found.model().state_dict()) == set(model.state_dict())
+
+
 def test_masks_that_keep_everything_are_left_out(tmp_path):
     model = network()
     everything = {name: p == p for name, p in model.named_parameters()}
@@ -212,6 +226,18 @@ MISTAKES = {
     "mask of nothing": (
         lambda p: rewrite(p, **{"mask:fc9.weight": torch.ones(2, 2) > 0}),
         "mask without a tensor of its shape: fc9.weight",
+    ),
+    "choice of another shape": (
+        lambda p: rewrite(p, **{"choice:fc1.weight": torch.ones(5, 1) > 0}),
+        "choice without a tensor that it fits: fc1.weight",
+    ),
+    "choice of nothing": (
+        lambda p: rewrite(p, **{"choice:fc9.weight": torch.ones(6, 1) > 0}),
+        "choice without a tensor that it fits: fc9.weight",
+    ),
+    "choice of numbers": (
+        lambda p: rewrite(p, **{"choice:fc1.weight": torch.ones(6, 1)}),
+        "choice without a tensor that it fits: fc1.weight",
     ),
     "mask of numbers": (lambda p: rewrite(p, **{"mask:fc1.weight": torch.ones(6, 64)}), "fc1"),
 }

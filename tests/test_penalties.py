@@ -1,5 +1,6 @@
 """Penalties: values and gradients by hand, against numpy, autograd and finite differences."""
 
+import functools
 import math
 from itertools import product
 
@@ -11,10 +12,13 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 from torch import nn
 
+from secateur.core import penalty as penalties
 from secateur.core import plugin
+from secateur.core.errors import SettingsError
 
 NAMES = plugin.names("penalties")
 FORMULAS = [name for name in NAMES if hasattr(plugin.load("penalties", name), "gradient")]
+COURSES = ["greg1", "greg2"]  # these have tests of their own
 SCALE_FREE = [name for name in FORMULAS if "hoyer" in name]
 SHAPES = [(5,), (4, 3), (3, 2, 3, 2)]
 MATRIX = [[3.0, 0.0], [4.0, 0.0]]  # channel norms 5, 0; filter norms 3, 4; l2 norm 5
@@ -37,9 +41,9 @@ def variants(name):
     return [schema(**dict(zip(flags, mix, strict=True))) for mix in mixes]
 
 
-def build(name, model, **chosen):
+def build(name, model, decay=1.0, **chosen):
     module = plugin.load("penalties", name)
-    return module.build(module.Settings(**chosen), model)
+    return module.build(module.Settings(**chosen), model, decay)
 
 
 def linear(weights, bias=None):
@@ -76,10 +80,10 @@ def in_numpy(name, w):
 @pytest.mark.parametrize(("name", "weights", "value", "gradient"), BY_HAND)
 def test_values_and_gradients_worked_out_by_hand(name, weights, value, gradient):
     model = linear(weights)
-    total = build(name, model)(0)
-    (0.5 * total).backward()
-    assert float(total.detach()) == pytest.approx(value, abs=5e-5)
-    expected = 0.5 * torch.tensor(gradient)  # the loss takes a share of the penalty
+    total = build(name, model, decay=0.5)(0)
+    total.backward()
+    assert float(total.detach()) == pytest.approx(0.5 * value, abs=5e-5)
+    expected = 0.5 * torch.tensor(gradient)  # the strength is part of it
     torch.testing.assert_close(model[0].weight.grad, expected, atol=5e-5, rtol=0)
 
 
@@ -131,10 +135,13 @@ def test_backward_through_a_whole_network_passes_gradcheck(name):
     model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(3, 4)).double()
     weights = tuple(model.parameters())
     for chosen in variants(name):
-        penalty = plugin.load("penalties", name).build(chosen, model)
+        penalty = plugin.load("penalties", name).build(chosen, model, 0.3)
         if penalty is None:
             assert name == "none"
             continue
+        if name in COURSES:  # a penalty between two of its updates, where it is a function
+            penalty(0)
+            penalty = functools.partial(lambda p, _: p(1), penalty)
         assert torch.autograd.gradcheck(lambda *_, p=penalty: p(0), weights)  # moves them in place
 
 
@@ -199,7 +206,7 @@ def test_tiny_and_large_weights_give_sound_values_and_finite_gradients(name, sha
             assert 0 <= float(value) <= float(module.value(w)) * 1.001, scale
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if len(variants(n)) == 2])
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("none", *COURSES)])
 def test_biases_are_covered_only_on_request(name):
     torch.manual_seed(7)
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(2, 3))
@@ -228,7 +235,19 @@ def test_building_and_calling_a_penalty_leaves_the_model_alone(name):
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(2, 3))
     before = [p.detach().clone() for p in model.parameters()]
     for chosen in variants(name):
-        penalty = plugin.load("penalties", name).build(chosen, model)
+        penalty = plugin.load("penalties", name).build(chosen, model, 0.3)
         if penalty is not None:
             penalty(0).backward()
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_without_strength_there_is_no_penalty_but_the_growing_ones_need_some(name):
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(2, 3))
+    chosen = plugin.load("penalties", name).Settings()
+    if name in COURSES:
+        with pytest.raises(SettingsError, match=rf"decay = 0: penalties.{name} .* greater than 0"):
+            penalties.build(name, chosen, model, 0.0)
+    else:
+        assert penalties.build(name, chosen, model, 0.0) is None
+    assert (penalties.build(name, chosen, model, 0.1) is None) == (name == "none")

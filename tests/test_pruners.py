@@ -25,7 +25,18 @@ ARCHS = plugin.names("archs")
 
 def prune(name, model, **chosen):
     module = plugin.load("pruners", name)
-    return module.prune(module.Settings(**chosen), model)
+    return module.prune(module.Settings(**chosen), model, {})
+
+
+def first_outputs(model):
+    """A choice as a penalty leaves it: the first output of every layer."""
+    layers = masks.layers(model).items()
+    return {
+        f"{name}.weight": (torch.arange(len(layer.weight)) < 1).view(
+            -1, *[1] * (layer.weight.dim() - 1)
+        )
+        for name, layer in layers
+    }
 
 
 def network(arch, shape=(1, 8, 8)):
@@ -117,7 +128,7 @@ def test_masks_cover_exactly_the_prunable_tensors(name, arch):
     kinds = {"weights": ["weight"], "weights_and_biases": ["weight", "bias"]}
     parameters = dict(model.named_parameters())
     for chosen in variants(name):
-        found = plugin.load("pruners", name).prune(chosen, model)
+        found = plugin.load("pruners", name).prune(chosen, model, {})
         expected = {f"{layer}.{kind}" for layer in layers for kind in kinds[chosen.scope]}
         assert set(found) == expected & set(parameters)
         for key, mask in found.items():
@@ -136,8 +147,10 @@ def test_only_convolutions_and_linear_layers_are_prunable():
 def test_a_pruner_changes_nothing_and_says_nothing(name, arch, capsys):
     model = network(arch)
     before, chance = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-    first = plugin.load("pruners", name).prune(variants(name)[0], model)
-    again = plugin.load("pruners", name).prune(variants(name)[0], model)
+    first, again = (
+        plugin.load("pruners", name).prune(variants(name)[0], model, first_outputs(model))
+        for _ in range(2)
+    )
     assert all(torch.equal(first[n], again[n]) for n in first)
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
@@ -164,6 +177,37 @@ def test_one_weight_is_enough_and_none_is_too_few():
 def test_a_layer_may_lose_all_its_biases():
     model = linear([[1.0, 1.0]], bias=[0.0])
     masks.refuse_empty(model, prune("threshold", model, sensitivity=0.5), "0.5")
+
+
+CONV = nn.Conv2d(3, 4, 2)
+OF_CONV = {  # choice -> how many of its 4 x 3 x 2 x 2 weights and 4 biases stay
+    "filter": (torch.tensor([True, False, False, True]).view(4, 1, 1, 1), 24, 2),
+    "channel": (torch.tensor([True, False, False]).view(1, 3, 1, 1), 32, None),
+    "weight": (torch.arange(48).view(4, 3, 2, 2) < 7, 41, None),
+}
+
+
+@pytest.mark.parametrize("groups", OF_CONV)
+def test_chosen_takes_exactly_what_was_chosen(groups):
+    choice, weights, biases = OF_CONV[groups]
+    module = plugin.load("pruners", "chosen")
+    found = module.prune(module.Settings(), nn.Sequential(CONV), {"0.weight": choice})
+    assert found["0.weight"].shape == CONV.weight.shape
+    assert found["0.weight"].sum() == weights
+    assert torch.equal(~found["0.weight"], choice.expand_as(CONV.weight))
+    if biases is None:
+        assert set(found) == {"0.weight"}
+    else:
+        assert found["0.bias"].tolist() == [False, True, True, False]
+
+
+def test_chosen_without_a_choice_or_with_that_of_another_network_is_refused():
+    module = plugin.load("pruners", "chosen")
+    with pytest.raises(PruningError, match="carries no choice; .*greg1 or greg2"):
+        prune("chosen", network("lenet300"))
+    wrong = {"0.weight": torch.ones(5, 1, 1, 1) > 0}
+    with pytest.raises(PruningError, match=r"0\.weight has shape \(5, 1, 1, 1\)"):
+        module.prune(module.Settings(), nn.Sequential(CONV), wrong)
 
 
 def toy_data(shape=(2, 9, 9), count=64):

@@ -1,8 +1,9 @@
 """Checkpoints: safetensors with a JSON header, in and out; never a pickle.
 
-Weights and buffers stand under their own names, masks under `mask:<parameter>` as booleans. The
-header says how to rebuild the network; its shapes come from the tensors, so that a network that
-was made smaller loads without the code that made it smaller. Equal models are equal bytes.
+Weights and buffers stand under their own names, masks under `mask:<parameter>` as booleans, what a
+penalty has chosen to go under `choice:<parameter>` (core/groups.py). The header says how to rebuild
+the network; its shapes come from the tensors, so that a network that was made smaller loads without
+the code that made it smaller. Equal models are equal bytes.
 """
 
 import hashlib
@@ -18,11 +19,12 @@ from torch import Tensor, nn
 
 from secateur.core import files, plugin, settings
 from secateur.core.errors import CheckpointError
+from secateur.core.groups import Choices, fits
 from secateur.core.machine import versions
 from secateur.core.shapes import resize
 
 FORMAT = 1
-MASK = "mask:"
+MASK, CHOICE = "mask:", "choice:"
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ class Checkpoint:
     masks: dict[str, Tensor]
     sha256: str = ""
     """Of the file; empty before it is saved."""
+    choices: Choices = field(default_factory=dict)
+    """What the penalty has chosen to go, by the weight's parameter name."""
 
     def model(self) -> nn.Module:
         """The network, rebuilt from header and shapes, with these weights."""
@@ -84,7 +88,13 @@ def architecture(header: Header) -> nn.Module:
     return built
 
 
-def save(path: Path, header: Header, model: nn.Module, masks: dict[str, Tensor]) -> str:
+def save(
+    path: Path,
+    header: Header,
+    model: nn.Module,
+    masks: dict[str, Tensor],
+    choices: Choices | None = None,
+) -> str:
     """Write one checkpoint in one step; gives its sha256.
 
     Masks that keep everything are left out. Pruned weights are written as positive zeros, so that
@@ -94,8 +104,10 @@ def save(path: Path, header: Header, model: nn.Module, masks: dict[str, Tensor])
     kept = {name: m.detach().cpu() for name, m in masks.items() if not bool(m.all())}
     for name, mask in kept.items():
         tensors[name] = torch.where(mask, tensors[name], torch.zeros_like(tensors[name]))
+    chosen = {CHOICE + name: c.detach().cpu() for name, c in (choices or {}).items()}
+    kept = {MASK + name: mask for name, mask in kept.items()}
     content = safetensors.torch.save(
-        tensors | {MASK + name: mask.contiguous() for name, mask in kept.items()},
+        tensors | {name: mark.contiguous() for name, mark in (kept | chosen).items()},
         metadata={"secateur": json.dumps(asdict(header), sort_keys=True)},
     )
     files.write_bytes(path, content)
@@ -136,12 +148,16 @@ def load(
         )
     everything = safetensors.torch.load(content)
     masks = {k.removeprefix(MASK): t for k, t in everything.items() if k.startswith(MASK)}
-    tensors = {k: t for k, t in everything.items() if not k.startswith(MASK)}
+    choices = {k.removeprefix(CHOICE): t for k, t in everything.items() if k.startswith(CHOICE)}
+    tensors = {k: t for k, t in everything.items() if not k.startswith((MASK, CHOICE))}
     strangers = [k for k in masks if k not in tensors or masks[k].shape != tensors[k].shape]
     strangers += [k for k in masks if masks[k].dtype != torch.bool]
     if strangers:
         raise CheckpointError(f"{path}: mask without a tensor of its shape: {strangers[0]}")
-    return Checkpoint(header, tensors, masks, hashlib.sha256(content).hexdigest())
+    for name, choice in choices.items():
+        if name not in tensors or not fits(choice, tensors[name]):
+            raise CheckpointError(f"{path}: choice without a tensor that it fits: {name}")
+    return Checkpoint(header, tensors, masks, hashlib.sha256(content).hexdigest(), choices)
 
 
 def _header(path: Path, content: bytes) -> Header:

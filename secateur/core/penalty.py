@@ -1,8 +1,8 @@
-"""What a penalty is, and the two usual ones: a formula by tensor, and one over groups of weights.
+"""Penalties by formula: a formula by tensor, and one over groups of weights.
 
-A penalty is called once a training step and gives a scalar; sparse-train multiplies it by `decay`
-and adds it to the loss. It covers the weights of convolutions and linear layers (and their biases
-as an option) and sums one value by tensor: no average, no square root of the group size.
+A penalty is called once a training step and gives a scalar that is added to the loss, its strength
+`decay` included. It covers the weights of convolutions and linear layers (and their biases as an
+option) and sums one value by tensor: no average, no square root of the group size.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.core import masks
+from secateur.core import masks, plugin
 from secateur.core.train import Penalty as Penalty
 
 Value = Callable[[Tensor], Tensor]
@@ -21,20 +21,35 @@ Gradient = Callable[[Tensor], Tensor]
 """A tensor -> the derivative of its penalty, of the tensor's shape, zero where the tensor is."""
 
 
+def build(name: str, settings: Any, model: nn.Module, decay: float) -> Penalty | None:
+    """The penalty of this name on this model; None where it would add nothing to any loss."""
+    built: Penalty | None = plugin.load("penalties", name).build(settings, model, decay)
+    return built if decay else None
+
+
 class Formula:
-    """A penalty without memory: the sum of one formula over the tensors it covers."""
+    """A penalty without memory: `decay` times the sum of one formula over what it covers."""
 
     finished = False
 
     def __init__(
-        self, model: nn.Module, value: Value, gradient: Gradient | None, biases: bool
+        self,
+        model: nn.Module,
+        value: Value,
+        gradient: Gradient | None,
+        biases: bool,
+        decay: float,
     ) -> None:
         """Without a `gradient`, autograd differentiates `value`; giving one is faster."""
         scope: masks.Scope = "weights_and_biases" if biases else "weights"
         self.covered = list(masks.prunable(model, scope).values())
-        self.value, self.gradient = value, gradient
+        self.value, self.gradient, self.decay = value, gradient, decay
 
     def __call__(self, step: int) -> Tensor:
+        """`decay` times the sum of the formula over all tensors."""
+        return self.decay * self.total()
+
+    def total(self) -> Tensor:
         """Sum of the formula over all tensors."""
         if self.gradient is None:
             return torch.stack([self.value(tensor) for tensor in self.covered]).sum()
@@ -72,11 +87,11 @@ Works on scalars and, entry by entry, on vectors with one norm for each tensor."
 class NormFormula(Formula):
     """A formula that knows a tensor only by its L1 and L2 norms: all tensors at once."""
 
-    def __init__(self, model: nn.Module, by_norms: ByNorms, biases: bool) -> None:
-        super().__init__(model, lambda w: by_norms(*l1_l2(w))[0], None, biases)
+    def __init__(self, model: nn.Module, by_norms: ByNorms, biases: bool, decay: float) -> None:
+        super().__init__(model, lambda w: by_norms(*l1_l2(w))[0], None, biases, decay)
         self.by_norms = by_norms
 
-    def __call__(self, step: int) -> Tensor:
+    def total(self) -> Tensor:
         """Sum of the formula over all tensors."""
         return _ByNorms.apply(self.by_norms, *self.covered)
 

@@ -4,7 +4,7 @@ import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from secateur.core import masks as masking
 from secateur.core import optim
 from secateur.core.data import About, Batches, Dataset, Split, in_order
 from secateur.core.engine import Engine
-from secateur.core.errors import TrainingError
+from secateur.core.errors import SettingsError, TrainingError
 from secateur.core.masks import Masks
 from secateur.core.settings import Train
 
@@ -39,19 +39,40 @@ class Watch(Protocol):
 
 
 class Penalty(Protocol):
-    """One penalty on one model."""
+    """One penalty on one model, its strength included."""
 
-    finished: bool
-    """Set by a penalty that ends the training by its own clock."""
+    @property
+    def finished(self) -> bool:
+        """Whether the training is over, by the penalty's own clock; asked after every step."""
 
     def __call__(self, step: int) -> Tensor:
-        """Value at this optimizer step (counted from 0 over all epochs), to be differentiated."""
+        """Value at this optimizer step (counted from 0 over all epochs), to be differentiated.
+
+        Called once a step, in order.
+        """
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that must survive a restart; empty for a penalty without memory."""
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take up where `state_dict` was taken."""
+
+
+@runtime_checkable
+class Course(Protocol):
+    """What a penalty has beside that if it runs a course of its own and chooses what goes."""
+
+    needs: int
+    """Steps that the course takes at most."""
+
+    def figures(self) -> dict[str, float]:
+        """Where it is, for the epoch's row of history; finite numbers."""
+
+    def choices(self) -> dict[str, Tensor]:
+        """What is to be pruned, by the weight's parameter name; see core/groups.py."""
+
+    def trace(self) -> list[Row]:
+        """A table of the course, a row for each of some steps."""
 
 
 class Memory(Protocol):
@@ -94,16 +115,17 @@ def fit(
     *,
     engine: Engine | None = None,
     penalty: Penalty | None = None,
-    decay: float = 0.0,
     masks: Masks | None = None,
 ) -> Fit:
-    """Train `model` in place on `data.train`; the loss is cross-entropy + decay * penalty.
+    """Train `model` in place on `data.train`; the loss is cross-entropy + penalty.
 
     `masks` are held through every step. The weights that remain are those of the epoch with the
     highest accuracy on `data.val` (ties: the lower loss), or of the last one if `settings.keep`
-    says so or there is no val. Goes on from the state that `work` holds, to the same bytes.
+    says so or there is no val. Goes on from the state that `work` holds, to the same bytes. A
+    penalty that is finished ends the training after that very step.
     With several processes, every one calls this and ends with the same weights.
     Raises TrainingError when the loss is no longer finite; the last good state stays in `work`.
+    SettingsError, before the first step, if the epochs are too few for the penalty's course.
     """
     torch.use_deterministic_algorithms(True)
     # deterministic mode also fills fresh memory, as a debugging aid: a tenth of a step
@@ -123,17 +145,16 @@ def fit(
     )
     optimizer = optim.optimizer(model, settings)
     masking.hold(model, masks or {}, optimizer)
-    if decay == 0:
-        penalty = None
+    _refuse_short(penalty, settings, len(batches))
     run = _State(model, optimizer, penalty)
     if (state := engine.share(work.state())) is not None:
         run.restore(*state)
-    step = _Step(model, optimizer, penalty, decay, settings, engine, len(batches))
+    step = _Step(model, optimizer, penalty, settings, engine, len(batches))
     for watch in watchers:
         watch.start(settings.epochs, len(batches), run.history)
     try:
         for epoch in range(len(run.history), settings.epochs):
-            if penalty is not None and penalty.finished:  # before the epoch: also on resume
+            if step.over:
                 break
             # dropout and the like: by epoch, not by what came before it
             torch.manual_seed(seed * 1_000_003 + epoch + engine.rank * 7_919)
@@ -161,15 +182,19 @@ class _Step:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         penalty: Penalty | None,
-        decay: float,
         settings: Train,
         engine: Engine,
         per_epoch: int,
     ) -> None:
         self.model, self.forward = model, engine.prepare(model, settings.compile)
-        self.optimizer, self.penalty, self.decay = optimizer, penalty, decay
+        self.optimizer, self.penalty = optimizer, penalty
         self.settings, self.engine, self.per_epoch = settings, engine, per_epoch
         self.lr = 0.0
+
+    @property
+    def over(self) -> bool:
+        """Whether the penalty says that the training is through."""
+        return self.penalty is not None and self.penalty.finished
 
     def begin(self) -> None:
         """A new epoch: training mode, sums at zero."""
@@ -219,7 +244,7 @@ class _Step:
 
     def _penalty(self, number: int) -> Tensor:
         assert self.penalty is not None
-        extra = self.decay * self.penalty(number)
+        extra = self.penalty(number)
         self.added += extra.detach()
         return extra
 
@@ -227,25 +252,31 @@ class _Step:
 def _epoch(
     step: _Step, batches: Batches, images: int, epoch: int, watchers: Sequence[Watch]
 ) -> Row:
-    """One pass over the training images; gives its row of history."""
+    """One pass over the training images, or what the penalty leaves of it; gives its row."""
     size, steps = step.settings.batch_size, len(batches)
+    seen = index = 0
     checks = _Finite(epoch, step.settings.lr)
     step.begin()
     for index, (some, labels) in enumerate(batches.epoch(epoch)):
         count = min(size, images - index * size)
         checks.add(step(some, labels, count, epoch * steps + index))
+        seen += count
         for watch in watchers:
             watch.step(epoch + 1, index + 1)
+        if step.over:
+            break
     checks.finish()
     sums = step.engine.total(torch.stack([step.losses, step.right]))
     row = {
         "epoch": epoch + 1,
         "lr": step.lr,
-        "train_loss": float(sums[0]) / images / step.engine.world,
-        "train_accuracy": float(sums[1]) / images,
+        "train_loss": float(sums[0]) / seen / step.engine.world,
+        "train_accuracy": float(sums[1]) / seen,
     }
     if step.penalty is not None:
-        row["penalty"] = float(step.added) / steps
+        row["penalty"] = float(step.added) / (index + 1)
+    if isinstance(step.penalty, Course):
+        row |= step.penalty.figures()
     return row
 
 
@@ -270,6 +301,23 @@ def accuracy(
     if engine:
         sums = engine.total(sums)
     return float(sums[0]) / len(split), float(sums[1]) / len(split)
+
+
+def _refuse_short(penalty: Penalty | None, settings: Train, steps: int) -> None:
+    """Raise SettingsError if a penalty's course does not fit into the training."""
+    if not isinstance(penalty, Course):
+        return
+    if penalty.needs > settings.epochs * steps:
+        raise SettingsError(
+            f"params.yaml: sparse_train.epochs = {settings.epochs}: the penalty may need "
+            f"{penalty.needs:,} steps until it is finished; at {steps:,} steps an epoch that is "
+            f"{math.ceil(penalty.needs / steps):,} epochs. It ends by itself, so more do no harm"
+        )
+    if settings.keep != "last":
+        raise SettingsError(
+            f"params.yaml: sparse_train.keep = {settings.keep!r}: a penalty that runs a course of "
+            "its own is only through at its end; keep must be 'last'"
+        )
 
 
 def _refuse_broken(model: nn.Module, row: Row, lr: float) -> None:

@@ -1,6 +1,7 @@
 """Penalties, one file each; the file name is the value of `penalty`.
 
-A file offers `Settings` (a `core.settings.Strict`) and `build(settings, model) -> Penalty`: what
-sparse-train multiplies by `decay` and adds to the loss. `core.penalty` says what a `Penalty` is
-and has the two usual ones: a formula over single tensors, and one over groups of weights.
+A file offers `Settings` (a `core.settings.Strict`) and `build(settings, model, decay) -> Penalty`:
+what sparse-train adds to the loss, its strength `decay` included. `core.penalty` has the two usual
+ones: a formula over single tensors, and one over groups of weights. `core.growing` has those that
+run a course of their own and choose what is to go; `core.train` says what a `Penalty` is.
 """

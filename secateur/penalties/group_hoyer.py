@@ -27,9 +27,9 @@ class Settings(Strict):
     """Cover biases too, each entry a group of its own."""
 
 
-def build(settings: Settings, model: nn.Module) -> Penalty:
-    """Group-Hoyer of every covered tensor, summed."""
-    return Formula(model, value, gradient, settings.biases)
+def build(settings: Settings, model: nn.Module, decay: float) -> Penalty:
+    """Group-Hoyer of every covered tensor, summed, times `decay`."""
+    return Formula(model, value, gradient, settings.biases, decay)
 
 
 def value(w: Tensor) -> Tensor:

@@ -19,9 +19,9 @@ class Settings(Strict):
     """Cover biases beside the weights."""
 
 
-def build(settings: Settings, model: nn.Module) -> Penalty:
-    """Hoyer-Square of every covered tensor, summed."""
-    return NormFormula(model, by_norms, settings.biases)
+def build(settings: Settings, model: nn.Module, decay: float) -> Penalty:
+    """Hoyer-Square of every covered tensor, summed, times `decay`."""
+    return NormFormula(model, by_norms, settings.biases, decay)
 
 
 def by_norms(l1: Tensor, l2: Tensor) -> tuple[Tensor, Tensor, Tensor]:

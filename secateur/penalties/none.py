@@ -10,6 +10,6 @@ class Settings(Strict):
     """Nothing to set."""
 
 
-def build(settings: Settings, model: nn.Module) -> Penalty | None:
+def build(settings: Settings, model: nn.Module, decay: float) -> Penalty | None:
     """Nothing is added to the loss."""
     return None

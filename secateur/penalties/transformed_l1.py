@@ -19,10 +19,10 @@ class Settings(Strict):
     """Cover biases beside the weights."""
 
 
-def build(settings: Settings, model: nn.Module) -> Penalty:
-    """Transformed L1 of every covered tensor, summed."""
+def build(settings: Settings, model: nn.Module, decay: float) -> Penalty:
+    """Transformed L1 of every covered tensor, summed, times `decay`."""
     a = settings.a
-    return Formula(model, lambda w: value(w, a), lambda w: gradient(w, a), settings.biases)
+    return Formula(model, lambda w: value(w, a), lambda w: gradient(w, a), settings.biases, decay)
 
 
 def value(w: Tensor, a: float = 1.0) -> Tensor:

@@ -8,6 +8,7 @@ zeros included.
 
 from torch import nn
 
+from secateur.core.groups import Choices
 from secateur.core.masks import Masks, Scope, prunable
 from secateur.core.settings import NonNegative, Strict
 
@@ -20,7 +21,7 @@ class Settings(Strict):
     scope: Scope = "weights_and_biases"
 
 
-def prune(settings: Settings, model: nn.Module) -> Masks:
+def prune(settings: Settings, model: nn.Module, choices: Choices) -> Masks:
     """Masks of all tensors in scope."""
     return {
         name: tensor.detach().abs() >= settings.sensitivity * tensor.detach().std(correction=0)
