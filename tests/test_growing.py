@@ -1,0 +1,572 @@
+"""GReg: how factors grow, what is chosen, when it ends, and that a kill changes nothing."""
+
+import copy
+import hashlib
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from secateur.core import data, groups, growing, plugin, resume, train
+from secateur.core.errors import SettingsError
+from secateur.core.settings import Train, parse
+from secateur.core.stage import Stage
+
+METHODS = ["greg1", "greg2"]
+GROUPS = ["filter", "channel", "weight"]
+DIGITS = plugin.load("datasets", "digits")
+
+
+@pytest.fixture(autouse=True)
+def project(tmp_path, monkeypatch):
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    monkeypatch.setenv("SECATEUR_DEVICE", "cpu")
+
+
+def build(name, model, decay=1e-4, **chosen):
+    module = plugin.load("penalties", name)
+    return module.build(parse(module.Settings, chosen, f"penalties.{name}"), model, decay)
+
+
+def network(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 8, 3), nn.ReLU(),
+        nn.Flatten(), nn.Linear(128, 10),
+    )  # fmt: skip
+
+
+def digits(count=120, validation=0.2):
+    images = DIGITS.read(DIGITS.Settings(), None)
+    images = data.Images(images.train.take(range(count)), images.test, (0.3,), (0.4,))
+    return data.prepare("digits", DIGITS.CLASSES, images, validation, 0)
+
+
+def content(model):
+    parts = (t.contiguous().numpy().tobytes() for t in model.state_dict().values())
+    return hashlib.sha256(b"".join(parts)).hexdigest()
+
+
+def settings(epochs=30, **more):
+    return Train(
+        **{"epochs": epochs, "batch_size": 24, "optimizer": "sgd", "lr": 0.02, "keep": "last",
+           "schedule": "constant", "weight_decay": 5e-4, "nesterov": False, **more}
+    )  # fmt: skip
+
+
+class Watcher:
+    """Counts steps, looks at what it is asked to after each, and stops where it is asked to."""
+
+    def __init__(self, stop=None, look=lambda step: None):
+        self.stop, self.look, self.steps, self.rows = stop, look, 0, []
+
+    def start(self, epochs, steps, rows):
+        self.steps = len(rows) * steps
+
+    def step(self, epoch, step):
+        self.steps += 1
+        self.look(self.steps - 1)
+        if self.stop == self.steps:
+            raise KeyboardInterrupt
+
+    def epoch(self, row):
+        self.rows.append(row)
+
+    def saved(self):
+        pass
+
+
+def fit(model, prepared, how, name="a", watcher=None, penalty=None):
+    stage = Stage("sparse-train", None, {"name": name}, {})
+    with resume.single_flight(stage, [], lambda: None) as work:
+        watchers = [watcher] if watcher else []
+        return train.fit(model, prepared, how, 1, work, watchers, penalty=penalty)
+
+
+def factors(penalty, model):
+    """Factor of every weight, read off the gradient that the penalty gives."""
+    model.zero_grad()
+    penalty(penalty.steps).backward()
+    return {n: p.grad / p.detach() for n, p in model.named_parameters() if p.grad is not None}
+
+
+# growth
+
+
+def test_known_numbers_of_updates_in_float32():
+    assert growing.updates_until(1.0, 1e-4) == 10_000
+    first = growing.updates_until(0.01, 1e-5, reach=True)
+    assert first == 1_001
+    assert growing.updates_until(1.0, 1e-4, growing.grown(first, 1e-5)) == 9_900
+    slow = torch.zeros(())
+    for _ in range(1_001):
+        slow += 1e-5
+    assert growing.grown(1_001, 1e-5) == float(slow)
+    assert growing.updates_until(1.0, 5.0) == 1
+    assert growing.updates_until(1.0, 0.5) == 3, "the ceiling itself does not exceed it"
+
+
+@pytest.mark.parametrize(
+    ("name", "interval", "stabilise", "steps"),
+    [("greg1", 10, 10_000, 109_991), ("greg2", 10, 10_000, 119_001),  # CIFAR
+     ("greg1", 5, 40_000, 89_996), ("greg2", 5, 40_000, 94_501)],  # ImageNet
+)  # fmt: skip
+def test_the_published_courses_need_as_many_steps_as_published(name, interval, stabilise, steps):
+    penalty = build(name, network(), interval=interval, stabilise=stabilise)
+    assert penalty.needs == steps
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_clock_announces_exactly_the_steps_that_the_course_takes(name):
+    # the real thing, 10,000 updates and more, on a layer so small that it takes a second
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
+    penalty = build(name, model, interval=1, stabilise=7, magnitude_ratio=1e9)
+    changes, before = [], -1.0
+    for step in range(20_000):
+        assert not penalty.finished
+        penalty(step)
+        if float(penalty.factor.max()) != before:
+            before = float(penalty.factor.max())
+            changes.append(step)
+        if penalty.finished:
+            break
+    updates = {"greg1": 10_000, "greg2": 1_001 + 9_900}[name]
+    assert changes == list(range(updates))
+    assert step + 1 == penalty.needs == updates + 7
+    assert before > 1.0 >= before - 1.1e-4
+
+
+def test_the_gradient_grows_by_factor_times_weight_and_by_nothing_else():
+    model = network()
+    twin = copy.deepcopy(model)
+    penalty = build("greg1", model, decay=0.125, interval=2, ratios=0.5)
+    images, labels = torch.randn(8, 1, 8, 8), torch.arange(8)
+    for step in range(6):
+        for net in (model, twin):
+            net.zero_grad()
+        loss = F.cross_entropy(model(images), labels)
+        value = penalty(step)
+        (loss + value).backward()
+        F.cross_entropy(twin(images), labels).backward()
+        factor = 0.125 * (step // 2 + 1)
+        total = 0.0
+        for (name, ours), theirs in zip(model.named_parameters(), twin.parameters(), strict=True):
+            difference = ours.grad - theirs.grad
+            expected = torch.zeros_like(difference)
+            if name in penalty.choice:
+                expected = factor * penalty.choice[name] * ours.detach()
+                total += 0.5 * float((expected * ours.detach()).sum())
+            torch.testing.assert_close(difference, expected, rtol=1e-4, atol=1e-6)
+        assert float(value.detach()) == pytest.approx(total, rel=1e-5)
+    assert set(penalty.choice) == {"0.weight", "3.weight"}
+
+
+@pytest.mark.parametrize("groups_", GROUPS)
+def test_a_step_of_sgd_shrinks_what_is_chosen_by_rate_times_factor_and_weight_decay(groups_):
+    prepared, model = digits(96, validation=0), network()
+    penalty = build("greg1", model, decay=0.5, groups=groups_, jump=True, ceiling=2.0, stabilise=0)
+    plain, ours = copy.deepcopy(model), model
+    how = settings(1, batch_size=96, momentum=0.0, lr=0.1)
+    fit(plain, prepared, how, "plain")
+    start = copy.deepcopy(ours.state_dict())
+    fit(ours, prepared, how, "greg", penalty=penalty)
+    for name, after in ours.named_parameters():
+        pulled = plain.get_parameter(name).detach().clone()
+        if name in penalty.choice:
+            pulled -= 0.1 * 2.0 * penalty.choice[name] * start[name]
+        torch.testing.assert_close(after.detach(), pulled, rtol=1e-4, atol=1e-6)
+
+
+# choices
+
+
+@pytest.mark.parametrize("groups_", GROUPS)
+@pytest.mark.parametrize("pick", ["min", "max"])
+def test_greg1_chooses_what_one_shot_l1_would(groups_, pick):
+    model = network()
+    choices = build("greg1", model, groups=groups_, ratios=0.3, pick=pick).choices()
+    for name, choice in choices.items():
+        weight = model.get_parameter(name).detach()
+        axes = {"filter": [1, 2, 3], "channel": [0, 2, 3], "weight": []}[groups_]
+        axes = [a for a in axes if a < weight.dim()]
+        norms = weight.abs().sum(axes, keepdim=True) if axes else weight.abs()
+        gone, kept = norms[choice], norms[~choice]
+        assert len(gone) == groups.count(0.3, norms.numel())
+        assert gone.max() <= kept.min() if pick == "min" else gone.min() >= kept.max()
+    assert choices
+
+
+def test_greg1_can_choose_at_random_by_its_own_seed():
+    model = network()
+    state = torch.get_rng_state()
+    one, again, other = (build("greg1", model, pick="random", seed=s).choices() for s in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(one[n], again[n]) for n in one)
+    assert not all(torch.equal(one[n], other[n]) for n in one)
+
+
+def test_greg1_leaves_what_it_keeps_alone():
+    model = network()
+    penalty = build("greg1", model, decay=0.25, interval=1)
+    for _ in range(3):
+        found = factors(penalty, model)
+    assert set(found) == {"0.weight", "3.weight"}
+    for name, factor in found.items():
+        choice = penalty.choice[name].expand_as(factor)
+        assert not factor[~choice].any()
+        torch.testing.assert_close(factor[choice], torch.full_like(factor[choice], 0.75))
+
+
+def test_greg2_grows_on_everything_then_chooses_the_smallest_of_that_moment_then_recovers():
+    model = network()
+    penalty = build(
+        "greg2", model, decay=0.1, interval=1, pick_growth=0.01, pick_ceiling=0.029, recover=-0.002
+    )
+    dense = build("greg1", model).choices()
+    for count in (1, 2):
+        assert all((f - 0.01 * count).abs().max() < 1e-6 for f in factors(penalty, model).values())
+        assert not penalty.choices()
+        assert penalty.figures()["picked"] == 0
+        assert penalty.figures()["phase"] == 0
+    with torch.no_grad():  # magnitudes turn round before the choice
+        model[0].weight.mul_(torch.tensor([1.0, 9, 1, 9, 1, 9]).view(6, 1, 1, 1))
+    assert all((f - 0.03).abs().max() < 1e-6 for f in factors(penalty, model).values())
+    chosen = penalty.choices()
+    assert chosen["0.weight"].flatten().tolist() == [True, False] * 3
+    assert torch.equal(chosen["3.weight"], dense["3.weight"])
+    same = int((chosen["0.weight"] & dense["0.weight"]).sum()) + 4
+    assert penalty.figures()["overlap"] == pytest.approx(same / 7)
+    for count in (1, 2):
+        for name, factor in factors(penalty, model).items():
+            choice = chosen[name].expand_as(factor)
+            expected = torch.where(choice, 0.03 + 0.1 * count, -0.002)
+            torch.testing.assert_close(factor, expected, rtol=1e-4, atol=1e-6)
+    assert all(torch.equal(penalty.choices()[n], chosen[n]) for n in chosen)
+
+
+# the end
+
+
+def separate(model, number, times):
+    """Make the kept groups of one layer so many times as large as the chosen ones."""
+    weight = model[number].weight
+    order = weight.detach().abs().flatten(1).mean(1).argsort()
+    with torch.no_grad():
+        size = torch.full((len(weight),), float(times))
+        size[order[: math.ceil(len(weight) / 2)]] = 1.0
+        mean = weight.abs().flatten(1).mean(1)
+        weight.mul_((size / mean).view(-1, 1, 1, 1))
+
+
+def test_greg1_stops_when_every_layer_is_far_apart_and_not_before():
+    model = network()
+    penalty = build("greg1", model, decay=1e-3, interval=1, stabilise=3, magnitude_ratio=50)
+    separate(model, 0, 100)
+    for step in range(5):
+        penalty(step)
+    assert penalty.phase == growing.GROWING, "one of two layers"
+    separate(model, 3, 1000)
+    values = []
+    for step in range(5, 100):
+        penalty(step)
+        values.append(float(penalty.factor.max()))
+        if penalty.finished:
+            break
+    # 0.9 r + 0.1 * 1000 from r = about 1: passes 50 in the first update
+    assert values == [values[0]] * 4, "the last growth, then exactly three steps"
+    assert len({float(f) for f in penalty.factor}) == 1
+
+
+def test_the_magnitude_ratio_is_averaged_over_updates():
+    model = network()
+    penalty = build("greg1", model, decay=1e-3, interval=1, ratios={"0": 0.5}, magnitude_ratio=90)
+    separate(model, 0, 1.01)
+    penalty(0)
+    assert float(penalty.average[0]) == pytest.approx(1.01, rel=1e-5)
+    separate(model, 0, 101)
+    expected = 1.01
+    for step in range(1, 30):
+        penalty(step)
+        expected = 0.9 * expected + 0.1 * 101
+        assert float(penalty.average[0]) == pytest.approx(expected, rel=1e-5)
+        assert (penalty.phase == growing.STABILISING) == (expected >= 90)
+        if expected >= 90:
+            return
+    raise AssertionError("never ended")
+
+
+def test_greg2_stops_each_layer_by_its_own_ratio():
+    model = network()
+    penalty = build(
+        "greg2", model, decay=0.01, interval=1, pick_growth=0.01, ceiling=0.095, stabilise=2,
+        magnitude_ratio=50,
+    )  # fmt: skip
+    separate(model, 0, 1000)
+    penalty(0)  # picks
+    assert penalty.phase == growing.GROWING
+    penalty(1)
+    frozen = float(penalty.factor[0])
+    assert penalty.active.tolist() == [False, True]
+    for step in range(2, 100):
+        penalty(step)
+        if penalty.finished:
+            break
+    assert float(penalty.factor[0]) == frozen == pytest.approx(0.02)
+    assert float(penalty.factor[1]) == pytest.approx(0.1)
+    assert step + 1 == penalty.needs == 10 + 2
+
+
+def test_single_weights_end_by_the_ceiling_alone():
+    model = network()
+    with torch.no_grad():
+        for layer in (model[0], model[3], model[6]):
+            layer.weight.copy_(torch.where(torch.rand_like(layer.weight) < 0.5, 1e-9, 1.0))
+    penalty = build(
+        "greg1", model, decay=0.25, interval=1, groups="weight", stabilise=0, ratios=0.4
+    )
+    for step in range(10):
+        penalty(step)
+        if penalty.finished:
+            break
+    assert step + 1 == penalty.needs == 5
+
+
+@pytest.mark.parametrize("stabilise", [0, 1, 6])
+@pytest.mark.parametrize("interval", [1, 3])
+@pytest.mark.parametrize("name", METHODS)
+def test_training_ends_at_the_exact_step_and_batch_norm_learns_all_the_way(
+    name, interval, stabilise
+):
+    model = network()
+    more = {"pick_growth": 0.005} if name == "greg2" else {}
+    penalty = build(
+        name, model, decay=0.01, interval=interval, ceiling=0.035, stabilise=stabilise, **more
+    )
+    assert penalty.needs == ({"greg1": 4, "greg2": 5}[name] - 1) * interval + 1 + stabilise
+    seen = []
+
+    def look(step):
+        assert all(module.training for module in model.modules())
+        seen.append((float(penalty.factor.max()), model[1].running_mean.clone()))
+
+    watcher = Watcher(look=look)
+    result = fit(model, digits(), settings(), watcher=watcher, penalty=penalty)  # 4 steps an epoch
+    assert len(seen) == penalty.needs
+    assert len(result.history) == math.ceil(penalty.needs / 4)
+    last = [factor for factor, _ in seen]
+    assert last[-1 - stabilise :] == [last[-1]] * (1 + stabilise)
+    assert stabilise + 1 == len(last) or last[-2 - stabilise] < last[-1]
+    assert all(not torch.equal(a[1], b[1]) for a, b in zip(seen, seen[1:], strict=False))
+    final = result.history[-1]
+    assert final["phase"] == 3
+    assert final["factor"] == last[-1]
+    assert final["picked"] == 2
+    assert ("overlap" in final) == (name == "greg2")
+    assert all(math.isfinite(value) for row in result.history for value in row.values())
+
+
+def test_jump_goes_to_the_ceiling_at_once():
+    model = network()
+    penalty = build("greg1", model, decay=1e-4, jump=True, ceiling=0.7, stabilise=9)
+    assert penalty.needs == 10
+    fit(model, digits(), settings(3), penalty=penalty)
+    assert penalty.steps == 10
+    assert penalty.factor.tolist() == pytest.approx([0.7, 0.7])
+
+
+def test_what_is_chosen_shrinks_and_the_network_still_learns():
+    model = network()
+    prepared = digits(600)
+    penalty = build("greg1", model, decay=0.1, interval=2, ceiling=5.0, stabilise=200, ratios=0.5)
+    fit(model, prepared, settings(30, lr=0.05), penalty=penalty)
+    for name, choice in penalty.choices().items():
+        size = groups.scores(model.get_parameter(name), "filter")
+        assert size[choice].max() < 0.05 * size[~choice].min()
+    assert train.accuracy(model, prepared.test, prepared.about)[0] > 0.8
+
+
+# what is told and what is left behind
+
+
+def test_the_trace_has_kept_against_chosen_by_layer():
+    model = network()
+    penalty = build("greg1", model, decay=0.01, interval=2, ceiling=0.095, stabilise=1000)
+    first = {n: groups.scores(model.get_parameter(n), "filter") for n in penalty.choice}
+    result = fit(model, digits(), settings(300), penalty=penalty)
+    rows = penalty.trace()
+    assert penalty.needs == 1019  # 10 updates, from one to the next two steps
+    assert [row["step"] for row in rows] == [*range(0, 1019, 3), 1019]
+    assert len(rows) <= growing.POINTS + 1
+    assert set(rows[0]) == {"step", "factor", "kept", "chosen", "kept 0", "chosen 0", "kept 3",
+                            "chosen 3"}  # fmt: skip
+    for number in ("0", "3"):
+        size, choice = first[f"{number}.weight"], penalty.choice[f"{number}.weight"]
+        assert rows[0][f"chosen {number}"] == pytest.approx(float(size[choice].mean()))
+        assert rows[0][f"kept {number}"] == pytest.approx(float(size[~choice].mean()))
+    assert rows[0]["kept"] == pytest.approx((rows[0]["kept 0"] + rows[0]["kept 3"]) / 2)
+    last, kept = result.history[-1], rows[-1]
+    ratio = (kept["kept 0"] / kept["chosen 0"] + kept["kept 3"] / kept["chosen 3"]) / 2
+    assert last["magnitude_ratio"] == pytest.approx(ratio, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_state_is_all_there_is(name):
+    how = {"decay": 0.01, "interval": 1, "ceiling": 0.06, "stabilise": 4}
+    how |= {"pick_growth": 0.005} if name == "greg2" else {}
+    model = network()
+    one = build(name, model, **how)
+    for step in range(one.needs):
+        state = {n: t.clone() for n, t in one.state_dict().items()}
+        assert all(type(t) is torch.Tensor for t in state.values())
+        two = build(name, model, **how)
+        two.load_state_dict(state)
+        assert two.finished == one.finished
+        assert two.figures() == one.figures()
+        assert torch.equal(one(step), two(step))
+        again = two.state_dict()
+        now = one.state_dict()
+        assert set(now) == set(again)
+        assert all(torch.equal(now[n], again[n]) for n in now)
+        with torch.no_grad():
+            model[3].weight.mul_(0.99)
+    assert one.finished
+
+
+@pytest.mark.parametrize("kind", GROUPS)
+@pytest.mark.parametrize("name", METHODS)
+def test_killed_at_any_step_of_any_phase_it_ends_with_the_same_bytes(name, kind):
+    more = {"pick_growth": 0.002, "recover": -0.01} if name == "greg2" else {"pick": "random"}
+    how = {"decay": 0.02, "interval": 2, "ceiling": 0.07, "stabilise": 5, "groups": kind, **more}
+    prepared = digits(72)  # 3 steps an epoch
+
+    def run(which, stop=None):
+        model = network()
+        penalty = build(name, model, **how)
+        watcher = Watcher(stop)
+        try:
+            result = fit(model, prepared, settings(10), which, watcher, penalty)
+        except KeyboardInterrupt:
+            return None
+        return content(model), result, penalty.trace(), {
+            n: c.tolist() for n, c in penalty.choices().items()
+        }  # fmt: skip
+
+    alone = run("alone")
+    needs = build(name, network(), **how).needs
+    phases = {row["phase"] for row in alone[1].history}
+    assert phases >= ({0, 1, 2, 3} if name == "greg2" else {1, 2, 3})
+    for stop in range(1, needs + 1):
+        assert run(f"killed {stop}", stop) is None
+        assert run(f"killed {stop}") == alone, stop
+    for stop in range(1, needs + 1, 3):  # again and again
+        run("often", stop)
+    assert run("often") == alone
+
+
+# mistakes
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_epochs_too_few_for_the_clock_are_told_before_training_with_the_numbers(name):
+    model = network()
+    before, penalty = content(model), build(name, model, interval=1, stabilise=0)
+    needed = {"greg1": 10_000, "greg2": 10_901}[name]
+    watcher = Watcher()
+    line = (
+        rf"sparse_train\.epochs = 20: the penalty may need {needed:,} steps until it is finished; "
+        rf"at 4 steps an epoch that is {math.ceil(needed / 4):,} epochs"
+    )
+    with pytest.raises(SettingsError, match=line):
+        fit(model, digits(), settings(20), watcher=watcher, penalty=penalty)
+    assert content(model) == before
+    assert watcher.steps == 0
+
+
+def test_just_enough_epochs_are_enough():
+    for epochs, fits in ((3, True), (2, False)):
+        penalty = build("greg1", model := network(), decay=1.5, interval=1, stabilise=8)
+        assert penalty.needs == 9  # 4 steps an epoch
+        if fits:
+            fit(model, digits(), settings(epochs), str(epochs), penalty=penalty)
+        else:
+            with pytest.raises(SettingsError, match="9 steps .* 3 epochs"):
+                fit(model, digits(), settings(epochs), str(epochs), penalty=penalty)
+
+
+def test_the_best_epoch_would_be_one_before_the_end_and_is_refused():
+    penalty = build("greg1", model := network(), decay=1.5, stabilise=1)
+    with pytest.raises(SettingsError, match=r"sparse_train\.keep = 'best': .* must be 'last'"):
+        fit(model, digits(), settings(keep="best"), penalty=penalty)
+
+
+MISTAKES = [  # penalty, setting, value, what the line must hold
+    *[(n, k, v, w) for n in METHODS for k, v, w in [
+        ("ratios", 1.0, "must be at least 0 and less than 1"),
+        ("ratios", -0.5, "must be at least 0"),
+        ("ratios", float("nan"), "must be"),
+        ("groups", "kernel", "'filter', 'channel' or 'weight'"),
+        ("interval", 0, "greater than or equal to 1"),
+        ("interval", 2.5, "valid integer"),
+        ("ceiling", 0, "greater than 0"),
+        ("ceiling", -1, "greater than 0"),
+        ("ceiling", float("nan"), "finite"),
+        ("magnitude_ratio", 0, "greater than 0"),
+        ("stabilise", -1, "greater than or equal to 0"),
+        ("stabilise", True, "a number is needed"),
+        ("spread", 1, "unknown key"),
+    ]],
+    ("greg1", "pick", "middle", "'min', 'max' or 'random'"),
+    ("greg1", "jump", "perhaps", "valid boolean"),
+    ("greg1", "seed", -1, "greater than or equal to 0"),
+    ("greg2", "pick_ceiling", 0, "greater than 0"),
+    ("greg2", "pick_ceiling", 1.0, "1 must be below ceiling, 1"),
+    ("greg2", "pick_growth", -1e-5, "greater than 0"),
+    ("greg2", "recover", 0.1, "less than or equal to 0"),
+    ("greg2", "pick", "max", "unknown key"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "key", "value", "line"), MISTAKES)
+def test_a_setting_out_of_range_is_told_by_name(name, key, value, line):
+    with pytest.raises(SettingsError, match=rf"penalties\.{name}\.{key}") as caught:
+        build(name, network(), **{key: value})
+    assert line in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "decay", "chosen", "line"),
+    [
+        ("greg1", 0.0, {}, r"decay = 0: penalties\.greg1 grows .* greater than 0"),
+        ("greg2", 0.0, {}, r"decay = 0: penalties\.greg2 grows .* greater than 0"),
+        ("greg1", 1e-9, {}, r"decay = 1e-09: penalties\.greg1\.ceiling 1 is out of reach in steps"),
+        ("greg2", 1e-9, {}, r"decay = 1e-09: penalties\.greg2\.ceiling 1 is out of reach"),
+        (
+            "greg2",
+            1e-4,
+            {"pick_growth": 1e-11},
+            r"pick_growth = 1e-11: penalties\.greg2\.pick_ceil",
+        ),
+        ("greg1", 1e-4, {"ratios": {"6": 0.5}}, "6: there are 3 convolutions and linear layers"),
+        ("greg2", 1e-4, {"ratios": {"2": 0.5}}, r"2 = 0.5 is for layer 6, .* are the classes"),
+        ("greg1", 1e-4, {"ratios": {"conv*": 0.5}}, r"conv\* matches no layer; there are: 0, 3, 6"),
+        ("greg1", 1e-4, {"ratios": 0}, "nothing would be pruned"),
+    ],
+)
+def test_what_only_the_network_can_tell_is_told_when_the_penalty_is_built(
+    name, decay, chosen, line
+):
+    with pytest.raises(SettingsError, match=rf"^params\.yaml: .*({line})"):
+        build(name, network(), decay, **chosen)
+
+
+def test_a_layer_of_two_million_single_weights_starts_at_once():
+    model = nn.Sequential(nn.Linear(2048, 1000))
+    for name in METHODS:
+        penalty = build(name, model, groups="weight", ratios=0.827)
+        penalty(0).backward()
+        assert sum(penalty.numbers.values()) == math.ceil(0.827 * 2_048_000)
+    chosen = build("greg1", model, groups="weight", ratios=0.827).choices()["0.weight"]
+    assert int(chosen.sum()) == math.ceil(0.827 * 2_048_000)
