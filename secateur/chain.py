@@ -31,8 +31,8 @@ class Product:
     """What the penalty has chosen to go."""
     metrics: dict[str, float] = field(default_factory=dict)
     history: list[train.Row] = field(default_factory=list)
-    tables: dict[str, list[train.Row]] = field(default_factory=dict)
-    """Name -> rows of a further <name>.csv beside the model."""
+    tables: dict[str, pd.DataFrame] = field(default_factory=dict)
+    """Name -> a further <name>.csv beside the model."""
 
 
 class Job:
@@ -172,8 +172,8 @@ def _write(
     if product.history:
         table = pd.DataFrame(product.history).astype({"epoch": int})
         files.write_text(folder / "history.csv", table.to_csv(index=False))
-    for name, rows in product.tables.items():
-        files.write_text(folder / f"{name}.csv", pd.DataFrame(rows).to_csv(index=False))
+    for name, table in product.tables.items():
+        files.write_text(folder / f"{name}.csv", table.to_csv(index=False))
     model_id = run.close(product.metrics | {"seconds": seconds}, model, sha256)
     about = job.data.about
     record.save(

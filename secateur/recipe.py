@@ -10,11 +10,13 @@ stays as it is), so whatever has run before comes from the cache.
 
 import argparse
 import io
+import itertools
 import json
 import math
+import re
 import statistics
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,23 +46,72 @@ class Recipe:
         """As `dvc exp run` takes them."""
         parts = []
         for key, value in flat(self.settings).items():
-            text = json.dumps(value) if isinstance(value, list | bool) else str(value)
+            plain = isinstance(value, int | float) or re.fullmatch(r"[\w./-]+", str(value))
+            text = str(value) if plain and not isinstance(value, bool) else json.dumps(value)
             parts += ["-S", f"{key}={text}"]
         return parts
 
 
 def load(name: str) -> Recipe:
-    """Read recipes/<name>.yaml; SettingsError with the names there are if there is none."""
-    path = FOLDER / f"{name}.yaml"
-    if not path.exists():
-        raise SettingsError(f"recipe {name!r}: there is no {path}; there are: {', '.join(names())}")
-    content = yaml.safe_load(path.read_text())
-    return Recipe(name, content["about"], content["settings"])
+    """The recipe of this name; SettingsError with the names there are if there is none."""
+    written = _written()
+    if name not in written or written[name].get("base"):
+        raise SettingsError(
+            f"recipe {name!r}: there is none in {FOLDER}/; there are: {', '.join(names())}"
+        )
+    return Recipe(name, written[name]["about"], _settings(name, written, ()))
 
 
 def names() -> list[str]:
-    """All recipes, sorted."""
-    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+    """All recipes that can be run, sorted."""
+    return sorted(name for name, content in _written().items() if not content.get("base"))
+
+
+def _written() -> dict[str, dict[str, Any]]:
+    """Name -> what is written under it, over all files.
+
+    A file is one recipe of its own name: `about` and `settings`, with `extends` on top of those of
+    another one, with `base: true` for others to extend only. Or it has a `table` too, with settings
+    for every value of every axis: then it is as many recipes as there are combinations, and `name`
+    and `about` have the axes in braces.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for path in sorted(FOLDER.glob("*.yaml")):
+        content = yaml.safe_load(path.read_text())
+        table = content.get("table", {})
+        for values in itertools.product(*(axis.items() for axis in table.values())):
+            place = {axis: str(value) for axis, (value, _) in zip(table, values, strict=True)}
+            name = content.get("name", path.stem).format_map(place)
+            if name in found:
+                raise SettingsError(f"{path}: there is another recipe named {name}")
+            settings = content.get("settings", {})
+            for _, own in values:
+                settings = _merged(settings, own)
+            about = content["about"].format_map(place)
+            found[name] = content | {"about": about, "settings": settings}
+    return found
+
+
+def _settings(
+    name: str, written: Mapping[str, dict[str, Any]], seen: tuple[str, ...]
+) -> dict[str, Any]:
+    """The settings of a recipe on top of those that it extends."""
+    below = written[name].get("extends")
+    if below is None:
+        return dict(written[name]["settings"])
+    if below not in written or below in (*seen, name):
+        raise SettingsError(f"recipe {name}: extends {below}, which is no other recipe")
+    return _merged(_settings(below, written, (*seen, name)), written[name]["settings"])
+
+
+def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Both tables, `above` where they differ; tables within them likewise."""
+    result = dict(below)
+    for key, value in above.items():
+        inner = result.get(key)
+        both = isinstance(inner, Mapping) and isinstance(value, Mapping)
+        result[key] = _merged(inner, value) if both else value  # type: ignore[arg-type]
+    return result
 
 
 def run(recipe: Recipe, seeds: Sequence[int]) -> list[dict[str, Any]]:
@@ -152,13 +203,13 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("name", nargs="?", help="file name in recipes/, without .yaml")
+    parser.add_argument("name", nargs="?", help="name of a recipe, as the list has it")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], metavar="N")
     parser.add_argument("--apply", action="store_true", help="write into params.yaml, run nothing")
     options = parser.parse_args()
     if options.name is None:
         for name in names():
-            console.say(f"{name:28} {load(name).about}")
+            console.say(f"{name:32} {load(name).about}")
         return
     try:
         recipe = load(options.name)

@@ -13,6 +13,7 @@ import fcntl
 import functools
 import hashlib
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -301,8 +302,13 @@ def _create_run(
     run = store.client.create_run(
         store.experiment, tags=dict(tags), run_name=name or f"{stage}-{key[:8]}"
     )
-    store.log(run.info.run_id, params=[Param(k, str(v)) for k, v in params.items()])
+    store.log(run.info.run_id, params=[Param(_key(k), str(v)) for k, v in params.items()])
     return str(run.info.run_id)
+
+
+def _key(name: str) -> str:
+    """A param's name as MLflow allows it: keys may be patterns of layer names."""
+    return re.sub(r"[^\w\-./ :]", "_", name)
 
 
 def _close_run(

@@ -3,16 +3,22 @@
 Reads   data/<dataset>, models/baseline.
 Writes  models/sparse/model.safetensors and history.csv (one row an epoch), and
         models/sparse.run.json, which says which run made them. A penalty that runs a course of its
-        own leaves its choice in the model and its course in growth.csv.
+        own leaves its choice in the model and its course in growth.csv, which is empty otherwise.
 
 A killed training, run again, goes on where it was and ends with the same bytes.
 """
 
 from dataclasses import replace
 
+import pandas as pd
+
 from secateur import chain, console
 from secateur.core import penalty as penalties
 from secateur.core.train import Course
+
+GROWTH = ["step", "factor", "kept", "chosen"]
+"""Of growth.csv; without a course it has this line alone, since DVC complains about what is not
+there when it draws plots."""
 
 
 def main() -> None:
@@ -31,9 +37,10 @@ def train_sparse(job: chain.Job) -> chain.Product:
     fit = job.fit(model, params.sparse_train, penalty=penalty)
     header = job.header(dense, penalty=params.penalty, decay=params.decay)
     product = chain.trained(model, header, fit)
-    if isinstance(penalty, Course):
-        product = replace(product, choices=penalty.choices(), tables={"growth": penalty.trace()})
-    return product
+    if not isinstance(penalty, Course):
+        return replace(product, tables={"growth": pd.DataFrame(columns=GROWTH)})
+    growth = pd.DataFrame(penalty.trace()).astype({"step": int})
+    return replace(product, choices=penalty.choices(), tables={"growth": growth})
 
 
 if __name__ == "__main__":

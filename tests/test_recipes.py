@@ -1,0 +1,144 @@
+"""Recipes: one format for single ones, families and tables, all of them sound."""
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from torch import nn
+
+from secateur import recipe
+from secateur.core import plugin, settings
+from secateur.core.errors import SettingsError
+
+PARAMS = yaml.safe_load(Path("params.yaml").read_text())
+NAMES = recipe.names()
+GROWING = [name for name in NAMES if name.startswith("greg-")]
+TRAINING_IMAGES = {"cifar10": 50_000, "cifar100": 50_000, "imagenet": 1_281_167, "digits": 1_293,
+                   "mnist": 54_000}  # fmt: skip
+
+
+def absent(made):
+    """A plug-in that a recipe names and nobody has written yet."""
+    for kind, key in plugin.KEYS.items():
+        name = made.settings.get(key, PARAMS[key])
+        if name not in plugin.names(kind):
+            return f"secateur/{kind}/{name}.py"
+    return None
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_on_top_of_params_yaml_is_sound(name, tmp_path):
+    made = recipe.load(name)
+    if missing := absent(made):
+        pytest.skip(f"there is no {missing} yet")
+    path = tmp_path / "params.yaml"
+    path.write_text(yaml.safe_dump(recipe._merged(PARAMS, made.settings)))
+    settings.check(path)
+    assert made.about and "{" not in made.about
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_changes_only_keys_that_there_are(name):
+    made = recipe.load(name)
+    for key in recipe.flat(made.settings):
+        *sections, last = key.split(".")
+        table = PARAMS
+        for section in sections:
+            if section not in table and table in (PARAMS["archs"], PARAMS["datasets"]):
+                break  # an architecture or data set that nobody has written yet
+            table = table[section]
+        else:
+            assert last in table, key
+
+
+@pytest.mark.parametrize("name", GROWING)
+def test_a_growing_penalty_fits_into_the_epochs_that_a_recipe_gives_it(name):
+    made = recipe._merged(PARAMS, recipe.load(name).settings)
+    module = plugin.load("penalties", made["penalty"])
+    written = made["penalties"][made["penalty"]] | {"ratios": 0.5, "skip": []}
+    own = settings.parse(module.Settings, written, "")
+    penalty = module.build(own, nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), made["decay"])
+    training = made["sparse_train"]
+    steps = math.ceil(TRAINING_IMAGES[made["dataset"]] / training["batch_size"])
+    assert penalty.needs <= training["epochs"] * steps
+    assert training["keep"] == "last"
+    assert made["pruner"] == "chosen"
+
+
+def test_overrides_are_what_dvc_takes():
+    made = recipe.Recipe("x", "", {"a": {"b": 0.5, "c": True, "d": [0, "1.0"]}, "e": "std",
+                                   "f": "0-15: 0.7, 3: 0"})  # fmt: skip
+    assert made.overrides == [
+        "-S", "a.b=0.5", "-S", "a.c=true", "-S", 'a.d=[0, "1.0"]', "-S", "e=std",
+        "-S", 'f="0-15: 0.7, 3: 0"',
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(recipe, "FOLDER", tmp_path)
+
+    def write(**files):
+        for name, content in files.items():
+            (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(content))
+
+    return write
+
+
+def test_a_recipe_stands_on_another_and_changes_what_it_names(folder):
+    folder(
+        below={"about": "b", "base": True, "settings": {"x": 1, "t": {"u": 1, "v": [1, 2]}}},
+        middle={"about": "m", "extends": "below", "settings": {"t": {"v": [3]}}},
+        above={"about": "a", "extends": "middle", "settings": {"t": {"w": 4}, "x": 5}},
+    )
+    assert recipe.names() == ["above", "middle"]
+    assert recipe.load("middle").settings == {"x": 1, "t": {"u": 1, "v": [3]}}
+    assert recipe.load("above").settings == {"x": 5, "t": {"u": 1, "v": [3], "w": 4}}
+    assert recipe.load("above").about == "a"
+    with pytest.raises(SettingsError, match=r"'below': there is none .*: above, middle"):
+        recipe.load("below")
+
+
+def test_a_table_is_a_recipe_for_every_combination(folder):
+    folder(
+        below={"about": "b", "base": True, "settings": {"z": 0, "p": {"q": 0}}},
+        table={
+            "about": "net {net} by {way}", "name": "n-{net}-{way}", "extends": "below",
+            "settings": {"p": {"q": 1}},
+            "table": {
+                "net": {0.5: {"p": {"r": 1}}, 0.75: {"p": {"r": 2}}},
+                "way": {"a": {"z": 1}, "b": {"p": {"q": 9}}},
+            },
+        },
+    )  # fmt: skip
+    assert recipe.names() == ["n-0.5-a", "n-0.5-b", "n-0.75-a", "n-0.75-b"]
+    assert recipe.load("n-0.5-a").settings == {"z": 1, "p": {"q": 1, "r": 1}}
+    assert recipe.load("n-0.75-b").settings == {"z": 0, "p": {"q": 9, "r": 2}}
+    assert recipe.load("n-0.75-b").about == "net 0.75 by b"
+
+
+@pytest.mark.parametrize(
+    ("files", "name", "line"),
+    [
+        ({"a": {"about": "", "extends": "b", "settings": {}}}, "a", "extends b, which is no other"),
+        ({"a": {"about": "", "extends": "a", "settings": {}}}, "a", "extends a, which is no other"),
+        ({"a": {"about": "", "extends": "b", "settings": {}},
+          "b": {"about": "", "extends": "a", "settings": {}}}, "a", "extends a, which is no other"),
+        ({"a": {"about": "", "settings": {}},
+          "b": {"about": "", "name": "a", "settings": {}}}, "a", "there is another recipe named a"),
+        ({"a": {"about": "", "settings": {}}}, "c", "'c': there is none in .*; there are: a$"),
+    ],
+)  # fmt: skip
+def test_recipes_that_lead_nowhere_are_told(folder, files, name, line):
+    folder(**files)
+    with pytest.raises(SettingsError, match=line):
+        recipe.load(name)
+
+
+def test_the_published_names_are_there():
+    wanted = ["greg-resnet56-0.9-greg1", "greg-resnet56-2.55x-greg2", "greg-vgg19-8.84x-greg1",
+              "greg-resnet50-3.06x-greg2", "greg-resnet50-weights-greg1"]  # fmt: skip
+    assert set(wanted) <= set(NAMES)
+    assert all(re.fullmatch(r"[a-z0-9.-]+", name) for name in NAMES)
