@@ -14,7 +14,7 @@ from secateur.core import checkpoint, data, files, machine, record, resume, stag
 from secateur.core.checkpoint import Checkpoint, Header
 from secateur.core.engine import Engine, relaunch
 from secateur.core.errors import SecateurError
-from secateur.core.groups import Choices
+from secateur.core.choices import Choices
 from secateur.core.masks import Masks
 from secateur.core.record import FOLDERS
 from secateur.core.settings import Params, Train

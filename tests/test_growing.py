@@ -193,7 +193,7 @@ def test_greg1_chooses_what_one_shot_l1_would(groups_, pick):
         axes = [a for a in axes if a < weight.dim()]
         norms = weight.abs().sum(axes, keepdim=True) if axes else weight.abs()
         gone, kept = norms[choice], norms[~choice]
-        assert len(gone) == groups.count(0.3, norms.numel())
+        assert len(gone) == choices.count(0.3, norms.numel())
         assert gone.max() <= kept.min() if pick == "min" else gone.min() >= kept.max()
     assert choices
 
@@ -382,7 +382,7 @@ def test_what_is_chosen_shrinks_and_the_network_still_learns():
     penalty = build("greg1", model, decay=0.1, interval=2, ceiling=5.0, stabilise=200, ratios=0.5)
     fit(model, prepared, settings(30, lr=0.05), penalty=penalty)
     for name, choice in penalty.choices().items():
-        size = groups.scores(model.get_parameter(name), "filter")
+        size = choices.scores(model.get_parameter(name), "filter")
         assert size[choice].max() < 0.05 * size[~choice].min()
     assert train.accuracy(model, prepared.test, prepared.about)[0] > 0.8
 
@@ -393,7 +393,7 @@ def test_what_is_chosen_shrinks_and_the_network_still_learns():
 def test_the_trace_has_kept_against_chosen_by_layer():
     model = network()
     penalty = build("greg1", model, decay=0.01, interval=2, ceiling=0.095, stabilise=1000)
-    first = {n: groups.scores(model.get_parameter(n), "filter") for n in penalty.choice}
+    first = {n: choices.scores(model.get_parameter(n), "filter") for n in penalty.choice}
     result = fit(model, digits(), settings(300), penalty=penalty)
     rows = penalty.trace()
     assert penalty.needs == 1019  # 10 updates, from one to the next two steps

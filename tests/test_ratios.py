@@ -12,7 +12,7 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 from torch import nn
 
-from secateur.core import groups, ratios
+from secateur.core import choices, ratios
 from secateur.core.errors import SettingsError
 from secateur.core.ratios import Ratios, Skip
 from secateur.core.settings import Strict, parse
@@ -269,13 +269,13 @@ COUNTS = [(0.3, 10, 3), (0.55, 100, 55), (0.7, 10, 7), (0.1, 30, 3), (0.29, 100,
 
 @pytest.mark.parametrize(("ratio", "number", "gone"), COUNTS)
 def test_counts_are_rounded_up_and_leave_one(ratio, number, gone):
-    assert groups.count(ratio, number) == gone
+    assert choices.count(ratio, number) == gone
 
 
 @given(share=st.integers(0, 999), number=st.integers(1, 5000))
 @examples(max_examples=200, deadline=None, derandomize=True)
 def test_counts_agree_with_whole_numbers(share, number):
-    assert groups.count(share / 1000, number) == min(-(-share * number // 1000), number - 1)
+    assert choices.count(share / 1000, number) == min(-(-share * number // 1000), number - 1)
 
 
 def test_what_is_written_comes_back_as_text_that_means_the_same():
@@ -294,7 +294,7 @@ SCORE = torch.tensor([[3.0, 1.0, 2.0, 1.0, 5.0]])
      ("max", 1, [4]), ("max", 2, [0, 4])],
 )  # fmt: skip
 def test_the_smallest_or_largest_are_chosen_and_of_equals_the_first(pick, number, gone):
-    choice = groups.choose(SCORE, number, pick)
+    choice = choices.choose(SCORE, number, pick)
     assert choice.shape == SCORE.shape
     assert choice[0].nonzero().flatten().tolist() == gone
 
@@ -302,7 +302,7 @@ def test_the_smallest_or_largest_are_chosen_and_of_equals_the_first(pick, number
 def test_a_random_choice_depends_on_its_seed_alone():
     score = torch.rand(1000)
     state = torch.get_rng_state()
-    one, again, other = (groups.choose(score, 300, "random", seed) for seed in (1, 1, 2))
+    one, again, other = (choices.choose(score, 300, "random", seed) for seed in (1, 1, 2))
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(one, again)
     assert not torch.equal(one, other)
@@ -311,16 +311,16 @@ def test_a_random_choice_depends_on_its_seed_alone():
 
 def test_scores_are_mean_sizes_with_the_shape_of_a_choice():
     weight = torch.tensor([[[[1.0, -3.0]], [[0.0, 4.0]]]])  # one filter, two channels
-    assert groups.scores(weight, "filter").tolist() == [[[[2.0]]]]
-    assert groups.scores(weight, "channel").tolist() == [[[[2.0]], [[2.0]]]]
-    assert torch.equal(groups.scores(weight, "weight"), weight.abs())
+    assert choices.scores(weight, "filter").tolist() == [[[[2.0]]]]
+    assert choices.scores(weight, "channel").tolist() == [[[[2.0]], [[2.0]]]]
+    assert torch.equal(choices.scores(weight, "weight"), weight.abs())
 
 
 def test_two_million_weights_are_chosen_from_at_once():
     layer = nn.Linear(2048, 1000)
     began = time.monotonic()
-    choice = groups.choose(groups.scores(layer.weight, "weight"), groups.count(0.827, 2_048_000))
-    same = groups.smallest(groups.scores(layer.weight, "weight"), groups.count(0.827, 2_048_000))
+    choice = choices.choose(choices.scores(layer.weight, "weight"), choices.count(0.827, 2_048_000))
+    same = choices.smallest(choices.scores(layer.weight, "weight"), choices.count(0.827, 2_048_000))
     assert choice.sum() == math.ceil(0.827 * 2_048_000)
     assert layer.weight[choice].abs().max() <= layer.weight[~choice].abs().min()
     assert (choice != same).sum() <= 2  # ties

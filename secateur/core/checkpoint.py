@@ -1,7 +1,7 @@
 """Checkpoints: safetensors with a JSON header, in and out; never a pickle.
 
 Weights and buffers stand under their own names, masks under `mask:<parameter>` as booleans, what a
-penalty has chosen to go under `choice:<parameter>` (core/groups.py). The header says how to rebuild
+penalty has chosen to go under `choice:<parameter>` (core/choices.py). The header says how to rebuild
 the network; its shapes come from the tensors, so that a network that was made smaller loads without
 the code that made it smaller. Equal models are equal bytes.
 """
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from secateur.core import files, plugin, settings
 from secateur.core.errors import CheckpointError
-from secateur.core.groups import Choices, fits
+from secateur.core.choices import Choices, fits
 from secateur.core.machine import versions
 from secateur.core.shapes import resize
 

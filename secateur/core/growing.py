@@ -17,10 +17,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from secateur.core import groups as grouping
+from secateur.core import choices as grouping
 from secateur.core import masks
 from secateur.core.errors import SettingsError
-from secateur.core.groups import Choices, Groups
+from secateur.core.choices import Choices, Groups
 from secateur.core.ratios import Ratios, Rules, Skip, by_layer
 from secateur.core.settings import Positive, Strict
 
@@ -162,7 +162,7 @@ class Growing:
     # what sparse-train asks afterwards
 
     def choices(self) -> Choices:
-        """What is to go, by the weight's parameter name; see core/groups.py."""
+        """What is to go, by the weight's parameter name; see core/choices.py."""
         return {name: choice.cpu() for name, choice in self.choice.items()}
 
     def trace(self) -> list[dict[str, float]]:

@@ -28,7 +28,7 @@ from torch import nn
 
 from secateur.core import masks
 from secateur.core.errors import SettingsError
-from secateur.core.groups import Groups
+from secateur.core.choices import Groups
 
 PLACE = re.compile(r"(\d+)(?:\s*-\s*(\d+))?")
 BLOCK = re.compile(r"(?:.*\.)?layer(\d+)\.(\d+)\.(.+)")

@@ -69,7 +69,7 @@ class Course(Protocol):
         """Where it is, for the epoch's row of history; finite numbers."""
 
     def choices(self) -> dict[str, Tensor]:
-        """What is to be pruned, by the weight's parameter name; see core/groups.py."""
+        """What is to be pruned, by the weight's parameter name; see core/choices.py."""
 
     def trace(self) -> list[Row]:
         """A table of the course, a row for each of some steps."""

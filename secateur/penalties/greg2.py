@@ -14,7 +14,7 @@ from typing import Annotated, Self
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from secateur.core import groups as grouping
+from secateur.core import choices as grouping
 from secateur.core.errors import SettingsError
 from secateur.core.growing import GROWING, PICKING, Course, Growing, grown, updates_until
 from secateur.core.penalty import Penalty

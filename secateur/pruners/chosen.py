@@ -8,7 +8,7 @@ from torch import nn
 
 from secateur.core import groups
 from secateur.core.errors import PruningError
-from secateur.core.groups import Choices
+from secateur.core.choices import Choices
 from secateur.core.masks import Masks
 from secateur.core.settings import Strict
 

@@ -6,7 +6,7 @@ Keep w if |w| >= sensitivity.
 
 from torch import nn
 
-from secateur.core.groups import Choices
+from secateur.core.choices import Choices
 from secateur.core.masks import Masks, Scope, prunable
 from secateur.core.settings import NonNegative, Strict
 
