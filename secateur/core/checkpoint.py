@@ -7,7 +7,7 @@ was made smaller loads without the code that made it smaller. Equal models are e
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from secateur.core import files, plugin, settings
 from secateur.core.errors import CheckpointError
 from secateur.core.machine import versions
-from secateur.core.shapes import resize
+from secateur.core.shapes import describe, resize
 
 FORMAT = 1
 MASK = "mask:"
@@ -46,6 +46,8 @@ class Header:
     """What the stage found out: asked and reached, proof of equality."""
     versions: dict[str, str] = field(default_factory=versions)
     format: int = FORMAT
+    layers: dict[str, dict[str, int]] = field(default_factory=dict)
+    """What the shapes of the tensors do not tell; written by `save`."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,8 @@ class Checkpoint:
         """The network, rebuilt from header and shapes, with these weights."""
         model = architecture(self.header)
         try:
-            resize(model, {name: tensor.shape for name, tensor in self.tensors.items()})
+            shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
+            resize(model, shapes, self.header.layers)
             model.load_state_dict(self.tensors)
             with torch.inference_mode():  # one image through, so that layers fit each other
                 model.eval()(torch.zeros(1, *self.header.shape))
@@ -94,6 +97,7 @@ def save(path: Path, header: Header, model: nn.Module, masks: dict[str, Tensor])
     kept = {name: m.detach().cpu() for name, m in masks.items() if not bool(m.all())}
     for name, mask in kept.items():
         tensors[name] = torch.where(mask, tensors[name], torch.zeros_like(tensors[name]))
+    header = replace(header, layers=describe(model))
     content = safetensors.torch.save(
         tensors | {MASK + name: mask.contiguous() for name, mask in kept.items()},
         metadata={"secateur": json.dumps(asdict(header), sort_keys=True)},

@@ -36,7 +36,7 @@ BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.InstanceNorm2d)
 ZERO_PADS = (nn.ZeroPad2d, nn.ZeroPad3d)
 _LEAVES = (*LAYERS, *BATCH_NORMS, nn.LayerNorm, nn.GroupNorm)
 
-_UNARY = frozenset(
+UNARY = frozenset(
     """relu relu_ relu6 leaky_relu leaky_relu_ hardtanh hardtanh_ hardswish hardsigmoid gelu silu
     sigmoid sigmoid_ tanh tanh_ elu elu_ selu celu mish softplus softsign logsigmoid dropout
     dropout1d dropout2d alpha_dropout feature_dropout stochastic_depth drop_path contiguous clone
@@ -218,6 +218,8 @@ class Walk:
             return self._module(str(node.target), module, *args, **kwargs)
         followed: list[Any] = []
         map_aggregate((args, kwargs), followed.append)
+        if node.target is operator.getitem and isinstance(args[0], list | tuple):  # of what a split gave
+            return args[0][args[1]]
         if not any(isinstance(v, Atoms | Held) for v in followed):
             return _known(_plain(node, args, kwargs), self.book)
         name, module_name = str(node.target), "torch"
@@ -370,7 +372,7 @@ class Walk:
         rest = args[1:]
         if not isinstance(x, Atoms):
             raise PruningError(f"do not know what {name} does to channels")
-        if name in _UNARY:
+        if name in UNARY:
             return x
         if name in _POOLS:
             function: Any = getattr(functional, name)

@@ -6,14 +6,21 @@ import torch
 from torch import nn
 
 
-def resize(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> None:
+def resize(
+    model: nn.Module,
+    shapes: Mapping[str, Sequence[int]],
+    layers: Mapping[str, Mapping[str, int]] | None = None,
+) -> None:
     """Give every parameter and buffer named in `shapes` that shape, in place.
 
+    `layers` has what shapes do not tell, as `describe` gives it. Without it depthwise convolutions
+    get as many groups as they have filters, and other convolutions keep the groups they have.
     Values of resized tensors are lost. Raises ValueError if a tensor's number of axes differs,
     or if a parameter of the model is not named.
     """
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""
+        before = {own: tuple(tensor.shape) for own, tensor in module.named_parameters(recurse=False)}
         changed = False
         for own, tensor in [*module.named_parameters(recurse=False), *_buffers(module)]:
             if prefix + own not in shapes:
@@ -30,7 +37,16 @@ def resize(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> None:
                 setattr(module, own, fresh)
             changed = True
         if changed:
-            _describe(module)
+            _describe(module, before, (layers or {}).get(name, {}))
+
+
+def describe(model: nn.Module) -> dict[str, dict[str, int]]:
+    """What the shapes of a network's tensors do not tell: groups of convolutions, by layer."""
+    return {
+        name: {"groups": module.groups}
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d) and module.groups > 1
+    }
 
 
 def reset(model: nn.Module) -> None:
@@ -44,14 +60,33 @@ def _buffers(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
     return [(name, b) for name, b in module.named_buffers(recurse=False) if b is not None]
 
 
-def _describe(module: nn.Module) -> None:
-    """Bring a layer's own account of its sizes in line with its weights."""
+def _describe(
+    module: nn.Module, before: Mapping[str, tuple[int, ...]], known: Mapping[str, int]
+) -> None:
+    """Bring a layer's own account of its sizes in line with its tensors.
+
+    `before` has the shapes that its parameters had. Modules that are not torch's keep no account.
+    """
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
     elif isinstance(module, nn.Conv2d):
+        filters, inputs = before["weight"][:2]
+        if inputs == 1 and module.groups > 1:  # depthwise
+            module.groups = module.weight.shape[0] * module.groups // filters
+        module.groups = known.get("groups", module.groups)
         module.out_channels, module.in_channels = module.weight.shape[:2]
         module.in_channels *= module.groups
-    elif isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d):
-        module.num_features = module.weight.numel()
-    else:
+    elif isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d | nn.InstanceNorm2d):
+        tensor = module.running_mean if module.weight is None else module.weight
+        assert tensor is not None
+        module.num_features = tensor.numel()
+    elif isinstance(module, nn.LayerNorm):
+        module.normalized_shape = tuple(module.weight.shape)
+    elif isinstance(module, nn.GroupNorm):
+        if module.num_groups == module.num_channels:
+            module.num_groups = module.weight.numel()
+        module.num_channels = module.weight.numel()
+    elif isinstance(module, nn.PReLU):
+        module.num_parameters = module.weight.numel()
+    elif type(module).__module__.startswith("torch.nn."):
         raise ValueError(f"do not know how to resize a {type(module).__name__}")
