@@ -16,10 +16,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from secateur.core import files, plugin, settings
+from secateur.core import files, plugin, settings, shapes
 from secateur.core.errors import CheckpointError
 from secateur.core.machine import versions
-from secateur.core.shapes import describe, resize
 
 FORMAT = 1
 MASK = "mask:"
@@ -64,9 +63,9 @@ class Checkpoint:
         """The network, rebuilt from header and shapes, with these weights."""
         model = architecture(self.header)
         try:
-            shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
-            resize(model, shapes, self.header.layers)
-            model.load_state_dict(self.tensors)
+            sizes = {name: tensor.shape for name, tensor in self.tensors.items()}
+            shapes.resize(model, sizes, self.header.layers)
+            shapes.load(model, self.tensors)
             with torch.inference_mode():  # one image through, so that layers fit each other
                 model.eval()(torch.zeros(1, *self.header.shape))
         except (RuntimeError, KeyError, ValueError) as error:
@@ -97,7 +96,7 @@ def save(path: Path, header: Header, model: nn.Module, masks: dict[str, Tensor])
     kept = {name: m.detach().cpu() for name, m in masks.items() if not bool(m.all())}
     for name, mask in kept.items():
         tensors[name] = torch.where(mask, tensors[name], torch.zeros_like(tensors[name]))
-    header = replace(header, layers=describe(model))
+    header = replace(header, layers=shapes.describe(model))
     content = safetensors.torch.save(
         tensors | {MASK + name: mask.contiguous() for name, mask in kept.items()},
         metadata={"secateur": json.dumps(asdict(header), sort_keys=True)},

@@ -1,5 +1,6 @@
 """Make the layers of a network as small as given tensors: how compact networks are rebuilt."""
 
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -38,6 +39,18 @@ def resize(
             changed = True
         if changed:
             _describe(module, before, (layers or {}).get(name, {}))
+
+
+def load(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Copy tensors into a network of their shapes; RuntimeError if they do not fit.
+
+    Unlike load_state_dict alone, it also works for modules that ask which version wrote a tensor:
+    it is the present one.
+    """
+    versions = getattr(model.state_dict(), "_metadata", None)
+    state = OrderedDict(tensors)
+    state._metadata = versions  # type: ignore[attr-defined]  # where torch looks for it
+    model.load_state_dict(state)
 
 
 def describe(model: nn.Module) -> dict[str, dict[str, int]]:

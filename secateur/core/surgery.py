@@ -20,7 +20,7 @@ from secateur.core.channels import Network, Plan, Selection, by_channel, follow
 from secateur.core.constants import Constants
 from secateur.core.errors import PruningError
 from secateur.core.masks import Masks
-from secateur.core.shapes import resize
+from secateur.core import shapes
 
 EXACT = 1e-9  # float64, relative to the largest output
 ROUNDING = 1e-4  # float32, relative to the largest output
@@ -138,8 +138,8 @@ def _cut(model: nn.Module, plan: Plan, masks: Masks) -> Masks:
         state[name] = values.to(state[name].device)
     state = {name: tensor.clone() for name, tensor in state.items()}
     groups = {name: {"groups": count} for name, count in plan.groups.items()}
-    resize(model, {name: tensor.shape for name, tensor in state.items()}, groups)
-    model.load_state_dict(state)
+    shapes.resize(model, {name: tensor.shape for name, tensor in state.items()}, groups)
+    shapes.load(model, state)
     return {name: plan.shrink(name, mask) for name, mask in masks.items()}
 
 
