@@ -143,8 +143,10 @@ class Network:
     def __init__(self, model: nn.Module, graph: fx.Graph, shape: Sequence[int]) -> None:
         self.model, self.graph, self.shape = model, graph, tuple(shape)
         book = _Recorder(model)
-        Walk(model, graph, book).run(self.shape)
+        walk = Walk(model, graph, book)
+        walk.run(self.shape)
         book.close()
+        self.spread = walk.spread
         self.layers: dict[str, Layer] = book.layers
         self.selects: dict[str, Selecting] = book.selects
         self.records: list[Record] = list(book.records.values())
@@ -164,6 +166,11 @@ class Network:
         if name not in self._by_name:
             raise PruningError(f"no group of channels is called '{name}'")
         return self._by_name[name]
+
+    def outputs(self) -> dict[str, Tensor]:
+        """Roots of what each layer makes, and each index buffer, in the order of the network."""
+        made = {name: self.roots[layer.out] for name, layer in self.layers.items()}
+        return made | {name: self.roots[s.out] for name, s in self.selects.items()}
 
     def gone(self, selection: Selection) -> Tensor:
         """Roots of the selected channels; PruningError if one is locked or does not exist."""
@@ -191,14 +198,11 @@ class Network:
         or if what is left does not fit together, as with unequal groups of a convolution.
         """
         gone = self.gone(selection)
-        for name, layer in self.layers.items():
-            if bool(torch.isin(self.roots[layer.out], gone).all()):
+        for name, roots in self.outputs().items():
+            if bool(torch.isin(roots, gone).all()):
                 raise PruningError(f"layer {name} would be left without outputs; take away less")
-        for name, select in self.selects.items():
-            if bool(torch.isin(self.roots[select.out], gone).all()):
-                raise PruningError(f"{name} would be left without channels; take away less")
         book = _Cutter(self, gone)
-        Walk(self.model, self.graph, book).run(self.shape)
+        Walk(self.model, self.graph, book, self.spread).run(self.shape)
         return book.plan
 
     def allowed(self, selection: Selection) -> dict[str, Tensor]:
@@ -209,29 +213,29 @@ class Network:
         channels that are not locked; where nothing else is possible, channels that need a balance
         all stay.
         """
-        chosen = {n: self._leave_one(n, index.cpu()) for n, index in selection.items() if len(index)}
+        chosen = self._leave_one({name: _once(index) for name, index in selection.items()})
         if not self.balances:
             return chosen
-        free = {n: i for n, i in chosen.items()}
-        for attempt in (self._evened(free, whole=True), self._evened(free, whole=False)):
+        for whole, spare in ((True, False), (True, True), (False, True)):
+            attempt = self._evened(chosen, whole, spare)
             try:
                 self.plan(attempt)
             except PruningError:
                 continue
             return attempt
-        return self._unbalanced(free)
+        return self._unbalanced(chosen)
 
-    def _leave_one(self, name: str, index: Tensor) -> Tensor:
-        """Every layer that makes the group makes nothing else, so one channel must stay."""
-        group = self.group(name)
-        index = torch.tensor(list(dict.fromkeys(index.tolist())), dtype=torch.int64)
-        for layer in self.layers.values():
-            mine = torch.isin(self.roots[layer.out], group.roots)
-            if bool(mine.all()) and len(index) == group.size:
-                return index[: group.size - 1]
-        return index
+    def _leave_one(self, selection: Selection) -> dict[str, Tensor]:
+        """Keep the channel that matters least to the selection wherever all outputs would go."""
+        gone, ranks = self.gone(selection), self._ranks(selection)
+        for roots in self.outputs().values():
+            if bool(torch.isin(roots, gone).all()):
+                last = max(roots.unique().tolist(), key=ranks.__getitem__)
+                gone = gone[gone != last]
+        return self._pick(selection, set(gone.tolist()))
 
-    def _evened(self, selection: Selection, whole: bool) -> dict[str, Tensor]:
+    def _evened(self, selection: Selection, whole: bool, spare: bool) -> dict[str, Tensor]:
+        """The same number out of each balanced part; with `spare` never all of a part."""
         rank = self._ranks(selection)
         cells = self._cells()
         chosen = set(rank)
@@ -240,10 +244,12 @@ class Network:
             live = [p - taken for p in parts if p - taken]
             if not live:
                 continue
-            picked = [sorted((r for r in part if r in chosen), key=rank.__getitem__) for part in live]
+            picked = [
+                sorted((r for r in part if r in chosen), key=rank.__getitem__) for part in live
+            ]
             count = min(len(p) for p in picked)
-            if taken and not all(len(part) > count for part in live):
-                count = min(count, *(len(part) - 1 for part in live))
+            if spare:
+                count = min(count, min(len(part) for part in live) - 1)
             for part in picked:
                 chosen -= set(part[count:])
         return self._pick(selection, chosen)
@@ -333,6 +339,11 @@ def by_channel(tensor: Tensor, axis: int, parts: int = 1) -> Tensor:
     return tensor.movedim(axis, 0).reshape(tensor.shape[axis], -1)
 
 
+def _once(index: Tensor) -> Tensor:
+    """Every number where it stands first."""
+    return torch.tensor(list(dict.fromkeys(index.tolist())), dtype=torch.int64)
+
+
 class _Union:
     """Disjoint sets of numbers; the smallest stands for its set."""
 
@@ -394,7 +405,9 @@ class _Recorder:
         self.lock(atoms, reason)
         return atoms
 
-    def layer(self, name: str, weight: Held, bias: Held | None, into: Tensor, groups: int) -> Tensor:
+    def layer(
+        self, name: str, weight: Held, bias: Held | None, into: Tensor, groups: int
+    ) -> Tensor:
         known = next((r for k, r in self.records.items() if k == (weight.name, 0)), None)
         count = weight.tensor.shape[0]
         out = known.atoms if known else self._new(count)
@@ -551,8 +564,12 @@ class _Cutter:
     def fixed(self, count: int, reason: str) -> Tensor:
         return next(self._fixed)
 
-    def layer(self, name: str, weight: Held, bias: Held | None, into: Tensor, groups: int) -> Tensor:
+    def layer(
+        self, name: str, weight: Held, bias: Held | None, into: Tensor, groups: int
+    ) -> Tensor:
         layer = self.network.layers[name]
+        if len(into) == 0:
+            raise PruningError(f"layer {name} would be left without inputs; take away less")
         if layer.depthwise():
             index = self._match(name, layer.into, into)
             each = len(layer.out) // layer.groups

@@ -47,14 +47,20 @@ class Constants(fx.Interpreter):
             return _through(functional.linear, x, module.weight, module.bias)
         if isinstance(module, Take):
             self.inputs.setdefault(self._names[id(module.index)], []).append(x)
-        if isinstance(module, BATCH_NORMS) and module.running_mean is None:
-            return torch.full_like(x, torch.nan)  # its statistics are the batch's
+        if isinstance(module, (*BATCH_NORMS, nn.GroupNorm)):
+            own = getattr(module, "running_mean", None) is not None
+            out = (
+                super().call_module(target, args, kwargs) if own else torch.full_like(x, torch.nan)
+            )
+            return _where_factors_are_zero(out, module.weight, module.bias)
         out = super().call_module(target, args, kwargs)
         return _unknown_again(x, out) if isinstance(module, ELEMENTWISE) else out
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         """The same for functions, which are also called as methods."""
-        return self._call(getattr(target, "__name__", ""), super().call_function, target, args, kwargs)
+        return self._call(
+            getattr(target, "__name__", ""), super().call_function, target, args, kwargs
+        )
 
     def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
         """See call_function."""
@@ -91,6 +97,15 @@ def _through(run: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
     out: Tensor = run(x.masked_fill(unknown, 0.0), weight, bias)
     reads: Tensor = run(unknown.to(x.dtype), (weight != 0).to(x.dtype), None)
     return out.masked_fill(reads > 0.5, torch.nan)
+
+
+def _where_factors_are_zero(out: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """A normalisation says its shift where its factor is zero, whatever it sees."""
+    if weight is None:
+        return out
+    form = [1, -1] + [1] * (out.dim() - 2)
+    shift = torch.zeros_like(weight) if bias is None else bias
+    return torch.where((weight == 0).reshape(form), shift.reshape(form), out)
 
 
 def _unknown_again(x: Tensor, out: Any) -> Any:

@@ -21,9 +21,7 @@ class Decision:
     """Group of channels, as core.channels names it -> numbers of those that go."""
 
 
-def decide(
-    prune: Callable[..., Any], settings: Any, model: nn.Module, example: Tensor
-) -> Decision:
+def decide(prune: Callable[..., Any], settings: Any, model: nn.Module, example: Tensor) -> Decision:
     """Ask a pruner: `prune(settings, model)`, or `prune(settings, model, network)`.
 
     One that takes three arguments is given the network's channels, as `channels.follow` finds

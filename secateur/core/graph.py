@@ -37,19 +37,92 @@ ZERO_PADS = (nn.ZeroPad2d, nn.ZeroPad3d)
 _LEAVES = (*LAYERS, *BATCH_NORMS, nn.LayerNorm, nn.GroupNorm)
 
 UNARY = frozenset(
-    """relu relu_ relu6 leaky_relu leaky_relu_ hardtanh hardtanh_ hardswish hardsigmoid gelu silu
-    sigmoid sigmoid_ tanh tanh_ elu elu_ selu celu mish softplus softsign logsigmoid dropout
-    dropout1d dropout2d alpha_dropout feature_dropout stochastic_depth drop_path contiguous clone
-    detach float double half bfloat16 to type_as neg abs exp log sqrt rsqrt square pow clamp
-    clamp_min clamp_max clip zeros_like ones_like identity""".split()
+    [
+        "relu",
+        "relu_",
+        "relu6",
+        "leaky_relu",
+        "leaky_relu_",
+        "hardtanh",
+        "hardtanh_",
+        "hardswish",
+        "hardsigmoid",
+        "gelu",
+        "silu",
+        "sigmoid",
+        "sigmoid_",
+        "tanh",
+        "tanh_",
+        "elu",
+        "elu_",
+        "selu",
+        "celu",
+        "mish",
+        "softplus",
+        "softsign",
+        "logsigmoid",
+        "dropout",
+        "dropout1d",
+        "dropout2d",
+        "alpha_dropout",
+        "feature_dropout",
+        "stochastic_depth",
+        "drop_path",
+        "contiguous",
+        "clone",
+        "detach",
+        "float",
+        "double",
+        "half",
+        "bfloat16",
+        "to",
+        "type_as",
+        "neg",
+        "abs",
+        "exp",
+        "log",
+        "sqrt",
+        "rsqrt",
+        "square",
+        "pow",
+        "clamp",
+        "clamp_min",
+        "clamp_max",
+        "clip",
+        "zeros_like",
+        "ones_like",
+        "identity",
+    ]
 )
 _BINARY = frozenset(
-    """add add_ iadd sub sub_ isub mul mul_ imul multiply truediv div div_ itruediv maximum
-    minimum""".split()
+    [
+        "add",
+        "add_",
+        "iadd",
+        "sub",
+        "sub_",
+        "isub",
+        "mul",
+        "mul_",
+        "imul",
+        "multiply",
+        "truediv",
+        "div",
+        "div_",
+        "itruediv",
+        "maximum",
+        "minimum",
+    ]
 )
 _POOLS = frozenset(
-    """max_pool2d avg_pool2d adaptive_avg_pool2d adaptive_max_pool2d lp_pool2d
-    interpolate""".split()
+    [
+        "max_pool2d",
+        "avg_pool2d",
+        "adaptive_avg_pool2d",
+        "adaptive_max_pool2d",
+        "lp_pool2d",
+        "interpolate",
+    ]
 )
 
 
@@ -127,7 +200,9 @@ class Book(Protocol):
     def fixed(self, count: int, reason: str) -> Tensor:
         """Atoms of the network's input, or of something else that cannot become smaller."""
 
-    def layer(self, name: str, weight: Held, bias: Held | None, into: Tensor, groups: int) -> Tensor:
+    def layer(
+        self, name: str, weight: Held, bias: Held | None, into: Tensor, groups: int
+    ) -> Tensor:
         """A convolution or linear layer reads `into`; gives the atoms of its outputs."""
 
     def norm(self, held: Sequence[Held], kind: str, into: Tensor) -> None:
@@ -182,12 +257,20 @@ def trace(model: nn.Module) -> fx.Graph:
 class Walk:
     """One walk through a traced network; it computes shapes and atoms, never activations."""
 
-    def __init__(self, model: nn.Module, graph: fx.Graph, book: Book) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        graph: fx.Graph,
+        book: Book,
+        spread: dict[str, tuple[bool, bool]] | None = None,
+    ) -> None:
         self.model, self.graph, self.book = model, graph, book
+        self.spread = {} if spread is None else spread
+        """Operation -> whether its first and its second operand meet all channels of the other;
+        once a single channel is left, that can no longer be seen."""
         self.modules = dict(model.named_modules())
         self.names = {
-            id(tensor): name
-            for name, tensor in [*model.named_parameters(), *model.named_buffers()]
+            id(tensor): name for name, tensor in [*model.named_parameters(), *model.named_buffers()]
         }
         self.dtype = next((p.dtype for p in model.parameters()), torch.get_default_dtype())
 
@@ -218,7 +301,9 @@ class Walk:
             return self._module(str(node.target), module, *args, **kwargs)
         followed: list[Any] = []
         map_aggregate((args, kwargs), followed.append)
-        if node.target is operator.getitem and isinstance(args[0], list | tuple):  # of what a split gave
+        if node.target is operator.getitem and isinstance(
+            args[0], list | tuple
+        ):  # of what a split gave
             return args[0][args[1]]
         if not any(isinstance(v, Atoms | Held) for v in followed):
             return _known(_plain(node, args, kwargs), self.book)
@@ -362,7 +447,7 @@ class Walk:
 
     def _call(self, name: str, node: str, *args: Any, **kwargs: Any) -> Any:
         if name in _BINARY and len(args) > 1:
-            return self._binary(args[0], args[1])
+            return self._binary(node, args[0], args[1])
         weighted = {"conv2d": self._conv, "linear": self._linear, "layer_norm": self._layer_norm}
         if name in weighted or name in ("batch_norm", "group_norm", "prelu"):
             return self._functional(name, weighted, args, kwargs)
@@ -401,7 +486,7 @@ class Walk:
     def _elements(self, held: Held) -> Atoms:
         return Atoms.of(self.book.parameter(held))
 
-    def _binary(self, a: Any, b: Any) -> Any:
+    def _binary(self, node: str, a: Any, b: Any) -> Any:
         sides = [self._elements(v) if isinstance(v, Held) and v.tensor.numel() > 1 else v
                  for v in (a, b)]  # fmt: skip
         both = [v for v in sides if isinstance(v, Atoms)]
@@ -412,10 +497,11 @@ class Walk:
         shape = torch.broadcast_shapes(both[0].shape, both[1].shape)
         x, y = (v.ids.reshape([1] * (len(shape) - v.ids.dim()) + list(v.ids.shape)) for v in both)
         sizes = [(1,) * (len(shape) - len(v.shape)) + tuple(v.shape) for v in both]
-        spread = [
+        first, second = (
             any(mine[k] == 1 and other.shape[k] > 1 for k in range(len(shape)))
             for mine, other in ((sizes[0], y), (sizes[1], x))
-        ]
+        )
+        spread = self.spread.setdefault(node, (first, second))
         for wide, atoms in zip(spread, (x, y), strict=True):
             if wide:
                 self.book.lock(atoms.flatten(), "meets every channel of another tensor at once")
@@ -442,12 +528,16 @@ class Walk:
         shape = list(parts[0].shape)
         shape[dim] = sum(p.shape[dim] for p in parts)
         for part in parts:
-            rest = [(s, t) for k, (s, t) in enumerate(zip(part.shape, shape, strict=True)) if k != dim]
+            rest = [
+                (s, t) for k, (s, t) in enumerate(zip(part.shape, shape, strict=True)) if k != dim
+            ]
             if any(s != t for s, t in rest):
                 raise PruningError(f"sizes {tuple(part.shape)} do not fit")
         return Atoms(torch.cat(ids, dim), tuple(shape))
 
-    def _pad(self, x: Atoms, pad: Sequence[int], mode: str = "constant", value: Any = None) -> Atoms:
+    def _pad(
+        self, x: Atoms, pad: Sequence[int], mode: str = "constant", value: Any = None
+    ) -> Atoms:
         ids, shape = x.ids, list(x.shape)
         for k in range(len(pad) // 2):
             axis, (before, after) = len(shape) - 1 - k, pad[2 * k : 2 * k + 2]
@@ -469,9 +559,7 @@ class Walk:
     def _flatten(self, x: Atoms, start: int = 0, end: int = -1) -> Atoms:
         return Atoms.of(torch.flatten(x.full(), start, end))
 
-    def _op_flatten(
-        self, _: str, x: Atoms, start_dim: int = 0, end_dim: int = -1
-    ) -> Atoms:
+    def _op_flatten(self, _: str, x: Atoms, start_dim: int = 0, end_dim: int = -1) -> Atoms:
         return self._flatten(x, start_dim, end_dim)
 
     def _softmax(self, x: Atoms, dim: int | None) -> Atoms:
@@ -539,6 +627,10 @@ class Walk:
         sizes = tuple(Size(s) for s in x.shape)
         return sizes if dim is None else sizes[dim]
 
+    def _op_new_zeros(self, _: str, x: Atoms, *size: Any, **__: Any) -> Atoms:
+        shape = size[0] if isinstance(size[0], tuple | list) else size
+        return Atoms(torch.full([1] * len(shape), ZERO), tuple(shape))
+
     def _op_dim(self, _: str, x: Atoms) -> int:
         return len(x.shape)
 
@@ -563,7 +655,9 @@ class Walk:
             self._lock(x, f"{node} splits them where the code says")
         return [Atoms.of(p) for p in parts]
 
-    def _op_mean(self, node: str, x: Atoms, dim: Any = None, keepdim: bool = False, **_: Any) -> Atoms:
+    def _op_mean(
+        self, node: str, x: Atoms, dim: Any = None, keepdim: bool = False, **_: Any
+    ) -> Atoms:
         axes = range(len(x.shape)) if dim is None else [dim] if isinstance(dim, int) else dim
         axes = sorted(k % len(x.shape) for k in axes)
         shape = [1 if k in axes else s for k, s in enumerate(x.shape)]
@@ -571,7 +665,11 @@ class Walk:
         if any(x.varies(k) for k in axes):
             self._lock(x, f"{node} sums over them")
             return self._opaque(shape if keepdim else left, "made of several channels")
-        ids = x.ids if keepdim else x.ids.reshape([s for k, s in enumerate(x.ids.shape) if k not in axes])
+        ids = (
+            x.ids
+            if keepdim
+            else x.ids.reshape([s for k, s in enumerate(x.ids.shape) if k not in axes])
+        )
         return Atoms(ids, tuple(shape if keepdim else left))
 
     _op_sum = _op_amax = _op_amin = _op_mean
@@ -580,7 +678,7 @@ class Walk:
         return self._index(x, dim % len(x.shape), index)
 
     def _index(self, x: Atoms, dim: int, index: Any) -> Atoms:
-        if isinstance(index, Held) and x.varies(dim):
+        if isinstance(index, Held) and (x.varies(dim) or x.shape[dim] == 1):
             atoms = self.book.select(index, x.line(dim), own=False)
             shape = [len(atoms) if k == dim else s for k, s in enumerate(x.shape)]
             return Atoms.along(dim, atoms, shape)
@@ -630,5 +728,9 @@ def _known(value: Any, book: Book) -> Any:
 
 
 def _place(node: fx.Node, modules: dict[str, nn.Module]) -> str:
-    target = node.target if isinstance(node.target, str) else operator.attrgetter("__name__")(node.target)
+    target = (
+        node.target
+        if isinstance(node.target, str)
+        else operator.attrgetter("__name__")(node.target)
+    )
     return f"cannot follow channels through '{node.name}' ({node.op} {target})"

@@ -21,7 +21,9 @@ def resize(
     """
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""
-        before = {own: tuple(tensor.shape) for own, tensor in module.named_parameters(recurse=False)}
+        before = {
+            own: tuple(tensor.shape) for own, tensor in module.named_parameters(recurse=False)
+        }
         changed = False
         for own, tensor in [*module.named_parameters(recurse=False), *_buffers(module)]:
             if prefix + own not in shapes:

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secateur.core import shapes
 from secateur.core.channels import Network, Plan, Selection, by_channel, follow
 from secateur.core.constants import Constants
 from secateur.core.errors import PruningError
 from secateur.core.masks import Masks
-from secateur.core import shapes
 
 EXACT = 1e-9  # float64, relative to the largest output
 ROUNDING = 1e-4  # float32, relative to the largest output
@@ -105,9 +105,11 @@ def mask(
     for name, chosen in selection.items():
         for slot in network.group(name).slots:
             if slot.kind not in ("statistic", "index"):
-                tensor = masked.get_parameter(slot.tensor) if slot.tensor in dict(
-                    masked.named_parameters()
-                ) else masked.get_buffer(slot.tensor)
+                tensor = (
+                    masked.get_parameter(slot.tensor)
+                    if slot.tensor in dict(masked.named_parameters())
+                    else masked.get_buffer(slot.tensor)
+                )
                 entries = slot.index[chosen.cpu()].flatten().to(tensor.device)
                 _set_zero(tensor, slot.axis, slot.parts, entries)
     for name, select in network.selects.items():
@@ -223,7 +225,7 @@ class _Dead:
                     )
             if not (layer := self._emptied(gone)):
                 return gone
-            candidates[self._rows()[layer][0]] = False
+            candidates[self.network.outputs()[layer][0]] = False
 
     def _sweep(self, candidates: Tensor, gone: Tensor) -> Tensor:
         """One more round: nobody who is not gone himself reads what goes, unless harmlessly.
@@ -244,16 +246,15 @@ class _Dead:
                 gone[mine] = gone[mine] | (~hurt[mine] & (pending[mine] == 0))
         return ~hurt
 
-    def _rows(self) -> dict[str, Tensor]:
-        roots = self.network.roots
-        rows = {name: roots[layer.out] for name, layer in self.network.layers.items()}
-        return rows | {name: roots[s.out] for name, s in self.network.selects.items()}
-
     def _emptied(self, gone: Tensor) -> str | None:
-        return next((name for name, rows in self._rows().items() if bool(gone[rows].all())), None)
+        return next(
+            (name for name, rows in self.network.outputs().items() if bool(gone[rows].all())), None
+        )
 
     def _roots(self, atoms: Tensor) -> Tensor:
-        return torch.where(atoms >= 0, self.network.roots[atoms.clamp_min(0)], len(self.network.roots))
+        return torch.where(
+            atoms >= 0, self.network.roots[atoms.clamp_min(0)], len(self.network.roots)
+        )
 
     def _layer(self, name: str, seen: list[Tensor]) -> _Reader:
         layer = self.network.layers[name]
@@ -272,7 +273,11 @@ class _Dead:
             folds[channel] = self._even(name, seen[0], channel)
         parts = (reads, zero | folds, folds)
         return _Reader(
-            name, self._roots(layer.into), self._roots(layer.out), *(t.cpu() for t in parts), seen[0]
+            name,
+            self._roots(layer.into),
+            self._roots(layer.out),
+            *(t.cpu() for t in parts),
+            seen[0],
         )
 
     def _take(self, name: str, seen: list[Tensor]) -> _Reader:
