@@ -66,7 +66,7 @@ def prune(job: chain.Job) -> chain.Product:
     return chain.Product(model, job.header(sparse, **notes), mask, metrics)
 
 
-def _proof_images(shape: tuple[int, int, int]) -> int:
+def _proof_images(shape: list[int]) -> int:
     """As many as fit into the memory of 256 images of 32x32 pixels, at least 8."""
     return max(8, min(256, 256 * 32 * 32 // (shape[1] * shape[2])))
 

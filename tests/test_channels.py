@@ -304,7 +304,7 @@ def randomise(model, seed):
         return torch.randn(tensor.shape, generator=chance, dtype=tensor.dtype)
 
     for module in model.modules():
-        for name, tensor in module.named_parameters(recurse=False):
+        for tensor in module.parameters(recurse=False):
             spread = tensor[0].numel() ** -0.5 if tensor.dim() > 1 else 0.5
             tensor.data = normal(tensor) * max(spread, 0.2)
         if getattr(module, "running_mean", None) is not None:
@@ -584,7 +584,7 @@ def test_a_network_in_training_mode_is_followed_as_in_eval_mode_and_left_in_trai
         ("resnet18", [3, 3, 3, 3]),
         ("resnet34", [4, 5, 7, 4]),
         ("resnet50", [1, 4, 5, 7, 4]),
-    ],  # fmt: skip
+    ],
 )
 def test_layers_of_the_sums_of_residual_networks(name, sums):
     """Known by hand: the stem, the last convolution of every block, and the projections."""
@@ -656,7 +656,7 @@ def without(model, places):
         excited,
         deep,
         shuffled,
-    ],  # fmt: skip
+    ],
 )
 def test_what_falls_silent_with_a_channel_is_what_the_group_says(make, monkeypatch):
     """Deafen all that reads a channel: all that makes it falls silent, and nothing else does.

@@ -244,9 +244,7 @@ class Network:
             live = [p - taken for p in parts if p - taken]
             if not live:
                 continue
-            picked = [
-                sorted((r for r in part if r in chosen), key=rank.__getitem__) for part in live
-            ]
+            picked = [sorted(part & chosen, key=rank.__getitem__) for part in live]
             count = min(len(p) for p in picked)
             if spare:
                 count = min(count, min(len(part) for part in live) - 1)
@@ -408,7 +406,7 @@ class _Recorder:
     def layer(
         self, name: str, weight: Held, bias: Held | None, into: Tensor, groups: int
     ) -> Tensor:
-        known = next((r for k, r in self.records.items() if k == (weight.name, 0)), None)
+        known = self.records.get((weight.name, 0))
         count = weight.tensor.shape[0]
         out = known.atoms if known else self._new(count)
         if known and known.owner != name:

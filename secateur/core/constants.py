@@ -14,7 +14,7 @@ from torch.nn import functional
 from secateur.core.graph import BATCH_NORMS, ELEMENTWISE, UNARY
 from secateur.core.layers import Take
 
-_WEIGHTED = {"conv2d": functional.conv2d, "linear": functional.linear}
+_WEIGHTED: dict[str, Any] = {"conv2d": functional.conv2d, "linear": functional.linear}
 _PRODUCTS = ("mul", "mul_", "imul", "multiply")
 
 
@@ -22,7 +22,7 @@ class Constants(fx.Interpreter):
     """One run of a traced network, of which the inputs of layers are remembered."""
 
     def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
-        super().__init__(model, graph=graph)  # type: ignore[arg-type]  # any module will do
+        super().__init__(model, graph=graph)
         self.inputs: dict[str, list[Tensor]] = {}
         """Layer or index buffer -> what it sees at each call, one image, NaN where unknown."""
         self.result: Any = None
@@ -48,19 +48,17 @@ class Constants(fx.Interpreter):
         if isinstance(module, Take):
             self.inputs.setdefault(self._names[id(module.index)], []).append(x)
         if isinstance(module, (*BATCH_NORMS, nn.GroupNorm)):
-            own = getattr(module, "running_mean", None) is not None
-            out = (
-                super().call_module(target, args, kwargs) if own else torch.full_like(x, torch.nan)
-            )
+            out = torch.full_like(x, torch.nan)
+            if getattr(module, "running_mean", None) is not None:  # else of what it sees
+                out = super().call_module(target, args, kwargs)
             return _where_factors_are_zero(out, module.weight, module.bias)
         out = super().call_module(target, args, kwargs)
         return _unknown_again(x, out) if isinstance(module, ELEMENTWISE) else out
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         """The same for functions, which are also called as methods."""
-        return self._call(
-            getattr(target, "__name__", ""), super().call_function, target, args, kwargs
-        )
+        name = getattr(target, "__name__", "")
+        return self._call(name, super().call_function, target, args, kwargs)
 
     def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
         """See call_function."""

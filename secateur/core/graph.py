@@ -36,94 +36,24 @@ BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.InstanceNorm2d)
 ZERO_PADS = (nn.ZeroPad2d, nn.ZeroPad3d)
 _LEAVES = (*LAYERS, *BATCH_NORMS, nn.LayerNorm, nn.GroupNorm)
 
-UNARY = frozenset(
-    [
-        "relu",
-        "relu_",
-        "relu6",
-        "leaky_relu",
-        "leaky_relu_",
-        "hardtanh",
-        "hardtanh_",
-        "hardswish",
-        "hardsigmoid",
-        "gelu",
-        "silu",
-        "sigmoid",
-        "sigmoid_",
-        "tanh",
-        "tanh_",
-        "elu",
-        "elu_",
-        "selu",
-        "celu",
-        "mish",
-        "softplus",
-        "softsign",
-        "logsigmoid",
-        "dropout",
-        "dropout1d",
-        "dropout2d",
-        "alpha_dropout",
-        "feature_dropout",
-        "stochastic_depth",
-        "drop_path",
-        "contiguous",
-        "clone",
-        "detach",
-        "float",
-        "double",
-        "half",
-        "bfloat16",
-        "to",
-        "type_as",
-        "neg",
-        "abs",
-        "exp",
-        "log",
-        "sqrt",
-        "rsqrt",
-        "square",
-        "pow",
-        "clamp",
-        "clamp_min",
-        "clamp_max",
-        "clip",
-        "zeros_like",
-        "ones_like",
-        "identity",
-    ]
-)
-_BINARY = frozenset(
-    [
-        "add",
-        "add_",
-        "iadd",
-        "sub",
-        "sub_",
-        "isub",
-        "mul",
-        "mul_",
-        "imul",
-        "multiply",
-        "truediv",
-        "div",
-        "div_",
-        "itruediv",
-        "maximum",
-        "minimum",
-    ]
-)
-_POOLS = frozenset(
-    [
-        "max_pool2d",
-        "avg_pool2d",
-        "adaptive_avg_pool2d",
-        "adaptive_max_pool2d",
-        "lp_pool2d",
-        "interpolate",
-    ]
-)
+UNARY = frozenset({
+    *("relu", "relu_", "relu6", "leaky_relu", "leaky_relu_", "hardtanh", "hardtanh_", "hardswish"),
+    *("hardsigmoid", "gelu", "silu", "sigmoid", "sigmoid_", "tanh", "tanh_", "elu", "elu_", "selu"),
+    *("celu", "mish", "softplus", "softsign", "logsigmoid", "dropout", "dropout1d", "dropout2d"),
+    *("alpha_dropout", "feature_dropout", "stochastic_depth", "drop_path", "contiguous", "clone"),
+    *("detach", "float", "double", "half", "bfloat16", "to", "type_as", "neg", "abs", "exp", "log"),
+    *("sqrt", "rsqrt", "square", "pow", "clamp", "clamp_min", "clamp_max", "clip", "identity"),
+    *("zeros_like", "ones_like"),
+})  # fmt: skip
+"""Functions and methods that give every entry by itself, whatever the others are."""
+_BINARY = frozenset({
+    *("add", "add_", "iadd", "sub", "sub_", "isub", "mul", "mul_", "imul", "multiply", "truediv"),
+    *("div", "div_", "itruediv", "maximum", "minimum"),
+})  # fmt: skip
+_POOLS = frozenset({
+    *("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "lp_pool2d"),
+    "interpolate",
+})  # fmt: skip
 
 
 class Size(int):
@@ -283,10 +213,10 @@ class Walk:
                 arguments = map_arg((node.args, node.kwargs), lambda n: values[n])
                 values[node] = self._node(node, arguments[0], arguments[1], shape)
             except PruningError as error:
-                raise PruningError(f"{_place(node, self.modules)}: {error}") from None
+                raise PruningError(f"{_place(node)}: {error}") from None
             except Exception as error:  # shapes that do not fit, arguments of an unknown form
                 reason = " ".join(str(error).split())[:300] or type(error).__name__
-                raise PruningError(f"{_place(node, self.modules)}: {reason}") from None
+                raise PruningError(f"{_place(node)}: {reason}") from None
 
     def _node(self, node: fx.Node, args: Any, kwargs: Any, shape: Sequence[int]) -> Any:
         if node.op == "placeholder":
@@ -727,10 +657,6 @@ def _known(value: Any, book: Book) -> Any:
     return Atoms(atom.reshape([1] * value.dim()), tuple(value.shape))
 
 
-def _place(node: fx.Node, modules: dict[str, nn.Module]) -> str:
-    target = (
-        node.target
-        if isinstance(node.target, str)
-        else operator.attrgetter("__name__")(node.target)
-    )
+def _place(node: fx.Node) -> str:
+    target = node.target if isinstance(node.target, str) else node.target.__name__
     return f"cannot follow channels through '{node.name}' ({node.op} {target})"

@@ -102,19 +102,16 @@ def mask(
     masked = copy.deepcopy(model)
     network = network or follow(masked, example)
     gone = network.gone(selection)
+    tensors = dict(masked.named_parameters()) | dict(masked.named_buffers())
     for name, chosen in selection.items():
         for slot in network.group(name).slots:
             if slot.kind not in ("statistic", "index"):
-                tensor = (
-                    masked.get_parameter(slot.tensor)
-                    if slot.tensor in dict(masked.named_parameters())
-                    else masked.get_buffer(slot.tensor)
-                )
+                tensor = tensors[slot.tensor]
                 entries = slot.index[chosen.cpu()].flatten().to(tensor.device)
                 _set_zero(tensor, slot.axis, slot.parts, entries)
     for name, select in network.selects.items():
         if select.own:
-            index = masked.get_buffer(name)
+            index = tensors[name]
             where = network.roots[select.into[select.index.clamp_min(0)]]
             lost = torch.isin(where, gone) | torch.isin(network.roots[select.out], gone)
             index.masked_fill_(lost.to(index.device), -1)
@@ -247,14 +244,12 @@ class _Dead:
         return ~hurt
 
     def _emptied(self, gone: Tensor) -> str | None:
-        return next(
-            (name for name, rows in self.network.outputs().items() if bool(gone[rows].all())), None
-        )
+        outputs = self.network.outputs().items()
+        return next((name for name, rows in outputs if bool(gone[rows].all())), None)
 
     def _roots(self, atoms: Tensor) -> Tensor:
-        return torch.where(
-            atoms >= 0, self.network.roots[atoms.clamp_min(0)], len(self.network.roots)
-        )
+        roots = self.network.roots
+        return torch.where(atoms >= 0, roots[atoms.clamp_min(0)], len(roots))
 
     def _layer(self, name: str, seen: list[Tensor]) -> _Reader:
         layer = self.network.layers[name]
@@ -271,14 +266,9 @@ class _Dead:
             folds = torch.zeros_like(folds)
         for channel in folds.nonzero().flatten().tolist():
             folds[channel] = self._even(name, seen[0], channel)
-        parts = (reads, zero | folds, folds)
-        return _Reader(
-            name,
-            self._roots(layer.into),
-            self._roots(layer.out),
-            *(t.cpu() for t in parts),
-            seen[0],
-        )
+        into, out = self._roots(layer.into), self._roots(layer.out)
+        harmless = (zero | folds).cpu()
+        return _Reader(name, into, out, reads.cpu(), harmless, folds.cpu(), seen[0])
 
     def _take(self, name: str, seen: list[Tensor]) -> _Reader:
         select = self.network.selects[name]
