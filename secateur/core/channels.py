@@ -409,8 +409,6 @@ class _Recorder:
         known = self.records.get((weight.name, 0))
         count = weight.tensor.shape[0]
         out = known.atoms if known else self._new(count)
-        if known and known.owner != name:
-            self.lock(out, f"{name} shares its weight with {known.owner}")
         self._record(weight, 0, "out", out, name)
         if bias is not None:
             self._record(bias, 0, "bias", out, name)
@@ -579,8 +577,8 @@ class _Cutter:
             rows = self._stay(layer.out)
             self._cut(layer.weight, 1, self._match(name, layer.into, into))
         self._cut(layer.weight, 0, rows)
-        if layer.bias is not None:
-            self._cut(layer.bias, 0, rows)
+        if bias is not None:
+            self._cut(bias.name, 0, rows)
         self.plan.kept[name] = rows
         return layer.out[rows]
 

@@ -157,6 +157,10 @@ class Book(Protocol):
 class _Tracer(fx.Tracer):
     """Stops at our own layers, and at known ones that were only given another name."""
 
+    def __init__(self, buffers: bool) -> None:
+        super().__init__()
+        self.proxy_buffer_attributes = buffers
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if isinstance(m, Take) or super().is_leaf_module(m, module_qualified_name):
             return True
@@ -170,18 +174,17 @@ def _own_methods(module: nn.Module) -> bool:
 def trace(model: nn.Module) -> fx.Graph:
     """The operations of the network in eval mode; PruningError saying why it cannot be traced."""
     training = {m: m.training for m in model.modules()}
-    own = set(vars(model))
     try:
-        return _Tracer().trace(model.eval())
+        try:  # buffers as such, so that it is seen where the code uses them
+            return _Tracer(buffers=True).trace(model.eval())
+        except Exception:  # unless it looks into them
+            return _Tracer(buffers=False).trace(model)
     except Exception as error:  # what the tracer raises depends on what it stumbles over
         reason = " ".join(str(error).split()) or type(error).__name__
         raise PruningError(f"cannot follow {type(model).__name__}: {reason}") from None
     finally:
         for module, mode in training.items():
             module.training = mode
-        for name in set(vars(model)) - own:
-            if not name.startswith("_tensor_constant"):
-                delattr(model, name)
 
 
 class Walk:
@@ -439,9 +442,11 @@ class Walk:
             return self._opaque(shape, "an outer product of channels")
         if any(spread):
             return Atoms(y if spread[0] else x, tuple(shape))
+        if x.numel() > y.numel():  # a parameter with an entry for every position, perhaps
+            x, y = y, x
         x, y = torch.broadcast_tensors(x, y)
         self.book.meet(x.flatten(), y.flatten())
-        return Atoms(torch.where(x >= 0, x, y), tuple(shape))
+        return Atoms(Atoms.of(torch.where(x >= 0, x, y)).ids, tuple(shape))
 
     def _cat(self, tensors: Sequence[Any], dim: int = 0, axis: int | None = None) -> Atoms:
         parts = [self._elements(t) if isinstance(t, Held) else t for t in tensors]

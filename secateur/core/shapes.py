@@ -19,6 +19,8 @@ def resize(
     Values of resized tensors are lost. Raises ValueError if a tensor's number of axes differs,
     or if a parameter of the model is not named.
     """
+    shared: dict[int, torch.Tensor] = {}  # what stood in several places still does
+    kept: list[torch.Tensor] = []
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""
         before = {
@@ -33,11 +35,13 @@ def resize(
                 continue
             if len(shape) != tensor.dim():
                 raise ValueError(f"{prefix + own} has {len(shape)} axes, needs {tensor.dim()}")
-            fresh = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
-            if isinstance(tensor, nn.Parameter):
-                setattr(module, own, nn.Parameter(fresh, requires_grad=tensor.requires_grad))
-            else:
-                setattr(module, own, fresh)
+            if id(tensor) not in shared:
+                fresh = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
+                if isinstance(tensor, nn.Parameter):
+                    fresh = nn.Parameter(fresh, requires_grad=tensor.requires_grad)
+                shared[id(tensor)] = fresh
+                kept.append(tensor)  # so that its id is not given to another one
+            setattr(module, own, shared[id(tensor)])
             changed = True
         if changed:
             _describe(module, before, (layers or {}).get(name, {}))

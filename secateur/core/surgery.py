@@ -132,10 +132,14 @@ def _set_zero(tensor: Tensor, axis: int, parts: int, entries: Tensor) -> None:
 @torch.no_grad()
 def _cut(model: nn.Module, plan: Plan, masks: Masks) -> Masks:
     """Make the network as the plan says, in place; gives the masks of what is left."""
-    state = {name: plan.shrink(name, tensor) for name, tensor in model.state_dict().items()}
+    first = {id(t): n for n, t in [*model.named_parameters(), *model.named_buffers()]}
+    names = {  # of what stands under several names, the first one
+        **{n: first[id(t)] for n, t in model.named_parameters(remove_duplicate=False)},
+        **{n: first[id(t)] for n, t in model.named_buffers(remove_duplicate=False)},
+    }
+    state = {n: plan.shrink(names[n], t).clone() for n, t in model.state_dict().items()}
     for name, values in plan.values.items():
         state[name] = values.to(state[name].device)
-    state = {name: tensor.clone() for name, tensor in state.items()}
     groups = {name: {"groups": count} for name, count in plan.groups.items()}
     shapes.resize(model, {name: tensor.shape for name, tensor in state.items()}, groups)
     shapes.load(model, state)
