@@ -378,9 +378,9 @@ class Own(nn.Module):
 SMALL = [
     chain, flat, viewed, residual, padded, pad_module, joined_zeros, taken, doubled, dense, preact,
     depthwise, multiplier, grouped, shuffled, shuffle_module, halves, unequal, picked, subscripted,
-    selected, excited, convnext, scaled, normed, shared, deep, attended, Own, permuted, permuted_take,
-    swapped, norm_twice, tied, aliased, deep_then_grouped, mirrored, up_again, pixelwise, positioned,
-    frozen, gated,
+    selected, excited, convnext, scaled, normed, shared, deep, attended, Own, permuted, swapped,
+    permuted_take, norm_twice, tied, aliased, deep_then_grouped, mirrored, up_again, pixelwise,
+    positioned, frozen, gated,
 ]  # fmt: skip
 
 
