@@ -17,9 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from secateur.core import shapes
-from secateur.core.channels import Network, Plan, Selection, by_channel, follow
+from secateur.core.channels import Network, Selection, follow
 from secateur.core.constants import Constants
+from secateur.core.cutter import Plan
 from secateur.core.errors import PruningError
+from secateur.core.groups import by_channel
 from secateur.core.masks import Masks
 
 EXACT = 1e-9  # float64, relative to the largest output
