@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secateur.core import masks as masking
-from secateur.core.data import Batches, Dataset, Normalise, Split
+from secateur.core.data import About, Batches, Dataset, Part, in_order
 from secateur.core.errors import TrainingError
 from secateur.core.machine import device
 from secateur.core.masks import Masks
@@ -100,8 +100,7 @@ def fit(
     model.to(place)
     if any(isinstance(module, nn.Conv2d) for module in model.modules()):
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    batches = Batches(data.train.to(place), data.about, settings.batch_size, seed)
-    val = data.val.to(place)
+    batches = Batches(data.train, data.about, settings.batch_size, seed, device=place)
     optimizer = _optimizer(model, settings)
     masking.hold(model, masks or {}, optimizer)
     if decay == 0:
@@ -117,15 +116,16 @@ def fit(
             break
         torch.manual_seed(seed * 1_000_003 + epoch)  # dropout and the like: by epoch, not by past
         row = _epoch(model, optimizer, penalty, decay, batches, settings, epoch, watchers)
-        if len(val):
-            row["val_accuracy"], row["val_loss"] = accuracy(model, val, batches.normalise)
+        if len(data.val):
+            row["val_accuracy"], row["val_loss"] = accuracy(model, data.val, data.about)
         _refuse_broken(model, row, settings.lr)
-        run.add(row, keep_best=settings.keep == "best" and len(val) > 0)
+        run.add(row, keep_best=settings.keep == "best" and len(data.val) > 0)
         saved = work.keep(*run.save())
         for watch in watchers:
             watch.epoch(row)
             if saved:
                 watch.saved()
+    batches.close()
     run.load_best()
     return Fit(run.history, run.best or len(run.history))
 
@@ -144,7 +144,7 @@ def _epoch(
     model.train()
     steps = len(batches)
     checks = _Finite(epoch, settings.lr)
-    losses = torch.zeros((), device=batches.split.labels.device)
+    losses = torch.zeros((), device=batches.device)
     right, added = torch.zeros_like(losses), torch.zeros_like(losses)
     lr, half = 0.0, settings.precision == "bfloat16"
     for step, (images, labels) in enumerate(batches.epoch(epoch)):
@@ -181,19 +181,15 @@ def _epoch(
 
 
 @torch.inference_mode()
-def accuracy(model: nn.Module, split: Split, normalise: Normalise) -> tuple[float, float]:
+def accuracy(model: nn.Module, split: Part, about: About) -> tuple[float, float]:
     """Share of the images that are classified right, and the mean cross-entropy."""
     model.eval()
     right, loss = 0, 0.0
-    for images, labels in _chunks(split, 1000):
-        logits = model(normalise(images))
+    for images, labels in in_order(split, about, device=next(model.parameters()).device):
+        logits = model(images)
         right += int((logits.argmax(1) == labels).sum())
         loss += float(F.cross_entropy(logits, labels, reduction="sum"))
     return right / len(split), loss / len(split)
-
-
-def _chunks(split: Split, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    yield from zip(split.images.split(size), split.labels.split(size), strict=True)
 
 
 def _optimizer(model: nn.Module, settings: Train) -> torch.optim.Optimizer:
