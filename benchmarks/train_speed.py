@@ -103,6 +103,7 @@ def network(arch: str, data: Dataset) -> nn.Module:
 def measure(arch: str, data: Dataset, repeats: int) -> None:
     """Print one line for each way of training, with the ratio pair by pair."""
     split = data.train
+    assert isinstance(split, Split)
     ways: dict[str, Callable[[], float]] = {
         "usual": lambda: usual(network(arch, data), split, 0.0, 0),
         "usual, 2 workers": lambda: usual(network(arch, data), split, 0.0, 2),

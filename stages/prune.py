@@ -9,11 +9,9 @@ proved to compute the same as the masked one before anything is written.
 
 import copy
 
-import torch
-
 from secateur import chain, console
 from secateur.core import cost, masks, plugin, surgery
-from secateur.core.data import Normalise
+from secateur.core.data import sample
 
 
 def main() -> None:
@@ -36,8 +34,7 @@ def prune(job: chain.Job) -> chain.Product:
     notes: dict[str, object] = {"asked": asked}
     metrics: dict[str, float] = {"removed_outputs": 0.0}
     if params.prune.remove_dead:
-        about = job.data.about
-        batch = Normalise(about.mean, about.std, torch.device("cpu"))(job.data.train.images[:256])
+        batch = sample(job.data.train, job.data.about, 256)
         exact = surgery.remove_dead(copy.deepcopy(model).double(), mask, batch[:1].double())
         double = copy.deepcopy(model).double()
         metrics["difference_float64"] = surgery.verify(double, exact, batch.double(), surgery.EXACT)

@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -33,8 +34,8 @@ def project(tmp_path, monkeypatch):
 
 def digits(count=200, validation=0.2):
     images = DIGITS.read(DIGITS.Settings(), None)
-    images = data.Images(images.train.take(range(count)), images.test, (0.3,), (0.4,))
-    return data.prepare("digits", DIGITS.CLASSES, images, validation, 0)
+    images = replace(images, train=images.train.take(range(count)), mean=(0.3,), std=(0.4,))
+    return data.prepare("digits", images, validation, 0)
 
 
 def network(arch, small=True, seed=0):
@@ -425,7 +426,7 @@ def test_accuracy_and_loss_are_what_numpy_says(count):
     logits = (pixels.reshape(count, 16) / 255 - 0.5) / 0.25 @ weight.T + bias
     chances = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     split = Split(torch.from_numpy(pixels), torch.from_numpy(labels))
-    about = About("", [*"abc"], [1, 4, 4], [0.5], [0.25], "", {})
+    about = About("toy", ["a", "b", "c"], split.shape, [0.5], [0.25], "", {})
     right, loss = train.accuracy(model, split, about)
     assert right == np.mean(logits.argmax(axis=1) == labels)
     assert loss == pytest.approx(-np.log(chances[range(count), labels]).mean(), rel=1e-5)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from secateur.core import masks as masking
 from secateur.core import optim
-from secateur.core.data import About, Batches, Dataset, Split, in_order
+from secateur.core.data import About, Batches, Dataset, Part, in_order
 from secateur.core.engine import Engine
 from secateur.core.errors import TrainingError
 from secateur.core.masks import Masks
@@ -207,6 +207,9 @@ class _Step:
 
     def _cross_entropy(self, images: Tensor, labels: Tensor, count: int) -> Tensor:
         """Cross-entropy of some images, as their share of the mean over a batch of `count`."""
+        if not len(labels):  # a last batch smaller than the number of processes
+            images = images.new_zeros(1, *images.shape[1:])
+            return self.forward(images).sum() * 0.0
         with self.engine.autocast():
             logits = self.forward(images)
         logits = logits.float()
@@ -251,7 +254,7 @@ def _epoch(
 
 @torch.inference_mode()
 def accuracy(
-    model: nn.Module, split: Split, about: About, engine: Engine | None = None
+    model: nn.Module, split: Part, about: About, engine: Engine | None = None
 ) -> tuple[float, float]:
     """Share of the images that are classified right, and the mean cross-entropy.
 
