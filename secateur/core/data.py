@@ -173,13 +173,13 @@ def save(folder: Path, dataset: Dataset) -> None:
     """Write a prepared data set into `folder`: the images, or the list of their files."""
     splits = {"train": dataset.train, "val": dataset.val, "test": dataset.test}
     tensors: dict[str, Tensor] = {}
-    header = {"secateur": json.dumps(dataset.about.plain(), sort_keys=True)}
+    header: dict[str, Any] = {"about": dataset.about.plain()}
     for key, split in splits.items():
         if isinstance(split, Split):
             part = {"images": split.pixels, "labels": split.labels.contiguous()}
         else:
             part = split.tensors()
-            header["listing"] = json.dumps(split.header(), sort_keys=True)
+            header["listing"] = split.header()
         tensors |= {f"{key}.{name}": tensor for name, tensor in part.items()}
     files.write(folder / FILE, lambda path: _write(path, tensors, header))
     files.write_text(folder / "about.json", json.dumps(dataset.about.plain(), indent=2) + "\n")
@@ -197,13 +197,13 @@ def load(folder: Path) -> Dataset:
     parts: dict[str, dict[str, Tensor]] = {"train": {}, "val": {}, "test": {}}
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            header = file.metadata()
-            about = About.of(json.loads(header["secateur"]))
+            header = json.loads(file.metadata()["secateur"])
+            about = About.of(header["about"])
             for key in file.keys():  # noqa: SIM118
                 split, name = key.split(".")
                 parts[split][name] = file.get_tensor(key)
         if "listing" in header:
-            listed = json.loads(header["listing"])
+            listed = header["listing"]
             splits: dict[str, Part] = {k: listing.restored(listed, p) for k, p in parts.items()}
         else:
             splits = {k: Split.of(p["images"], p["labels"]) for k, p in parts.items()}
@@ -320,9 +320,11 @@ class Normalise:
         return batch if self.plain else batch.add_(self.shift)
 
 
-def _write(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
+def _write(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
+    # one key of metadata: safetensors writes several in an order that changes
+    metadata = {"secateur": json.dumps(header, sort_keys=True)}
     try:
-        safetensors.torch.save_file(tensors, path, header)
+        safetensors.torch.save_file(tensors, path, metadata)
     except safetensors.SafetensorError as error:  # what it makes of a full disk
         raise OSError(str(error)) from None
 
