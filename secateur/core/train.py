@@ -215,7 +215,7 @@ class _Step:
         logits = logits.float()
         self.right += (logits.detach().argmax(1) == labels).sum()
         smooth = self.settings.label_smoothing
-        if len(labels) == count:
+        if len(labels) == count and self.engine.world == 1:
             return F.cross_entropy(logits, labels, label_smoothing=smooth)
         summed = F.cross_entropy(logits, labels, label_smoothing=smooth, reduction="sum")
         return summed * (self.engine.world / count)  # the processes' gradients are averaged
