@@ -52,6 +52,7 @@ def main() -> None:
     module = plugin.load("archs", task["arch"])
     settings = module.Settings(**task["settings"])
     model = module.build(settings, task["classes"], tuple(task["shape"])).train()
+    optimizer: torch.optim.Optimizer
     if task["optimizer"] == "adam":
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=False)
     else:

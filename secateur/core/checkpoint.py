@@ -63,7 +63,7 @@ class Checkpoint:
         model = architecture(self.header)
         try:
             resize(model, {name: tensor.shape for name, tensor in self.tensors.items()})
-            model.load_state_dict(self.tensors)
+            model.load_state_dict(_as_saved_by(model, self.tensors))
             with torch.inference_mode():  # one image through, so that layers fit each other
                 model.eval()(torch.zeros(1, *self.header.shape))
         except (RuntimeError, KeyError, ValueError) as error:
@@ -75,12 +75,26 @@ class Checkpoint:
         return model
 
 
-def architecture(header: Header) -> nn.Module:
-    """The unpruned network that the header names, with new weights."""
+def _as_saved_by(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors with the version numbers of the modules, without which some refuse to load."""
+    state = model.state_dict()
+    state.clear()
+    state.update(tensors)
+    return state
+
+
+def architecture(header: Header, published: bool = False) -> nn.Module:
+    """The unpruned network that the header names, with new weights.
+
+    With `published`, weights that the architecture's settings ask for take their place; whoever
+    has weights of his own to load spares himself that.
+    """
     module = plugin.load("archs", header.arch)
     arch = settings.parse(module.Settings, header.arch_settings, f"archs.{header.arch}")
     channels, height, width = header.shape
     built: nn.Module = module.build(arch, len(header.classes), (channels, height, width))
+    if published and hasattr(module, "publish"):
+        module.publish(arch, built)
     return built
 
 
