@@ -6,8 +6,8 @@ Writes  data/<dataset>/images.safetensors and about.json: the images as they are
         large data set, the names of their files; the division by class with its hash, class names,
         normalisation and augmentation.
 
-DVC does not look under SECATEUR_DATA. When files there have changed: `dvc repro -f prepare`, or a
-higher datasets.<name>.version, which keeps both states apart in the cache.
+DVC does not look under SECATEUR_DATA. When pictures there have changed: a higher
+datasets.<name>.version, or `dvc repro -f prepare`.
 """
 
 from pathlib import Path
