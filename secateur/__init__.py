@@ -21,10 +21,10 @@ import sys
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 
-_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4  # mallopt's names for them, from malloc.h
 if sys.platform == "linux" and not any(name.startswith("MALLOC_") for name in os.environ):
     with contextlib.suppress(OSError, AttributeError):  # another C library: nothing to tune
-        _mallopt = ctypes.CDLL(None).mallopt
-        _mallopt(_MMAP_MAX, 0)
-        _mallopt(_TRIM_THRESHOLD, 2**31 - 1)
-        _mallopt(_TOP_PAD, 64 * 2**20)
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: large blocks from the heap too
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
+        mallopt(-2, 64 * 2**20)  # M_TOP_PAD: it grows in large steps
+        del mallopt

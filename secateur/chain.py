@@ -1,17 +1,18 @@
 """What the stages that make a model have in common: made once, watched, saved, recorded."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from torch import nn
+from torch import Tensor, nn
 
 from secateur import console, track
 from secateur.core import checkpoint, data, files, machine, record, resume, stage, train
 from secateur.core.checkpoint import Checkpoint, Header
+from secateur.core.engine import Engine, relaunch
 from secateur.core.errors import SecateurError
 from secateur.core.masks import Masks
 from secateur.core.record import FOLDERS
@@ -39,7 +40,8 @@ class Job:
         self.data = data.load(self.stage.input(f"data/{self.params.dataset}"))
         self.upstream: dict[str, Checkpoint] = {}
         self.watchers: list[train.Watch] = []
-        self.work: resume.Work | None = None
+        self.work: train.Memory | None = None
+        self.engine: Engine | None = None
         machine.device()
 
     def checkpoint(self, maker: str) -> Checkpoint:
@@ -62,6 +64,7 @@ class Job:
         """Train `model` in place; goes on where a killed process was."""
         assert self.work is not None, "fit() is for the function that make() was given"
         bar = console.Training(self.stage.name)
+        first = self.engine is None or self.engine.first
         try:
             result = train.fit(
                 model,
@@ -69,14 +72,16 @@ class Job:
                 settings,
                 self.params.seed,
                 self.work,
-                [bar, *self.watchers],
+                [bar, *self.watchers] if first else [],
+                engine=self.engine,
                 penalty=penalty,
                 decay=decay,
                 masks=masks,
             )
         finally:
             bar.close()
-        bar.finish(result.history, result.picked)
+        if first:
+            bar.finish(result.history, result.picked)
         return result
 
     def header(self, parent: Checkpoint | None = None, **notes: Any) -> Header:
@@ -112,6 +117,21 @@ def trained(
     return Product(model, header, masks or {}, metrics, fit.history)
 
 
+def train_model(job: Job, settings: Train, produce: Callable[[Job], Product]) -> None:
+    """`make` for a stage that trains by `settings`: in several processes if those were started.
+
+    The first process holds the lock, writes and reports; the others only train with it.
+    """
+    if relaunch(job.stage.name.replace("-", "_")):
+        return
+    job.engine = Engine(settings.precision)
+    if job.engine.first:
+        make(job, produce)
+    elif not job.engine.share(None):
+        job.work = _Elsewhere()
+        produce(job)
+
+
 def make(job: Job, produce: Callable[[Job], Product]) -> None:
     """Run `produce` once for each fingerprint, and write model, history and record.
 
@@ -122,6 +142,8 @@ def make(job: Job, produce: Callable[[Job], Product]) -> None:
     outs = [str(folder), str(recorded)]
     name = job.stage.name
     with resume.single_flight(job.stage, outs, lambda: console.waiting(name)) as work:
+        if job.engine is not None:
+            job.engine.share(work.done)
         if work.done:
             work.take()
             console.taken(name)
@@ -134,35 +156,39 @@ def make(job: Job, produce: Callable[[Job], Product]) -> None:
         except SecateurError:
             run.fail()
             raise
-        sha256 = checkpoint.save(
-            folder / "model.safetensors", product.header, product.model, product.masks
-        )
-        if product.history:
-            table = pd.DataFrame(product.history).astype({"epoch": int})
-            files.write_text(folder / "history.csv", table.to_csv(index=False))
-        seconds = clock.total()
-        model = str(folder / "model.safetensors")
-        model_id = run.close(product.metrics | {"seconds": seconds}, model, sha256)
-        about = job.data.about
-        record.save(
-            recorded,
-            record.Record(
-                stage=name,
-                fingerprint=job.stage.fingerprint,
-                params=job.stage.declared,
-                metrics=product.metrics,
-                model=model,
-                sha256=sha256,
-                dataset={"name": about.name, "hash": about.hash, **about.counts},
-                seconds=round(seconds, 3),
-                hardware=machine.hardware(),
-                run_id=run.id,
-                model_id=model_id,
-                tracking_uri=run.store.uri if run.id else None,
-                upstream={maker: c.sha256 for maker, c in job.upstream.items()},
-            ),
-        )
+        _write(job, folder, recorded, product, run, clock.total())
         work.finish()
+
+
+def _write(
+    job: Job, folder: Path, recorded: Path, product: Product, run: track.Run, seconds: float
+) -> None:
+    """Model, history and record of a stage that is through."""
+    path, model = folder / "model.safetensors", str(folder / "model.safetensors")
+    sha256 = checkpoint.save(path, product.header, product.model, product.masks)
+    if product.history:
+        table = pd.DataFrame(product.history).astype({"epoch": int})
+        files.write_text(folder / "history.csv", table.to_csv(index=False))
+    model_id = run.close(product.metrics | {"seconds": seconds}, model, sha256)
+    about = job.data.about
+    record.save(
+        recorded,
+        record.Record(
+            stage=job.stage.name,
+            fingerprint=job.stage.fingerprint,
+            params=job.stage.declared,
+            metrics=product.metrics,
+            model=model,
+            sha256=sha256,
+            dataset={"name": about.name, "hash": about.hash, **about.counts},
+            seconds=round(seconds, 3),
+            hardware=machine.hardware(),
+            run_id=run.id,
+            model_id=model_id,
+            tracking_uri=run.store.uri if run.id else None,
+            upstream={maker: c.sha256 for maker, c in job.upstream.items()},
+        ),
+    )
 
 
 def _open_run(job: Job, work: resume.Work) -> track.Run:
@@ -176,6 +202,17 @@ def _open_run(job: Job, work: resume.Work) -> track.Run:
     run.open(work.note("run_id"), {"name": about.name, "hash": about.hash})
     work.note("run_id", run.id)
     return run
+
+
+class _Elsewhere:
+    """The memory of a process that trains with another one, which keeps the state of both."""
+
+    def state(self) -> None:
+        """The first process hands it over."""
+
+    def keep(self, tensors: Mapping[str, Tensor], info: dict[str, Any]) -> bool:
+        """The first process keeps it."""
+        return False
 
 
 class _Clock:

@@ -15,14 +15,15 @@ from secateur.core import checkpoint
 
 def main() -> None:
     """Build, train, save."""
-    chain.make(chain.Job("baseline"), train_dense)
+    job = chain.Job("baseline")
+    chain.train_model(job, job.params.baseline, train_dense)
 
 
 def train_dense(job: chain.Job) -> chain.Product:
     """A new network, trained on cross-entropy alone."""
     header = job.header()
     torch.manual_seed(job.params.seed)
-    model = checkpoint.architecture(header)
+    model = checkpoint.architecture(header, published=True)
     fit = job.fit(model, job.params.baseline)
     return chain.trained(model, header, fit)
 

@@ -19,7 +19,7 @@ def main() -> None:
     """Load the pruned network, train on, save."""
     job = chain.Job("finetune")
     job.checkpoint("prune")
-    chain.make(job, finetune)
+    chain.train_model(job, job.params.finetune, finetune)
 
 
 def finetune(job: chain.Job) -> chain.Product:

@@ -10,11 +10,9 @@ the same as the masked one before anything is written.
 
 import copy
 
-import torch
-
 from secateur import chain, console
 from secateur.core import cost, decision, masks, plugin, surgery
-from secateur.core.data import Normalise
+from secateur.core.data import sample
 
 
 def main() -> None:
@@ -31,8 +29,7 @@ def prune(job: chain.Job) -> chain.Product:
     model = sparse.model().eval()
     before = cost.parameters(model)
     about = job.data.about
-    images = job.data.train.images[: _proof_images(about.shape)]
-    batch = Normalise(about.mean, about.std, torch.device("cpu"))(images)
+    batch = sample(job.data.train, about, _proof_images(about.shape))
     module = plugin.load("pruners", params.pruner)
     choice = decision.decide(module.prune, settings, model, batch)
     asked = f"{params.pruner}, " + ", ".join(f"{k} {v}" for k, v in settings)

@@ -15,7 +15,7 @@ def main() -> None:
     """Load the dense network, train on, save."""
     job = chain.Job("sparse-train")
     job.checkpoint("baseline")
-    chain.make(job, train_sparse)
+    chain.train_model(job, job.params.sparse_train, train_sparse)
 
 
 def train_sparse(job: chain.Job) -> chain.Product:

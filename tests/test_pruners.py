@@ -20,7 +20,7 @@ from secateur.core.settings import Train
 NAMES = plugin.names("pruners")
 GRADED = [n for n in NAMES if "sensitivity" in plugin.load("pruners", n).Settings.model_fields]
 SCOPED = [n for n in NAMES if "scope" in plugin.load("pruners", n).Settings.model_fields]
-ARCHS = plugin.names("archs")
+ARCHS = ["lenet300", "lenet5"]
 
 
 def prune(name, model, **chosen):
@@ -171,8 +171,8 @@ def toy_data(shape=(2, 9, 9), count=64):
     labels = torch.arange(count) % 3
     images = torch.randint(0, 256, (count, *shape), generator=chance, dtype=torch.uint8)
     split = data.Split(images, labels)
-    images = data.Images(split, split, (0.5,) * shape[0], (0.5,) * shape[0])
-    return data.prepare("toy", ["a", "b", "c"], images, 0, 0)
+    images = data.Images(split, split, ["a", "b", "c"], (0.5,) * shape[0], (0.5,) * shape[0])
+    return data.prepare("toy", images, 0, 0)
 
 
 def toy_network(kind):

@@ -67,8 +67,8 @@ def test_any_number_survives_its_way_through_yaml(value):
 
 
 MISTAKES = [  # key, value, what the line must hold beside both
-    ("dataset", "digit", "there is no secateur/datasets/digit.py; there are: digits"),
-    ("arch", "lenet", "there are: lenet300, lenet5; did you mean lenet5?"),
+    ("dataset", "digit", "there is no secateur/datasets/digit.py; there are: cifar10, "),
+    ("arch", "lenet", "; did you mean lenet5?"),
     ("penalty", "hoyer_sqare", "did you mean hoyer_square?"),
     ("penalty", "../chain", "string should match pattern"),
     ("pruner", "__init__", "string should match pattern"),
@@ -116,7 +116,7 @@ TRAINING_MISTAKES = [
     ("momentum", 1, "less than 1"),
     ("momentum", -0.1, "greater than or equal to 0"),
     ("weight_decay", -1e-4, "greater than or equal to 0"),
-    ("schedule", "step", "'constant' or 'cosine'"),
+    ("schedule", "step", "'constant', 'multistep', 'cosine' or 'one_cycle'"),
     ("keep", "first", "'best' or 'last'"),
 ]
 MISTAKES += [(f"{part}.{key}", *rest) for part in TRAININGS for key, *rest in TRAINING_MISTAKES]
@@ -159,7 +159,7 @@ def test_a_wrong_value_in_a_list_is_told(value, wrong, allowed, tmp_path):
         ("pruners.std.sensitivty", "did you mean sensitivity?"),
         ("archs.lenet300.hiden", "did you mean hidden?"),
         ("penalties.hoyer_square.bias", "did you mean biases?"),
-        ("baseline.zzz", "allowed: batch_size, epochs, keep, lr, momentum, optimizer"),
+        ("baseline.zzz", "allowed: accumulate, batch_size, compile, epochs"),
     ],
 )
 def test_an_unknown_key_is_told_with_the_one_that_was_meant(key, hint, tmp_path):

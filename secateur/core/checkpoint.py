@@ -77,12 +77,18 @@ class Checkpoint:
         return model
 
 
-def architecture(header: Header) -> nn.Module:
-    """The unpruned network that the header names, with new weights."""
+def architecture(header: Header, published: bool = False) -> nn.Module:
+    """The unpruned network that the header names, with new weights.
+
+    With `published`, weights that the architecture's settings ask for take their place; whoever
+    has weights of his own to load spares himself that.
+    """
     module = plugin.load("archs", header.arch)
     arch = settings.parse(module.Settings, header.arch_settings, f"archs.{header.arch}")
     channels, height, width = header.shape
     built: nn.Module = module.build(arch, len(header.classes), (channels, height, width))
+    if published and hasattr(module, "publish"):
+        module.publish(arch, built)
     return built
 
 

@@ -14,6 +14,7 @@ from pydantic import (
     ValidationError,
     ValidationInfo,
     field_validator,
+    model_validator,
 )
 
 from secateur.core import plugin
@@ -74,18 +75,52 @@ class Train(Strict):
 
     epochs: Annotated[int, Field(ge=1)]
     batch_size: Annotated[int, Field(ge=1)] = 128
+    """Images of one step of the optimizer, over all parts and all processes."""
+    accumulate: Annotated[int, Field(ge=1)] = 1
+    """A batch is computed in this many parts, one after the other: less memory, same step."""
     optimizer: Literal["sgd", "adam", "adamw"] = "adam"
     lr: Positive = 0.001
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """Used by sgd, as Nesterov momentum."""
+    """Used by sgd."""
+    nesterov: bool = True
+    """Used by sgd."""
     weight_decay: NonNegative = 0.0
-    schedule: Literal["constant", "cosine"] = "cosine"
-    """The rate over the epochs: constant, or falling to zero along half a cosine, step by step."""
-    precision: Literal["float32", "bfloat16"] = "float32"
+    weight_decay_on: Literal["all", "weights"] = "all"
+    """All parameters, or those of convolutions and linear layers without their biases."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    schedule: Literal["constant", "multistep", "cosine", "one_cycle"] = "cosine"
+    """The rate over the epochs; see core/optim.py."""
+    schedule_by: Literal["step", "epoch"] = "step"
+    """Change the rate at every step, or only at the beginning of an epoch."""
+    warmup: NonNegative = 0.0
+    """Epochs over which the rate rises to lr; not with one_cycle, which has its own."""
+    milestones: tuple[NonNegative, ...] = ()
+    """Epochs after which multistep multiplies the rate by gamma."""
+    gamma: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    precision: Literal["auto", "float32", "bfloat16"] = "float32"
     """Of products and convolutions while training; weights and everything else stay float32.
-    bfloat16 pays on GPUs and on CPUs with matrix units (AMX), for convolutions above all."""
+    auto: bfloat16 on GPUs and CPUs that multiply it faster. It pays for convolutions above all."""
+    compile: bool = False
+    """torch.compile: pays for long trainings on GPUs; takes minutes to start."""
     keep: Literal["best", "last"] = "best"
     """The epoch that is kept: best on the validation images, or simply the last."""
+
+    @model_validator(mode="after")
+    def _schedule_fits(self) -> Self:
+        late = [m for m in self.milestones if m >= self.epochs]
+        if late:
+            raise ValueError(
+                f"milestones: {late[0]:g} is not before the last of {self.epochs} epochs"
+            )
+        if list(self.milestones) != sorted(set(self.milestones)):
+            raise ValueError(f"milestones: {list(self.milestones)} must rise")
+        if self.schedule == "multistep" and not self.milestones:
+            raise ValueError("milestones: multistep needs at least one")
+        if self.warmup >= self.epochs:
+            raise ValueError(f"warmup: {self.warmup:g} must be less than the {self.epochs} epochs")
+        if self.accumulate > self.batch_size:
+            raise ValueError(f"accumulate: {self.accumulate} parts of {self.batch_size} images")
+        return self
 
 
 class Finetune(Train):
@@ -215,8 +250,8 @@ def _first_line(error: ValidationError, schema: Any, where: str) -> str:
     if first["type"] == "missing":
         return f"{FILE}: {key}: missing{more}"
     message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "value_error" and not location:
-        return f"{FILE}: {where + '.' if where else ''}{message}{more}"
+    if first["type"] == "value_error" and isinstance(first["input"], Mapping):
+        return f"{FILE}: {key + '.' if key else ''}{message}{more}"  # about several of its keys
     return f"{FILE}: {key} = {first['input']!r}: {message[0].lower()}{message[1:]}{more}"
 
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
+from secateur.core.errors import SettingsError
+
 
 def resize(
     model: nn.Module,
@@ -69,10 +71,31 @@ def describe(model: nn.Module) -> dict[str, dict[str, int]]:
 
 
 def reset(model: nn.Module) -> None:
-    """New random weights for every layer, in the shape it has now."""
-    for module in model.modules():
-        if callable(again := getattr(module, "reset_parameters", None)):
-            again()
+    """New random weights for every layer, in the shape it has now, in place.
+
+    Layers draw first, then the modules that hold them, so that a network with a
+    `reset_parameters()` of its own has the last word. Raises SettingsError naming a module that
+    holds parameters and cannot draw them, before anything is changed.
+    """
+    for name, module in model.named_modules():
+        if not _can_draw(module) and next(module.parameters(recurse=False), None) is not None:
+            raise SettingsError(
+                f"cannot draw new weights for {name or 'the network'} "
+                f"({type(module).__name__} has no reset_parameters); finetune.init = scratch "
+                "needs an architecture that can"
+            )
+    _draw(model)
+
+
+def _can_draw(module: nn.Module) -> bool:
+    return callable(getattr(module, "reset_parameters", None))
+
+
+def _draw(module: nn.Module) -> None:
+    for child in module.children():
+        _draw(child)
+    if _can_draw(module):
+        module.reset_parameters()  # type: ignore[operator]
 
 
 def _buffers(module: nn.Module) -> list[tuple[str, torch.Tensor]]:

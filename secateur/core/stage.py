@@ -11,7 +11,7 @@ import torch
 
 from secateur.core import settings
 from secateur.core.errors import SettingsError
-from secateur.core.machine import device, versions
+from secateur.core.machine import device, processes, versions
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class Stage:
             "inputs": self.inputs,
             "device": device().type,
             "threads": torch.get_num_threads(),
+            "processes": processes()[0],
             "versions": versions(),
         }
         return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
@@ -88,3 +89,8 @@ def content_hash(path: Path) -> str:
 def project_root() -> Path:
     """The user's project, also from an experiment's temporary copy of it."""
     return Path(os.environ.get("DVC_ROOT") or Path.cwd())
+
+
+def raw_folder() -> Path:
+    """The folder named by SECATEUR_DATA, by default data/raw; relative ones from the project."""
+    return project_root() / os.environ.get("SECATEUR_DATA", "data/raw")

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secateur.core import masks as masking
-from secateur.core.data import Batches, Dataset, Normalise, Split
+from secateur.core import optim
+from secateur.core.data import About, Batches, Dataset, Part, in_order
+from secateur.core.engine import Engine
 from secateur.core.errors import TrainingError
-from secateur.core.machine import device
 from secateur.core.masks import Masks
-from secateur.core.resume import Work
 from secateur.core.settings import Train
 
 Row = dict[str, float]
@@ -54,6 +54,16 @@ class Penalty(Protocol):
         """Take up where `state_dict` was taken."""
 
 
+class Memory(Protocol):
+    """Where the state of a training survives its process."""
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The state that an earlier process left, if any."""
+
+    def keep(self, tensors: Mapping[str, Tensor], info: dict[str, Any]) -> bool:
+        """Hold the state after an epoch; gives whether it is safe on disk already."""
+
+
 @dataclass(frozen=True)
 class Fit:
     """What a training gives beside the weights it leaves in the model."""
@@ -79,9 +89,10 @@ def fit(
     data: Dataset,
     settings: Train,
     seed: int,
-    work: Work,
+    work: Memory,
     watchers: Sequence[Watch],
     *,
+    engine: Engine | None = None,
     penalty: Penalty | None = None,
     decay: float = 0.0,
     masks: Masks | None = None,
@@ -91,133 +102,177 @@ def fit(
     `masks` are held through every step. The weights that remain are those of the epoch with the
     highest accuracy on `data.val` (ties: the lower loss), or of the last one if `settings.keep`
     says so or there is no val. Goes on from the state that `work` holds, to the same bytes.
+    With several processes, every one calls this and ends with the same weights.
     Raises TrainingError when the loss is no longer finite; the last good state stays in `work`.
     """
     torch.use_deterministic_algorithms(True)
     # deterministic mode also fills fresh memory, as a debugging aid: a tenth of a step
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    place = device()
-    model.to(place)
+    engine = engine or Engine(settings.precision)
+    model.to(engine.device)
     if any(isinstance(module, nn.Conv2d) for module in model.modules()):
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    batches = Batches(data.train.to(place), data.about, settings.batch_size, seed)
-    val = data.val.to(place)
-    optimizer = _optimizer(model, settings)
+    batches = Batches(
+        data.train,
+        data.about,
+        settings.batch_size,
+        seed,
+        device=engine.device,
+        rank=engine.rank,
+        world=engine.world,
+    )
+    optimizer = optim.optimizer(model, settings)
     masking.hold(model, masks or {}, optimizer)
     if decay == 0:
         penalty = None
     run = _State(model, optimizer, penalty)
-    if (state := work.state()) is not None:
+    if (state := engine.share(work.state())) is not None:
         run.restore(*state)
-    torch.manual_seed(seed * 1_000_003 + len(run.history))
+    step = _Step(model, optimizer, penalty, decay, settings, engine, len(batches))
     for watch in watchers:
         watch.start(settings.epochs, len(batches), run.history)
-    for epoch in range(len(run.history), settings.epochs):
-        if penalty is not None and penalty.finished:  # before the epoch: it may be over on resume
-            break
-        torch.manual_seed(seed * 1_000_003 + epoch)  # dropout and the like: by epoch, not by past
-        row = _epoch(model, optimizer, penalty, decay, batches, settings, epoch, watchers)
-        if len(val):
-            row["val_accuracy"], row["val_loss"] = accuracy(model, val, batches.normalise)
-        _refuse_broken(model, row, settings.lr)
-        run.add(row, keep_best=settings.keep == "best" and len(val) > 0)
-        saved = work.keep(*run.save())
-        for watch in watchers:
-            watch.epoch(row)
-            if saved:
-                watch.saved()
+    try:
+        for epoch in range(len(run.history), settings.epochs):
+            if penalty is not None and penalty.finished:  # before the epoch: also on resume
+                break
+            # dropout and the like: by epoch, not by what came before it
+            torch.manual_seed(seed * 1_000_003 + epoch + engine.rank * 7_919)
+            row = _epoch(step, batches, len(data.train), epoch, watchers)
+            if len(data.val):
+                row["val_accuracy"], row["val_loss"] = accuracy(model, data.val, data.about, engine)
+            _refuse_broken(model, row, settings.lr)
+            run.add(row, keep_best=settings.keep == "best" and len(data.val) > 0)
+            saved = engine.first and work.keep(*run.save())
+            for watch in watchers:
+                watch.epoch(row)
+                if saved:
+                    watch.saved()
+    finally:
+        batches.close()
     run.load_best()
     return Fit(run.history, run.best or len(run.history))
 
 
+class _Step:
+    """One step of the optimizer on one batch, and the sums that an epoch is reported by."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        penalty: Penalty | None,
+        decay: float,
+        settings: Train,
+        engine: Engine,
+        per_epoch: int,
+    ) -> None:
+        self.model, self.forward = model, engine.prepare(model, settings.compile)
+        self.optimizer, self.penalty, self.decay = optimizer, penalty, decay
+        self.settings, self.engine, self.per_epoch = settings, engine, per_epoch
+        self.lr = 0.0
+
+    def begin(self) -> None:
+        """A new epoch: training mode, sums at zero."""
+        self.model.train()
+        self.forward.train()
+        zero = torch.zeros((), device=self.engine.device)
+        self.losses, self.right, self.added = zero, zero.clone(), zero.clone()
+
+    def __call__(self, images: Tensor, labels: Tensor, count: int, number: int) -> Tensor:
+        """Learn from this process's part of a batch of `count` images; gives the loss."""
+        self.lr = optim.rate(self.settings, number, self.per_epoch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr
+        self.optimizer.zero_grad()
+        parts = self.settings.accumulate
+        if parts == 1:
+            loss = total = self._cross_entropy(images, labels, count)
+            if self.penalty is not None:
+                total = loss + self._penalty(number)
+            total.backward()
+        else:
+            loss = total = torch.zeros((), device=self.engine.device)
+            pairs = list(zip(images.chunk(parts), labels.chunk(parts), strict=True))
+            for index, (some, theirs) in enumerate(pairs):
+                last = index == len(pairs) - 1
+                with self.engine.alone(self.forward, not last):
+                    part = whole = self._cross_entropy(some, theirs, count)
+                    if last and self.penalty is not None:
+                        whole = part + self._penalty(number)
+                    whole.backward()
+                loss, total = loss + part.detach(), total + whole.detach()
+        self.optimizer.step()
+        self.losses += loss.detach() * count
+        return total.detach()
+
+    def _cross_entropy(self, images: Tensor, labels: Tensor, count: int) -> Tensor:
+        """Cross-entropy of some images, as their share of the mean over a batch of `count`."""
+        if not len(labels):  # a last batch smaller than the number of processes
+            images = images.new_zeros(1, *images.shape[1:])
+            return self.forward(images).sum() * 0.0
+        with self.engine.autocast():
+            logits = self.forward(images)
+        logits = logits.float()
+        self.right += (logits.detach().argmax(1) == labels).sum()
+        smooth = self.settings.label_smoothing
+        if len(labels) == count and self.engine.world == 1:
+            return F.cross_entropy(logits, labels, label_smoothing=smooth)
+        summed = F.cross_entropy(logits, labels, label_smoothing=smooth, reduction="sum")
+        return summed * (self.engine.world / count)  # the processes' gradients are averaged
+
+    def _penalty(self, number: int) -> Tensor:
+        assert self.penalty is not None
+        extra = self.decay * self.penalty(number)
+        self.added += extra.detach()
+        return extra
+
+
 def _epoch(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    penalty: Penalty | None,
-    decay: float,
-    batches: Batches,
-    settings: Train,
-    epoch: int,
-    watchers: Sequence[Watch],
+    step: _Step, batches: Batches, images: int, epoch: int, watchers: Sequence[Watch]
 ) -> Row:
     """One pass over the training images; gives its row of history."""
-    model.train()
-    steps = len(batches)
-    checks = _Finite(epoch, settings.lr)
-    losses = torch.zeros((), device=batches.split.labels.device)
-    right, added = torch.zeros_like(losses), torch.zeros_like(losses)
-    lr, half = 0.0, settings.precision == "bfloat16"
-    for step, (images, labels) in enumerate(batches.epoch(epoch)):
-        lr = _rate(settings, epoch * steps + step, settings.epochs * steps)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.zero_grad()
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=half):
-            logits = model(images)
-        loss = F.cross_entropy(logits.float(), labels)
-        total = loss
-        if penalty is not None:
-            extra = decay * penalty(epoch * steps + step)
-            total = loss + extra
-            added += extra.detach()
-        total.backward()
-        optimizer.step()
-        checks.add(total.detach())
-        losses += loss.detach() * len(labels)
-        right += (logits.detach().argmax(1) == labels).sum()
+    size, steps = step.settings.batch_size, len(batches)
+    checks = _Finite(epoch, step.settings.lr)
+    step.begin()
+    for index, (some, labels) in enumerate(batches.epoch(epoch)):
+        count = min(size, images - index * size)
+        checks.add(step(some, labels, count, epoch * steps + index))
         for watch in watchers:
-            watch.step(epoch + 1, step + 1)
+            watch.step(epoch + 1, index + 1)
     checks.finish()
-    count = len(batches.split)
+    sums = step.engine.total(torch.stack([step.losses, step.right]))
     row = {
         "epoch": epoch + 1,
-        "lr": lr,
-        "train_loss": float(losses) / count,
-        "train_accuracy": float(right) / count,
+        "lr": step.lr,
+        "train_loss": float(sums[0]) / images / step.engine.world,
+        "train_accuracy": float(sums[1]) / images,
     }
-    if penalty is not None:
-        row["penalty"] = float(added) / steps
+    if step.penalty is not None:
+        row["penalty"] = float(step.added) / steps
     return row
 
 
 @torch.inference_mode()
-def accuracy(model: nn.Module, split: Split, normalise: Normalise) -> tuple[float, float]:
-    """Share of the images that are classified right, and the mean cross-entropy."""
+def accuracy(
+    model: nn.Module, split: Part, about: About, engine: Engine | None = None
+) -> tuple[float, float]:
+    """Share of the images that are classified right, and the mean cross-entropy.
+
+    In float32 on the model's device; with an engine in its precision, divided over its processes.
+    """
     model.eval()
-    right, loss = 0, 0.0
-    for images, labels in _chunks(split, 1000):
-        logits = model(normalise(images))
-        right += int((logits.argmax(1) == labels).sum())
-        loss += float(F.cross_entropy(logits, labels, reduction="sum"))
-    return right / len(split), loss / len(split)
-
-
-def _chunks(split: Split, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    yield from zip(split.images.split(size), split.labels.split(size), strict=True)
-
-
-def _optimizer(model: nn.Module, settings: Train) -> torch.optim.Optimizer:
-    """The optimizer that the settings name, in its fused form."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    lr, weight_decay = settings.lr, settings.weight_decay
-    if settings.optimizer == "sgd":
-        return torch.optim.SGD(
-            parameters,
-            lr,
-            momentum=settings.momentum,
-            weight_decay=weight_decay,
-            nesterov=settings.momentum > 0,
-            fused=True,
-        )
-    kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
-    return kind(parameters, lr, weight_decay=weight_decay, fused=True)
-
-
-def _rate(settings: Train, step: int, steps: int) -> float:
-    """Learning rate at a step of the whole training."""
-    if settings.schedule == "constant":
-        return settings.lr
-    return settings.lr * 0.5 * (1 + math.cos(math.pi * step / steps))
+    place = next(model.parameters()).device
+    sums = torch.zeros(2, device=place)
+    rank, world = (engine.rank, engine.world) if engine else (0, 1)
+    for images, labels in in_order(split, about, device=place, rank=rank, world=world):
+        with engine.autocast() if engine else contextlib.nullcontext():
+            logits = model(images)
+        logits = logits.float()
+        sums[0] += (logits.argmax(1) == labels).sum()
+        sums[1] += F.cross_entropy(logits, labels, reduction="sum")
+    if engine:
+        sums = engine.total(sums)
+    return float(sums[0]) / len(split), float(sums[1]) / len(split)
 
 
 def _refuse_broken(model: nn.Module, row: Row, lr: float) -> None:

@@ -1,0 +1,155 @@
+"""Optimizer and rate against torch's own schedulers, and steps in parts against whole ones."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+from pydantic import ValidationError
+from torch import nn
+from torch.optim import lr_scheduler
+
+from secateur.core import optim
+from secateur.core.engine import Engine
+from secateur.core.settings import Train
+from secateur.core.train import _Step
+
+EPOCHS, STEPS = 7, 5
+
+
+def rates(**settings):
+    """The rate at every step, by our formula."""
+    settings = Train(epochs=EPOCHS, lr=0.3, **settings)
+    return [optim.rate(settings, step, STEPS) for step in range(EPOCHS * STEPS)]
+
+
+def by_torch(make, count):
+    """The rates that a scheduler of torch gives over `count` of its own steps."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 0.3)
+    scheduler, found = make(optimizer), []
+    for _ in range(count):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return found
+
+
+def test_multistep_by_epoch_is_that_of_torch():
+    wanted = by_torch(lambda o: lr_scheduler.MultiStepLR(o, [2, 5], gamma=0.2), EPOCHS)
+    found = rates(schedule="multistep", milestones=[2, 5], gamma=0.2, schedule_by="epoch")
+    assert found[::STEPS] == pytest.approx(wanted)
+    assert found == [rate for rate in found[::STEPS] for _ in range(STEPS)]
+
+
+def test_cosine_by_epoch_is_that_of_torch():
+    wanted = by_torch(lambda o: lr_scheduler.CosineAnnealingLR(o, EPOCHS), EPOCHS)
+    assert rates(schedule="cosine", schedule_by="epoch")[::STEPS] == pytest.approx(wanted)
+
+
+def test_one_cycle_has_the_corners_of_torch():
+    total = EPOCHS * STEPS
+    peak = round(0.3 * total)
+    wanted = by_torch(
+        lambda o: lr_scheduler.OneCycleLR(o, 0.3, total, pct_start=0.3, cycle_momentum=False), total
+    )
+    found = rates(schedule="one_cycle")
+    assert found[0] == pytest.approx(0.3 / 25) == pytest.approx(wanted[0])
+    assert max(found) == pytest.approx(0.3, rel=0.01)
+    assert abs(found.index(max(found)) - peak) <= 1
+    assert all(a < b for a, b in pairwise(found[:peak]))
+    assert all(a > b for a, b in pairwise(found[peak + 1 :]))
+    assert found == pytest.approx(wanted, abs=0.3 * 0.09)  # torch's own is one step shorter
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_the_warm_up_rises_in_equal_steps_and_ends_at_the_rate(schedule):
+    found = rates(schedule=schedule, warmup=2)
+    assert found[:10] == pytest.approx([0.3 * (step + 1) / 10 for step in range(10)])
+    assert found[10] == pytest.approx(0.3)
+    by_epoch = rates(schedule=schedule, warmup=2, schedule_by="epoch")
+    assert by_epoch[::STEPS][:3] == pytest.approx([0.15, 0.3, 0.3])
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"milestones": [7], "schedule": "multistep"},
+        {"milestones": [3, 2], "schedule": "multistep"},
+        {"schedule": "multistep"},
+        {"warmup": 7},
+        {"accumulate": 129},
+    ],
+)
+def test_a_schedule_that_does_not_fit_is_refused(wrong):
+    with pytest.raises(ValidationError):
+        Train(epochs=EPOCHS, **wrong)
+
+
+def small():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 5)
+    )
+
+
+def test_norms_and_biases_can_be_spared_the_weight_decay():
+    model = small()
+    for spared, wanted in (("all", {0.1}), ("weights", {0.1, 0.0})):
+        made = optim.optimizer(
+            model, Train(epochs=1, optimizer="sgd", weight_decay=0.1, weight_decay_on=spared)
+        )
+        decay = {id(p): g["weight_decay"] for g in made.param_groups for p in g["params"]}
+        assert set(decay.values()) == wanted
+        assert len(decay) == len(list(model.parameters()))
+    assert [decay[id(p)] for p in model.parameters()] == [0.1, 0, 0, 0, 0.1, 0]
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_sgd_is_the_textbook_one(nesterov):
+    weight = nn.Parameter(torch.tensor([1.0, -2.0], dtype=torch.float64))
+    holder = nn.Module()
+    holder.register_parameter("weight", weight)
+    settings = Train(
+        epochs=1, optimizer="sgd", lr=0.1, momentum=0.9, nesterov=nesterov, weight_decay=0.01
+    )
+    made = optim.optimizer(holder, settings)
+    by_hand, speed = weight.detach().clone(), torch.zeros(2, dtype=torch.float64)
+    for step in range(4):
+        weight.grad = torch.tensor([0.5, 1.0], dtype=torch.float64) * (step + 1)
+        slope = weight.grad + 0.01 * by_hand
+        speed = 0.9 * speed + slope
+        by_hand = by_hand - 0.1 * (slope + 0.9 * speed if nesterov else speed)
+        made.step()
+    assert torch.allclose(weight, by_hand, rtol=1e-12)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("parts", [1, 2, 3, 10])
+def test_a_step_in_parts_is_the_whole_step(parts, smoothing):
+    images, labels = torch.randn(10, 3, 6, 6), torch.randint(0, 5, (10,))
+    model = small()
+    model[1].eval()  # batch statistics do depend on the parts
+    model[1].train = lambda mode=True: model[1]
+    settings = Train(
+        epochs=1,
+        batch_size=10,
+        optimizer="sgd",
+        lr=0.1,
+        accumulate=parts,
+        label_smoothing=smoothing,
+    )
+    step = _Step(model, optim.optimizer(model, settings), None, 0.0, settings, Engine(), 1)
+    step.begin()
+    loss = step(images, labels, 10, 0)
+    gradients = [p.grad.clone() for p in model.parameters()]
+    other = small()
+    other[1].eval()
+    logits = other(images)
+    chances = logits.log_softmax(1)
+    aim = F.one_hot(labels, 5) * (1 - smoothing) + smoothing / 5
+    wanted = -(aim * chances).sum(1).mean()
+    wanted.backward()
+    assert float(loss) == pytest.approx(wanted.item(), rel=1e-5)
+    for found, parameter in zip(gradients, other.parameters(), strict=True):
+        assert torch.allclose(found, parameter.grad, atol=1e-6)
+    assert float(step.right) == float((logits.argmax(1) == labels).sum())
