@@ -1,152 +1,282 @@
 """Images per second of training: this project's loop against the usual research script.
 
-The usual script: a DataLoader that opens every image with PIL and turns it into a tensor, NCHW
-float32, an optimizer that is not fused, the penalty as a Python loop over tensors. Both train the
-same network on the same images in batches of the same size, in turns, in one process.
+The usual way is `benchmarks/usual.py`. Both train the same network on images of the same size in
+batches of the same size, in turns, each in a process of its own as people run it.
 
-    python -m benchmarks.train_speed --arch lenet300 lenet5
+    python -m benchmarks.train_speed
+    python -m benchmarks.train_speed --net resnet20 vgg16 densenet100 --turns 2
 """
 
 import argparse
+import itertools
+import json
+import os
 import statistics
-import tempfile
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from PIL import Image
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from secateur.core import checkpoint, plugin, raw, train
-from secateur.core.checkpoint import Header
-from secateur.core.data import About, Dataset, Split
+from secateur.core import optim, plugin, train
+from secateur.core.augment import FileAugment
+from secateur.core.data import About, Batches, Dataset, Split
+from secateur.core.engine import Engine
 from secateur.core.machine import hardware
-from secateur.core.resume import Work
 from secateur.core.settings import Train
 
-IMAGES, BATCH = 12_000, 100
+ROOT = Path(__file__).resolve().parents[1]
+GREY, COLOUR = [1, 28, 28], [3, 32, 32]
+NETS: dict[str, dict[str, Any]] = {
+    "lenet300": {"arch": "lenet300", "settings": {}, "shape": GREY, "images": 12_000},
+    "lenet5": {"arch": "lenet5", "settings": {}, "shape": GREY, "images": 6_000},
+    "resnet20": {
+        "arch": "resnet_cifar",
+        "settings": {"depth": 20},
+        "shape": COLOUR,
+        "images": 1_280,
+    },
+    "vgg16": {"arch": "vgg", "settings": {"depth": 16}, "shape": COLOUR, "images": 512},
+    "densenet100": {"arch": "densenet", "settings": {}, "shape": COLOUR, "images": 256},
+}
+"""Network -> plug-in, its settings, shape of an image, and images of an epoch."""
 
 
-class OneByOne(torch.utils.data.Dataset[tuple[Tensor, int]]):
-    """Images as torchvision hands them out: one at a time, through PIL and a transform."""
-
-    def __init__(self, split: Split) -> None:
-        self.images, self.labels = split.images[:, 0], split.labels
-        self.transform = raw.torchvision().transforms.ToTensor()
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image = Image.fromarray(self.images[index].numpy())
-        return self.transform(image), int(self.labels[index])
+def task(net: str, **more: Any) -> dict[str, Any]:
+    """What one process is to do: the batch and the optimizer are the original scripts'."""
+    grey = NETS[net]["shape"] == GREY
+    common = {"classes": 10, "batch": 100 if grey else 128, "epochs": 2, "decay": 0.0}
+    return NETS[net] | common | {"optimizer": "adam" if grey else "sgd"} | more
 
 
-def usual(model: nn.Module, split: Split, decay: float, workers: int) -> float:
-    """Seconds of one epoch of the usual script."""
-    loader = DataLoader(OneByOne(split), batch_size=BATCH, shuffle=True, num_workers=workers)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=False)
-    model.train()
-    start = time.perf_counter()
-    for images, labels in loader:
-        optimizer.zero_grad()
-        loss = F.nll_loss(F.log_softmax(model(images), dim=1), labels)
-        if decay:
-            penalty = torch.zeros(())
-            for parameter in model.parameters():
-                if parameter.requires_grad and torch.sum(torch.abs(parameter)) > 0:
-                    penalty = penalty + torch.sum(torch.abs(parameter)) ** 2 / torch.sum(
-                        parameter**2
-                    )
-            loss = loss + decay * penalty
-        loss.backward()
-        optimizer.step()
-    return time.perf_counter() - start
-
-
-def ours(model: nn.Module, data: Dataset, decay: float, precision: str = "float32") -> float:
-    """Seconds of one epoch of `fit`, as the stages run it."""
-    settings = Train.model_validate(
-        {"epochs": 1, "batch_size": BATCH, "schedule": "constant", "precision": precision}
+def run(script: list[str], what: dict[str, Any], **environment: str) -> list[float]:
+    """Images per second of each epoch of a process; empty if it failed."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("GOMP_", "MALLOC_"))}
+    done = subprocess.run(
+        [sys.executable, *script, json.dumps(what)],
+        env=clean | {"PYTHONPATH": str(ROOT)} | environment,
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        check=False,
     )
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return [float(line) for line in done.stdout.split()]
+
+
+def usual(net: str, **more: Any) -> float:
+    """Images per second of the usual script, left to glibc and OpenMP as they come."""
+    # the variable says nothing that is not so already; its presence keeps our tuning away
+    return max(run(["benchmarks/usual.py"], task(net, **more), MALLOC_PERTURB_="0"))
+
+
+def ours(net: str, **more: Any) -> float:
+    """Images per second of our loop."""
+    return max(run(["-m", "benchmarks.train_speed", "--one"], task(net, **more)))
+
+
+def made_up(what: dict[str, Any]) -> Dataset:
+    """Images that show nothing: the time does not depend on it."""
+    count, (channels, *_) = what["images"], what["shape"]
+    height, width = what["shape"][1:]
+    images = torch.randint(0, 256, (count, height, width, channels), dtype=torch.uint8)
+    labels = torch.randint(0, what["classes"], (count,))
+    crop = FileAugment(pad=4, flip=True) if channels == 3 else FileAugment()
+    about = About(
+        "made up",
+        [str(c) for c in range(what["classes"])],
+        what["shape"],
+        [0.45] * channels if crop.pad else [0.0],
+        [0.2] * channels if crop.pad else [1.0],
+        "",
+        {},
+        crop,
+    )
+    everything = Split.of(images, labels)
+    none = Split.of(images[:0], labels[:0])
+    return Dataset(about, everything, none, none)
+
+
+class Stopwatch:
+    """Tells the images per second of every epoch after the first."""
+
+    def __init__(self, images: int) -> None:
+        self.images, self.began = images, 0.0
+
+    def start(self, epochs: int, steps: int, rows: list[train.Row]) -> None:
+        """The first epoch warms up."""
+
+    def step(self, epoch: int, step: int) -> None:
+        """Nothing to do."""
+
+    def epoch(self, row: train.Row) -> None:
+        """An epoch is done."""
+        now = time.perf_counter()
+        if self.began:
+            print(self.images / (now - self.began), flush=True)
+        self.began = now
+
+    def saved(self) -> None:
+        """Nothing to do."""
+
+
+class Nowhere:
+    """A memory that remembers nothing: the state is copied, as always, and not written."""
+
+    def state(self) -> None:
+        """There is none."""
+
+    def keep(self, tensors: Any, info: Any) -> bool:
+        """Copy, as the real one does."""
+        _ = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+        return False
+
+
+def settings(what: dict[str, Any]) -> Train:
+    """The stage's settings for a task."""
+    return Train(
+        epochs=what["epochs"] + 1,
+        batch_size=what["batch"],
+        optimizer=what["optimizer"],
+        weight_decay=0.0 if what["optimizer"] == "adam" else 5e-4,
+        precision=what.get("precision", "float32"),
+    )
+
+
+def one(what: dict[str, Any]) -> None:
+    """Be one process: train with `fit`, as the stages do."""
+    data, model, penalty = made_up(what), network(what), None
+    if what["decay"]:
+        module = plugin.load("penalties", "hoyer_square")
+        penalty = module.build(module.Settings(biases=True), model, what["decay"])
+    watch = Stopwatch(what["images"])
+    train.fit(model, data, settings(what), 1, Nowhere(), [watch], penalty=penalty)
+
+
+def network(what: dict[str, Any]) -> torch.nn.Module:
+    """A new network."""
+    module = plugin.load("archs", what["arch"])
+    built: torch.nn.Module = module.build(
+        module.Settings(**what["settings"]), what["classes"], tuple(what["shape"])
+    )
+    return built
+
+
+def parts(what: dict[str, Any]) -> None:
+    """Where the time of a step goes: print milliseconds of each part, median over an epoch."""
+    data, model = made_up(what), network(what)
+    chosen, engine = settings(what), Engine(what.get("precision", "float32"))
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = optim.optimizer(model, chosen)
+    batches = Batches(data.train, data.about, what["batch"], 1)
     module = plugin.load("penalties", "hoyer_square")
-    penalty = module.build(module.Settings(biases=True), model, decay) if decay else None
-    with tempfile.TemporaryDirectory() as folder:
-        work = Work(Path(folder), [])
+    penalty = module.build(module.Settings(), model, 1e-6)
+    times: dict[str, list[float]] = {}
+
+    def lap(name: str, since: float) -> float:
+        now = time.perf_counter()
+        times.setdefault(name, []).append((now - since) * 1e3)
+        return now
+
+    for epoch in range(3):
+        now = time.perf_counter()
+        for images, labels in itertools.islice(batches.epoch(epoch), 200):
+            now = lap("data", now)
+            optimizer.zero_grad()
+            with engine.autocast():
+                logits = model(images)
+            loss = torch.nn.functional.cross_entropy(logits.float(), labels)
+            now = lap("forward", now)
+            loss.backward()
+            now = lap("backward", now)
+            extra = penalty(0)
+            extra.backward()
+            now = lap("penalty", now)
+            optimizer.step()
+            now = lap("optimizer", now)
+    for name, values in times.items():
+        print(f"{name} {statistics.median(values[len(values) // 3 :])}")
+
+
+def peak(dtype: torch.dtype) -> float:
+    """GFLOP/s of a product of two 2048 x 2048 matrices."""
+    left = torch.randn(2048, 2048).to(dtype)
+    taken = []
+    for _ in range(12):
         start = time.perf_counter()
-        train.fit(model, data, settings, 1, work, [], penalty=penalty)
-        return time.perf_counter() - start
+        left @ left
+        taken.append(time.perf_counter() - start)
+    return 2 * 2048**3 / min(taken) / 1e9
 
 
-def random_data() -> Dataset:
-    """Made-up images: the time does not depend on what they show."""
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (IMAGES, 1, 28, 28), dtype=torch.uint8, generator=generator)
-    labels = torch.randint(0, 10, (IMAGES,), generator=generator)
-    about = About("made up", [*map(str, range(10))], [1, 28, 28], [0.0], [1.0], "", {})
-    return Dataset(
-        about, Split(images, labels), Split(images[:0], labels[:0]), Split(images, labels)
-    )
+def flops(net: str) -> float:
+    """Floating-point operations of learning from one image: three times those of looking at it."""
+    from secateur.core import cost
+
+    what = task(net)
+    rows = cost.layer_costs(network(what), torch.zeros(1, *what["shape"]))
+    return 3 * 2 * sum(row.macs_dense for row in rows)
 
 
-def network(arch: str, data: Dataset) -> nn.Module:
-    """A new network of the given architecture."""
-    about = data.about
-    return checkpoint.architecture(
-        Header(arch, {}, about.classes, about.shape, about.mean, about.std, "", "benchmark")
-    )
-
-
-def measure(arch: str, data: Dataset, repeats: int) -> None:
-    """Print one line for each way of training, with the ratio pair by pair."""
-    split = data.train
-    ways: dict[str, Callable[[], float]] = {
-        "usual": lambda: usual(network(arch, data), split, 0.0, 0),
-        "usual, 2 workers": lambda: usual(network(arch, data), split, 0.0, 2),
-        "ours": lambda: ours(network(arch, data), data, 0.0),
-        "ours, bfloat16": lambda: ours(network(arch, data), data, 0.0, "bfloat16"),
-        "usual + penalty": lambda: usual(network(arch, data), split, 1e-6, 0),
-        "ours + penalty": lambda: ours(network(arch, data), data, 1e-6),
-        "ours + penalty, bf16": lambda: ours(network(arch, data), data, 1e-6, "bfloat16"),
+def measure(net: str, turns: int) -> None:
+    """Print the speed of each way, and the ratio to the best of the usual ones, turn by turn."""
+    grey = NETS[net]["shape"] == GREY
+    ways: dict[str, tuple[Callable[..., float], dict[str, Any]]] = {
+        f"usual, {w} workers": (usual, {"workers": w}) for w in ((0,) if grey else (0, 2, 4))
     }
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(repeats + 1):
-        for name, way in ways.items():
-            taken = way()
-            if turn:  # the first round warms up
-                seconds[name].append(taken)
-    for name, values in seconds.items():
-        print(f"{arch:10} {name:22} {IMAGES / statistics.median(values):10,.0f} images/s")
-
-    def ratio(slow: str, fast: str) -> float:
-        return statistics.median(a / b for a, b in zip(seconds[slow], seconds[fast], strict=True))
-
-    for slow, fast in (
-        ("usual", "ours"),
-        ("usual, 2 workers", "ours"),
-        ("usual", "ours, bfloat16"),
-        ("usual + penalty", "ours + penalty"),
-        ("usual + penalty", "ours + penalty, bf16"),
-    ):
-        print(f"{arch:10} {fast} against {slow}: {ratio(slow, fast):.1f}x")
-    added = [ratio(f"{way} + penalty", way) - 1 for way in ("ours", "usual")]
-    print(
-        f"{arch:10} hoyer_square adds {added[0]:.0%} to our step, {added[1]:.0%} to the usual one"
-    )
+    ways["ours, float32"] = (ours, {})
+    ways["ours, bfloat16"] = (ours, {"precision": "bfloat16"})
+    if grey:
+        ways["usual, 2 workers"] = (usual, {"workers": 2})
+        ways["usual + penalty"] = (usual, {"workers": 0, "decay": 1e-6})
+    ways["ours, float32 + penalty"] = (ours, {"decay": 1e-6})
+    ways["ours, bfloat16 + penalty"] = (ours, {"precision": "bfloat16", "decay": 1e-6})
+    found: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(turns):
+        for name, (way, more) in ways.items():
+            found[name].append(way(net, **more))
+    speed = {name: statistics.median(values) for name, values in found.items()}
+    plain = [name for name in ways if name.startswith("usual,")]
+    best = max(plain, key=lambda name: speed[name])
+    for name, values in found.items():
+        rival = "usual + penalty" if grey and name.endswith("penalty") else best
+        ratio = statistics.median(a / b for a, b in zip(values, found[rival], strict=True))
+        note = "" if name.startswith("usual") else f"  {ratio:5.1f}x {rival}"
+        print(f"{net:12} {name:26} {speed[name]:10,.0f} images/s{note}", flush=True)
+    for kind in ("float32", "bfloat16"):
+        extra = speed[f"ours, {kind}"] / speed[f"ours, {kind} + penalty"] - 1
+        rate = speed[f"ours, {kind}"] * flops(net) / 1e9
+        print(f"{net:12} {kind}: hoyer_square adds {extra:.0%}; {rate:.0f} GFLOP/s", flush=True)
+        what = task(net, precision=kind)
+        command = [sys.executable, "-m", "benchmarks.train_speed", "--parts", json.dumps(what)]
+        done = subprocess.run(command, text=True, capture_output=True, check=True)
+        words = ", ".join(
+            f"{name} {float(value):.2f} ms"
+            for name, value in (line.split() for line in done.stdout.splitlines())
+        )
+        print(f"{net:12} {kind}: a step is {words}", flush=True)
 
 
 def main() -> None:
-    """Measure the architectures named on the command line."""
+    """Measure the networks named on the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--arch", nargs="+", default=["lenet300", "lenet5"])
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--net", nargs="+", default=["lenet300", "lenet5"], choices=list(NETS))
+    parser.add_argument("--turns", type=int, default=3, help="median over so many")
+    parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
+    parser.add_argument("--parts", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    print(f"{hardware()}; torch {torch.__version__}; batch {BATCH}, {IMAGES:,} images an epoch")
-    for arch in options.arch:
-        measure(arch, random_data(), options.repeats)
+    if options.one or options.parts:
+        one(options.one) if options.one else parts(options.parts)
+        return
+    print(f"{hardware()}; torch {torch.__version__}")
+    for dtype in (torch.float32, torch.bfloat16):
+        print(f"largest matrix products: {peak(dtype):,.0f} GFLOP/s in {dtype}")
+    for net in options.net:
+        measure(net, options.turns)
 
 
 if __name__ == "__main__":

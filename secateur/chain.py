@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from secateur import console, track
 from secateur.core import checkpoint, data, files, machine, record, resume, stage, train
 from secateur.core.checkpoint import Checkpoint, Header
+from secateur.core.choices import Choices
 from secateur.core.engine import Engine, relaunch
 from secateur.core.errors import SecateurError
-from secateur.core.choices import Choices
 from secateur.core.masks import Masks
 from secateur.core.record import FOLDERS
 from secateur.core.settings import Params, Train

@@ -23,7 +23,7 @@ def train_dense(job: chain.Job) -> chain.Product:
     """A new network, trained on cross-entropy alone."""
     header = job.header()
     torch.manual_seed(job.params.seed)
-    model = checkpoint.architecture(header)
+    model = checkpoint.architecture(header, published=True)
     fit = job.fit(model, job.params.baseline)
     return chain.trained(model, header, fit)
 

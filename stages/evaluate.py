@@ -17,7 +17,7 @@ from torch import nn
 
 from secateur import chain, console, track
 from secateur.core import cost, files, machine, masks, record, train
-from secateur.core.data import Normalise
+from secateur.core.data import sample
 
 MODELS = {
     "baseline": "baseline",
@@ -49,15 +49,14 @@ def main() -> None:
 def measure(job: chain.Job, models: dict[str, nn.Module]) -> tuple[dict[str, Any], pd.DataFrame]:
     """The report, and a table with one row for each layer of each model."""
     place, params = machine.device(), job.params
-    test = job.data.test.to(place)
-    normalise = Normalise(job.data.about.mean, job.data.about.std, place)
-    example = normalise(test.images[:1])
+    test, about = job.data.test, job.data.about
+    batch = sample(test, about, params.evaluate.latency_batch).to(place)
     rows: dict[str, Any] = {}
     layers: list[dict[str, Any]] = []
     whole: dict[str, int] = {}  # parameters of each layer of the dense network
     for name, model in models.items():
-        right, loss = train.accuracy(model.to(place), test, job.data.about)
-        costs = cost.layer_costs(model, example)
+        right, loss = train.accuracy(model.to(place), test, about)
+        costs = cost.layer_costs(model, batch[:1])
         whole = whole or {layer.layer: layer.params for layer in costs}
         layers += [
             {
@@ -85,7 +84,6 @@ def measure(job: chain.Job, models: dict[str, nn.Module]) -> tuple[dict[str, Any
             "element_sparsity": 1 - nonzero / cost.parameters(models["baseline"]),
             "structural_sparsity": 1 - alive / _products(models["baseline"]),
         }
-    batch = normalise(test.images[: params.evaluate.latency_batch])
     times = cost.latency(models, batch, params.evaluate.latency_repeats)
     for name in models:
         rows[name]["latency_ms"], rows[name]["latency_iqr_ms"] = cost.spread(times[name])

@@ -2,30 +2,35 @@
 
 Reads   the files of the data set, under SECATEUR_DATA (default: data/raw); downloads what is not
         there and can be downloaded. `digits` needs no files.
-Writes  data/<dataset>/images.safetensors and about.json: the images as they are (uint8), the
-        division by class with its hash, class names and normalisation.
+Writes  data/<dataset>/images.safetensors and about.json: the images as they are (uint8) or, of a
+        large data set, the names of their files; the division by class with its hash, class names,
+        normalisation and augmentation.
+
+DVC does not look under SECATEUR_DATA. When pictures there have changed: a higher
+datasets.<name>.version, or `dvc repro -f prepare`.
 """
 
 from pathlib import Path
 
 from secateur import console
-from secateur.core import data, plugin, raw, stage
+from secateur.core import data, plugin, stage
 
 
 def main() -> None:
     """Read, divide, write."""
     params = stage.open_stage("prepare").params
     source = plugin.load("datasets", params.dataset)
-    images = source.read(params.chosen("datasets"), raw.folder())
-    prepared = data.prepare(
-        params.dataset, source.CLASSES, images, params.data.validation, params.data.seed
-    )
+    images = source.read(params.chosen("datasets"), stage.raw_folder())
+    if images.val is not None:
+        console.say("prepare: the data set's own val is used; data.validation is not applied")
+    prepared = data.prepare(params.dataset, images, params.data.validation, params.data.seed)
     data.save(Path("data") / params.dataset, prepared)
-    counts = ", ".join(f"{count:,} {name}" for name, count in prepared.about.counts.items())
-    shape = "x".join(map(str, prepared.about.shape))
+    about = prepared.about
+    counts = ", ".join(f"{count:,} {name}" for name, count in about.counts.items())
+    shape = "x".join(map(str, about.shape))
     console.say(
-        f"prepare: {params.dataset}, {shape} pixels, {len(source.CLASSES)} classes: {counts}; "
-        f"split {prepared.about.hash[:12]}"
+        f"prepare: {params.dataset}, {shape} pixels, {len(about.classes)} classes: {counts}; "
+        f"split {about.hash[:12]}"
     )
 
 

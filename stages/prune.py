@@ -3,8 +3,9 @@
 Reads   data/<dataset> (a batch for the proof), models/sparse.
 Writes  models/pruned/model.safetensors with its masks, and models/pruned.run.json.
 
-Neurons and filters that are dead are removed (prune.remove_dead), and the smaller network is
-proved to compute the same as the masked one before anything is written.
+A pruner decides about weights, which are set to zero, or about whole channels, which are taken out.
+Channels that are dead then go too (prune.remove_dead), and the smaller network is proved to compute
+the same as the masked one before anything is written.
 """
 
 import copy
@@ -13,7 +14,8 @@ import torch
 
 from secateur import chain, console
 from secateur.core import cost, masks, plugin, surgery
-from secateur.core.data import Normalise
+from secateur.core.data import sample
+from secateur.core.decision import Decision, Subject
 
 
 def main() -> None:
@@ -29,25 +31,30 @@ def prune(job: chain.Job) -> chain.Product:
     settings = params.chosen("pruners")
     model = sparse.model().eval()
     before = cost.parameters(model)
-    mask = plugin.load("pruners", params.pruner).prune(settings, model, sparse.choices)
+    about = job.data.about
+    batch = sample(job.data.train, about, _proof_images(about.shape))
+    subject = Subject(model, batch, job.data.train.labels[: len(batch)], sparse.choices)
+    choice: Decision = plugin.load("pruners", params.pruner).prune(settings, subject)
     asked = ", ".join([params.pruner, *(f"{k} {v}" for k, v in settings)])
+    mask = choice.masks
     masks.refuse_empty(model, mask, asked)
     masks.apply(model, mask)
     notes: dict[str, object] = {"asked": asked}
     metrics: dict[str, float] = {"removed_outputs": 0.0}
-    if params.prune.remove_dead:
-        about = job.data.about
-        batch = Normalise(about.mean, about.std, torch.device("cpu"))(job.data.train.images[:256])
-        exact = surgery.remove_dead(copy.deepcopy(model).double(), mask, batch[:1].double())
+    if params.prune.remove_dead or choice.channels:
+        whole = copy.deepcopy(model).double()
+        dead = params.prune.remove_dead
+        exact = surgery.compact(whole, choice.channels, mask, batch[:1].double(), dead)
+        model = surgery.mask(model, choice.channels, batch)
         double = copy.deepcopy(model).double()
         metrics["difference_float64"] = surgery.verify(double, exact, batch.double(), surgery.EXACT)
-        small = surgery.Compact(exact.model.float(), exact.masks, exact.kept)
+        small = exact.to(torch.float32)
         metrics["difference_float32"] = surgery.verify(model, small, batch, surgery.ROUNDING)
-        shapes = {name: layer.weight.shape[0] for name, layer in masks.layers(model).items()}
+        outputs = {name: layer.weight.shape[0] for name, layer in masks.layers(model).items()}
         left = {name: len(kept) for name, kept in small.kept.items()}
-        metrics["removed_outputs"] = float(sum(shapes[n] - count for n, count in left.items()))
+        metrics["removed_outputs"] = float(sum(outputs[n] - count for n, count in left.items()))
         for name, count in left.items():
-            console.say(f"prune: {name}: {count} of {shapes[name]} outputs left")
+            console.say(f"prune: {name}: {count} of {outputs[name]} outputs left")
         model, mask = small.model, small.masks
     metrics["nonzero"] = float(masks.nonzero(model))
     metrics["compression"] = before / metrics["nonzero"]
@@ -57,6 +64,11 @@ def prune(job: chain.Job) -> chain.Product:
         f"({metrics['compression']:.1f}x)"
     )
     return chain.Product(model, job.header(sparse, **notes), mask, metrics=metrics)
+
+
+def _proof_images(shape: list[int]) -> int:
+    """As many as fit into the memory of 256 images of 32x32 pixels, at least 8."""
+    return max(8, min(256, 256 * 32 * 32 // (shape[1] * shape[2])))
 
 
 if __name__ == "__main__":

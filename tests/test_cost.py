@@ -11,7 +11,7 @@ from torch import nn
 from secateur.core import cost, masks, plugin, surgery
 
 KNOWN = {"lenet300": (266_610, 266_200), "lenet5": (431_080, 2_293_000)}  # on 28x28
-ARCHS = plugin.names("archs")
+ARCHS = ["lenet300", "lenet5"]
 
 
 def network(arch, shape=(1, 28, 28)):

@@ -3,13 +3,14 @@
 import copy
 import hashlib
 import math
+from itertools import pairwise
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from secateur.core import data, groups, growing, plugin, resume, train
+from secateur.core import choices, data, growing, plugin, resume, train
 from secateur.core.errors import SettingsError
 from secateur.core.settings import Train, parse
 from secateur.core.stage import Stage
@@ -358,7 +359,7 @@ def test_training_ends_at_the_exact_step_and_batch_norm_learns_all_the_way(
     last = [factor for factor, _ in seen]
     assert last[-1 - stabilise :] == [last[-1]] * (1 + stabilise)
     assert stabilise + 1 == len(last) or last[-2 - stabilise] < last[-1]
-    assert all(not torch.equal(a[1], b[1]) for a, b in zip(seen, seen[1:], strict=False))
+    assert all(not torch.equal(a[1], b[1]) for a, b in pairwise(seen))
     final = result.history[-1]
     assert final["phase"] == 3
     assert final["factor"] == last[-1]
@@ -491,7 +492,7 @@ def test_just_enough_epochs_are_enough():
         if fits:
             fit(model, digits(), settings(epochs), str(epochs), penalty=penalty)
         else:
-            with pytest.raises(SettingsError, match="9 steps .* 3 epochs"):
+            with pytest.raises(SettingsError, match=r"9 steps .* 3 epochs"):
                 fit(model, digits(), settings(epochs), str(epochs), penalty=penalty)
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from secateur.core import checkpoint, data, masks, plugin, train
+from secateur.core.decision import Subject
 from secateur.core.errors import PruningError
 from secateur.core.resume import Work
 from secateur.core.settings import Train
@@ -20,12 +21,17 @@ from secateur.core.settings import Train
 NAMES = plugin.names("pruners")
 GRADED = [n for n in NAMES if "sensitivity" in plugin.load("pruners", n).Settings.model_fields]
 SCOPED = [n for n in NAMES if "scope" in plugin.load("pruners", n).Settings.model_fields]
-ARCHS = plugin.names("archs")
+ARCHS = ["lenet300", "lenet5"]
+
+
+def subject(model, choices=None):
+    shape = (3, 8, 8) if next(model.parameters()).shape[1] == 3 else (1, 8, 8)
+    return Subject(model, torch.zeros(2, *shape), torch.zeros(2, dtype=torch.int64), choices)
 
 
 def prune(name, model, **chosen):
     module = plugin.load("pruners", name)
-    return module.prune(module.Settings(**chosen), model, {})
+    return module.prune(module.Settings(**chosen), subject(model)).masks
 
 
 def first_outputs(model):
@@ -128,7 +134,7 @@ def test_masks_cover_exactly_the_prunable_tensors(name, arch):
     kinds = {"weights": ["weight"], "weights_and_biases": ["weight", "bias"]}
     parameters = dict(model.named_parameters())
     for chosen in variants(name):
-        found = plugin.load("pruners", name).prune(chosen, model, {})
+        found = plugin.load("pruners", name).prune(chosen, subject(model)).masks
         expected = {f"{layer}.{kind}" for layer in layers for kind in kinds[chosen.scope]}
         assert set(found) == expected & set(parameters)
         for key, mask in found.items():
@@ -148,10 +154,12 @@ def test_a_pruner_changes_nothing_and_says_nothing(name, arch, capsys):
     model = network(arch)
     before, chance = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     first, again = (
-        plugin.load("pruners", name).prune(variants(name)[0], model, first_outputs(model))
+        plugin.load("pruners", name).prune(variants(name)[0], subject(model, first_outputs(model)))
         for _ in range(2)
     )
-    assert all(torch.equal(first[n], again[n]) for n in first)
+    for one, other in ((first.masks, again.masks), (first.channels, again.channels)):
+        assert set(one) == set(other)
+        assert all(torch.equal(one[n], other[n]) for n in one)
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
     assert torch.equal(torch.get_rng_state(), chance)
@@ -179,35 +187,89 @@ def test_a_layer_may_lose_all_its_biases():
     masks.refuse_empty(model, prune("threshold", model, sensitivity=0.5), "0.5")
 
 
-CONV = nn.Conv2d(3, 4, 2)
-OF_CONV = {  # choice -> how many of its 4 x 3 x 2 x 2 weights and 4 biases stay
-    "filter": (torch.tensor([True, False, False, True]).view(4, 1, 1, 1), 24, 2),
-    "channel": (torch.tensor([True, False, False]).view(1, 3, 1, 1), 32, None),
-    "weight": (torch.arange(48).view(4, 3, 2, 2) < 7, 41, None),
-}
+def two_convs():
+    """Filters of the first are read by the second alone."""
+    torch.manual_seed(0)
+    first, second = nn.Conv2d(3, 4, 2), nn.Conv2d(4, 5, 2)
+    return nn.Sequential(
+        first, nn.BatchNorm2d(4), nn.ReLU(), second, nn.Flatten(), nn.Linear(180, 2)
+    )
 
 
-@pytest.mark.parametrize("groups", OF_CONV)
-def test_chosen_takes_exactly_what_was_chosen(groups):
-    choice, weights, biases = OF_CONV[groups]
+SINGLE = torch.arange(48).view(4, 3, 2, 2) < 7
+CHOICES = {  # what is chosen -> masks (how many entries stay), channels
+    "filters": (
+        {"0.weight": torch.tensor([True, False, False, True]).view(4, 1, 1, 1)}, {}, [0, 3]
+    ),
+    "inputs that nobody else reads": (
+        {"3.weight": torch.tensor([False, True, False, False]).view(1, 4, 1, 1)}, {}, [1]
+    ),
+    "pixels": (
+        {"0.weight": torch.tensor([True, False, False]).view(1, 3, 1, 1)}, {"0.weight": 32}, []
+    ),
+    "weights": ({"0.weight": SINGLE}, {"0.weight": 41}, []),
+    "both ends of a channel": (
+        {
+            "0.weight": torch.tensor([True, True, False, False]).view(4, 1, 1, 1),
+            "3.weight": torch.tensor([False, True, True, False]).view(1, 4, 1, 1),
+        },
+        {},
+        [0, 1, 2],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", CHOICES)
+def test_chosen_takes_exactly_what_was_chosen(kind):
+    choices, stays, channels = CHOICES[kind]
     module = plugin.load("pruners", "chosen")
-    found = module.prune(module.Settings(), nn.Sequential(CONV), {"0.weight": choice})
-    assert found["0.weight"].shape == CONV.weight.shape
-    assert found["0.weight"].sum() == weights
-    assert torch.equal(~found["0.weight"], choice.expand_as(CONV.weight))
-    if biases is None:
-        assert set(found) == {"0.weight"}
-    else:
-        assert found["0.bias"].tolist() == [False, True, True, False]
+    model = two_convs()
+    found = module.prune(module.Settings(), subject(model, choices))
+    assert {name: int(mask.sum()) for name, mask in found.masks.items()} == stays
+    for name, mask in found.masks.items():
+        assert torch.equal(~mask, choices[name].expand_as(mask))
+    assert {name: gone.tolist() for name, gone in found.channels.items()} == (
+        {"0": channels} if channels else {}
+    )
+
+
+def summed():
+    """The filters of both convolutions are added up."""
+
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.fc = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.fc((self.a(x) + self.b(x)).mean((2, 3)))
+
+    torch.manual_seed(0)
+    return Sum()
+
+
+def test_chosen_filters_that_others_have_a_say_in_are_masked():
+    gone = torch.tensor([True, False, True, False]).view(4, 1, 1, 1)
+    module = plugin.load("pruners", "chosen")
+    alone = module.prune(module.Settings(), subject(summed(), {"a.weight": gone}))
+    assert not alone.channels
+    assert {name: int(mask.sum()) for name, mask in alone.masks.items()} == {
+        "a.weight": 6,
+        "a.bias": 2,
+    }
+    other = torch.tensor([True, True, False, False]).view(4, 1, 1, 1)
+    both = module.prune(module.Settings(), subject(summed(), {"a.weight": gone, "b.weight": other}))
+    assert {name: index.tolist() for name, index in both.channels.items()} == {"a": [0]}
+    assert int(both.masks["a.weight"].sum()) == int(both.masks["b.weight"].sum()) == 6
 
 
 def test_chosen_without_a_choice_or_with_that_of_another_network_is_refused():
     module = plugin.load("pruners", "chosen")
-    with pytest.raises(PruningError, match="carries no choice; .*greg1 or greg2"):
+    with pytest.raises(PruningError, match=r"carries no choice; .*greg1 or greg2"):
         prune("chosen", network("lenet300"))
     wrong = {"0.weight": torch.ones(5, 1, 1, 1) > 0}
     with pytest.raises(PruningError, match=r"0\.weight has shape \(5, 1, 1, 1\)"):
-        module.prune(module.Settings(), nn.Sequential(CONV), wrong)
+        module.prune(module.Settings(), subject(two_convs(), wrong))
 
 
 def toy_data(shape=(2, 9, 9), count=64):
@@ -215,8 +277,8 @@ def toy_data(shape=(2, 9, 9), count=64):
     labels = torch.arange(count) % 3
     images = torch.randint(0, 256, (count, *shape), generator=chance, dtype=torch.uint8)
     split = data.Split(images, labels)
-    images = data.Images(split, split, (0.5,) * shape[0], (0.5,) * shape[0])
-    return data.prepare("toy", ["a", "b", "c"], images, 0, 0)
+    images = data.Images(split, split, ["a", "b", "c"], (0.5,) * shape[0], (0.5,) * shape[0])
+    return data.prepare("toy", images, 0, 0)
 
 
 def toy_network(kind):

@@ -13,7 +13,7 @@ from secateur.core import masks, plugin, surgery
 from secateur.core.errors import PruningError
 
 SMALL = {"lenet300": {"hidden": [9, 7]}, "lenet5": {"filters": [5, 6], "hidden": 8}}
-ARCHS = plugin.names("archs")  # one that is not in SMALL is tested in its own size
+ARCHS = list(SMALL)
 SHAPES = [(1, 28, 28), (1, 8, 8)]
 
 
@@ -321,9 +321,9 @@ class Residual(nn.Module):
         return self.outer(x + self.inner(x))
 
 
-class Reused(Residual):
+class Sorting(Residual):
     def forward(self, x):
-        return self.outer(self.inner(self.inner(x)))
+        return self.outer(self.inner(x).sort(dim=1).values)
 
 
 class Branching(Residual):
@@ -332,16 +332,17 @@ class Branching(Residual):
 
 
 @pytest.mark.parametrize(
-    ("model", "shape", "named"),
-    [
-        (Residual(), (1, 4), "'add'"),
-        (Reused(), (1, 4), "inner"),
-        (Branching(), (1, 4), "cannot follow"),
-        (nn.Sequential(nn.Linear(4, 3), nn.Softplus(), nn.Linear(3, 2)), (1, 4), "'_1'"),
-        (nn.Sequential(nn.Conv2d(2, 4, 1), nn.Conv2d(4, 4, 1, groups=2)), (1, 2, 3, 3), "layer 1"),
-    ],
-    ids=["residual", "reused", "branching", "softplus", "groups"],
+    ("model", "named"), [(Sorting(), "'sort'"), (Branching(), "cannot follow")], ids=str
 )
-def test_what_cannot_be_followed_is_named(model, shape, named):
+def test_what_cannot_be_followed_is_named(model, named):
     with pytest.raises(PruningError, match=named):
-        surgery.remove_dead(model, {}, torch.rand(shape))
+        surgery.remove_dead(model, {}, torch.rand(1, 4))
+
+
+def test_what_is_added_to_the_input_stays():
+    model = Residual().double()
+    with torch.no_grad():
+        model.inner.weight[1], model.inner.bias[1] = 0, 0
+        model.outer.weight[:, 2] = 0
+    compact = surgery.remove_dead(model, {}, torch.rand(1, 4))
+    assert compact.model.inner.weight.shape == (4, 4)

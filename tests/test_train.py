@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import nn
 from secateur.core import data, masks, plugin, resume, train
 from secateur.core import penalty as penalties
 from secateur.core.data import About, Split
+from secateur.core.decision import Subject
 from secateur.core.errors import TrainingError
 from secateur.core.settings import Train
 from secateur.core.stage import Stage
@@ -34,8 +36,8 @@ def project(tmp_path, monkeypatch):
 
 def digits(count=200, validation=0.2):
     images = DIGITS.read(DIGITS.Settings(), None)
-    images = data.Images(images.train.take(range(count)), images.test, (0.3,), (0.4,))
-    return data.prepare("digits", DIGITS.CLASSES, images, validation, 0)
+    images = replace(images, train=images.train.take(range(count)), mean=(0.3,), std=(0.4,))
+    return data.prepare("digits", images, validation, 0)
 
 
 def network(arch, small=True, seed=0):
@@ -262,7 +264,8 @@ def test_a_killed_training_ends_with_the_bytes_of_one_left_alone(arch, optimizer
 
     def options(model):
         module = plugin.load("pruners", "std")
-        chosen = module.prune(module.Settings(sensitivity=0.5), model, {})
+        subject = Subject(model, torch.zeros(1, 1, 8, 8))
+        chosen = module.prune(module.Settings(sensitivity=0.5), subject).masks
         return {
             "penalty": chosen_penalty("hoyer_square", model, 1e-4),
             "masks": chosen,
@@ -454,7 +457,7 @@ def test_accuracy_and_loss_are_what_numpy_says(count):
     logits = (pixels.reshape(count, 16) / 255 - 0.5) / 0.25 @ weight.T + bias
     chances = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     split = Split(torch.from_numpy(pixels), torch.from_numpy(labels))
-    about = About("", [*"abc"], [1, 4, 4], [0.5], [0.25], "", {})
+    about = About("toy", ["a", "b", "c"], split.shape, [0.5], [0.25], "", {})
     right, loss = train.accuracy(model, split, about)
     assert right == np.mean(logits.argmax(axis=1) == labels)
     assert loss == pytest.approx(-np.log(chances[range(count), labels]).mean(), rel=1e-5)

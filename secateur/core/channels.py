@@ -1,94 +1,219 @@
-"""Which channels live and die together: here the links of a chain of layers.
+"""Which channels live and die together, in any network that torch.fx can trace.
 
-A link joins a layer to the one that reads its output. Taking one output of the first away takes
-`positions` inputs of the second away with it: one, or as many as a feature map has pixels where
-it is flattened on the way.
+A channel is made by an output of one layer, or of several whose outputs are added up, and it is
+read by inputs of others; normalisations have entries for it on the way. All of these are its slots.
+Channels with the same kind of slots make a group. What is not understood is refused by name, and
+channels that cannot go without changing the others are locked, with the reason.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
 
+from secateur.core.cutter import Cutter, Plan
 from secateur.core.errors import PruningError
-from secateur.core.masks import LAYERS
+from secateur.core.graph import Walk, trace
+from secateur.core.groups import Group, sort
+from secateur.core.recorder import Layer, Recorder, Selecting, Union
 
-ELEMENTWISE = (nn.ReLU, nn.Dropout, nn.Identity)
-POOLING = (nn.MaxPool2d, nn.AvgPool2d)
+Selection = Mapping[str, Tensor]
+"""Group name -> numbers of the channels to take away, int64; the first ones matter most."""
 
 
 @dataclass(frozen=True)
-class Link:
-    """Outputs of one layer as the next layer reads them."""
+class Balance:
+    """An operation after which as many channels must be left in each part as in any other."""
 
-    producer: str
-    consumer: str
-    through: tuple[nn.Module, ...]
-    """What stands between them and acts on every channel by itself."""
-    positions: int
-    """Inputs of the consumer for each output of the producer."""
-    side: tuple[int, ...]
-    """Height and width of the producer's output; empty for a linear layer."""
+    where: str
+    parts: tuple[tuple[tuple[str, int], ...], ...]
+    """Channels of each part, as (group, number)."""
 
 
-def links(model: nn.Module, example: Tensor) -> list[Link]:
-    """All links of a chain, in order; `example` is a batch of inputs of any size.
+class Network:
+    """The channels of a network, as `follow` found them."""
 
-    Raises PruningError naming the first operation that it cannot follow.
+    def __init__(self, model: nn.Module, graph: fx.Graph, shape: Sequence[int]) -> None:
+        self.model, self.graph, self.shape = model, graph, tuple(shape)
+        self._found = Recorder(model)
+        walk = Walk(model, graph, self._found)
+        walk.run(self.shape)
+        self._found.close()
+        self._spread = walk.spread
+        self.layers: dict[str, Layer] = self._found.layers
+        self.selects: dict[str, Selecting] = self._found.selects
+        self.roots: Tensor = self._found.roots
+        """The atom that stands for each atom's channel."""
+        records, locks = list(self._found.records.values()), self._found.reasons
+        self.groups: tuple[Group, ...] = tuple(sort(records, self.roots, locks))
+        self._by_name = {group.name: group for group in self.groups}
+        self.balances: tuple[Balance, ...] = self._balances()
+
+    def group(self, name: str) -> Group:
+        """The group of that name; PruningError if there is none."""
+        if name not in self._by_name:
+            raise PruningError(f"no group of channels is called '{name}'")
+        return self._by_name[name]
+
+    def outputs(self) -> dict[str, Tensor]:
+        """Roots of what each layer makes, and each index buffer, in the order of the network."""
+        made = {name: self.roots[layer.out] for name, layer in self.layers.items()}
+        return made | {name: self.roots[s.out] for name, s in self.selects.items()}
+
+    def gone(self, selection: Selection) -> Tensor:
+        """Roots of the selected channels; PruningError if one is locked or does not exist."""
+        found = [torch.empty(0, dtype=torch.int64)]
+        for name, chosen in selection.items():
+            group = self.group(name)
+            if len(chosen) == 0:
+                continue
+            if group.locked is not None:
+                raise PruningError(f"channels of {name} cannot be taken away: {group.locked}")
+            if int(chosen.min()) < 0 or int(chosen.max()) >= group.size:
+                raise PruningError(f"{name} has {group.size} channels, not one for every number")
+            found.append(group.roots[chosen.cpu()])
+        return torch.cat(found).unique()
+
+    def selection(self, roots: Tensor) -> dict[str, Tensor]:
+        """The channels with these roots, by group."""
+        chosen = {g.name: torch.isin(g.roots, roots).nonzero().flatten() for g in self.groups}
+        return {name: index for name, index in chosen.items() if len(index)}
+
+    def plan(self, selection: Selection) -> Plan:
+        """What taking these channels away leaves of every tensor.
+
+        Raises PruningError naming the layer if one is left without outputs, if channels are locked,
+        or if what is left does not fit together, as with unequal groups of a convolution.
+        """
+        gone = self.gone(selection)
+        for name, roots in self.outputs().items():
+            if bool(torch.isin(roots, gone).all()):
+                raise PruningError(f"layer {name} would be left without outputs; take away less")
+        book = Cutter(self._found, gone)
+        Walk(self.model, self.graph, book, self._spread).run(self.shape)
+        return book.plan
+
+    def allowed(self, selection: Selection) -> dict[str, Tensor]:
+        """The selection without those channels that have to stay for the others' sake.
+
+        No layer is emptied, and the parts of every balance lose the same number, of those that are
+        selected the first ones. Without balances that is the selection itself. Never raises for
+        channels that are not locked; where nothing else is possible, channels that need a balance
+        all stay.
+        """
+        chosen = self._leave_one({name: _once(index) for name, index in selection.items()})
+        if not self.balances:
+            return chosen
+        for whole, spare in ((True, False), (True, True), (False, True)):
+            attempt = self._evened(chosen, whole, spare)
+            try:
+                self.plan(attempt)
+            except PruningError:
+                continue
+            return attempt
+        return self._unbalanced(chosen)
+
+    def _leave_one(self, selection: Selection) -> dict[str, Tensor]:
+        """Keep the channel that matters least to the selection wherever all outputs would go."""
+        gone, ranks = self.gone(selection), self._ranks(selection)
+        for roots in self.outputs().values():
+            if bool(torch.isin(roots, gone).all()):
+                last = max(roots.unique().tolist(), key=ranks.__getitem__)
+                gone = gone[gone != last]
+        return self._pick(selection, set(gone.tolist()))
+
+    def _evened(self, selection: Selection, whole: bool, spare: bool) -> dict[str, Tensor]:
+        """The same number out of each balanced part; with `spare` never all of a part."""
+        rank = self._ranks(selection)
+        cells = self._cells()
+        chosen = set(rank)
+        taken = self._whole_groups(chosen) if whole else set()
+        for parts in cells:
+            live = [p - taken for p in parts if p - taken]
+            if not live:
+                continue
+            picked = [sorted(part & chosen, key=rank.__getitem__) for part in live]
+            count = min(len(p) for p in picked)
+            if spare:
+                count = min(count, min(len(part) for part in live) - 1)
+            for part in picked:
+                chosen -= set(part[count:])
+        return self._pick(selection, chosen)
+
+    def _unbalanced(self, selection: Selection) -> dict[str, Tensor]:
+        bound = {root for parts in self._cells() for part in parts for root in part}
+        return self._pick(selection, set(self._ranks(selection)) - bound)
+
+    def _pick(self, selection: Selection, chosen: set[int]) -> dict[str, Tensor]:
+        result = {}
+        for name, index in selection.items():
+            roots = self.group(name).roots[index].tolist()
+            stays = torch.tensor([root in chosen for root in roots], dtype=torch.bool)
+            if bool(stays.any()):
+                result[name] = index[stays]
+        return result
+
+    def _ranks(self, selection: Selection) -> dict[int, int]:
+        """Place of every selected root in its group's order."""
+        return {
+            root: place
+            for name, index in selection.items()
+            for place, root in enumerate(self.group(name).roots[index].tolist())
+        }
+
+    def _cells(self) -> list[list[set[int]]]:
+        """Balanced parts by root; where balances share channels, the finest division of both."""
+        where: dict[int, list[tuple[int, int]]] = {}
+        merged = Union(len(self._found.balances))
+        for number, (_, parts) in enumerate(self._found.balances):
+            for part, atoms in enumerate(parts):
+                for root in self.roots[atoms[atoms >= 0]].unique().tolist():
+                    if where.get(root):
+                        merged.join(where[root][0][0], number)
+                    where.setdefault(root, []).append((number, part))
+        cells: dict[int, dict[tuple[tuple[int, int], ...], set[int]]] = {}
+        for root, places in where.items():
+            component = cells.setdefault(merged.find(places[0][0]), {})
+            component.setdefault(tuple(places), set()).add(root)
+        return [list(component.values()) for component in cells.values()]
+
+    def _whole_groups(self, chosen: set[int]) -> set[int]:
+        """Roots of those groups of convolutions that are selected with all inputs and outputs."""
+        taken: set[int] = set()
+        for layer in self.layers.values():
+            if layer.groups == 1 or layer.depthwise():
+                continue
+            sides = (a.reshape(layer.groups, -1) for a in (layer.into, layer.out))
+            atoms = torch.cat(tuple(sides), dim=1)
+            both = [set(self.roots[row[row >= 0]].tolist()) for row in atoms]
+            full = [row for row in both if row <= chosen]
+            for row in full[: len(both) - 1]:
+                taken |= row
+        return taken
+
+    def _balances(self) -> tuple[Balance, ...]:
+        names = {
+            root: (group.name, number)
+            for group in self.groups
+            for number, root in enumerate(group.roots.tolist())
+        }
+
+        def named(atoms: Tensor) -> tuple[tuple[str, int], ...]:
+            return tuple(names[r] for r in self.roots[atoms[atoms >= 0]].tolist() if r in names)
+
+        return tuple(Balance(w, tuple(map(named, parts))) for w, parts in self._found.balances)
+
+
+def follow(model: nn.Module, example: Tensor) -> Network:
+    """The channels of a network; `example` is a batch of inputs, of which only the shape matters.
+
+    Raises PruningError naming the first operation that is not understood, or the first layer that
+    never runs.
     """
-    modules = dict(model.named_modules())
-    found: list[Link] = []
-    producer: str | None = None
-    through: list[nn.Module] = []
-    seen: set[str] = set()
-    sides = _sides(model, example)
-    for node in _trace(model).graph.nodes:
-        if node.op in ("placeholder", "output"):
-            continue
-        module = modules[str(node.target)] if node.op == "call_module" else None
-        known = isinstance(module, (*LAYERS, *ELEMENTWISE, *POOLING, nn.Flatten))
-        if not known or module is None or len(node.users) != 1:
-            raise PruningError(
-                f"cannot follow channels through '{node.name}' ({node.op} {node.target}): only "
-                "chains of convolutions, linear layers, ReLU, pooling, dropout and flatten"
-            )
-        if isinstance(module, LAYERS):
-            name = str(node.target)
-            if name in seen:
-                raise PruningError(f"layer {name} is used twice: shared weights are not followed")
-            seen.add(name)
-            if isinstance(module, nn.Conv2d) and module.groups != 1:
-                raise PruningError(f"layer {name}: grouped convolutions are not followed yet")
-            if producer is not None:
-                outputs = modules[producer].weight.shape[0]
-                positions = module.weight.shape[1] // outputs
-                found.append(Link(producer, name, tuple(through), positions, sides[producer]))
-            producer, through = name, []
-        elif not isinstance(module, nn.Flatten):
-            through.append(module)
-    return found
+    return Network(model, trace(model), example.shape[1:])
 
 
-def _trace(model: nn.Module) -> fx.GraphModule:
-    try:
-        return fx.symbolic_trace(model)
-    except Exception as error:  # what the tracer raises depends on what it stumbles over
-        reason = " ".join(str(error).split())
-        raise PruningError(f"cannot follow {type(model).__name__}: {reason}") from None
-
-
-@torch.no_grad()
-def _sides(model: nn.Module, example: Tensor) -> dict[str, tuple[int, ...]]:
-    """Height and width of every layer's output, seen in one pass."""
-    seen: dict[str, tuple[int, ...]] = {}
-    hooks = [
-        module.register_forward_hook(lambda _m, _i, out, n=name: seen.update({n: out.shape[2:]}))
-        for name, module in model.named_modules()
-        if isinstance(module, LAYERS)
-    ]
-    try:
-        model(example)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return {name: tuple(side) for name, side in seen.items()}
+def _once(index: Tensor) -> Tensor:
+    """Every number where it stands first."""
+    return torch.tensor(list(dict.fromkeys(index.tolist())), dtype=torch.int64)

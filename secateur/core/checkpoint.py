@@ -1,14 +1,14 @@
 """Checkpoints: safetensors with a JSON header, in and out; never a pickle.
 
-Weights and buffers stand under their own names, masks under `mask:<parameter>` as booleans, what a
-penalty has chosen to go under `choice:<parameter>` (core/choices.py). The header says how to rebuild
-the network; its shapes come from the tensors, so that a network that was made smaller loads without
-the code that made it smaller. Equal models are equal bytes.
+Weights and buffers stand under their own names, masks under `mask:<parameter>` as booleans, what
+a penalty has chosen to go under `choice:<parameter>` (core/choices.py). The header says how to
+rebuild the network; its shapes come from the tensors, so that a network that was made smaller loads
+without the code that made it smaller. Equal models are equal bytes.
 """
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,10 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from secateur.core import files, plugin, settings
-from secateur.core.errors import CheckpointError
+from secateur.core import files, plugin, settings, shapes
 from secateur.core.choices import Choices, fits
+from secateur.core.errors import CheckpointError
 from secateur.core.machine import versions
-from secateur.core.shapes import resize
 
 FORMAT = 1
 MASK, CHOICE = "mask:", "choice:"
@@ -48,6 +47,8 @@ class Header:
     """What the stage found out: asked and reached, proof of equality."""
     versions: dict[str, str] = field(default_factory=versions)
     format: int = FORMAT
+    layers: dict[str, dict[str, int]] = field(default_factory=dict)
+    """What the shapes of the tensors do not tell; written by `save`."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,9 @@ class Checkpoint:
         """The network, rebuilt from header and shapes, with these weights."""
         model = architecture(self.header)
         try:
-            resize(model, {name: tensor.shape for name, tensor in self.tensors.items()})
-            model.load_state_dict(self.tensors)
+            sizes = {name: tensor.shape for name, tensor in self.tensors.items()}
+            shapes.resize(model, sizes, self.header.layers)
+            shapes.load(model, self.tensors)
             with torch.inference_mode():  # one image through, so that layers fit each other
                 model.eval()(torch.zeros(1, *self.header.shape))
         except (RuntimeError, KeyError, ValueError) as error:
@@ -79,12 +81,18 @@ class Checkpoint:
         return model
 
 
-def architecture(header: Header) -> nn.Module:
-    """The unpruned network that the header names, with new weights."""
+def architecture(header: Header, published: bool = False) -> nn.Module:
+    """The unpruned network that the header names, with new weights.
+
+    With `published`, weights that the architecture's settings ask for take their place; whoever
+    has weights of his own to load spares himself that.
+    """
     module = plugin.load("archs", header.arch)
     arch = settings.parse(module.Settings, header.arch_settings, f"archs.{header.arch}")
     channels, height, width = header.shape
     built: nn.Module = module.build(arch, len(header.classes), (channels, height, width))
+    if published and hasattr(module, "publish"):
+        module.publish(arch, built)
     return built
 
 
@@ -106,6 +114,7 @@ def save(
         tensors[name] = torch.where(mask, tensors[name], torch.zeros_like(tensors[name]))
     chosen = {CHOICE + name: c.detach().cpu() for name, c in (choices or {}).items()}
     kept = {MASK + name: mask for name, mask in kept.items()}
+    header = replace(header, layers=shapes.describe(model))
     content = safetensors.torch.save(
         tensors | {name: mark.contiguous() for name, mark in (kept | chosen).items()},
         metadata={"secateur": json.dumps(asdict(header), sort_keys=True)},

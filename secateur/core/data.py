@@ -1,10 +1,16 @@
-"""Images in memory: split, hashed, saved, and handed out in shuffled batches."""
+"""Prepared data sets: split, hashed, saved, and handed out in batches.
+
+Images of a small data set are held in memory (`Split`), those of a large one stay in their files
+(`core.listing.Listing`). Both give the same batches for the same seed.
+"""
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors
@@ -12,15 +18,18 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from secateur.core import files
+from secateur.core import augment, files, listing
+from secateur.core.augment import Augment, Draw, FileAugment
 from secateur.core.errors import DataError
+from secateur.core.listing import Listing
 
 FILE = "images.safetensors"
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class Split:
-    """Some images with their labels."""
+    """Some images in memory, with their labels."""
 
     images: Tensor
     """uint8, (count, channels, height, width)."""
@@ -30,25 +39,45 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def to(self, device: torch.device) -> "Split":
-        """The same on another device."""
-        return Split(self.images.to(device), self.labels.to(device))
+    @property
+    def shape(self) -> list[int]:
+        """Channels, height and width of every image."""
+        return list(self.images.shape[1:])
+
+    @property
+    def pixels(self) -> Tensor:
+        """The images as they lie in memory and in files: (count, height, width, channels)."""
+        return self.images.permute(0, 2, 3, 1).contiguous()
+
+    @classmethod
+    def of(cls, pixels: Tensor, labels: Tensor) -> "Split":
+        """From images as `pixels` gives them."""
+        return cls(_channels_first(pixels), labels)
 
     def take(self, indices: Sequence[int] | np.ndarray) -> "Split":
         """The images at these positions, in this order."""
         index = torch.as_tensor(np.asarray(indices))
-        return Split(self.images[index], self.labels[index])
+        return Split.of(self.pixels[index], self.labels[index])
+
+
+Part = Split | Listing
+"""One of train, val and test."""
 
 
 @dataclass(frozen=True)
 class Images:
-    """A data set as it was found: training and test images, before any division of ours."""
+    """A data set as it was found, before any division of ours."""
 
-    train: Split
-    test: Split
+    train: Part
+    test: Part
+    classes: Sequence[str]
+    """Names in the order of the labels."""
     mean: tuple[float, ...]
     std: tuple[float, ...]
     """Normalisation by channel, of pixels in [0, 1]."""
+    augment: Augment = field(default_factory=Augment)
+    val: Part | None = None
+    """Images that the data set itself sets aside for validation, if it does."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +92,16 @@ class About:
     hash: str
     """sha256 over images, labels and division."""
     counts: dict[str, int]
+    augment: FileAugment = field(default_factory=FileAugment)
+
+    def plain(self) -> dict[str, Any]:
+        """As plain values."""
+        return asdict(self) | {"augment": self.augment.model_dump()}
+
+    @classmethod
+    def of(cls, plain: dict[str, Any]) -> "About":
+        """From what `plain` gave."""
+        return cls(**plain | {"augment": FileAugment(**plain["augment"])})
 
 
 @dataclass(frozen=True)
@@ -70,126 +109,199 @@ class Dataset:
     """A prepared data set: three splits, fixed."""
 
     about: About
-    train: Split
-    val: Split
-    test: Split
+    train: Part
+    val: Part
+    test: Part
 
 
-def prepare(
-    name: str, classes: Sequence[str], images: Images, validation: float, seed: int
-) -> Dataset:
+def prepare(name: str, images: Images, validation: float, seed: int) -> Dataset:
     """Divide the training images into train and val, by class in equal shares.
 
     `validation` is the fraction of the training images that goes to val; with 0 there is no val.
+    A data set that has its own val keeps it, and all its training images.
     Raises DataError if a class has no image to give, or a label has no name.
     """
-    labels = images.train.labels.numpy()
-    everything = np.concatenate([labels, images.test.labels.numpy()])
+    classes, labels = list(images.classes), images.train.labels.numpy()
+    found = [part.labels.numpy() for part in (images.train, images.test, images.val) if part]
+    everything = np.concatenate(found)
     if everything.min() < 0 or everything.max() >= len(classes):
         raise DataError(f"{name}: labels beyond the {len(classes)} classes")
     counts = np.bincount(labels, minlength=len(classes))
     if empty := [c for c, n in zip(classes, counts, strict=True) if n == 0]:
         raise DataError(f"{name}: no training image of class {empty[0]!r}")
-    train, val = np.arange(len(labels)), np.arange(0)
-    if validation > 0:
-        from sklearn.model_selection import train_test_split
-
-        try:
-            train, val = train_test_split(
-                train, test_size=validation, random_state=seed, stratify=labels
-            )
-        except ValueError as error:
-            raise DataError(f"{name}: data.validation = {validation}: {error}") from None
-    splits = {
-        "train": images.train.take(np.sort(train)),
-        "val": images.train.take(np.sort(val)),
-        "test": images.test,
-    }
+    if images.val is not None:
+        splits = {"train": images.train, "val": images.val, "test": images.test}
+    else:
+        train, val = _divided(name, labels, validation, seed)
+        splits = {
+            "train": images.train if validation == 0 else images.train.take(train),
+            "val": images.train.take(val),
+            "test": images.test,
+        }
     about = About(
         name=name,
-        classes=list(classes),
-        shape=list(images.train.images.shape[1:]),
+        classes=classes,
+        shape=images.train.shape,
         mean=list(images.mean),
         std=list(images.std),
         hash=_hash(splits),
         counts={key: len(split) for key, split in splits.items()},
+        augment=FileAugment(**images.augment.model_dump()),
     )
     return Dataset(about, **splits)
 
 
+def _divided(
+    name: str, labels: np.ndarray, validation: float, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of the training and of the validation images, each in ascending order."""
+    everything = np.arange(len(labels))
+    if validation == 0:
+        return everything, everything[:0]
+    from sklearn.model_selection import train_test_split
+
+    try:
+        train, val = train_test_split(
+            everything, test_size=validation, random_state=seed, stratify=labels
+        )
+    except ValueError as error:
+        raise DataError(f"{name}: data.validation = {validation}: {error}") from None
+    return np.sort(train), np.sort(val)
+
+
 def save(folder: Path, dataset: Dataset) -> None:
-    """Write a prepared data set into `folder`."""
+    """Write a prepared data set into `folder`: the images, or the list of their files."""
     splits = {"train": dataset.train, "val": dataset.val, "test": dataset.test}
-    tensors = {f"{key}.images": s.images.contiguous() for key, s in splits.items()}
-    tensors |= {f"{key}.labels": s.labels.contiguous() for key, s in splits.items()}
-    header = json.dumps(asdict(dataset.about), sort_keys=True)
-    files.write_bytes(folder / FILE, safetensors.torch.save(tensors, {"secateur": header}))
-    files.write_text(folder / "about.json", json.dumps(asdict(dataset.about), indent=2) + "\n")
+    tensors: dict[str, Tensor] = {}
+    header: dict[str, Any] = {"about": dataset.about.plain()}
+    for key, split in splits.items():
+        if isinstance(split, Split):
+            part = {"images": split.pixels, "labels": split.labels.contiguous()}
+        else:
+            part = split.tensors()
+            header["listing"] = split.header()
+        tensors |= {f"{key}.{name}": tensor for name, tensor in part.items()}
+    files.write(folder / FILE, lambda path: _write(path, tensors, header))
+    files.write_text(folder / "about.json", json.dumps(dataset.about.plain(), indent=2) + "\n")
 
 
 def load(folder: Path) -> Dataset:
-    """Read a prepared data set.
+    """Read a prepared data set, of either kind.
 
-    Raises DataError if it is missing, damaged or was not written by `save`.
+    Raises DataError if it is missing, damaged or was not written by `save`, or if it lists files
+    of a folder that is not there.
     """
     path = folder / FILE
     if not path.exists():
         raise DataError(f"{path}: missing; run `dvc repro prepare` to make it")
+    parts: dict[str, dict[str, Tensor]] = {"train": {}, "val": {}, "test": {}}
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            about = About(**json.loads(file.metadata()["secateur"]))
-            part = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            header = json.loads(file.metadata()["secateur"])
+            about = About.of(header["about"])
+            for key in file.keys():  # noqa: SIM118
+                split, name = key.split(".")
+                parts[split][name] = file.get_tensor(key)
+        if "listing" in header:
+            listed = header["listing"]
+            splits: dict[str, Part] = {k: listing.restored(listed, p) for k, p in parts.items()}
+        else:
+            splits = {k: Split.of(p["images"], p["labels"]) for k, p in parts.items()}
     except Exception as error:  # safetensors' own exception types differ between versions
         raise DataError(f"{path}: not a prepared data set: {error}") from None
-    splits = {
-        key: Split(part[f"{key}.images"], part[f"{key}.labels"]) for key in ("train", "val", "test")
-    }
-    return Dataset(about, **splits)
+    dataset = Dataset(about, **splits)
+    if isinstance(dataset.train, Listing):
+        dataset.train.find()
+    return dataset
 
 
 class Batches:
-    """Shuffled mini-batches of a split held in memory, normalised on the fly.
+    """Shuffled mini-batches of training images, augmented and normalised.
 
-    The order depends on seed and epoch alone, so that training can go on at any epoch.
+    Order and augmentation depend on seed and epoch alone, so that training can go on at any epoch;
+    number of workers, memory or files, one process or `world` of them make no difference.
     """
 
     def __init__(
         self,
-        split: Split,
+        split: Part,
         about: About,
         batch_size: int,
         seed: int,
         *,
-        device=torch.device("cpu"),
-        rank=0,
-        world=1,
+        device: torch.device = _CPU,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
-        split = split.to(device)
-        self.rank, self.world = rank, world
-        self.split, self.batch_size, self.seed = split, batch_size, seed
-        self.normalise = Normalise(about.mean, about.std, split.images.device)
-
-    def close(self) -> None:
-        """x"""
+        """`batch_size` counts the images of all ranks together."""
+        self.split, self.about, self.batch_size, self.seed = split, about, batch_size, seed
+        self.device, self.rank, self.world = device, rank, world
+        self.normalise = Normalise(about.mean, about.std, device)
+        self.source: _Memory | listing.Loader
+        if isinstance(split, Split):
+            self.source = _Memory(split, about.augment, device)
+        else:
+            self.source = listing.Loader(split, about.augment, seed, device, world)
 
     def __len__(self) -> int:
+        """Steps an epoch, the same for every rank."""
         return -(-len(self.split) // self.batch_size)
 
     def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """All images once: (batch, channels, height, width) as float32, and labels."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
-        order = torch.randperm(len(self.split), generator=generator)
-        for index in order.to(self.split.labels.device).split(self.batch_size):
-            index = index[self.rank :: self.world]
-            yield self.normalise(self.split.images[index]), self.split.labels[index]
+        """All images once: (batch, channels, height, width) as float32, and labels.
+
+        With several ranks this one's part: every `world`-th image of the global batch, from the
+        `rank`-th on. Of a last batch smaller than `world`, late ranks get no image: (0, ...).
+        Raises DataError naming the file if a picture cannot be decoded.
+        """
+        draw = augment.draw(len(self.split), self.seed, number, self.about.augment)
+        labels = self.split.labels[draw.image].to(self.device)
+        parts = _parts(len(self.split), self.batch_size, self.rank, self.world)
+        for pixels, part in zip(self.source.batches(draw, parts), parts, strict=True):
+            yield self.normalise(_channels_first(pixels)), labels[part]
+
+    def close(self) -> None:
+        """End the workers, if there are any."""
+        self.source.close()
 
 
-def in_order(split, about, *, device, size=1000, rank=0, world=1):
-    n = Normalise(about.mean, about.std, device)
-    split = split.to(device)
-    split = Split(split.images[rank::world], split.labels[rank::world])
-    for i, l in zip(split.images.split(size), split.labels.split(size)):
-        yield n(i), l
+def in_order(
+    split: Part,
+    about: About,
+    *,
+    device: torch.device,
+    size: int = 1000,
+    rank: int = 0,
+    world: int = 1,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """All images once, in their order and unmoved: batches and labels as `Batches` gives them.
+
+    `size` images at a time (of all ranks together), fewer where they are large: 64 MiB of float32.
+    The last may be small, and empty for a late rank.
+    """
+    size = max(1, min(size, 2**24 // math.prod(about.shape)))
+    normalise = Normalise(about.mean, about.std, device)
+    parts = _parts(len(split), size, rank, world)
+    labels = split.labels.to(device)
+    if isinstance(split, Split):
+        images = split.pixels
+        batches: Iterator[Tensor] = (images[part].to(device) for part in parts)
+    else:
+        batches = listing.Loader(split, None, 0, device, world).batches(
+            augment.still(len(split)), parts
+        )
+    for pixels, part in zip(batches, parts, strict=True):
+        yield normalise(_channels_first(pixels)), labels[part]
+
+
+def sample(split: Part, about: About, count: int) -> Tensor:
+    """The first `count` images, or all if there are fewer, normalised, in this process."""
+    if isinstance(split, Split):
+        pixels = split.pixels[:count]
+    else:
+        few = [split.image(index) for index in range(min(count, len(split)))]
+        pixels = torch.from_numpy(np.stack(few))
+    return Normalise(about.mean, about.std, _CPU)(_channels_first(pixels))
 
 
 class Normalise:
@@ -203,16 +315,66 @@ class Normalise:
         self.plain = not any(mean)
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """Normalise a batch (count, channels, height, width)."""
+        """Normalise a batch (count, channels, height, width); its memory layout stays."""
         batch = pixels * self.scale
         return batch if self.plain else batch.add_(self.shift)
 
 
-def _hash(splits: dict[str, Split]) -> str:
-    """sha256 over names, shapes, pixels and labels of all splits, in order."""
+def _write(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
+    # one key of metadata: safetensors writes several in an order that changes
+    metadata = {"secateur": json.dumps(header, sort_keys=True)}
+    try:
+        safetensors.torch.save_file(tensors, path, metadata)
+    except safetensors.SafetensorError as error:  # what it makes of a full disk
+        raise OSError(str(error)) from None
+
+
+class _Memory:
+    """Batches from images that lie on the device, padded once and for all."""
+
+    def __init__(self, split: Split, wanted: Augment, device: torch.device) -> None:
+        self.wanted = wanted
+        self.pixels = augment.padded(split.pixels.to(device), wanted.pad)
+
+    def batches(self, draw: Draw, parts: list[slice]) -> Iterator[Tensor]:
+        """One batch a part of the epoch, uint8, (count, height, width, channels)."""
+        draw = draw.to(self.pixels.device)
+        moving = self.wanted.pad or self.wanted.flip
+        for step in map(draw.part, parts):
+            if moving:
+                yield augment.moved(self.pixels, step, self.wanted.pad)
+            else:
+                yield self.pixels[step.image]
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
+def _parts(count: int, size: int, rank: int, world: int) -> list[slice]:
+    """A rank's positions in each global batch of `size` images."""
+    firsts = range(0, count, size)
+    return [slice(first + rank, min(first + size, count), world) for first in firsts]
+
+
+def _channels_first(pixels: Tensor) -> Tensor:
+    """(count, height, width, channels) seen as (count, channels, height, width), not copied.
+
+    That is PyTorch's channels-last memory format; with one channel, its ordinary one.
+    """
+    count, height, width, channels = pixels.shape
+    if channels == 1:
+        return pixels.view(count, 1, height, width)
+    return pixels.permute(0, 3, 1, 2)
+
+
+def _hash(splits: dict[str, Part]) -> str:
+    """sha256 over names, shapes, images and labels of all splits, in order."""
     digest = hashlib.sha256()
     for key, split in splits.items():
-        digest.update(f"{key} {tuple(split.images.shape)}".encode())
-        digest.update(split.images.contiguous().numpy().data)
-        digest.update(split.labels.contiguous().numpy().data)
+        digest.update(f"{key} {(len(split), *split.shape)}".encode())
+        if isinstance(split, Split):
+            digest.update(split.pixels.numpy().data)
+            digest.update(split.labels.contiguous().numpy().data)
+        else:
+            split.update(digest)
     return digest.hexdigest()

@@ -10,16 +10,12 @@ from secateur.core.errors import SecateurError
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Replace `path` by `content` in one step.
-
-    Raises SecateurError if it cannot be written (disk full, read-only); what was there before
-    stays, and nothing half-written is left behind.
-    """
-    _replace(path, lambda temporary: temporary.write_bytes(content))
+    """Replace `path` by `content`, as `write` does."""
+    write(path, lambda temporary: temporary.write_bytes(content))
 
 
 def write_text(path: Path, content: str) -> None:
-    """Replace `path` by `content`, as `write_bytes` does."""
+    """Replace `path` by `content`, as `write` does."""
     write_bytes(path, content.encode())
 
 
@@ -33,14 +29,19 @@ def copy_tree(source: Path, target: Path) -> None:
             write_bytes(target / path.relative_to(source), path.read_bytes())
 
 
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
+def write(path: Path, fill: Callable[[Path], object]) -> None:
+    """Replace `path`, in one step, by the file that `fill` writes.
+
+    Raises SecateurError if it cannot be written (disk full, read-only); what was there before
+    stays, and nothing half-written is left behind.
+    """
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         temporary = Path(name)
         os.close(handle)
-        write(temporary)
+        fill(temporary)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.chmod(0o644)

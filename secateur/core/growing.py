@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from secateur.core import choices as grouping
 from secateur.core import masks
-from secateur.core.errors import SettingsError
 from secateur.core.choices import Choices, Groups
+from secateur.core.errors import SettingsError
 from secateur.core.ratios import Ratios, Rules, Skip, by_layer
 from secateur.core.settings import Positive, Strict
 

@@ -37,6 +37,21 @@ def _cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
+def workers(world: int = 1) -> int:
+    """Processes that decode pictures; SECATEUR_WORKERS overrides, 0 being none but this one.
+
+    By default one for each processor that may be used, sixteen at most, shared by `world` ranks.
+    """
+    wanted = os.environ.get("SECATEUR_WORKERS")
+    if not wanted:
+        usable = getattr(os, "sched_getaffinity", None)  # Linux: what a container leaves us
+        count = len(usable(0)) if usable else os.cpu_count() or 1
+        return max(1, min(count, 16) // world)
+    if not wanted.isdecimal() or int(wanted) > 512:
+        raise SettingsError(f"SECATEUR_WORKERS = {wanted!r}: a whole number from 0 to 512")
+    return int(wanted)
+
+
 def versions() -> dict[str, str]:
     """Versions of the libraries that results depend on."""
     names = ("torch", "torchvision", "lightning-fabric", "safetensors")

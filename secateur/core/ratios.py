@@ -27,8 +27,8 @@ from pydantic import BeforeValidator
 from torch import nn
 
 from secateur.core import masks
-from secateur.core.errors import SettingsError
 from secateur.core.choices import Groups
+from secateur.core.errors import SettingsError
 
 PLACE = re.compile(r"(\d+)(?:\s*-\s*(\d+))?")
 BLOCK = re.compile(r"(?:.*\.)?layer(\d+)\.(\d+)\.(.+)")
@@ -215,7 +215,7 @@ def survey(model: nn.Module) -> dict[str, Spot]:
 def _given(rules: Rules, spots: Mapping[str, Spot], where: str) -> dict[str, tuple[float, str]]:
     """Ratio of each layer, and which entry it has it from; "" for one that was meant for all."""
     if rules.everywhere is not None:
-        return {name: (rules.everywhere, "") for name in spots}
+        return dict.fromkeys(spots, (rules.everywhere, ""))
     if rules.stages:
         return _by_stage(rules.stages, spots, where)
     claims: dict[str, list[tuple[int, str, float]]] = {name: [] for name in spots}

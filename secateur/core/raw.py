@@ -1,20 +1,38 @@
-"""Where raw data sets are looked for, and torchvision without its compiled operators."""
+"""Data sets in torchvision's files, and torchvision without its compiled operators."""
 
-import os
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
+from secateur.core.augment import Augment
 from secateur.core.data import Images, Split
 from secateur.core.errors import DataError
-from secateur.core.stage import project_root
+
+Normalisation = Literal["cifar10", "cifar100", "imagenet", "none"]
+"""Whose mean and deviation are used; with none, pixels stay in [0, 1]."""
+_NORMALISATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "none": ((0.0,) * 3, (1.0,) * 3),
+}
 
 
-def folder() -> Path:
-    """The folder named by SECATEUR_DATA, by default data/raw; relative ones from the project."""
-    return project_root() / os.environ.get("SECATEUR_DATA", "data/raw")
+def normalisation(
+    name: Normalisation, channels: int = 3
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation by channel, of pixels in [0, 1], as they are in common use.
+
+    With one channel, the averages over the three. cifar10's deviations are the mean of those of
+    single images (over all pixels at once they are near 0.25), and most code has them.
+    """
+    mean, std = _NORMALISATIONS[name]
+    if channels == 1:
+        return (sum(mean) / 3,), (sum(std) / 3,)
+    return mean, std
 
 
 def torchvision() -> Any:
@@ -39,23 +57,60 @@ def torchvision() -> Any:
     return torchvision
 
 
-def idx_images(name: str, root: Path, mean: float, std: float, normalise: bool) -> Images:
+def idx_images(
+    name: str, root: Path, classes: Sequence[str], mean: float, std: float, normalise: bool
+) -> Images:
     """MNIST or a data set in its format, read by torchvision's class of that name."""
     make = getattr(torchvision().datasets, name)
 
     def both(download: bool) -> list[Any]:
         return [make(str(root), train=train, download=download) for train in (True, False)]
 
-    parts = found_or_downloaded(both, name, root)
+    where = root / name / "raw"
+    parts = found_or_downloaded(both, name, root, where)
     train, test = (Split(part.data.unsqueeze(1), part.targets.long()) for part in parts)
-    return Images(train, test, (mean if normalise else 0.0,), (std if normalise else 1.0,))
+    return Images(train, test, classes, (mean if normalise else 0.0,), (std if normalise else 1.0,))
 
 
-def found_or_downloaded(make: Callable[[bool], Any], name: str, root: Path) -> Any:
+def cifar_images(name: str, root: Path, normalise: Normalisation, augment: Augment) -> Images:
+    """CIFAR-10 or CIFAR-100, read by torchvision's class of that name; class names from its files.
+
+    Raises DataError naming the file if one is missing beside others, or is not the published one.
+    """
+    make = getattr(torchvision().datasets, name)
+    folder = root / make.base_folder
+    if folder.is_dir():
+        for file, md5 in [
+            *make.train_list,
+            *make.test_list,
+            (make.meta["filename"], make.meta["md5"]),
+        ]:
+            _refuse_other(name, folder / file, md5)
+
+    def both(download: bool) -> list[Any]:
+        return [make(str(root), train=train, download=download) for train in (True, False)]
+
+    parts = found_or_downloaded(both, name, root, folder)
+    train, test = (
+        Split.of(torch.from_numpy(part.data), torch.tensor(part.targets)) for part in parts
+    )
+    return Images(train, test, parts[0].classes, *normalisation(normalise), augment)
+
+
+def _refuse_other(name: str, path: Path, md5: str) -> None:
+    """Raise DataError unless the file is there and has this checksum."""
+    if not path.is_file():
+        raise DataError(f"{name}: {path}: missing; delete {path.parent} to have it made anew")
+    with path.open("rb") as file:
+        if hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest() != md5:
+            raise DataError(f"{name}: {path}: damaged: not the published file (by its md5)")
+
+
+def found_or_downloaded(make: Callable[[bool], Any], name: str, root: Path, where: Path) -> Any:
     """`make(False)`, which reads from disk; if nothing is there, `make(True)`, which downloads.
 
-    Raises DataError saying where it looked and what to do if neither works, and naming the folder
-    if what is there cannot be read.
+    `where` is the folder that the files belong into, below `root`. Raises DataError saying where it
+    looked and what to do if neither works, and naming the folder if what is there cannot be read.
     """
     try:
         return make(False)
@@ -69,7 +124,8 @@ def found_or_downloaded(make: Callable[[bool], Any], name: str, root: Path) -> A
     except Exception as error:
         raise DataError(
             f"{name}: not found under {root} and not downloaded ({_short(error)}). Put the "
-            f"files under {root / name}/raw, or set SECATEUR_DATA to the folder that holds {name}/"
+            f"files under {where}, or set SECATEUR_DATA to the folder that holds "
+            f"{where.relative_to(root)}/"
         ) from None
 
 

@@ -1,19 +1,33 @@
 """Make the layers of a network as small as given tensors: how compact networks are rebuilt."""
 
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 
+from secateur.core.errors import SettingsError
 
-def resize(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> None:
+
+def resize(
+    model: nn.Module,
+    shapes: Mapping[str, Sequence[int]],
+    layers: Mapping[str, Mapping[str, int]] | None = None,
+) -> None:
     """Give every parameter and buffer named in `shapes` that shape, in place.
 
+    `layers` has what shapes do not tell, as `describe` gives it. Without it depthwise convolutions
+    get as many groups as they have filters, and other convolutions keep the groups they have.
     Values of resized tensors are lost. Raises ValueError if a tensor's number of axes differs,
     or if a parameter of the model is not named.
     """
+    shared: dict[int, torch.Tensor] = {}  # what stood in several places still does
+    kept: list[torch.Tensor] = []
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""
+        before = {
+            own: tuple(tensor.shape) for own, tensor in module.named_parameters(recurse=False)
+        }
         changed = False
         for own, tensor in [*module.named_parameters(recurse=False), *_buffers(module)]:
             if prefix + own not in shapes:
@@ -23,35 +37,98 @@ def resize(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> None:
                 continue
             if len(shape) != tensor.dim():
                 raise ValueError(f"{prefix + own} has {len(shape)} axes, needs {tensor.dim()}")
-            fresh = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
-            if isinstance(tensor, nn.Parameter):
-                setattr(module, own, nn.Parameter(fresh, requires_grad=tensor.requires_grad))
-            else:
-                setattr(module, own, fresh)
+            if id(tensor) not in shared:
+                fresh = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
+                if isinstance(tensor, nn.Parameter):
+                    fresh = nn.Parameter(fresh, requires_grad=tensor.requires_grad)
+                shared[id(tensor)] = fresh
+                kept.append(tensor)  # so that its id is not given to another one
+            setattr(module, own, shared[id(tensor)])
             changed = True
         if changed:
-            _describe(module)
+            _describe(module, before, (layers or {}).get(name, {}))
+
+
+def load(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Copy tensors into a network of their shapes; RuntimeError if they do not fit.
+
+    Unlike load_state_dict alone, it also works for modules that ask which version wrote a tensor:
+    it is the present one.
+    """
+    versions = getattr(model.state_dict(), "_metadata", None)
+    state = OrderedDict(tensors)
+    state._metadata = versions  # type: ignore[attr-defined]  # where torch looks for it
+    model.load_state_dict(state)
+
+
+def describe(model: nn.Module) -> dict[str, dict[str, int]]:
+    """What the shapes of a network's tensors do not tell: groups of convolutions, by layer."""
+    return {
+        name: {"groups": module.groups}
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d) and module.groups > 1
+    }
 
 
 def reset(model: nn.Module) -> None:
-    """New random weights for every layer, in the shape it has now."""
-    for module in model.modules():
-        if callable(again := getattr(module, "reset_parameters", None)):
-            again()
+    """New random weights for every layer, in the shape it has now, in place.
+
+    Layers draw first, then the modules that hold them, so that a network with a
+    `reset_parameters()` of its own has the last word. Raises SettingsError naming a module that
+    holds parameters and cannot draw them, before anything is changed.
+    """
+    for name, module in model.named_modules():
+        if not _can_draw(module) and next(module.parameters(recurse=False), None) is not None:
+            raise SettingsError(
+                f"cannot draw new weights for {name or 'the network'} "
+                f"({type(module).__name__} has no reset_parameters); finetune.init = scratch "
+                "needs an architecture that can"
+            )
+    _draw(model)
+
+
+def _can_draw(module: nn.Module) -> bool:
+    return callable(getattr(module, "reset_parameters", None))
+
+
+def _draw(module: nn.Module) -> None:
+    for child in module.children():
+        _draw(child)
+    if _can_draw(module):
+        module.reset_parameters()  # type: ignore[operator]
 
 
 def _buffers(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
     return [(name, b) for name, b in module.named_buffers(recurse=False) if b is not None]
 
 
-def _describe(module: nn.Module) -> None:
-    """Bring a layer's own account of its sizes in line with its weights."""
+def _describe(
+    module: nn.Module, before: Mapping[str, tuple[int, ...]], known: Mapping[str, int]
+) -> None:
+    """Bring a layer's own account of its sizes in line with its tensors.
+
+    `before` has the shapes that its parameters had. Modules that are not torch's keep no account.
+    """
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
     elif isinstance(module, nn.Conv2d):
+        filters, inputs = before["weight"][:2]
+        if inputs == 1 and module.groups > 1:  # depthwise
+            module.groups = module.weight.shape[0] * module.groups // filters
+        module.groups = known.get("groups", module.groups)
         module.out_channels, module.in_channels = module.weight.shape[:2]
         module.in_channels *= module.groups
-    elif isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d):
-        module.num_features = module.weight.numel()
-    else:
+    elif isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d | nn.InstanceNorm2d):
+        tensor = module.running_mean if module.weight is None else module.weight
+        assert tensor is not None
+        module.num_features = tensor.numel()
+    elif isinstance(module, nn.LayerNorm):
+        module.normalized_shape = tuple(module.weight.shape)
+    elif isinstance(module, nn.GroupNorm):
+        if module.num_groups == module.num_channels:
+            module.num_groups = module.weight.numel()
+        module.num_channels = module.weight.numel()
+    elif isinstance(module, nn.PReLU):
+        module.num_parameters = module.weight.numel()
+    elif type(module).__module__.startswith("torch.nn."):
         raise ValueError(f"do not know how to resize a {type(module).__name__}")

@@ -89,3 +89,8 @@ def content_hash(path: Path) -> str:
 def project_root() -> Path:
     """The user's project, also from an experiment's temporary copy of it."""
     return Path(os.environ.get("DVC_ROOT") or Path.cwd())
+
+
+def raw_folder() -> Path:
+    """The folder named by SECATEUR_DATA, by default data/raw; relative ones from the project."""
+    return project_root() / os.environ.get("SECATEUR_DATA", "data/raw")

@@ -1,21 +1,28 @@
-"""Dead channels -> a smaller network, with proof that it computes the same.
+"""Channels out of a network, with proof that what is left computes the same.
 
-An output of a layer is dead if nobody reads it (all weights that read it are zero), or if it says
-the same for every input (all its own weights are zero). The first is simply left out. The second is
-a constant: what it gives to the next layer is added to that layer's bias and then it is left out,
-unless the next layer pads its input, where a constant is not the same at the border.
+A channel that was decided upon goes with all its slots: the network without it computes what the
+network with zeros in all of them computes. A channel that nobody decided upon goes if it is dead:
+nobody reads it (all weights that read it are zero), or what is read of it is the same for every
+input. What such a constant gives to a layer is added to that layer's bias, or taken off the running
+mean of the batch normalisation behind it; where it is not the same at every position, as at a
+border padded with zeros, or where there is no place for it, the channel stays.
 """
 
 import copy
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from secateur.core.channels import Link, links
+from secateur.core import shapes
+from secateur.core.channels import Network, Selection, follow
+from secateur.core.constants import Constants
+from secateur.core.cutter import Plan
 from secateur.core.errors import PruningError
+from secateur.core.groups import by_channel
 from secateur.core.masks import Masks
-from secateur.core.shapes import resize
 
 EXACT = 1e-9  # float64, relative to the largest output
 ROUNDING = 1e-4  # float32, relative to the largest output
@@ -23,92 +30,355 @@ ROUNDING = 1e-4  # float32, relative to the largest output
 
 @dataclass(frozen=True)
 class Compact:
-    """A network without its dead outputs, and what is left of each layer."""
+    """A network without some of its channels, and what is left of each layer."""
 
     model: nn.Module
     masks: Masks
     kept: dict[str, Tensor]
-    """Layer -> indices of the outputs that it still has."""
+    """Layer -> indices of the outputs that it still has, in their new order; a layer that is not
+    named has all of them."""
+    shift: dict[str, Tensor] = field(default_factory=dict)
+    """Layer -> what its outputs lack because it was folded behind it, (outputs,)."""
+
+    def to(self, dtype: torch.dtype) -> "Compact":
+        """The same in another precision; the network is changed in place."""
+        shift = {name: tensor.to(dtype) for name, tensor in self.shift.items()}
+        return replace(self, model=self.model.to(dtype), shift=shift)
+
+
+def remove(
+    model: nn.Module,
+    selection: Selection,
+    example: Tensor,
+    masks: Masks | None = None,
+    network: Network | None = None,
+) -> Compact:
+    """The network without the selected channels; `model` itself is left alone.
+
+    It computes what `mask` gives. `example` is a batch of inputs, of which the shape matters;
+    `network` spares following the model again. Raises PruningError as `Network.plan` does.
+    """
+    small = copy.deepcopy(model).eval()
+    network = network or follow(small, example)
+    plan = network.plan(selection)
+    left = _cut(small, plan, {name: mask.clone() for name, mask in (masks or {}).items()})
+    return Compact(small, left, _kept(network, plan))
 
 
 def remove_dead(model: nn.Module, masks: Masks, example: Tensor) -> Compact:
-    """Remove every dead output of every layer but the last; `model` itself is left alone.
+    """The network without its dead channels; `model` itself is left alone.
 
-    `example` is a batch of inputs of any size. Raises PruningError if a layer has no living output
-    left, or if the network cannot be followed.
+    `example` is a batch of inputs, of which the shape matters. One channel of a dead layer is kept
+    as long as the network's output depends on its input. Raises PruningError naming the first layer
+    that has no living output if it does not, or if the network cannot be followed.
     """
     small = copy.deepcopy(model).eval()
     masks = {name: mask.clone() for name, mask in masks.items()}
-    joints = links(small, example)
-    kept = {link.producer: torch.arange(_layer(small, link.producer)[0]) for link in joints}
-    changed = True
-    while changed:  # a layer that loses readers may be dead in its turn
-        changed = False
-        for link in joints:
-            keep = _fold(small, masks, link)
-            if bool(keep.all()):
+    network = follow(small, example)
+    dead = _Dead(small, network, example.to(next(small.parameters()).device))
+    selection = dead.selection()
+    plan = network.plan(selection)
+    shift = dead.fold(network.gone(selection), masks)
+    left = _cut(small, plan, masks)
+    shift = {name: tensor[plan.kept[name].to(tensor.device)] for name, tensor in shift.items()}
+    return Compact(small, left, _kept(network, plan), shift)
+
+
+def compact(
+    model: nn.Module, selection: Selection, masks: Masks, example: Tensor, dead: bool
+) -> Compact:
+    """The network without the selected channels, and with `dead` without the dead ones too."""
+    first = remove(model, selection, example, masks)
+    if not dead:
+        return first
+    second = remove_dead(first.model, first.masks, example)
+    kept = {name: index[second.kept.get(name, slice(None))] for name, index in first.kept.items()}
+    return replace(second, kept=second.kept | kept)
+
+
+@torch.no_grad()
+def mask(
+    model: nn.Module, selection: Selection, example: Tensor, network: Network | None = None
+) -> nn.Module:
+    """A copy of the network with zeros in all slots of the selected channels."""
+    masked = copy.deepcopy(model)
+    network = network or follow(masked, example)
+    gone = network.gone(selection)
+    tensors = dict(masked.named_parameters()) | dict(masked.named_buffers())
+    for name, chosen in selection.items():
+        for slot in network.group(name).slots:
+            if slot.kind not in ("statistic", "index"):
+                tensor = tensors[slot.tensor]
+                entries = slot.index[chosen.cpu()].flatten().to(tensor.device)
+                _set_zero(tensor, slot.axis, slot.parts, entries)
+    for name, select in network.selects.items():
+        if select.own:
+            index = tensors[name]
+            where = network.roots[select.into[select.index.clamp_min(0)]]
+            lost = torch.isin(where, gone) | torch.isin(network.roots[select.out], gone)
+            index.masked_fill_(lost.to(index.device), -1)
+    return masked
+
+
+def _set_zero(tensor: Tensor, axis: int, parts: int, entries: Tensor) -> None:
+    if parts == 1:
+        tensor.index_fill_(axis, entries, 0.0)
+        return
+    rows = by_channel(tensor, axis, parts)
+    rows[entries] = 0.0
+    inputs = tensor.shape[1]
+    split = rows.reshape(parts, inputs, -1, *tensor.shape[2:]).transpose(1, 2)
+    tensor.copy_(split.reshape(tensor.shape))
+
+
+@torch.no_grad()
+def _cut(model: nn.Module, plan: Plan, masks: Masks) -> Masks:
+    """Make the network as the plan says, in place; gives the masks of what is left."""
+    first = {id(t): n for n, t in [*model.named_parameters(), *model.named_buffers()]}
+    names = {  # of what stands under several names, the first one
+        **{n: first[id(t)] for n, t in model.named_parameters(remove_duplicate=False)},
+        **{n: first[id(t)] for n, t in model.named_buffers(remove_duplicate=False)},
+    }
+    state = {n: plan.shrink(names[n], t).clone() for n, t in model.state_dict().items()}
+    for name, values in plan.values.items():
+        state[name] = values.to(state[name].device)
+    groups = {name: {"groups": count} for name, count in plan.groups.items()}
+    shapes.resize(model, {name: tensor.shape for name, tensor in state.items()}, groups)
+    shapes.load(model, state)
+    return {name: plan.shrink(name, mask) for name, mask in masks.items()}
+
+
+def _kept(network: Network, plan: Plan) -> dict[str, Tensor]:
+    """What is left of every layer that could have become smaller."""
+    free = [g.roots for g in network.groups if g.locked is None]
+    roots = torch.cat([torch.empty(0, dtype=torch.int64), *free])
+    return {
+        name: plan.kept[name]
+        for name, layer in network.layers.items()
+        if bool(torch.isin(network.roots[layer.out], roots).any())
+    }
+
+
+@dataclass
+class _Reader:
+    """A layer, or an index buffer, that reads channels."""
+
+    name: str
+    into: Tensor
+    """Roots of its inputs; the last root stands for fixed zeros."""
+    out: Tensor
+    """Roots of its outputs."""
+    reads: Tensor
+    """bool, (outputs, inputs)."""
+    harmless: Tensor
+    """bool, (inputs,): known to be zero, or constant and foldable."""
+    folds: Tensor
+    """bool, (inputs,): constant, not zero, and foldable."""
+    seen: Tensor | None = None
+    """What it sees, one image, NaN where it depends on the input."""
+
+
+class _Dead:
+    """Which channels are dead, and where their constants go."""
+
+    @torch.no_grad()
+    def __init__(self, model: nn.Module, network: Network, example: Tensor) -> None:
+        self.model, self.network = model, network
+        dtype = next(model.parameters()).dtype
+        found = Constants.of(model, network.graph, example.to(dtype))
+        self.tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+        self.modules = dict(model.named_modules())
+        self.behind = _norms_behind(network)
+        self.readers = [
+            self._layer(name, found.inputs[name])
+            for name, layer in network.layers.items()
+            if not layer.depthwise()
+        ] + [self._take(name, found.inputs[name]) for name, s in network.selects.items() if s.own]
+        outputs = [t for t in _tensors(found.result) if t.is_floating_point()]
+        self.idle = not any(bool(t.isnan().any()) for t in outputs)
+        count = len(network.roots)
+        self.candidates = torch.zeros(count + 1, dtype=torch.bool)  # the last: fixed zeros
+        for group in network.groups:
+            self.candidates[group.roots] = group.locked is None
+
+    def selection(self) -> dict[str, Tensor]:
+        """Dead channels by group, as many as can go; PruningError if the network is idle."""
+        stay = torch.zeros_like(self.candidates)
+        while True:
+            gone = self._gone(self.candidates & ~stay)
+            chosen = self.network.selection(gone.nonzero().flatten())
+            possible = self.network.allowed(chosen)
+            if sum(map(len, possible.values())) == sum(map(len, chosen.values())):
+                return chosen
+            # those that must stay are read again, and read what they read
+            roots = self.network.gone(possible)
+            stay |= gone
+            stay[roots] = False
+
+    def _gone(self, candidates: Tensor) -> Tensor:
+        """bool by root; keeps one channel of a layer that would be emptied."""
+        candidates = candidates.clone()
+        while True:
+            gone = torch.zeros_like(candidates)
+            while not torch.equal(after := self._sweep(candidates, gone), gone):
+                gone = after
+                if self.idle and (layer := self._emptied(gone)):
+                    raise PruningError(
+                        f"layer {layer} has no living output left; prune or penalise less"
+                    )
+            if not (layer := self._emptied(gone)):
+                return gone
+            candidates[self.network.outputs()[layer][0]] = False
+
+    def _sweep(self, candidates: Tensor, gone: Tensor) -> Tensor:
+        """One more round: nobody who is not gone himself reads what goes, unless harmlessly.
+
+        From the last reader to the first; a channel all of whose readers have been asked counts as
+        gone at once, except in an idle network, where the first layer to go has to be named.
+        """
+        gone, hurt = gone.clone(), ~candidates
+        pending = torch.zeros(len(candidates), dtype=torch.int64)
+        for reader in self.readers:
+            pending[reader.into.unique()] += 1
+        for reader in reversed(self.readers):
+            read = reader.reads[~gone[reader.out]].any(dim=0)
+            hurt[reader.into[read & ~reader.harmless]] = True
+            pending[reader.into.unique()] -= 1
+            if not self.idle:
+                mine = reader.into
+                gone[mine] = gone[mine] | (~hurt[mine] & (pending[mine] == 0))
+        return ~hurt
+
+    def _emptied(self, gone: Tensor) -> str | None:
+        outputs = self.network.outputs().items()
+        return next((name for name, rows in outputs if bool(gone[rows].all())), None)
+
+    def _roots(self, atoms: Tensor) -> Tensor:
+        roots = self.network.roots
+        return torch.where(atoms >= 0, roots[atoms.clamp_min(0)], len(roots))
+
+    def _layer(self, name: str, seen: list[Tensor]) -> _Reader:
+        layer = self.network.layers[name]
+        weight = self.tensors[layer.weight]
+        reads = weight.flatten(2).any(dim=2) if weight.dim() > 2 else weight != 0
+        if layer.groups > 1:
+            blocks = reads.reshape(layer.groups, -1, reads.shape[1])
+            reads = torch.block_diag(*blocks.to(torch.uint8)) != 0
+        rows = [by_channel(x, _axis(weight)) for x in seen]
+        zero = torch.stack([x.eq(0).all(dim=1) for x in rows]).all(dim=0)
+        known = ~rows[0].isnan().any(dim=1)
+        folds = known & ~zero & reads.any(dim=0)
+        if len(seen) > 1 or (layer.bias is None and name not in self.behind):
+            folds = torch.zeros_like(folds)
+        for channel in folds.nonzero().flatten().tolist():
+            folds[channel] = self._even(name, seen[0], channel)
+        into, out = self._roots(layer.into), self._roots(layer.out)
+        harmless = (zero | folds).cpu()
+        return _Reader(name, into, out, reads.cpu(), harmless, folds.cpu(), seen[0])
+
+    def _take(self, name: str, seen: list[Tensor]) -> _Reader:
+        select = self.network.selects[name]
+        inputs = torch.arange(len(select.into))
+        zero = torch.stack([by_channel(x, 1).eq(0).all(dim=1) for x in seen]).all(dim=0).cpu()
+        reads = select.index.unsqueeze(1) == inputs
+        never = torch.zeros_like(zero)
+        return _Reader(name, self._roots(select.into), self._roots(select.out), reads, zero, never)
+
+    def _even(self, name: str, seen: Tensor, channel: int) -> bool:
+        """Whether a constant input adds the same to an output at every position."""
+        module = self.modules.get(name)
+        axis = -1 if isinstance(module, nn.Linear) else 1
+        x = by_channel(seen, axis)[channel]
+        same = bool((x == x[0]).all())
+        if not isinstance(module, nn.Conv2d):
+            return same and isinstance(module, nn.Linear)
+        if same and (_unpadded(module) or module.padding_mode != "zeros"):
+            return True
+        only = torch.zeros_like(seen)
+        only[:, channel] = seen[:, channel]
+        adds = self._alone(module, only, channel).flatten(2)[0]
+        slack = 64 * torch.finfo(adds.dtype).eps * adds.abs().max()
+        return bool((adds - adds[:, :1]).abs().max() <= slack)
+
+    def _alone(self, conv: nn.Conv2d, only: Tensor, channel: int) -> Tensor:
+        """What one input of a convolution gives to all outputs that read it."""
+        inputs = conv.weight.shape[1]
+        part, column = divmod(channel, inputs)
+        each = conv.weight.shape[0] // conv.groups
+        rows = conv.weight[part * each : (part + 1) * each, column : column + 1]
+        alone = copy.copy(conv)
+        alone.groups = 1
+        return alone._conv_forward(only[:, channel : channel + 1], rows, None)
+
+    @torch.no_grad()
+    def fold(self, gone: Tensor, masks: Masks) -> dict[str, Tensor]:
+        """Add the constants of channels that go to biases, or take them off running means.
+
+        Gives what the outputs of layers lack where it was taken off behind them.
+        """
+        shift: dict[str, Tensor] = {}
+        for reader in self.readers:
+            chosen = reader.folds & torch.isin(reader.into, gone)
+            if not bool(chosen.any()) or reader.seen is None:
                 continue
-            if not bool(keep.any()):
-                raise PruningError(
-                    f"layer {link.producer} has no living output left; prune or penalise less"
-                )
-            kept[link.producer] = kept[link.producer][keep]
-            _cut(small, masks, link, keep)
-            changed = True
-    return Compact(small, masks, kept)
+            adds = self._adds(reader.name, reader.seen, chosen)
+            bias = self.network.layers[reader.name].bias
+            if bias is None:
+                self.tensors[self.behind[reader.name]].sub_(adds)
+                shift[reader.name] = adds
+                continue
+            self.tensors[bias].add_(adds)
+            if (held := masks.get(bias)) is not None:
+                held |= (adds != 0).to(held.device)
+        return shift
+
+    def _adds(self, name: str, seen: Tensor, chosen: Tensor) -> Tensor:
+        """What constant inputs add to each output, (outputs,)."""
+        module = self.modules[name]
+        assert isinstance(module, nn.Conv2d | nn.Linear)
+        form = [1] * seen.dim()
+        form[_axis(module.weight)] = -1
+        only = torch.where(chosen.to(seen.device).reshape(form), seen, 0.0)
+        if isinstance(module, nn.Linear):
+            return nn.functional.linear(only, module.weight).reshape(-1, module.weight.shape[0])[0]
+        adds = module._conv_forward(only, module.weight, None)[0]
+        return adds[:, adds.shape[1] // 2, adds.shape[2] // 2]
 
 
-@torch.no_grad()
-def _fold(model: nn.Module, masks: Masks, link: Link) -> Tensor:
-    """Which outputs of the producer must stay; constants of those that go are folded."""
-    producer, consumer = (model.get_submodule(n) for n in (link.producer, link.consumer))
-    assert isinstance(producer, nn.Conv2d | nn.Linear)
-    assert isinstance(consumer, nn.Conv2d | nn.Linear)
-    outputs = producer.weight.shape[0]
-    reads = _by_output(consumer.weight, outputs)  # (readers, outputs, positions)
-    unread = (reads == 0).all(dim=2).all(dim=0)
-    silent = (producer.weight == 0).flatten(1).all(dim=1)
-    constant, even = _constants(producer, link)
-    padded = isinstance(consumer, nn.Conv2d) and any(p != 0 for p in _padding(consumer))
-    exact = (constant == 0) | (even & (not padded) & (consumer.bias is not None))
-    gone = unread | (silent & exact)
-    fold = gone & ~unread & (constant != 0)
-    if bool(fold.any()) and consumer.bias is not None:
-        addition = (reads[:, fold].sum(dim=2) * constant[fold]).sum(dim=1)
-        consumer.bias += addition
-        if (mask := masks.get(f"{link.consumer}.bias")) is not None:
-            mask |= (addition != 0).to(mask.device)
-    return ~gone
+def _norms_behind(network: Network) -> dict[str, str]:
+    """Layer -> running mean of the batch normalisation that alone reads it."""
+    modules = dict(network.model.named_modules())
+    found: dict[str, str] = {}
+    nodes = [n for n in network.graph.nodes if n.op == "call_module"]
+    calls = [str(n.target) for n in nodes]
+    for node in nodes:
+        users = list(node.users)
+        if len(users) != 1 or users[0].op != "call_module":
+            continue
+        name, norm = str(node.target), str(users[0].target)
+        module = modules[norm]
+        tracked = isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d) and module.track_running_stats
+        if tracked and calls.count(name) == calls.count(norm) == 1:
+            found[name] = f"{norm}.running_mean"
+    return found
 
 
-@torch.no_grad()
-def _constants(producer: nn.Conv2d | nn.Linear, link: Link) -> tuple[Tensor, Tensor]:
-    """What each output says when its weights are silent, as the next layer sees it.
-
-    Gives the values (outputs,), and whether each is the same at every position (outputs,).
-    """
-    outputs = producer.weight.shape[0]
-    bias = producer.bias if producer.bias is not None else producer.weight.new_zeros(outputs)
-    seen = bias.view(1, -1, *[1] * len(link.side)).expand(1, outputs, *link.side)
-    for module in link.through:
-        seen = module(seen)
-    flat = seen.reshape(outputs, -1)
-    return flat[:, 0], (flat == flat[:, :1]).all(dim=1)
+def _axis(weight: Tensor) -> int:
+    """Where a layer with this weight has its channels, before and behind it."""
+    return -1 if weight.dim() == 2 else 1
 
 
-@torch.no_grad()
-def _cut(model: nn.Module, masks: Masks, link: Link, keep: Tensor) -> None:
-    """Take the outputs that are not kept out of the producer, and out of what reads them."""
-    columns = keep.repeat_interleave(link.positions)
-    state = model.state_dict()
-    for tensors in (state, masks):
-        for name in (f"{link.producer}.weight", f"{link.producer}.bias"):
-            if name in tensors:
-                tensors[name] = tensors[name][keep].clone()
-        if (name := f"{link.consumer}.weight") in tensors:
-            tensors[name] = tensors[name][:, columns].clone()
-    resize(model, {name: tensor.shape for name, tensor in state.items()})
-    model.load_state_dict(state)
+def _unpadded(conv: nn.Conv2d) -> bool:
+    padding = (1,) if isinstance(conv.padding, str) else tuple(conv.padding)
+    return conv.padding == "valid" or not any(padding)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return [t for v in value for t in _tensors(v)] if isinstance(value, list | tuple) else []
 
 
 @torch.no_grad()
@@ -117,18 +387,22 @@ def verify(masked: nn.Module, compact: Compact, batch: Tensor, tolerance: float)
 
     Raises PruningError naming the first layer that differs by more than `tolerance`.
     """
-    before, after = _outputs(masked, batch), _outputs(compact.model, batch)
-    scale = max(float(before[""].abs().max()), 1e-30)
-    worst = float((before[""] - after[""]).abs().max()) / scale
+    before, after = masked.eval()(batch), compact.model.eval()(batch)
+    worst = _difference(before, after)
     if worst <= tolerance:
         return worst
     where, by = "the output", worst
-    for name, full in before.items():
+    full, small = _outputs(masked, batch[:8]), _outputs(compact.model, batch[:8])
+    for name, outputs in full.items():
+        axis = _axis(masked.get_parameter(f"{name}.weight")) % outputs.dim()
         index = compact.kept.get(name)
-        same = full if index is None else full.index_select(1, index.to(full.device))
-        by = float((same - after[name]).abs().max()) / max(float(same.abs().max()), 1e-30)
-        if by > tolerance:
-            where = f"layer {name}" if name else "the output"
+        same = outputs if index is None else outputs.index_select(axis, index.to(outputs.device))
+        other = small[name]
+        if name in compact.shift:
+            form = [-1 if k == axis else 1 for k in range(other.dim())]
+            other = other + compact.shift[name].reshape(form)
+        if not (found := _difference(same, other)) <= tolerance:
+            where, by = f"layer {name}", found
             break
     raise PruningError(
         f"the compact network is not the masked one: {where} differs by {by:.2g} of its largest "
@@ -136,8 +410,12 @@ def verify(masked: nn.Module, compact: Compact, batch: Tensor, tolerance: float)
     )
 
 
+def _difference(before: Tensor, after: Tensor) -> float:
+    return float((before - after).abs().max()) / max(float(before.abs().max()), 1e-30)
+
+
 def _outputs(model: nn.Module, batch: Tensor) -> dict[str, Tensor]:
-    """Output of every layer by name, in order, and of the whole network under ''."""
+    """Output of every layer by name, in the order in which they run."""
     seen: dict[str, Tensor] = {}
     hooks = [
         m.register_forward_hook(lambda _m, _i, out, n=name: seen.update({n: out}))
@@ -145,21 +423,8 @@ def _outputs(model: nn.Module, batch: Tensor) -> dict[str, Tensor]:
         if isinstance(m, nn.Conv2d | nn.Linear)
     ]
     try:
-        whole = model.eval()(batch)
+        model.eval()(batch)
     finally:
         for hook in hooks:
             hook.remove()
-    return {**seen, "": whole}
-
-
-def _by_output(weight: Tensor, outputs: int) -> Tensor:
-    """The reader's weights by what they read: (readers, outputs, positions)."""
-    return weight.reshape(weight.shape[0], outputs, -1)
-
-
-def _layer(model: nn.Module, name: str) -> torch.Size:
-    return model.get_parameter(f"{name}.weight").shape
-
-
-def _padding(conv: nn.Conv2d) -> tuple[int, ...]:
-    return (1,) if isinstance(conv.padding, str) else tuple(conv.padding)
+    return seen

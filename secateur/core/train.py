@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from secateur.core import masks as masking
 from secateur.core import optim
-from secateur.core.data import About, Batches, Dataset, Split, in_order
+from secateur.core.data import About, Batches, Dataset, Part, in_order
 from secateur.core.engine import Engine
 from secateur.core.errors import SettingsError, TrainingError
 from secateur.core.masks import Masks
@@ -232,12 +232,15 @@ class _Step:
 
     def _cross_entropy(self, images: Tensor, labels: Tensor, count: int) -> Tensor:
         """Cross-entropy of some images, as their share of the mean over a batch of `count`."""
+        if not len(labels):  # a last batch smaller than the number of processes
+            images = images.new_zeros(1, *images.shape[1:])
+            return self.forward(images).sum() * 0.0
         with self.engine.autocast():
             logits = self.forward(images)
         logits = logits.float()
         self.right += (logits.detach().argmax(1) == labels).sum()
         smooth = self.settings.label_smoothing
-        if len(labels) == count:
+        if len(labels) == count and self.engine.world == 1:
             return F.cross_entropy(logits, labels, label_smoothing=smooth)
         summed = F.cross_entropy(logits, labels, label_smoothing=smooth, reduction="sum")
         return summed * (self.engine.world / count)  # the processes' gradients are averaged
@@ -282,7 +285,7 @@ def _epoch(
 
 @torch.inference_mode()
 def accuracy(
-    model: nn.Module, split: Split, about: About, engine: Engine | None = None
+    model: nn.Module, split: Part, about: About, engine: Engine | None = None
 ) -> tuple[float, float]:
     """Share of the images that are classified right, and the mean cross-entropy.
 

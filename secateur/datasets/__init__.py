@@ -1,6 +1,6 @@
 """Data sets, one file each; the file name is the value of `dataset`.
 
-A file offers `Settings` (a `core.settings.Strict`), `CLASSES` (their names, in label order) and
-`read(settings, root) -> Images`: the training and test images as they come, before any split;
+A file offers `Settings` (a `core.settings.Strict`) and `read(settings, root) -> Images`: training
+and test images as they come, before any split, with class names, normalisation and augmentation;
 `root` is where files are looked for.
 """

@@ -11,8 +11,6 @@ import torch
 from secateur.core.data import Images, Split
 from secateur.core.settings import Strict
 
-CLASSES = [str(digit) for digit in range(10)]
-
 
 class Settings(Strict):
     """The digits have no settings."""
@@ -29,4 +27,10 @@ def read(settings: Settings, root: Path) -> Images:
     )
     pixels = torch.from_numpy(digits.images * (255 / 16)).round().to(torch.uint8).unsqueeze(1)
     everything = Split(pixels, torch.from_numpy(digits.target).long())
-    return Images(everything.take(sorted(train)), everything.take(sorted(test)), (0.0,), (1.0,))
+    return Images(
+        everything.take(sorted(train)),
+        everything.take(sorted(test)),
+        list("0123456789"),
+        (0,),
+        (1,),
+    )

@@ -9,7 +9,7 @@ from secateur.core import raw
 from secateur.core.data import Images
 from secateur.core.settings import Strict
 
-CLASSES = [
+_CLASSES = [
     "t-shirt", "trouser", "pullover", "dress", "coat",
     "sandal", "shirt", "sneaker", "bag", "ankle boot",
 ]  # fmt: skip
@@ -24,4 +24,4 @@ class Settings(Strict):
 
 def read(settings: Settings, root: Path) -> Images:
     """The images from `root`/FashionMNIST/raw, downloaded only if they are not there."""
-    return raw.idx_images("FashionMNIST", root, 0.2860, 0.3530, settings.normalise)
+    return raw.idx_images("FashionMNIST", root, _CLASSES, 0.2860, 0.3530, settings.normalise)

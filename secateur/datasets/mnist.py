@@ -10,8 +10,6 @@ from secateur.core import raw
 from secateur.core.data import Images
 from secateur.core.settings import Strict
 
-CLASSES = [str(digit) for digit in range(10)]
-
 
 class Settings(Strict):
     """How the pixels are scaled."""
@@ -22,4 +20,4 @@ class Settings(Strict):
 
 def read(settings: Settings, root: Path) -> Images:
     """The images from `root`/MNIST/raw, downloaded only if they are not there."""
-    return raw.idx_images("MNIST", root, 0.1307, 0.3081, settings.normalise)
+    return raw.idx_images("MNIST", root, list("0123456789"), 0.1307, 0.3081, settings.normalise)

@@ -11,8 +11,8 @@ ceiling.
 import torch
 from torch import Tensor, nn
 
-from secateur.core.errors import SettingsError
 from secateur.core.choices import Pick
+from secateur.core.errors import SettingsError
 from secateur.core.growing import Course, Growing, updates_until
 from secateur.core.penalty import Penalty
 from secateur.core.settings import Seed

@@ -1,8 +1,10 @@
 """Pruners, one file each; the file name is the value of `pruner`.
 
-A file offers `Settings` (a `core.settings.Strict`) and
-`prune(settings, model, choices) -> dict[str, Tensor]`: a boolean mask for every parameter it
-covers, by parameter name, True where the weight stays. `choices` is what the penalty has chosen
-(`core.choices.Choices`), empty after one that does not choose. It trains nothing, prints nothing,
-and leaves the model as it is.
+A file offers `Settings` (a `core.settings.Strict`) and `prune(settings, subject) -> Decision`; both
+types are in `core.decision`. The subject is the network with some images, what the penalty has
+chosen, and on request the groups of channels that live and die together (`core.channels`). The
+decision is made of masks for single parameters, True where an entry stays, and of whole channels,
+by the name of their group and their numbers in it.
+
+A pruner trains nothing, prints nothing, and leaves the model as it is.
 """

@@ -6,10 +6,8 @@ Keep w if |w| >= sensitivity * std(w), the population deviation (divisor n) of i
 zeros included.
 """
 
-from torch import nn
-
-from secateur.core.choices import Choices
-from secateur.core.masks import Masks, Scope, prunable
+from secateur.core.decision import Decision, Subject
+from secateur.core.masks import Scope, prunable
 from secateur.core.settings import NonNegative, Strict
 
 
@@ -21,9 +19,10 @@ class Settings(Strict):
     scope: Scope = "weights_and_biases"
 
 
-def prune(settings: Settings, model: nn.Module, choices: Choices) -> Masks:
+def prune(settings: Settings, subject: Subject) -> Decision:
     """Masks of all tensors in scope."""
-    return {
+    masks = {
         name: tensor.detach().abs() >= settings.sensitivity * tensor.detach().std(correction=0)
-        for name, tensor in prunable(model, settings.scope).items()
+        for name, tensor in prunable(subject.model, settings.scope).items()
     }
+    return Decision(masks)

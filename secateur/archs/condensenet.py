@@ -1,0 +1,69 @@
+"""CondenseNet before it is condensed: a DenseNet whose growth doubles from stage to stage.
+
+Source: G. Huang, S. Liu, L. van der Maaten, K. Weinberger, CondenseNet, CVPR 2018, in the dense
+form that gconv-prune (R. Zhao, W. Luk, ICCV workshops 2019) trains before it learns the groups:
+all convolutions are ungrouped, and nothing is learnt between stages. CondenseNet-86 for 32x32x3
+images and ten classes: 1,959,626 parameters (100 classes: 2,031,716) and 248.18 MMACs.
+"""
+
+from typing import Annotated, Self
+
+from pydantic import Field, model_validator
+from torch import nn
+
+from secateur.core import blocks
+from secateur.core.settings import Strict
+
+Count = Annotated[int, Field(ge=1)]
+Stages = Annotated[tuple[Count, ...], Field(min_length=1, max_length=8)]
+
+
+class Settings(Strict):
+    """Dense layers of each stage and the channels that each of them adds there."""
+
+    stages: Stages = (14, 14, 14)
+    growth: Stages = (8, 16, 32)
+
+    @model_validator(mode="after")
+    def _growth_for_every_stage(self) -> Self:
+        if len(self.stages) != len(self.growth):
+            raise ValueError(
+                f"growth = {list(self.growth)}: needs as many values as stages, which has "
+                f"{len(self.stages)}"
+            )
+        return self
+
+
+class CondenseNet(blocks.HeNormal):
+    """The classifier starts without bias."""
+
+    def reset_parameters(self) -> None:
+        """Draw the weights of all convolutions; the other layers are left as they are."""
+        super().reset_parameters()
+        nn.init.zeros_(self.get_parameter("fc.bias"))
+
+
+def build(settings: Settings, classes: int, shape: tuple[int, int, int]) -> nn.Module:
+    """Stem `conv1`, `layer1` and so on with 2x2 mean-pooling between them, `fc`: logits.
+
+    Images of at least 2 ** (stages - 1) pixels a side.
+    """
+    blocks.require_side("condensenet", shape, 2 ** (len(settings.stages) - 1))
+    width = 2 * settings.growth[0]
+    modules: dict[str, nn.Module] = {"conv1": blocks.conv3x3(shape[0], width)}
+    for number, (count, growth) in enumerate(
+        zip(settings.stages, settings.growth, strict=True), start=1
+    ):
+        if number > 1:
+            modules[f"pool{number - 1}"] = nn.AvgPool2d(2)
+        added = (blocks.DenseBottleneck(width + k * growth, growth) for k in range(count))
+        modules[f"layer{number}"] = nn.Sequential(*added)
+        width += count * growth
+    return CondenseNet(
+        **modules,
+        bn=nn.BatchNorm2d(width),
+        relu=nn.ReLU(),
+        pool=nn.AdaptiveAvgPool2d(1),
+        flatten=nn.Flatten(),
+        fc=nn.Linear(width, classes),
+    )

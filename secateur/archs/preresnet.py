@@ -1,0 +1,108 @@
+"""Pre-activation ResNet for CIFAR: BN and ReLU before each convolution, nothing after the sum.
+
+Source: K. He, X. Zhang, S. Ren, J. Sun, Identity mappings in deep residual networks, ECCV 2016. A
+block that changes the shape has a 1x1 convolution without BN beside it, which reads the raw input,
+as in bearpaw/pytorch-classification and gconv-prune. For 32x32x3 images and ten classes:
+
+    depth, block        parameters        MACs
+    110, basic           1,730,522    253.15 M
+    164, bottleneck      1,703,258    247.65 M    bearpaw's table calls it PreResNet-110
+"""
+
+from typing import Annotated, Self
+
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from secateur.core import blocks
+from secateur.core.settings import Strict
+
+
+class Settings(Strict):
+    """Layers with weights and kind of block."""
+
+    depth: Annotated[int, Field(ge=8, le=2000)] = 164
+    """6n+2 for basic blocks (110), 9n+2 for bottlenecks (164, 1001)."""
+    block: blocks.Block = "bottleneck"
+
+    @model_validator(mode="after")
+    def _depth_is_possible(self) -> Self:
+        self.blocks_in_a_stage()
+        return self
+
+    def blocks_in_a_stage(self) -> int:
+        """The n of the depth; ValueError if there is none."""
+        if self.block == "basic":
+            return blocks.count(self.depth, 6, 2, "basic blocks")
+        return blocks.count(self.depth, 9, 2, "bottlenecks")
+
+
+class Basic(nn.Module):
+    """Twice BN-ReLU-3x3 beside a shortcut."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(inputs)
+        self.relu1 = nn.ReLU()
+        self.conv1 = blocks.conv3x3(inputs, outputs, stride)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.relu2 = nn.ReLU()
+        self.conv2 = blocks.conv3x3(outputs, outputs)
+        self.shortcut = _shortcut(inputs, outputs, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Feature map of `outputs` channels, its sides divided by the stride."""
+        y = self.conv1(self.relu1(self.bn1(x)))
+        y = self.conv2(self.relu2(self.bn2(y)))
+        return y + self.shortcut(x)
+
+
+class Bottleneck(nn.Module):
+    """BN-ReLU before each of a 1x1, a 3x3 and a 1x1 convolution, beside a shortcut."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        inner = outputs // blocks.EXPANSION
+        self.bn1 = nn.BatchNorm2d(inputs)
+        self.relu1 = nn.ReLU()
+        self.conv1 = blocks.conv1x1(inputs, inner)
+        self.bn2 = nn.BatchNorm2d(inner)
+        self.relu2 = nn.ReLU()
+        self.conv2 = blocks.conv3x3(inner, inner, stride)
+        self.bn3 = nn.BatchNorm2d(inner)
+        self.relu3 = nn.ReLU()
+        self.conv3 = blocks.conv1x1(inner, outputs)
+        self.shortcut = _shortcut(inputs, outputs, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Feature map of `outputs` channels, its sides divided by the stride."""
+        y = self.conv1(self.relu1(self.bn1(x)))
+        y = self.conv2(self.relu2(self.bn2(y)))
+        y = self.conv3(self.relu3(self.bn3(y)))
+        return y + self.shortcut(x)
+
+
+def build(settings: Settings, classes: int, shape: tuple[int, int, int]) -> nn.Module:
+    """Stem `conv1`, `layer1` to `layer3`, BN-ReLU, mean over all pixels, `fc`: logits.
+
+    Any image size.
+    """
+    count = settings.blocks_in_a_stage()
+    block, expansion = (Basic, 1) if settings.block == "basic" else (Bottleneck, blocks.EXPANSION)
+    return blocks.HeNormal(
+        conv1=blocks.conv3x3(shape[0], 16),
+        layer1=blocks.stage(count, 16, 16 * expansion, 1, block),
+        layer2=blocks.stage(count, 16 * expansion, 32 * expansion, 2, block),
+        layer3=blocks.stage(count, 32 * expansion, 64 * expansion, 2, block),
+        bn=nn.BatchNorm2d(64 * expansion),
+        relu=nn.ReLU(),
+        pool=nn.AdaptiveAvgPool2d(1),
+        flatten=nn.Flatten(),
+        fc=nn.Linear(64 * expansion, classes),
+    )
+
+
+def _shortcut(inputs: int, outputs: int, stride: int) -> nn.Module:
+    if inputs == outputs and stride == 1:
+        return nn.Identity()
+    return blocks.conv1x1(inputs, outputs, stride)

@@ -1,0 +1,82 @@
+"""ResNet for CIFAR: three stages of 16, 32 and 64 channels, ReLU after each sum.
+
+Source: K. He, X. Zhang, S. Ren, J. Sun, Deep residual learning for image recognition, CVPR 2016,
+section 4.2. Two networks go by each name, told apart by `shortcut`. For 32x32x3 images and ten
+classes:
+
+    depth, block, shortcut    parameters        MACs     used by
+    20,  basic, B                272,474     40.81 M     bearpaw/pytorch-classification, DeepHoyer
+    56,  basic, A                853,018    125.49 M     He et al.; GReg (Wang et al., ICLR 2021)
+    56,  basic, B                855,770    125.75 M     bearpaw/pytorch-classification
+    110, basic, B              1,730,714    253.15 M     the same; gconv-prune
+    164, bottleneck, B         1,704,154    247.65 M     the same, under the name ResNet-110
+
+Every convolution starts He-normal by fan-out, as in bearpaw's and gconv-prune's networks.
+"""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+from torch import nn
+
+from secateur.core import blocks
+from secateur.core.settings import Strict
+
+
+class Settings(Strict):
+    """Layers with weights, kind of block, and what stands beside a block that changes the shape."""
+
+    depth: Annotated[int, Field(ge=8, le=2000)] = 56
+    """6n+2 for basic blocks (20, 32, 44, 56, 110, 1202), 9n+2 for bottlenecks (164, 1001)."""
+    block: blocks.Block = "basic"
+    shortcut: Literal["A", "B"] = "A"
+    """A: every second pixel, and channels of zeros, half before and half after the input's.
+    B: 1x1 convolution with BN."""
+
+    @model_validator(mode="after")
+    def _depth_is_possible(self) -> Self:
+        self.blocks_in_a_stage()
+        return self
+
+    def blocks_in_a_stage(self) -> int:
+        """The n of the depth; ValueError if there is none."""
+        if self.block == "basic":
+            return blocks.count(self.depth, 6, 2, "basic blocks")
+        return blocks.count(self.depth, 9, 2, "bottlenecks")
+
+
+def build(settings: Settings, classes: int, shape: tuple[int, int, int]) -> nn.Module:
+    """Stem `conv1`, `layer1` to `layer3`, mean over all pixels, `fc`: logits. Any image size."""
+    count = settings.blocks_in_a_stage()
+    expansion = 1 if settings.block == "basic" else blocks.EXPANSION
+    beside = _subsample if settings.shortcut == "A" else blocks.projection
+
+    def block(inputs: int, outputs: int, stride: int) -> nn.Module:
+        shortcut = beside(inputs, outputs, stride)
+        if settings.block == "basic":
+            return blocks.Basic(inputs, outputs, stride, shortcut)
+        return blocks.Bottleneck(inputs, outputs // expansion, outputs, stride, shortcut)
+
+    return blocks.HeNormal(
+        conv1=blocks.conv3x3(shape[0], 16),
+        bn1=nn.BatchNorm2d(16),
+        relu1=nn.ReLU(),
+        layer1=blocks.stage(count, 16, 16 * expansion, 1, block),
+        layer2=blocks.stage(count, 16 * expansion, 32 * expansion, 2, block),
+        layer3=blocks.stage(count, 32 * expansion, 64 * expansion, 2, block),
+        pool=nn.AdaptiveAvgPool2d(1),
+        flatten=nn.Flatten(),
+        fc=nn.Linear(64 * expansion, classes),
+    )
+
+
+def _subsample(inputs: int, outputs: int, stride: int) -> nn.Module:
+    """Shortcut A: no weights. Pooling by windows of one pixel is taking every `stride`-th pixel."""
+    if inputs == outputs and stride == 1:
+        return nn.Identity()
+    before = (outputs - inputs) // 2
+    shortcut = nn.Sequential()
+    shortcut.add_module("pool", nn.AvgPool2d(1, stride))
+    # of the three last axes: width, height, channels
+    shortcut.add_module("pad", nn.ZeroPad3d((0, 0, 0, 0, before, outputs - inputs - before)))
+    return shortcut

@@ -1,0 +1,73 @@
+"""ResNeXt for CIFAR: bottlenecks whose 3x3 convolution works in groups.
+
+Source: S. Xie, R. Girshick, P. Dollár, Z. Tu, K. He, Aggregated residual transformations for deep
+neural networks, CVPR 2017. For 32x32x3 images and ten classes, depth 29 and groups of 64 channels:
+
+    cardinality    parameters        MACs
+    8              34,426,698     5.387 G
+    16             68,155,210    10.689 G
+"""
+
+from typing import Annotated, Self
+
+from pydantic import Field, model_validator
+from torch import nn
+
+from secateur.core import blocks
+from secateur.core.settings import Strict
+
+Width = Annotated[int, Field(ge=1)]
+
+
+class Settings(Strict):
+    """Layers with weights, groups and widths; 29, 8 and 64 are ResNeXt-29 8x64d."""
+
+    depth: Annotated[int, Field(ge=11, le=2000)] = 29
+    """9n+2."""
+    cardinality: Width = 8
+    """Groups of each 3x3 convolution."""
+    base_width: Width = 64
+    """Channels of a group in the first stage; doubled in each that follows."""
+    widen: Width = 4
+    """Outputs of the first stage in units of 64; doubled in each that follows."""
+
+    @model_validator(mode="after")
+    def _depth_is_possible(self) -> Self:
+        self.blocks_in_a_stage()
+        return self
+
+    def blocks_in_a_stage(self) -> int:
+        """The n of the depth; ValueError if there is none."""
+        return blocks.count(self.depth, 9, 2, "ResNeXts")
+
+
+class ResNeXt(blocks.HeNormal):
+    """The classifier starts He-normal too, by fan-in, without bias."""
+
+    def reset_parameters(self) -> None:
+        """Draw the weights of convolutions and classifier; BN is left as it is."""
+        super().reset_parameters()
+        nn.init.kaiming_normal_(self.get_parameter("fc.weight"))
+        nn.init.zeros_(self.get_parameter("fc.bias"))
+
+
+def build(settings: Settings, classes: int, shape: tuple[int, int, int]) -> nn.Module:
+    """Stem `conv1`, `layer1` to `layer3`, mean over all pixels, `fc`: logits. Any image size."""
+    count, groups, width = settings.blocks_in_a_stage(), settings.cardinality, 64 * settings.widen
+
+    def block(inputs: int, outputs: int, stride: int) -> nn.Module:
+        inner = groups * settings.base_width * outputs // width
+        shortcut = blocks.projection(inputs, outputs, stride)
+        return blocks.Bottleneck(inputs, inner, outputs, stride, shortcut, groups)
+
+    return ResNeXt(
+        conv1=blocks.conv3x3(shape[0], 64),
+        bn1=nn.BatchNorm2d(64),
+        relu1=nn.ReLU(),
+        layer1=blocks.stage(count, 64, width, 1, block),
+        layer2=blocks.stage(count, width, 2 * width, 2, block),
+        layer3=blocks.stage(count, 2 * width, 4 * width, 2, block),
+        pool=nn.AdaptiveAvgPool2d(1),
+        flatten=nn.Flatten(),
+        fc=nn.Linear(4 * width, classes),
+    )

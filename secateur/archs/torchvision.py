@@ -1,0 +1,123 @@
+"""Any classification network of torchvision, with or without its published weights.
+
+Source: torchvision.models, where each network names its paper. ResNet-18 for 224x224x3 images and
+1,000 classes: 11,689,512 parameters and 1.814 GMACs. Modules keep torchvision's names. New weights
+start as torchvision draws them; finetune.init = scratch starts from what torch's layers draw, and
+refuses networks with parameters outside of layers (vit, swin, maxvit, convnext).
+"""
+
+import difflib
+import re
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+from torch.func import functional_call
+
+from secateur.core import raw
+from secateur.core.errors import DataError, SettingsError
+from secateur.core.settings import Strict
+
+
+class Settings(Strict):
+    """Which network, and what its weights are before the first training."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")] = "resnet18"
+    """As torchvision.models.list_models() has it."""
+    weights: Literal["none", "default"] = "none"
+    """none: drawn at random. default: the best ones published, without their classifier unless the
+    number of classes is the same. They expect images normalised as ImageNet's are."""
+
+
+def build(settings: Settings, classes: int, shape: tuple[int, int, int]) -> nn.Module:
+    """The network with random weights and a classifier of its own: logits.
+
+    Raises SettingsError if torchvision has no such network, if images are not in colour, or if
+    they have a size that the network cannot take.
+    """
+    models = raw.torchvision().models
+    names = models.list_models(module=models)
+    if settings.name not in names:
+        close = difflib.get_close_matches(settings.name, names, n=1)
+        raise SettingsError(
+            f"params.yaml: archs.torchvision.name = '{settings.name}': torchvision has no such "
+            "classification network; "
+            + (f"did you mean {close[0]}?" if close else f"there are: {', '.join(names)}")
+        )
+    if shape[0] != 3:
+        raise SettingsError(
+            f"params.yaml: arch = 'torchvision': its networks need images of 3 channels, these "
+            f"have {shape[0]}"
+        )
+    try:
+        model: nn.Module = models.get_model(
+            settings.name, weights=None, num_classes=classes, **_options(settings, shape)
+        )
+        _try_out(model, shape)
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise SettingsError(
+            f"params.yaml: arch = 'torchvision': {settings.name} cannot take images of "
+            f"{shape[1]}x{shape[2]} pixels: {_short(error)}"
+        ) from None
+    return model
+
+
+def publish(settings: Settings, model: nn.Module) -> None:
+    """Put the published weights into a network from `build`, if the settings ask for them.
+
+    They are looked for where torch.hub keeps them (TORCH_HOME) and downloaded if they are not
+    there; DataError if that fails. SettingsError if they are for images of another size.
+    """
+    if settings.weights == "none":
+        return
+    weights = raw.torchvision().models.get_model_weights(settings.name).DEFAULT
+    try:
+        found: dict[str, torch.Tensor] = weights.get_state_dict(
+            progress=False, check_hash=True, map_location="cpu", weights_only=True
+        )
+    except Exception as error:  # no network, no such file, a damaged one: each has its own type
+        raise DataError(
+            f"archs.torchvision.weights = default: those of {settings.name} are not in "
+            f"{torch.hub.get_dir()}/checkpoints and were not downloaded ({_short(error)}). Put "
+            f"{weights.url} there, or set archs.torchvision.weights = none"
+        ) from None
+    if settings.name.startswith("densenet"):  # published under the names of an earlier version
+        found = {re.sub(r"\.(norm|conv)\.(\d)\.", r".\1\2.", key): t for key, t in found.items()}
+    own = model.state_dict()
+    fitting = {key: t for key, t in found.items() if key in own and own[key].shape == t.shape}
+    published = len(weights.meta["categories"])
+    for key in sorted(own.keys() - fitting.keys()):
+        if key in found and found[key].shape == (published, *own[key].shape[1:]):
+            continue  # the classifier, of another number of classes
+        if not key.endswith("num_batches_tracked"):
+            raise SettingsError(
+                f"params.yaml: archs.torchvision.weights = default: {key} of {settings.name} does "
+                "not fit what is published; is that for images of another size?"
+            )
+    own.clear()  # which leaves the version numbers of the modules
+    own.update(fitting)
+    model.load_state_dict(own, strict=False)
+
+
+def _options(settings: Settings, shape: tuple[int, int, int]) -> dict[str, Any]:
+    """What some constructors need beside the number of classes."""
+    if settings.name in ("googlenet", "inception_v3"):
+        ported = settings.weights == "default"  # from a network that normalises otherwise
+        return {"aux_logits": False, "init_weights": True, "transform_input": ported}
+    if settings.name.startswith("vit_"):
+        return {"image_size": shape[1]}
+    if settings.name.startswith("maxvit"):
+        return {"input_size": shape[1:]}
+    return {}
+
+
+def _try_out(model: nn.Module, shape: tuple[int, int, int]) -> None:
+    """One image through the network without computing anything: only shapes are followed."""
+    tensors = {name: t.detach().to("meta") for name, t in model.state_dict().items()}
+    functional_call(model.eval(), tensors, torch.empty(1, *shape, device="meta"))
+    model.train()
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:160] or type(error).__name__

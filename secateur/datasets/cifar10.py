@@ -1,0 +1,26 @@
+"""CIFAR-10: 50,000 + 10,000 colour photographs of 32x32 pixels in ten classes.
+
+Source: A. Krizhevsky, Learning multiple layers of features from tiny images, 2009. Padding by 4,
+random crop and mirror images are the usual augmentation since C.-Y. Lee et al., Deeply-supervised
+nets, AISTATS 2015.
+"""
+
+from pathlib import Path
+
+from secateur.core import raw
+from secateur.core.augment import Augment
+from secateur.core.data import Images
+from secateur.core.settings import Strict
+
+
+class Settings(Strict):
+    """Scaling and augmentation."""
+
+    normalise: raw.Normalisation = "cifar10"
+    """Published codes differ: most use CIFAR-10's figures, Regularization-Pruning ImageNet's."""
+    augment: Augment = Augment(pad=4, flip=True)
+
+
+def read(settings: Settings, root: Path) -> Images:
+    """The images from `root`/cifar-10-batches-py, downloaded only if they are not there."""
+    return raw.cifar_images("CIFAR10", root, settings.normalise, settings.augment)

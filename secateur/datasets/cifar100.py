@@ -1,0 +1,24 @@
+"""CIFAR-100: 50,000 + 10,000 colour photographs of 32x32 pixels in a hundred (fine) classes.
+
+Source: A. Krizhevsky, Learning multiple layers of features from tiny images, 2009.
+"""
+
+from pathlib import Path
+
+from secateur.core import raw
+from secateur.core.augment import Augment
+from secateur.core.data import Images
+from secateur.core.settings import Strict
+
+
+class Settings(Strict):
+    """Scaling and augmentation."""
+
+    normalise: raw.Normalisation = "cifar100"
+    """Published codes differ: Regularization-Pruning uses these, most CIFAR-10's."""
+    augment: Augment = Augment(pad=4, flip=True)
+
+
+def read(settings: Settings, root: Path) -> Images:
+    """The images from `root`/cifar-100-python, downloaded only if they are not there."""
+    return raw.cifar_images("CIFAR100", root, settings.normalise, settings.augment)

@@ -1,0 +1,1019 @@
+"""Channel groups and their removal: the compact network computes what the masked one does.
+
+Small networks, one for each way in which channels can hang together; torchvision's networks; and
+the groups themselves against derivations that do not follow any graph.
+"""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional
+
+from secateur.core import channels, checkpoint, masks, raw, shapes, surgery
+from secateur.core.data import Split
+from secateur.core.decision import Decision
+from secateur.core.errors import PruningError
+from secateur.core.layers import Take
+from stages import prune
+
+SIDE = 8
+
+
+class Net(nn.Module):
+    """Layers by name, and what is done with them as a function of the network and its input."""
+
+    def __init__(self, run, head=None, **layers):
+        super().__init__()
+        for name, layer in layers.items():
+            if isinstance(layer, nn.Parameter):
+                self.register_parameter(name, layer)
+            elif isinstance(layer, torch.Tensor):
+                self.register_buffer(name, layer)
+            else:
+                self.add_module(name, layer)
+        self.head = head or nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LazyLinear(3))
+        self.run = run
+        self(torch.zeros(2, 3, SIDE, SIDE))
+
+    def forward(self, x):
+        return self.head(self.run(self, x))
+
+
+def conv(inputs, outputs, kernel=3, **options):
+    return nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, **options)
+
+
+def cbr(inputs, outputs, kernel=3, **options):
+    return nn.Sequential(conv(inputs, outputs, kernel, bias=False, **options),
+                         nn.BatchNorm2d(outputs), nn.ReLU())  # fmt: skip
+
+
+def chain():
+    return Net(lambda n, x: n.b(n.a(x)), a=cbr(3, 6), b=cbr(6, 5))
+
+
+def flat():
+    head = nn.Sequential(
+        nn.AvgPool2d(2), nn.Flatten(), nn.LazyLinear(7), nn.ReLU(), nn.Linear(7, 3)
+    )
+    return Net(lambda n, x: n.a(x), head, a=cbr(3, 4))
+
+
+def viewed():
+    def run(n, x):
+        x = n.a(x)
+        return n.fc(x.view(x.size(0), -1))
+
+    return Net(run, nn.Linear(5, 3), a=cbr(3, 4, stride=4), fc=nn.Linear(4 * 4, 5))
+
+
+def residual():
+    def run(n, x):
+        x = n.stem(x)
+        x = functional.relu(x + n.a2(n.a1(x)))
+        return functional.relu(n.short(x) + n.b2(n.b1(x)))
+
+    return Net(run, stem=cbr(3, 6), a1=cbr(6, 4), a2=cbr(4, 6), b1=cbr(6, 5), b2=cbr(5, 8, 1),
+               short=conv(6, 8, 1))  # fmt: skip
+
+
+def widened(shortcut):
+    def run(n, x):
+        x = n.stem(x)
+        x = torch.add(x, n.a(x))
+        return functional.relu(shortcut(n, x[:, :, ::2, ::2]) + n.b(x))
+
+    return Net(run, stem=cbr(3, 4), a=cbr(4, 4), b=cbr(4, 9, stride=2),
+               take=Take([-1, -1, 0, 1, 2, 3, -1, -1, -1]),
+               pad3=nn.ZeroPad3d((0, 0, 0, 0, 2, 3)))  # fmt: skip
+
+
+def padded():
+    return widened(lambda n, x: functional.pad(x, (0, 0, 0, 0, 2, 3)))
+
+
+def pad_module():
+    return widened(lambda n, x: n.pad3(x))
+
+
+def joined_zeros():
+    zeros = lambda x, count: x.new_zeros(x.size(0), count, x.size(2), x.size(3))  # noqa: E731
+    return widened(lambda n, x: torch.cat((zeros(x, 2), x, zeros(x, 3)), 1))
+
+
+def taken():
+    return widened(lambda n, x: n.take(x))
+
+
+def doubled():
+    def run(n, x):
+        x = n.stem(x)
+        return torch.cat((x, x.mul(0)), 1) + n.b(x)
+
+    return Net(run, stem=cbr(3, 4), b=cbr(4, 8))
+
+
+def dense():
+    def run(n, x):
+        x = n.stem(x)
+        for layer in (n.a, n.b, n.c):
+            x = torch.cat((x, layer(x)), 1)
+        return n.end(functional.relu(n.norm(x)))
+
+    pre = lambda i: nn.Sequential(nn.BatchNorm2d(i), nn.ReLU(), conv(i, 3, bias=False))  # noqa: E731
+    return Net(run, stem=conv(3, 4), a=pre(4), b=pre(7), c=pre(10), norm=nn.BatchNorm2d(13),
+               end=conv(13, 6, 1))  # fmt: skip
+
+
+def preact():
+    def run(n, x):
+        x = n.stem(x)
+        x = x + n.a(x)
+        y = n.take(n.norm(x)).relu()
+        return n.last(x + n.b(y)).relu()
+
+    block = nn.Sequential(nn.BatchNorm2d(6), nn.ReLU(), conv(6, 4), nn.BatchNorm2d(4), nn.ReLU(),
+                          conv(4, 6))  # fmt: skip
+    return Net(run, stem=conv(3, 6), a=block, norm=nn.BatchNorm2d(6), take=Take([0, 2, 5]),
+               b=conv(3, 6), last=nn.BatchNorm2d(6))  # fmt: skip
+
+
+def depthwise():
+    return Net(lambda n, x: n.c(n.b(n.a(x))), a=cbr(3, 6, 1), b=cbr(6, 6, groups=6), c=cbr(6, 5, 1))
+
+
+def multiplier():
+    return Net(lambda n, x: n.c(n.b(n.a(x))), a=cbr(3, 4, 1), b=cbr(4, 12, groups=4), c=cbr(12, 5))
+
+
+def grouped():
+    def run(n, x):
+        x = n.stem(x)
+        return functional.relu(x + n.c(n.b(n.a(x))))
+
+    return Net(run, stem=cbr(3, 5), a=cbr(5, 12, 1), b=cbr(12, 8, groups=4), c=cbr(8, 5, 1))
+
+
+def shuffled():
+    def run(n, x):
+        x = n.b(n.a(x))
+        count, size, height, width = x.size()
+        x = x.view(count, 2, size // 2, height, width).transpose(1, 2).contiguous()
+        return n.d(n.c(x.view(count, -1, height, width)))
+
+    return Net(run, a=cbr(3, 8), b=cbr(8, 12, groups=2), c=cbr(12, 8, groups=2), d=conv(8, 4))
+
+
+def shuffle_module():
+    return Net(lambda n, x: n.d(n.s(n.a(x))), a=cbr(3, 12), s=nn.ChannelShuffle(3), d=conv(12, 4))
+
+
+def halves():
+    def run(n, x):
+        a, b = n.a(x).chunk(2, dim=1)
+        return torch.cat((a, n.b(b)), dim=1)
+
+    return Net(run, a=cbr(3, 8), b=cbr(4, 4))
+
+
+def unequal():
+    def run(n, x):
+        a, b = n.a(x).split([3, 5], dim=1)
+        return torch.cat((n.b(a), b), dim=1)
+
+    return Net(run, a=cbr(3, 8), b=cbr(3, 4))
+
+
+def picked():
+    index = torch.tensor([4, 0, 2, 5])
+    return Net(
+        lambda n, x: n.b(n.a(x).index_select(1, n.index)), a=cbr(3, 6), b=cbr(4, 5), index=index
+    )
+
+
+def subscripted():
+    index = torch.tensor([4, 0, 2, 5])
+    return Net(lambda n, x: n.b(n.a(x)[:, n.index]), a=cbr(3, 6), b=cbr(4, 5), index=index)
+
+
+def selected():
+    return Net(lambda n, x: n.b(n.t(n.a(x))), a=cbr(3, 6), t=Take([5, -1, 0, 1, 1]), b=cbr(5, 4))
+
+
+def excited():
+    def run(n, x):
+        x = n.a(x)
+        scale = functional.hardsigmoid(n.up(functional.silu(n.down(n.pool(x)))))
+        return n.b(scale * x)
+
+    return Net(run, a=cbr(3, 6), pool=nn.AdaptiveAvgPool2d(1), down=conv(6, 4, 1), up=conv(4, 6, 1),
+               b=cbr(6, 4))  # fmt: skip
+
+
+def convnext():
+    def run(n, x):
+        x = n.stem(x)
+        y = n.norm(n.dw(x).permute(0, 2, 3, 1))
+        y = n.shrink(functional.gelu(n.grow(y))).permute(0, 3, 1, 2)
+        return n.end(x + n.scale * y)
+
+    return Net(run, stem=conv(3, 6), dw=conv(6, 6, groups=6), norm=nn.LayerNorm(6),
+               grow=nn.Linear(6, 12), shrink=nn.Linear(12, 6), end=conv(6, 5),
+               scale=nn.Parameter(torch.ones(6, 1, 1)))  # fmt: skip
+
+
+def scaled():
+    def run(n, x):
+        x = n.a(x) * n.scale
+        y = n.b(x) + n.shift.view(1, -1, 1, 1)
+        return n.c(functional.prelu(y, n.slope))
+
+    return Net(run, a=cbr(3, 5), b=conv(5, 6), c=conv(6, 4), scale=torch.randn(5, 1, 1),
+               shift=nn.Parameter(torch.randn(6)), slope=nn.Parameter(torch.rand(6)))  # fmt: skip
+
+
+def normed():
+    layers = (conv(3, 5), nn.InstanceNorm2d(5, affine=True), nn.PReLU(5), conv(5, 6),
+              nn.GroupNorm(6, 6), nn.ReLU6(), conv(6, 7), nn.BatchNorm2d(7, affine=False),
+              nn.Hardswish(), conv(7, 4), nn.GroupNorm(2, 4))  # fmt: skip
+    return Net(lambda n, x: n.all(x), all=nn.Sequential(*layers))
+
+
+def shared():
+    def run(n, x):
+        x = n.a(x)
+        return n.b(n.twice(n.twice(x)))
+
+    return Net(run, a=cbr(3, 5), twice=cbr(5, 5), b=cbr(5, 4))
+
+
+def deep():
+    stochastic = raw.torchvision().ops.StochasticDepth(0.3, "row")
+
+    def run(n, x):
+        x = n.a(x)
+        return n.c(x + n.depth(n.b(x)))
+
+    return Net(run, a=cbr(3, 5), b=cbr(5, 5), c=cbr(5, 4), depth=stochastic)
+
+
+def attended():
+    """One map for all channels, made from their mean."""
+
+    def run(n, x):
+        x = n.a(x)
+        return n.b(x * torch.sigmoid(n.map(x)))
+
+    return Net(run, a=cbr(3, 5), map=conv(5, 1), b=cbr(5, 4))
+
+
+def permuted():
+    index = torch.tensor([7, 0, 3, 2, 1, 6, 5, 4])
+    a, b = cbr(3, 8), cbr(8, 8, groups=2)
+    return Net(lambda n, x: n.b(n.a(x)[:, n.index]), a=a, b=b, index=index)
+
+
+def permuted_take():
+    take = Take([7, 0, 3, 2, 1, 6, 5, 4])
+    a, b = cbr(3, 8), cbr(8, 8, groups=2)
+    return Net(lambda n, x: n.c(n.b(n.t(n.a(x)))), a=a, t=take, b=b, c=conv(8, 3))
+
+
+def swapped():
+    def run(n, x):
+        a, b = n.a(x), n.b(x)
+        return n.c(torch.cat([a, b], 1) + torch.cat([b, a], 1))
+
+    return Net(run, a=cbr(3, 4), b=cbr(3, 4), c=conv(8, 4))
+
+
+def norm_twice():
+    def run(n, x):
+        a = n.a(x)
+        return n.c(n.norm(a) + n.norm(n.b(x))) + n.c(a)
+
+    return Net(run, a=conv(3, 5), b=conv(3, 5), norm=nn.BatchNorm2d(5), c=conv(5, 4))
+
+
+def tied():
+    net = Net(lambda n, x: n.c(n.b(n.a(x))), a=conv(3, 5), b=conv(5, 5), c=conv(5, 5))
+    net.c.weight = net.b.weight
+    return net
+
+
+def aliased():
+    same = conv(5, 5)
+    layers = {"stem": cbr(3, 5), "one": same, "other": same, "last": conv(5, 4)}
+    return Net(lambda n, x: n.last(n.other(n.stem(x))), **layers)
+
+
+def deep_then_grouped():
+    a, b, c = cbr(3, 8), cbr(8, 8, groups=8), cbr(8, 8, groups=4)
+    return Net(lambda n, x: n.c(n.b(n.a(x))), a=a, b=b, c=c)
+
+
+def mirrored():
+    a = nn.Conv2d(3, 5, 3, padding="same", padding_mode="reflect")
+    b = nn.Conv2d(5, 4, 3, padding="same", padding_mode="circular")
+    return Net(lambda n, x: n.b(n.a(x)), a=a, b=b)
+
+
+def up_again():
+    def run(n, x):
+        a = n.a(x)
+        b = n.b(functional.max_pool2d(a, 2))
+        return n.c(torch.cat([a, functional.interpolate(b, scale_factor=2)], 1))
+
+    return Net(run, a=cbr(3, 5), b=cbr(5, 6), c=cbr(11, 4))
+
+
+def pixelwise():
+    def run(n, x):
+        return n.c(functional.relu(n.b(n.a(x.permute(0, 2, 3, 1))))).permute(0, 3, 1, 2)
+
+    return Net(run, a=nn.Linear(3, 6), b=nn.Linear(6, 5), c=nn.Linear(5, 4))
+
+
+def positioned():
+    """A term for every position, and a factor for all of them."""
+    own = {"place": nn.Parameter(torch.randn(1, 5, SIDE, SIDE)), "one": nn.Parameter(torch.ones(1))}
+    return Net(lambda n, x: n.b(n.a(x) + n.place) * n.one, a=conv(3, 5), b=conv(5, 4), **own)
+
+
+def frozen():
+    norm = raw.torchvision().ops.FrozenBatchNorm2d(5)
+    return Net(lambda n, x: n.b(functional.relu(n.f(n.a(x)))), a=conv(3, 5), b=conv(5, 4), f=norm)
+
+
+def gated():
+    def run(n, x):
+        a, b = torch.chunk(n.a(x), 2, 1)
+        return n.b(a * b.sigmoid())
+
+    return Net(run, a=conv(3, 8), b=conv(4, 4))
+
+
+class Own(nn.Module):
+    """A user's own module: parameters without layers, two branches, sizes read from tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(6, 3, 3, 3))
+        self.offset = nn.Parameter(torch.randn(6))
+        self.left, self.right = nn.Conv2d(6, 4, 1), nn.Conv2d(6, 4, 3, padding=1)
+        self.matrix = nn.Parameter(torch.randn(3, 8))
+
+    def forward(self, x):
+        x = functional.relu(functional.conv2d(x, self.kernel, self.offset, stride=2))
+        x = torch.cat([self.left(x), self.right(x).clamp(min=0)], dim=1)
+        x = functional.adaptive_max_pool2d(x, 1)
+        return functional.linear(x.reshape(x.shape[0], x.shape[1]), self.matrix)
+
+
+SMALL = [
+    chain, flat, viewed, residual, padded, pad_module, joined_zeros, taken, doubled, dense, preact,
+    depthwise, multiplier, grouped, shuffled, shuffle_module, halves, unequal, picked, subscripted,
+    selected, excited, convnext, scaled, normed, shared, deep, attended, Own, permuted, swapped,
+    permuted_take, norm_twice, tied, aliased, deep_then_grouped, mirrored, up_again, pixelwise,
+    positioned, frozen, gated,
+]  # fmt: skip
+
+
+def randomise(model, seed):
+    """Random weights, shifts and statistics, so that nothing is zero or one by habit."""
+    chance = torch.Generator().manual_seed(seed)
+
+    def normal(tensor):
+        return torch.randn(tensor.shape, generator=chance, dtype=tensor.dtype)
+
+    for module in model.modules():
+        for tensor in module.parameters(recurse=False):
+            spread = tensor[0].numel() ** -0.5 if tensor.dim() > 1 else 0.5
+            tensor.data = normal(tensor) * max(spread, 0.2)
+        if getattr(module, "running_mean", None) is not None:
+            module.running_mean = normal(module.running_mean) * 0.5
+            module.running_var = normal(module.running_var).abs() + 0.5
+    return model.eval()
+
+
+def build(make, seed=0):
+    torch.manual_seed(seed)
+    torch.set_default_dtype(torch.float64)
+    try:
+        return randomise(make().double(), seed)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def images(count=4, side=SIDE, seed=0):
+    chance = torch.Generator().manual_seed(seed)
+    return torch.randn(count, 3, side, side, generator=chance).double()
+
+
+def free(network):
+    return [group for group in network.groups if group.locked is None]
+
+
+def at_random(network, seed, only=None):
+    chance = torch.Generator().manual_seed(seed)
+    chosen = {}
+    for group in free(network):
+        count = int(torch.randint(0 if only is None else 1, group.size + 1, (1,), generator=chance))
+        numbers = torch.randperm(group.size, generator=chance)[:count]
+        if only is None or group.name in only:
+            chosen[group.name] = numbers
+    return network.allowed(chosen)
+
+
+def difference(one, other, batch):
+    with torch.no_grad():
+        before, after = one(batch), other(batch)
+    return float((before - after).abs().max() / before.abs().max().clamp_min(1e-30))
+
+
+def check(model, network, selection, batch):
+    """Masked equals compact, in float64 and float32; the sizes are those that were asked for."""
+    masked = surgery.mask(model, selection, batch, network)
+    compact = surgery.remove(model, selection, batch, {}, network)
+    assert difference(masked, compact.model, batch) < 1e-9
+    assert surgery.verify(masked, compact, batch, surgery.EXACT) < 1e-9
+    removed = {name: len(chosen) for name, chosen in selection.items()}
+    for group in network.groups:
+        for slot in group.slots:
+            if slot.parts == 1 and slot.kind != "index":
+                lost = slot.index[selection.get(group.name, torch.empty(0).long())].numel()
+                assert lost == removed.get(group.name, 0) * slot.index.shape[1]
+    expected = {}
+    for group in network.groups:
+        for slot in group.slots:
+            if slot.kind == "out":
+                lost = removed.get(group.name, 0) * slot.index.shape[1]
+                expected[slot.tensor] = expected.get(slot.tensor, 0) + lost
+    state = compact.model.state_dict()
+    for name, lost in expected.items():
+        assert len(state[name]) == len(model.state_dict()[name]) - lost
+    return masked, compact
+
+
+def rebuilt(make, compact):
+    fresh, state = build(make, seed=5), compact.model.state_dict()
+    shapes.resize(fresh, {n: t.shape for n, t in state.items()}, shapes.describe(compact.model))
+    shapes.load(fresh, state)
+    return fresh.eval()
+
+
+@pytest.mark.parametrize("make", SMALL)
+@given(seed=st.integers(0, 10**6))
+@examples(max_examples=5, deadline=None, derandomize=True)
+def test_masked_equals_compact(make, seed):
+    model, batch = build(make, seed), images(seed=seed)
+    before = copy.deepcopy(model.state_dict())
+    network = channels.follow(model, batch)
+    masked, compact = check(model, network, at_random(network, seed), batch)
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    assert difference(rebuilt(make, compact), compact.model, batch) == 0
+    assert difference(masked.float(), compact.to(torch.float32).model, batch.float()) < 1e-4
+
+
+LOCKED_WHOLLY = {unequal}  # nothing of it can go but what is inside
+
+
+@pytest.mark.parametrize("make", SMALL)
+def test_every_group_alone(make):
+    model, batch = build(make), images()
+    network = channels.follow(model, batch)
+    assert free(network) or make in LOCKED_WHOLLY
+    for group in free(network):
+        tried = 0
+        for seed in range(20):
+            if chosen := at_random(network, seed, {group.name}):
+                check(model, network, chosen, batch)
+                tried += 1
+        bound = {name for b in network.balances for part in b.parts for name, _ in part}
+        assert tried or group.size == 1 or group.name in bound, group.name
+
+
+@pytest.mark.parametrize("make", [grouped, shuffled, shuffle_module, halves])
+def test_something_is_allowed_where_parts_must_be_balanced(make):
+    network = channels.follow(build(make), images())
+    everything = {group.name: torch.arange(group.size) for group in free(network)}
+    allowed = network.allowed(everything)
+    bound = {name for b in network.balances for part in b.parts for name, _ in part}
+    assert bound & set(allowed)
+    network.plan(allowed)
+
+
+def test_whole_groups_of_a_convolution_go_and_unequal_ones_are_refused():
+    model, batch = build(grouped), images()
+    network = channels.follow(model, batch)
+    group_of = {source: g.name for g in network.groups for source in g.sources}
+    inner, outer = group_of["a.0"], group_of["b.0"]
+    chosen = {inner: torch.tensor([3, 4, 5]), outer: torch.tensor([2, 3])}  # the second of four
+    _, compact = check(model, network, chosen, batch)
+    layer = compact.model.b[0]
+    assert (layer.groups, layer.in_channels, layer.out_channels) == (3, 9, 6)
+    assert network.allowed(chosen).keys() == chosen.keys()
+    assert difference(rebuilt(grouped, compact), compact.model, batch) == 0
+    with pytest.raises(PruningError, match=r"groups of b\.0 would no longer be of one size"):
+        network.plan({inner: torch.tensor([3])})
+    assert network.allowed({inner: torch.tensor([3])}) == {}
+    balances = {balance.where: balance for balance in network.balances}
+    assert [len(part) for part in balances["inputs of b.0"].parts] == [3, 3, 3, 3]
+
+
+# ---- dead channels ---------------------------------------------------------------------------
+
+
+def weights_at_random(model, network, seed):
+    """Masks of weights that silence outputs, deafen inputs, and spare one path."""
+    chance = torch.Generator().manual_seed(seed)
+    chosen = {}
+    for group in free(network):
+        for slot in group.slots:
+            if slot.kind not in ("out", "in", "bias", "norm") or "kernel" in slot.tensor:
+                continue
+            tensor = model.get_parameter(slot.tensor)
+            mask = chosen.setdefault(slot.tensor, torch.ones(tensor.shape, dtype=torch.bool))
+            gone = (torch.rand(group.size, generator=chance) > 0.6).nonzero().flatten()
+            if slot.parts == 1:
+                mask.index_fill_(slot.axis, slot.index[gone].flatten(), False)
+    return chosen
+
+
+@pytest.mark.parametrize("make", SMALL)
+@given(seed=st.integers(0, 10**6))
+@examples(max_examples=5, deadline=None, derandomize=True)
+def test_dead_channels_go_and_nothing_changes(make, seed):
+    model, batch = build(make, seed), images(seed=seed)
+    chosen = weights_at_random(model, channels.follow(model, batch), seed)
+    masks.apply(model, chosen)
+    try:
+        compact = surgery.remove_dead(model, chosen, batch[:1])
+    except PruningError as error:
+        assert "has no living output left" in str(error)
+        with torch.no_grad():
+            out = model(images(seed=1)) - model(images(seed=2))
+        assert float(out.abs().max()) < 1e-9, "something still depends on the input"
+        return
+    assert surgery.verify(model, compact, batch, surgery.EXACT) < 1e-9
+    for name, mask in compact.masks.items():
+        assert mask.shape == compact.model.get_parameter(name).shape
+        assert not compact.model.get_parameter(name)[~mask].any()
+
+
+@pytest.mark.parametrize("make", [residual, dense, depthwise, excited, grouped, convnext, taken])
+def test_what_was_masked_by_channels_is_found_dead(make):
+    model, batch = build(make), images()
+    network = channels.follow(model, batch)
+    chosen = at_random(network, 3)
+    direct = surgery.remove(model, chosen, batch, {}, network)
+    found = surgery.remove_dead(surgery.mask(model, chosen, batch, network), {}, batch)
+    sizes = {name: tuple(t.shape) for name, t in direct.model.state_dict().items()}
+    assert {name: tuple(t.shape) for name, t in found.model.state_dict().items()} == sizes
+
+
+def test_a_silent_filter_of_a_sum_goes_only_with_all_others():
+    model, batch = build(residual), images()
+    network = channels.follow(model, batch)
+    stream = next(g for g in network.groups if "stem.0" in g.sources)
+    assert stream.sources == ("stem.0", "a2.0")
+    with torch.no_grad():  # stem says zero in channel 1, and a2 still says something
+        for tensor in (model.stem[1].weight, model.stem[1].bias):
+            tensor[1] = 0
+    assert len(surgery.remove_dead(model, {}, batch).kept["stem.0"]) == 6
+    with torch.no_grad():
+        for tensor in (model.a2[1].weight, model.a2[1].bias):
+            tensor[1] = 0
+    compact = surgery.remove_dead(model, {}, batch)
+    assert compact.kept["stem.0"].tolist() == compact.kept["a2.0"].tolist() == [0, 2, 3, 4, 5]
+    assert difference(model, compact.model, batch) < 1e-9
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_a_norms_shift_is_folded_into_the_next_norm_unless_a_border_sees_it(kernel):
+    layers = (
+        *cbr(3, 4),
+        *cbr(4, 5, kernel),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(5, 2),
+    )
+    model, batch = randomise(nn.Sequential(*layers).double(), 1), images()
+    with torch.no_grad():
+        model[1].weight[2], model[1].bias[2] = 0, 0.7
+    compact = surgery.remove_dead(model, {}, batch)
+    assert compact.kept["0"].tolist() == ([0, 1, 3] if kernel == 1 else [0, 1, 2, 3])
+    assert set(compact.shift) == ({"3"} if kernel == 1 else set())
+    assert surgery.verify(model, compact, batch, surgery.EXACT) < 1e-9
+    if kernel == 3:  # a kernel whose edge is zero does not see the border
+        with torch.no_grad():
+            edge = model[3].weight[:, 2]
+            edge[:, 0], edge[:, 2], edge[:, :, 0], edge[:, :, 2] = 0, 0, 0, 0
+        compact = surgery.remove_dead(model, {}, batch)
+        assert compact.kept["0"].tolist() == [0, 1, 3]
+        assert surgery.verify(model, compact, batch, surgery.EXACT) < 1e-9
+
+
+def test_a_dead_branch_keeps_one_channel_as_long_as_the_network_lives():
+    model, batch = build(residual), images()
+    with torch.no_grad():
+        model.a2[0].weight.zero_()
+    compact = surgery.remove_dead(model, {}, batch)
+    assert len(compact.kept["a1.0"]) == 1
+    assert surgery.verify(model, compact, batch, surgery.EXACT) < 1e-9
+
+
+# ---- torchvision -----------------------------------------------------------------------------
+
+AUX = {"aux_logits": False, "init_weights": False}
+FAST = ["resnet18", "mobilenet_v3_small", "squeezenet1_1", "shufflenet_v2_x0_5", "regnet_x_400mf"]
+SLOW = ["resnet50", "resnext50_32x4d", "mobilenet_v2", "efficientnet_b0", "densenet121",
+        "regnet_y_400mf", "convnext_tiny", "vgg11_bn", "googlenet", "inception_v3", "mnasnet0_5",
+        "alexnet"]  # fmt: skip
+
+
+def vision(name):
+    options = AUX if name in ("googlenet", "inception_v3") else {}
+    return lambda: getattr(raw.torchvision().models, name)(num_classes=5, **options)
+
+
+@pytest.mark.parametrize("name", [*FAST, *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW)])
+def test_torchvisions_networks(name):
+    side = 80 if name == "inception_v3" else 64
+    model, batch = randomise(vision(name)().double(), 0), images(2, side)
+    network = channels.follow(model, batch)
+    chosen = at_random(network, 1)
+    masked, compact = check(model, network, chosen, batch)
+    assert difference(rebuilt(vision(name), compact), compact.model, batch) == 0
+    taken = sum(map(len, chosen.values()))
+    assert taken > 0.05 * sum(group.size for group in free(network))
+    dead = surgery.remove_dead(masked, {}, batch)
+    assert surgery.verify(masked, dead, batch, surgery.EXACT) < 1e-9
+    count = lambda m: sum(p.numel() for p in m.parameters())  # noqa: E731
+    assert count(dead.model) <= count(compact.model)
+    single = compact.to(torch.float32)
+    assert difference(masked.float(), single.model, batch.float()) < 1e-4
+
+
+def test_a_network_in_training_mode_is_followed_as_in_eval_mode_and_left_in_training_mode():
+    model = vision("resnet18")().train()
+    channels.follow(model, images(1, 64).float())
+    assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("name", "sums"),
+    [
+        ("resnet18", [3, 3, 3, 3]),
+        ("resnet34", [4, 5, 7, 4]),
+        ("resnet50", [1, 4, 5, 7, 4]),
+    ],
+)
+def test_layers_of_the_sums_of_residual_networks(name, sums):
+    """Known by hand: the stem, the last convolution of every block, and the projections."""
+    network = channels.follow(vision(name)(), images(1, 64).float())
+    last = "conv2" if name != "resnet50" else "conv3"
+
+    def in_a_sum(source):
+        return source == "conv1" or source.endswith((last, "downsample.0"))
+
+    found = [g for g in network.groups if g.sources and in_a_sum(g.sources[0]) and not g.locked]
+    assert [len(group.sources) for group in found] == sums
+    widths = [64, 128, 256, 512] if last == "conv2" else [64, 256, 512, 1024, 2048]
+    assert [group.size for group in found] == widths
+    inner = [g for g in network.groups if len(g.sources) == 1 and g.sources[0] != "conv1"]
+    assert all(len(g.readers) == 1 for g in inner if not g.locked)
+    assert {g.name: g.locked for g in network.groups if g.locked} == {
+        "input": "an input of the network",
+        "fc": "an output of the network",
+    }
+
+
+# ---- the groups, derived without following anything --------------------------------------------
+
+
+def silent_entries(model, batch):
+    """Entries of parameters that do not move any output: no gradient for a random direction."""
+    model.zero_grad()
+    out = model(batch)
+    chance = torch.Generator().manual_seed(9)
+    (out * torch.randn(out.shape, generator=chance, dtype=out.dtype)).sum().backward()
+    return {
+        (name, position)
+        for name, p in model.named_parameters()
+        for position in (p.grad.abs() <= 1e-14).flatten().nonzero().flatten().tolist()
+    }
+
+
+def entries(model, group, number, kinds):
+    """Entries of parameters that belong to one channel, as (name, place in the flat tensor)."""
+    parameters = dict(model.named_parameters())
+    found = set()
+    for slot in group.slots:
+        if slot.kind in kinds and slot.tensor in parameters:
+            places = torch.arange(parameters[slot.tensor].numel())
+            numbers = slot.entries(places.reshape(parameters[slot.tensor].shape))
+            found |= {(slot.tensor, place) for place in numbers[number].tolist()}
+    return found
+
+
+def without(model, places):
+    silenced = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, place in places:
+            silenced.get_parameter(name).view(-1)[place] = 0
+    return silenced
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        chain,
+        flat,
+        residual,
+        padded,
+        dense,
+        depthwise,
+        multiplier,
+        grouped,
+        excited,
+        deep,
+        shuffled,
+    ],
+)
+def test_what_falls_silent_with_a_channel_is_what_the_group_says(make, monkeypatch):
+    """Deafen all that reads a channel: all that makes it falls silent, and nothing else does.
+
+    Silence all that makes it: exactly what reads it has no say any more. Derived from gradients.
+    """
+    # nothing falls silent by chance
+    monkeypatch.setattr(functional, "relu", lambda x, inplace=False: torch.tanh(x))
+    model, batch = build(make, 4), images(16, seed=2)
+    network = channels.follow(model, batch)
+    already = silent_entries(model, batch)
+    for group in free(network):
+        number = group.size // 2
+        makes = entries(model, group, number, ("out", "bias", "norm"))
+        reads = entries(model, group, number, ("in",))
+        assert makes and reads
+        deaf = silent_entries(without(model, reads), batch) - already
+        assert deaf == makes - already, group.name
+        mute = silent_entries(without(model, makes), batch) - already
+        assert reads - already <= mute <= (reads | makes), group.name
+        for place in sorted({name for name, _ in reads}):  # no reader can be spared
+            some = {entry for entry in reads if entry[0] != place}
+            assert not makes - already <= silent_entries(without(model, some), batch), place
+
+
+# ---- order, names, slots -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", SMALL)
+def test_slots_of_all_groups_cover_every_tensor_once(make):
+    model = build(make)
+    network = channels.follow(model, images())
+    seen = {}
+    for group in network.groups:
+        assert len(group.roots) == group.size == len({*group.roots.tolist()})
+        for slot in group.slots:
+            assert slot.index.shape[0] == group.size
+            seen.setdefault((slot.tensor, slot.axis), []).extend(slot.index.flatten().tolist())
+    inputs = {n: len(layer.into) for n, layer in network.layers.items()}
+    for (name, axis), found in seen.items():
+        tensor = model.state_dict()[name]
+        layer = name.removesuffix(".weight")
+        whole = inputs[layer] if axis == 1 and layer in inputs else tensor.shape[axis]
+        assert len(set(found)) == len(found)
+        zeros = make in (selected, preact, taken, joined_zeros)
+        assert len(found) == whole or zeros, (name, axis)
+    assert len({group.name for group in network.groups}) == len(network.groups)
+
+
+def test_the_same_network_gives_the_same_groups():
+    one, other = (channels.follow(build(dense), images()) for _ in range(2))
+    for a, b in zip(one.groups, other.groups, strict=True):
+        assert (a.name, a.size, a.sources, a.readers) == (b.name, b.size, b.sources, b.readers)
+        assert [s.tensor for s in a.slots] == [s.tensor for s in b.slots]
+        assert all(torch.equal(s.index, t.index) for s, t in zip(a.slots, b.slots, strict=True))
+
+
+def test_entries_of_a_slot_by_hand():
+    model = build(viewed)
+    network = channels.follow(model, images())
+    group = free(network)[0]
+    by_kind = {(slot.tensor, slot.kind): slot for slot in group.slots}
+    weight = model.fc.weight
+    read = by_kind["fc.weight", "in"].entries(weight)
+    assert torch.equal(read[1], weight[:, 4:8].T.flatten())
+    made = by_kind["a.0.weight", "out"].entries(model.a[0].weight)
+    assert torch.equal(made[2], model.a[0].weight[2].flatten())
+
+
+# ---- take, masks, checkpoints, decisions -------------------------------------------------------
+
+
+def test_take_by_hand():
+    x = torch.arange(12.0).reshape(1, 3, 2, 2)
+    out = Take([2, -1, 0])(x)
+    assert torch.equal(out[:, 0], x[:, 2]) and torch.equal(out[:, 2], x[:, 0])
+    assert not out[:, 1].any()
+
+
+def test_channels_of_a_take_go_on_either_side():
+    model, batch = build(taken), images()
+    network = channels.follow(model, batch)
+    name = {source: g.name for g in network.groups for source in g.sources}
+    chosen = {name["stem.0"]: torch.tensor([1]), name["b.0"]: torch.tensor([0, 2, 8])}
+    _, compact = check(model, network, chosen, batch)
+    # 0 of the stem was at 2 and is not taken any more; 1 is gone, so zeros stand at 3
+    assert compact.model.take.index.tolist() == [-1, -1, 1, 2, -1, -1]
+    assert not [g for g in network.groups if g.locked and g.sources and g.name != "head.2"]
+
+
+@pytest.mark.parametrize("make", [grouped, dense, convnext, multiplier, taken])
+def test_masks_are_carried_along(make):
+    model, batch = build(make), images()
+    network = channels.follow(model, batch)
+    given_masks = {n: torch.rand(p.shape) > 0.3 for n, p in model.named_parameters()}
+    masks.apply(model, given_masks)
+    chosen = at_random(network, 2)
+    compact = surgery.remove(model, chosen, batch, given_masks, network)
+    for name, mask in compact.masks.items():
+        parameter = compact.model.get_parameter(name)
+        assert mask.shape == parameter.shape
+        assert torch.equal(mask, parameter != 0) or not parameter[~mask].any()
+        assert bool((parameter[mask] != 0).all())
+
+
+def header():
+    return checkpoint.Header("own", {}, ["a", "b", "c"], [3, SIDE, SIDE], [0.0], [1.0], "", "prune")
+
+
+@pytest.mark.parametrize("make", [m for m in SMALL if m not in (tied, aliased)])
+def test_a_compact_network_comes_back_from_its_file(make, tmp_path, monkeypatch):
+    model, batch = build(make), images()
+    network = channels.follow(model, batch)
+    compact = surgery.remove(model, at_random(network, 6), batch, {}, network)
+    small = compact.to(torch.float32).model
+    checkpoint.save(tmp_path / "m.safetensors", header(), small, {})
+    monkeypatch.setattr(checkpoint, "architecture", lambda _: build(make, 8).float())
+    again = checkpoint.load(tmp_path / "m.safetensors").model()
+    assert difference(small, again, batch.float()) == 0
+    second = channels.follow(again, batch)  # and can be pruned once more
+    more = surgery.remove(again, at_random(second, 7), batch, {}, second).model
+    checkpoint.save(tmp_path / "m.safetensors", header(), more, {})
+    again = checkpoint.load(tmp_path / "m.safetensors").model()
+    assert difference(more, again, batch.float()) == 0
+
+
+@pytest.mark.parametrize("dead", [True, False])
+@pytest.mark.parametrize("kind", ["masks", "channels", "both"])
+def test_the_stage_takes_both_kinds_of_decisions(kind, dead, monkeypatch):
+    model = build(residual).float()
+
+    def pruner(settings, subject):
+        weights = torch.ones(6, 3, 3, 3, dtype=torch.bool)
+        weights[:, 1] = False
+        first = {"stem.0": torch.tensor([0, 3])}
+        return Decision(
+            {} if kind == "channels" else {"stem.0.weight": weights},
+            {} if kind == "masks" else first,
+        )
+
+    class Params:
+        pruner = "own"
+        prune = SimpleNamespace(remove_dead=dead)
+
+        def chosen(self, kind):
+            return {"amount": 1}.items()
+
+    about = SimpleNamespace(mean=[0.0] * 3, std=[1.0] * 3, shape=(3, SIDE, SIDE))
+    pixels = (images(9).abs() * 50).clamp(max=255).to(torch.uint8)
+    train = Split(pixels, torch.zeros(9, dtype=torch.int64))
+    data = SimpleNamespace(about=about, train=train)
+    job = SimpleNamespace(
+        params=Params(),
+        upstream={"sparse-train": SimpleNamespace(model=lambda: copy.deepcopy(model), choices={})},
+        data=data,
+        header=lambda parent, **notes: notes,
+    )
+    module = SimpleNamespace(prune=pruner)
+    monkeypatch.setattr(prune.plugin, "load", lambda *_: module)
+    product = prune.prune(job)
+    assert product.model.stem[0].weight.shape[0] == (6 if kind == "masks" else 4)
+    if kind != "channels":
+        assert product.masks["stem.0.weight"].shape == product.model.stem[0].weight.shape
+        assert not product.model.stem[0].weight[:, 1].any()
+
+
+# ---- what is refused ---------------------------------------------------------------------------
+
+
+def sorted_channels():
+    return Net(lambda n, x: n.b(n.a(x).cumsum(1)), a=cbr(3, 4), b=cbr(4, 4))
+
+
+def branching():
+    return Net(lambda n, x: n.b(n.a(x)) if x.sum() > 0 else n.a(x), a=cbr(3, 4), b=cbr(4, 4))
+
+
+def unused():
+    return Net(lambda n, x: n.a(x), a=cbr(3, 4), never=conv(4, 4))
+
+
+def transposed():
+    return Net(lambda n, x: n.b(n.a(x)), a=cbr(3, 4), b=nn.ConvTranspose2d(4, 4, 2))
+
+
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (sorted_channels, r"'cumsum'.*cumsum"),
+        (branching, "cannot follow Net.*control flow"),
+        (unused, "layer never never runs"),
+        (transposed, r"'b'.*ConvTranspose2d"),
+    ],
+)
+def test_what_is_not_understood_is_named(make, named):
+    with pytest.raises(PruningError, match=named):
+        channels.follow(build(make), images())
+
+
+def hard_coded():
+    def run(n, x):
+        x = n.a(x)
+        return n.fc(x.view(-1, 4 * 4))
+
+    return Net(run, nn.Linear(5, 3), a=cbr(3, 4, stride=4), fc=nn.Linear(4 * 4, 5))
+
+
+def weighed():
+    return Net(lambda n, x: n.b(functional.softmax(n.a(x), dim=1)), a=cbr(3, 4), b=cbr(4, 4))
+
+
+def summed():
+    return Net(lambda n, x: n.b(n.a(x).mean(1, keepdim=True)), a=cbr(3, 4), b=cbr(1, 4))
+
+
+def layer_normed():
+    return Net(lambda n, x: n.b(n.g(n.a(x))), a=conv(3, 4), g=nn.GroupNorm(2, 4), b=conv(4, 4))
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (hard_coded, "shape that stands in the code"),
+        (weighed, "softmax"),
+        (summed, "sums over them"),
+        (layer_normed, "normalised together"),
+        (padded, "code pads with"),
+        (unequal, "splits them where the code says"),
+    ],
+)
+def test_channels_that_cannot_go_are_locked_with_a_reason(make, reason):
+    model, batch = build(make), images()
+    network = channels.follow(model, batch)
+    group = next(g for g in network.groups if g.locked and reason in g.locked)
+    with pytest.raises(PruningError, match=f"channels of {group.name} cannot.*{reason}"):
+        surgery.remove(model, {group.name: torch.tensor([0])}, batch)
+
+
+@pytest.mark.parametrize("name", ["input", "head.2"])
+def test_input_and_output_are_locked(name):
+    model, batch = build(chain), images()
+    with pytest.raises(PruningError, match=f"channels of {name} cannot be taken away"):
+        surgery.remove(model, {name: torch.tensor([0])}, batch)
+
+
+@pytest.mark.parametrize("make", [chain, residual, dense, depthwise, grouped])
+def test_no_layer_can_be_emptied(make):
+    model, batch = build(make), images()
+    network = channels.follow(model, batch)
+    for group in free(network):
+        with pytest.raises(PruningError, match="would be left without outputs"):
+            network.plan({group.name: torch.arange(group.size)})
+    everything = {group.name: torch.arange(group.size) for group in free(network)}
+    check(model, network, network.allowed(everything), batch)
+
+
+@pytest.mark.parametrize("number", [-1, 6])
+def test_numbers_beyond_the_group_and_unknown_groups_are_refused(number):
+    network = channels.follow(build(chain), images())
+    with pytest.raises(PruningError, match=r"a\.0 has 6 channels"):
+        network.plan({"a.0": torch.tensor([number])})
+    with pytest.raises(PruningError, match="no group of channels is called 'z'"):
+        network.plan({"z": torch.tensor([0])})
+
+
+def test_verify_finds_a_removal_that_is_wrong():
+    model, batch = build(residual), images()
+    masked = surgery.mask(model, {"a1.0": torch.tensor([1])}, batch)
+    compact = surgery.remove(model, {"a1.0": torch.tensor([2])}, batch)
+    with pytest.raises(PruningError, match="is not the masked one: layer a"):
+        surgery.verify(masked, compact, batch, surgery.EXACT)
