@@ -104,7 +104,8 @@ def mask(
     """A copy of the network with zeros in all slots of the selected channels."""
     masked = copy.deepcopy(model)
     network = network or follow(masked, example)
-    gone = network.gone(selection)
+    gone = torch.zeros(len(network.roots), dtype=torch.bool)
+    gone[network.gone(selection)] = True
     tensors = dict(masked.named_parameters()) | dict(masked.named_buffers())
     for name, chosen in selection.items():
         for slot in network.group(name).slots:
@@ -114,8 +115,8 @@ def mask(
                 _set_zero(tensor, slot.axis, slot.parts, entries)
     for name, select in network.selects.items():
         if select.own:
-            where = network.roots[select.into[select.index.clamp_min(0)]]
-            lost = torch.isin(where, gone) | torch.isin(network.roots[select.out], gone)
+            taken = network.roots[select.into[select.index]]
+            lost = gone[taken] | gone[network.roots[select.out]]
             layer = masked.get_submodule(name.removesuffix(".index"))
             assert isinstance(layer, Take)
             layer.put(select.index.masked_fill(lost, -1))
@@ -141,7 +142,7 @@ def _cut(model: nn.Module, plan: Plan, masks: Masks) -> Masks:
         **{n: first[id(t)] for n, t in model.named_parameters(remove_duplicate=False)},
         **{n: first[id(t)] for n, t in model.named_buffers(remove_duplicate=False)},
     }
-    state = {n: plan.shrink(names[n], t).clone() for n, t in model.state_dict().items()}
+    state = {n: plan.shrink(names[n], t) for n, t in model.state_dict().items()}
     for name, values in plan.values.items():
         state[name] = values.to(state[name].device)
     groups = {name: {"groups": count} for name, count in plan.groups.items()}
@@ -152,12 +153,13 @@ def _cut(model: nn.Module, plan: Plan, masks: Masks) -> Masks:
 
 def _kept(network: Network, plan: Plan) -> dict[str, Tensor]:
     """What is left of every layer that could have become smaller."""
-    free = [g.roots for g in network.groups if g.locked is None]
-    roots = torch.cat([torch.empty(0, dtype=torch.int64), *free])
+    free = torch.zeros(len(network.roots), dtype=torch.bool)
+    for group in network.groups:
+        free[group.roots] = group.locked is None
     return {
         name: plan.kept[name]
         for name, layer in network.layers.items()
-        if bool(torch.isin(network.roots[layer.out], roots).any())
+        if bool(free[network.roots[layer.out]].any())
     }
 
 
@@ -171,7 +173,7 @@ class _Reader:
     out: Tensor
     """Roots of its outputs."""
     reads: Tensor
-    """bool, (outputs, inputs)."""
+    """Whether it does, 0 or 1 in float32, (outputs, inputs)."""
     harmless: Tensor
     """bool, (inputs,): known to be zero, or constant and foldable."""
     folds: Tensor
@@ -243,7 +245,7 @@ class _Dead:
         for reader in self.readers:
             pending[reader.into.unique()] += 1
         for reader in reversed(self.readers):
-            read = reader.reads[~gone[reader.out]].any(dim=0)
+            read = (~gone[reader.out]).float() @ reader.reads > 0
             hurt[reader.into[read & ~reader.harmless]] = True
             pending[reader.into.unique()] -= 1
             if not self.idle:
@@ -276,7 +278,7 @@ class _Dead:
             folds[channel] = self._even(name, seen[0], channel)
         into, out = self._roots(layer.into), self._roots(layer.out)
         harmless = (zero | folds).cpu()
-        return _Reader(name, into, out, reads.cpu(), harmless, folds.cpu(), seen[0])
+        return _Reader(name, into, out, reads.float().cpu(), harmless, folds.cpu(), seen[0])
 
     def _take(self, name: str, seen: list[Tensor]) -> _Reader:
         select = self.network.selects[name]
@@ -284,7 +286,8 @@ class _Dead:
         zero = torch.stack([by_channel(x, 1).eq(0).all(dim=1) for x in seen]).all(dim=0).cpu()
         reads = select.index.unsqueeze(1) == inputs
         never = torch.zeros_like(zero)
-        return _Reader(name, self._roots(select.into), self._roots(select.out), reads, zero, never)
+        into, out = self._roots(select.into), self._roots(select.out)
+        return _Reader(name, into, out, reads.float(), zero, never)
 
     def _even(self, name: str, seen: Tensor, channel: int) -> bool:
         """Whether a constant input adds the same to an output at every position."""
@@ -319,8 +322,10 @@ class _Dead:
         Gives what the outputs of layers lack where it was taken off behind them.
         """
         shift: dict[str, Tensor] = {}
+        lost = torch.zeros_like(self.candidates)
+        lost[gone] = True
         for reader in self.readers:
-            chosen = reader.folds & torch.isin(reader.into, gone)
+            chosen = reader.folds & lost[reader.into]
             if not bool(chosen.any()) or reader.seen is None:
                 continue
             adds = self._adds(reader.name, reader.seen, chosen)
