@@ -113,7 +113,10 @@ class Training:
         if "val_accuracy" in row:
             self.words += f"  val {row['val_accuracy']:.2%}"
         if "phase" in row:
+            ratios = [value for key, value in row.items() if key.startswith("magnitude_ratio/")]
             self.words += f"  {_PHASES[int(row['phase'])]}, factor {row['factor']:.3g}"
+            self.words += f", {row['picked']:.0f} of {len(ratios)} layers picked"
+            self.words += f", kept over chosen {min(ratios):.3g} to {max(ratios):.3g}"
 
     def saved(self) -> None:
         """The state is safe; nothing to show."""
