@@ -132,6 +132,9 @@ class Training:
             done = len(rows) * self.steps
             self.bar.update(self.task, completed=done, total=done, words=self.words)
         self.close()
+        if not rows:
+            say(f"{self.stage}: no epochs; the network as it came")
+            return
         row = rows[picked - 1]
         took = time.monotonic() - self.began
         val = f", val accuracy {row['val_accuracy']:.2%}" if "val_accuracy" in row else ""
