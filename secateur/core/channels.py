@@ -95,6 +95,53 @@ class Network:
         return book.plan
 
     def allowed(self, selection: Selection) -> dict[str, Tensor]:
+        """A selection that can go: `fitting`, with what is left without any source.
+
+        A channel that a `Take` took from one that goes would say zero, and its norms their shift:
+        it goes too, unless it is locked, needs a balance, or is the last one of its Take.
+        """
+        chosen = self.fitting(selection)
+        gone = self.gone(chosen)
+        more = self._orphans(gone)
+        for roots in [self.roots[s.out] for s in self.selects.values() if s.own]:
+            left = roots[~torch.isin(roots, gone)]
+            if len(left) and bool(torch.isin(left, more).all()):
+                more = more[more != left[0]]
+        for name, index in self.selection(more).items():
+            chosen[name] = torch.cat((chosen.get(name, index[:0]), index))
+        return chosen
+
+    def _orphans(self, gone: Tensor) -> Tensor:
+        """Roots of free channels, without balances, all of whose sources were taken from `gone`."""
+        count = len(self.roots)
+        free = torch.zeros(count, dtype=torch.bool)
+        for group in self.groups:
+            free[group.roots] = group.locked is None
+        for layer in self.layers.values():
+            if not layer.depthwise():
+                free[self.roots[layer.out]] = False
+        for _, parts in self._found.balances:
+            for part in parts:
+                free[self.roots[part[part >= 0]]] = False
+        lost = torch.zeros(count, dtype=torch.bool)
+        lost[gone] = True
+        before = lost.clone()
+        while True:
+            alive = torch.zeros(count, dtype=torch.bool)  # takes a channel that stays
+            robbed = torch.zeros(count, dtype=torch.bool)
+            for select in self.selects.values():
+                if select.own:
+                    atoms = select.into[select.index]
+                    known = (select.index >= 0) & (atoms >= 0)
+                    out, taken = self.roots[select.out[known]], self.roots[atoms[known]]
+                    alive[out[~lost[taken]]] = True
+                    robbed[out[lost[taken]]] = True
+            after = lost | (free & robbed & ~alive)
+            if torch.equal(after, lost):
+                return (lost & ~before).nonzero().flatten()
+            lost = after
+
+    def fitting(self, selection: Selection) -> dict[str, Tensor]:
         """The selection without those channels that have to stay for the others' sake.
 
         No layer is emptied, and the parts of every balance lose the same number, of those that are

@@ -22,6 +22,7 @@ from secateur.core.constants import Constants
 from secateur.core.cutter import Plan
 from secateur.core.errors import PruningError
 from secateur.core.groups import by_channel
+from secateur.core.layers import Take
 from secateur.core.masks import Masks
 
 EXACT = 1e-9  # float64, relative to the largest output
@@ -113,10 +114,11 @@ def mask(
                 _set_zero(tensor, slot.axis, slot.parts, entries)
     for name, select in network.selects.items():
         if select.own:
-            index = tensors[name]
             where = network.roots[select.into[select.index.clamp_min(0)]]
             lost = torch.isin(where, gone) | torch.isin(network.roots[select.out], gone)
-            index.masked_fill_(lost.to(index.device), -1)
+            layer = masked.get_submodule(name.removesuffix(".index"))
+            assert isinstance(layer, Take)
+            layer.put(select.index.masked_fill(lost, -1))
     return masked
 
 
@@ -207,7 +209,7 @@ class _Dead:
         while True:
             gone = self._gone(self.candidates & ~stay)
             chosen = self.network.selection(gone.nonzero().flatten())
-            possible = self.network.allowed(chosen)
+            possible = self.network.fitting(chosen)
             if sum(map(len, possible.values())) == sum(map(len, chosen.values())):
                 return chosen
             # those that must stay are read again, and read what they read
