@@ -113,7 +113,10 @@ class Training:
         if "val_accuracy" in row:
             self.words += f"  val {row['val_accuracy']:.2%}"
         if "phase" in row:
+            ratios = [value for key, value in row.items() if key.startswith("magnitude_ratio/")]
             self.words += f"  {_PHASES[int(row['phase'])]}, factor {row['factor']:.3g}"
+            self.words += f", {row['picked']:.0f} of {len(ratios)} layers picked"
+            self.words += f", kept over chosen {min(ratios):.3g} to {max(ratios):.3g}"
 
     def saved(self) -> None:
         """The state is safe; nothing to show."""
@@ -129,6 +132,9 @@ class Training:
             done = len(rows) * self.steps
             self.bar.update(self.task, completed=done, total=done, words=self.words)
         self.close()
+        if not rows:
+            say(f"{self.stage}: no epochs; the network as it came")
+            return
         row = rows[picked - 1]
         took = time.monotonic() - self.began
         val = f", val accuracy {row['val_accuracy']:.2%}" if "val_accuracy" in row else ""

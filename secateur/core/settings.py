@@ -73,7 +73,8 @@ class Data(Strict):
 class Train(Strict):
     """One training: baseline, sparse_train and finetune have one each."""
 
-    epochs: Annotated[int, Field(ge=1)]
+    epochs: Annotated[int, Field(ge=0)]
+    """0: the network is handed on as it came."""
     batch_size: Annotated[int, Field(ge=1)] = 128
     """Images of one step of the optimizer, over all parts and all processes."""
     accumulate: Annotated[int, Field(ge=1)] = 1
@@ -107,6 +108,10 @@ class Train(Strict):
 
     @model_validator(mode="after")
     def _schedule_fits(self) -> Self:
+        if self.accumulate > self.batch_size:
+            raise ValueError(f"accumulate: {self.accumulate} parts of {self.batch_size} images")
+        if not self.epochs:
+            return self
         late = [m for m in self.milestones if m >= self.epochs]
         if late:
             raise ValueError(
@@ -118,8 +123,6 @@ class Train(Strict):
             raise ValueError("milestones: multistep needs at least one")
         if self.warmup >= self.epochs:
             raise ValueError(f"warmup: {self.warmup:g} must be less than the {self.epochs} epochs")
-        if self.accumulate > self.batch_size:
-            raise ValueError(f"accumulate: {self.accumulate} parts of {self.batch_size} images")
         return self
 
 
