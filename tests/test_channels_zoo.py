@@ -20,8 +20,10 @@ from torch import nn
 
 from secateur.core import channels, checkpoint, cost, masks, plugin, settings, shapes, surgery
 from secateur.core.checkpoint import Header
+from secateur.core.decision import Subject
 from secateur.core.errors import PruningError
 from secateur.core.layers import Take
+from secateur.pruners import network_slimming
 
 BC = {"bottleneck": True, "compression": 0.5}
 GREG_VGG = {"bias": False, "pools": [1, 2, 3, 4]}
@@ -257,6 +259,60 @@ def test_scales_of_zero_select_channels_at_the_entrance_of_every_block(arch, cho
     for name, layer in masks.layers(compact.model).items():
         if name.endswith("conv1") and "." in name:
             assert layer.weight.shape[1] == left[f"{name.removesuffix('conv1')}bn1"]
+
+
+def slimmed(arch, chosen, coupled):
+    shape = (3, 8, 8)
+    model, batch = network(arch, chosen, shape), pictures(shape)
+    options = network_slimming.Settings(ratio=0.5, coupled=coupled)
+    subject = Subject(model, batch)
+    decision = network_slimming.prune(options, subject)
+    check(model, subject.network, decision.channels, batch)
+    return model, subject.network, decision
+
+
+def test_network_slimming_chooses_at_the_entrances_of_residual_blocks_with_union_only():
+    chosen = {"depth": 20}
+    model, _, inner = slimmed("preresnet", chosen, "skip")
+    # nothing has been added up yet at the entrance of the first block
+    assert {name for name in inner.channels if name.endswith("take")} == {"layer1.0.take"}
+    _, found, union = slimmed("preresnet", chosen, "union")
+    gammas = {n: p.detach().abs() for n, p in model.named_parameters() if ".bn1.w" in n}
+    for name, gamma in gammas.items():
+        gone = set((gamma < union.notes["threshold"]).nonzero().flatten().tolist())
+        mine = set(union.channels[name.replace("bn1.weight", "take")].tolist())
+        assert mine == gone
+    assert union.notes["scales"] == sum(
+        m.num_features for m in model.modules() if isinstance(m, nn.BatchNorm2d)
+    )
+    assert not any(len(g.sources) > 1 for g in found.groups if g.name in union.channels)
+
+
+def test_network_slimming_lets_every_layer_of_a_densenet_choose_what_it_reads():
+    model, _, decision = slimmed("densenet", {"depth": 10, "growth": 4}, "skip")
+    norms = sum(m.num_features for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+    assert decision.notes["scales"] == norms
+    assert all("take" in name for name in decision.channels)
+
+
+def test_union_asks_the_shortcut_too():
+    """A channel of the second stage stays if the first stage's, which is added to it, is large."""
+    chosen, shape = {"depth": 8}, (3, 8, 8)
+    model, batch = network("resnet_cifar", chosen, shape), pictures(shape)
+    with torch.no_grad():
+        for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+            norm.weight.fill_(1)
+        model.get_submodule("layer2.0.bn2").weight[:12] = 0.001  # zeros beside 0-7
+        model.get_submodule("bn1").weight[2], model.bn1.weight[3] = 0.001, 0.001
+        model.get_submodule("layer1.0.bn2").weight[2] = 0.001
+    subject = Subject(model, batch)
+    scales = 16 * 3 + 32 * 2 + 64 * 2
+    options = network_slimming.Settings(ratio=(12 + 3) / scales, coupled="union")
+    gone = network_slimming.prune(options, subject).channels
+    second = next(g.name for g in subject.network.groups if "layer2.0.conv2" in g.sources)
+    found = {name: sorted(index.tolist()) for name, index in gone.items()}
+    # 10 takes channel 2 of the first stage, of which both scales are small; 8, 9 and 11 do not
+    assert found == {"conv1": [2], second: [*range(8), 10]}
 
 
 def test_a_channel_of_the_stream_goes_when_no_block_reads_it_any_more():
