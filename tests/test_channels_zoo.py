@@ -20,7 +20,7 @@ from torch import nn
 
 from secateur.core import channels, checkpoint, cost, masks, plugin, settings, shapes, surgery
 from secateur.core.checkpoint import Header
-from secateur.core.decision import Subject
+from secateur.core.decision import Subject, of_choices, refusals
 from secateur.core.errors import PruningError
 from secateur.core.layers import Take
 from secateur.pruners import network_slimming
@@ -259,6 +259,26 @@ def test_scales_of_zero_select_channels_at_the_entrance_of_every_block(arch, cho
     for name, layer in masks.layers(compact.model).items():
         if name.endswith("conv1") and "." in name:
             assert layer.weight.shape[1] == left[f"{name.removesuffix('conv1')}bn1"]
+
+
+def test_layers_that_may_choose_their_own_filters_or_inputs():
+    """Filters of a sum may not, also if all that is added is a shortcut without weights."""
+    shape = (3, 8, 8)
+    found = channels.follow(network("resnet_cifar", {"depth": 8}, shape), pictures(shape))
+    assert set(refusals(found, "filter")) == {
+        "conv1",
+        "fc",
+        *(f"layer{k}.0.conv2" for k in (1, 2, 3)),
+    }
+    found = channels.follow(network("preresnet", {"depth": 20}, shape), pictures(shape))
+    inner = {n for n in found.layers if n.endswith(("conv1", "conv2", "conv3")) and n != "conv1"}
+    assert inner | {"fc"} <= set(found.layers) - set(refusals(found, "channel"))
+    model = network("resnet_cifar", {"depth": 8}, shape)
+    rows = torch.zeros(32, 1, 1, 1, dtype=torch.bool)
+    rows[4] = True
+    decision = of_choices(Subject(model, pictures(shape)), {"layer2.0.conv2.weight": rows})
+    assert decision.channels == {}
+    assert int((~decision.masks["layer2.0.conv2.weight"]).sum()) == 32 * 9
 
 
 def slimmed(arch, chosen, coupled):
