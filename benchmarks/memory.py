@@ -26,7 +26,7 @@ from secateur.core.listing import Listing
 from secateur.core.machine import hardware
 
 CIFAR_LIMIT = 2048  # MiB
-PICTURES, SIDE = 3000, 160
+PICTURES, SIDE = 6000, 160
 
 
 def resident(key: str) -> float:
