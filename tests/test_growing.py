@@ -41,8 +41,10 @@ def network(seed=0):
 
 def digits(count=120, validation=0.2):
     images = DIGITS.read(DIGITS.Settings(), None)
-    images = data.Images(images.train.take(range(count)), images.test, (0.3,), (0.4,))
-    return data.prepare("digits", DIGITS.CLASSES, images, validation, 0)
+    images = data.Images(
+        images.train.take(range(count)), images.test, images.classes, (0.3,), (0.4,)
+    )
+    return data.prepare("digits", images, validation, 0)
 
 
 def content(model):
@@ -187,8 +189,8 @@ def test_a_step_of_sgd_shrinks_what_is_chosen_by_rate_times_factor_and_weight_de
 @pytest.mark.parametrize("pick", ["min", "max"])
 def test_greg1_chooses_what_one_shot_l1_would(groups_, pick):
     model = network()
-    choices = build("greg1", model, groups=groups_, ratios=0.3, pick=pick).choices()
-    for name, choice in choices.items():
+    made = build("greg1", model, groups=groups_, ratios=0.3, pick=pick).choices()
+    for name, choice in made.items():
         weight = model.get_parameter(name).detach()
         axes = {"filter": [1, 2, 3], "channel": [0, 2, 3], "weight": []}[groups_]
         axes = [a for a in axes if a < weight.dim()]
@@ -196,7 +198,7 @@ def test_greg1_chooses_what_one_shot_l1_would(groups_, pick):
         gone, kept = norms[choice], norms[~choice]
         assert len(gone) == choices.count(0.3, norms.numel())
         assert gone.max() <= kept.min() if pick == "min" else gone.min() >= kept.max()
-    assert choices
+    assert made
 
 
 def test_greg1_can_choose_at_random_by_its_own_seed():

@@ -138,7 +138,7 @@ def test_a_step_in_parts_is_the_whole_step(parts, smoothing):
         accumulate=parts,
         label_smoothing=smoothing,
     )
-    step = _Step(model, optim.optimizer(model, settings), None, 0.0, settings, Engine(), 1)
+    step = _Step(model, optim.optimizer(model, settings), None, settings, Engine(), 1)
     step.begin()
     loss = step(images, labels, 10, 0)
     gradients = [p.grad.clone() for p in model.parameters()]
