@@ -36,11 +36,13 @@ def prune(job: chain.Job) -> chain.Product:
     subject = Subject(model, batch, job.data.train.labels[: len(batch)], sparse.choices)
     choice: Decision = plugin.load("pruners", params.pruner).prune(settings, subject)
     asked = ", ".join([params.pruner, *(f"{k} {v}" for k, v in settings)])
+    for line in choice.lines:
+        console.say(f"prune: {line}")
     mask = choice.masks
     masks.refuse_empty(model, mask, asked)
     masks.apply(model, mask)
     notes: dict[str, object] = {"asked": asked}
-    metrics: dict[str, float] = {"removed_outputs": 0.0}
+    metrics: dict[str, float] = {"removed_outputs": 0.0, **choice.notes}
     if params.prune.remove_dead or choice.channels:
         whole = copy.deepcopy(model).double()
         dead = params.prune.remove_dead
@@ -63,7 +65,8 @@ def prune(job: chain.Job) -> chain.Product:
         f"prune: {asked}: {int(metrics['nonzero']):,} of {before:,} parameters left "
         f"({metrics['compression']:.1f}x)"
     )
-    return chain.Product(model, job.header(sparse, **notes), mask, metrics=metrics)
+    header = job.header(sparse, **notes)
+    return chain.Product(model, header, mask, metrics=metrics, texts=choice.files)
 
 
 def _proof_images(shape: list[int]) -> int:

@@ -256,6 +256,38 @@ def _tensor(index: Ints) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(index)).long()
 
 
+def spread(matrix: Tensor, parts: int) -> Tensor:
+    """What a convolution with groups has for each of its pairs, among all pairs.
+
+    (outputs, inputs of each part) -> (outputs, inputs), zeros or False where there is no weight.
+    """
+    blocks = matrix.reshape(parts, -1, matrix.shape[1])
+    whole = blocks.new_zeros(parts, blocks.shape[1], parts, matrix.shape[1])
+    index = torch.arange(parts)
+    whole[index, :, index] = blocks
+    return whole.reshape(len(matrix), -1)
+
+
+def gather(matrix: Tensor, parts: int) -> Tensor:
+    """The reverse of `spread`: (outputs, inputs) -> (outputs, inputs of each part)."""
+    index = torch.arange(parts)
+    blocks = matrix.reshape(parts, len(matrix) // parts, parts, -1)
+    return blocks[index, :, index].reshape(len(matrix), -1)
+
+
+def group_parts(criterion: Tensor, parts: int, groups: int, search: Search) -> Grouping:
+    """The same for a convolution that has groups already: each of its parts is divided further.
+
+    `criterion` is (outputs, inputs of each part). Raises PruningError as `group` does.
+    """
+    if groups % parts:
+        raise PruningError(f"{groups} groups cannot be made of {parts}")
+    high, wide = len(criterion) // parts, criterion.shape[1]
+    found = [group(block, groups // parts, search) for block in criterion.split(high)]
+    out = torch.cat([g.out + k * high for k, g in enumerate(found)])
+    return Grouping(out, torch.cat([g.into + k * wide for k, g in enumerate(found)]))
+
+
 def from_mask(mask: Tensor) -> Grouping | None:
     """The groups of a mask (outputs, inputs, ...), or None if it is not made of groups alone.
 
