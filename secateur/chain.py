@@ -34,6 +34,8 @@ class Product:
     """A row for every epoch of a training, which may have none."""
     tables: dict[str, pd.DataFrame] = field(default_factory=dict)
     """Name -> a further <name>.csv beside the model."""
+    texts: Mapping[str, str] = field(default_factory=dict)
+    """Name -> content of a further file beside the model."""
 
 
 class Job:
@@ -177,6 +179,8 @@ def _write(
         files.write_text(folder / "history.csv", table.to_csv(index=False))
     for name, table in product.tables.items():
         files.write_text(folder / f"{name}.csv", table.to_csv(index=False))
+    for name, text in product.texts.items():
+        files.write_text(folder / name, text)
     model_id = run.close(product.metrics | {"seconds": seconds}, model, sha256)
     about = job.data.about
     record.save(

@@ -4,8 +4,9 @@ Reads   data/<dataset> (a batch for the proof), models/sparse.
 Writes  models/pruned/model.safetensors with its masks, and models/pruned.run.json.
 
 A pruner decides about weights, which are set to zero, or about whole channels, which are taken out.
-Channels that are dead then go too (prune.remove_dead), and the smaller network is proved to compute
-the same as the masked one before anything is written.
+Masks made of groups of channels may become group convolutions (prune.export). Channels that are
+dead then go too (prune.remove_dead), and the smaller network is proved to compute the same as the
+masked one before anything is written.
 """
 
 import copy
@@ -13,7 +14,7 @@ import copy
 import torch
 
 from secateur import chain, console
-from secateur.core import cost, masks, plugin, surgery
+from secateur.core import cost, masks, plugin, regroup, surgery
 from secateur.core.data import sample
 from secateur.core.decision import Decision, Subject
 
@@ -36,15 +37,18 @@ def prune(job: chain.Job) -> chain.Product:
     subject = Subject(model, batch, job.data.train.labels[: len(batch)], sparse.choices)
     choice: Decision = plugin.load("pruners", params.pruner).prune(settings, subject)
     asked = ", ".join([params.pruner, *(f"{k} {v}" for k, v in settings)])
+    for line in choice.lines:
+        console.say(f"prune: {line}")
     mask = choice.masks
     masks.refuse_empty(model, mask, asked)
     masks.apply(model, mask)
     notes: dict[str, object] = {"asked": asked}
-    metrics: dict[str, float] = {"removed_outputs": 0.0}
-    if params.prune.remove_dead or choice.channels:
+    metrics: dict[str, float] = {"removed_outputs": 0.0, **choice.notes}
+    export = params.prune.export
+    if params.prune.remove_dead or choice.channels or export != "none":
         whole = copy.deepcopy(model).double()
         dead = params.prune.remove_dead
-        exact = surgery.compact(whole, choice.channels, mask, batch[:1].double(), dead)
+        exact = surgery.compact(whole, choice.channels, mask, batch[:1].double(), dead, export)
         model = surgery.mask(model, choice.channels, batch)
         double = copy.deepcopy(model).double()
         metrics["difference_float64"] = surgery.verify(double, exact, batch.double(), surgery.EXACT)
@@ -56,6 +60,13 @@ def prune(job: chain.Job) -> chain.Product:
         for name, count in left.items():
             console.say(f"prune: {name}: {count} of {outputs[name]} outputs left")
         model, mask = small.model, small.masks
+        notes["export"] = export
+        if export == "gconv":
+            metrics |= regroup.count(model)
+            console.say(
+                f"prune: {metrics['group_convolutions']:.0f} group convolutions, "
+                f"{metrics['index_layers']:.0f} index layers beside them"
+            )
     metrics["nonzero"] = float(masks.nonzero(model))
     metrics["compression"] = before / metrics["nonzero"]
     notes["reached"] = dict(metrics)
@@ -63,7 +74,8 @@ def prune(job: chain.Job) -> chain.Product:
         f"prune: {asked}: {int(metrics['nonzero']):,} of {before:,} parameters left "
         f"({metrics['compression']:.1f}x)"
     )
-    return chain.Product(model, job.header(sparse, **notes), mask, metrics=metrics)
+    header = job.header(sparse, **notes)
+    return chain.Product(model, header, mask, metrics=metrics, texts=choice.files)
 
 
 def _proof_images(shape: list[int]) -> int:

@@ -150,7 +150,7 @@ def test_only_convolutions_and_linear_layers_are_prunable():
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", sorted({*NAMES} - {"gconv"}))  # it needs wider convolutions
 def test_a_pruner_changes_nothing_and_says_nothing(name, arch, capsys):
     model = two_convs() if name in NORMED else network(arch)
     before, chance = copy.deepcopy(model.state_dict()), torch.get_rng_state()

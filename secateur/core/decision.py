@@ -24,6 +24,10 @@ class Decision:
     """Group of channels, as core.channels names it -> numbers of those that go, int64."""
     notes: Mapping[str, float] = field(default_factory=dict)
     """Figures that say how it came about, for the log; such as a ratio asked and reached."""
+    lines: tuple[str, ...] = ()
+    """What the user should read about it."""
+    files: Mapping[str, str] = field(default_factory=dict)
+    """File name -> text to be written beside the model."""
 
 
 class Subject:

@@ -133,11 +133,16 @@ class Finetune(Train):
     """Start from the pruned weights, or from new ones in the same pruned shape."""
 
 
+Export = Literal["none", "gconv"]
+
+
 class Prune(Strict):
     """What happens around every pruner."""
 
     remove_dead: bool = True
     """Take neurons and filters out that no longer matter, where that is exact."""
+    export: Export = "none"
+    """gconv: masks made of groups of channels become group convolutions; see core/regroup.py."""
 
 
 class Evaluate(Strict):

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from secateur.core.errors import SettingsError
+from secateur.core.layers import IndexedConv2d
 
 
 def resize(
@@ -21,6 +22,7 @@ def resize(
     Values of resized tensors are lost. Raises ValueError if a tensor's number of axes differs,
     or if a parameter of the model is not named.
     """
+    _index(model, layers or {})
     shared: dict[int, torch.Tensor] = {}  # what stood in several places still does
     kept: list[torch.Tensor] = []
     for name, module in model.named_modules():
@@ -62,12 +64,39 @@ def load(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def describe(model: nn.Module) -> dict[str, dict[str, int]]:
-    """What the shapes of a network's tensors do not tell: groups of convolutions, by layer."""
-    return {
-        name: {"groups": module.groups}
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Conv2d) and module.groups > 1
-    }
+    """What the shapes of a network's tensors do not tell, by layer.
+
+    Of convolutions: `groups` if there are several, and the lengths of the indices `before` and
+    `after`, if they have them.
+    """
+    found: dict[str, dict[str, int]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d) and module.groups > 1:
+            found[name] = {"groups": module.groups}
+        if isinstance(module, IndexedConv2d):
+            ends = {"before": module.before, "after": module.after}
+            lengths = {end: len(index) for end, index in ends.items() if index is not None}
+            found[name] = found.get(name, {}) | lengths
+    return found
+
+
+def _index(model: nn.Module, layers: Mapping[str, Mapping[str, int]]) -> None:
+    """Put convolutions with indices where `layers` has them, in place; values come later."""
+    for name, known in layers.items():
+        module = model.get_submodule(name) if "before" in known or "after" in known else None
+        if isinstance(module, nn.Conv2d) and not isinstance(module, IndexedConv2d):
+            indices = [
+                torch.zeros(known[end], dtype=torch.int64, device=module.weight.device)
+                if end in known
+                else None
+                for end in ("before", "after")
+            ]
+            tensors = (
+                module.weight.detach(),
+                None if module.bias is None else module.bias.detach(),
+            )
+            made = IndexedConv2d.of(module, *tensors, module.groups, *indices)
+            model.set_submodule(name, made)
 
 
 def reset(model: nn.Module) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.core import shapes
+from secateur.core import regroup, shapes
 from secateur.core.channels import Network, Selection, follow
 from secateur.core.constants import Constants
 from secateur.core.cutter import Plan
@@ -24,6 +24,7 @@ from secateur.core.errors import PruningError
 from secateur.core.groups import by_channel
 from secateur.core.layers import Take
 from secateur.core.masks import Masks
+from secateur.core.settings import Export
 
 EXACT = 1e-9  # float64, relative to the largest output
 ROUNDING = 1e-4  # float32, relative to the largest output
@@ -86,10 +87,22 @@ def remove_dead(model: nn.Module, masks: Masks, example: Tensor) -> Compact:
 
 
 def compact(
-    model: nn.Module, selection: Selection, masks: Masks, example: Tensor, dead: bool
+    model: nn.Module,
+    selection: Selection,
+    masks: Masks,
+    example: Tensor,
+    dead: bool,
+    export: Export = "none",
 ) -> Compact:
-    """The network without the selected channels, and with `dead` without the dead ones too."""
+    """The network without the selected channels, and with `dead` without the dead ones too.
+
+    In between its masks become what `export` says; see core/regroup.py.
+    """
     first = remove(model, selection, example, masks)
+    if export == "gconv":
+        grouped = regroup.export(first.model, first.masks, example)
+        order = {n: first.kept[n][i] if n in first.kept else i for n, i in grouped.kept.items()}
+        first = Compact(grouped.model, grouped.masks, first.kept | order)
     if not dead:
         return first
     second = remove_dead(first.model, first.masks, example)

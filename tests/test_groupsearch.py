@@ -1,0 +1,162 @@
+"""The number of groups of every layer: by hand, against all choices, and within the budget."""
+
+import itertools
+import time
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
+
+from secateur.core import groupsearch, permute, plugin
+from secateur.core.errors import PruningError
+from secateur.core.groupsearch import Budget, Candidate, Table
+from secateur.core.masks import layers
+
+
+def table(params=0, macs=0, **shares):
+    """Layers of 1,000 weights, 10 MACs each, with these shares for 1, 2, 4 ... groups."""
+    return Table(
+        {
+            name: [Candidate(2**k, s, 1000 // 2**k, 10_000 // 2**k) for k, s in enumerate(values)]
+            for name, values in shares.items()
+        },
+        params,
+        macs,
+    )
+
+
+def brute_force(problem, budget):
+    """The largest objective of all choices that meet the budget, or None."""
+    states = [
+        problem.state(dict(zip(problem.layers, choice, strict=True)))
+        for choice in itertools.product(*problem.layers.values())
+    ]
+    return max((s.share for s in states if not budget.excess(s)), default=None)
+
+
+def test_candidates_divide_both_sides():
+    assert groupsearch.candidates(16, 24) == [1, 2, 4, 8]
+    assert groupsearch.candidates(3, 16) == [1]
+    assert groupsearch.candidates(16, 24, least=4) == [1, 2, 4]
+    assert groupsearch.candidates(16, 24, most=3) == [1, 2]
+    assert groupsearch.candidates(8, 8) == [1, 2, 4]
+    assert groupsearch.candidates(8, 8, depthwise=True) == [1, 2, 4, 8]
+    assert groupsearch.candidates(16, 8) == [1, 2, 4, 8]  # one input for two outputs
+
+
+def test_local_search_by_hand():
+    problem = table(a=(1.0, 0.6, 0.3), b=(1.0, 0.7, 0.5))
+    # From 250 + 250: a gains 0.3 (500), then 0.4 (1000); then b 0.2 (500): 1500; then 1.0: 2000.
+    for most, groups in {
+        500: {"a": 4, "b": 4}, 749: {"a": 4, "b": 4}, 750: {"a": 2, "b": 4},
+        1249: {"a": 2, "b": 4}, 1250: {"a": 1, "b": 4}, 1500: {"a": 1, "b": 2},
+        2000: {"a": 1, "b": 1},
+    }.items():  # fmt: skip
+        assert groupsearch.max_cost(problem, Budget(most)).groups == groups, most
+
+
+def test_knapsack_by_hand():
+    problem = table(a=(1.0, 0.6, 0.3), b=(1.0, 0.7, 0.5))
+    # 1000: both at 2 groups keep 1.3; a at 1 and b at 4 would be 1250.
+    state = groupsearch.knapsack(problem, Budget(1000))
+    assert state.groups == {"a": 2, "b": 2}
+    assert (state.share, state.params) == (pytest.approx(0.65), 1000)
+
+
+def test_what_is_not_grouped_counts_too():
+    problem = table(params=70, macs=7, a=(1.0, 0.6))
+    assert groupsearch.knapsack(problem, Budget(1069)).groups == {"a": 2}
+    assert groupsearch.knapsack(problem, Budget(1070)).groups == {"a": 1}
+    assert groupsearch.max_cost(problem, Budget(macs=10_006)).groups == {"a": 2}
+    assert groupsearch.max_cost(problem, Budget(macs=10_007)).groups == {"a": 1}
+
+
+@pytest.mark.parametrize("strategy", ["knapsack", "max_cost"])
+def test_a_budget_that_cannot_be_met_says_by_how_much(strategy):
+    problem = table(params=70, a=(1.0, 0.6), b=(1.0,))
+    with pytest.raises(PruningError, match=r"max_params = 1,500 is exceeded by 70 \(the least is"):
+        groupsearch.search(problem, Budget(1500), strategy)
+    both = r"exceeded by 1 .* and max_macs = 1 is exceeded by 14,999"
+    with pytest.raises(PruningError, match=both):
+        groupsearch.search(problem, Budget(1569, 1), strategy)
+
+
+def test_uniform_takes_the_fewest_groups_that_fit():
+    problem = table(a=(1.0, 0.6, 0.3), b=(1.0, 0.7))
+    assert groupsearch.uniform(problem, Budget(2000)).groups == {"a": 1, "b": 1}
+    assert groupsearch.uniform(problem, Budget(1999)).groups == {"a": 2, "b": 2}
+    assert groupsearch.uniform(problem, Budget(999)) is None  # 4 groups leave b dense
+
+
+@st.composite
+def problems(draw):
+    """A few layers with candidates that keep less and cost less, and a budget."""
+    rows = {}
+    for k in range(draw(st.integers(1, 4))):
+        size = draw(st.sampled_from([64, 96, 144, 1024])) * draw(st.sampled_from([1, 9]))
+        positions = draw(st.sampled_from([1, 49, 64, 1024]))
+        groups = [g for g in (1, 2, 4, 8, 16) if size % g == 0][: draw(st.integers(1, 5))]
+        shares = sorted(draw(st.lists(st.floats(0, 1), min_size=5, max_size=5)), reverse=True)
+        rows[f"layer{k}"] = [
+            Candidate(g, s, size // g, size // g * positions)
+            for g, s in zip(groups, shares, strict=False)
+        ]
+    problem = Table(rows, draw(st.integers(0, 500)), draw(st.integers(0, 500)))
+    dense = problem.state({n: o[0] for n, o in rows.items()})
+    kinds = draw(st.sampled_from(["params", "macs", "both"]))
+    share = draw(st.floats(0.05, 1.1))
+    params = int(dense.params * share) if kinds != "macs" else None
+    macs = int(dense.macs * draw(st.floats(0.05, 1.1))) if kinds != "params" else None
+    return problem, Budget(params, macs)
+
+
+@examples(max_examples=150, deadline=None)
+@given(problems())
+def test_never_over_the_budget_and_knapsack_is_the_best_there_is(given):
+    problem, budget = given
+    most = brute_force(problem, budget)
+    if most is None:
+        for strategy in ("knapsack", "max_cost"):
+            with pytest.raises(PruningError, match="the budget cannot be met"):
+                groupsearch.search(problem, budget, strategy)
+        return
+    exact = groupsearch.knapsack(problem, budget)
+    local = groupsearch.max_cost(problem, budget)
+    even = groupsearch.uniform(problem, budget)
+    for state in (exact, local, even):
+        assert state is None or not budget.excess(state)
+    assert exact.share == pytest.approx(most, abs=1e-6)
+    assert exact.share >= local.share - 1e-6
+
+
+def of_network(model, least=1):
+    """The table of a network's convolutions by magnitude, MACs left out."""
+    rows = {}
+    for name, layer in layers(model).items():
+        if isinstance(layer, torch.nn.Linear):
+            continue
+        criterion = permute.magnitude(layer.weight)
+        whole, size = float(criterion.sum()), layer.weight.numel()
+        rows[name] = [
+            Candidate(g, permute.group(criterion, g, permute.Search()).kept(criterion) / whole,
+                      size // g, size // g)
+            for g in groupsearch.candidates(*layer.weight.shape[:2], least=least, most=64)
+        ]  # fmt: skip
+    rest = sum(p.numel() for p in model.parameters()) - sum(o[0].params for o in rows.values())
+    return Table(rows, rest)
+
+
+def test_preresnet164_in_seconds():
+    module = plugin.load("archs", "preresnet")
+    torch.manual_seed(0)
+    model = module.build(module.Settings(), 100, (3, 32, 32))
+    start = time.perf_counter()
+    problem = of_network(model, least=8)
+    budget = Budget(1_440_000)
+    local, exact = groupsearch.max_cost(problem, budget), groupsearch.knapsack(problem, budget)
+    assert time.perf_counter() - start < 30
+    assert exact.share >= local.share
+    # the gap to the budget of the exact search is smaller than any step could use
+    assert 1_440_000 - 5_000 < exact.params <= 1_440_000 and local.params <= 1_440_000

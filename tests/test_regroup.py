@@ -1,0 +1,371 @@
+"""Export to group convolutions: what the masked network computes, with as few indices as can be."""
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+from secateur.core import (
+    channels,
+    checkpoint,
+    cost,
+    masks,
+    permute,
+    plugin,
+    regroup,
+    shapes,
+    surgery,
+)
+from secateur.core.checkpoint import Header
+from secateur.core.data import Split
+from secateur.core.decision import Decision, Subject
+from secateur.core.errors import PruningError
+from secateur.core.layers import IndexedConv2d
+from secateur.pruners import gconv
+from stages import prune as stage
+
+ROOT = Path(__file__).resolve().parents[1]
+
+ZOO = {
+    "preresnet": {"arch": "preresnet", "depth": 20},
+    "preresnet-basic": {"arch": "preresnet", "depth": 14, "block": "basic"},
+    "resnet-a": {"arch": "resnet_cifar", "depth": 20, "groups": 2},  # stream padded with zeros
+    "resnet-b": {"arch": "resnet_cifar", "depth": 14, "shortcut": "B"},
+    "resnet-slim": {"arch": "resnet_slim", "depth": 18, "side": 32},
+    "resnext": {"arch": "resnext", "depth": 11, "cardinality": 8, "base_width": 16, "groups": 16},
+    "wide-resnet": {"arch": "wide_resnet", "depth": 10, "widen": 2},
+    "densenet": {"arch": "densenet", "depth": 13},
+    "densenet-bc": {"arch": "densenet", "depth": 16, "bottleneck": True, "compression": 0.5},
+    "condensenet": {"arch": "condensenet", "stages": [2, 2, 2]},
+    "vgg": {"arch": "vgg", "depth": 11, "side": 32},
+    "vgg-plain": {"arch": "vgg", "depth": 11, "side": 32, "batch_norm": False},
+    "alexnet": {"arch": "alexnet_cifar", "side": 32, "groups": 2},
+    "resnet18": {"arch": "torchvision", "name": "resnet18", "side": 64},
+    "mobilenet": {"arch": "torchvision", "name": "mobilenet_v2", "side": 32},
+    "shufflenet": {"arch": "torchvision", "name": "shufflenet_v2_x1_0", "side": 64, "groups": 2},
+}
+
+
+def build(arch, side=16, groups=4, **chosen):
+    torch.manual_seed(0)
+    module = plugin.load("archs", arch)
+    model = module.build(module.Settings(**chosen), 10, (3, side, side)).eval()
+    for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+        nn.init.uniform_(norm.running_mean, -1, 1)
+        nn.init.uniform_(norm.running_var, 0.5, 2)
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+        nn.init.uniform_(norm.bias, -1, 1)
+    return model, torch.randn(4, 3, side, side), groups
+
+
+def pruned(model, images, **chosen):
+    """The masked network and its masks."""
+    decision = gconv.prune(gconv.Settings(**chosen), Subject(model, images))
+    masked = copy.deepcopy(model)
+    masks.apply(masked, decision.masks)
+    return masked, decision.masks
+
+
+def small(groups=4, **chosen):
+    model, images, _ = build(**ZOO["preresnet"])
+    masked, found = pruned(model, images, groups=groups, **chosen)
+    return model, masked, found, images
+
+
+def difference(one, other, images):
+    with torch.no_grad():
+        before, after = one(images), other(images)
+    return float((before - after).abs().max() / before.abs().max())
+
+
+def indexes(model):
+    return int(regroup.count(model)["index_layers"])
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_the_zoo_computes_what_it_computed_with_masks(name):
+    model, images, groups = build(**ZOO[name])
+    masked, found = pruned(model, images, groups=groups)
+    plain = regroup.export(masked, found, images[:1], fold=False)
+    folded = regroup.export(masked, found, images[:1])
+    assert plain.groups == folded.groups and not plain.left
+    assert {f"{layer}.weight" for layer in folded.groups} == set(found)
+    assert not folded.masks
+    for layer, count in folded.groups.items():
+        conv, dense = folded.model.get_submodule(layer), masked.get_submodule(layer)
+        assert conv.groups == count
+        assert conv.weight.numel() == int(found[f"{layer}.weight"].sum())
+        assert (conv.in_channels, conv.out_channels) == (dense.in_channels, dense.out_channels)
+    assert indexes(plain.model) == 2 * len(plain.groups)
+    assert indexes(folded.model) < indexes(plain.model)
+    for exported in (plain.model, folded.model):
+        assert difference(masked, exported, images) < 1e-5
+    wide = copy.deepcopy(masked).double()
+    exact = regroup.export(wide, found, images[:1].double())
+    assert difference(wide, exact.model, images.double()) < 1e-12
+
+
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_one_layer_is_exact(mode, bias):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(12, 18, 3, stride=2, padding=2, dilation=2, bias=bias, padding_mode=mode)
+    with torch.no_grad():  # whole numbers: sums are exact in whatever order
+        for parameter in conv.parameters():
+            parameter.copy_(torch.randint(-9, 9, parameter.shape))
+    images = torch.randint(-9, 9, (2, 12, 11, 13)).float()
+    masked, found = pruned(nn.Sequential(conv), images, groups=3)
+    for fold in (True, False):
+        exported = regroup.export(masked, found, images, fold).model
+        assert exported[0].weight.shape == (18, 4, 3, 3)
+        assert torch.equal(exported(images), masked(images))
+        assert not torch.equal(masked(images), conv(images))
+
+
+def test_numbers_of_groups_by_hand():
+    # Outputs 0 and 2 read inputs 0 and 3; outputs 1 and 3 read 1 and 2.
+    conv = nn.Conv2d(4, 4, 1, bias=False)
+    with torch.no_grad():
+        conv.weight.copy_(torch.arange(1.0, 17).reshape(4, 4, 1, 1))
+    mask = torch.tensor([[1, 0, 0, 1], [0, 1, 1, 0], [1, 0, 0, 1], [0, 1, 1, 0]]).bool()
+    found = {"0.weight": mask[:, :, None, None]}
+    masked = nn.Sequential(conv)
+    masks.apply(masked, found)
+    made = regroup.export(masked, found, torch.zeros(1, 4, 2, 2)).model[0]
+    assert made.before.tolist() == [0, 3, 1, 2]
+    assert made.after.tolist() == [0, 2, 1, 3]
+    assert made.weight.flatten(1).tolist() == [[1, 4], [9, 12], [6, 7], [14, 15]]
+
+
+def test_a_chain_needs_one_index_between_two_layers():
+    layers = [nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3), nn.Conv2d(16, 16, 3)]
+    torch.manual_seed(0)
+    model, images = nn.Sequential(*layers, nn.Conv2d(16, 5, 1)).eval(), torch.randn(2, 3, 12, 12)
+    masked, found = pruned(model, images, groups=4)
+    exported = regroup.export(masked, found, images).model
+    # 0 and 3 are dense and take any order, so that only what 1 hands to 2 needs an index.
+    assert set(regroup.export(masked, found, images).groups) == {"1", "2"}
+    assert indexes(exported) == 1
+    assert difference(masked, exported, images) < 1e-5
+
+
+def test_neighbours_need_no_index_in_a_chain():
+    model, images, _ = build(**ZOO["vgg"])
+    masked, found = pruned(model, images, groups=4, permutation="same")
+    exported = regroup.export(masked, found, images[:1])
+    assert indexes(exported.model) == 0
+    assert not any(isinstance(m, IndexedConv2d) for m in exported.model.modules())
+    assert difference(masked, exported.model, images) < 1e-5
+
+
+def test_masks_and_norms_move_with_the_channels():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.PReLU(8), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 1)
+    ).eval()
+    nn.init.uniform_(model[1].running_mean)
+    nn.init.uniform_(model[2].weight)
+    images = torch.randn(2, 3, 9, 9)
+    found = gconv.prune(gconv.Settings(groups=2), Subject(model, images)).masks
+    found = {"3.weight": found["3.weight"], "0.weight": torch.rand(8, 3, 3, 3) < 0.7}
+    found |= {"3.bias": torch.arange(8) % 3 > 0}
+    masks.apply(model, found)
+    exported = regroup.export(model, found, images)
+    assert exported.left == ("0",) and exported.groups == {"3": 2}
+    assert set(exported.masks) == {"0.weight", "3.bias"}
+    for name, mask in exported.masks.items():
+        parameter = exported.model.get_parameter(name)
+        assert torch.equal(parameter != 0, mask) and not bool(mask.all())
+    assert difference(model, exported.model, images) < 1e-5
+    order = exported.kept["0"]
+    assert torch.equal(exported.model[0].weight, model[0].weight[order])
+    assert torch.equal(exported.model[1].running_mean, model[1].running_mean[order])
+
+
+def test_groups_that_were_there_and_were_exported_are_exported_again():
+    model, images, _ = build(**ZOO["condensenet"])
+    masked, found = pruned(model, images, groups=2)
+    first = regroup.export(masked, found, images[:1]).model
+    again, more = pruned(first, images, groups=4)
+    second = regroup.export(again, more, images[:1]).model
+    assert difference(again, second, images) < 1e-5
+    dense = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.in_channels > 3]
+    grouped = [m for m in second.modules() if isinstance(m, nn.Conv2d) and m.groups == 4]
+    assert sum(m.weight.numel() for m in grouped) * 4 == sum(m.weight.numel() for m in dense)
+
+
+def test_a_step_of_training_is_the_same_step():
+    _, masked, found, images = small()
+    masked, images = masked.double(), images.double()
+    exported = regroup.export(masked, found, images[:1]).model
+    for model, held in ((masked, found), (exported, {})):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
+        masks.hold(model, held, optimizer)
+        for _ in range(3):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(images), torch.arange(4)).backward()
+            optimizer.step()
+    assert difference(masked, exported, images) < 1e-9
+    assert masks.nonzero(masked) == cost.parameters(exported)
+
+
+def test_new_weights_in_the_found_groups():
+    _, masked, found, images = small()
+    exported = regroup.export(masked, found, images[:1]).model
+    before = {name: t.clone() for name, t in exported.state_dict().items()}
+    torch.manual_seed(5)
+    shapes.reset(exported)
+    after = exported.state_dict()
+    assert all(
+        torch.equal(after[n], t) for n, t in before.items() if n.endswith(("before", "after"))
+    )
+    conv = exported.get_submodule("layer3.0.conv2")
+    assert not torch.equal(conv.weight, before["layer3.0.conv2.weight"])
+    # as torch draws a group convolution: for all outputs, whatever reads them
+    assert float(conv.weight.detach().std()) == pytest.approx((2 / (64 * 9)) ** 0.5, rel=0.05)
+
+
+# ---- surgery and files -------------------------------------------------------------------------
+
+
+def test_dead_channels_go_from_an_exported_network():
+    model, images, _ = build(**ZOO["resnet-b"])
+    dead = "layer1.0.conv1"
+    masked, found = pruned(model, images, groups=2)
+    grouping = permute.from_mask(found["layer1.0.conv2.weight"])
+    gone = grouping.into[:, 0]  # one input of each group of the reader
+    with torch.no_grad():
+        masked.get_parameter(f"{dead}.weight")[gone] = 0
+        for part in ("weight", "bias"):
+            masked.get_parameter(f"layer1.0.bn1.{part}")[gone] = 0
+    whole = masked.double()
+    compact = surgery.compact(whole, {}, found, images[:1].double(), True, "gconv")
+    assert surgery.verify(whole, compact, images.double(), surgery.EXACT) < 1e-9
+    smaller = compact.model.get_submodule(dead)
+    assert smaller.weight.shape[0] in (14, 16)  # they can go if each of its own groups loses one
+    assert compact.model.get_submodule("layer1.0.conv2").groups == 2
+
+
+@pytest.mark.parametrize("name", ["preresnet", "condensenet", "resnet-a"])
+def test_channels_can_be_followed_and_taken_out_of_an_exported_network(name):
+    model, images, _ = build(**ZOO[name])
+    masked, found = pruned(model, images, groups=2)
+    exported = regroup.export(masked.double(), found, images[:1].double()).model
+    network = channels.follow(exported, images)
+    wanted = {g.name: torch.arange(0, g.size, 3) for g in network.groups if g.locked is None}
+    selection = network.allowed(wanted)
+    small = surgery.remove(exported, selection, images[:1].double(), {}, network)
+    expected = surgery.mask(exported, selection, images, network)
+    assert surgery.verify(expected, small, images.double(), surgery.EXACT) < 1e-9
+
+
+def header(arch, **settings):
+    return Header(arch, settings, list("0123456789"), [3, 16, 16], [0.0], [1.0], "s", "prune")
+
+
+WITHOUT = """
+import sys
+for name in ("core.regroup", "core.permute", "core.surgery", "core.channels", "pruners"):
+    sys.modules[f"secateur.{name}"] = None  # importing it is an error
+from pathlib import Path
+import safetensors.torch
+from secateur.core import checkpoint
+images = safetensors.torch.load_file("images.safetensors")["images"]
+logits = checkpoint.load(Path("model.safetensors")).model().eval()(images)
+safetensors.torch.save_file({"logits": logits.detach()}, "logits.safetensors")
+"""
+
+
+def test_the_file_holds_groups_and_permutation_and_needs_no_code_that_pruned(tmp_path):
+    _, masked, found, images = small()
+    exported = regroup.export(masked, found, images[:1]).model
+    made = header("preresnet", depth=20)
+    checkpoint.save(tmp_path / "model.safetensors", made, exported, {})
+    safetensors.torch.save_file({"images": images}, tmp_path / "images.safetensors")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", WITHOUT]
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True)
+    logits = safetensors.torch.load_file(tmp_path / "logits.safetensors")["logits"]
+    assert torch.equal(logits, exported(images))
+    loaded = checkpoint.load(tmp_path / "model.safetensors")
+    assert loaded.header.layers["layer1.1.conv1"]["groups"] == 4
+    again = loaded.model()
+    assert indexes(again) == indexes(exported) > 0
+    assert shapes.describe(again) == shapes.describe(exported)
+    one, other = tmp_path / "model.safetensors", tmp_path / "again.safetensors"
+    checkpoint.save(other, made, again, {})
+    assert one.read_bytes() == other.read_bytes()
+
+
+def run_stage(model, images, decide, monkeypatch, **settings):
+    class Params:
+        pruner = "own"
+        prune = SimpleNamespace(**settings)
+
+        def chosen(self, kind):
+            return {"amount": 1}.items()
+
+    about = SimpleNamespace(mean=[0.0] * 3, std=[1.0] * 3, shape=(3, 16, 16))
+    pixels = (images.abs() * 50).clamp(max=255).to(torch.uint8).permute(0, 2, 3, 1)
+    train = Split.of(pixels.contiguous(), torch.zeros(len(images), dtype=torch.int64))
+    job = SimpleNamespace(
+        params=Params(),
+        upstream={"sparse-train": SimpleNamespace(model=lambda: copy.deepcopy(model), choices={})},
+        data=SimpleNamespace(about=about, train=train),
+        header=lambda parent, **notes: notes,
+    )
+    monkeypatch.setattr(stage.plugin, "load", lambda *_: SimpleNamespace(prune=decide))
+    return stage.prune(job)
+
+
+@pytest.mark.parametrize("dead", [True, False])
+def test_the_stage_exports_and_proves(dead, monkeypatch, capsys):
+    model, images, _ = build(**ZOO["preresnet"])
+
+    def decide(_, subject):
+        return gconv.prune(gconv.Settings(groups=4), subject)
+
+    kept = run_stage(model, images, decide, monkeypatch, remove_dead=dead, export="none")
+    made = run_stage(model, images, decide, monkeypatch, remove_dead=dead, export="gconv")
+    assert made.metrics["difference_float64"] < 1e-9
+    assert made.metrics["difference_float32"] < surgery.ROUNDING
+    assert made.metrics["group_convolutions"] == made.metrics["grouped_layers"] == 21
+    assert not made.masks and set(kept.masks)
+    assert cost.parameters(made.model) == masks.nonzero(kept.model) == masks.nonzero(made.model)
+    assert set(made.texts) == {"groups.json", "groups.csv"}
+    assert "left dense: conv1" in capsys.readouterr().out
+
+
+def test_a_wrong_export_is_noticed(monkeypatch):
+    model, images, _ = build(**ZOO["preresnet"])
+    convert = regroup._convert
+
+    def wrong(network, held, name, *rest):
+        convert(network, held, name, *rest)
+        if name == "layer2.1.conv2":
+            made = network.get_submodule(name)
+            made.weight.data = made.weight.data.roll(1, 0)
+
+    monkeypatch.setattr(regroup, "_convert", wrong)
+    with pytest.raises(PruningError, match=r"layer layer2\.1\.conv2 differs by"):
+        run_stage(
+            model, images, lambda _, s: gconv.prune(gconv.Settings(groups=4), s), monkeypatch,
+            remove_dead=False, export="gconv",
+        )  # fmt: skip
+
+
+def test_nothing_to_export_is_an_error(monkeypatch):
+    model, images, _ = build(**ZOO["preresnet"])
+    scattered = {"conv1.weight": torch.rand(16, 3, 3, 3) < 0.5}
+    with pytest.raises(PruningError, match=r"prune\.export = gconv: no convolution's mask is made"):
+        run_stage(
+            model, images, lambda *_: Decision(scattered), monkeypatch,
+            remove_dead=True, export="gconv",
+        )  # fmt: skip
