@@ -69,10 +69,10 @@ def test_a_growing_penalty_fits_into_the_epochs_that_a_recipe_gives_it(name):
 
 def test_overrides_are_what_dvc_takes():
     made = recipe.Recipe("x", "", {"a": {"b": 0.5, "c": True, "d": [0, "1.0"]}, "e": "std",
-                                   "f": "0-15: 0.7, 3: 0"})  # fmt: skip
+                                   "f": "0-15: 0.7, 3: 0", "g": None})  # fmt: skip
     assert made.overrides == [
         "-S", "a.b=0.5", "-S", "a.c=true", "-S", 'a.d=[0, "1.0"]', "-S", "e=std",
-        "-S", 'f="0-15: 0.7, 3: 0"',
+        "-S", 'f="0-15: 0.7, 3: 0"', "-S", "g=null",
     ]  # fmt: skip
 
 
