@@ -313,7 +313,7 @@ def test_depthwise_convolutions_follow_the_layer_before_them(pruner):
     layers = [expand, norm([0.1 * k for k in range(1, 9)]), nn.ReLU(), depthwise]
     layers += [norm([0.1] * 8), nn.ReLU(), nn.Conv2d(8, 5, 1), nn.Flatten(), nn.Linear(180, 3)]
     model = nn.Sequential(*layers).eval()
-    chosen = {"ratios": {"0": 0.5}} if pruner == "magnitude" else {"ratio": 0.75}
+    chosen = {"ratios": {"0": 0.5}} if pruner == "magnitude" else {"ratio": 0.7}
     found = prune(pruner, model, **chosen)  # 16 scales, the twelfth is 0.4
     assert not found.masks
     left = 4 if pruner == "magnitude" else 5
