@@ -19,6 +19,7 @@ from secateur.core.errors import SettingsError
 NAMES = plugin.names("penalties")
 FORMULAS = [name for name in NAMES if hasattr(plugin.load("penalties", name), "gradient")]
 COURSES = ["greg1", "greg2"]  # these have tests of their own
+SCALES = ["network_slimming"]  # covers scales of batch normalisations, not weights
 SCALE_FREE = [name for name in FORMULAS if "hoyer" in name]
 SHAPES = [(5,), (4, 3), (3, 2, 3, 2)]
 MATRIX = [[3.0, 0.0], [4.0, 0.0]]  # channel norms 5, 0; filter norms 3, 4; l2 norm 5
@@ -132,7 +133,8 @@ def test_the_closed_gradient_is_that_of_autograd_and_of_finite_differences(name,
 @pytest.mark.parametrize("name", NAMES)
 def test_backward_through_a_whole_network_passes_gradcheck(name):
     torch.manual_seed(3)
-    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(3, 4)).double()
+    layers = nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(3, 4)
+    model = nn.Sequential(*layers).double()
     weights = tuple(model.parameters())
     for chosen in variants(name):
         penalty = plugin.load("penalties", name).build(chosen, model, 0.3)
@@ -206,7 +208,7 @@ def test_tiny_and_large_weights_give_sound_values_and_finite_gradients(name, sha
             assert 0 <= float(value) <= float(module.value(w)) * 1.001, scale
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("none", *COURSES)])
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("none", *COURSES, *SCALES)])
 def test_biases_are_covered_only_on_request(name):
     torch.manual_seed(7)
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(2, 3))
@@ -232,7 +234,7 @@ def test_the_penalty_sums_one_value_by_tensor(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_building_and_calling_a_penalty_leaves_the_model_alone(name):
     torch.manual_seed(9)
-    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(2, 3))
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(2, 3))
     before = [p.detach().clone() for p in model.parameters()]
     for chosen in variants(name):
         penalty = plugin.load("penalties", name).build(chosen, model, 0.3)
@@ -243,7 +245,7 @@ def test_building_and_calling_a_penalty_leaves_the_model_alone(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_without_strength_there_is_no_penalty_but_the_growing_ones_need_some(name):
-    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(2, 3))
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(2, 3))
     chosen = plugin.load("penalties", name).Settings()
     if name in COURSES:
         with pytest.raises(SettingsError, match=rf"decay = 0: penalties.{name} .* greater than 0"):

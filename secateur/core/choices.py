@@ -50,8 +50,7 @@ def choose(score: Tensor, number: int, pick: Pick = "min", seed: int = 0) -> Ten
     """The choice of `number` groups by their scores; of equal ones the first go."""
     flat = score.flatten()
     if pick == "random":
-        chance = torch.Generator().manual_seed(seed)
-        order = torch.randperm(flat.numel(), generator=chance).to(flat.device)
+        order = _permutation(flat.numel(), seed).to(flat.device)
     else:
         order = flat.sort(stable=True, descending=pick == "max").indices
     gone = torch.zeros_like(flat, dtype=torch.bool)
@@ -66,9 +65,68 @@ def smallest(score: Tensor, number: int) -> Tensor:
     return score <= score.flatten().kthvalue(number).values
 
 
+def ranks(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Place of every group among those of all layers by score; of equal ones the first is lower.
+
+    A choice of so many groups over all layers is `rank < number`; it may take whole layers.
+    """
+    order = torch.cat([score.flatten() for score in scores.values()]).sort(stable=True).indices
+    places = torch.empty_like(order)
+    places[order] = torch.arange(len(order), device=order.device)
+    return _split(places, scores)
+
+
+def shuffled(scores: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
+    """Ranks at random over all layers; the lowest are what `choose` picks of them at random."""
+    count = sum(score.numel() for score in scores.values())
+    ranks = torch.empty(count, dtype=torch.int64)
+    ranks[_permutation(count, seed)] = torch.arange(count)
+    return _split(ranks, scores)
+
+
+def _permutation(count: int, seed: int) -> Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+
+
+def _split(flat: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Parts of a flat tensor in the given shapes."""
+    parts = flat.split([tensor.numel() for tensor in like.values()])
+    return {name: part.view(like[name].shape) for name, part in zip(like, parts, strict=True)}
+
+
+def spare(gone: Tensor, score: Tensor, least: int = 1, multiple: int = 1) -> Tensor:
+    """The choice without its best groups, so that at least `least` of the layer's stay.
+
+    As many more stay as make their number a multiple; all of them if there are fewer. Of equal
+    scores the last are spared.
+    """
+    flat = gone.flatten()
+    left = flat.numel() - int(flat.sum())
+    wanted = -(-max(left, least) // multiple) * multiple
+    if wanted == left:
+        return gone
+    chosen = flat.nonzero().flatten()
+    order = chosen[score.flatten()[chosen].argsort(stable=True)]
+    flat = flat.clone()
+    flat[order[max(0, len(order) - (wanted - left)) :]] = False
+    return flat.view(gone.shape)
+
+
 def masks(model: nn.Module, choices: Mapping[str, Tensor]) -> Masks:
     """What stays of each weight; with a whole output its bias goes too."""
+    refuse_strange(model, choices)
     found: Masks = {}
+    for name, gone in choices.items():
+        weight = model.get_parameter(name)
+        found[name] = (~gone).expand(weight.shape).contiguous()
+        layer = model.get_submodule(name.removesuffix(".weight"))
+        if gone.shape[1:].numel() == 1 < weight.shape[1:].numel() and layer.bias is not None:
+            found[f"{name.removesuffix('weight')}bias"] = ~gone.flatten()
+    return found
+
+
+def refuse_strange(model: nn.Module, choices: Mapping[str, Tensor]) -> None:
+    """Raise PruningError if a choice does not fit its weight."""
     for name, gone in choices.items():
         weight = model.get_parameter(name)
         if not fits(gone, weight):
@@ -76,11 +134,6 @@ def masks(model: nn.Module, choices: Mapping[str, Tensor]) -> Masks:
                 f"the choice for {name} has shape {tuple(gone.shape)}, the weight "
                 f"{tuple(weight.shape)}: it is not about this network"
             )
-        found[name] = (~gone).expand(weight.shape).contiguous()
-        layer = model.get_submodule(name.removesuffix(".weight"))
-        if gone.shape[1:].numel() == 1 < weight.shape[1:].numel() and layer.bias is not None:
-            found[f"{name.removesuffix('weight')}bias"] = ~gone.flatten()
-    return found
 
 
 def fits(choice: Tensor, weight: Tensor) -> bool:

@@ -39,10 +39,20 @@ class LayerCost:
 @torch.no_grad()
 def layer_costs(model: nn.Module, example: Tensor) -> list[LayerCost]:
     """All convolutions and linear layers in order; `example` is a batch of one image."""
-    positions: dict[str, int] = {}
+    found = positions(model, example)
+    return [_layer_cost(name, layer, found[name]) for name, layer in layers(model).items()]
+
+
+@torch.no_grad()
+def positions(model: nn.Module, example: Tensor) -> dict[str, int]:
+    """How often each convolution and linear layer multiplies its weights for one image.
+
+    `example` is a batch of one image; the model is left in eval mode.
+    """
+    found: dict[str, int] = {}
     hooks = [
         layer.register_forward_hook(
-            lambda _m, _i, out, n=name: positions.update({n: out[0].numel() // out.shape[1]})
+            lambda _m, _i, out, n=name: found.update({n: out[0].numel() // out.shape[1]})
         )
         for name, layer in layers(model).items()
     ]
@@ -51,7 +61,7 @@ def layer_costs(model: nn.Module, example: Tensor) -> list[LayerCost]:
     finally:
         for hook in hooks:
             hook.remove()
-    return [_layer_cost(name, layer, positions[name]) for name, layer in layers(model).items()]
+    return found
 
 
 def _layer_cost(name: str, layer: nn.Conv2d | nn.Linear, positions: int) -> LayerCost:

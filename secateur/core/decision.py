@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.core.channels import Network, follow
-from secateur.core.choices import Choices
+from secateur.core.choices import Choices, Groups, refuse_strange
 from secateur.core.choices import masks as as_masks
 from secateur.core.errors import PruningError
 from secateur.core.masks import Masks
@@ -58,15 +58,17 @@ def of_choices(subject: Subject, choices: Choices) -> Decision:
     A channel goes whole if it is not locked and every layer that makes it, or every entry of every
     layer that reads it, has been chosen. Choices of single weights are masks.
     """
-    masks = as_masks(subject.model, choices)
+    refuse_strange(subject.model, choices)
     by_layer = {name.removesuffix(".weight"): choice for name, choice in choices.items()}
     by_layer = {name: choice for name, choice in by_layer.items() if _side(choice)}
     if not by_layer:
-        return Decision(masks)
+        return Decision(as_masks(subject.model, choices))
     network = subject.network
     count = len(network.roots)
     left = {"out": torch.zeros(count), "into": torch.zeros(count)}  # entries that were not chosen
     for name, layer in network.layers.items():
+        if layer.depthwise():  # it has no say: its outputs are its inputs' channels
+            continue
         for side in left:
             atoms = getattr(layer, side)
             stays = torch.ones(len(atoms), dtype=torch.bool)
@@ -85,12 +87,43 @@ def of_choices(subject: Subject, choices: Choices) -> Decision:
         whole.append(roots[free[roots] & (left[side][roots] == 0)])
     selection = network.allowed(network.selection(torch.cat(whole).unique()))
     gone = network.gone(selection)
+    rest = dict(choices)
     for name, choice in by_layer.items():
         atoms = getattr(network.layers[name], _side(choice))
         if bool(torch.isin(network.roots[atoms[choice.flatten().cpu()]], gone).all()):
-            masks.pop(f"{name}.weight")
-            masks.pop(f"{name}.bias", None)
-    return Decision(masks, selection)
+            del rest[f"{name}.weight"]
+    return Decision(as_masks(subject.model, rest), selection)
+
+
+def refusals(network: Network, groups: Groups) -> dict[str, str]:
+    """Why layers' filters or inputs may not be chosen for themselves, by name.
+
+    Filters: those that are added to others', that are locked, or that follow another layer's.
+    Inputs: those that are sums, or locked. Single weights may always go.
+    """
+    if groups == "weight":
+        return {}
+    makers = torch.zeros(len(network.roots))
+    for layer in network.layers.values():
+        if not layer.depthwise():
+            makers[network.roots[layer.out].unique()] += 1
+    locks: dict[int, str] = {}
+    for group in network.groups:
+        if group.locked is not None:
+            locks |= dict.fromkeys(group.roots.tolist(), group.locked)
+    found: dict[str, str] = {}
+    for name, layer in network.layers.items():
+        atoms = layer.out if groups == "filter" else layer.into
+        roots = network.roots[atoms[atoms >= 0]]
+        ends = "outputs" if groups == "filter" else "inputs"
+        reason = next((locks[root] for root in roots.tolist() if root in locks), None)
+        if layer.groups > 1:
+            found[name] = "a grouped convolution"
+        elif bool((makers[roots] > 1).any()):
+            found[name] = f"its {ends} are part of a residual sum"
+        elif reason is not None:
+            found[name] = f"its {ends} are locked: {reason}"
+    return found
 
 
 def _side(choice: Tensor) -> str:

@@ -46,10 +46,11 @@ UNARY = frozenset({
     *("zeros_like", "ones_like"),
 })  # fmt: skip
 """Functions and methods that give every entry by itself, whatever the others are."""
-_BINARY = frozenset({
+BINARY = frozenset({
     *("add", "add_", "iadd", "sub", "sub_", "isub", "mul", "mul_", "imul", "multiply", "truediv"),
     *("div", "div_", "itruediv", "maximum", "minimum"),
 })  # fmt: skip
+"""Functions and methods that join two tensors entry by entry."""
 _POOLS = frozenset({
     *("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "lp_pool2d"),
     "interpolate",
@@ -379,7 +380,7 @@ class Walk:
     # ---- functions and methods ---------------------------------------------------------------
 
     def _call(self, name: str, node: str, *args: Any, **kwargs: Any) -> Any:
-        if name in _BINARY and len(args) > 1:
+        if name in BINARY and len(args) > 1:
             return self._binary(node, args[0], args[1])
         weighted = {"conv2d": self._conv, "linear": self._linear, "layer_norm": self._layer_norm}
         if name in weighted or name in ("batch_norm", "group_norm", "prelu"):

@@ -5,7 +5,7 @@ A penalty is called once a training step and gives a scalar that is added to the
 option) and sums one value by tensor: no average, no square root of the group size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -39,10 +39,14 @@ class Formula:
         gradient: Gradient | None,
         biases: bool,
         decay: float,
+        covered: Sequence[Tensor] | None = None,
     ) -> None:
-        """Without a `gradient`, autograd differentiates `value`; giving one is faster."""
+        """Without a `gradient`, autograd differentiates `value`; giving one is faster.
+
+        `covered` are the tensors, if not weights and `biases` of all layers.
+        """
         scope: masks.Scope = "weights_and_biases" if biases else "weights"
-        self.covered = list(masks.prunable(model, scope).values())
+        self.covered = list(covered or masks.prunable(model, scope).values())
         self.value, self.gradient, self.decay = value, gradient, decay
 
     def __call__(self, step: int) -> Tensor:
@@ -87,8 +91,15 @@ Works on scalars and, entry by entry, on vectors with one norm for each tensor."
 class NormFormula(Formula):
     """A formula that knows a tensor only by its L1 and L2 norms: all tensors at once."""
 
-    def __init__(self, model: nn.Module, by_norms: ByNorms, biases: bool, decay: float) -> None:
-        super().__init__(model, lambda w: by_norms(*l1_l2(w))[0], None, biases, decay)
+    def __init__(
+        self,
+        model: nn.Module,
+        by_norms: ByNorms,
+        biases: bool,
+        decay: float,
+        covered: Sequence[Tensor] | None = None,
+    ) -> None:
+        super().__init__(model, lambda w: by_norms(*l1_l2(w))[0], None, biases, decay, covered)
         self.by_norms = by_norms
 
     def total(self) -> Tensor:

@@ -110,18 +110,26 @@ other ones."""
 
 
 def by_layer(
-    model: nn.Module, rules: Rules, groups: Groups, skip: tuple[Skipped, ...], where: str
+    model: nn.Module,
+    rules: Rules,
+    groups: Groups,
+    skip: tuple[Skipped, ...],
+    where: str,
+    refused: Mapping[str, str] | None = None,
 ) -> dict[str, float]:
     """Ratio of every convolution and linear layer, by name; 0 where nothing goes.
 
-    `where` is the key of params.yaml that holds `ratios` and `skip`. Raises SettingsError for what
+    `where` is the key of params.yaml that holds `ratios` and `skip`. `refused` says why layers may
+    not be pruned, by name; without it their names and places tell. Raises SettingsError for what
     matches no layer, for a ratio above 0 on a layer that may not be pruned in such groups (a single
     number passes these over), and if nothing at all would go.
     """
     spots = survey(model)
     names = list(spots)
     left_alone = {name for entry in skip for name in _matched(entry, spots, where)}
-    refused = {name: spot.refusal(groups) for name, spot in spots.items()}
+    if refused is None:
+        refused = {name: spot.refusal(groups) for name, spot in spots.items()}
+    refused = {name: refused.get(name, "") for name in names}
     given = _given(rules, spots, f"params.yaml: {where}.ratios")
     result: dict[str, float] = {}
     for name in names:
@@ -141,6 +149,12 @@ def by_layer(
             f"that may be needs a ratio above 0 (they are: {free})"
         )
     return result
+
+
+def scaled(ratios: Mapping[str, float], highest: float) -> dict[str, float]:
+    """The ratios in the same proportions, with the highest of them as given."""
+    most = max(ratios.values())
+    return {name: ratio / most * highest for name, ratio in ratios.items()}
 
 
 @dataclass(frozen=True)

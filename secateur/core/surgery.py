@@ -115,9 +115,15 @@ def mask(
 ) -> nn.Module:
     """A copy of the network with zeros in all slots of the selected channels."""
     masked = copy.deepcopy(model)
-    network = network or follow(masked, example)
+    silence(masked, selection, network or follow(masked, example))
+    return masked
+
+
+@torch.no_grad()
+def silence(model: nn.Module, selection: Selection, network: Network) -> None:
+    """Zeros in all slots of the selected channels, in place; `network` is the model's."""
     gone = network.gone(selection)
-    tensors = dict(masked.named_parameters()) | dict(masked.named_buffers())
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     for name, chosen in selection.items():
         for slot in network.group(name).slots:
             if slot.kind not in ("statistic", "index"):
@@ -130,7 +136,6 @@ def mask(
             where = network.roots[select.into[select.index.clamp_min(0)]]
             lost = torch.isin(where, gone) | torch.isin(network.roots[select.out], gone)
             index.masked_fill_(lost.to(index.device), -1)
-    return masked
 
 
 def _set_zero(tensor: Tensor, axis: int, parts: int, entries: Tensor) -> None:

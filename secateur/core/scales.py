@@ -1,0 +1,182 @@
+"""Scales of batch normalisations, and which of them alone decide about a channel.
+
+Between two layers with weights lies a region of the network: norms, activations, sums and
+concatenations, all joined. A scale near zero silences its channel for certain only if whatever
+reads the channel in that region reads it through a norm. A region with a sum (or a product) is
+coupled: there a channel belongs to several layers.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, fx, nn
+
+from secateur.core.channels import Network
+from secateur.core.graph import BINARY, trace
+from secateur.core.masks import LAYERS
+
+Scope = Literal["inner", "all"]
+"""Channels inside blocks, or those of sums too."""
+
+NORMS = (nn.BatchNorm2d, nn.BatchNorm1d)
+_WEIGHTED = frozenset({"conv2d", "linear"})
+_SIZES = frozenset({"size", "dim", "getattr"})
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The scales of one batch normalisation."""
+
+    name: str
+    """Of the normalisation."""
+    inner: bool
+    """Its region has no sum: every channel is made by one layer."""
+    gates: bool
+    """Nobody in its region reads a channel that no norm has scaled."""
+
+    @property
+    def weight(self) -> str:
+        """Name of the parameter."""
+        return f"{self.name}.weight"
+
+
+def scaled_norms(model: nn.Module) -> dict[str, nn.BatchNorm2d | nn.BatchNorm1d]:
+    """Batch normalisations that have scales, by name and in order."""
+    found = {n: m for n, m in model.named_modules() if isinstance(m, NORMS)}
+    return {name: norm for name, norm in found.items() if norm.affine}
+
+
+def in_scope(model: nn.Module, scope: Scope) -> dict[str, nn.BatchNorm2d | nn.BatchNorm1d]:
+    """Those whose channels one layer makes and nobody reads unscaled, or all of them.
+
+    Raises PruningError if the network cannot be followed; `all` does not need to.
+    """
+    norms = scaled_norms(model)
+    if scope == "all":
+        return norms
+    inner = {scale.name for scale in find(model, trace(model)) if scale.inner and scale.gates}
+    return {name: norm for name, norm in norms.items() if name in inner}
+
+
+def find(model: nn.Module, graph: fx.Graph) -> list[Scale]:
+    """All batch normalisations with scales, in the order of the network; `graph` is its trace."""
+    modules = dict(model.named_modules())
+    found: list[Scale] = []
+    for region in _regions(graph, modules):
+        norms = [n for n in region if n.op == "call_module" and str(n.target) in modules]
+        names = [str(n.target) for n in norms if isinstance(modules[str(n.target)], NORMS)]
+        inner = not any(_merges(node) for node in region)
+        gates = not any(_read_raw(node, region, modules) for node in region)
+        found += [Scale(name, inner, gates) for name in names if modules[name].affine]
+    order = {name: place for place, name in enumerate(modules)}
+    return sorted(found, key=lambda scale: order[scale.name])
+
+
+def by_root(model: nn.Module, network: Network, scales: list[Scale]) -> "Entries":
+    """The scales as one list, each with its channel."""
+    owner: dict[str, Tensor] = {}
+    wanted = {scale.weight for scale in scales}
+    for group in network.groups:
+        for slot in group.slots:
+            if slot.tensor in wanted:
+                size = model.get_parameter(slot.tensor).numel()
+                roots = owner.setdefault(slot.tensor, torch.full((size,), -1))
+                roots[slot.index] = group.roots.unsqueeze(1).expand(slot.index.shape)
+    names = [scale.weight for scale in scales if scale.weight in owner]
+    values = [model.get_parameter(name).detach().abs().cpu() for name in names]
+    empty = torch.empty(0)
+    return Entries(
+        names=names,
+        sizes=[len(value) for value in values],
+        values=torch.cat([empty, *values]),
+        roots=torch.cat([empty.long(), *(owner[name] for name in names)]),
+    )
+
+
+@dataclass(frozen=True)
+class Entries:
+    """Scales of several normalisations, one after the other."""
+
+    names: list[str]
+    """Of the parameters."""
+    sizes: list[int]
+    values: Tensor
+    """Absolute values."""
+    roots: Tensor
+    """int64: channel of each, -1 if it has none."""
+
+    def largest(self, count: int) -> Tensor:
+        """By root, of so many: the largest of its scales, NaN for a channel without any."""
+        best = torch.full((count,), float("-inf"), dtype=self.values.dtype)
+        known = self.roots >= 0
+        best.scatter_reduce_(0, self.roots[known], self.values[known], "amax")
+        return torch.where(best.isinf(), torch.nan, best)
+
+
+def _regions(graph: fx.Graph, modules: dict[str, nn.Module]) -> Iterator[list[fx.Node]]:
+    """Nodes between layers with weights, those that are joined together."""
+    seen: set[fx.Node] = set()
+    for start in graph.nodes:
+        if start in seen or _outside(start, modules):
+            continue
+        region, todo = [], [start]
+        seen.add(start)
+        while todo:
+            node = todo.pop()
+            region.append(node)
+            for other in (*node.all_input_nodes, *node.users):
+                if other not in seen and not _outside(other, modules):
+                    seen.add(other)
+                    todo.append(other)
+            for layer in node.all_input_nodes:  # others that read the same layer are of the region
+                if _layer(layer, modules):
+                    fresh = [u for u in layer.users if u not in seen and not _outside(u, modules)]
+                    seen.update(fresh)
+                    todo += fresh
+        yield region
+
+
+def _layer(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    if node.op == "call_module":
+        return isinstance(modules.get(str(node.target)), LAYERS)
+    return node.op == "call_function" and _called(node) in _WEIGHTED
+
+
+def _outside(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    if node.op in ("get_attr", "output", "placeholder") or _layer(node, modules):
+        return True
+    return node.op != "call_module" and _called(node) in _SIZES
+
+
+def _called(node: fx.Node) -> str:
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+
+
+def _merges(node: fx.Node) -> bool:
+    """Whether two tensors of the region are added up, multiplied or the like."""
+    tensors = [n for n in node.all_input_nodes if n.op != "get_attr"]
+    return node.op != "call_module" and _called(node) in BINARY and len(tensors) > 1
+
+
+def _read_raw(node: fx.Node, region: list[fx.Node], modules: dict[str, nn.Module]) -> bool:
+    """Whether a layer, or the output, reads what comes out of the node and no norm has scaled."""
+    sources = [n for n in node.all_input_nodes if _layer(n, modules) or n.op == "placeholder"]
+    if not sources:
+        return False
+    if any(_layer(u, modules) or u.op == "output" for s in sources for u in s.users):
+        return True  # read by a layer as it is made, and by this region too
+    inside = set(region)
+    todo, seen = [node], {node}
+    while todo:
+        at = todo.pop()
+        if isinstance(modules.get(str(at.target)), NORMS):
+            continue
+        for user in at.users:
+            if _layer(user, modules) or user.op == "output":
+                return True
+            if user in inside and user not in seen:
+                seen.add(user)
+                todo.append(user)
+    return False

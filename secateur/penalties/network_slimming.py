@@ -1,0 +1,51 @@
+"""Network Slimming: the L1 norm of the scales of batch normalisations.
+
+Source: Z. Liu, J. Li, Z. Shen, G. Huang, S. Yan, C. Zhang, Learning efficient convolutional
+networks through network slimming, ICCV 2017, equation 1. R = sum |gamma| over the scales; its
+derivative is sign(gamma), and 0 at 0. Shifts are left alone.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from secateur.core.errors import SettingsError
+from secateur.core.penalty import NormFormula, Penalty, l1_l2, norm_gradient
+from secateur.core.scales import Scope, in_scope
+from secateur.core.settings import Strict
+
+
+class Settings(Strict):
+    """Which scales it covers."""
+
+    scope: Scope = "inner"
+    """inner: of channels that one layer makes | all: also those behind or before residual sums."""
+
+
+def build(settings: Settings, model: nn.Module, decay: float) -> Penalty:
+    """L1 of the scales in scope, times `decay`.
+
+    Raises SettingsError if there are none, PruningError if the network cannot be followed (inner).
+    """
+    norms = in_scope(model, settings.scope)
+    if not norms:
+        raise SettingsError(
+            f"params.yaml: penalties.network_slimming.scope = {settings.scope!r}: this network has "
+            "no batch normalisation with scales there"
+        )
+    covered: list[Tensor] = [norm.weight for norm in norms.values()]
+    return NormFormula(model, by_norms, False, decay, covered)
+
+
+def by_norms(l1: Tensor, l2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """sum|w|; derivative sign(w)."""
+    return l1, torch.ones_like(l1), torch.zeros_like(l1)
+
+
+def value(w: Tensor) -> Tensor:
+    """Sum of |w|."""
+    return by_norms(*l1_l2(w))[0]
+
+
+def gradient(w: Tensor) -> Tensor:
+    """sign(w)."""
+    return norm_gradient(by_norms, w)

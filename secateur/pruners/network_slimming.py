@@ -1,0 +1,122 @@
+"""Network Slimming: channels whose batch-normalisation scale is below one threshold for all go.
+
+Source: Z. Liu, J. Li, Z. Shen, G. Huang, S. Yan, C. Zhang, Learning efficient convolutional
+networks through network slimming, ICCV 2017. The threshold is the value at place
+floor(ratio * number of scales) of all |gamma| in order; what is below it goes. A channel with
+several scales goes only if all of them are below. Channels that some layer reads without a scale in
+between stay: no scale tells whether they matter.
+"""
+
+from decimal import Decimal
+from math import ceil, floor
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from secateur.core import scales
+from secateur.core.choices import spare
+from secateur.core.decision import Decision, Subject
+from secateur.core.errors import PruningError
+from secateur.core.settings import Strict
+from secateur.core.target import Target, solve
+
+
+class Settings(Strict):
+    """How much goes, and from where."""
+
+    ratio: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    """Share of the scales that are below the threshold."""
+    coupled: Literal["skip", "union"] = "skip"
+    """Channels of residual sums. skip: they stay, and their scales do not count; union: one goes if
+    every layer that is added up agrees."""
+    keep_at_least: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    """Share of each layer's channels that stays whatever the threshold; never less than one."""
+    target: Target | None = None
+    """What is to be left of the network, in place of a ratio."""
+    round_to: Annotated[int, Field(ge=1)] = 1
+    """Channels that stay are brought up to a multiple of this, if there are so many."""
+
+
+def prune(settings: Settings, subject: Subject) -> Decision:
+    """Whole channels below the threshold; the notes say what share of the scales that is.
+
+    Raises PruningError if no scale decides about a channel, and for a target out of reach.
+    """
+    slimming = _Slimming(settings, subject)
+    if settings.target is None:
+        return slimming.decide(settings.ratio)
+    return solve(slimming.decide, settings.target, subject).decision
+
+
+class _Slimming:
+    """The scales in question, and what goes with which ratio."""
+
+    def __init__(self, settings: Settings, subject: Subject) -> None:
+        self.settings, self.network = settings, subject.network
+        count = len(self.network.roots)
+        union = settings.coupled == "union"
+        every = scales.find(subject.model, self.network.graph)
+        judges = [scale for scale in every if scale.gates and (scale.inner or union)]
+        entries = scales.by_root(subject.model, self.network, judges)
+        others = [scale for scale in every if scale not in judges]
+        veto = scales.by_root(subject.model, self.network, others).largest(count)
+        self.score = entries.largest(count)
+        """By root; NaN where no scale decides."""
+        self.free = ~self.score.isnan() & veto.isnan() & self._movable(count, union)
+        known = entries.roots.clamp_min(0)
+        mine = self.free[known] & (entries.roots >= 0)
+        self.scales, self.roots = entries.values[mine], known[mine]
+        if not len(self.scales):
+            raise PruningError(
+                "pruner = 'network_slimming': no scale of a batch normalisation decides about a "
+                f"channel that may go (pruners.network_slimming.coupled = {settings.coupled!r})"
+            )
+
+    def _movable(self, count: int, union: bool) -> Tensor:
+        """Roots that are not locked, and without `union` those that one layer makes."""
+        movable = torch.zeros(count, dtype=torch.bool)
+        depthwise = {n for n, layer in self.network.layers.items() if layer.depthwise()}
+        for group in self.network.groups:
+            makers = set(group.sources) - depthwise
+            if group.locked is None and (union or len(makers) == 1):
+                movable[group.roots] = True
+        return movable
+
+    def decide(self, ratio: float) -> Decision:
+        """What goes with this ratio."""
+        place = floor(Decimal(repr(ratio)) * len(self.scales))
+        threshold = self.scales.sort().values[place]
+        gone = self.free & (self.score < threshold)
+        gone = self._spared(gone)
+        chosen = {}
+        for name, index in self.network.selection(gone.nonzero().flatten()).items():
+            score = self.score[self.network.group(name).roots[index]]
+            chosen[name] = index[score.argsort(stable=True)]
+        channels = self.network.allowed(chosen)
+        left = torch.isin(self.roots, self.network.gone(channels)).sum()
+        reached = float(left) / len(self.scales)
+        notes = {
+            "ratio_asked": ratio,
+            "ratio_reached": reached,
+            "threshold": float(threshold),
+            "scales": float(len(self.scales)),
+        }
+        return Decision({}, channels, notes)
+
+    def _spared(self, gone: Tensor) -> Tensor:
+        """Without the best channels of layers that would lose too many, or end between multiples.
+
+        Round all layers, until none brings anything back: those of a sum share channels.
+        """
+        least = Decimal(repr(self.settings.keep_at_least))
+        gone = gone.clone()
+        while True:
+            before = int(gone.sum())
+            for roots in self.network.outputs().values():
+                mine = roots.unique()
+                floor_ = max(1, ceil(least * len(mine)))
+                gone[mine] = spare(gone[mine], self.score[mine], floor_, self.settings.round_to)
+            if int(gone.sum()) == before:
+                return gone
