@@ -154,6 +154,26 @@ def taken(stage: str) -> None:
     say(f"{stage}: made a moment ago by another process with the same settings; taken over")
 
 
+def reached(notes: Mapping[str, float]) -> None:
+    """What a pruner says about its decision: what was asked, and what is reached."""
+    for key, asked in notes.items():
+        name = key.removesuffix("_asked")
+        if name == key or (got := notes.get(f"{name}_reached")) is None:
+            continue
+        words = f"prune: {name.replace('_', ' ')}: asked {asked:.4f}, reached {got:.4f}"
+        say(words + ("" if abs(got - asked) < 5e-5 else ", which is not the same"))
+
+
+def outputs(rows: Sequence[tuple[str, int, int]]) -> None:
+    """A table of how many outputs each layer had, and how many are left."""
+    table = Table(box=None, pad_edge=False)
+    for heading in ("layer", "outputs", "left", ""):
+        table.add_column(heading, justify="left" if heading in ("layer", "") else "right")
+    for name, count, left in rows:
+        table.add_row(name, str(count), str(left), "" if left == count else f"{left / count:.0%}")
+    Console(width=max(88, Console().width)).print(table)
+
+
 _PHASES = ("picking", "growing", "stabilising", "finished")
 
 

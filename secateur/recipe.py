@@ -46,8 +46,9 @@ class Recipe:
         """As `dvc exp run` takes them."""
         parts = []
         for key, value in flat(self.settings).items():
-            plain = isinstance(value, int | float) or re.fullmatch(r"[\w./-]+", str(value))
-            text = str(value) if plain and not isinstance(value, bool) else json.dumps(value)
+            simple = isinstance(value, int | float) or re.fullmatch(r"[\w./-]+", str(value))
+            plain = simple and not isinstance(value, bool | None)
+            text = str(value) if plain else json.dumps(value)
             parts += ["-S", f"{key}={text}"]
         return parts
 

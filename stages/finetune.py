@@ -5,13 +5,17 @@ Writes  models/finetuned/model.safetensors with its masks and history.csv (one r
         models/finetuned.run.json, which says which run made them.
 
 With finetune.init: scratch, the pruned shape is trained from new weights: the control that shows
-what the inherited weights are worth. A killed training, run again, goes on where it was.
+what the inherited weights are worth. With finetune.budget: compute it trains for as much
+computation as the given epochs of the dense network. A killed training, run again, goes on where it
+was.
 """
 
 import torch
+from torch import nn
 
 from secateur import chain, console
-from secateur.core import masks
+from secateur.core import budget, checkpoint, cost, masks
+from secateur.core.settings import Finetune
 from secateur.core.shapes import reset
 
 
@@ -30,9 +34,26 @@ def finetune(job: chain.Job) -> chain.Product:
         torch.manual_seed(job.params.seed)
         reset(model)
     masks.apply(model, pruned.masks)
+    if settings.budget == "compute":
+        settings = _by_compute(settings, checkpoint.architecture(pruned.header), model, job)
     fit = job.fit(model, settings, masks=pruned.masks)
-    notes = pruned.header.notes | {"init": settings.init}
+    notes = pruned.header.notes | {"init": settings.init, "epochs": settings.epochs}
     return chain.trained(model, job.header(pruned, **notes), fit, pruned.masks)
+
+
+def _by_compute(
+    settings: Finetune, dense: nn.Module, pruned: nn.Module, job: chain.Job
+) -> Finetune:
+    """As many epochs as cost what the given ones of the dense network cost."""
+    image = torch.zeros(1, *job.data.about.shape)
+    macs = [sum(layer.macs_dense for layer in cost.layer_costs(m, image)) for m in (dense, pruned)]
+    longer = budget.stretched(settings, *macs)
+    console.say(
+        f"finetune: {longer.epochs} epochs instead of {settings.epochs}: an image takes "
+        f"{macs[0] / macs[1]:.2f}x fewer MACs than in the dense network (finetune.budget_limit: "
+        f"{settings.budget_limit:g}x)"
+    )
+    return longer
 
 
 if __name__ == "__main__":

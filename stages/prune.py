@@ -1,22 +1,35 @@
 """prune: choose what goes, set it to zero, and take out what no longer matters.
 
-Reads   data/<dataset> (a batch for the proof), models/sparse.
-Writes  models/pruned/model.safetensors with its masks, and models/pruned.run.json.
+Reads   data/<dataset> (a batch for the proof and for criteria that look at the loss; with
+        prune.recalibrate more of it), models/sparse.
+Writes  models/pruned/model.safetensors with its masks, outputs.csv (what is left of every layer),
+        and models/pruned.run.json.
 
 A pruner decides about weights, which are set to zero, or about whole channels, which are taken out.
 Masks made of groups of channels may become group convolutions (prune.export). Channels that are
 dead then go too (prune.remove_dead), and the smaller network is proved to compute the same as the
-masked one before anything is written.
+masked one before anything is written. Statistics of batch normalisations may then be measured again
+(prune.recalibrate).
 """
 
 import copy
+from dataclasses import dataclass, field
+from itertools import islice
 
+import pandas as pd
 import torch
+from torch import Tensor, nn
 
 from secateur import chain, console
-from secateur.core import cost, masks, plugin, regroup, surgery
-from secateur.core.data import sample
+from secateur.core import cost, machine, masks, plugin, regroup, surgery, train
+from secateur.core.data import Batches, sample
 from secateur.core.decision import Decision, Subject
+from secateur.core.masks import Masks
+from secateur.core.recalibrate import recalibrate
+from secateur.core.settings import Export
+
+BATCH = 128
+"""Images over which statistics are averaged at once."""
 
 
 def main() -> None:
@@ -27,55 +40,111 @@ def main() -> None:
 
 
 def prune(job: chain.Job) -> chain.Product:
-    """The sparse-trained network without its small weights and without its dead outputs."""
+    """The sparse-trained network without what the pruner decided, and without dead channels."""
     params, sparse = job.params, job.upstream["sparse-train"]
     settings = params.chosen("pruners")
     model = sparse.model().eval()
-    before = cost.parameters(model)
+    before, outputs = cost.parameters(model), _outputs(model)
     about = job.data.about
     batch = sample(job.data.train, about, _proof_images(about.shape))
     subject = Subject(model, batch, job.data.train.labels[: len(batch)], sparse.choices)
-    choice: Decision = plugin.load("pruners", params.pruner).prune(settings, subject)
+    decision: Decision = plugin.load("pruners", params.pruner).prune(settings, subject)
     asked = ", ".join([params.pruner, *(f"{k} {v}" for k, v in settings)])
-    for line in choice.lines:
+    console.reached(decision.notes)
+    for line in decision.lines:
         console.say(f"prune: {line}")
-    mask = choice.masks
-    masks.refuse_empty(model, mask, asked)
-    masks.apply(model, mask)
-    notes: dict[str, object] = {"asked": asked}
-    metrics: dict[str, float] = {"removed_outputs": 0.0, **choice.notes}
-    export = params.prune.export
-    if params.prune.remove_dead or choice.channels or export != "none":
-        whole = copy.deepcopy(model).double()
-        dead = params.prune.remove_dead
-        exact = surgery.compact(whole, choice.channels, mask, batch[:1].double(), dead, export)
-        model = surgery.mask(model, choice.channels, batch)
-        double = copy.deepcopy(model).double()
-        metrics["difference_float64"] = surgery.verify(double, exact, batch.double(), surgery.EXACT)
-        small = exact.to(torch.float32)
-        metrics["difference_float32"] = surgery.verify(model, small, batch, surgery.ROUNDING)
-        outputs = {name: layer.weight.shape[0] for name, layer in masks.layers(model).items()}
-        left = {name: len(kept) for name, kept in small.kept.items()}
-        metrics["removed_outputs"] = float(sum(outputs[n] - count for n, count in left.items()))
-        for name, count in left.items():
-            console.say(f"prune: {name}: {count} of {outputs[name]} outputs left")
-        model, mask = small.model, small.masks
-        notes["export"] = export
-        if export == "gconv":
-            metrics |= regroup.count(model)
-            console.say(
-                f"prune: {metrics['group_convolutions']:.0f} group convolutions, "
-                f"{metrics['index_layers']:.0f} index layers beside them"
-            )
-    metrics["nonzero"] = float(masks.nonzero(model))
+    masks.refuse_empty(model, decision.masks, asked)
+    masks.apply(model, decision.masks)
+    pruned = Pruned(model, decision.masks)
+    dead, export = params.prune.remove_dead, params.prune.export
+    if dead or decision.channels or export != "none":
+        pruned = shrink(model, decision, batch, dead, export)
+    left = _outputs(pruned.model)
+    rows = [(name, count, left[name]) for name, count in outputs.items()]
+    table = pd.DataFrame(rows, columns=["layer", "outputs", "outputs_left"])
+    console.outputs(rows)
+    metrics = {**decision.notes, **pruned.differences}
+    if export == "gconv":
+        metrics |= regroup.count(pruned.model)
+        console.say(
+            f"prune: {metrics['group_convolutions']:.0f} group convolutions, "
+            f"{metrics['index_layers']:.0f} index layers beside them"
+        )
+    metrics["removed_outputs"] = float(sum(outputs.values()) - sum(left.values()))
+    if params.prune.recalibrate:
+        metrics |= measure_again(job, pruned.model, params.prune.recalibrate)
+    metrics["nonzero"] = float(masks.nonzero(pruned.model))
     metrics["compression"] = before / metrics["nonzero"]
-    notes["reached"] = dict(metrics)
     console.say(
         f"prune: {asked}: {int(metrics['nonzero']):,} of {before:,} parameters left "
         f"({metrics['compression']:.1f}x)"
     )
-    header = job.header(sparse, **notes)
-    return chain.Product(model, header, mask, metrics=metrics, texts=choice.files)
+    header = job.header(sparse, asked=asked, reached=dict(metrics))
+    return chain.Product(
+        pruned.model,
+        header,
+        pruned.masks,
+        metrics=metrics,
+        tables={"outputs": table},
+        texts=decision.files,
+    )
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A pruned network, and how far it was found from the masked one."""
+
+    model: nn.Module
+    masks: Masks
+    differences: dict[str, float] = field(default_factory=dict)
+
+
+def shrink(
+    model: nn.Module, decision: Decision, batch: Tensor, dead: bool, export: Export = "none"
+) -> Pruned:
+    """The network without the channels decided upon, and with `dead` without dead ones.
+
+    Masks become what `export` says. Raises PruningError if it does not compute what the masked
+    network does.
+    """
+    double = batch.double()
+    whole = copy.deepcopy(model).double()
+    exact = surgery.compact(whole, decision.channels, decision.masks, double[:1], dead, export)
+    masked = surgery.mask(model, decision.channels, batch)
+    in_double = surgery.verify(copy.deepcopy(masked).double(), exact, double, surgery.EXACT)
+    small = exact.to(torch.float32)
+    in_single = surgery.verify(masked, small, batch, surgery.ROUNDING)
+    differences = {"difference_float64": in_double, "difference_float32": in_single}
+    return Pruned(small.model, small.masks, differences)
+
+
+def measure_again(job: chain.Job, model: nn.Module, images: int) -> dict[str, float]:
+    """Recalibrate on so many training images, in place; accuracy on val before and after."""
+    place, data = machine.device(), job.data
+    model.to(place)
+    metrics: dict[str, float] = {}
+    if len(data.val):
+        metrics["val_accuracy_before"], _ = train.accuracy(model, data.val, data.about)
+    size = min(BATCH, images, len(data.train))
+    batches = Batches(data.train, data.about, size, 0, device=place)
+    whole = max(1, min(images, len(data.train)) // size)  # of one size, so that all count alike
+    try:
+        norms = recalibrate(model, (x for x, _ in islice(batches.epoch(0), whole)))
+    finally:
+        batches.close()
+    said = f"prune: statistics of {norms} batch normalisations from {whole * size:,} images"
+    if len(data.val):
+        metrics["val_accuracy_recalibrated"], _ = train.accuracy(model, data.val, data.about)
+        before, after = metrics.values()
+        said += f": accuracy on val {before:.2%} before, {after:.2%} after"
+    console.say(said)
+    model.cpu()
+    return metrics
+
+
+def _outputs(model: nn.Module) -> dict[str, int]:
+    """Outputs of every layer, by name."""
+    return {name: layer.weight.shape[0] for name, layer in masks.layers(model).items()}
 
 
 def _proof_images(shape: list[int]) -> int:

@@ -113,10 +113,10 @@ def test_a_dense_recipe_trains_nothing_but_the_dense_network(name):
 
 def test_overrides_are_what_dvc_takes():
     made = recipe.Recipe("x", "", {"a": {"b": 0.5, "c": True, "d": [0, "1.0"]}, "e": "std",
-                                   "f": "0-15: 0.7, 3: 0"})  # fmt: skip
+                                   "f": "0-15: 0.7, 3: 0", "g": None})  # fmt: skip
     assert made.overrides == [
         "-S", "a.b=0.5", "-S", "a.c=true", "-S", 'a.d=[0, "1.0"]', "-S", "e=std",
-        "-S", 'f="0-15: 0.7, 3: 0"',
+        "-S", 'f="0-15: 0.7, 3: 0"', "-S", "g=null",
     ]  # fmt: skip
 
 

@@ -332,8 +332,12 @@ def test_the_stage_exports_and_proves(dead, monkeypatch, capsys):
     def decide(_, subject):
         return gconv.prune(gconv.Settings(groups=4), subject)
 
-    kept = run_stage(model, images, decide, monkeypatch, remove_dead=dead, export="none")
-    made = run_stage(model, images, decide, monkeypatch, remove_dead=dead, export="gconv")
+    kept = run_stage(
+        model, images, decide, monkeypatch, remove_dead=dead, recalibrate=0, export="none"
+    )
+    made = run_stage(
+        model, images, decide, monkeypatch, remove_dead=dead, recalibrate=0, export="gconv"
+    )
     assert made.metrics["difference_float64"] < 1e-9
     assert made.metrics["difference_float32"] < surgery.ROUNDING
     assert made.metrics["group_convolutions"] == made.metrics["grouped_layers"] == 21
@@ -357,7 +361,7 @@ def test_a_wrong_export_is_noticed(monkeypatch):
     with pytest.raises(PruningError, match=r"layer layer2\.1\.conv2 differs by"):
         run_stage(
             model, images, lambda _, s: gconv.prune(gconv.Settings(groups=4), s), monkeypatch,
-            remove_dead=False, export="gconv",
+            remove_dead=False, recalibrate=0, export="gconv",
         )  # fmt: skip
 
 
@@ -367,5 +371,5 @@ def test_nothing_to_export_is_an_error(monkeypatch):
     with pytest.raises(PruningError, match=r"prune\.export = gconv: no convolution's mask is made"):
         run_stage(
             model, images, lambda *_: Decision(scattered), monkeypatch,
-            remove_dead=True, export="gconv",
+            remove_dead=True, recalibrate=0, export="gconv",
         )  # fmt: skip

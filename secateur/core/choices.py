@@ -66,7 +66,7 @@ def smallest(score: Tensor, number: int) -> Tensor:
 
 
 def ranks(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Place of every group among those of all layers, smallest first; of equals the first.
+    """Place of every group among those of all layers by score; of equal ones the first is lower.
 
     A choice of so many groups over all layers is `rank < number`; it may take whole layers.
     """

@@ -131,6 +131,12 @@ class Finetune(Train):
 
     init: Literal["inherit", "scratch"] = "inherit"
     """Start from the pruned weights, or from new ones in the same pruned shape."""
+    budget: Literal["epochs", "compute"] = "epochs"
+    """epochs: as many as are given. compute: as much computation as so many epochs of the dense
+    network, so more epochs for a smaller one (with init: scratch: Scratch-B of Z. Liu et al.,
+    Rethinking the value of network pruning, ICLR 2019)."""
+    budget_limit: Annotated[float, Field(ge=1)] = 2.0
+    """Of compute: at most so many times the epochs."""
 
 
 Export = Literal["none", "gconv"]
@@ -143,6 +149,8 @@ class Prune(Strict):
     """Take neurons and filters out that no longer matter, where that is exact."""
     export: Export = "none"
     """gconv: masks made of groups of channels become group convolutions; see core/regroup.py."""
+    recalibrate: Annotated[int, Field(ge=0)] = 0
+    """Training images to measure statistics of batch normalisations on again; 0: as they are."""
 
 
 class Evaluate(Strict):

@@ -116,10 +116,16 @@ def mask(
 ) -> nn.Module:
     """A copy of the network with zeros in all slots of the selected channels."""
     masked = copy.deepcopy(model)
-    network = network or follow(masked, example)
+    silence(masked, selection, network or follow(masked, example))
+    return masked
+
+
+@torch.no_grad()
+def silence(model: nn.Module, selection: Selection, network: Network) -> None:
+    """Zeros in all slots of the selected channels, in place; `network` is the model's."""
     gone = torch.zeros(len(network.roots), dtype=torch.bool)
     gone[network.gone(selection)] = True
-    tensors = dict(masked.named_parameters()) | dict(masked.named_buffers())
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     for name, chosen in selection.items():
         for slot in network.group(name).slots:
             if slot.kind not in ("statistic", "index"):
@@ -130,10 +136,9 @@ def mask(
         if select.own:
             taken = network.roots[select.into[select.index]]
             lost = gone[taken] | gone[network.roots[select.out]]
-            layer = masked.get_submodule(name.removesuffix(".index"))
+            layer = model.get_submodule(name.removesuffix(".index"))
             assert isinstance(layer, Take)
             layer.put(select.index.masked_fill(lost, -1))
-    return masked
 
 
 def _set_zero(tensor: Tensor, axis: int, parts: int, entries: Tensor) -> None:

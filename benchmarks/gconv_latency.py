@@ -1,0 +1,103 @@
+"""Latency of group convolutions: the dense network, the masked one, and the exported one.
+
+The exported one with an index layer on both sides of every group convolution, and with these folded
+into the order of the channels where that is possible (core/regroup.py). All take turns on the same
+batch. A ratio below 1 means slower than dense.
+
+    python -m benchmarks.gconv_latency
+    python -m benchmarks.gconv_latency --what layers --batch 1
+    python -m benchmarks.gconv_latency --what nets --nets preresnet164-c10 --groups 2 8
+"""
+
+import argparse
+import copy
+import statistics
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.gconv_sizes import NETS, build
+from secateur.core import cost, machine, masks, regroup
+from secateur.core.decision import Subject
+from secateur.pruners import gconv
+
+LAYERS = ((64, 56), (128, 28), (256, 14), (512, 7))
+"""Channels in and out of a 3x3 convolution, and the side of its image."""
+
+
+def versions(model: nn.Module, image: Tensor, groups: int) -> dict[str, nn.Module]:
+    """The four networks, in eval mode; `image` is a batch of one."""
+    decision = gconv.prune(gconv.Settings(groups=groups), Subject(model, image))
+    masked = copy.deepcopy(model)
+    masks.apply(masked, decision.masks)
+    plain = regroup.export(masked, decision.masks, image, fold=False).model
+    folded = regroup.export(masked, decision.masks, image).model
+    return {"dense": model, "masked": masked, "indexed": plain, "folded": folded}
+
+
+def layer(channels: int) -> nn.Module:
+    """One convolution between two others, whose channels nothing else counts."""
+    ends = [nn.Conv2d(1, channels, 1), nn.Conv2d(channels, 1, 1)]
+    middle = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+    return nn.Sequential(ends[0], middle, ends[1]).eval()
+
+
+def rows(
+    label: str, models: Mapping[str, nn.Module], batch: Tensor, repeats: int, groups: int
+) -> str:
+    """One line of the table: milliseconds, and dense over each."""
+    times = cost.latency(models, batch, repeats)
+    middle = {name: cost.spread(values)[0] for name, values in times.items()}
+    ratio = {
+        name: statistics.median(d / t for d, t in zip(times["dense"], values, strict=True))
+        for name, values in times.items()
+    }
+    index = {name: int(regroup.count(model)["index_layers"]) for name, model in models.items()}
+    cells = [f"{middle['dense']:.2f}"]
+    cells += [f"{middle[n]:.2f} ({ratio[n]:.2f}x)" for n in ("masked", "indexed", "folded")]
+    return f"| {label} | {groups} | {' | '.join(cells)} | {index['indexed']}, {index['folded']} |"
+
+
+def single(models: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """The convolution in the middle alone, of each version."""
+    return {name: model.get_submodule("1") for name, model in models.items()}
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--what", nargs="+", default=["layers", "nets"])
+    parser.add_argument(
+        "--nets", nargs="+", default=["preresnet164-c10", "condensenet86-c10", "resnet34"],
+        choices=list(NETS),
+    )  # fmt: skip
+    parser.add_argument("--groups", type=int, nargs="+", default=[2, 4, 8])
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=30)
+    chosen = parser.parse_args()
+    place = machine.device()
+    print(f"{machine.hardware()}; batch {chosen.batch}, median of {chosen.repeats}, ms")
+    print("| | groups | dense | masked | indexed | folded | index layers |")
+    print("|---|---:|---:|---:|---:|---:|---:|")
+    for channels, side in LAYERS if "layers" in chosen.what else ():
+        torch.manual_seed(0)
+        model, batch = layer(channels), torch.randn(chosen.batch, channels, side, side)
+        for groups in chosen.groups:
+            made = single(versions(model, torch.zeros(1, 1, side, side), groups))
+            label = f"3x3, {channels} channels, {side}x{side}"
+            print(rows(label, _to(made, place), batch.to(place), chosen.repeats, groups))
+    for net in chosen.nets if "nets" in chosen.what else ():
+        model, image = build(net)
+        batch = torch.randn(chosen.batch, *image.shape[1:]).to(place)
+        for groups in chosen.groups:
+            made = versions(model, image, groups)
+            print(rows(net, _to(made, place), batch, chosen.repeats, groups), flush=True)
+
+
+def _to(models: Mapping[str, nn.Module], place: torch.device) -> dict[str, nn.Module]:
+    return {name: model.to(place) for name, model in models.items()}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+"""Statistics of batch normalisations, measured again: after pruning they are those of before."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+@torch.no_grad()
+def recalibrate(model: nn.Module, batches: Iterable[Tensor]) -> int:
+    """Set running means and variances to the average over batches of images, in place.
+
+    Every batch counts alike, so they should be of one size. Nothing else of the model changes, and
+    it is left in eval mode; other layers that behave differently in training do not. Gives the
+    number of normalisations.
+    """
+    norms = [m for m in model.modules() if isinstance(m, NORMS) and m.track_running_stats]
+    momenta = [norm.momentum for norm in norms]
+    model.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the plain average
+        norm.train()
+    try:
+        for images in batches:
+            model(images)
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        model.eval()
+    return len(norms)

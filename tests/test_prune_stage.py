@@ -1,0 +1,82 @@
+"""What surrounds a pruner: statistics measured again, longer training for small networks."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from secateur.core import budget, data
+from secateur.core.recalibrate import recalibrate
+from secateur.core.settings import Finetune
+from stages import prune
+
+
+def network():
+    torch.manual_seed(0)
+    first = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, momentum=0.3), nn.ReLU()]
+    second = [nn.Conv2d(4, 5, 3), nn.BatchNorm2d(5), nn.Flatten()]
+    return nn.Sequential(*first, *second, nn.Dropout(0.9), nn.Linear(80, 3))
+
+
+def test_statistics_are_the_averages_over_batches_and_nothing_else_changes():
+    model = network()
+    before = copy.deepcopy(model.state_dict())
+    batches = [torch.randn(6, 3, 8, 8) + k for k in range(4)]
+    assert recalibrate(model, iter(batches)) == 2
+    with torch.no_grad():
+        seen = [model[0](x) for x in batches]
+    means = torch.stack([x.mean((0, 2, 3)) for x in seen]).mean(0)
+    spread = torch.stack([x.var((0, 2, 3)) for x in seen]).mean(0)
+    torch.testing.assert_close(model[1].running_mean, means)
+    torch.testing.assert_close(model[1].running_var, spread)
+    assert int(model[1].num_batches_tracked) == 4
+    after = model.state_dict()
+    changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    assert {name.split(".")[1][:7] for name in changed} == {"running", "num_bat"}
+    assert (model[1].momentum, model[4].momentum) == (0.3, 0.1)
+    assert not any(module.training for module in model.modules())
+
+
+def test_a_network_without_norms_is_left_as_it_is():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    assert recalibrate(model, [torch.zeros(2, 1, 2, 2)]) == 0
+
+
+@pytest.mark.parametrize("validation", [0.2, 0])
+def test_the_stage_measures_accuracy_before_and_after(validation, capsys):
+    chance = torch.Generator().manual_seed(1)
+    labels = torch.arange(300) % 3
+    pixels = torch.randint(0, 60, (300, 3, 8, 8), generator=chance, dtype=torch.uint8)
+    pixels[torch.arange(300), labels] += 150  # the class is the bright channel
+    split = data.Split(pixels, labels)
+    images = data.Images(split, split, ["a", "b", "c"], (0.5,) * 3, (0.5,) * 3)
+    prepared = data.prepare("toy", images, validation, 0)
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 3))
+    model[3].weight.data, model[3].bias.data = torch.eye(3), torch.zeros(3)
+    model[0].running_mean[:] = torch.tensor([50.0, 0, -50])  # far off: all is class c
+    metrics = prune.measure_again(SimpleNamespace(data=prepared), model, 200)
+    said = capsys.readouterr().out
+    assert "from 128 images" in said
+    if validation:
+        assert metrics["val_accuracy_before"] < 0.5
+        assert metrics["val_accuracy_recalibrated"] == 1
+        assert "100.00% after" in said
+    else:
+        assert metrics == {}
+
+
+@pytest.mark.parametrize(
+    ("dense", "pruned", "limit", "epochs"),
+    [(100, 50, 2, 20), (255, 100, 4, 26), (1000, 10, 2, 20), (1000, 10, 8, 80), (90, 100, 2, 10)],
+)
+def test_as_many_epochs_as_the_dense_network_has_computed(dense, pruned, limit, epochs):
+    given = Finetune(
+        epochs=10, schedule="multistep", milestones=[4, 8], warmup=1, budget_limit=limit
+    )
+    longer = budget.stretched(given, dense, pruned)
+    assert longer.epochs == epochs
+    assert longer.milestones == pytest.approx((0.4 * epochs, 0.8 * epochs))
+    assert longer.warmup == pytest.approx(0.1 * epochs)
+    assert Finetune(**longer.model_dump()) == longer, "still sound"
