@@ -142,7 +142,7 @@ class Prune(Strict):
     remove_dead: bool = True
     """Take neurons and filters out that no longer matter, where that is exact."""
     recalibrate: Annotated[int, Field(ge=0)] = 0
-    """Training images to measure the statistics of batch normalisations on again; 0: as they are."""
+    """Training images to measure statistics of batch normalisations on again; 0: as they are."""
 
 
 class Evaluate(Strict):
@@ -152,6 +152,23 @@ class Evaluate(Strict):
     """Images per forward pass while the latency is measured."""
     latency_repeats: Annotated[int, Field(ge=3)] = 100
     """Timed passes of each model, interleaved, after a warm-up."""
+
+
+Ratio = Annotated[float, Field(gt=0, lt=1)]
+Judge = Literal["l1", "l2", "geometric_median", "taylor", "lamp", "bn_scale", "random"]
+
+
+class Sensitivity(Strict):
+    """What the pipeline in stages/sensitivity tries."""
+
+    criteria: Annotated[tuple[Judge, ...], Field(min_length=1)] = ("l1", "bn_scale", "random")
+    """Which outputs of a layer go first; bn_scale is left out where there are no scales."""
+    ratios: Annotated[tuple[Ratio, ...], Field(min_length=1)] = (0.25, 0.5, 0.75)
+    """Shares of a layer's outputs that are taken."""
+    images: Annotated[int, Field(ge=0)] = 0
+    """Validation images to measure on; 0: all."""
+    drop: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    """Accuracy that a layer may cost in the suggested ratios, as a fraction."""
 
 
 class Params(Strict):
@@ -169,6 +186,7 @@ class Params(Strict):
     prune: Prune
     finetune: Finetune
     evaluate: Evaluate
+    sensitivity: Sensitivity
     datasets: Table
     archs: Table
     penalties: Table
