@@ -41,9 +41,9 @@ class Product:
 class Job:
     """One stage at work on one model: what it may read, and the loop it may run."""
 
-    def __init__(self, name: str) -> None:
-        """Check settings and inputs; nothing is computed yet."""
-        self.stage = stage.open_stage(name)
+    def __init__(self, name: str, pipeline: str = "dvc.yaml") -> None:
+        """Check settings and inputs; nothing is computed yet. `pipeline` declares the stage."""
+        self.stage = stage.open_stage(name, pipeline)
         self.params: Params = self.stage.params
         self.data = data.load(self.stage.input(f"data/{self.params.dataset}"))
         self.upstream: dict[str, Checkpoint] = {}

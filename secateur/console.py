@@ -144,6 +144,45 @@ class Training:
         )
 
 
+class Steps:
+    """Progress of anything else: a live bar on a terminal, a line every few seconds elsewhere."""
+
+    def __init__(self, stage: str, total: int) -> None:
+        self.stage, self.total, self.done = stage, total, 0
+        self.console = Console()
+        self.bar = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.completed:.0f} of {task.total:.0f}"),
+            TimeRemainingColumn(),
+            console=self.console,
+        )
+        self.task = self.bar.add_task(stage, total=total)
+        self.began = self.last = time.monotonic()
+
+    def __enter__(self) -> "Steps":
+        if self.console.is_terminal:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.update(self.task, completed=self.done)
+        self.bar.stop()
+
+    def tick(self) -> None:
+        """One step is done."""
+        self.done += 1
+        now = time.monotonic()
+        if now - self.last < (0.2 if self.console.is_terminal else 10):
+            return
+        self.last = now
+        if self.console.is_terminal:
+            self.bar.update(self.task, completed=self.done)
+            return
+        left = (now - self.began) / self.done * (self.total - self.done)
+        say(f"{self.stage}: {self.done:,} of {self.total:,} trials, {left:.0f} s left")
+
+
 def waiting(stage: str) -> None:
     """Tell that another process does this very work."""
     say(f"{stage}: another process is making this very model; waiting for it")

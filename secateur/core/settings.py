@@ -162,6 +162,23 @@ class Evaluate(Strict):
     """Timed passes of each model, interleaved, after a warm-up."""
 
 
+Ratio = Annotated[float, Field(gt=0, lt=1)]
+Judge = Literal["l1", "l2", "geometric_median", "taylor", "lamp", "bn_scale", "random"]
+
+
+class Sensitivity(Strict):
+    """What the pipeline in stages/sensitivity tries."""
+
+    criteria: Annotated[tuple[Judge, ...], Field(min_length=1)] = ("l1", "bn_scale", "random")
+    """Which outputs of a layer go first; bn_scale is left out where there are no scales."""
+    ratios: Annotated[tuple[Ratio, ...], Field(min_length=1)] = (0.25, 0.5, 0.75)
+    """Shares of a layer's outputs that are taken."""
+    images: Annotated[int, Field(ge=0)] = 0
+    """Validation images to measure on; 0: all."""
+    drop: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    """Accuracy that a layer may cost in the suggested ratios, as a fraction."""
+
+
 class Params(Strict):
     """All of params.yaml. A stage holds one with only the keys that dvc.yaml declares for it."""
 
@@ -177,6 +194,7 @@ class Params(Strict):
     prune: Prune
     finetune: Finetune
     evaluate: Evaluate
+    sensitivity: Sensitivity
     datasets: Table
     archs: Table
     penalties: Table
