@@ -4,6 +4,7 @@ The usual way is `benchmarks/usual.py`. Both train the same network on images of
 batches of the same size, in turns, each in a process of its own as people run it.
 
     python -m benchmarks.train_speed
+    python -m benchmarks.train_speed --net lenet300 --batch 512
     python -m benchmarks.train_speed --net resnet20 vgg16 densenet100 --turns 2
 """
 
@@ -222,7 +223,7 @@ def flops(net: str) -> float:
     return 3 * 2 * sum(row.macs_dense for row in rows)
 
 
-def measure(net: str, turns: int) -> None:
+def measure(net: str, turns: int, shared: dict[str, Any]) -> None:
     """Print the speed of each way, and the ratio to the best of the usual ones, turn by turn."""
     grey = NETS[net]["shape"] == GREY
     ways: dict[str, tuple[Callable[..., float], dict[str, Any]]] = {
@@ -238,7 +239,7 @@ def measure(net: str, turns: int) -> None:
     found: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(turns):
         for name, (way, more) in ways.items():
-            found[name].append(way(net, **more))
+            found[name].append(way(net, **shared, **more))
     speed = {name: statistics.median(values) for name, values in found.items()}
     plain = [name for name in ways if name.startswith("usual,")]
     best = max(plain, key=lambda name: speed[name])
@@ -251,7 +252,7 @@ def measure(net: str, turns: int) -> None:
         extra = speed[f"ours, {kind}"] / speed[f"ours, {kind} + penalty"] - 1
         rate = speed[f"ours, {kind}"] * flops(net) / 1e9
         print(f"{net:12} {kind}: hoyer_square adds {extra:.0%}; {rate:.0f} GFLOP/s", flush=True)
-        what = task(net, precision=kind)
+        what = task(net, precision=kind, **shared)
         command = [sys.executable, "-m", "benchmarks.train_speed", "--parts", json.dumps(what)]
         done = subprocess.run(command, text=True, capture_output=True, check=True)
         words = ", ".join(
@@ -266,6 +267,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--net", nargs="+", default=["lenet300", "lenet5"], choices=list(NETS))
     parser.add_argument("--turns", type=int, default=3, help="median over so many")
+    parser.add_argument("--batch", type=int, help="images of a step, instead of the sources'")
     parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
     parser.add_argument("--parts", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -276,7 +278,7 @@ def main() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         print(f"largest matrix products: {peak(dtype):,.0f} GFLOP/s in {dtype}")
     for net in options.net:
-        measure(net, options.turns)
+        measure(net, options.turns, {"batch": options.batch} if options.batch else {})
 
 
 if __name__ == "__main__":

@@ -30,7 +30,8 @@ class Product:
     choices: Choices = field(default_factory=dict)
     """What the penalty has chosen to go."""
     metrics: dict[str, float] = field(default_factory=dict)
-    history: list[train.Row] = field(default_factory=list)
+    history: list[train.Row] | None = None
+    """A row for every epoch of a training, which may have none."""
     tables: dict[str, pd.DataFrame] = field(default_factory=dict)
     """Name -> a further <name>.csv beside the model."""
     texts: Mapping[str, str] = field(default_factory=dict)
@@ -40,9 +41,9 @@ class Product:
 class Job:
     """One stage at work on one model: what it may read, and the loop it may run."""
 
-    def __init__(self, name: str) -> None:
-        """Check settings and inputs; nothing is computed yet."""
-        self.stage = stage.open_stage(name)
+    def __init__(self, name: str, pipeline: str = "dvc.yaml") -> None:
+        """Check settings and inputs; nothing is computed yet. `pipeline` declares the stage."""
+        self.stage = stage.open_stage(name, pipeline)
         self.params: Params = self.stage.params
         self.data = data.load(self.stage.input(f"data/{self.params.dataset}"))
         self.upstream: dict[str, Checkpoint] = {}
@@ -117,7 +118,8 @@ def trained(
     model: nn.Module, header: Header, fit: train.Fit, masks: Masks | None = None
 ) -> Product:
     """What a training stage leaves: the model with the figures of the epoch that was kept."""
-    kept = {k: v for k, v in fit.history[fit.picked - 1].items() if k not in ("epoch", "lr")}
+    picked = fit.history[fit.picked - 1] if fit.history else {}
+    kept = {k: v for k, v in picked.items() if k not in ("epoch", "lr")}
     metrics = kept | {"picked_epoch": float(fit.picked), "epochs": float(len(fit.history))}
     return Product(model, header, masks or {}, metrics=metrics, history=fit.history)
 
@@ -171,8 +173,9 @@ def _write(
     """Model, history and record of a stage that is through."""
     path, model = folder / "model.safetensors", str(folder / "model.safetensors")
     sha256 = checkpoint.save(path, product.header, product.model, product.masks, product.choices)
-    if product.history:
-        table = pd.DataFrame(product.history).astype({"epoch": int})
+    if product.history is not None:
+        columns = None if product.history else ["epoch", "lr", *train.FIGURES]
+        table = pd.DataFrame(product.history, columns=columns).astype({"epoch": int})
         files.write_text(folder / "history.csv", table.to_csv(index=False))
     for name, table in product.tables.items():
         files.write_text(folder / f"{name}.csv", table.to_csv(index=False))

@@ -113,7 +113,10 @@ class Training:
         if "val_accuracy" in row:
             self.words += f"  val {row['val_accuracy']:.2%}"
         if "phase" in row:
+            ratios = [value for key, value in row.items() if key.startswith("magnitude_ratio/")]
             self.words += f"  {_PHASES[int(row['phase'])]}, factor {row['factor']:.3g}"
+            self.words += f", {row['picked']:.0f} of {len(ratios)} layers picked"
+            self.words += f", kept over chosen {min(ratios):.3g} to {max(ratios):.3g}"
 
     def saved(self) -> None:
         """The state is safe; nothing to show."""
@@ -129,6 +132,9 @@ class Training:
             done = len(rows) * self.steps
             self.bar.update(self.task, completed=done, total=done, words=self.words)
         self.close()
+        if not rows:
+            say(f"{self.stage}: no epochs; the network as it came")
+            return
         row = rows[picked - 1]
         took = time.monotonic() - self.began
         val = f", val accuracy {row['val_accuracy']:.2%}" if "val_accuracy" in row else ""
@@ -136,6 +142,45 @@ class Training:
             f"{self.stage}: epoch {picked} of {len(rows)} kept, loss {row['train_loss']:.4f}"
             f"{val}; {took:.1f} s"
         )
+
+
+class Steps:
+    """Progress of anything else: a live bar on a terminal, a line every few seconds elsewhere."""
+
+    def __init__(self, stage: str, total: int) -> None:
+        self.stage, self.total, self.done = stage, total, 0
+        self.console = Console()
+        self.bar = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.completed:.0f} of {task.total:.0f}"),
+            TimeRemainingColumn(),
+            console=self.console,
+        )
+        self.task = self.bar.add_task(stage, total=total)
+        self.began = self.last = time.monotonic()
+
+    def __enter__(self) -> "Steps":
+        if self.console.is_terminal:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.update(self.task, completed=self.done)
+        self.bar.stop()
+
+    def tick(self) -> None:
+        """One step is done."""
+        self.done += 1
+        now = time.monotonic()
+        if now - self.last < (0.2 if self.console.is_terminal else 10):
+            return
+        self.last = now
+        if self.console.is_terminal:
+            self.bar.update(self.task, completed=self.done)
+            return
+        left = (now - self.began) / self.done * (self.total - self.done)
+        say(f"{self.stage}: {self.done:,} of {self.total:,} trials, {left:.0f} s left")
 
 
 def waiting(stage: str) -> None:

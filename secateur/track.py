@@ -370,9 +370,11 @@ def _commit() -> str:
 def _name(params: Mapping[str, Any]) -> str:
     """A name by which people know the chain in a table of runs."""
     pruner = params.get("pruner", "")
-    sensitivity = params.get(f"pruners.{pruner}.sensitivity", "")
+    own = {key.removeprefix(f"pruners.{pruner}."): value for key, value in params.items()}
+    amounts = [own[key] for key in ("sensitivity", "ratio", "ratios", "groups") if key in own]
+    how_much = f"{amounts[0]} " if amounts and amounts[0] is not None else ""
     return (
-        f"{params.get('decay')} {params.get('penalty')}, {sensitivity} {pruner}, "
+        f"{params.get('decay')} {params.get('penalty')}, {how_much}{pruner}, "
         f"seed {params.get('seed')}, {params.get('arch')} on {params.get('dataset')}"
     )
 

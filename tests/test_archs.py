@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import yaml
 from torch import fx, nn
 
-from secateur.core import blocks, checkpoint, cost, masks, plugin, raw, settings, shapes
+from secateur.core import blocks, checkpoint, cost, graph, masks, plugin, raw, settings, shapes
 from secateur.core.checkpoint import Header
 from secateur.core.errors import DataError, SettingsError
 
@@ -309,7 +309,7 @@ def test_every_module_is_called_once_and_only_sums_and_concatenations_stand_betw
     if least == COLOUR:
         pytest.skip("as torchvision has it")
     model = build(arch, **chosen)
-    nodes = fx.symbolic_trace(model).graph.nodes
+    nodes = graph.trace(model).nodes
     called = [str(node.target) for node in nodes if node.op == "call_module"]
     leaves = [n for n, m in model.named_modules() if not list(m.children())]
     assert sorted(called) == sorted(leaves)

@@ -9,20 +9,30 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from cutting import (
+    SIDE,
+    at_random,
+    build,
+    check,
+    difference,
+    free,
+    images,
+    randomise,
+    rebuilt,
+    weights_at_random,
+)
 from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
-from secateur.core import channels, checkpoint, masks, raw, shapes, surgery
+from secateur.core import channels, checkpoint, masks, raw, surgery
 from secateur.core.data import Split
 from secateur.core.decision import Decision
 from secateur.core.errors import PruningError
 from secateur.core.layers import Take
 from stages import prune
-
-SIDE = 8
 
 
 class Net(nn.Module):
@@ -385,89 +395,6 @@ SMALL = [
 ]  # fmt: skip
 
 
-def randomise(model, seed):
-    """Random weights, shifts and statistics, so that nothing is zero or one by habit."""
-    chance = torch.Generator().manual_seed(seed)
-
-    def normal(tensor):
-        return torch.randn(tensor.shape, generator=chance, dtype=tensor.dtype)
-
-    for module in model.modules():
-        for tensor in module.parameters(recurse=False):
-            spread = tensor[0].numel() ** -0.5 if tensor.dim() > 1 else 0.5
-            tensor.data = normal(tensor) * max(spread, 0.2)
-        if getattr(module, "running_mean", None) is not None:
-            module.running_mean = normal(module.running_mean) * 0.5
-            module.running_var = normal(module.running_var).abs() + 0.5
-    return model.eval()
-
-
-def build(make, seed=0):
-    torch.manual_seed(seed)
-    torch.set_default_dtype(torch.float64)
-    try:
-        return randomise(make().double(), seed)
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
-def images(count=4, side=SIDE, seed=0):
-    chance = torch.Generator().manual_seed(seed)
-    return torch.randn(count, 3, side, side, generator=chance).double()
-
-
-def free(network):
-    return [group for group in network.groups if group.locked is None]
-
-
-def at_random(network, seed, only=None):
-    chance = torch.Generator().manual_seed(seed)
-    chosen = {}
-    for group in free(network):
-        count = int(torch.randint(0 if only is None else 1, group.size + 1, (1,), generator=chance))
-        numbers = torch.randperm(group.size, generator=chance)[:count]
-        if only is None or group.name in only:
-            chosen[group.name] = numbers
-    return network.allowed(chosen)
-
-
-def difference(one, other, batch):
-    with torch.no_grad():
-        before, after = one(batch), other(batch)
-    return float((before - after).abs().max() / before.abs().max().clamp_min(1e-30))
-
-
-def check(model, network, selection, batch):
-    """Masked equals compact, in float64 and float32; the sizes are those that were asked for."""
-    masked = surgery.mask(model, selection, batch, network)
-    compact = surgery.remove(model, selection, batch, {}, network)
-    assert difference(masked, compact.model, batch) < 1e-9
-    assert surgery.verify(masked, compact, batch, surgery.EXACT) < 1e-9
-    removed = {name: len(chosen) for name, chosen in selection.items()}
-    for group in network.groups:
-        for slot in group.slots:
-            if slot.parts == 1 and slot.kind != "index":
-                lost = slot.index[selection.get(group.name, torch.empty(0).long())].numel()
-                assert lost == removed.get(group.name, 0) * slot.index.shape[1]
-    expected = {}
-    for group in network.groups:
-        for slot in group.slots:
-            if slot.kind == "out":
-                lost = removed.get(group.name, 0) * slot.index.shape[1]
-                expected[slot.tensor] = expected.get(slot.tensor, 0) + lost
-    state = compact.model.state_dict()
-    for name, lost in expected.items():
-        assert len(state[name]) == len(model.state_dict()[name]) - lost
-    return masked, compact
-
-
-def rebuilt(make, compact):
-    fresh, state = build(make, seed=5), compact.model.state_dict()
-    shapes.resize(fresh, {n: t.shape for n, t in state.items()}, shapes.describe(compact.model))
-    shapes.load(fresh, state)
-    return fresh.eval()
-
-
 @pytest.mark.parametrize("make", SMALL)
 @given(seed=st.integers(0, 10**6))
 @examples(max_examples=5, deadline=None, derandomize=True)
@@ -528,22 +455,6 @@ def test_whole_groups_of_a_convolution_go_and_unequal_ones_are_refused():
 
 
 # ---- dead channels ---------------------------------------------------------------------------
-
-
-def weights_at_random(model, network, seed):
-    """Masks of weights that silence outputs, deafen inputs, and spare one path."""
-    chance = torch.Generator().manual_seed(seed)
-    chosen = {}
-    for group in free(network):
-        for slot in group.slots:
-            if slot.kind not in ("out", "in", "bias", "norm") or "kernel" in slot.tensor:
-                continue
-            tensor = model.get_parameter(slot.tensor)
-            mask = chosen.setdefault(slot.tensor, torch.ones(tensor.shape, dtype=torch.bool))
-            gone = (torch.rand(group.size, generator=chance) > 0.6).nonzero().flatten()
-            if slot.parts == 1:
-                mask.index_fill_(slot.axis, slot.index[gone].flatten(), False)
-    return chosen
 
 
 @pytest.mark.parametrize("make", SMALL)

@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 import safetensors.numpy
 import safetensors.torch
+import yaml
 from mlflow import MlflowClient
 
 from secateur.core.data import load
@@ -54,10 +55,10 @@ def test_new_plugins_and_changed_observers_leave_everything_valid(project):
     for observer in ("track", "console"):
         file = project.path / f"secateur/{observer}.py"
         file.write_text(file.read_text() + "\n# changed\n")
-    assert "up to date" in project.dvc("status")
+    assert "up to date" in project.dvc("status", "dvc.yaml")
     file = project.path / "secateur/core/cost.py"
     file.write_text(file.read_text() + "\n# changed\n")
-    status = project.dvc("status")
+    status = project.dvc("status", "dvc.yaml")
     assert "prune" in status and "baseline" not in status.split("\n")[0]
 
 
@@ -184,6 +185,27 @@ def test_a_structural_penalty_shrinks_the_network(project):
     report = json.loads((project.path / "metrics/evaluate.json").read_text())
     assert report["pruning"]["reached"]["difference_float64"] < 1e-9
     assert report["finetuned"]["accuracy"] > 0.8
+
+
+def test_sensitivity_is_a_pipeline_of_its_own_whose_suggestion_the_main_one_takes(project):
+    log = project.dvc("repro", "stages/sensitivity/dvc.yaml")
+    assert "bn_scale is left out" in log
+    assert "up to date" in project.dvc("status"), "both pipelines are"
+    table = pd.read_csv(project.path / "metrics/sensitivity.csv")
+    dense = json.loads((project.path / "models/baseline.run.json").read_text())
+    now = dense["metrics"]["val_accuracy"]
+    assert set(table.criterion) == {"l1", "random"} and set(table.layer) == {"fc1", "fc2"}
+    assert (table[table.ratio == 0].accuracy == pytest.approx(now)).all()
+    mean = table.groupby("ratio").accuracy.mean()
+    assert mean[0.9] < mean[0.1] <= mean[0] + 0.01
+    found = yaml.safe_load((project.path / "metrics/sensitivity.yaml").read_text())["l1"]
+    project.params(pruner=found["pruner"])
+    for key, value in found["pruners"]["magnitude"].items():
+        project.params(**{f"pruners__magnitude__{key}": value})
+    assert "l1" in project.dvc("repro", "prune")
+    plots = project.dvc("plots", "show", "-o", "shown")
+    page = (project.path / "shown/index.html").read_text()
+    assert "accuracy when one layer loses outputs" in page, plots
 
 
 # -- MLflow ----------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from torch import nn
 
@@ -65,6 +66,49 @@ def test_a_growing_penalty_fits_into_the_epochs_that_a_recipe_gives_it(name):
     assert penalty.needs <= training["epochs"] * steps
     assert training["keep"] == "last"
     assert made["pruner"] == "chosen"
+
+
+PARAMETERS = {  # published, for ten classes
+    "dense-cifar10-alexnet": 2_472_266,
+    "dense-cifar10-vgg19-bn": 20_040_522,
+    "dense-cifar10-resnet110": 1_730_714,
+    "dense-cifar10-resnet164": 1_704_154,
+    "dense-cifar10-preresnet110": 1_730_522,
+    "dense-cifar10-preresnet164": 1_703_258,
+    "dense-cifar10-wrn-28-10": 36_479_194,
+    "dense-cifar10-resnext29-8x64": 34_426_698,
+    "dense-cifar10-resnext29-16x64": 68_155_210,
+    "dense-cifar10-densenet-bc-100-12": 769_162,
+    "dense-cifar10-densenet-bc-190-40": 25_624_430,
+    "dense-imagenet-resnet18": 11_689_512,
+    "gconv-dense-cifar10-densenet40": 1_019_722,
+    "gconv-dense-cifar10-condensenet86": 1_959_626,
+    "deephoyer-cifar10-resnet20-group-hs": 272_474,
+    "deephoyer-cifar10-resnet18-hs": 11_173_962,
+    "cifar10-jpeg-resnet20": 269_722,
+}
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_a_recipe_names_the_network_that_was_published(name):
+    made = recipe._merged(PARAMS, recipe.load(name).settings)
+    module, own = plugin.load("archs", made["arch"]), made["archs"][made["arch"]]
+    large = made["dataset"] == "imagenet"
+    with torch.device("meta"):
+        model = module.build(
+            settings.parse(module.Settings, own, ""),
+            1000 if large else 10,
+            (3, 224, 224) if large else (3, 32, 32),
+        )
+    assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if re.match("(gconv-)?dense-", n)])
+def test_a_dense_recipe_trains_nothing_but_the_dense_network(name):
+    made = recipe._merged(PARAMS, recipe.load(name).settings)
+    assert made["sparse_train"]["epochs"] == made["finetune"]["epochs"] == 0
+    assert (made["penalty"], made["pruners"]["threshold"]["sensitivity"]) == ("none", 0)
+    assert made["baseline"]["keep"] == "last" and made["data"]["validation"] == 0
 
 
 def test_overrides_are_what_dvc_takes():
@@ -147,6 +191,9 @@ def test_recipes_that_lead_nowhere_are_told(folder, files, name, line):
 
 def test_the_published_names_are_there():
     wanted = ["greg-resnet56-0.9-greg1", "greg-resnet56-2.55x-greg2", "greg-vgg19-8.84x-greg1",
-              "greg-resnet50-3.06x-greg2", "greg-resnet50-weights-greg1"]  # fmt: skip
+              "greg-resnet50-3.06x-greg2", "greg-resnet50-weights-greg1", "cifar10-jpeg-resnet20",
+              "dense-cifar100-wrn-28-10", "dense-imagenet-resnext50",
+              "gconv-dense-cifar100-condensenet86", "deephoyer-cifar100-resnet110-group-hs",
+              "deephoyer-cifar10-vgg19-hs", "deephoyer-imagenet-resnet50-group-hs"]  # fmt: skip
     assert set(wanted) <= set(NAMES)
     assert all(re.fullmatch(r"[a-z0-9.-]+", name) for name in NAMES)

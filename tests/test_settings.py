@@ -104,7 +104,7 @@ MISTAKES = [  # key, value, what the line must hold beside both
     ("pruners.std.scope", "biases", "'weights' or 'weights_and_biases'"),
 ]
 TRAINING_MISTAKES = [
-    ("epochs", 0, "greater than or equal to 1"),
+    ("epochs", -1, "greater than or equal to 0"),
     ("epochs", 1.5, "valid integer"),
     ("batch_size", 0, "greater than or equal to 1"),
     ("batch_size", True, "a number is needed"),

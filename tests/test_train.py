@@ -461,3 +461,11 @@ def test_accuracy_and_loss_are_what_numpy_says(count):
     right, loss = train.accuracy(model, split, about)
     assert right == np.mean(logits.argmax(axis=1) == labels)
     assert loss == pytest.approx(-np.log(chances[range(count), labels]).mean(), rel=1e-5)
+
+
+def test_without_epochs_the_network_is_handed_on_as_it_came():
+    model = network("lenet300")
+    before = content(model)
+    result = fit(model, digits(50), Train(epochs=0))
+    assert (result.history, result.picked) == ([], 0)
+    assert content(model) == before

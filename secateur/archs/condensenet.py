@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from secateur.core import blocks
+from secateur.core.layers import Take
 from secateur.core.settings import Strict
 
 Count = Annotated[int, Field(ge=1)]
@@ -74,6 +75,7 @@ def build(settings: Settings, classes: int, shape: tuple[int, int, int]) -> nn.M
         width += count * growth
     return CondenseNet(
         **modules,
+        take=Take(range(width)),
         bn=nn.BatchNorm2d(width),
         relu=nn.ReLU(),
         pool=nn.AdaptiveAvgPool2d(1),

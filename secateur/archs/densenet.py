@@ -17,6 +17,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from secateur.core import blocks
+from secateur.core.layers import Take
 from secateur.core.settings import Strict
 
 
@@ -48,13 +49,15 @@ class Plain(nn.Module):
 
     def __init__(self, inputs: int, growth: int) -> None:
         super().__init__()
+        self.take = Take(range(inputs))
         self.bn1 = nn.BatchNorm2d(inputs)
         self.relu1 = nn.ReLU()
         self.conv1 = blocks.conv3x3(inputs, growth)
 
     def forward(self, x: Tensor) -> Tensor:
         """The input's channels, then `growth` new ones."""
-        return torch.cat((x, self.conv1(self.relu1(self.bn1(x)))), dim=1)
+        y = self.conv1(self.relu1(self.bn1(self.take(x))))
+        return torch.cat((x, y), dim=1)
 
 
 def build(settings: Settings, classes: int, shape: tuple[int, int, int]) -> nn.Module:
@@ -77,6 +80,7 @@ def build(settings: Settings, classes: int, shape: tuple[int, int, int]) -> nn.M
             width = kept
     return blocks.HeNormal(
         **modules,
+        take=Take(range(width)),
         bn=nn.BatchNorm2d(width),
         relu=nn.ReLU(),
         pool=nn.AdaptiveAvgPool2d(1),
@@ -88,6 +92,7 @@ def build(settings: Settings, classes: int, shape: tuple[int, int, int]) -> nn.M
 def _transition(inputs: int, outputs: int) -> nn.Sequential:
     """BN-ReLU-1x1, then the mean of each 2x2 pixels."""
     transition = nn.Sequential()
+    transition.add_module("take", Take(range(inputs)))
     transition.add_module("bn", nn.BatchNorm2d(inputs))
     transition.add_module("relu", nn.ReLU())
     transition.add_module("conv", blocks.conv1x1(inputs, outputs))

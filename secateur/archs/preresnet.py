@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from secateur.core import blocks
+from secateur.core.layers import Take
 from secateur.core.settings import Strict
 
 
@@ -42,6 +43,7 @@ class Basic(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
+        self.take = Take(range(inputs))
         self.bn1 = nn.BatchNorm2d(inputs)
         self.relu1 = nn.ReLU()
         self.conv1 = blocks.conv3x3(inputs, outputs, stride)
@@ -52,7 +54,7 @@ class Basic(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Feature map of `outputs` channels, its sides divided by the stride."""
-        y = self.conv1(self.relu1(self.bn1(x)))
+        y = self.conv1(self.relu1(self.bn1(self.take(x))))
         y = self.conv2(self.relu2(self.bn2(y)))
         return y + self.shortcut(x)
 
@@ -63,6 +65,7 @@ class Bottleneck(nn.Module):
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
         inner = outputs // blocks.EXPANSION
+        self.take = Take(range(inputs))
         self.bn1 = nn.BatchNorm2d(inputs)
         self.relu1 = nn.ReLU()
         self.conv1 = blocks.conv1x1(inputs, inner)
@@ -76,7 +79,7 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Feature map of `outputs` channels, its sides divided by the stride."""
-        y = self.conv1(self.relu1(self.bn1(x)))
+        y = self.conv1(self.relu1(self.bn1(self.take(x))))
         y = self.conv2(self.relu2(self.bn2(y)))
         y = self.conv3(self.relu3(self.bn3(y)))
         return y + self.shortcut(x)
@@ -94,6 +97,7 @@ def build(settings: Settings, classes: int, shape: tuple[int, int, int]) -> nn.M
         layer1=blocks.stage(count, 16, 16 * expansion, 1, block),
         layer2=blocks.stage(count, 16 * expansion, 32 * expansion, 2, block),
         layer3=blocks.stage(count, 32 * expansion, 64 * expansion, 2, block),
+        take=Take(range(64 * expansion)),
         bn=nn.BatchNorm2d(64 * expansion),
         relu=nn.ReLU(),
         pool=nn.AdaptiveAvgPool2d(1),

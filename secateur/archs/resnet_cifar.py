@@ -20,6 +20,7 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from secateur.core import blocks
+from secateur.core.layers import Take
 from secateur.core.settings import Strict
 
 
@@ -71,12 +72,15 @@ def build(settings: Settings, classes: int, shape: tuple[int, int, int]) -> nn.M
 
 
 def _subsample(inputs: int, outputs: int, stride: int) -> nn.Module:
-    """Shortcut A: no weights. Pooling by windows of one pixel is taking every `stride`-th pixel."""
+    """Shortcut A: no weights. Pooling by windows of one pixel is taking every `stride`-th pixel.
+
+    What it widens with zeros is a `Take`, so that channels on either side can go by themselves.
+    """
     if inputs == outputs and stride == 1:
         return nn.Identity()
     before = (outputs - inputs) // 2
     shortcut = nn.Sequential()
     shortcut.add_module("pool", nn.AvgPool2d(1, stride))
-    # of the three last axes: width, height, channels
-    shortcut.add_module("pad", nn.ZeroPad3d((0, 0, 0, 0, before, outputs - inputs - before)))
+    zeros = [-1] * before, [-1] * (outputs - inputs - before)
+    shortcut.add_module("take", Take([*zeros[0], *range(inputs), *zeros[1]]))
     return shortcut

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from secateur.core import blocks
+from secateur.core.layers import Take
 from secateur.core.settings import Strict
 
 
@@ -38,6 +39,7 @@ class Same(nn.Module):
 
     def __init__(self, channels: int, dropout: float) -> None:
         super().__init__()
+        self.take = Take(range(channels))
         self.bn1 = nn.BatchNorm2d(channels)
         self.relu1 = nn.ReLU()
         self.conv1 = blocks.conv3x3(channels, channels)
@@ -48,7 +50,7 @@ class Same(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Feature map of the input's shape."""
-        y = self.conv1(self.relu1(self.bn1(x)))
+        y = self.conv1(self.relu1(self.bn1(self.take(x))))
         y = self.conv2(self.dropout(self.relu2(self.bn2(y))))
         return x + y
 
@@ -58,6 +60,7 @@ class Change(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, stride: int, dropout: float) -> None:
         super().__init__()
+        self.take = Take(range(inputs))
         self.bn1 = nn.BatchNorm2d(inputs)
         self.relu1 = nn.ReLU()
         self.conv1 = blocks.conv3x3(inputs, outputs, stride)
@@ -69,7 +72,7 @@ class Change(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Feature map of `outputs` channels, its sides divided by the stride."""
-        x = self.relu1(self.bn1(x))
+        x = self.relu1(self.bn1(self.take(x)))
         y = self.conv2(self.dropout(self.relu2(self.bn2(self.conv1(x)))))
         return self.shortcut(x) + y
 
@@ -100,6 +103,7 @@ def build(settings: Settings, classes: int, shape: tuple[int, int, int]) -> nn.M
         layer1=blocks.stage(count, 16, 16 * widen, 1, block),
         layer2=blocks.stage(count, 16 * widen, 32 * widen, 2, block),
         layer3=blocks.stage(count, 32 * widen, 64 * widen, 2, block),
+        take=Take(range(64 * widen)),
         bn=nn.BatchNorm2d(64 * widen),
         relu=nn.ReLU(),
         pool=nn.AdaptiveAvgPool2d(1),

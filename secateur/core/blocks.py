@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.core.errors import SettingsError
+from secateur.core.layers import Take
 
 Block = Literal["basic", "bottleneck"]
 EXPANSION = 4
@@ -106,6 +107,7 @@ class DenseBottleneck(nn.Module):
 
     def __init__(self, inputs: int, growth: int, groups: int = 1) -> None:
         super().__init__()
+        self.take = Take(range(inputs))
         self.bn1 = nn.BatchNorm2d(inputs)
         self.relu1 = nn.ReLU()
         self.conv1 = conv1x1(inputs, EXPANSION * growth, groups=groups)
@@ -115,7 +117,7 @@ class DenseBottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The input's channels, then `growth` new ones."""
-        y = self.conv1(self.relu1(self.bn1(x)))
+        y = self.conv1(self.relu1(self.bn1(self.take(x))))
         y = self.conv2(self.relu2(self.bn2(y)))
         return torch.cat((x, y), dim=1)
 

@@ -8,6 +8,7 @@ channels that cannot go without changing the others are locked, with the reason.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, fx, nn
@@ -75,9 +76,16 @@ class Network:
             found.append(group.roots[chosen.cpu()])
         return torch.cat(found).unique()
 
+    def _among(self, roots: Tensor) -> Tensor:
+        """bool by root: whether it is one of these."""
+        among = torch.zeros(len(self.roots), dtype=torch.bool)
+        among[roots] = True
+        return among
+
     def selection(self, roots: Tensor) -> dict[str, Tensor]:
         """The channels with these roots, by group."""
-        chosen = {g.name: torch.isin(g.roots, roots).nonzero().flatten() for g in self.groups}
+        among = self._among(roots)
+        chosen = {g.name: among[g.roots].nonzero().flatten() for g in self.groups}
         return {name: index for name, index in chosen.items() if len(index)}
 
     def plan(self, selection: Selection) -> Plan:
@@ -87,14 +95,60 @@ class Network:
         or if what is left does not fit together, as with unequal groups of a convolution.
         """
         gone = self.gone(selection)
+        lost = self._among(gone)
         for name, roots in self.outputs().items():
-            if bool(torch.isin(roots, gone).all()):
+            if bool(lost[roots].all()):
                 raise PruningError(f"layer {name} would be left without outputs; take away less")
         book = Cutter(self._found, gone)
         Walk(self.model, self.graph, book, self._spread).run(self.shape)
         return book.plan
 
     def allowed(self, selection: Selection) -> dict[str, Tensor]:
+        """A selection that can go: `fitting`, with what is left without any source.
+
+        A channel that a `Take` took from one that goes would say zero, and its norms their shift:
+        it goes too, unless it is locked, needs a balance, or is the last one of its Take.
+        """
+        chosen = self.fitting(selection)
+        gone = self.gone(chosen)
+        more = self._orphans(gone)
+        lost, orphan = self._among(gone), self._among(more)
+        for roots in [self.roots[s.out] for s in self.selects.values() if s.own]:
+            left = roots[~lost[roots]]
+            if len(left) and bool(orphan[left].all()):
+                orphan[left[0]] = False
+        for name, index in self.selection(orphan.nonzero().flatten()).items():
+            chosen[name] = torch.cat((chosen.get(name, index[:0]), index))
+        return chosen
+
+    def _orphans(self, gone: Tensor) -> Tensor:
+        """Roots of free channels, without balances, all of whose sources were taken from `gone`."""
+        free = torch.zeros(len(self.roots), dtype=torch.bool)
+        for group in self.groups:
+            free[group.roots] = group.locked is None
+        for layer in self.layers.values():
+            if not layer.depthwise():
+                free[self.roots[layer.out]] = False
+        for _, parts in self._found.balances:
+            for part in parts:
+                free[self.roots[part[part >= 0]]] = False
+        lost = self._among(gone)
+        before = lost
+        while True:
+            alive, robbed = torch.zeros_like(lost), torch.zeros_like(lost)  # by what they take
+            for select in self.selects.values():
+                if select.own:
+                    atoms = select.into[select.index]
+                    known = (select.index >= 0) & (atoms >= 0)
+                    out, taken = self.roots[select.out[known]], self.roots[atoms[known]]
+                    alive[out[~lost[taken]]] = True
+                    robbed[out[lost[taken]]] = True
+            after = lost | (free & robbed & ~alive)
+            if torch.equal(after, lost):
+                return (lost & ~before).nonzero().flatten()
+            lost = after
+
+    def fitting(self, selection: Selection) -> dict[str, Tensor]:
         """The selection without those channels that have to stay for the others' sake.
 
         No layer is emptied, and the parts of every balance lose the same number, of those that are
@@ -116,17 +170,20 @@ class Network:
 
     def _leave_one(self, selection: Selection) -> dict[str, Tensor]:
         """Keep the channel that matters least to the selection wherever all outputs would go."""
-        gone, ranks = self.gone(selection), self._ranks(selection)
-        for roots in self.outputs().values():
-            if bool(torch.isin(roots, gone).all()):
-                last = max(roots.unique().tolist(), key=ranks.__getitem__)
-                gone = gone[gone != last]
-        return self._pick(selection, set(gone.tolist()))
+        gone = self._among(self.gone(selection))
+        emptied = [roots for roots in self.outputs().values() if bool(gone[roots].all())]
+        if not emptied:
+            return dict(selection)
+        ranks = self._ranks(selection)
+        for roots in emptied:
+            if bool(gone[roots].all()):
+                gone[max(roots.unique().tolist(), key=ranks.__getitem__)] = False
+        return self._pick(selection, gone)
 
     def _evened(self, selection: Selection, whole: bool, spare: bool) -> dict[str, Tensor]:
         """The same number out of each balanced part; with `spare` never all of a part."""
         rank = self._ranks(selection)
-        cells = self._cells()
+        cells = self._cells
         chosen = set(rank)
         taken = self._whole_groups(chosen) if whole else set()
         for parts in cells:
@@ -139,20 +196,17 @@ class Network:
                 count = min(count, min(len(part) for part in live) - 1)
             for part in picked:
                 chosen -= set(part[count:])
-        return self._pick(selection, chosen)
+        return self._pick(selection, self._among(torch.tensor(sorted(chosen), dtype=torch.int64)))
 
     def _unbalanced(self, selection: Selection) -> dict[str, Tensor]:
-        bound = {root for parts in self._cells() for part in parts for root in part}
-        return self._pick(selection, set(self._ranks(selection)) - bound)
+        bound = {root for parts in self._cells for part in parts for root in part}
+        free = ~self._among(torch.tensor(sorted(bound), dtype=torch.int64))
+        return self._pick(selection, free)
 
-    def _pick(self, selection: Selection, chosen: set[int]) -> dict[str, Tensor]:
-        result = {}
-        for name, index in selection.items():
-            roots = self.group(name).roots[index].tolist()
-            stays = torch.tensor([root in chosen for root in roots], dtype=torch.bool)
-            if bool(stays.any()):
-                result[name] = index[stays]
-        return result
+    def _pick(self, selection: Selection, chosen: Tensor) -> dict[str, Tensor]:
+        """Those that are chosen, bool by root; without groups of which nothing is."""
+        stays = {name: chosen[self.group(name).roots[index]] for name, index in selection.items()}
+        return {name: selection[name][mine] for name, mine in stays.items() if bool(mine.any())}
 
     def _ranks(self, selection: Selection) -> dict[int, int]:
         """Place of every selected root in its group's order."""
@@ -162,6 +216,7 @@ class Network:
             for place, root in enumerate(self.group(name).roots[index].tolist())
         }
 
+    @cached_property
     def _cells(self) -> list[list[set[int]]]:
         """Balanced parts by root; where balances share channels, the finest division of both."""
         where: dict[int, list[tuple[int, int]]] = {}
@@ -193,6 +248,8 @@ class Network:
         return taken
 
     def _balances(self) -> tuple[Balance, ...]:
+        if not self._found.balances:
+            return ()
         names = {
             root: (group.name, number)
             for group in self.groups

@@ -92,8 +92,23 @@ class Constants(fx.Interpreter):
 def _through(run: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A sum is unknown where an unknown value has a weight that is not zero."""
     unknown = x.isnan()
-    out: Tensor = run(x.masked_fill(unknown, 0.0), weight, bias)
-    reads: Tensor = run(unknown.to(x.dtype), (weight != 0).to(x.dtype), None)
+    known = x.masked_fill(unknown, 0.0)
+    if weight.dim() == 2 or weight.shape[1] != x.shape[1]:  # linear, or in groups
+        out: Tensor = run(known, weight, bias)
+        heard = run(unknown.to(x.dtype), (weight != 0).to(x.dtype), None)
+        return out.masked_fill(heard > 0.5, torch.nan)
+    some, whole = unknown.any(dim=(0, 2, 3)), unknown.all(dim=0).all(dim=(1, 2))
+    says = known.ne(0).any(dim=(0, 2, 3))
+    says[0] = True  # so that there is a sum at all
+    out = run(known[:, says], weight[:, says], bias)
+    reads = torch.zeros_like(out)
+    if bool(whole.any()):  # channels that are unknown everywhere: heard where any of them is
+        those = weight if bool(whole.all()) else weight[:, whole]
+        largest = torch.linalg.vector_norm(those, ord=torch.inf, dim=1, keepdim=True)
+        reads = run(torch.ones_like(x[:, :1]), largest.ne(0).to(x.dtype), None)
+    if bool((partly := some & ~whole).any()):
+        heard = (weight[:, partly] != 0).to(x.dtype)
+        reads = reads + run(unknown[:, partly].to(x.dtype), heard, None)
     return out.masked_fill(reads > 0.5, torch.nan)
 
 

@@ -42,22 +42,21 @@ class Cutter:
     """Second walk, through the smaller network: what every layer finds of what it knew."""
 
     def __init__(self, found: Recorder, gone: Tensor) -> None:
-        self.found, self.gone = found, gone
+        self.found = found
+        self.left = torch.ones(len(found.roots) + 1, dtype=torch.bool)  # the last: fixed zeros
+        self.left[gone] = False
         self.plan = Plan()
         self._fixed = iter(found.fixed_atoms)
         self._records = found.records
 
-    def _root(self, atoms: Tensor) -> Tensor:
-        return torch.where(atoms >= 0, self.found.roots[atoms.clamp_min(0)], ZERO)
-
     def _stay(self, atoms: Tensor) -> Tensor:
         """Positions whose channel stays."""
-        return (~torch.isin(self._root(atoms), self.gone)).nonzero().flatten()
+        return self.left[self.found.root(atoms)].nonzero().flatten()
 
     def _match(self, where: str, old: Tensor, new: Tensor) -> Tensor:
         """The old position of each new one: equal channels in equal order."""
         stay = self._stay(old)
-        kept, found = self._root(old)[stay], self._root(new)
+        kept, found = self.found.root(old[stay]), self.found.root(new)
         by_kept, by_found = kept.argsort(stable=True), found.argsort(stable=True)
         if len(kept) != len(found) or not torch.equal(kept[by_kept], found[by_found]):
             raise PruningError(f"{where} would no longer read the channels that it reads now")
@@ -147,13 +146,13 @@ class Cutter:
 
     def meet(self, a: Tensor, b: Tensor) -> None:
         """Only what was one channel before may meet."""
-        x, y = self._root(a), self._root(b)
+        x, y = self.found.root(a), self.found.root(b)
         wrong = (x != y) & ~self._beside_zero(a, b) & ~self._beside_zero(b, a)
         if bool(wrong.any()):
             raise PruningError("would add up channels that do not belong together")
 
     def _beside_zero(self, a: Tensor, b: Tensor) -> Tensor:
-        return (a == ZERO) & torch.isin(b, self.found.padded)
+        return (a == ZERO) & self.found.padded[b]
 
     def lock(self, atoms: Tensor, reason: str) -> None:
         """Nothing to do: locked channels are never among those that go."""

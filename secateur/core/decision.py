@@ -75,6 +75,9 @@ def of_choices(subject: Subject, choices: Choices) -> Decision:
             if name in by_layer and _side(by_layer[name]) == side:
                 stays = ~by_layer[name].flatten().cpu()
             left[side].index_add_(0, network.roots[atoms[atoms >= 0]], stays[atoms >= 0].float())
+    for select in network.selects.values():  # what a shortcut brings was not chosen either
+        if select.own:
+            left["out"][network.roots[select.out]] += 1
     free = torch.zeros(count, dtype=torch.bool)
     for group in network.groups:
         if group.locked is None:
@@ -107,6 +110,9 @@ def refusals(network: Network, groups: Groups) -> dict[str, str]:
     for layer in network.layers.values():
         if not layer.depthwise():
             makers[network.roots[layer.out].unique()] += 1
+    for select in network.selects.values():
+        if select.own:
+            makers[network.roots[select.out]] += 1
     locks: dict[int, str] = {}
     for group in network.groups:
         if group.locked is not None:

@@ -328,9 +328,11 @@ class Walk:
             self._lock(x, f"read by {name}, whose groups stand in the code")
         into = x.line(1)
         out = self.book.layer(name, weight, bias, into, groups)
-        image = torch.empty(1, 1, *x.shape[2:], device="meta")
-        kernel = torch.empty(1, 1, *weight.tensor.shape[2:], device="meta")
-        side = functional.conv2d(image, kernel, None, stride, padding, dilation).shape[2:]
+        kernel = weight.tensor.shape[2:]
+        side = [
+            _side(size, kernel[k], _each(stride, k), _each(padding, k), _each(dilation, k))
+            for k, size in enumerate(x.shape[2:])
+        ]
         return Atoms.along(1, out, (x.shape[0], len(out), *side))
 
     def _linear(self, x: Atoms, weight: Held, bias: Held | None = None) -> Atoms:
@@ -369,13 +371,14 @@ class Walk:
         return x
 
     def _pool(self, x: Atoms, pool: Callable[..., Any]) -> Atoms:
-        out = pool(torch.empty(x.shape, device="meta"))
+        out = pool(torch.zeros(1, 1, *x.shape[2:]))
         if not isinstance(out, Tensor):
             raise PruningError("gives more than one tensor")
+        shape = (*x.shape[:2], *out.shape[2:])
         if x.varies(len(x.shape) - 1) or x.varies(len(x.shape) - 2):
             self._lock(x, "pooled together with other channels")
-            return self._opaque(out.shape, "pooled from several channels")
-        return Atoms(x.ids, tuple(out.shape))
+            return self._opaque(shape, "pooled from several channels")
+        return Atoms(x.ids, shape)
 
     # ---- functions and methods ---------------------------------------------------------------
 
@@ -643,6 +646,20 @@ class Walk:
 
 
 _NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
+
+
+def _each(value: Any, axis: int) -> Any:
+    """Of what is given once, or for every axis."""
+    return value[axis] if isinstance(value, tuple | list) else value
+
+
+def _side(size: int, kernel: int, stride: int, padding: Any, dilation: int) -> int:
+    """Outputs of a convolution along one axis."""
+    reach = dilation * (kernel - 1)
+    border = {"same": reach, "valid": 0}[padding] if isinstance(padding, str) else 2 * padding
+    if size + border <= reach:
+        raise PruningError(f"{size} pixels are too few for a kernel of {kernel}")
+    return (size + border - reach - 1) // stride + 1
 
 
 def _plain(node: fx.Node, args: Any, kwargs: Any) -> Any:

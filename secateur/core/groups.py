@@ -73,12 +73,14 @@ def sort(records: Sequence[Record], roots: Tensor, locks: Mapping[int, str]) -> 
         mine, inverse, counts = roots[record.atoms[at]].unique(
             return_inverse=True, return_counts=True
         )
-        keys, places = torch.stack((kind[mine], counts), 1).unique(dim=0, return_inverse=True)
+        both = kind[mine] * (len(at) + 1) + counts
+        keys, places = both.unique(return_inverse=True)
         kind[mine] = fresh + places
         fresh += len(keys)
         found.append((mine, at[inverse.argsort(stable=True)], counts))
     slots: dict[int, list[Slot]] = {}
     members: dict[int, Tensor] = {}
+    orders: dict[int, Tensor] = {}  # place of each member among the roots
     owners: dict[int, list[tuple[str, Kind]]] = {}
     for record, (mine, at, counts) in zip(records, found, strict=True):
         start = counts.cumsum(0) - counts
@@ -87,12 +89,10 @@ def sort(records: Sequence[Record], roots: Tensor, locks: Mapping[int, str]) -> 
             width = int(counts[where[0]])
             index = at[start[where].unsqueeze(1) + torch.arange(width)]
             if number not in members:
-                order = index[:, 0].argsort()
-                members[number] = mine[where][order]
-            by_root = members[number].argsort()
-            order = torch.empty_like(by_root)
-            order[by_root] = torch.arange(len(by_root))  # rank of each member among the roots
-            slot = Slot(record.tensor, record.axis, index[order], record.kind, record.parts)
+                orders[number] = index[:, 0].argsort()
+                members[number] = mine[where][orders[number]]
+            index = index[orders[number]]
+            slot = Slot(record.tensor, record.axis, index, record.kind, record.parts)
             slots.setdefault(number, []).append(slot)
             owners.setdefault(number, []).append((record.owner, record.kind))
     return _named(slots, members, owners, locks)

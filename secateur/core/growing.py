@@ -121,13 +121,15 @@ class Growing:
 
     def figures(self) -> dict[str, float]:
         """How far it is: the phase from 0 (picking) to 3 (finished), the largest factor, layers
-        whose choice is made, and the mean over layers of kept over chosen magnitude."""
-        kept, chosen = self._means()
+        whose choice is made, and kept over chosen magnitude, of each layer and in the mean."""
+        ratios = _over(*self._means())
+        layers = [name.removesuffix(".weight") for name in self.names]
         return {
             "phase": float(FINISHED if self.finished else self.phase),
             "factor": float(self.factor.max()),
             "picked": float(len(self.choice)),
-            "magnitude_ratio": float(_over(kept, chosen).mean()),
+            "magnitude_ratio": float(ratios.mean()),
+            **{f"magnitude_ratio/{n}": float(r) for n, r in zip(layers, ratios, strict=True)},
         }
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -1,9 +1,10 @@
 """Layers of our own that surgery knows how to make smaller."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional
 
 
@@ -12,7 +13,7 @@ class Take(nn.Module):
 
     A shortcut that widens with zeros is Take([-1, -1, 0, 1, 2, 3, -1, -1]); a channel selection
     is Take of those that are left. What it takes is its state: a smaller network needs no code
-    that knows how it became smaller.
+    that knows how it became smaller. Whoever writes into `index` uses `put`.
     """
 
     index: Tensor
@@ -20,15 +21,45 @@ class Take(nn.Module):
     def __init__(self, index: Sequence[int]) -> None:
         super().__init__()
         self.register_buffer("index", torch.tensor(list(index), dtype=torch.int64))
+        self._border = _border(list(index))
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, channels, ...) -> (N, len(index), ...)."""
-        zero = functional.pad(x, [0, 0] * (x.dim() - 2) + [0, 1])  # one more channel, of zeros
-        return zero.index_select(1, torch.where(self.index < 0, x.shape[1], self.index))
+        return take(x, self.index, self._border)
+
+    def put(self, index: Tensor) -> None:
+        """Take these from now on."""
+        self.index = index.to(self.index)
+        self._border = _border(self.index.tolist())
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._border = _border(self.index.tolist())
 
     def extra_repr(self) -> str:
         """How many, and how many of them are zeros."""
         return f"{self.index.numel()}, zeros={int((self.index < 0).sum())}"
+
+
+@fx.wrap
+def take(x: Tensor, index: Tensor, border: tuple[int, int] | None) -> Tensor:
+    """Channels of x by index, zeros for -1; `border` as `_border` gives it for the index.
+
+    All channels in their order, as dense networks have them, cost nothing, or padding.
+    """
+    if border is not None and x.shape[1] + sum(border) == len(index):
+        return functional.pad(x, [0, 0] * (x.dim() - 2) + list(border)) if any(border) else x
+    zero = functional.pad(x, [0, 0] * (x.dim() - 2) + [0, 1])  # one more channel, of zeros
+    return zero.index_select(1, torch.where(index < 0, x.shape[1], index))
+
+
+def _border(index: list[int]) -> tuple[int, int] | None:
+    """Zeros before and after 0, 1, 2, ...; None if the index is nothing of that kind."""
+    numbers = [n for n in index if n >= 0]
+    before = index.index(0) if 0 in index else 0
+    if numbers and index[before : before + len(numbers)] == list(range(len(numbers))):
+        return before, len(index) - before - len(numbers)
+    return None
 
 
 class IndexedConv2d(nn.Conv2d):

@@ -90,6 +90,8 @@ class Recorder:
         self.balances: list[tuple[str, list[Tensor]]] = []
         self.reasons: dict[int, str] = {}
         self.roots = torch.empty(0, dtype=torch.int64)
+        self.padded = torch.empty(0, dtype=torch.bool)
+        """By atom: meets fixed zeros. The last entry is for fixed zeros themselves."""
         self._padded: list[Tensor] = []
         self._used: set[str] = set()
 
@@ -182,7 +184,10 @@ class Recorder:
     def meet(self, a: Tensor, b: Tensor) -> None:
         """Atoms that are added or multiplied are one channel; beside a fixed zero they stay."""
         different = a != b
-        pairs = torch.stack((a[different], b[different]), dim=1).unique(dim=0)
+        x, y = a[different] - ZERO, b[different] - ZERO
+        base = len(self.sets.parent) - ZERO
+        key = (x * base + y).unique()
+        pairs = torch.stack((key // base, key % base), dim=1) + ZERO
         zeros = (pairs == ZERO).any(dim=1)
         beside = pairs[zeros].amax(dim=1)
         if len(beside):
@@ -208,14 +213,16 @@ class Recorder:
             )
         self._hold()
         self.roots = torch.tensor([self.sets.find(k) for k in range(len(self.sets.parent))])
+        self.padded = torch.zeros(len(self.roots) + 1, dtype=torch.bool)
+        for atoms in self._padded:
+            self.padded[atoms] = True
         for atoms, reason in self.locked:
             for root in self.roots[atoms].unique().tolist():
                 self.reasons.setdefault(root, reason)
 
-    @property
-    def padded(self) -> Tensor:
-        """Atoms that meet fixed zeros."""
-        return torch.cat([torch.empty(0, dtype=torch.int64), *self._padded]).unique()
+    def root(self, atoms: Tensor) -> Tensor:
+        """What stands for each atom; fixed zeros stand for themselves."""
+        return torch.where(atoms >= 0, self.roots[atoms], ZERO)
 
     def _parameters_left(self) -> list[str]:
         layers = [n for n, p in self.model.named_parameters() if p.numel() > 1]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from secateur.core.channels import Network, follow
 from secateur.core.errors import PruningError
 from secateur.core.groups import Group
-from secateur.core.layers import IndexedConv2d
+from secateur.core.layers import IndexedConv2d, Take
 from secateur.core.masks import Masks
 from secateur.core.permute import Grouping, from_mask, spread
 
@@ -231,6 +231,9 @@ def _reorder(
         for name, select in network.selects.items():
             if select.own:
                 _readdress(tensors[name], network.roots[select.into], group, order)
+    for module in model.modules():
+        if isinstance(module, Take):
+            module.put(module.index)
     return kept
 
 

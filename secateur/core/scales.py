@@ -3,7 +3,8 @@
 Between two layers with weights lies a region of the network: norms, activations, sums and
 concatenations, all joined. A scale near zero silences its channel for certain only if whatever
 reads the channel in that region reads it through a norm. A region with a sum (or a product) is
-coupled: there a channel belongs to several layers.
+coupled: there a channel belongs to several layers. A norm that alone reads a `Take` (the entrance
+of a pre-activation block) decides by itself what its block reads, coupled or not.
 """
 
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from secateur.core.channels import Network
 from secateur.core.graph import BINARY, trace
+from secateur.core.layers import Take
 from secateur.core.masks import LAYERS
 
 Scope = Literal["inner", "all"]
@@ -65,11 +67,14 @@ def find(model: nn.Module, graph: fx.Graph) -> list[Scale]:
     modules = dict(model.named_modules())
     found: list[Scale] = []
     for region in _regions(graph, modules):
-        norms = [n for n in region if n.op == "call_module" and str(n.target) in modules]
-        names = [str(n.target) for n in norms if isinstance(modules[str(n.target)], NORMS)]
+        norms = [n for n in region if isinstance(_module(n, modules), NORMS)]
         inner = not any(_merges(node) for node in region)
         gates = not any(_read_raw(node, region, modules) for node in region)
-        found += [Scale(name, inner, gates) for name in names if modules[name].affine]
+        found += [
+            Scale(str(norm.target), inner, gates or _alone_behind_take(norm, modules))
+            for norm in norms
+            if modules[str(norm.target)].affine
+        ]
     order = {name: place for place, name in enumerate(modules)}
     return sorted(found, key=lambda scale: order[scale.name])
 
@@ -136,6 +141,33 @@ def _regions(graph: fx.Graph, modules: dict[str, nn.Module]) -> Iterator[list[fx
                     seen.update(fresh)
                     todo += fresh
         yield region
+
+
+def _module(node: fx.Node, modules: dict[str, nn.Module]) -> nn.Module | None:
+    return modules.get(str(node.target)) if node.op == "call_module" else None
+
+
+def _alone_behind_take(norm: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    taken = norm.all_input_nodes[0]
+    return isinstance(_module(taken, modules), Take) and len(taken.users) == 1
+
+
+def brought(network: Network, best: Tensor) -> Tensor:
+    """By root: `best`, or that of what a `Take` adds to the sum that makes the channel, if larger.
+
+    NaN if that is a channel without a scale.
+    """
+    made = torch.zeros(len(network.roots), dtype=torch.bool)
+    for layer in network.layers.values():
+        if not layer.depthwise():
+            made[network.roots[layer.out]] = True
+    best = best.clone()
+    for select in network.selects.values():
+        real = select.own & (select.index >= 0) & made[network.roots[select.out]]
+        out = network.roots[select.out[real]]
+        taken = network.roots[select.into[select.index[real]]]
+        best[out] = torch.maximum(best[out], best[taken])
+    return best
 
 
 def _layer(node: fx.Node, modules: dict[str, nn.Module]) -> bool:

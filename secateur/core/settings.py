@@ -73,7 +73,8 @@ class Data(Strict):
 class Train(Strict):
     """One training: baseline, sparse_train and finetune have one each."""
 
-    epochs: Annotated[int, Field(ge=1)]
+    epochs: Annotated[int, Field(ge=0)]
+    """0: the network is handed on as it came."""
     batch_size: Annotated[int, Field(ge=1)] = 128
     """Images of one step of the optimizer, over all parts and all processes."""
     accumulate: Annotated[int, Field(ge=1)] = 1
@@ -107,6 +108,10 @@ class Train(Strict):
 
     @model_validator(mode="after")
     def _schedule_fits(self) -> Self:
+        if self.accumulate > self.batch_size:
+            raise ValueError(f"accumulate: {self.accumulate} parts of {self.batch_size} images")
+        if not self.epochs:
+            return self
         late = [m for m in self.milestones if m >= self.epochs]
         if late:
             raise ValueError(
@@ -118,8 +123,6 @@ class Train(Strict):
             raise ValueError("milestones: multistep needs at least one")
         if self.warmup >= self.epochs:
             raise ValueError(f"warmup: {self.warmup:g} must be less than the {self.epochs} epochs")
-        if self.accumulate > self.batch_size:
-            raise ValueError(f"accumulate: {self.accumulate} parts of {self.batch_size} images")
         return self
 
 
@@ -159,6 +162,23 @@ class Evaluate(Strict):
     """Timed passes of each model, interleaved, after a warm-up."""
 
 
+Ratio = Annotated[float, Field(gt=0, lt=1)]
+Judge = Literal["l1", "l2", "geometric_median", "taylor", "lamp", "bn_scale", "random"]
+
+
+class Sensitivity(Strict):
+    """What the pipeline in stages/sensitivity tries."""
+
+    criteria: Annotated[tuple[Judge, ...], Field(min_length=1)] = ("l1", "bn_scale", "random")
+    """Which outputs of a layer go first; bn_scale is left out where there are no scales."""
+    ratios: Annotated[tuple[Ratio, ...], Field(min_length=1)] = (0.25, 0.5, 0.75)
+    """Shares of a layer's outputs that are taken."""
+    images: Annotated[int, Field(ge=0)] = 0
+    """Validation images to measure on; 0: all."""
+    drop: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    """Accuracy that a layer may cost in the suggested ratios, as a fraction."""
+
+
 class Params(Strict):
     """All of params.yaml. A stage holds one with only the keys that dvc.yaml declares for it."""
 
@@ -174,6 +194,7 @@ class Params(Strict):
     prune: Prune
     finetune: Finetune
     evaluate: Evaluate
+    sensitivity: Sensitivity
     datasets: Table
     archs: Table
     penalties: Table

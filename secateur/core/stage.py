@@ -48,8 +48,8 @@ class Stage:
         return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def open_stage(name: str) -> Stage:
-    """Read and validate what dvc.yaml declares for `name`; the whole of params.yaml is checked.
+def open_stage(name: str, pipeline: str = "dvc.yaml") -> Stage:
+    """Read and validate what `pipeline` declares for `name`; the whole of params.yaml is checked.
 
     Raises SettingsError before any work if a value, a key or an input is not as it must be.
     """
@@ -63,7 +63,7 @@ def open_stage(name: str) -> Stage:
     try:
         with Repo() as repo:
             root = Path(repo.root_dir)
-            for dep in repo.stage.load_one(name=name).deps:
+            for dep in repo.stage.load_one(pipeline, name).deps:
                 if isinstance(dep, ParamsDependency):
                     declared |= dep.read_params(flatten=False)
                 else:

@@ -22,6 +22,7 @@ from secateur.core.constants import Constants
 from secateur.core.cutter import Plan
 from secateur.core.errors import PruningError
 from secateur.core.groups import by_channel
+from secateur.core.layers import Take
 from secateur.core.masks import Masks
 from secateur.core.settings import Export
 
@@ -122,7 +123,8 @@ def mask(
 @torch.no_grad()
 def silence(model: nn.Module, selection: Selection, network: Network) -> None:
     """Zeros in all slots of the selected channels, in place; `network` is the model's."""
-    gone = network.gone(selection)
+    gone = torch.zeros(len(network.roots), dtype=torch.bool)
+    gone[network.gone(selection)] = True
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     for name, chosen in selection.items():
         for slot in network.group(name).slots:
@@ -132,10 +134,11 @@ def silence(model: nn.Module, selection: Selection, network: Network) -> None:
                 _set_zero(tensor, slot.axis, slot.parts, entries)
     for name, select in network.selects.items():
         if select.own:
-            index = tensors[name]
-            where = network.roots[select.into[select.index.clamp_min(0)]]
-            lost = torch.isin(where, gone) | torch.isin(network.roots[select.out], gone)
-            index.masked_fill_(lost.to(index.device), -1)
+            taken = network.roots[select.into[select.index]]
+            lost = gone[taken] | gone[network.roots[select.out]]
+            layer = model.get_submodule(name.removesuffix(".index"))
+            assert isinstance(layer, Take)
+            layer.put(select.index.masked_fill(lost, -1))
 
 
 def _set_zero(tensor: Tensor, axis: int, parts: int, entries: Tensor) -> None:
@@ -157,7 +160,7 @@ def _cut(model: nn.Module, plan: Plan, masks: Masks) -> Masks:
         **{n: first[id(t)] for n, t in model.named_parameters(remove_duplicate=False)},
         **{n: first[id(t)] for n, t in model.named_buffers(remove_duplicate=False)},
     }
-    state = {n: plan.shrink(names[n], t).clone() for n, t in model.state_dict().items()}
+    state = {n: plan.shrink(names[n], t) for n, t in model.state_dict().items()}
     for name, values in plan.values.items():
         state[name] = values.to(state[name].device)
     groups = {name: {"groups": count} for name, count in plan.groups.items()}
@@ -168,12 +171,13 @@ def _cut(model: nn.Module, plan: Plan, masks: Masks) -> Masks:
 
 def _kept(network: Network, plan: Plan) -> dict[str, Tensor]:
     """What is left of every layer that could have become smaller."""
-    free = [g.roots for g in network.groups if g.locked is None]
-    roots = torch.cat([torch.empty(0, dtype=torch.int64), *free])
+    free = torch.zeros(len(network.roots), dtype=torch.bool)
+    for group in network.groups:
+        free[group.roots] = group.locked is None
     return {
         name: plan.kept[name]
         for name, layer in network.layers.items()
-        if bool(torch.isin(network.roots[layer.out], roots).any())
+        if bool(free[network.roots[layer.out]].any())
     }
 
 
@@ -187,7 +191,7 @@ class _Reader:
     out: Tensor
     """Roots of its outputs."""
     reads: Tensor
-    """bool, (outputs, inputs)."""
+    """Whether it does, 0 or 1 in float32, (outputs, inputs)."""
     harmless: Tensor
     """bool, (inputs,): known to be zero, or constant and foldable."""
     folds: Tensor
@@ -225,7 +229,7 @@ class _Dead:
         while True:
             gone = self._gone(self.candidates & ~stay)
             chosen = self.network.selection(gone.nonzero().flatten())
-            possible = self.network.allowed(chosen)
+            possible = self.network.fitting(chosen)
             if sum(map(len, possible.values())) == sum(map(len, chosen.values())):
                 return chosen
             # those that must stay are read again, and read what they read
@@ -259,7 +263,7 @@ class _Dead:
         for reader in self.readers:
             pending[reader.into.unique()] += 1
         for reader in reversed(self.readers):
-            read = reader.reads[~gone[reader.out]].any(dim=0)
+            read = (~gone[reader.out]).float() @ reader.reads > 0
             hurt[reader.into[read & ~reader.harmless]] = True
             pending[reader.into.unique()] -= 1
             if not self.idle:
@@ -292,7 +296,7 @@ class _Dead:
             folds[channel] = self._even(name, seen[0], channel)
         into, out = self._roots(layer.into), self._roots(layer.out)
         harmless = (zero | folds).cpu()
-        return _Reader(name, into, out, reads.cpu(), harmless, folds.cpu(), seen[0])
+        return _Reader(name, into, out, reads.float().cpu(), harmless, folds.cpu(), seen[0])
 
     def _take(self, name: str, seen: list[Tensor]) -> _Reader:
         select = self.network.selects[name]
@@ -300,7 +304,8 @@ class _Dead:
         zero = torch.stack([by_channel(x, 1).eq(0).all(dim=1) for x in seen]).all(dim=0).cpu()
         reads = select.index.unsqueeze(1) == inputs
         never = torch.zeros_like(zero)
-        return _Reader(name, self._roots(select.into), self._roots(select.out), reads, zero, never)
+        into, out = self._roots(select.into), self._roots(select.out)
+        return _Reader(name, into, out, reads.float(), zero, never)
 
     def _even(self, name: str, seen: Tensor, channel: int) -> bool:
         """Whether a constant input adds the same to an output at every position."""
@@ -335,8 +340,10 @@ class _Dead:
         Gives what the outputs of layers lack where it was taken off behind them.
         """
         shift: dict[str, Tensor] = {}
+        lost = torch.zeros_like(self.candidates)
+        lost[gone] = True
         for reader in self.readers:
-            chosen = reader.folds & torch.isin(reader.into, gone)
+            chosen = reader.folds & lost[reader.into]
             if not bool(chosen.any()) or reader.seen is None:
                 continue
             adds = self._adds(reader.name, reader.seen, chosen)

@@ -22,6 +22,10 @@ Row = dict[str, float]
 """One epoch of history: epoch, lr, losses and accuracies."""
 
 
+FIGURES = ("train_loss", "train_accuracy", "val_accuracy", "val_loss", "penalty")
+"""What a row has beside epoch and lr; the last three where they apply."""
+
+
 class Watch(Protocol):
     """Someone who is told how the training goes, and has no say in it."""
 
@@ -91,7 +95,7 @@ class Fit:
 
     history: list[Row]
     picked: int
-    """The epoch whose weights were kept, counted from 1."""
+    """The epoch whose weights were kept, counted from 1; 0 if there were no epochs."""
 
 
 @contextlib.contextmanager
@@ -126,6 +130,7 @@ def fit(
     With several processes, every one calls this and ends with the same weights.
     Raises TrainingError when the loss is no longer finite; the last good state stays in `work`.
     SettingsError, before the first step, if the epochs are too few for the penalty's course.
+    Without epochs the model stays as it is, but for what the masks take.
     """
     torch.use_deterministic_algorithms(True)
     # deterministic mode also fills fresh memory, as a debugging aid: a tenth of a step

@@ -62,7 +62,7 @@ class _Slimming:
         entries = scales.by_root(subject.model, self.network, judges)
         others = [scale for scale in every if scale not in judges]
         veto = scales.by_root(subject.model, self.network, others).largest(count)
-        self.score = entries.largest(count)
+        self.score = scales.brought(self.network, entries.largest(count))
         """By root; NaN where no scale decides."""
         self.free = ~self.score.isnan() & veto.isnan() & self._movable(count, union)
         known = entries.roots.clamp_min(0)

@@ -1,0 +1,85 @@
+"""What a penalty adds to a step of training: with and without it, in turns, in one process.
+
+python -m benchmarks.penalty_cost
+python -m benchmarks.penalty_cost --net lenet300 --penalty hoyer_square l1
+"""
+
+import argparse
+import itertools
+import statistics
+import time
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from benchmarks.train_speed import NETS, made_up, network, settings, task
+from secateur.core import optim, plugin
+from secateur.core.data import Batches
+from secateur.core.engine import Engine
+from secateur.core.machine import hardware
+from secateur.core.train import Penalty, _Step
+
+
+class Way:
+    """One way of training one network, a step at a time."""
+
+    def __init__(self, net: str, name: str | None, precision: str) -> None:
+        what = task(net, precision=precision)
+        data, model, chosen = made_up(what), network(what), settings(what)
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        penalty: Penalty | None = None
+        if name:
+            module = plugin.load("penalties", name)
+            penalty = module.build(module.Settings(), model, 1e-6)
+        self.batches = Batches(data.train, data.about, what["batch"], 1)
+        self.size, self.count = what["batch"], 0
+        engine = Engine(precision)
+        self.step = _Step(
+            model, optim.optimizer(model, chosen), penalty, chosen, engine, len(self.batches)
+        )
+        self.step.begin()
+        self.feed = self._forever()
+
+    def _forever(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for epoch in itertools.count():
+            for images, labels in self.batches.epoch(epoch):
+                if len(labels) == self.size:
+                    yield images, labels
+
+    def __call__(self, steps: int) -> float:
+        """Seconds of so many steps."""
+        batches = list(itertools.islice(self.feed, steps))
+        began = time.perf_counter()
+        for images, labels in batches:
+            self.step(images, labels, self.size, self.count)
+            self.count += 1
+        return time.perf_counter() - began
+
+
+def main() -> None:
+    """Measure the penalties named on the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--net", default="resnet20", choices=list(NETS))
+    parser.add_argument("--penalty", nargs="+", default=["greg1", "greg2", "hoyer_square"])
+    parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--steps", type=int, default=10, help="a round, for each way")
+    options = parser.parse_args()
+    print(f"{hardware()}; {options.net}, {options.precision}")
+    ways = {name: Way(options.net, name, options.precision) for name in [None, *options.penalty]}
+    taken: dict[str | None, list[float]] = {name: [] for name in ways}
+    for turn in range(options.rounds + 1):
+        for name, way in ways.items():
+            seconds = way(options.steps)
+            if turn:  # the first round warms up
+                taken[name].append(seconds)
+    plain = taken[None]
+    print(f"without a penalty {statistics.median(plain) / options.steps * 1e3:.2f} ms a step")
+    for name in options.penalty:
+        ratio = statistics.median(a / b for a, b in zip(taken[name], plain, strict=True))
+        print(f"{name:20} {ratio - 1:+.1%}")
+
+
+if __name__ == "__main__":
+    main()

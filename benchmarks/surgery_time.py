@@ -1,0 +1,128 @@
+"""Seconds that surgery takes: follow a network, remove channels, remove the dead ones.
+
+Every CIFAR network as published, at 32x32 pixels, and large ones of torchvision at 224x224. A
+random quarter of every group goes, then a quarter of the filters of what is left is silent. The
+stage proves equality besides, which is two forward passes and not counted here.
+
+    python -m benchmarks.surgery_time
+    python -m benchmarks.surgery_time --only preresnet densenet --profile
+"""
+
+import argparse
+import cProfile
+import pstats
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.core import channels, plugin, settings, surgery
+from secateur.core.machine import hardware
+
+BC = {"bottleneck": True, "compression": 0.5}
+NETWORKS: list[tuple[str, dict[str, Any]]] = [
+    ("alexnet_cifar", {}),
+    ("vgg", {"depth": 16}),
+    ("vgg", {"depth": 19}),
+    ("resnet_cifar", {"depth": 56}),
+    ("resnet_cifar", {"depth": 110}),
+    ("resnet_cifar", {"depth": 164, "block": "bottleneck", "shortcut": "B"}),
+    ("preresnet", {"depth": 110, "block": "basic"}),
+    ("preresnet", {"depth": 164}),
+    ("resnet_slim", {"depth": 18}),
+    ("resnet_slim", {"depth": 50}),
+    ("resnet_slim", {"depth": 152}),
+    ("wide_resnet", {}),
+    ("resnext", {"cardinality": 8}),
+    ("resnext", {"cardinality": 16}),
+    ("densenet", {"depth": 40}),
+    ("densenet", {"depth": 100, **BC}),
+    ("densenet", {"depth": 190, "growth": 40, **BC}),
+    ("condensenet", {}),
+    ("torchvision", {"name": "resnet50"}),
+    ("torchvision", {"name": "resnet152"}),
+    ("torchvision", {"name": "densenet121"}),
+    ("torchvision", {"name": "convnext_tiny"}),
+]
+
+
+def build(arch: str, chosen: dict[str, Any]) -> tuple[nn.Module, Tensor]:
+    """The network in eval mode and an image."""
+    module = plugin.load("archs", arch)
+    large = arch == "torchvision"
+    shape = (3, 224, 224) if large else (3, 32, 32)
+    options = settings.parse(module.Settings, chosen, arch)
+    model: nn.Module = module.build(options, 1000 if large else 10, shape)
+    return model.eval(), torch.randn(1, *shape)
+
+
+def selected(network: channels.Network, share: float) -> dict[str, Tensor]:
+    """At random that share of every group."""
+    chance = torch.Generator().manual_seed(0)
+    free = [group for group in network.groups if group.locked is None]
+    return network.allowed(
+        {g.name: torch.randperm(g.size, generator=chance)[: int(share * g.size)] for g in free}
+    )
+
+
+@torch.no_grad()
+def silence(model: nn.Module, share: float) -> None:
+    """Zero norms for a share of the channels of every convolution that has one behind it."""
+    chance = torch.Generator().manual_seed(1)
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            gone = torch.randperm(norm.num_features, generator=chance)
+            gone = gone[: int(share * norm.num_features)]
+            norm.weight[gone], norm.bias[gone] = 0, 0
+
+
+def clock() -> float:
+    """Seconds of this process's own work: what a machine that does nothing else would need."""
+    return time.process_time() / torch.get_num_threads()
+
+
+def timed(run: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds, and what it gave."""
+    start = clock()
+    result = run()
+    return clock() - start, result
+
+
+def measure(arch: str, chosen: dict[str, Any]) -> list[float]:
+    """Seconds of follow, allowed, remove and remove_dead."""
+    model, image = build(arch, chosen)
+    followed, network = timed(lambda: channels.follow(model, image))
+    fitted, selection = timed(lambda: selected(network, 0.25))
+    removed, compact = timed(lambda: surgery.remove(model, selection, image, {}, network))
+    silence(compact.model, 0.25)
+    dead, _ = timed(lambda: surgery.remove_dead(compact.model, {}, image))
+    return [followed, fitted, removed, dead]
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", default=[], help="parts of names")
+    parser.add_argument("--profile", action="store_true", help="where the time goes")
+    options = parser.parse_args()
+    print(hardware())
+    heads = ("follow", "allowed", "remove", "remove_dead", "all")
+    print(f"{'':62}" + "".join(f"{head:>13}" for head in heads))
+    for arch, chosen in NETWORKS:
+        name = " ".join([arch, *(f"{k}={v}" for k, v in chosen.items())])
+        if options.only and not any(part in name for part in options.only):
+            continue
+        profile = cProfile.Profile()
+        if options.profile:
+            profile.enable()
+        seconds = measure(arch, chosen)
+        profile.disable()
+        print(f"{name:62}" + "".join(f"{s:13.2f}" for s in [*seconds, sum(seconds)]), flush=True)
+        if options.profile:
+            pstats.Stats(profile).sort_stats("tottime").print_stats(12)
+
+
+if __name__ == "__main__":
+    main()

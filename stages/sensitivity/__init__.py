@@ -1,0 +1,1 @@
+"""A pipeline of its own: how sensitive each layer is, as `python -m stages.sensitivity`."""

@@ -1,0 +1,120 @@
+"""sensitivity: what the dense network loses on val when one layer loses outputs.
+
+Reads   data/<dataset> (its val images), models/baseline.
+Writes  metrics/sensitivity.csv (accuracy on val by layer, criterion and ratio) and
+        metrics/sensitivity.yaml (ratios by layer for the allowed drop, as pruners.magnitude in
+        params.yaml takes them).
+
+Run it by `dvc repro stages/sensitivity/dvc.yaml`. It trains nothing; section `sensitivity` of
+params.yaml says which criteria and ratios are tried.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from secateur import chain, console
+from secateur.core import files, machine, scales
+from secateur.core import sensitivity as core
+from secateur.core.data import in_order, sample
+from secateur.core.decision import Subject
+from secateur.core.errors import SettingsError
+
+PIPELINE = "stages/sensitivity/dvc.yaml"
+HEAD = """# Ratios by layer with which the dense network loses at most {drop:g} of its accuracy on
+# val ({now:.4f}) when that layer alone is pruned. `together`: accuracy on val with all of them.
+# To use one, copy its `pruner` and `pruners` into params.yaml.
+"""
+
+
+def main() -> None:
+    """Try every layer, criterion and ratio; write table and suggestions."""
+    job = chain.Job("sensitivity", PIPELINE)
+    job.checkpoint("baseline")
+    table, found = measure(job)
+    files.write_text(Path("metrics/sensitivity.csv"), table.to_csv(index=False))
+    head = HEAD.format(drop=job.params.sensitivity.drop, now=table.accuracy[table.ratio == 0].max())
+    body = yaml.safe_dump(found, sort_keys=False, width=100)
+    files.write_text(Path("metrics/sensitivity.yaml"), head + body)
+    for criterion, suggestion in found.items():
+        ratios = suggestion["pruners"]["magnitude"]["ratios"]
+        console.say(f"sensitivity: {criterion}: {ratios or 'nothing'}")
+        console.say(f"sensitivity: {criterion}: all together {suggestion['together']:.2%} on val")
+    console.say("see          metrics/sensitivity.csv, metrics/sensitivity.yaml")
+
+
+def measure(job: chain.Job) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """A row for every trial, and the suggestion of every criterion."""
+    settings, data, place = job.params.sensitivity, job.data, machine.device()
+    if not len(data.val):
+        raise SettingsError(
+            "params.yaml: data.validation = 0: sensitivity needs validation images to measure on"
+        )
+    model = job.upstream["baseline"].model().eval()
+    few = sample(data.train, data.about, 256)
+    subject = Subject(model, few, data.train.labels[: len(few)])
+    how: list[str] = list(settings.criteria)
+    if "bn_scale" in how and not scales.scaled_norms(model):
+        how.remove("bn_scale")
+        console.say("sensitivity: bn_scale is left out: the network has no scales")
+    names = core.layers(subject)
+    made = core.trials(subject, names, how, settings.ratios, job.params.seed)
+    model.to(place)
+    bench = core.Bench(subject)
+    wanted = settings.images or len(data.val)
+    size = min(bench.images_at_once(few[:1].to(place)), wanted)
+    steps = -(-min(wanted, len(data.val)) // size)
+
+    def batches() -> Any:
+        left = wanted
+        for images, labels in in_order(data.val, data.about, device=place, size=size):
+            if left <= 0:
+                return
+            yield images[:left], labels[:left]
+            left -= len(labels)
+
+    with console.Steps("sensitivity", len(made) * steps) as bar:
+        right = bench.right(batches(), made, bar.tick)
+    count = min(wanted, len(data.val))
+    rows = [
+        {"layer": name, "criterion": criterion, "ratio": 0.0, "accuracy": right[0] / count}
+        for criterion in how
+        for name in names
+    ]
+    rows += [
+        {"layer": t.layer, "criterion": t.criterion, "ratio": t.ratio, "accuracy": got / count}
+        for t, got in zip(made, right[1:], strict=True)
+    ]
+    table = pd.DataFrame(rows).sort_values(["criterion", "layer", "ratio"], kind="stable")
+    table["drop"] = right[0] / count - table.accuracy
+    found = {}
+    for criterion in how:
+        ratios = suggest(table[table.criterion == criterion], right[0] / count - settings.drop)
+        together = core.with_ratios(made, ratios, criterion)
+        alive = bench.right(batches(), [together], lambda: None)[1] / count
+        found[criterion] = as_params(criterion, ratios, job.params.seed) | {"together": alive}
+    return table, found
+
+
+def suggest(table: pd.DataFrame, least: float) -> dict[str, float]:
+    """Ratio by layer, of those that may lose something."""
+    found = {
+        str(name): core.allowed(zip(rows.ratio, rows.accuracy, strict=True), least)
+        for name, rows in table.groupby("layer", sort=False)
+    }
+    return {name: ratio for name, ratio in found.items() if ratio > 0}
+
+
+def as_params(criterion: str, ratios: dict[str, float], seed: int) -> dict[str, Any]:
+    """In the form of params.yaml."""
+    own: dict[str, Any] = {"groups": "filter", "criterion": criterion, "pick": "min"}
+    if criterion == "random":
+        own |= {"criterion": "l1", "pick": "random", "seed": seed}
+    own["ratios"] = ", ".join(f"{name}: {ratio:g}" for name, ratio in ratios.items())
+    return {"pruner": "magnitude", "pruners": {"magnitude": own}}
+
+
+if __name__ == "__main__":
+    console.main(main, "sensitivity", __doc__)

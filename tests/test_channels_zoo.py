@@ -1,0 +1,585 @@
+"""Channels of every architecture: which may go, and that what is left computes the same.
+
+Small forms of all of them in the everyday run, the networks of the literature where `slow` is asked
+for (`pytest -m slow`).
+"""
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cutting import at_random, check, difference, free, randomise, weights_at_random
+from hypothesis import given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
+from torch import nn
+
+from secateur.core import channels, checkpoint, cost, masks, plugin, settings, shapes, surgery
+from secateur.core.checkpoint import Header
+from secateur.core.decision import Subject, of_choices, refusals
+from secateur.core.errors import PruningError
+from secateur.core.layers import Take
+from secateur.pruners import network_slimming
+
+BC = {"bottleneck": True, "compression": 0.5}
+GREG_VGG = {"bias": False, "pools": [1, 2, 3, 4]}
+SMALL = [
+    ("lenet300", {"hidden": [9, 7]}, (1, 8, 8)),
+    ("lenet5", {"filters": [5, 6], "hidden": 8}, (1, 28, 28)),
+    ("lenet5", {"filters": [5, 6], "hidden": 8}, (1, 8, 8)),
+    ("resnet_cifar", {"depth": 14}, (3, 8, 8)),
+    ("resnet_cifar", {"depth": 8}, (3, 7, 9)),
+    ("resnet_cifar", {"depth": 8, "shortcut": "B"}, (3, 8, 8)),
+    ("resnet_cifar", {"depth": 11, "block": "bottleneck"}, (3, 8, 8)),
+    ("resnet_cifar", {"depth": 11, "block": "bottleneck", "shortcut": "B"}, (3, 8, 8)),
+    ("preresnet", {"depth": 14, "block": "basic"}, (3, 8, 8)),
+    ("preresnet", {"depth": 20}, (3, 8, 8)),
+    ("resnet_slim", {"depth": 18}, (3, 8, 8)),
+    ("resnext", {"depth": 11, "cardinality": 4, "base_width": 4, "widen": 1}, (3, 8, 8)),
+    ("wide_resnet", {"depth": 16, "widen": 1}, (3, 8, 8)),
+    ("densenet", {"depth": 10, "growth": 4}, (3, 8, 8)),
+    ("densenet", {"depth": 16, "growth": 5, **BC}, (3, 8, 8)),
+    ("condensenet", {"stages": [2, 1, 2], "growth": [2, 4, 8]}, (3, 8, 8)),
+    ("vgg", {"depth": 11, "pools": [1, 2, 4]}, (3, 8, 8)),
+    ("vgg", {"depth": 11, "batch_norm": False, "bias": False, "pools": [2, 4]}, (3, 8, 8)),
+    ("alexnet_cifar", {}, (3, 32, 32)),
+]
+PUBLISHED = [
+    ("alexnet_cifar", {}, 32),
+    *(("vgg", {"depth": depth}, 32) for depth in (11, 13, 16, 19)),
+    ("vgg", {"depth": 19, **GREG_VGG}, 16),
+    ("vgg", {"depth": 19, "bias": False, "pools": [1, 2, 3, 5]}, 16),
+    *(("resnet_cifar", {"depth": depth}, 16) for depth in (20, 32, 44, 56, 110)),
+    ("resnet_cifar", {"depth": 110, "shortcut": "B"}, 16),
+    ("resnet_cifar", {"depth": 164, "block": "bottleneck"}, 8),
+    ("resnet_cifar", {"depth": 164, "block": "bottleneck", "shortcut": "B"}, 8),
+    ("preresnet", {"depth": 110, "block": "basic"}, 8),
+    ("preresnet", {"depth": 164}, 8),
+    *(("resnet_slim", {"depth": depth}, 8) for depth in (18, 34, 50, 101, 152)),
+    ("resnext", {"cardinality": 8}, 8),
+    ("resnext", {"cardinality": 16}, 8),
+    ("wide_resnet", {}, 8),
+    ("densenet", {"depth": 40}, 8),
+    ("densenet", {"depth": 100, **BC}, 8),
+    ("densenet", {"depth": 190, "growth": 40, **BC}, 4),
+    ("condensenet", {}, 8),
+]
+LARGE = [(arch, chosen, (3, side, side)) for arch, chosen, side in PUBLISHED]
+NETWORKS = [(name, 64) for name in ("resnet18", "mobilenet_v2", "densenet121")] + [
+    *((name, 64) for name in ("resnet50", "efficientnet_b0", "regnet_x_400mf")),
+    *((name, 64) for name in ("regnet_y_400mf", "convnext_tiny", "resnext50_32x4d")),
+]
+
+WIDE = {"resnet_slim", "vgg", "alexnet_cifar"}  # hundreds of channels in the smallest form
+
+
+def forms(*marks):
+    """All small forms; wide ones with these marks."""
+    rows = [(a, c, s, marks if a in WIDE else ()) for a, c, s in SMALL]
+    return pytest.mark.parametrize(
+        ("arch", "chosen", "shape"),
+        [pytest.param(a, c, s, id=f"{a}-{c}-{s[1]}", marks=m) for a, c, s, m in rows],
+    )
+
+
+small, narrow = forms(), forms(pytest.mark.slow)
+
+
+def network(arch, chosen, shape, seed=0, classes=4):
+    module = plugin.load("archs", arch)
+    torch.manual_seed(seed)
+    options = settings.parse(module.Settings, chosen, arch)
+    return randomise(module.build(options, classes, shape).double(), seed)
+
+
+def pictures(shape, count=2, seed=0):
+    chance = torch.Generator().manual_seed(seed)
+    return torch.randn(count, *shape, generator=chance).double()
+
+
+def header(arch, chosen, shape, classes=4):
+    names = [str(k) for k in range(classes)]
+    return Header(arch, dict(chosen), names, list(shape), [0.0], [1.0], "", "prune")
+
+
+def locked(found):
+    return {group.name: group.locked for group in found.groups if group.locked is not None}
+
+
+# ---- what may go -------------------------------------------------------------------------------
+
+
+def test_every_architecture_is_here():
+    assert {arch for arch, *_ in SMALL} | {"torchvision"} == set(plugin.names("archs"))
+
+
+@small
+def test_only_the_image_and_the_classes_are_locked(arch, chosen, shape):
+    model = network(arch, chosen, shape)
+    found = channels.follow(model, pictures(shape))
+    last = list(masks.layers(model))[-1]
+    assert locked(found) == {"input": "an input of the network", last: "an output of the network"}
+    sizes = {name: layer.weight.shape[0] for name, layer in masks.layers(model).items()}
+    made = {n: found.roots[layer.out] for n, layer in found.layers.items()}
+    everything = torch.cat([group.roots for group in free(found)])
+    for name, roots in made.items():
+        assert len(roots.unique()) == sizes[name]
+        assert bool(torch.isin(roots, everything).all()) == (name != last)
+
+
+def streams(found, layer):
+    """Sources of the group that a layer belongs to, and its size."""
+    group = next(g for g in found.groups if layer in g.sources)
+    return set(group.sources), group.size
+
+
+def test_streams_of_shortcut_a_are_one_group_for_each_stage():
+    """Known by hand: what is added up in a stage; zeros are no reason to keep anything."""
+    chosen, shape = {"depth": 20}, (3, 8, 8)
+    found = channels.follow(network("resnet_cifar", chosen, shape), pictures(shape))
+    sums = {k: {f"layer{k}.{n}.conv2" for n in range(3)} for k in (1, 2, 3)}
+    assert streams(found, "conv1") == (sums[1] | {"conv1"}, 16)
+    assert streams(found, "layer2.1.conv2") == (sums[2] | {"layer2.0.shortcut.take"}, 32)
+    assert streams(found, "layer3.1.conv2") == (sums[3] | {"layer3.0.shortcut.take"}, 64)
+    inner = {f"layer{k}.{n}.conv1" for k in (1, 2, 3) for n in range(3)}
+    assert {g.name for g in free(found) if len(g.sources) == 1} == inner
+
+
+def test_channels_on_both_sides_of_shortcut_a_go_by_themselves():
+    chosen, shape = {"depth": 8}, (3, 8, 8)
+    model, batch = network("resnet_cifar", chosen, shape), pictures(shape)
+    found = channels.follow(model, batch)
+    # 2 of the first stage is 10 of the second; 0 and 31 are beside zeros there, 9 beside channel 1
+    second = next(g.name for g in found.groups if "layer2.0.conv2" in g.sources)
+    selection = {"conv1": torch.tensor([2]), second: torch.tensor([0, 9, 31])}
+    assert {n: i.tolist() for n, i in found.allowed(selection).items()} == {
+        "conv1": [2],
+        second: [0, 9, 31],
+    }
+    _, compact = check(model, found, selection, batch)
+    index = compact.model.get_submodule("layer2.0.shortcut.take").index.tolist()
+    assert index == [-1] * 7 + [0, -1] + list(range(2, 15)) + [-1] * 7
+    assert compact.model.get_submodule("layer2.0.conv2").weight.shape[:2] == (29, 32)
+    assert compact.model.get_submodule("layer1.0.conv2").weight.shape[:2] == (15, 16)
+
+
+def test_entrances_of_pre_activation_blocks_are_channels_of_their_own():
+    chosen, shape = {"depth": 20}, (3, 8, 8)
+    found = channels.follow(network("preresnet", chosen, shape), pictures(shape))
+    entrances = [g for g in found.groups if g.name.endswith("take")]
+    assert [g.name for g in entrances] == [
+        *(f"layer{k}.{n}.take" for k in (1, 2, 3) for n in (0, 1)),
+        "take",
+    ]
+    assert [g.size for g in entrances] == [16, 64, 64, 128, 128, 256, 256]
+    for group in entrances[:-1]:
+        block = group.name.removesuffix(".take")
+        assert group.sources == (group.name,)
+        assert group.readers == (f"{block}.conv1",)
+        norm = {"weight", "bias", "running_mean", "running_var"}
+        assert {slot.tensor for slot in group.slots} == {
+            f"{block}.take.index",
+            *(f"{block}.bn1.{kind}" for kind in norm),
+            f"{block}.conv1.weight",
+        }
+    sums = [g for g in free(found) if len(g.sources) > 1 or g.name == "conv1"]
+    assert not any("bn" in slot.tensor for group in sums for slot in group.slots)
+
+
+@pytest.mark.parametrize(
+    ("arch", "chosen"),
+    [
+        ("preresnet", {"depth": 20}),
+        ("preresnet", {"depth": 14, "block": "basic"}),
+        ("wide_resnet", {"depth": 16, "widen": 1}),
+        ("densenet", {"depth": 10, "growth": 4}),
+        ("condensenet", {"stages": [2, 1, 2], "growth": [2, 4, 8]}),
+    ],
+)
+def test_a_channel_that_goes_takes_its_entrances_along(arch, chosen):
+    """In all blocks of its stage, if no projection stands between."""
+    shape = (3, 8, 8)
+    model, batch = network(arch, chosen, shape), pictures(shape)
+    found = channels.follow(model, batch)
+    first = next(g for g in found.groups if "conv1" in g.sources)
+    selection = found.allowed({first.name: torch.tensor([1, 3])})
+    _, compact = check(model, found, selection, batch)
+    for name, module in compact.model.named_modules():
+        if isinstance(module, Take):
+            assert bool((module.index >= 0).all()), name
+            assert torch.equal(module.index, torch.arange(len(module.index))), name
+    before, after = (
+        {n: m.num_features for n, m in net.named_modules() if isinstance(m, nn.BatchNorm2d)}
+        for net in (model, compact.model)
+    )
+    readers = {n for n, size in before.items() if after[n] < size}
+    assert "layer1.0.bn1" in readers
+    assert ("layer1.1.bn1" in readers) == (arch != "preresnet" or chosen["depth"] == 14)
+    assert all(before[n] - after[n] == 2 for n in readers)
+
+
+def test_an_entrance_never_loses_its_last_channel_to_others():
+    chosen, shape = {"depth": 14, "block": "basic"}, (3, 8, 8)
+    model, batch = network("preresnet", chosen, shape), pictures(shape)
+    found = channels.follow(model, batch)
+    alone = {"layer1.1.take": torch.tensor([k for k in range(16) if k not in (3, 5)])}
+    narrow = surgery.remove(model, found.allowed(alone), batch).model
+    found = channels.follow(narrow, batch)
+    selection = found.allowed({"conv1": torch.tensor([3, 5, 7])})
+    _, compact = check(narrow, found, selection, batch)
+    assert len(compact.model.get_submodule("layer1.1.take").index) == 1
+    assert len(compact.model.get_submodule("layer1.0.take").index) == 13
+
+
+@pytest.mark.parametrize(("arch", "chosen"), [("preresnet", {"depth": 20}), ("densenet", BC)])
+def test_scales_of_zero_select_channels_at_the_entrance_of_every_block(arch, chosen):
+    """Network Slimming with all norms: each says by itself which channels its block reads."""
+    chosen = chosen | ({"depth": 16, "growth": 5} if arch == "densenet" else {})
+    shape = (3, 8, 8)
+    model, batch = network(arch, chosen, shape), pictures(shape)
+    chance, left = torch.Generator().manual_seed(3), {}
+    with torch.no_grad():
+        for name, norm in model.named_modules():
+            if isinstance(norm, nn.BatchNorm2d):
+                scale = torch.rand(norm.num_features, generator=chance) > 0.4
+                scale[0], left[name] = True, int(scale.sum()) + int(not scale[0])
+                norm.weight[~scale], norm.bias[~scale] = 0, 0
+    compact = surgery.remove_dead(model, {}, batch)
+    assert surgery.verify(model, compact, batch, surgery.EXACT) < 1e-9
+    widths = {
+        name: norm.num_features
+        for name, norm in compact.model.named_modules()
+        if isinstance(norm, nn.BatchNorm2d)
+    }
+    assert widths == left
+    for name, layer in masks.layers(compact.model).items():
+        if name.endswith("conv1") and "." in name:
+            assert layer.weight.shape[1] == left[f"{name.removesuffix('conv1')}bn1"]
+
+
+def test_layers_that_may_choose_their_own_filters_or_inputs():
+    """Filters of a sum may not, also if all that is added is a shortcut without weights."""
+    shape = (3, 8, 8)
+    found = channels.follow(network("resnet_cifar", {"depth": 8}, shape), pictures(shape))
+    assert set(refusals(found, "filter")) == {
+        "conv1",
+        "fc",
+        *(f"layer{k}.0.conv2" for k in (1, 2, 3)),
+    }
+    found = channels.follow(network("preresnet", {"depth": 20}, shape), pictures(shape))
+    inner = {n for n in found.layers if n.endswith(("conv1", "conv2", "conv3")) and n != "conv1"}
+    assert inner | {"fc"} <= set(found.layers) - set(refusals(found, "channel"))
+    model = network("resnet_cifar", {"depth": 8}, shape)
+    rows = torch.zeros(32, 1, 1, 1, dtype=torch.bool)
+    rows[4] = True
+    decision = of_choices(Subject(model, pictures(shape)), {"layer2.0.conv2.weight": rows})
+    assert decision.channels == {}
+    assert int((~decision.masks["layer2.0.conv2.weight"]).sum()) == 32 * 9
+
+
+def slimmed(arch, chosen, coupled):
+    shape = (3, 8, 8)
+    model, batch = network(arch, chosen, shape), pictures(shape)
+    options = network_slimming.Settings(ratio=0.5, coupled=coupled)
+    subject = Subject(model, batch)
+    decision = network_slimming.prune(options, subject)
+    check(model, subject.network, decision.channels, batch)
+    return model, subject.network, decision
+
+
+def test_network_slimming_chooses_at_the_entrances_of_residual_blocks_with_union_only():
+    chosen = {"depth": 20}
+    model, _, inner = slimmed("preresnet", chosen, "skip")
+    # nothing has been added up yet at the entrance of the first block
+    assert {name for name in inner.channels if name.endswith("take")} == {"layer1.0.take"}
+    _, found, union = slimmed("preresnet", chosen, "union")
+    gammas = {n: p.detach().abs() for n, p in model.named_parameters() if ".bn1.w" in n}
+    for name, gamma in gammas.items():
+        gone = set((gamma < union.notes["threshold"]).nonzero().flatten().tolist())
+        mine = set(union.channels[name.replace("bn1.weight", "take")].tolist())
+        assert mine == gone
+    assert union.notes["scales"] == sum(
+        m.num_features for m in model.modules() if isinstance(m, nn.BatchNorm2d)
+    )
+    assert not any(len(g.sources) > 1 for g in found.groups if g.name in union.channels)
+
+
+def test_network_slimming_lets_every_layer_of_a_densenet_choose_what_it_reads():
+    model, _, decision = slimmed("densenet", {"depth": 10, "growth": 4}, "skip")
+    norms = sum(m.num_features for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+    assert decision.notes["scales"] == norms
+    assert all("take" in name for name in decision.channels)
+
+
+def test_union_asks_the_shortcut_too():
+    """A channel of the second stage stays if the first stage's, which is added to it, is large."""
+    chosen, shape = {"depth": 8}, (3, 8, 8)
+    model, batch = network("resnet_cifar", chosen, shape), pictures(shape)
+    with torch.no_grad():
+        for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+            norm.weight.fill_(1)
+        model.get_submodule("layer2.0.bn2").weight[:12] = 0.001  # zeros beside 0-7
+        model.get_submodule("bn1").weight[2], model.bn1.weight[3] = 0.001, 0.001
+        model.get_submodule("layer1.0.bn2").weight[2] = 0.001
+    subject = Subject(model, batch)
+    scales = 16 * 3 + 32 * 2 + 64 * 2
+    options = network_slimming.Settings(ratio=(12 + 3) / scales, coupled="union")
+    gone = network_slimming.prune(options, subject).channels
+    second = next(g.name for g in subject.network.groups if "layer2.0.conv2" in g.sources)
+    found = {name: sorted(index.tolist()) for name, index in gone.items()}
+    # 10 takes channel 2 of the first stage, of which both scales are small; 8, 9 and 11 do not
+    assert found == {"conv1": [2], second: [*range(8), 10]}
+
+
+def test_a_channel_of_the_stream_goes_when_no_block_reads_it_any_more():
+    chosen, shape = {"depth": 14, "block": "basic"}, (3, 8, 8)
+    model, batch = network("preresnet", chosen, shape), pictures(shape)
+    with torch.no_grad():
+        for name in ("layer1.0.bn1", "layer1.1.bn1", "layer2.0.bn1"):
+            norm = model.get_submodule(name)
+            norm.weight[4], norm.bias[4] = 0, 0
+    kept = surgery.remove_dead(model, {}, batch).kept
+    assert len(kept["conv1"]) == 16  # the shortcut still reads it
+    with torch.no_grad():
+        model.get_submodule("layer2.0.shortcut").weight[:, 4] = 0
+    compact = surgery.remove_dead(model, {}, batch)
+    for name in ("conv1", "layer1.0.conv2", "layer1.1.conv2"):
+        assert 4 not in compact.kept[name].tolist()
+    assert surgery.verify(model, compact, batch, surgery.EXACT) < 1e-9
+
+
+def test_groups_of_resnext_go_whole_or_lose_the_same_number():
+    chosen = {"depth": 11, "cardinality": 4, "base_width": 4, "widen": 1}
+    shape = (3, 8, 8)
+    model, batch = network("resnext", chosen, shape), pictures(shape)
+    found = channels.follow(model, batch)
+    one, three = "layer1.0.conv1", "layer1.0.conv2"
+    third = torch.arange(8, 12)
+    whole = found.allowed({one: third, three: third})
+    _, compact = check(model, found, whole, batch)
+    layer = compact.model.get_submodule(three)
+    assert (layer.groups, tuple(layer.weight.shape[:2])) == (3, (12, 4))
+    even = found.allowed({one: torch.tensor([0, 1, 5, 9, 10, 15])})
+    assert even[one].tolist() == [0, 5, 9, 15]
+    _, compact = check(model, found, even, batch)
+    layer = compact.model.get_submodule(three)
+    assert (layer.groups, tuple(layer.weight.shape[:2])) == (4, (16, 3))
+    assert found.allowed({one: torch.tensor([0, 1, 2])}) == {}
+
+
+# ---- masked equals compact ---------------------------------------------------------------------
+
+
+def proved(arch, chosen, shape, seed, model, found, selection):
+    """Exact in float64, within rounding in float32; gives the compact network."""
+    batch = pictures(shape, seed=seed)
+    masked, compact = check(model, found, selection, batch)
+    single = compact.to(torch.float32)
+    assert difference(masked.float(), single.model, batch.float()) < 1e-4
+    return single
+
+
+FOUND = {}
+
+
+def followed(arch, chosen, shape):
+    """A network with random weights and its channels, made once."""
+    key = json.dumps([arch, chosen, shape])
+    if key not in FOUND:
+        model = network(arch, chosen, shape)
+        FOUND[key] = model, channels.follow(model, pictures(shape))
+    return FOUND[key]
+
+
+@small
+def test_masked_equals_compact_once(arch, chosen, shape):
+    model, found = followed(arch, chosen, shape)
+    randomise(model, 11)
+    proved(arch, chosen, shape, 11, model, found, at_random(found, 11))
+
+
+@narrow
+@given(seed=st.integers(0, 10**6))
+@examples(max_examples=10, deadline=None, derandomize=True)
+def test_masked_equals_compact(arch, chosen, shape, seed):
+    model, found = followed(arch, chosen, shape)
+    randomise(model, seed)
+    proved(arch, chosen, shape, seed, model, found, at_random(found, seed))
+
+
+@pytest.mark.slow
+@small
+@given(seed=st.integers(0, 10**6))
+@examples(max_examples=150, deadline=None, derandomize=True)
+def test_masked_equals_compact_many_times(arch, chosen, shape, seed):
+    model, found = followed(arch, chosen, shape)
+    randomise(model, seed)
+    proved(arch, chosen, shape, seed, model, found, at_random(found, seed))
+
+
+@narrow
+def test_every_group_alone(arch, chosen, shape):
+    model, found = followed(arch, chosen, shape)
+    randomise(model, 1)
+    batch = pictures(shape)
+    bound = {name for b in found.balances for part in b.parts for name, _ in part}
+    for number, group in enumerate(free(found)):
+        tries = (at_random(found, seed, {group.name}) for seed in range(number, number + 20))
+        selection = next((s for s in tries if group.name in s), None)
+        if selection is None:  # the groups of a convolution, and a selection without a full set
+            assert group.name in bound
+            selection = found.allowed({group.name: torch.arange(group.size)})
+            assert selection[group.name].numel()
+        check(model, found, selection, batch)
+
+
+@small
+def test_dead_channels_go_once(arch, chosen, shape):
+    without_dead_channels(arch, chosen, shape, 12)
+
+
+@narrow
+@given(seed=st.integers(0, 10**6))
+@examples(max_examples=8, deadline=None, derandomize=True)
+def test_dead_channels_go_and_nothing_changes(arch, chosen, shape, seed):
+    without_dead_channels(arch, chosen, shape, seed)
+
+
+def without_dead_channels(arch, chosen, shape, seed):
+    _, found = followed(arch, chosen, shape)
+    model, batch = network(arch, chosen, shape, seed), pictures(shape, seed=seed)
+    mask = weights_at_random(model, found, seed)
+    masks.apply(model, mask)
+    try:
+        compact = surgery.remove_dead(model, mask, batch[:1])
+    except PruningError as error:
+        assert_idle(model, shape, error)
+        return
+    assert surgery.verify(model, compact, batch, surgery.EXACT) < 1e-9
+    assert cost.parameters(compact.model) <= cost.parameters(model)
+    for name, left in compact.masks.items():
+        assert left.shape == compact.model.get_parameter(name).shape
+        assert not compact.model.get_parameter(name)[~left].any()
+    single = compact.to(torch.float32)
+    assert difference(model.float(), single.model, batch.float()) < 1e-4
+
+
+def assert_idle(model, shape, error):
+    assert "has no living output left" in str(error)
+    with torch.no_grad():
+        moved = model(pictures(shape, seed=1)) - model(pictures(shape, seed=2))
+    assert float(moved.abs().max()) < 1e-9, "something still depends on the image"
+
+
+@small
+def test_what_was_masked_by_channels_is_found_dead(arch, chosen, shape):
+    model, found = followed(arch, chosen, shape)
+    randomise(model, 2)
+    batch = pictures(shape)
+    selection = at_random(found, 3)
+    direct = surgery.remove(model, selection, batch, {}, found).model
+    masked = surgery.mask(model, selection, batch, found)
+    try:
+        dead = surgery.remove_dead(masked, {}, batch).model
+    except PruningError as error:  # entrances that read nothing but channels that are gone
+        assert any(isinstance(module, Take) for module in model.modules())
+        assert_idle(masked, shape, error)
+        return
+    assert cost.parameters(dead) <= cost.parameters(direct)
+
+
+# ---- files -------------------------------------------------------------------------------------
+
+LOAD = """
+import json, sys
+from pathlib import Path
+import torch
+from secateur.core import checkpoint
+torch.set_num_threads(1)
+for folder in map(Path, sys.argv[1:]):
+    model = checkpoint.load(folder / "model.safetensors").model().eval()
+    images, expected = torch.load(folder / "expected.pt")
+    with torch.no_grad():
+        assert torch.equal(model(images), expected), folder
+left = {"secateur.core.surgery", "secateur.core.channels", "secateur.core.graph"}
+print(json.dumps(sorted(left & set(sys.modules))))
+"""
+
+
+def test_compact_networks_come_back_without_the_code_that_pruned_them(tmp_path):
+    for number, (arch, chosen, shape) in enumerate(SMALL):
+        model, found = followed(arch, chosen, shape)
+        randomise(model, number)
+        compact = surgery.remove(model, at_random(found, number), pictures(shape), {}, found)
+        small = compact.to(torch.float32).model
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        checkpoint.save(folder / "model.safetensors", header(arch, chosen, shape), small, {})
+        images = pictures(shape, 3).float()
+        with torch.no_grad():
+            torch.save((images, small(images)), folder / "expected.pt")
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, *map(str, sorted(tmp_path.iterdir()))],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == []
+
+
+@small
+def test_compact_networks_are_pruned_once_more_and_trained(arch, chosen, shape, tmp_path):
+    model, found = followed(arch, chosen, shape)
+    randomise(model, 4)
+    batch = pictures(shape, 4)
+    compact = surgery.remove(model, at_random(found, 4), batch, {}, found).model
+    again = channels.follow(compact, batch)
+    assert set(locked(again)) == set(locked(found))
+    check(compact, again, at_random(again, 5), batch)
+    shapes.reset(compact)
+    compact.train()(batch).sum().backward()
+    assert all(p.grad is not None for p in compact.parameters())
+
+
+# ---- the networks of the literature ------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arch", "chosen", "shape"), LARGE, ids=[f"{a}-{c}-{s[1]}" for a, c, s in LARGE]
+)
+def test_networks_of_full_size(arch, chosen, shape):
+    model, batch = network(arch, chosen, shape), pictures(shape)
+    found = channels.follow(model, batch)
+    assert len(locked(found)) == 2
+    selection = at_random(found, 1)
+    masked, compact = check(model, found, selection, batch)
+    dead = surgery.remove_dead(masked, {}, batch)
+    assert surgery.verify(masked, dead, batch, surgery.EXACT) < 1e-9
+    single = copy.deepcopy(compact.model).float()
+    assert difference(masked.float(), single, batch.float()) < 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "side"), NETWORKS)
+def test_networks_of_torchvision_through_the_architecture(name, side, tmp_path):
+    chosen, shape = {"name": name}, (3, side, side)
+    model, batch = network("torchvision", chosen, shape), pictures(shape)
+    found = channels.follow(model, batch)
+    reasons = {why.split(" by ")[0] for why in locked(found).values()}
+    normalised = {"normalised together with all channels"} if name.startswith("convnext") else set()
+    assert reasons == {"an input of the network", "an output of the network", *normalised}
+    selection = at_random(found, 1)
+    masked, compact = check(model, found, selection, batch)
+    single = compact.to(torch.float32).model
+    assert difference(masked.float(), single, batch.float()) < 1e-4
+    checkpoint.save(tmp_path / "m.safetensors", header("torchvision", chosen, shape), single, {})
+    again = checkpoint.load(tmp_path / "m.safetensors").model()
+    assert difference(single, again, batch.float()) == 0
