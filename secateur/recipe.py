@@ -28,7 +28,7 @@ from rich.table import Table
 
 from secateur import console
 from secateur.core.errors import SecateurError, SettingsError
-from secateur.core.record import FOLDERS, flat
+from secateur.core.record import FOLDERS
 
 FOLDER = Path("recipes")
 
@@ -45,12 +45,35 @@ class Recipe:
     def overrides(self) -> list[str]:
         """As `dvc exp run` takes them."""
         parts = []
-        for key, value in flat(self.settings).items():
+        for key, value in changes(self.settings, _params()).items():
+            if isinstance(value, Mapping):
+                flow = yaml.safe_dump(dict(value), default_flow_style=True, width=math.inf)
+                parts += ["-S", f"{key}={flow.strip()}"]
+                continue
             simple = isinstance(value, int | float) or re.fullmatch(r"[\w./-]+", str(value))
             plain = simple and not isinstance(value, bool | None)
             text = str(value) if plain else json.dumps(value)
             parts += ["-S", f"{key}={text}"]
         return parts
+
+
+def changes(
+    settings: Mapping[str, Any], params: Mapping[str, Any], prefix: str = ""
+) -> dict[str, Any]:
+    """Settings by joined keys; a table stays one where `params` has a plain value or null."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        below = params.get(key, {})
+        if isinstance(value, Mapping) and isinstance(below, Mapping):
+            found |= changes(value, below, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
+
+
+def _params() -> dict[str, Any]:
+    content: dict[str, Any] = yaml.safe_load(Path("params.yaml").read_text())
+    return content
 
 
 def load(name: str) -> Recipe:
@@ -187,7 +210,7 @@ def apply(recipe: Recipe) -> None:
     file, editor = Path("params.yaml"), YAML()
     editor.preserve_quotes = True
     params = editor.load(file)
-    for key, value in flat(recipe.settings).items():
+    for key, value in changes(recipe.settings, _params()).items():
         *sections, last = key.split(".")
         table = params
         for section in sections:

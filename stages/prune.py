@@ -49,7 +49,7 @@ def prune(job: chain.Job) -> chain.Product:
     batch = sample(job.data.train, about, _proof_images(about.shape))
     subject = Subject(model, batch, job.data.train.labels[: len(batch)], sparse.choices)
     decision: Decision = plugin.load("pruners", params.pruner).prune(settings, subject)
-    asked = ", ".join([params.pruner, *(f"{k} {v}" for k, v in settings)])
+    asked = ", ".join([params.pruner, *(f"{k} {v}" for k, v in settings if v is not None)])
     console.reached(decision.notes)
     for line in decision.lines:
         console.say(f"prune: {line}")

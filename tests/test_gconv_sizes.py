@@ -5,6 +5,7 @@ import functools
 import pytest
 
 from benchmarks import gconv_sizes as sizes
+from secateur.core import cost, plugin
 
 # Millions of parameters and of operations: dense, then 2, 4 and 8 groups.
 UNIFORM = {
@@ -64,6 +65,13 @@ def test_resnet34_by_its_files(config, millions, operations):
     found = sizes.divided(model, image, config=f"resnet34_{config}.json")
     assert round(sizes.parameters(model, found) / 1e6, 4) == millions
     assert sizes.published(model, image, found) / 1e6 == pytest.approx(operations, abs=0.06)
+
+
+def test_a_condensenet_that_was_trained_in_groups_has_the_same_size():
+    module = plugin.load("archs", "condensenet")
+    for groups, millions in ((2, 1.0), (4, 0.5202), (8, 0.2803)):
+        model = module.build(module.Settings(groups=groups), 10, (3, 32, 32))
+        assert round(cost.parameters(model) / 1e6, 4) == millions
 
 
 def test_multiply_accumulates_are_those_of_this_project():

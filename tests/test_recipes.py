@@ -43,7 +43,7 @@ def test_a_recipe_on_top_of_params_yaml_is_sound(name, tmp_path):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_changes_only_keys_that_there_are(name):
     made = recipe.load(name)
-    for key in recipe.flat(made.settings):
+    for key in recipe.changes(made.settings, PARAMS):
         *sections, last = key.split(".")
         table = PARAMS
         for section in sections:
@@ -117,6 +117,14 @@ def test_overrides_are_what_dvc_takes():
     assert made.overrides == [
         "-S", "a.b=0.5", "-S", "a.c=true", "-S", 'a.d=[0, "1.0"]', "-S", "e=std",
         "-S", 'f="0-15: 0.7, 3: 0"', "-S", "g=null",
+    ]  # fmt: skip
+
+
+def test_a_table_in_the_place_of_a_plain_value_is_taken_whole():
+    wanted = {"pruners": {"network_slimming": {"target": {"params": 0.5}, "ratio": 0.4}}}
+    assert recipe.Recipe("x", "", wanted).overrides == [
+        "-S", "pruners.network_slimming.target={params: 0.5}",
+        "-S", "pruners.network_slimming.ratio=0.4",
     ]  # fmt: skip
 
 

@@ -44,6 +44,7 @@ ZOO = {
     "densenet": {"arch": "densenet", "depth": 13},
     "densenet-bc": {"arch": "densenet", "depth": 16, "bottleneck": True, "compression": 0.5},
     "condensenet": {"arch": "condensenet", "stages": [2, 2, 2]},
+    "condensenet-grouped": {"arch": "condensenet", "stages": [2, 2, 2], "trained": 2},
     "vgg": {"arch": "vgg", "depth": 11, "side": 32},
     "vgg-plain": {"arch": "vgg", "depth": 11, "side": 32, "batch_norm": False},
     "alexnet": {"arch": "alexnet_cifar", "side": 32, "groups": 2},
@@ -53,8 +54,9 @@ ZOO = {
 }
 
 
-def build(arch, side=16, groups=4, **chosen):
+def build(arch, side=16, groups=4, trained=None, **chosen):
     torch.manual_seed(0)
+    chosen |= {} if trained is None else {"groups": trained}
     module = plugin.load("archs", arch)
     model = module.build(module.Settings(**chosen), 10, (3, side, side)).eval()
     for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):

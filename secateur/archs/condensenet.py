@@ -2,8 +2,9 @@
 
 Source: G. Huang, S. Liu, L. van der Maaten, K. Weinberger, CondenseNet, CVPR 2018, in the dense
 form that gconv-prune (R. Zhao, W. Luk, ICCV workshops 2019) trains before it learns the groups:
-all convolutions are ungrouped, and nothing is learnt between stages. CondenseNet-86 for 32x32x3
-images and ten classes: 1,959,626 parameters (100 classes: 2,031,716) and 248.18 MMACs.
+all convolutions are ungrouped, unless `groups` says otherwise, and nothing is learnt between
+stages. CondenseNet-86 for 32x32x3 images and ten classes: 1,959,626 parameters (100 classes:
+2,031,716) and 248.18 MMACs.
 """
 
 from typing import Annotated, Self
@@ -24,6 +25,15 @@ class Settings(Strict):
 
     stages: Stages = (14, 14, 14)
     growth: Stages = (8, 16, 32)
+    groups: Count = 1
+    """Of all convolutions but the stem, from the first step of training on."""
+
+    @model_validator(mode="after")
+    def _groups_divide_every_growth(self) -> Self:
+        odd = [growth for growth in self.growth if growth % self.groups]
+        if odd:
+            raise ValueError(f"groups = {self.groups} does not divide growth = {odd[0]}")
+        return self
 
     @model_validator(mode="after")
     def _growth_for_every_stage(self) -> Self:
@@ -57,7 +67,10 @@ def build(settings: Settings, classes: int, shape: tuple[int, int, int]) -> nn.M
     ):
         if number > 1:
             modules[f"pool{number - 1}"] = nn.AvgPool2d(2)
-        added = (blocks.DenseBottleneck(width + k * growth, growth) for k in range(count))
+        added = (
+            blocks.DenseBottleneck(width + k * growth, growth, settings.groups)
+            for k in range(count)
+        )
         modules[f"layer{number}"] = nn.Sequential(*added)
         width += count * growth
     return CondenseNet(

@@ -101,18 +101,19 @@ class Bottleneck(nn.Module):
 class DenseBottleneck(nn.Module):
     """BN-ReLU-1x1 to four times the growth, BN-ReLU-3x3 to the growth, appended to the input.
 
-    Source: G. Huang, Z. Liu, L. van der Maaten, K. Weinberger, DenseNet, CVPR 2017.
+    With groups, both convolutions have as many. Source: G. Huang, Z. Liu, L. van der Maaten, K.
+    Weinberger, DenseNet, CVPR 2017.
     """
 
-    def __init__(self, inputs: int, growth: int) -> None:
+    def __init__(self, inputs: int, growth: int, groups: int = 1) -> None:
         super().__init__()
         self.take = Take(range(inputs))
         self.bn1 = nn.BatchNorm2d(inputs)
         self.relu1 = nn.ReLU()
-        self.conv1 = conv1x1(inputs, EXPANSION * growth)
+        self.conv1 = conv1x1(inputs, EXPANSION * growth, groups=groups)
         self.bn2 = nn.BatchNorm2d(EXPANSION * growth)
         self.relu2 = nn.ReLU()
-        self.conv2 = conv3x3(EXPANSION * growth, growth)
+        self.conv2 = conv3x3(EXPANSION * growth, growth, groups=groups)
 
     def forward(self, x: Tensor) -> Tensor:
         """The input's channels, then `growth` new ones."""
@@ -144,9 +145,9 @@ def conv3x3(inputs: int, outputs: int, stride: int = 1, groups: int = 1) -> nn.C
     return nn.Conv2d(inputs, outputs, 3, stride, padding=1, groups=groups, bias=False)
 
 
-def conv1x1(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
+def conv1x1(inputs: int, outputs: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
     """1x1 convolution without bias."""
-    return nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+    return nn.Conv2d(inputs, outputs, 1, stride, groups=groups, bias=False)
 
 
 def count(depth: int, layers: int, others: int, what: str) -> int:

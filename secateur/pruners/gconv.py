@@ -42,6 +42,14 @@ class Within(Strict):
     depthwise: bool = False
     """Whether a layer may have as many groups as inputs and outputs."""
 
+    def __str__(self) -> str:
+        """The budget, and how it is used."""
+        if self.max_params is None and self.max_macs is None:
+            return "off"
+        limits = {"max_params": self.max_params, "max_macs": self.max_macs}
+        given = [f"{key} {value:,}" for key, value in limits.items() if value is not None]
+        return f"{' and '.join(given)} by {self.strategy}"
+
 
 class Settings(permute.Search):
     """How many groups: one of groups, channels_per_group, config and search; and which."""
@@ -257,5 +265,6 @@ def _says(state: State) -> str:
 
 
 def _asked(settings: Settings) -> str:
-    ways = settings.model_dump(include={"groups", "channels_per_group", "config", "search"})
-    return ", ".join(f"{key} {value}" for key, value in ways.items() if value is not None)
+    ways = ("groups", "channels_per_group", "config")
+    given = [(way, getattr(settings, way)) for way in ways]
+    return ", ".join(f"{way} {value}" for way, value in given if value) or str(settings.search)
