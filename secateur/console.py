@@ -166,8 +166,9 @@ class Steps:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.bar.update(self.task, completed=self.done)
-        self.bar.stop()
+        if self.console.is_terminal:
+            self.bar.update(self.task, completed=self.done)
+            self.bar.stop()
 
     def tick(self) -> None:
         """One step is done."""

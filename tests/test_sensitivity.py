@@ -1,0 +1,107 @@
+"""Sensitivity: what is computed again gives what the whole masked network gives."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from secateur.core import plugin, sensitivity, surgery
+from secateur.core.decision import Subject
+
+SHAPE = (3, 8, 8)
+
+
+def zoo(arch, **chosen):
+    torch.manual_seed(0)
+    module = plugin.load("archs", arch)
+    return module.build(module.Settings(**chosen), 10, SHAPE).eval()
+
+
+class InPlace(nn.Module):
+    """Writes into what it reads, wherever it can."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 6, 1), nn.Conv2d(3, 6, 1), nn.Conv2d(6, 7, 3)
+        self.d, self.relu, self.fc = nn.Conv2d(7, 8, 3), nn.ReLU(inplace=True), nn.Linear(8, 10)
+
+    def forward(self, x):
+        y = self.a(x)
+        y += self.b(x)
+        x = self.c(self.relu(y)).relu_()
+        x = nn.functional.relu(self.d(x), inplace=True)
+        return self.fc(x.mean((2, 3)))
+
+
+MODELS = {
+    "resnet": lambda: zoo("resnet_cifar", depth=8),
+    "densenet": lambda: zoo("densenet", depth=7),
+    "in place": lambda: InPlace().eval(),
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_trials_give_what_the_masked_network_gives(kind):
+    model = MODELS[kind]()
+    images = torch.randn(20, *SHAPE)
+    with torch.no_grad():
+        model.fc.bias -= model(images).mean(0)  # so that not all images look alike
+        labels = model(images).argmax(1)
+    subject = Subject(copy.deepcopy(model), images, labels)
+    names = sensitivity.layers(subject)
+    made = sensitivity.trials(subject, names, ["l1", "taylor", "random"], [0.3, 0.8], 1)
+    assert {(t.layer, t.criterion, t.ratio) for t in made} == {
+        (n, c, r) for n in names for c in ("l1", "taylor", "random") for r in (0.3, 0.8)
+    }
+    parts = zip(images.split(8), labels.split(8), strict=True)
+    before = copy.deepcopy(subject.model.state_dict())
+    bench = sensitivity.Bench(subject)
+    ticks = []
+    right = bench.right(list(parts), made, lambda: ticks.append(1))
+    assert len(ticks) == 3 * len(made)
+    assert all(torch.equal(t, before[n]) for n, t in subject.model.state_dict().items())
+
+    def count(network):
+        with torch.no_grad():
+            return int((network.eval()(images).argmax(1) == labels).sum())
+
+    wanted = [count(model)]
+    wanted += [count(surgery.mask(model, t.channels, images)) for t in made]
+    assert right == wanted
+    assert right[0] == 20 and len(set(right)) > 2
+
+
+def test_only_what_follows_is_computed_again():
+    bench = sensitivity.Bench(Subject(MODELS["resnet"](), torch.randn(2, *SHAPE)))
+    every = len(bench.graph.graph.nodes)
+    subject = Subject(bench.model, torch.randn(2, *SHAPE), torch.arange(2))
+    late, early = (
+        sensitivity.trials(subject, [name], ["l1"], [0.5], 0)[0].channels
+        for name in ("layer3.0.conv1", "layer1.0.conv1")
+    )
+    assert len(bench._later(late)) < len(bench._later(early)) < every
+    assert str(bench._later(late)[0].target) == "layer3.0.conv1"
+
+
+@pytest.mark.parametrize(
+    ("rows", "least", "ratio"),
+    [
+        ([(0, 0.9), (0.1, 0.89), (0.2, 0.7), (0.3, 0.9)], 0.88, 0.1),
+        ([(0.3, 0.9), (0, 0.9), (0.1, 0.9), (0.2, 0.9)], 0.88, 0.3),
+        ([(0, 0.9), (0.1, 0.5)], 0.88, 0),
+        ([], 0.5, 0),
+    ],
+)
+def test_the_allowed_ratio_ends_before_the_first_drop(rows, least, ratio):
+    assert sensitivity.allowed(rows, least) == ratio
+
+
+def test_all_suggestions_together():
+    subject = Subject(MODELS["resnet"](), torch.randn(2, *SHAPE), torch.arange(2))
+    names = sensitivity.layers(subject)
+    made = sensitivity.trials(subject, names, ["l1"], [0.5, 0.75], 0)
+    both = sensitivity.with_ratios(made, {names[0]: 0.5, names[2]: 0.75}, "l1")
+    assert {name: len(index) for name, index in both.channels.items()} == {
+        "layer1.0.conv1": 8, "layer3.0.conv1": 48,
+    }  # fmt: skip
