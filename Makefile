@@ -25,8 +25,8 @@ setup: $(READY)  ## make .venv with everything that is needed
 repro: $(READY)  ## run the pipeline: what has changed, and nothing else
 	@dvc repro
 
-test: $(READY)  ## run the tests
-	@python -m pytest
+test: $(READY)  ## run the tests, a process for every processor
+	@OMP_NUM_THREADS=1 python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 check: $(READY)  ## lint, format and types
 	@ruff check .
