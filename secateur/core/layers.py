@@ -28,8 +28,11 @@ class Take(nn.Module):
         return take(x, self.index, self._border)
 
     def put(self, index: Tensor) -> None:
-        """Take these from now on."""
-        self.index = index.to(self.index)
+        """Take these from now on; the buffer stays the same as long as their number does."""
+        if index.shape == self.index.shape:
+            self.index.copy_(index)
+        else:
+            self.index = index.to(self.index)
         self._border = _border(self.index.tolist())
 
     def _load_from_state_dict(self, *args: Any) -> None:

@@ -16,6 +16,7 @@ from secateur.core import choices, criteria
 from secateur.core.channels import Selection
 from secateur.core.decision import Subject, of_choices, refusals
 from secateur.core.errors import PruningError
+from secateur.core.layers import Take
 from secateur.core.surgery import silence
 
 MEMORY = 2**28
@@ -149,14 +150,19 @@ class _Silent:
         self.bench, self.channels = bench, channels
 
     def __enter__(self) -> None:
-        names = self.bench.changed(self.channels)
+        selects = self.bench.network.selects.items()
+        names = self.bench.changed(self.channels) | {n for n, select in selects if select.own}
         self.before = {name: self.bench.tensors[name].detach().clone() for name in names}
         silence(self.bench.model, self.channels, self.bench.network)
 
     def __exit__(self, *_: object) -> None:
         with torch.no_grad():
             for name, tensor in self.before.items():
-                self.bench.tensors[name].detach().copy_(tensor)
+                owner = self.bench.model.get_submodule(name.rpartition(".")[0])
+                if isinstance(owner, Take):
+                    owner.put(tensor)
+                else:
+                    self.bench.tensors[name].detach().copy_(tensor)
 
 
 def _pure(model: nn.Module, graph: fx.Graph) -> None:
