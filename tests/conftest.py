@@ -25,7 +25,7 @@ class Project:
 
     path: Path
 
-    def run(self, *command, ok=True, timeout=300, **env):
+    def run(self, *command, ok=True, timeout=900, **env):
         """Run a command there; output of both streams together."""
         result = subprocess.run(
             command, cwd=self.path, env=self.env(**env), text=True, timeout=timeout,

@@ -83,7 +83,7 @@ INNER = {
     "vgg": ({"depth": 11, "pools": [1, 2, 3]}, {f"bn{n}" for n in range(1, 9)}),
     "preresnet": (
         {"depth": 11},
-        {f"layer{s}.0.{bn}" for s in (1, 2, 3) for bn in ("bn2", "bn3")},
+        {"layer1.0.bn1", *(f"layer{s}.0.{bn}" for s in (1, 2, 3) for bn in ("bn2", "bn3"))},
     ),
     "densenet": (
         {"depth": 7},
@@ -98,13 +98,25 @@ def test_inner_scales_are_those_of_channels_that_one_layer_makes_and_all_read_sc
     assert set(scales.in_scope(zoo(arch, **chosen), "inner")) == names
 
 
+class PreActivation(nn.Module):
+    """The shortcut reads raw what the norm beside it scales; the last norm scales what is read."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.bn1, self.conv1 = nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6), nn.Conv2d(6, 5, 1)
+        self.bn2, self.conv2 = nn.BatchNorm2d(5), nn.Conv2d(5, 6, 1)
+        self.bn, self.fc, self.shortcut = nn.BatchNorm2d(6), nn.Linear(6, 3), nn.Conv2d(6, 6, 1)
+
+    def forward(self, x):
+        x = self.stem(x)
+        y = self.conv2(torch.relu(self.bn2(self.conv1(torch.relu(self.bn1(x))))))
+        return self.fc(torch.relu(self.bn(self.shortcut(x) + y)).mean((2, 3)))
+
+
 def test_channels_that_somebody_reads_unscaled_are_told():
-    model = zoo("preresnet", depth=11)
-    found = {
-        s.name: s.gates for s in scales.find(model, follow(model, torch.zeros(1, *SHAPE)).graph)
-    }
-    raw = {"layer1.0.bn1", "layer2.0.bn1", "layer3.0.bn1"}  # shortcuts read what these scale
-    assert {name for name, gates in found.items() if not gates} == raw
+    model = PreActivation().eval()
+    found = scales.find(model, follow(model, torch.zeros(1, *SHAPE)).graph)
+    assert {s.name: s.gates for s in found} == {"bn1": False, "bn2": True, "bn": True}
 
 
 class Toy(nn.Module):
@@ -568,17 +580,36 @@ def test_filters_left_are_brought_up_to_multiples(ratio, to, left):
     assert gone(found).get("0", []) == sorted(size.argsort()[: 20 - left].tolist())
 
 
+class TwoReaders(nn.Module):
+    """What the stem makes is read by two layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.a, self.b = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 4, 1), nn.Conv2d(6, 4, 1)
+        self.fc = nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = torch.relu(self.stem(x))
+        return self.fc(torch.cat([self.a(x), self.b(x)], 1).mean((2, 3)))
+
+
 def test_inputs_that_several_layers_read_are_masked_in_the_one_that_chose_them():
+    model = TwoReaders().eval()
+    one = prune("magnitude", model, groups="channel", ratios={"a": 0.5})
+    assert not one.channels
+    assert set(one.masks) == {"a.weight"}
+    assert one.masks["a.weight"].sum() == 4 * 3
+    assert not compacted(model, one).a.weight[:, ~one.masks["a.weight"][0, :, 0, 0]].any()
+
+
+def test_inputs_that_one_dense_layer_takes_go_for_it_alone():
     model = zoo("densenet", depth=10)
     one = prune("magnitude", model, groups="channel", ratios={"layer1.1.conv1": 0.5})
-    assert not one.channels
-    assert set(one.masks) == {"layer1.1.conv1.weight"}
-    assert (
-        not compacted(model, one)
-        .layer1[1]
-        .conv1.weight[:, ~one.masks["layer1.1.conv1.weight"][0, :, 0, 0]]
-        .any()
-    )
+    assert not one.masks
+    small = compacted(model, one)
+    for name, layer in masks.layers(model).items():
+        left = small.get_submodule(name).weight.shape[1]
+        assert left == layer.weight.shape[1] // (2 if name == "layer1.1.conv1" else 1)
 
 
 @pytest.mark.parametrize(
