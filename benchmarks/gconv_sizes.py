@@ -108,7 +108,7 @@ def main() -> None:
     parser.add_argument("--nets", nargs="+", default=list(NETS), choices=list(NETS))
     parser.add_argument("--groups", nargs="*", type=int, default=[2, 4, 8])
     parser.add_argument("--channels-per-group", nargs="*", type=int, default=[])
-    parser.add_argument("--configs", nargs="*", default=[], help="files in groups/")
+    parser.add_argument("--configs", nargs="*", default=[], help="files in recipes/groups/")
     chosen = parser.parse_args()
     ways: list[tuple[str, dict[str, Any]]] = [(f"G = {g}", {"groups": g}) for g in chosen.groups]
     ways += [(f"{n} a group", {"channels_per_group": n}) for n in chosen.channels_per_group]

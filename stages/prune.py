@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from secateur import chain, console
 from secateur.core import cost, machine, masks, plugin, regroup, surgery, train
-from secateur.core.data import Batches, sample
+from secateur.core.data import Batches, few
 from secateur.core.decision import Decision, Subject
 from secateur.core.masks import Masks
 from secateur.core.recalibrate import recalibrate
@@ -45,9 +45,8 @@ def prune(job: chain.Job) -> chain.Product:
     settings = params.chosen("pruners")
     model = sparse.model().eval()
     before, outputs = cost.parameters(model), _outputs(model)
-    about = job.data.about
-    batch = sample(job.data.train, about, _proof_images(about.shape))
-    subject = Subject(model, batch, job.data.train.labels[: len(batch)], sparse.choices)
+    batch, labels = few(job.data.train, job.data.about)
+    subject = Subject(model, batch, labels, sparse.choices)
     decision: Decision = plugin.load("pruners", params.pruner).prune(settings, subject)
     asked = ", ".join([params.pruner, *(f"{k} {v}" for k, v in settings if v is not None)])
     console.reached(decision.notes)
@@ -145,11 +144,6 @@ def measure_again(job: chain.Job, model: nn.Module, images: int) -> dict[str, fl
 def _outputs(model: nn.Module) -> dict[str, int]:
     """Outputs of every layer, by name."""
     return {name: layer.weight.shape[0] for name, layer in masks.layers(model).items()}
-
-
-def _proof_images(shape: list[int]) -> int:
-    """As many as fit into the memory of 256 images of 32x32 pixels, at least 8."""
-    return max(8, min(256, 256 * 32 * 32 // (shape[1] * shape[2])))
 
 
 if __name__ == "__main__":

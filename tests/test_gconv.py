@@ -48,10 +48,10 @@ def groups_of(decision):
 
 @pytest.fixture
 def inside(tmp_path, monkeypatch):
-    """A folder to work in, with groups/ in it."""
+    """A folder to work in, with recipes/groups/ in it."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "groups").mkdir()
-    return tmp_path / "groups"
+    (tmp_path / "recipes/groups").mkdir(parents=True)
+    return tmp_path / "recipes/groups"
 
 
 @pytest.mark.parametrize("groups", [2, 4, 8, 16])
@@ -119,7 +119,7 @@ def test_taylor_is_the_gradient_times_the_weight():
         expected = permute.group(criterion, 2, permute.Search())
         assert torch.equal(mask[:, :, 0, 0], expected.mask())
     without = Subject(model, one.images)
-    with pytest.raises(PruningError, match="no labels"):
+    with pytest.raises(PruningError, match="needs images with labels"):
         gconv.prune(gconv.Settings(groups=2, criterion="taylor"), without)
 
 
@@ -186,7 +186,7 @@ def test_a_file_is_read_with_and_without_the_prefix(inside):
     (inside / "mine.json").write_text(json.dumps(config))
     expected = {"layer1.0.conv2": 4, "layer1.0.conv3": 2, "layer2.0.shortcut": 8}
     assert groups_of(prune(small(), config="mine.json")) == expected
-    assert groups_of(prune(small(), config="groups/mine.json")) == expected
+    assert groups_of(prune(small(), config="recipes/groups/mine.json")) == expected
 
 
 def test_what_is_written_can_be_read(inside):
@@ -230,14 +230,14 @@ def test_what_is_written_can_be_read(inside):
 def test_a_file_that_does_not_fit_is_refused(inside, content, message):
     text = content if isinstance(content, str) else json.dumps(content)
     (inside / "bad.json").write_text(text)
-    with pytest.raises(SettingsError, match=rf"groups/bad.json: .*{message}"):
+    with pytest.raises(SettingsError, match=rf"recipes/groups/bad.json: .*{message}"):
         prune(small(), config="bad.json")
 
 
 def test_a_file_must_be_there_and_in_its_folder(inside):
-    with pytest.raises(SettingsError, match=r"groups/none\.json: no such file"):
+    with pytest.raises(SettingsError, match=r"recipes/groups/none\.json: no such file"):
         prune(small(), config="none.json")
-    with pytest.raises(SettingsError, match="must be a file in the folder groups/"):
+    with pytest.raises(SettingsError, match="must be a file in the folder recipes/groups/"):
         prune(small(), config="../params.json")
 
 

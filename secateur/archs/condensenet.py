@@ -13,7 +13,6 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from secateur.core import blocks
-from secateur.core.layers import Take
 from secateur.core.settings import Strict
 
 Count = Annotated[int, Field(ge=1)]
@@ -45,15 +44,6 @@ class Settings(Strict):
         return self
 
 
-class CondenseNet(blocks.HeNormal):
-    """The classifier starts without bias."""
-
-    def reset_parameters(self) -> None:
-        """Draw the weights of all convolutions; the other layers are left as they are."""
-        super().reset_parameters()
-        nn.init.zeros_(self.get_parameter("fc.bias"))
-
-
 def build(settings: Settings, classes: int, shape: tuple[int, int, int]) -> nn.Module:
     """Stem `conv1`, `layer1` and so on with 2x2 mean-pooling between them, `fc`: logits.
 
@@ -73,12 +63,4 @@ def build(settings: Settings, classes: int, shape: tuple[int, int, int]) -> nn.M
         )
         modules[f"layer{number}"] = nn.Sequential(*added)
         width += count * growth
-    return CondenseNet(
-        **modules,
-        take=Take(range(width)),
-        bn=nn.BatchNorm2d(width),
-        relu=nn.ReLU(),
-        pool=nn.AdaptiveAvgPool2d(1),
-        flatten=nn.Flatten(),
-        fc=nn.Linear(width, classes),
-    )
+    return blocks.WithoutBias(**modules, **blocks.activated_head(width, classes))

@@ -78,15 +78,7 @@ def build(settings: Settings, classes: int, shape: tuple[int, int, int]) -> nn.M
             kept = max(1, math.floor(width * settings.compression))
             modules[f"transition{number}"] = _transition(width, kept)
             width = kept
-    return blocks.HeNormal(
-        **modules,
-        take=Take(range(width)),
-        bn=nn.BatchNorm2d(width),
-        relu=nn.ReLU(),
-        pool=nn.AdaptiveAvgPool2d(1),
-        flatten=nn.Flatten(),
-        fc=nn.Linear(width, classes),
-    )
+    return blocks.HeNormal(**modules, **blocks.activated_head(width, classes))
 
 
 def _transition(inputs: int, outputs: int) -> nn.Sequential:

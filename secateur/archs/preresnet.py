@@ -9,33 +9,17 @@ as in bearpaw/pytorch-classification and gconv-prune. For 32x32x3 images and ten
     164, bottleneck      1,703,258    247.65 M    bearpaw's table calls it PreResNet-110
 """
 
-from typing import Annotated, Self
-
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from secateur.core import blocks
 from secateur.core.layers import Take
-from secateur.core.settings import Strict
 
 
-class Settings(Strict):
+class Settings(blocks.Residual):
     """Layers with weights and kind of block."""
 
-    depth: Annotated[int, Field(ge=8, le=2000)] = 164
-    """6n+2 for basic blocks (110), 9n+2 for bottlenecks (164, 1001)."""
+    depth: blocks.Depth = 164
     block: blocks.Block = "bottleneck"
-
-    @model_validator(mode="after")
-    def _depth_is_possible(self) -> Self:
-        self.blocks_in_a_stage()
-        return self
-
-    def blocks_in_a_stage(self) -> int:
-        """The n of the depth; ValueError if there is none."""
-        if self.block == "basic":
-            return blocks.count(self.depth, 6, 2, "basic blocks")
-        return blocks.count(self.depth, 9, 2, "bottlenecks")
 
 
 class Basic(nn.Module):
@@ -97,12 +81,7 @@ def build(settings: Settings, classes: int, shape: tuple[int, int, int]) -> nn.M
         layer1=blocks.stage(count, 16, 16 * expansion, 1, block),
         layer2=blocks.stage(count, 16 * expansion, 32 * expansion, 2, block),
         layer3=blocks.stage(count, 32 * expansion, 64 * expansion, 2, block),
-        take=Take(range(64 * expansion)),
-        bn=nn.BatchNorm2d(64 * expansion),
-        relu=nn.ReLU(),
-        pool=nn.AdaptiveAvgPool2d(1),
-        flatten=nn.Flatten(),
-        fc=nn.Linear(64 * expansion, classes),
+        **blocks.activated_head(64 * expansion, classes),
     )
 
 

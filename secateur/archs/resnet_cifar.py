@@ -14,36 +14,22 @@ classes:
 Every convolution starts He-normal by fan-out, as in bearpaw's and gconv-prune's networks.
 """
 
-from typing import Annotated, Literal, Self
+from typing import Literal
 
-from pydantic import Field, model_validator
 from torch import nn
 
 from secateur.core import blocks
 from secateur.core.layers import Take
-from secateur.core.settings import Strict
 
 
-class Settings(Strict):
+class Settings(blocks.Residual):
     """Layers with weights, kind of block, and what stands beside a block that changes the shape."""
 
-    depth: Annotated[int, Field(ge=8, le=2000)] = 56
-    """6n+2 for basic blocks (20, 32, 44, 56, 110, 1202), 9n+2 for bottlenecks (164, 1001)."""
+    depth: blocks.Depth = 56
     block: blocks.Block = "basic"
     shortcut: Literal["A", "B"] = "A"
     """A: every second pixel, and channels of zeros, half before and half after the input's.
     B: 1x1 convolution with BN."""
-
-    @model_validator(mode="after")
-    def _depth_is_possible(self) -> Self:
-        self.blocks_in_a_stage()
-        return self
-
-    def blocks_in_a_stage(self) -> int:
-        """The n of the depth; ValueError if there is none."""
-        if self.block == "basic":
-            return blocks.count(self.depth, 6, 2, "basic blocks")
-        return blocks.count(self.depth, 9, 2, "bottlenecks")
 
 
 def build(settings: Settings, classes: int, shape: tuple[int, int, int]) -> nn.Module:
@@ -65,9 +51,7 @@ def build(settings: Settings, classes: int, shape: tuple[int, int, int]) -> nn.M
         layer1=blocks.stage(count, 16, 16 * expansion, 1, block),
         layer2=blocks.stage(count, 16 * expansion, 32 * expansion, 2, block),
         layer3=blocks.stage(count, 32 * expansion, 64 * expansion, 2, block),
-        pool=nn.AdaptiveAvgPool2d(1),
-        flatten=nn.Flatten(),
-        fc=nn.Linear(64 * expansion, classes),
+        **blocks.head(64 * expansion, classes),
     )
 
 

@@ -55,9 +55,4 @@ def build(settings: Settings, classes: int, shape: tuple[int, int, int]) -> nn.M
         stride = 1 if number == 0 else 2
         layers[f"layer{number + 1}"] = blocks.stage(count, inputs, outputs, stride, block)
         inputs = outputs
-    return nn.Sequential(
-        layers
-        | OrderedDict(
-            pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), fc=nn.Linear(inputs, classes)
-        )
-    )
+    return nn.Sequential(layers | blocks.head(inputs, classes))

@@ -77,15 +77,6 @@ class Change(nn.Module):
         return self.shortcut(x) + y
 
 
-class WideResNet(blocks.HeNormal):
-    """The classifier starts without bias."""
-
-    def reset_parameters(self) -> None:
-        """Draw the weights of all convolutions; the other layers are left as they are."""
-        super().reset_parameters()
-        nn.init.zeros_(self.get_parameter("fc.bias"))
-
-
 def build(settings: Settings, classes: int, shape: tuple[int, int, int]) -> nn.Module:
     """Stem `conv1`, `layer1` to `layer3`, BN-ReLU, mean over all pixels, `fc`: logits.
 
@@ -98,15 +89,10 @@ def build(settings: Settings, classes: int, shape: tuple[int, int, int]) -> nn.M
             return Same(inputs, settings.dropout)
         return Change(inputs, outputs, stride, settings.dropout)
 
-    return WideResNet(
+    return blocks.WithoutBias(
         conv1=blocks.conv3x3(shape[0], 16),
         layer1=blocks.stage(count, 16, 16 * widen, 1, block),
         layer2=blocks.stage(count, 16 * widen, 32 * widen, 2, block),
         layer3=blocks.stage(count, 32 * widen, 64 * widen, 2, block),
-        take=Take(range(64 * widen)),
-        bn=nn.BatchNorm2d(64 * widen),
-        relu=nn.ReLU(),
-        pool=nn.AdaptiveAvgPool2d(1),
-        flatten=nn.Flatten(),
-        fc=nn.Linear(64 * widen, classes),
+        **blocks.activated_head(64 * widen, classes),
     )

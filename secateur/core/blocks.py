@@ -4,15 +4,19 @@ Everything here calls layers as modules, each of them once, so that torch.fx can
 """
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Annotated, Literal, Self
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from secateur.core.errors import SettingsError
 from secateur.core.layers import Take
+from secateur.core.settings import Strict
 
 Block = Literal["basic", "bottleneck"]
+Depth = Annotated[int, Field(ge=8, le=2000)]
+"""6n+2 for basic blocks (20, 32, 44, 56, 110, 1202), 9n+2 for bottlenecks (164, 1001)."""
 EXPANSION = 4
 """Outputs of a bottleneck for each of its inner channels."""
 
@@ -38,6 +42,33 @@ class HeNormal(nn.Sequential):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+
+
+class WithoutBias(HeNormal):
+    """The same, and the classifier `fc` starts without bias."""
+
+    def reset_parameters(self) -> None:
+        """Draw the weights of all convolutions; the other layers are left as they are."""
+        super().reset_parameters()
+        nn.init.zeros_(self.get_parameter("fc.bias"))
+
+
+class Residual(Strict):
+    """Settings of a residual network for small images: layers with weights, kind of block."""
+
+    depth: Depth
+    block: Block
+
+    @model_validator(mode="after")
+    def _depth_is_possible(self) -> Self:
+        self.blocks_in_a_stage()
+        return self
+
+    def blocks_in_a_stage(self) -> int:
+        """The n of the depth; ValueError if there is none."""
+        if self.block == "basic":
+            return count(self.depth, 6, 2, "basic blocks")
+        return count(self.depth, 9, 2, "bottlenecks")
 
 
 class Basic(nn.Module):
@@ -130,6 +161,21 @@ def projection(inputs: int, outputs: int, stride: int) -> nn.Module:
     shortcut.add_module("conv", conv1x1(inputs, outputs, stride))
     shortcut.add_module("bn", nn.BatchNorm2d(outputs))
     return shortcut
+
+
+def head(width: int, classes: int) -> dict[str, nn.Module]:
+    """What follows the last block: mean over all pixels, `fc`."""
+    return {
+        "pool": nn.AdaptiveAvgPool2d(1),
+        "flatten": nn.Flatten(),
+        "fc": nn.Linear(width, classes),
+    }
+
+
+def activated_head(width: int, classes: int) -> dict[str, nn.Module]:
+    """The same behind blocks that do not activate what they hand on: BN-ReLU first."""
+    norm = {"take": Take(range(width)), "bn": nn.BatchNorm2d(width), "relu": nn.ReLU()}
+    return norm | head(width, classes)
 
 
 def stage(

@@ -48,14 +48,7 @@ def count(ratio: float, groups: int) -> int:
 
 def choose(score: Tensor, number: int, pick: Pick = "min", seed: int = 0) -> Tensor:
     """The choice of `number` groups by their scores; of equal ones the first go."""
-    flat = score.flatten()
-    if pick == "random":
-        order = _permutation(flat.numel(), seed).to(flat.device)
-    else:
-        order = flat.sort(stable=True, descending=pick == "max").indices
-    gone = torch.zeros_like(flat, dtype=torch.bool)
-    gone[order[:number]] = True
-    return gone.view(score.shape)
+    return ranks(picking({"": score}, pick, seed))[""] < number
 
 
 def smallest(score: Tensor, number: int) -> Tensor:
@@ -76,16 +69,24 @@ def ranks(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return _split(places, scores)
 
 
-def shuffled(scores: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
-    """Ranks at random over all layers; the lowest are what `choose` picks of them at random."""
+def picking(scores: Mapping[str, Tensor], pick: Pick, seed: int) -> dict[str, Tensor]:
+    """Scores by which the lowest go first, whatever is picked; at random over all layers."""
+    if pick == "min":
+        return dict(scores)
+    if pick == "max":
+        return {name: -score for name, score in scores.items()}
     count = sum(score.numel() for score in scores.values())
-    ranks = torch.empty(count, dtype=torch.int64)
-    ranks[_permutation(count, seed)] = torch.arange(count)
-    return _split(ranks, scores)
+    place = next(iter(scores.values())).device
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    return _split(order.argsort().to(place), scores)
 
 
-def _permutation(count: int, seed: int) -> Tensor:
-    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+def picking_by_layer(scores: Mapping[str, Tensor], pick: Pick, seed: int) -> dict[str, Tensor]:
+    """The same with chance of its own for every layer."""
+    found: dict[str, Tensor] = {}
+    for place, (name, score) in enumerate(scores.items()):
+        found |= picking({name: score}, pick, seed + place)
+    return found
 
 
 def _split(flat: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -83,20 +83,29 @@ def _lamp(weight: Tensor, groups: Groups) -> Tensor:
     return score.view(size.shape)
 
 
-def _taylor(subject: Subject, weights: Mapping[str, Tensor], groups: Groups) -> dict[str, Tensor]:
+def gradients(subject: Subject, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Derivative of the cross-entropy over the subject's images by each of these parameters.
+
+    Raises PruningError if the images have no labels.
+    """
     if not len(subject.labels):
         raise PruningError("criterion taylor needs images with labels")
     training = subject.model.training
     place = next(subject.model.parameters()).device
     try:
-        logits = subject.model.eval()(subject.images.to(place))
+        with torch.enable_grad():
+            logits = subject.model.eval()(subject.images.to(place))
+            loss = F.cross_entropy(logits, subject.labels.to(place))
+            return torch.autograd.grad(loss, list(weights))
     finally:
         subject.model.train(training)
-    loss = F.cross_entropy(logits, subject.labels.to(place))
-    gradients = torch.autograd.grad(loss, list(weights.values()))
+
+
+def _taylor(subject: Subject, weights: Mapping[str, Tensor], groups: Groups) -> dict[str, Tensor]:
+    by_weight = gradients(subject, list(weights.values()))
     axis = {"filter": 0, "channel": 1, "weight": -1}[groups]
     found = {}
-    for (name, weight), gradient in zip(weights.items(), gradients, strict=True):
+    for (name, weight), gradient in zip(weights.items(), by_weight, strict=True):
         change = (weight * gradient).detach()
         if axis >= 0:
             change = change.sum([a for a in range(change.dim()) if a != axis], keepdim=True)

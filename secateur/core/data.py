@@ -304,6 +304,16 @@ def sample(split: Part, about: About, count: int) -> Tensor:
     return Normalise(about.mean, about.std, _CPU)(_channels_first(pixels))
 
 
+def few(split: Part, about: About) -> tuple[Tensor, Tensor]:
+    """The first images, normalised, and their labels: 256 of 32x32 pixels, fewer of larger ones.
+
+    At least 8, if there are so many.
+    """
+    _, height, width = about.shape
+    images = sample(split, about, max(8, min(256, 256 * 32 * 32 // (height * width))))
+    return images, split.labels[: len(images)]
+
+
 class Normalise:
     """uint8 pixels -> float32, mean taken off and divided by standard deviation, by channel."""
 

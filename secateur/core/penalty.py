@@ -88,6 +88,11 @@ ByNorms = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 Works on scalars and, entry by entry, on vectors with one norm for each tensor."""
 
 
+def lasso(l1: Tensor, l2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """sum |w|; derivative sign(w), and 0 at 0."""
+    return l1, torch.ones_like(l1), torch.zeros_like(l1)
+
+
 class NormFormula(Formula):
     """A formula that knows a tensor only by its L1 and L2 norms: all tensors at once."""
 

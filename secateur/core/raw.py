@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import library as operators
 
 from secateur.core.augment import Augment
 from secateur.core.data import Images, Split
@@ -46,7 +47,7 @@ def torchvision() -> Any:
         torch.ops.torchvision.nms  # noqa: B018
     except (AttributeError, RuntimeError):
         try:
-            library = torch.library.Library("torchvision", "DEF")
+            library = operators.Library("torchvision", "DEF")
             library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
             library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
             _KEEP.append(library)
@@ -133,4 +134,4 @@ def _short(error: Exception) -> str:
     return " ".join(str(error).split())[:160] or type(error).__name__
 
 
-_KEEP: list[torch.library.Library] = []  # a library's operators go when it is collected
+_KEEP: list[operators.Library] = []  # the operators go when it is collected

@@ -65,10 +65,7 @@ def _scores(subject: Subject, names: Sequence[str], criterion: str, seed: int) -
         known: criteria.Criterion = criterion  # type: ignore[assignment]
         return criteria.scores(subject, names, "filter", known, "sensitivity.criteria")
     sizes = criteria.scores(subject, names, "filter", "l1", "sensitivity.criteria")
-    shuffled: dict[str, Tensor] = {}
-    for place, (name, size) in enumerate(sizes.items()):
-        shuffled |= choices.shuffled({name: size}, seed + place)
-    return shuffled
+    return choices.picking_by_layer(sizes, "random", seed)
 
 
 def with_ratios(found: Sequence[Trial], ratios: Mapping[str, float], criterion: str) -> Trial:

@@ -5,11 +5,10 @@ networks through network slimming, ICCV 2017, equation 1. R = sum |gamma| over t
 derivative is sign(gamma), and 0 at 0. Shifts are left alone.
 """
 
-import torch
 from torch import Tensor, nn
 
 from secateur.core.errors import SettingsError
-from secateur.core.penalty import NormFormula, Penalty, l1_l2, norm_gradient
+from secateur.core.penalty import NormFormula, Penalty, lasso
 from secateur.core.scales import Scope, in_scope
 from secateur.core.settings import Strict
 
@@ -33,19 +32,4 @@ def build(settings: Settings, model: nn.Module, decay: float) -> Penalty:
             "no batch normalisation with scales there"
         )
     covered: list[Tensor] = [norm.weight for norm in norms.values()]
-    return NormFormula(model, by_norms, False, decay, covered)
-
-
-def by_norms(l1: Tensor, l2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """sum|w|; derivative sign(w)."""
-    return l1, torch.ones_like(l1), torch.zeros_like(l1)
-
-
-def value(w: Tensor) -> Tensor:
-    """Sum of |w|."""
-    return by_norms(*l1_l2(w))[0]
-
-
-def gradient(w: Tensor) -> Tensor:
-    """sign(w)."""
-    return norm_gradient(by_norms, w)
+    return NormFormula(model, lasso, False, decay, covered)

@@ -11,12 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Self
 
-import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.nn import functional
 
 from secateur.core import cost, groupconfig, permute
+from secateur.core.criteria import gradients
 from secateur.core.decision import Decision, Subject
 from secateur.core.errors import PruningError, SettingsError
 from secateur.core.groupsearch import Budget, Candidate, State, Strategy, Table, uniform
@@ -24,7 +23,7 @@ from secateur.core.groupsearch import candidates as numbers
 from secateur.core.groupsearch import search as find
 from secateur.core.settings import Strict
 
-FOLDER = Path("groups")
+FOLDER = Path("recipes/groups")
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -59,7 +58,7 @@ class Settings(permute.Search):
     channels_per_group: Count | None = None
     """Channels of a group on the wider side of a layer."""
     config: str | None = None
-    """A file in the folder groups/, in the form of core/groupconfig.py."""
+    """A file in recipes/groups/, in the form of core/groupconfig.py."""
     search: Within = Within()
     """In use if it has a budget."""
     criterion: permute.Criterion = "magnitude"
@@ -240,13 +239,9 @@ def _criteria(
     """How much every kernel matters: (outputs, inputs of each part), by layer."""
     if settings.criterion == "magnitude":
         return {name: permute.magnitude(layer.weight) for name, layer in layers.items()}
-    if not len(subject.labels):
-        raise PruningError("pruners.gconv.criterion = taylor: there are no labels to learn from")
     weights = [layer.weight for layer in layers.values()]
-    with torch.enable_grad():
-        loss = functional.cross_entropy(subject.model.eval()(subject.images), subject.labels)
-        gradients = torch.autograd.grad(loss, weights)
-    return {n: permute.taylor(w, g) for n, w, g in zip(layers, weights, gradients, strict=True)}
+    found = gradients(subject, weights)
+    return {n: permute.taylor(w, g) for n, w, g in zip(layers, weights, found, strict=True)}
 
 
 def _rows(

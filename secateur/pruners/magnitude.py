@@ -74,8 +74,10 @@ def prune(settings: Settings, subject: Subject) -> Decision:
     scores = criteria.scores(subject, list(ratios), groups, settings.criterion, where)
     if not any(score.numel() > 1 for score in scores.values()):
         raise SettingsError(f"params.yaml: {WHERE}.ratios: no layer has a {groups} to spare")
-    order = _order(scores, settings)
-    choose = _within_layers(order) if settings.scope == "layer" else _over_all(order)
+    within = settings.scope == "layer"
+    picking = grouping.picking_by_layer if within else grouping.picking
+    order = picking(scores, settings.pick, settings.seed)
+    choose = _within_layers(order) if within else _over_all(order)
 
     def decide(ratios: dict[str, float]) -> Decision:
         multiple = 1 if groups == "weight" else settings.round_to
@@ -98,20 +100,6 @@ def prune(settings: Settings, subject: Subject) -> Decision:
 
 Chooser = Callable[[dict[str, float]], Choices]
 """Ratios by layer -> what goes."""
-
-
-def _order(scores: dict[str, Tensor], settings: Settings) -> dict[str, Tensor]:
-    """Scores such that the lowest go first, whatever is picked."""
-    if settings.pick == "min":
-        return scores
-    if settings.pick == "max":
-        return {name: -score for name, score in scores.items()}
-    if settings.scope == "global":
-        return grouping.shuffled(scores, settings.seed)
-    order: dict[str, Tensor] = {}
-    for place, (name, score) in enumerate(scores.items()):
-        order |= grouping.shuffled({name: score}, settings.seed + place)
-    return order
 
 
 def _within_layers(order: dict[str, Tensor]) -> Chooser:

@@ -18,7 +18,7 @@ import yaml
 from secateur import chain, console
 from secateur.core import files, machine, scales
 from secateur.core import sensitivity as core
-from secateur.core.data import in_order, sample
+from secateur.core.data import few, in_order
 from secateur.core.decision import Subject
 from secateur.core.errors import SettingsError
 
@@ -53,8 +53,8 @@ def measure(job: chain.Job) -> tuple[pd.DataFrame, dict[str, Any]]:
             "params.yaml: data.validation = 0: sensitivity needs validation images to measure on"
         )
     model = job.upstream["baseline"].model().eval()
-    few = sample(data.train, data.about, 256)
-    subject = Subject(model, few, data.train.labels[: len(few)])
+    images, labels = few(data.train, data.about)
+    subject = Subject(model, images, labels)
     how: list[str] = list(settings.criteria)
     if "bn_scale" in how and not scales.scaled_norms(model):
         how.remove("bn_scale")
@@ -64,7 +64,7 @@ def measure(job: chain.Job) -> tuple[pd.DataFrame, dict[str, Any]]:
     model.to(place)
     bench = core.Bench(subject)
     wanted = settings.images or len(data.val)
-    size = min(bench.images_at_once(few[:1].to(place)), wanted)
+    size = min(bench.images_at_once(images[:1].to(place)), wanted)
     steps = -(-min(wanted, len(data.val)) // size)
 
     def batches() -> Any:
