@@ -67,7 +67,7 @@ def single(models: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--what", nargs="+", default=["layers", "nets"])
+    parser.add_argument("--what", nargs="+", default=["layers", "nets"], choices=["layers", "nets"])
     parser.add_argument(
         "--nets", nargs="+", default=["preresnet164-c10", "condensenet86-c10", "resnet34"],
         choices=list(NETS),
