@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from secateur.core import augment, files, listing
+from secateur.core import augment, files, heap, listing
 from secateur.core.augment import Augment, Draw, FileAugment
 from secateur.core.errors import DataError
 from secateur.core.listing import Listing
@@ -258,6 +258,7 @@ class Batches:
         labels = self.split.labels[draw.image].to(self.device)
         parts = _parts(len(self.split), self.batch_size, self.rank, self.world)
         for pixels, part in zip(self.source.batches(draw, parts), parts, strict=True):
+            heap.tidy()
             yield self.normalise(_channels_first(pixels)), labels[part]
 
     def close(self) -> None:
@@ -291,6 +292,7 @@ def in_order(
             augment.still(len(split)), parts
         )
     for pixels, part in zip(batches, parts, strict=True):
+        heap.tidy()
         yield normalise(_channels_first(pixels)), labels[part]
 
 
