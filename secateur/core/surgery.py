@@ -9,7 +9,7 @@ border padded with zeros, or where there is no place for it, the channel stays.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -190,8 +190,8 @@ class _Reader:
     """Roots of its inputs; the last root stands for fixed zeros."""
     out: Tensor
     """Roots of its outputs."""
-    reads: Tensor
-    """Whether it does, 0 or 1 in float32, (outputs, inputs)."""
+    reads: Callable[[Tensor], Tensor]
+    """bool, (outputs,) -> bool, (inputs,): which inputs these outputs read."""
     harmless: Tensor
     """bool, (inputs,): known to be zero, or constant and foldable."""
     folds: Tensor
@@ -263,7 +263,7 @@ class _Dead:
         for reader in self.readers:
             pending[reader.into.unique()] += 1
         for reader in reversed(self.readers):
-            read = (~gone[reader.out]).float() @ reader.reads > 0
+            read = reader.reads(~gone[reader.out])
             hurt[reader.into[read & ~reader.harmless]] = True
             pending[reader.into.unique()] -= 1
             if not self.idle:
@@ -283,29 +283,25 @@ class _Dead:
         layer = self.network.layers[name]
         weight = self.tensors[layer.weight]
         reads = weight.flatten(2).any(dim=2) if weight.dim() > 2 else weight != 0
-        if layer.groups > 1:
-            blocks = reads.reshape(layer.groups, -1, reads.shape[1])
-            reads = torch.block_diag(*blocks.to(torch.uint8)) != 0
+        blocks = reads.reshape(layer.groups, -1, reads.shape[1])
         rows = [by_channel(x, _axis(weight)) for x in seen]
         zero = torch.stack([x.eq(0).all(dim=1) for x in rows]).all(dim=0)
         known = ~rows[0].isnan().any(dim=1)
-        folds = known & ~zero & reads.any(dim=0)
+        folds = known & ~zero & blocks.any(dim=1).flatten()
         if len(seen) > 1 or (layer.bias is None and name not in self.behind):
             folds = torch.zeros_like(folds)
         for channel in folds.nonzero().flatten().tolist():
             folds[channel] = self._even(name, seen[0], channel)
         into, out = self._roots(layer.into), self._roots(layer.out)
         harmless = (zero | folds).cpu()
-        return _Reader(name, into, out, reads.float().cpu(), harmless, folds.cpu(), seen[0])
+        return _Reader(name, into, out, _in_blocks(blocks), harmless, folds.cpu(), seen[0])
 
     def _take(self, name: str, seen: list[Tensor]) -> _Reader:
         select = self.network.selects[name]
-        inputs = torch.arange(len(select.into))
         zero = torch.stack([by_channel(x, 1).eq(0).all(dim=1) for x in seen]).all(dim=0).cpu()
-        reads = select.index.unsqueeze(1) == inputs
         never = torch.zeros_like(zero)
         into, out = self._roots(select.into), self._roots(select.out)
-        return _Reader(name, into, out, reads.float(), zero, never)
+        return _Reader(name, into, out, _one_each(select.index, len(into)), zero, never)
 
     def _even(self, name: str, seen: Tensor, channel: int) -> bool:
         """Whether a constant input adds the same to an output at every position."""
@@ -368,6 +364,18 @@ class _Dead:
             return nn.functional.linear(only, module.weight).reshape(-1, module.weight.shape[0])[0]
         adds = module._conv_forward(only, module.weight, None)[0]
         return adds[:, adds.shape[1] // 2, adds.shape[2] // 2]
+
+
+def _in_blocks(reads: Tensor) -> Callable[[Tensor], Tensor]:
+    """Outputs and inputs in groups; `reads` is bool, (groups, outputs, inputs) of each."""
+    matrix = reads.float().cpu()
+    return lambda of: (of.view(len(matrix), 1, -1).float() @ matrix).flatten() > 0
+
+
+def _one_each(index: Tensor, inputs: int) -> Callable[[Tensor], Tensor]:
+    """Every output reads the input at its index."""
+    none = torch.zeros(inputs, dtype=torch.bool)
+    return lambda of: none.index_fill(0, index[of], True)
 
 
 def _norms_behind(network: Network) -> dict[str, str]:
