@@ -10,7 +10,7 @@ import pandas as pd
 from torch import Tensor, nn
 
 from secateur import console, track
-from secateur.core import checkpoint, data, files, machine, record, resume, stage, train
+from secateur.core import checkpoint, data, files, machine, norms, record, resume, stage, train
 from secateur.core.checkpoint import Checkpoint, Header
 from secateur.core.choices import Choices
 from secateur.core.engine import Engine, relaunch
@@ -177,7 +177,8 @@ def _write(
         columns = None if product.history else ["epoch", "lr", *train.FIGURES]
         table = pd.DataFrame(product.history, columns=columns).astype({"epoch": int})
         files.write_text(folder / "history.csv", table.to_csv(index=False))
-    for name, table in product.tables.items():
+    tables = {"scales": norms.distribution(product.model)} | product.tables
+    for name, table in tables.items():
         files.write_text(folder / f"{name}.csv", table.to_csv(index=False))
     for name, text in product.texts.items():
         files.write_text(folder / name, text)

@@ -1,8 +1,9 @@
 """baseline: train the dense network.
 
 Reads   data/<dataset>.
-Writes  models/baseline/model.safetensors and history.csv (one row an epoch), and
-        models/baseline.run.json, which says which run made them.
+Writes  models/baseline/model.safetensors, history.csv (one row an epoch) and scales.csv (how many
+        scales of batch normalisations have which size), and models/baseline.run.json, which says
+        which run made them.
 
 A killed training, run again, goes on where it was and ends with the same bytes.
 """

@@ -1,7 +1,8 @@
 """finetune: train the pruned network on; what was pruned stays exactly zero.
 
 Reads   data/<dataset>, models/pruned.
-Writes  models/finetuned/model.safetensors with its masks and history.csv (one row an epoch), and
+Writes  models/finetuned/model.safetensors with its masks, history.csv (one row an epoch) and
+        scales.csv (how many scales of batch normalisations have which size), and
         models/finetuned.run.json, which says which run made them.
 
 With finetune.init: scratch, the pruned shape is trained from new weights: the control that shows

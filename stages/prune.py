@@ -2,8 +2,9 @@
 
 Reads   data/<dataset> (a batch for the proof and for criteria that look at the loss; with
         prune.recalibrate more of it), models/sparse.
-Writes  models/pruned/model.safetensors with its masks, outputs.csv (what is left of every layer),
-        and models/pruned.run.json.
+Writes  models/pruned/model.safetensors with its masks, outputs.csv (what is left of every layer)
+        and scales.csv (how many scales of batch normalisations have which size), and
+        models/pruned.run.json.
 
 A pruner decides about weights, which are set to zero, or about whole channels, which are taken out.
 Masks made of groups of channels may become group convolutions (prune.export). Channels that are

@@ -1,9 +1,10 @@
 """sparse-train: train on from the dense network with a penalty added to the loss.
 
 Reads   data/<dataset>, models/baseline.
-Writes  models/sparse/model.safetensors and history.csv (one row an epoch), and
-        models/sparse.run.json, which says which run made them. A penalty that runs a course of its
-        own leaves its choice in the model and its course in growth.csv, which is empty otherwise.
+Writes  models/sparse/model.safetensors, history.csv (one row an epoch) and scales.csv (how many
+        scales of batch normalisations have which size), and models/sparse.run.json, which says
+        which run made them. A penalty that runs a course of its own leaves its choice in the model
+        and its course in growth.csv, which is empty otherwise.
 
 A killed training, run again, goes on where it was and ends with the same bytes.
 """

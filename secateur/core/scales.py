@@ -18,11 +18,11 @@ from secateur.core.channels import Network
 from secateur.core.graph import BINARY, trace
 from secateur.core.layers import Take
 from secateur.core.masks import LAYERS
+from secateur.core.norms import NORMS, scaled_norms
 
 Scope = Literal["inner", "all"]
 """Channels inside blocks, or those of sums too."""
 
-NORMS = (nn.BatchNorm2d, nn.BatchNorm1d)
 _WEIGHTED = frozenset({"conv2d", "linear"})
 _SIZES = frozenset({"size", "dim", "getattr"})
 
@@ -42,12 +42,6 @@ class Scale:
     def weight(self) -> str:
         """Name of the parameter."""
         return f"{self.name}.weight"
-
-
-def scaled_norms(model: nn.Module) -> dict[str, nn.BatchNorm2d | nn.BatchNorm1d]:
-    """Batch normalisations that have scales, by name and in order."""
-    found = {n: m for n, m in model.named_modules() if isinstance(m, NORMS)}
-    return {name: norm for name, norm in found.items() if norm.affine}
 
 
 def in_scope(model: nn.Module, scope: Scope) -> dict[str, nn.BatchNorm2d | nn.BatchNorm1d]:

@@ -373,9 +373,9 @@ def _in_blocks(reads: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def _one_each(index: Tensor, inputs: int) -> Callable[[Tensor], Tensor]:
-    """Every output reads the input at its index."""
-    none = torch.zeros(inputs, dtype=torch.bool)
-    return lambda of: none.index_fill(0, index[of], True)
+    """Every output reads the input at its index, or none where that is negative."""
+    none, real = torch.zeros(inputs, dtype=torch.bool), index >= 0
+    return lambda of: none.index_fill(0, index[of & real], True)
 
 
 def _norms_behind(network: Network) -> dict[str, str]:

@@ -16,7 +16,7 @@ import pandas as pd
 import yaml
 
 from secateur import chain, console
-from secateur.core import files, machine, scales
+from secateur.core import files, machine, norms
 from secateur.core import sensitivity as core
 from secateur.core.data import few, in_order
 from secateur.core.decision import Subject
@@ -56,7 +56,7 @@ def measure(job: chain.Job) -> tuple[pd.DataFrame, dict[str, Any]]:
     images, labels = few(data.train, data.about)
     subject = Subject(model, images, labels)
     how: list[str] = list(settings.criteria)
-    if "bn_scale" in how and not scales.scaled_norms(model):
+    if "bn_scale" in how and not norms.scaled_norms(model):
         how.remove("bn_scale")
         console.say("sensitivity: bn_scale is left out: the network has no scales")
     names = core.layers(subject)
