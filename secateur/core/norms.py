@@ -18,7 +18,7 @@ def scaled_norms(model: nn.Module) -> dict[str, nn.BatchNorm2d | nn.BatchNorm1d]
 def distribution(model: nn.Module) -> pd.DataFrame:
     """How many scales have which size: `scale`, the lower end of a bin of |gamma|, and `count`.
 
-    All networks have the same bins, which go up to the largest scale; without scales there are none.
+    All networks have the same bins, up to the largest scale; without scales there are none.
     """
     scales = [norm.weight.detach().abs().flatten().cpu() for norm in scaled_norms(model).values()]
     if not scales:
