@@ -63,7 +63,6 @@ def measure(job: chain.Job, models: dict[str, nn.Module]) -> tuple[dict[str, Any
                 "model": name,
                 **asdict(layer),
                 "sparsity_of_dense": 1 - layer.nonzero / whole[layer.layer],
-                "label": f"{layer.layer} {name}",
             }
             for layer in costs
         ]
