@@ -49,11 +49,12 @@ def _by_compute(
     image = torch.zeros(1, *job.data.about.shape)
     macs = [sum(layer.macs_dense for layer in cost.layer_costs(m, image)) for m in (dense, pruned)]
     longer = budget.stretched(settings, *macs)
-    console.say(
-        f"finetune: {longer.epochs} epochs instead of {settings.epochs}: an image takes "
-        f"{macs[0] / macs[1]:.2f}x fewer MACs than in the dense network (finetune.budget_limit: "
-        f"{settings.budget_limit:g}x)"
-    )
+    if job.engine is None or job.engine.first:
+        console.say(
+            f"finetune: {longer.epochs} epochs instead of {settings.epochs}: an image takes "
+            f"{macs[0] / macs[1]:.2f}x fewer MACs than in the dense network "
+            f"(finetune.budget_limit: {settings.budget_limit:g}x)"
+        )
     return longer
 
 

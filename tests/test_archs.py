@@ -619,3 +619,20 @@ def test_depths_between_are_named():
         blocks.count(58, 6, 2, "x")
     with pytest.raises(ValueError, match=r"such as 8$"):
         blocks.count(2, 6, 2, "x")
+
+
+@pytest.mark.parametrize(("name", "side", "window"), [("alexnet", 224, 1), ("vgg11", 448, 2)])
+def test_torchvision_pooling_of_fixed_windows_is_the_adaptive_one(name, side, window):
+    module = plugin.load("archs", "torchvision")
+    ours = module.build(module.Settings(name=name), 3, (3, side, side)).avgpool
+    theirs = getattr(raw.torchvision().models, name)(num_classes=3).avgpool
+    assert ours.kernel_size == (window, window)
+    maps = torch.randn(2, 4, *(window * size for size in theirs.output_size))
+    assert torch.allclose(ours(maps), theirs(maps), atol=1e-6)
+
+
+def test_torchvision_pooling_stays_adaptive_where_windows_differ():
+    module = plugin.load("archs", "torchvision")
+    model = module.build(module.Settings(name="vgg11"), 3, (3, 64, 64))
+    assert isinstance(model.avgpool, nn.AdaptiveAvgPool2d)
+    assert model.training

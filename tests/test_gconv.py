@@ -107,6 +107,15 @@ def test_a_layer_that_is_skipped_is_left_alone():
         prune(small(), groups=2, skip=["layer9"])
 
 
+def test_nothing_to_divide_is_said():
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(48, 10))
+    with pytest.raises(PruningError, match="no convolution, or all are skipped"):
+        chosen = gconv.Settings(groups=2, criterion="taylor")
+        gconv.prune(chosen, Subject(linear, torch.randn(2, 3, 4, 4), torch.tensor([0, 1])))
+    with pytest.raises(PruningError, match="meets the budget as it is"):
+        prune(small(), search={"max_params": 10**9})
+
+
 def test_taylor_is_the_gradient_times_the_weight():
     model = small()
     one = subject(model)

@@ -108,6 +108,7 @@ def test_known_numbers_of_updates_in_float32():
         slow += 1e-5
     assert growing.grown(1_001, 1e-5) == float(slow)
     assert growing.updates_until(1.0, 5.0) == 1
+    assert growing.updates_until(1.0, 1e-4, start=2.0) == 1
     assert growing.updates_until(1.0, 0.5) == 3, "the ceiling itself does not exceed it"
 
 

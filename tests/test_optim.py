@@ -77,6 +77,7 @@ def test_the_warm_up_rises_in_equal_steps_and_ends_at_the_rate(schedule):
         {"milestones": [3, 2], "schedule": "multistep"},
         {"schedule": "multistep"},
         {"warmup": 7},
+        {"warmup": 1, "schedule": "one_cycle"},
         {"accumulate": 129},
     ],
 )

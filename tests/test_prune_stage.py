@@ -80,3 +80,7 @@ def test_as_many_epochs_as_the_dense_network_has_computed(dense, pruned, limit, 
     assert longer.milestones == pytest.approx((0.4 * epochs, 0.8 * epochs))
     assert longer.warmup == pytest.approx(0.1 * epochs)
     assert Finetune(**longer.model_dump()) == longer, "still sound"
+
+
+def test_no_epochs_stay_none_whatever_the_budget():
+    assert budget.stretched(Finetune(epochs=0), 100, 50).epochs == 0

@@ -4,6 +4,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 import time
@@ -258,6 +259,41 @@ def test_old_work_that_is_wanted_now_or_held_by_somebody_is_not_dropped():
             assert work.folder == wanted
             assert work.state() is not None
             assert held.folder.exists()
+
+
+def tidying(barrier, count):
+    barrier.wait()
+    for number in range(count):
+        with single_flight(stage(own=os.getpid(), number=number), OUTS, nobody):
+            pass
+
+
+def test_several_that_tidy_up_at_once_do_not_disturb_each_other():
+    for number in range(30):
+        abandoned(resume.KEEP_DAYS + 1, number=number)
+    barrier = FORK.Barrier(4)
+    processes = [FORK.Process(target=tidying, args=(barrier, 5)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0] * 4
+
+
+def test_a_lock_whose_folder_was_removed_meanwhile_is_taken_again(monkeypatch):
+    removed = []
+    whole = resume.fcntl.flock
+
+    def remove_first(lock, how):
+        whole(lock, how)
+        if not removed:
+            removed.append(lock.name)
+            shutil.rmtree(Path(lock.name).parent)
+
+    monkeypatch.setattr(resume.fcntl, "flock", remove_first)
+    with single_flight(stage(), OUTS, nobody) as work:
+        assert removed
+        assert (work.folder / "lock").exists()
 
 
 def test_files_that_come_and_go_in_other_work_disturb_nobody():

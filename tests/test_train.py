@@ -446,6 +446,14 @@ def test_a_gradient_that_is_no_number_in_the_last_step_is_told():
         fit(model, digits(validation=0), Train(epochs=1, batch_size=1000), **options)
 
 
+def test_one_image_too_few_for_a_batch_norm_is_told():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Linear(8, 10))
+    data = digits(validation=0)
+    settings = Train(epochs=1, batch_size=len(data.train) - 1, lr=1e-3)
+    with pytest.raises(TrainingError, match="leaves 1 image for the last pass"):
+        fit(model, data, settings)
+
+
 def test_masks_are_held_and_other_weights_learn():
     model = network("lenet5")
     before = copy.deepcopy(model.state_dict())

@@ -54,7 +54,7 @@ def build(settings: Settings, classes: int, shape: tuple[int, int, int]) -> nn.M
         model: nn.Module = models.get_model(
             settings.name, weights=None, num_classes=classes, **_options(settings, shape)
         )
-        _try_out(model, shape)
+        _pool_plainly(model, _try_out(model, shape))
     except (AssertionError, RuntimeError, ValueError) as error:
         raise SettingsError(
             f"params.yaml: arch = 'torchvision': {settings.name} cannot take images of "
@@ -112,11 +112,36 @@ def _options(settings: Settings, shape: tuple[int, int, int]) -> dict[str, Any]:
     return {}
 
 
-def _try_out(model: nn.Module, shape: tuple[int, int, int]) -> None:
-    """One image through the network without computing anything: only shapes are followed."""
+def _try_out(model: nn.Module, shape: tuple[int, int, int]) -> tuple[int, int]:
+    """One image through the network without computing anything: only shapes are followed.
+
+    Gives the size of the map that its pooling `avgpool` sees, (0, 0) if it has none.
+    """
+    seen = [(0, 0)]
+    pool = getattr(model, "avgpool", nn.Identity())
+    hook = pool.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[-2:]))
     tensors = {name: t.detach().to("meta") for name, t in model.state_dict().items()}
-    functional_call(model.eval(), tensors, torch.empty(1, *shape, device="meta"))
+    try:
+        functional_call(model.eval(), tensors, torch.empty(1, *shape, device="meta"))
+    finally:
+        hook.remove()
     model.train()
+    height, width = seen[-1]
+    return int(height), int(width)
+
+
+def _pool_plainly(model: nn.Module, size: tuple[int, int]) -> None:
+    """The pooling of AlexNet and VGG with windows of a fixed size, where that is the same.
+
+    On GPUs the gradient of the adaptive one has no deterministic algorithm.
+    """
+    pool = getattr(model, "avgpool", None)
+    if not isinstance(pool, nn.AdaptiveAvgPool2d) or pool.output_size in (1, (1, 1)):
+        return
+    wanted = pool.output_size if isinstance(pool.output_size, tuple) else (pool.output_size,) * 2
+    if any(not out or not has or has % out for has, out in zip(size, wanted, strict=True)):
+        return
+    model.avgpool = nn.AvgPool2d((size[0] // (wanted[0] or 1), size[1] // (wanted[1] or 1)))
 
 
 def _short(error: Exception) -> str:

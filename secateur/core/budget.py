@@ -10,6 +10,8 @@ def stretched(settings: Finetune, dense: int, pruned: int) -> Finetune:
     epochs, never fewer than there are; milestones and warm-up keep their place in the course.
     Source: Scratch-B of Z. Liu et al., Rethinking the value of network pruning, ICLR 2019.
     """
+    if not settings.epochs:
+        return settings
     factor = min(max(dense / pruned, 1.0), settings.budget_limit)
     epochs = round(settings.epochs * factor)
     exact = epochs / settings.epochs

@@ -125,5 +125,5 @@ def spread(values: list[float]) -> tuple[float, float]:
 
 
 def _settle(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

@@ -38,8 +38,11 @@ class Engine:
         logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
         logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
         self.world, local, nodes = processes()
-        kind = device().type
+        place = device()
+        kind = place.type
         options: dict[str, Any] = {"accelerator": kind, "devices": 1}
+        if kind == "cuda" and place.index is not None:  # SECATEUR_DEVICE=cuda:1
+            options["devices"] = [place.index]
         if self.world > 1:
             backend = "nccl" if kind == "cuda" else "gloo"
             strategy = DDPStrategy(process_group_backend=backend, timeout=PATIENCE)
@@ -59,7 +62,7 @@ class Engine:
         """What the training calls instead of `model`: same weights, gradients averaged.
 
         Batch norms of `model` are left alone on a CPU (each process has its own statistics, those
-        of the first are kept) and take theirs over all processes on GPUs.
+        of the first are kept). On GPUs they are exchanged for ones that take theirs over all.
         """
         if self.world > 1 and self.device.type == "cuda":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)

@@ -18,7 +18,7 @@ class CheckpointError(SecateurError):
 
 
 class TrainingError(SecateurError):
-    """Training that cannot go on: the loss is no longer a finite number."""
+    """Training that cannot go on, as where the loss is no longer a finite number."""
 
 
 class PruningError(SecateurError):

@@ -265,10 +265,10 @@ class Growing:
                 gone = grouping.smallest(score, self.numbers[name])
             gone = gone.to(score.device)
             number = gone.sum()
-            chosen = (score * gone).sum()
-            kept = (score * ~gone).sum()
-            pairs.append(torch.stack([kept / (gone.numel() - number), chosen / number]))
-        means = torch.stack(pairs).double().cpu()
+            chosen = (score * gone).sum() / number.clamp_min(1)
+            kept = (score * ~gone).sum() / (gone.numel() - number).clamp_min(1)
+            pairs.append(torch.stack([kept, chosen]))
+        means = torch.stack(pairs).cpu().double()
         return means[:, 0], means[:, 1]
 
     def _point(self) -> Tensor:
@@ -296,7 +296,7 @@ def updates_until(limit: float, growth: float, start: float = 0.0, *, reach: boo
 
     At least one. Raises ValueError if it would never get there, for it adds too little.
     """
-    rough = (limit - start) / growth
+    rough = max((limit - start) / growth, 0.0)
     if rough < 2**24:  # beyond, a float32 stays where it is
         sums = np.full(int(rough * 1.01) + 3, growth, np.float32)
         sums[0] += np.float32(start)

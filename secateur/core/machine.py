@@ -25,7 +25,7 @@ def device() -> torch.device:
 def hardware() -> str:
     """Name of the device in words, for reports."""
     if device().type == "cuda":
-        return torch.cuda.get_device_name()
+        return torch.cuda.get_device_name(device())
     return f"{_cpu_name()}, {torch.get_num_threads()} threads"
 
 

@@ -4,14 +4,15 @@ import pandas as pd
 import torch
 from torch import nn
 
-NORMS = (nn.BatchNorm2d, nn.BatchNorm1d)
+Norm = nn.BatchNorm2d | nn.BatchNorm1d | nn.SyncBatchNorm
+"""The last is what the first two become where several GPUs train."""
 WIDTH = 0.02
 """Of a bin."""
 
 
-def scaled_norms(model: nn.Module) -> dict[str, nn.BatchNorm2d | nn.BatchNorm1d]:
+def scaled_norms(model: nn.Module) -> dict[str, Norm]:
     """Batch normalisations that have scales, by name and in order."""
-    found = {n: m for n, m in model.named_modules() if isinstance(m, NORMS)}
+    found = {n: m for n, m in model.named_modules() if isinstance(m, Norm)}
     return {name: norm for name, norm in found.items() if norm.affine}
 
 

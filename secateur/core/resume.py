@@ -9,11 +9,12 @@ stage is done its outs are kept there for a day: a twin that waited takes them i
 import contextlib
 import fcntl
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import safetensors
 import safetensors.torch
@@ -108,14 +109,8 @@ def single_flight(stage: Stage, outs: list[str], waiting: Callable[[], None]) ->
     """
     root = project_root() / ".resume"
     folder = root / stage.name / stage.fingerprint
-    folder.mkdir(parents=True, exist_ok=True)
-    _drop_old(root, keep=folder)
-    with (folder / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            waiting()
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    with contextlib.closing(_locked(folder, waiting)):
+        _drop_old(root, keep=folder)
         work = Work(folder, outs)
         try:
             yield work
@@ -124,16 +119,33 @@ def single_flight(stage: Stage, outs: list[str], waiting: Callable[[], None]) ->
             raise
 
 
+def _locked(folder: Path, waiting: Callable[[], None]) -> TextIO:
+    """The folder's lock, held until it is closed; another stage may remove an old folder first."""
+    while True:
+        with contextlib.suppress(FileNotFoundError):
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = (folder / "lock").open("w")
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                waiting()
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if os.fstat(lock.fileno()).st_nlink:
+                return lock
+            lock.close()
+
+
 def _drop_old(root: Path, keep: Path) -> None:
     """Remove what nobody holds and nobody has touched for a while."""
     limit = time.time() - KEEP_DAYS * 86_400
     for lock_file in root.glob("*/*/lock"):
         folder = lock_file.parent
-        if folder == keep or _touched(folder) > limit:
-            continue
-        with lock_file.open() as lock, contextlib.suppress(BlockingIOError):
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(BlockingIOError, FileNotFoundError):  # others tidy up too
+            if folder == keep or _touched(folder) > limit:
+                continue
+            with lock_file.open() as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _touched(folder: Path) -> float:

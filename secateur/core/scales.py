@@ -18,7 +18,7 @@ from secateur.core.channels import Network
 from secateur.core.graph import BINARY, trace
 from secateur.core.layers import Take
 from secateur.core.masks import LAYERS
-from secateur.core.norms import NORMS, scaled_norms
+from secateur.core.norms import Norm, scaled_norms
 
 Scope = Literal["inner", "all"]
 """Channels inside blocks, or those of sums too."""
@@ -44,7 +44,7 @@ class Scale:
         return f"{self.name}.weight"
 
 
-def in_scope(model: nn.Module, scope: Scope) -> dict[str, nn.BatchNorm2d | nn.BatchNorm1d]:
+def in_scope(model: nn.Module, scope: Scope) -> dict[str, Norm]:
     """Those whose channels one layer makes and nobody reads unscaled, or all of them.
 
     Raises PruningError if the network cannot be followed; `all` does not need to.
@@ -61,7 +61,7 @@ def find(model: nn.Module, graph: fx.Graph) -> list[Scale]:
     modules = dict(model.named_modules())
     found: list[Scale] = []
     for region in _regions(graph, modules):
-        norms = [n for n in region if isinstance(_module(n, modules), NORMS)]
+        norms = [n for n in region if isinstance(_module(n, modules), Norm)]
         inner = not any(_merges(node) for node in region)
         gates = not any(_read_raw(node, region, modules) for node in region)
         found += [
@@ -197,7 +197,7 @@ def _read_raw(node: fx.Node, region: list[fx.Node], modules: dict[str, nn.Module
     todo, seen = [node], {node}
     while todo:
         at = todo.pop()
-        if isinstance(modules.get(str(at.target)), NORMS):
+        if isinstance(modules.get(str(at.target)), Norm):
             continue
         for user in at.users:
             if _layer(user, modules) or user.op == "output":

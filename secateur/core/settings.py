@@ -121,6 +121,8 @@ class Train(Strict):
             raise ValueError(f"milestones: {list(self.milestones)} must rise")
         if self.schedule == "multistep" and not self.milestones:
             raise ValueError("milestones: multistep needs at least one")
+        if self.schedule == "one_cycle" and self.warmup:
+            raise ValueError(f"warmup: {self.warmup:g}; one_cycle rises by itself, so it must be 0")
         if self.warmup >= self.epochs:
             raise ValueError(f"warmup: {self.warmup:g} must be less than the {self.epochs} epochs")
         return self

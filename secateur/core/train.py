@@ -240,8 +240,17 @@ class _Step:
         if not len(labels):  # a last batch smaller than the number of processes
             images = images.new_zeros(1, *images.shape[1:])
             return self.forward(images).sum() * 0.0
-        with self.engine.autocast():
-            logits = self.forward(images)
+        try:
+            with self.engine.autocast():
+                logits = self.forward(images)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise TrainingError(
+                f"batch_size = {self.settings.batch_size} leaves {len(images)} image for the last "
+                "pass of an epoch, too few for a batch normalisation of single pixels; choose "
+                "another batch size (or accumulate)"
+            ) from None
         logits = logits.float()
         self.right += (logits.detach().argmax(1) == labels).sum()
         smooth = self.settings.label_smoothing

@@ -97,6 +97,8 @@ def prune(settings: Settings, subject: Subject) -> Decision:
                 f"params.yaml: pruners.gconv.skip = {name!r}: there is no such convolution"
             )
     layers = {n: m for n, m in known.items() if n not in settings.skip}
+    if not layers:
+        raise PruningError("pruner gconv: the network has no convolution, or all are skipped")
     criteria = _criteria(settings, subject, layers)
     notes: dict[str, float] = {}
     lines: list[str] = []
@@ -106,6 +108,8 @@ def prune(settings: Settings, subject: Subject) -> Decision:
         wanted = _wanted(settings, subject.model, layers)
     fitting = {n: g for n, g in wanted.items() if g > 1 and g > layers[n].groups}
     dense = [n for n in layers if n not in fitting and layers[n].groups == 1]
+    if not fitting and "search_share" in notes:
+        raise PruningError(f"the network meets the budget as it is: {lines[0]}")
     if not fitting:
         raise PruningError(f"no convolution can have groups as asked: {_asked(settings)}")
     masks, shares = {}, {}
@@ -115,7 +119,7 @@ def prune(settings: Settings, subject: Subject) -> Decision:
         whole = permute.gather(found.mask(), layer.groups)
         masks[f"{name}.weight"] = whole[:, :, None, None].expand(layer.weight.shape).contiguous()
         total = float(criterion.sum())
-        shares[name] = found.kept(permute.spread(criterion, layer.groups)) / total if total else 1.0
+        shares[name] = _share(permute.spread(criterion, layer.groups), found, total)
     notes |= {
         "grouped_layers": float(len(fitting)),
         "dense_layers": float(len(dense)),
