@@ -41,7 +41,12 @@ NETS: dict[str, dict[str, Any]] = {
         "images": 1_280,
     },
     "vgg16": {"arch": "vgg", "settings": {"depth": 16}, "shape": COLOUR, "images": 512},
-    "densenet100": {"arch": "densenet", "settings": {}, "shape": COLOUR, "images": 256},
+    "densenet100": {
+        "arch": "densenet",
+        "settings": {"depth": 100, "growth": 12, "bottleneck": True, "compression": 0.5},
+        "shape": COLOUR,
+        "images": 256,
+    },
 }
 """Network -> plug-in, its settings, shape of an image, and images of an epoch."""
 

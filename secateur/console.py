@@ -191,7 +191,9 @@ def waiting(stage: str) -> None:
 
 def taken(stage: str) -> None:
     """Tell that finished work was taken over."""
-    say(f"{stage}: made a moment ago by another process with the same settings; taken over")
+    say(
+        f"{stage}: already made with the same settings and inputs (kept in .resume for a day); taken over"
+    )
 
 
 def reached(notes: Mapping[str, float]) -> None:

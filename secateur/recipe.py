@@ -6,9 +6,13 @@ stays as it is), so whatever has run before comes from the cache.
     python -m secateur.recipe                      lists the recipes
     python -m secateur.recipe NAME --seeds 1 2 3   runs one and prints its table
     python -m secateur.recipe NAME --apply         writes its settings into params.yaml instead
+
+A recipe changes what it names; everything else comes from params.yaml as it is, so start from a
+clean one: `git checkout params.yaml`.
 """
 
 import argparse
+import difflib
 import io
 import itertools
 import json
@@ -80,8 +84,10 @@ def load(name: str) -> Recipe:
     """The recipe of this name; SettingsError with the names there are if there is none."""
     written = _written()
     if name not in written or written[name].get("base"):
+        close = ", ".join(difflib.get_close_matches(name, names(), n=5)) or "none of a similar name"
         raise SettingsError(
-            f"recipe {name!r}: there is none in {FOLDER}/; there are: {', '.join(names())}"
+            f"recipe {name!r}: there is none in {FOLDER}/; there are: {close}; "
+            "`python -m secateur.recipe` lists all"
         )
     return Recipe(name, written[name]["about"], _settings(name, written, ()))
 
@@ -232,8 +238,9 @@ def main() -> None:
     parser.add_argument("--apply", action="store_true", help="write into params.yaml, run nothing")
     options = parser.parse_args()
     if options.name is None:
-        for name in names():
-            console.say(f"{name:32} {load(name).about}")
+        known = names()
+        for name in known:
+            console.say(f"{name:{max(map(len, known))}}  {load(name).about}")
         return
     try:
         recipe = load(options.name)

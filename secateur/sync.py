@@ -36,7 +36,11 @@ class Source:
 
 def main() -> None:
     """Restore runs and pipeline runs from every source."""
-    parser = argparse.ArgumentParser(prog="python -m secateur.sync", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m secateur.sync",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument(
         "--all", action="store_true", help="every experiment, not the workspace only"
     )

@@ -10,7 +10,7 @@ A killed training, run again, goes on where it was and ends with the same bytes.
 
 import torch
 
-from secateur import chain, console
+from secateur import chain, console, rehearsal
 from secateur.core import checkpoint
 
 
@@ -25,6 +25,7 @@ def train_dense(job: chain.Job) -> chain.Product:
     header = job.header()
     torch.manual_seed(job.params.seed)
     model = checkpoint.architecture(header, published=True)
+    rehearsal.rehearse(model, job.data.about)
     fit = job.fit(model, job.params.baseline)
     return chain.trained(model, header, fit)
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import pandas as pd
 
-from secateur import chain, console
+from secateur import chain, console, rehearsal
 from secateur.core import penalty as penalties
 from secateur.core.train import Course
 
@@ -33,6 +33,8 @@ def train_sparse(job: chain.Job) -> chain.Product:
     """The dense network, trained on towards small weights."""
     params, dense = job.params, job.upstream["baseline"]
     model = dense.model()
+    if params.sparse_train.epochs:
+        rehearsal.rehearse(model, job.data.about)
     chosen = params.chosen("penalties")
     penalty = penalties.build(params.penalty, chosen, model, params.decay)
     fit = job.fit(model, params.sparse_train, penalty=penalty)

@@ -159,6 +159,7 @@ def test_a_wrong_value_in_a_list_is_told(value, wrong, allowed, tmp_path):
         ("pruners.std.sensitivty", "did you mean sensitivity?"),
         ("archs.lenet300.hiden", "did you mean hidden?"),
         ("penalties.hoyer_square.bias", "did you mean biases?"),
+        ("archs.vgg.dept", "did you mean depth?"),
         ("baseline.zzz", "allowed: accumulate, batch_size, compile, epochs"),
     ],
 )
@@ -166,6 +167,27 @@ def test_an_unknown_key_is_told_with_the_one_that_was_meant(key, hint, tmp_path)
     line = complaint(changed(key, 1), tmp_path)
     assert line.startswith(f"params.yaml: {key}: unknown key; allowed: ")
     assert hint in line
+
+
+@pytest.mark.parametrize("name", ["magnitude", "network_slimming"])
+def test_an_unknown_key_of_a_table_that_may_be_absent_is_told_too(name, tmp_path):
+    line = complaint(changed(f"pruners.{name}.target", {"flops": 0.5}), tmp_path)
+    assert line == (f"params.yaml: pruners.{name}.target.flops: unknown key; allowed: macs, params")
+
+
+def test_a_mistake_in_a_section_that_is_not_in_use_is_found(tmp_path):
+    line = complaint(changed("pruners.magnitude.ratios", 1.5), tmp_path)
+    assert line.startswith("params.yaml: pruners.magnitude.ratios = 1.5")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_section_of_the_plugin_in_use_must_be_there(kind, tmp_path):
+    params = changed("seed", 1)
+    name = params[plugin.KEYS[kind]]
+    del params[kind][name]
+    assert complaint(params, tmp_path) == (
+        f"params.yaml: {kind}.{name}: missing; write {{}} for the defaults"
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -191,6 +213,8 @@ def test_two_mistakes_are_counted(tmp_path):
         ("decay: [1", "not valid YAML"),
         ("a: b: c", "not valid YAML"),
         ("\tdecay: 1", "not valid YAML"),
+        ("seed: 1\ndecay: 1\nseed: 2", "not valid YAML: seed is there twice, in lines 1 and 3"),
+        ("a:\n  lr: 1\n  lr: 1", "not valid YAML: lr is there twice, in lines 2 and 3"),
         ("", "must be a table of settings"),
         ("- decay", "must be a table of settings"),
         ("decay", "must be a table of settings"),
@@ -225,7 +249,7 @@ def test_every_plugin_runs_on_its_section_and_on_none(kind, name, tmp_path):
         params[kind][name] = section
         path.write_text(yaml.safe_dump(params))
         settings.check(path)
-        raw = {plugin.KEYS[kind]: name, kind: {name: section or {}}}
+        raw = {plugin.KEYS[kind]: name, kind: {name: section}}
         chosen = settings.Params.declared(raw).chosen(kind)
         assert chosen == plugin.load(kind, name).Settings(**(section or {}))
 

@@ -10,7 +10,8 @@ import yaml
 from secateur.core import plugin, settings
 
 ROOT = Path(__file__).resolve().parents[1]
-OBSERVERS = {"secateur/track.py", "secateur/console.py"}  # no result depends on them
+OBSERVERS = {"secateur/track.py", "secateur/console.py", "secateur/rehearsal.py"}
+"""No result depends on them."""
 WIRING = yaml.safe_load((ROOT / "dvc.yaml").read_text())
 APART = yaml.safe_load((ROOT / "stages/sensitivity/dvc.yaml").read_text())
 STAGES = WIRING["stages"] | APART["stages"]

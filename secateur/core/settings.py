@@ -78,7 +78,8 @@ class Train(Strict):
     batch_size: Annotated[int, Field(ge=1)] = 128
     """Images of one step of the optimizer, over all parts and all processes."""
     accumulate: Annotated[int, Field(ge=1)] = 1
-    """A batch is computed in this many parts, one after the other: less memory, same step."""
+    """A batch is computed in this many parts, one after the other: less memory, and the same step but
+    for batch norms, which see one part at a time."""
     optimizer: Literal["sgd", "adam", "adamw"] = "adam"
     lr: Positive = 0.001
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -208,7 +209,7 @@ class Params(Strict):
         known = cls.model_fields
         values = {
             key: _convert(known[key].annotation, known[key].metadata, value, key)
-            for key, value in raw.items()
+            for key, value in _filled(raw).items()
         }
         return cls.model_construct(**values)
 
@@ -225,32 +226,58 @@ class Params(Strict):
         return parse(plugin.load(kind, name).Settings, table.get(name) or {}, f"{kind}.{name}")
 
 
-def check(path: Path | str = FILE) -> None:
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key that stands twice is a mistake, as it is for DVC."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The table; YAMLError if it has a key twice."""
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if key.value != "<<" and lines.setdefault(str(key.value), line) != line:
+                first = lines[str(key.value)]
+                raise yaml.YAMLError(f"{key.value} is there twice, in lines {first} and {line}")
+        return super().construct_mapping(node, deep)
+
+
+def check(path: Path | str = FILE) -> Params:
     """Validate the whole file, so that a mistake in the last stage's section stops the first.
 
     Raises SettingsError naming the key, the value and what is allowed.
     """
     try:
-        raw = yaml.safe_load(Path(path).read_text())
+        raw = yaml.load(Path(path).read_text(), _Loader)
     except FileNotFoundError:
         raise SettingsError(f"{path}: no such file; run from the project's root") from None
     except OSError as error:
         raise SettingsError(f"{path}: cannot be read: {error.strerror or error}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        reason = " ".join(str(error).replace('in "<unicode string>", ', "").split())
+        raise SettingsError(f"{path}: not valid YAML: {reason}") from None
     if not isinstance(raw, dict):
         raise SettingsError(f"{path}: must be a table of settings")
-    raw = {
-        key: {name: value or {} for name, value in table.items()}
+    params = parse(Params, _filled(raw), "")
+    for kind, key in plugin.KEYS.items():
+        sections: Table = getattr(params, kind)
+        plugin.find(kind, getattr(params, key))
+        for name, section in sections.items():
+            plugin.find(kind, name, key=f"{kind}.{name}")
+            parse(plugin.load(kind, name).Settings, section, f"{kind}.{name}")
+        if getattr(params, key) not in sections:
+            raise SettingsError(
+                f"{FILE}: {kind}.{getattr(params, key)}: missing; write {{}} for the defaults"
+            )
+    return params
+
+
+def _filled(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with a table for every plug-in whose section is empty."""
+    return {
+        key: {name: {} if section is None else section for name, section in table.items()}
         if key in plugin.KEYS and isinstance(table, dict)
         else table
         for key, table in raw.items()
     }
-    params = parse(Params, raw, "")
-    for kind in plugin.KEYS:
-        for name in getattr(params, kind):
-            plugin.find(kind, name, key=f"{kind}.{name}")
-        params.chosen(kind)
 
 
 def parse(schema: type[T], raw: Any, where: str) -> T:
@@ -294,5 +321,6 @@ def _first_line(error: ValidationError, schema: Any, where: str) -> str:
 def _fields(schema: Any, path: list[str]) -> list[str]:
     """Field names of the settings class that `path` leads to."""
     for part in path:
-        schema = schema.model_fields[part].annotation
+        kinds = _types(schema.model_fields[part].annotation)
+        schema = next(kind for kind in kinds if hasattr(kind, "model_fields"))
     return list(schema.model_fields)

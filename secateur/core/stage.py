@@ -54,7 +54,7 @@ def open_stage(name: str, pipeline: str = "dvc.yaml") -> Stage:
     Raises SettingsError before any work if a value, a key or an input is not as it must be.
     """
     from dvc.dependency import ParamsDependency
-    from dvc.exceptions import DvcException
+    from dvc.exceptions import DvcException, NotDvcRepoError
     from dvc.repo import Repo
 
     settings.check()
@@ -69,8 +69,10 @@ def open_stage(name: str, pipeline: str = "dvc.yaml") -> Stage:
                 else:
                     path = Path(dep.fs_path).relative_to(root)
                     inputs[path.as_posix()] = content_hash(root / path)
-    except DvcException as error:
+    except NotDvcRepoError as error:
         raise SettingsError(f"dvc.yaml: {error}; run from the root of a DVC project") from None
+    except DvcException as error:
+        raise SettingsError(f"dvc.yaml: {error}") from None
     return Stage(name, settings.Params.declared(declared), declared, inputs)
 
 

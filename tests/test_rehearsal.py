@@ -1,0 +1,71 @@
+"""What only the network can tell about later stages is told before the first training."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from secateur.core import plugin
+from secateur.core.data import About
+from secateur.core.errors import SettingsError
+from secateur.rehearsal import rehearse
+
+PARAMS = yaml.safe_load(Path("params.yaml").read_text())
+ABOUT = About("made up", ["a", "b"], (1, 8, 8), [0.0], [1.0], "", {})
+
+
+@pytest.fixture
+def network(tmp_path, monkeypatch):
+    """LeNet-5, with params.yaml beside it: what differs is given by dotted key."""
+
+    def made(**changes):
+        params = yaml.safe_load(yaml.safe_dump(PARAMS))
+        for key, value in changes.items():
+            *sections, last = key.split("__")
+            table = params
+            for section in sections:
+                table = table[section]
+            table[last] = value
+        (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
+        monkeypatch.chdir(tmp_path)
+        module = plugin.load("archs", "lenet5")
+        return module.build(module.Settings(), 2, (1, 8, 8))
+
+    return made
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"pruner": "magnitude", "pruners__magnitude__ratios": "layer9: 0.5"}, "layer9"),
+        ({"pruner": "magnitude", "pruners__magnitude__ratios": "fc2: 0.5"}, "fc2"),
+        ({"pruner": "gconv", "pruners__gconv__skip": ["conv7"]}, "skip = 'conv7'"),
+        ({"penalty": "greg1", "penalties__greg1__ratios": "layer9: 0.5"}, "layer9"),
+        ({"penalty": "network_slimming"}, "no batch normalisation"),
+        ({"pruner": "chosen", "penalty": "l1"}, "penalty l1 chooses nothing"),
+    ],
+)
+def test_what_does_not_fit_the_network_is_refused(changes, line, network):
+    with pytest.raises(SettingsError, match=line):
+        rehearse(network(**changes), ABOUT)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"pruner": "chosen", "penalty": "greg2"},
+        {"pruner": "magnitude", "pruners__magnitude__criterion": "taylor"},
+        {"pruner": "threshold", "pruners__threshold__sensitivity": 1e9},  # which training decides
+    ],
+)
+def test_what_may_fit_passes_and_nothing_changes(changes, network):
+    model = network(**changes)
+    before = nn.utils.parameters_to_vector(model.parameters()).clone()
+    random = torch.get_rng_state()
+    rehearse(model, ABOUT)
+    assert torch.equal(nn.utils.parameters_to_vector(model.parameters()), before)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert model.training and all(p.grad is None for p in model.parameters())
