@@ -78,8 +78,8 @@ class Train(Strict):
     batch_size: Annotated[int, Field(ge=1)] = 128
     """Images of one step of the optimizer, over all parts and all processes."""
     accumulate: Annotated[int, Field(ge=1)] = 1
-    """A batch is computed in this many parts, one after the other: less memory, and the same step but
-    for batch norms, which see one part at a time."""
+    """A batch is computed in this many parts, one after the other: less memory, and the same step
+    but for batch norms, which see one part at a time."""
     optimizer: Literal["sgd", "adam", "adamw"] = "adam"
     lr: Positive = 0.001
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
