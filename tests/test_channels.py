@@ -755,11 +755,9 @@ def test_masks_are_carried_along(make):
     masks.apply(model, given_masks)
     chosen = at_random(network, 2)
     compact = surgery.remove(model, chosen, batch, given_masks, network)
+    assert compact.masks.keys() == given_masks.keys()
     for name, mask in compact.masks.items():
-        parameter = compact.model.get_parameter(name)
-        assert mask.shape == parameter.shape
-        assert torch.equal(mask, parameter != 0) or not parameter[~mask].any()
-        assert bool((parameter[mask] != 0).all())
+        assert torch.equal(mask, compact.model.get_parameter(name) != 0)
 
 
 def header():

@@ -262,7 +262,7 @@ def test_a_file_must_be_there_and_in_its_folder(inside):
     ],
 )
 def test_there_is_one_way_to_say_how_many(chosen, said):
-    with pytest.raises(ValidationError, match=f"how many groups is said by {said}; set one of"):
+    with pytest.raises(ValidationError, match=f"groups: how many is said by {said}; set one of"):
         gconv.Settings(**chosen)
 
 

@@ -85,7 +85,9 @@ MISTAKES = [  # key, value, what the line must hold beside both
     ("seed", -1, "greater than or equal to 0"),
     ("seed", 2**31, "less than 2147483648"),
     ("seed", 1.5, "valid integer"),
-    ("data", 7, "valid dictionary"),
+    ("data", 7, "a table of settings is needed"),
+    ("data", None, "a table of settings is needed"),
+    ("sensitivity.criteria", "l1", "a list is needed"),
     ("data.validation", -0.1, "greater than or equal to 0"),
     ("data.validation", 0.6, "less than or equal to 0.5"),
     ("data.validation", True, "a number is needed"),
@@ -94,10 +96,10 @@ MISTAKES = [  # key, value, what the line must hold beside both
     ("finetune.init", "new", "'inherit' or 'scratch'"),
     ("evaluate.latency_batch", 0, "greater than or equal to 1"),
     ("evaluate.latency_repeats", 2, "greater than or equal to 3"),
-    ("archs.lenet300.hidden", [], "at least 1 item"),
-    ("archs.lenet300.hidden", 300, "valid"),
-    ("penalties", [], "valid dictionary"),
-    ("penalties.hoyer_square", 3, "valid dictionary"),
+    ("archs.lenet300.hidden", [], "at least one is needed"),
+    ("archs.lenet300.hidden", 300, "a list is needed"),
+    ("penalties", [], "a table of settings is needed"),
+    ("penalties.hoyer_square", 3, "a table of settings is needed"),
     ("penalties.hoyer_square.biases", "perhaps", "valid boolean"),
     ("pruners.std.sensitivity", -1, "greater than or equal to 0"),
     ("pruners.std.sensitivity", True, "a number is needed"),
@@ -202,6 +204,11 @@ def test_a_missing_key_is_named(key, tmp_path):
     assert complaint(changed(key, None, drop=True), tmp_path) == f"params.yaml: {key}: missing"
 
 
+def test_one_wrong_item_is_one_mistake(tmp_path):
+    line = complaint(changed("sensitivity.ratios", [1.0]), tmp_path)
+    assert line.startswith("params.yaml: sensitivity.ratios") and "more" not in line
+
+
 def test_two_mistakes_are_counted(tmp_path):
     params = changed("decay", -1) | {"seed": "x"}
     assert complaint(params, tmp_path).endswith("(and 1 more)")
@@ -290,7 +297,7 @@ class Nested(settings.Strict):
         ({"ratio": "1e-1x"}, "penalties.nested.ratio = '1e-1x': input should be a valid number"),
         ({"levels": [0.5, True]}, "penalties.nested.levels"),
         ({"maximum": True}, "penalties.nested.maximum = True: a number is needed"),
-        ([], "penalties.nested = []: input should be a valid dictionary"),
+        ([], "penalties.nested = []: a table of settings is needed"),
     ],
 )
 def test_the_settings_of_a_plugin_are_held_to_the_same(raw, line):

@@ -426,7 +426,7 @@ def test_a_target_out_of_reach_is_told_with_what_can_be_reached(pruner):
 
 @pytest.mark.parametrize("written", [{}, {"macs": 0.5, "params": 0.5}])
 def test_a_target_is_one_of_two(written):
-    with pytest.raises(SettingsError, match="either macs or params is needed"):
+    with pytest.raises(SettingsError, match="one of macs and params is needed"):
         prune("magnitude", toy(), SHAPE, target=written)
 
 

@@ -165,7 +165,9 @@ def _divided(
             everything, test_size=validation, random_state=seed, stratify=labels
         )
     except ValueError as error:
-        raise DataError(f"{name}: data.validation = {validation}: {error}") from None
+        few = "too few for one of every class in val; raise it, or set 0 for none"
+        reason = few if "should be greater" in str(error) else error
+        raise DataError(f"{name}: data.validation = {validation}: {reason}") from None
     return np.sort(train), np.sort(val)
 
 

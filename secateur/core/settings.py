@@ -299,9 +299,19 @@ def _convert(annotation: Any, metadata: list[Any], value: Any, where: str) -> An
         raise SettingsError(_first_line(error, annotation, where)) from None
 
 
+_WORDS = {
+    "tuple_type": "a list is needed, such as [1, 2]",
+    "too_short": "at least one is needed",
+    "model_type": "a table of settings is needed",
+    "dict_type": "a table of settings is needed",
+}
+"""In place of the validator's words for some kinds of mistakes."""
+
+
 def _first_line(error: ValidationError, schema: Any, where: str) -> str:
     """The first mistake in words: file, dotted key, value, what is allowed."""
     first, *others = error.errors(include_url=False)
+    others = [other for other in others if other["type"] != "too_short"]  # for its wrong items
     location = [str(part) for part in first["loc"]]
     key = ".".join(filter(None, [where, *location]))
     more = f" (and {len(others)} more)" if others else ""
@@ -313,6 +323,9 @@ def _first_line(error: ValidationError, schema: Any, where: str) -> str:
     if first["type"] == "missing":
         return f"{FILE}: {key}: missing{more}"
     message = first["msg"].removeprefix("Value error, ")
+    for part, words in _WORDS.items():
+        if part in first["type"]:
+            message = words
     if first["type"] == "value_error" and isinstance(first["input"], Mapping):
         return f"{FILE}: {key + '.' if key else ''}{message}{more}"  # about several of its keys
     return f"{FILE}: {key} = {first['input']!r}: {message[0].lower()}{message[1:]}{more}"

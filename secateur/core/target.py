@@ -38,7 +38,7 @@ class Target(Strict):
     @model_validator(mode="after")
     def _one_of_them(self) -> Self:
         if (self.macs is None) == (self.params is None):
-            raise ValueError("macs: either macs or params is needed, the share that is left")
+            raise ValueError("macs: one of macs and params is needed, the share that is left")
         return self
 
     @property

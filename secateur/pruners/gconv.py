@@ -78,7 +78,7 @@ class Settings(permute.Search):
         given = [key for key, value in ways.items() if value is not None]
         if len({key.split(".")[0] for key in given}) != 1:
             raise ValueError(
-                f"how many groups is said by {', '.join(given) or 'nothing'}; set one of groups, "
+                f"groups: how many is said by {', '.join(given) or 'nothing'}; set one of groups, "
                 "channels_per_group, config and search (max_params, max_macs), the others null"
             )
         return self
