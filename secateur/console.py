@@ -191,7 +191,7 @@ def waiting(stage: str) -> None:
 
 def taken(stage: str) -> None:
     """Tell that finished work was taken over."""
-    say(f"{stage}: made before with the same settings and inputs (kept for a day); taken over")
+    say(f"{stage}: made before with the same settings and inputs; taken over")
 
 
 def reached(notes: Mapping[str, float]) -> None:
