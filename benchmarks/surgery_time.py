@@ -78,16 +78,11 @@ def silence(model: nn.Module, share: float) -> None:
             norm.weight[gone], norm.bias[gone] = 0, 0
 
 
-def clock() -> float:
-    """Seconds of this process's own work: what a machine that does nothing else would need."""
-    return time.process_time() / torch.get_num_threads()
-
-
 def timed(run: Callable[[], Any]) -> tuple[float, Any]:
     """Seconds, and what it gave."""
-    start = clock()
+    start = time.perf_counter()
     result = run()
-    return clock() - start, result
+    return time.perf_counter() - start, result
 
 
 def measure(arch: str, chosen: dict[str, Any]) -> list[float]:
