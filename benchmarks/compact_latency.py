@@ -42,11 +42,6 @@ def without(arch: str, chosen: dict[str, Any], share: float, multiple: int) -> s
     return surgery.remove(model, network.allowed(gone), image, {}, network)
 
 
-def macs(model: torch.nn.Module, image: torch.Tensor) -> int:
-    """Multiply-accumulates of one image."""
-    return sum(row.macs_dense for row in cost.layer_costs(model, image))
-
-
 @torch.no_grad()
 def main() -> None:
     """Print the table."""
@@ -68,7 +63,9 @@ def main() -> None:
             for multiple in asked.round_to:
                 compact = without(arch, chosen, share, multiple)
                 models[f"{share:.0%} | {multiple}"] = compact.model.eval()
-        promised = {k: macs(dense, image) / macs(model, image) for k, model in models.items()}
+        promised = {
+            k: cost.macs(dense, image) / cost.macs(model, image) for k, model in models.items()
+        }
         for size in asked.batch:
             times = cost.latency(models, image.repeat(size, 1, 1, 1), asked.repeats)
             for key, values in list(times.items())[1:]:

@@ -224,8 +224,7 @@ def flops(net: str) -> float:
     from secateur.core import cost
 
     what = task(net)
-    rows = cost.layer_costs(network(what), torch.zeros(1, *what["shape"]))
-    return 3 * 2 * sum(row.macs_dense for row in rows)
+    return 3 * 2 * cost.macs(network(what), torch.zeros(1, *what["shape"]))
 
 
 def measure(net: str, turns: int, shared: dict[str, Any]) -> None:

@@ -47,7 +47,7 @@ def _by_compute(
 ) -> Finetune:
     """As many epochs as cost what the given ones of the dense network cost."""
     image = torch.zeros(1, *job.data.about.shape)
-    macs = [sum(layer.macs_dense for layer in cost.layer_costs(m, image)) for m in (dense, pruned)]
+    macs = [cost.macs(m, image) for m in (dense, pruned)]
     longer = budget.stretched(settings, *macs)
     if job.engine is None or job.engine.first:
         console.say(

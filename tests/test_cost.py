@@ -25,6 +25,7 @@ def test_dense_networks_cost_what_the_literature_says(arch):
     layers = cost.layer_costs(model, torch.rand(1, 1, 28, 28))
     assert cost.parameters(model) == sum(layer.params for layer in layers) == params
     assert sum(layer.macs_dense for layer in layers) == sum(layer.macs for layer in layers) == macs
+    assert cost.macs(model, torch.rand(1, 1, 28, 28)) == macs
     assert sum(layer.nonzero for layer in layers) == params
     assert [layer.layer for layer in layers] == list(masks.layers(model))
     size, packed = cost.weight_bytes(model)

@@ -85,6 +85,11 @@ def _layer_cost(name: str, layer: nn.Conv2d | nn.Linear, positions: int) -> Laye
     )
 
 
+def macs(model: nn.Module, example: Tensor) -> int:
+    """Multiply-accumulates of one image in kernels that do not skip zeros; see `layer_costs`."""
+    return sum(layer.macs_dense for layer in layer_costs(model, example))
+
+
 def parameters(model: nn.Module) -> int:
     """Entries of all parameters."""
     return sum(p.numel() for p in model.parameters())

@@ -1,8 +1,8 @@
 """How much is to be left of a network, in place of a ratio: solved by bisection.
 
 `target: {macs: 0.5}` leaves half of the multiply-accumulates of the network that is pruned,
-`target: {params: 0.3}` three tenths of its parameters. Single weights that
-the decision takes count as gone; those that were zero before do not.
+`target: {params: 0.3}` three tenths of its parameters. Single weights that the decision takes count
+as gone; those that were zero before do not.
 """
 
 from collections.abc import Callable
