@@ -22,8 +22,8 @@ $(READY): pyproject.toml
 
 setup: $(READY)  ## make .venv with everything that is needed
 
-repro: $(READY)  ## run the pipeline: what has changed, and nothing else
-	@dvc repro
+repro: $(READY)  ## run the pipelines: what has changed, and nothing else
+	@dvc repro --all-pipelines
 
 test: $(READY)  ## run the tests, a process for every processor
 	@OMP_NUM_THREADS=1 python -m pytest -n auto --dist loadfile --no-loadscope-reorder

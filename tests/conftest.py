@@ -81,7 +81,8 @@ def fresh_project(path):
         if (ROOT / name).is_file() and not name.startswith(("tests/", "docs/", "metrics/")):
             (path / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, path / name)
-    (path / "dvc.lock").unlink(missing_ok=True)
+    for lock in (path / "dvc.lock", path / "stages/sensitivity/dvc.lock"):
+        lock.unlink(missing_ok=True)
     project = Project(path)
     project.params(**{f"{s}__{k}": v for s, keys in SHORT.items() for k, v in keys.items()})
     project.run("git", "init", "-q", "-b", "main")
