@@ -2,7 +2,8 @@
 
 Every CIFAR network as published, at 32x32 pixels, and large ones of torchvision at 224x224. A
 random quarter of every group goes, then a quarter of the filters of what is left is silent. The
-stage proves equality besides, which is two forward passes and not counted here.
+stage proves equality besides, which is two forward passes and not counted here. Medians over
+several turns, in which the garbage collector leaves the imports alone as it does in a stage.
 
     python -m benchmarks.surgery_time
     python -m benchmarks.surgery_time --only preresnet densenet --profile
@@ -10,7 +11,9 @@ stage proves equality besides, which is two forward passes and not counted here.
 
 import argparse
 import cProfile
+import gc
 import pstats
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -100,9 +103,11 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", default=[], help="parts of names")
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--profile", action="store_true", help="where the time goes")
     options = parser.parse_args()
-    print(hardware())
+    print(f"{hardware()}; median of {options.repeats}")
+    gc.freeze()
     heads = ("follow", "allowed", "remove", "remove_dead", "all")
     print(f"{'':62}" + "".join(f"{head:>13}" for head in heads))
     for arch, chosen in NETWORKS:
@@ -112,9 +117,12 @@ def main() -> None:
         profile = cProfile.Profile()
         if options.profile:
             profile.enable()
-        seconds = measure(arch, chosen)
+        turns = [
+            [*turn, sum(turn)] for turn in (measure(arch, chosen) for _ in range(options.repeats))
+        ]
+        seconds = [statistics.median(column) for column in zip(*turns, strict=True)]
         profile.disable()
-        print(f"{name:62}" + "".join(f"{s:13.2f}" for s in [*seconds, sum(seconds)]), flush=True)
+        print(f"{name:62}" + "".join(f"{s:13.2f}" for s in seconds), flush=True)
         if options.profile:
             pstats.Stats(profile).sort_stats("tottime").print_stats(12)
 

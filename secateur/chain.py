@@ -1,5 +1,6 @@
 """What the stages that make a model have in common: made once, watched, saved, recorded."""
 
+import gc
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -158,6 +159,7 @@ def make(job: Job, produce: Callable[[Job], Product]) -> None:
         run = _open_run(job, work)
         clock = _Clock(work)
         job.work, job.watchers = work, [run, clock]
+        gc.freeze()  # what the imports made lives as long as the process: nothing to collect there
         try:
             product = produce(job)
         except SecateurError:

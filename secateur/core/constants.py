@@ -5,6 +5,7 @@ themselves, so that biases, normalisations, activations, pooling and padded bord
 product a known zero wins.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,9 +13,11 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from secateur.core.graph import BATCH_NORMS, ELEMENTWISE, UNARY
+from secateur.core.groups import by_channel
 from secateur.core.layers import Take
 
 _WEIGHTED: dict[str, Any] = {"conv2d": functional.conv2d, "linear": functional.linear}
+_HANDS_ON = (nn.ReLU, nn.Identity, nn.Dropout, nn.Dropout2d)  # NaN as well
 _PRODUCTS = ("mul", "mul_", "imul", "multiply")
 
 
@@ -23,8 +26,8 @@ class Constants(fx.Interpreter):
 
     def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
         super().__init__(model, graph=graph)
-        self.inputs: dict[str, list[Tensor]] = {}
-        """Layer or index buffer -> what it sees at each call, one image, NaN where unknown."""
+        self.inputs: dict[str, list[Seen]] = {}
+        """Layer or index buffer -> what it sees at each call."""
         self.result: Any = None
         self._names = {id(t): n for n, t in [*model.named_parameters(), *model.named_buffers()]}
 
@@ -40,20 +43,20 @@ class Constants(fx.Interpreter):
         """NaN goes through most modules by itself."""
         module, x = self.fetch_attr(target), args[0]
         if isinstance(module, nn.Conv2d):
-            self._remember(module.weight, x)
-            return _through(module._conv_forward, x, module.weight, module.bias)
+            return self._through(module._conv_forward, x, module.weight, module.bias)
         if isinstance(module, nn.Linear):
-            self._remember(module.weight, x)
-            return _through(functional.linear, x, module.weight, module.bias)
+            return self._through(functional.linear, x, module.weight, module.bias)
         if isinstance(module, Take):
-            self.inputs.setdefault(self._names[id(module.index)], []).append(x)
+            self._see(self._names[id(module.index)], x, 1)
         if isinstance(module, (*BATCH_NORMS, nn.GroupNorm)):
-            out = torch.full_like(x, torch.nan)
-            if getattr(module, "running_mean", None) is not None:  # else of what it sees
+            if getattr(module, "running_mean", None) is not None:
                 out = super().call_module(target, args, kwargs)
+            else:  # of what it sees
+                out = torch.full_like(x, torch.nan)
             return _where_factors_are_zero(out, module.weight, module.bias)
         out = super().call_module(target, args, kwargs)
-        return _unknown_again(x, out) if isinstance(module, ELEMENTWISE) else out
+        forgets = isinstance(module, ELEMENTWISE) and not isinstance(module, _HANDS_ON)
+        return _unknown_again(x, out) if forgets else out
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         """The same for functions, which are also called as methods."""
@@ -68,10 +71,9 @@ class Constants(fx.Interpreter):
         if name in _WEIGHTED and isinstance(args[0], Tensor):
             weight = args[1] if len(args) > 1 else kwargs["weight"]
             bias = args[2] if len(args) > 2 else kwargs.get("bias")
-            self._remember(weight, args[0])
             rest = args[3:]
             more = {k: v for k, v in kwargs.items() if k not in ("weight", "bias")}
-            return _through(
+            return self._through(
                 lambda x, w, b: _WEIGHTED[name](x, w, b, *rest, **more), args[0], weight, bias
             )
         out = run(target, args, kwargs)
@@ -84,32 +86,100 @@ class Constants(fx.Interpreter):
             return out.masked_fill(zero, 0.0)
         return out
 
-    def _remember(self, weight: Tensor, x: Tensor) -> None:
+    def _through(self, run: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         name = self._names[id(weight)].removesuffix(".weight")
-        self.inputs.setdefault(name, []).append(x)
+        if weight.dim() == 2:
+            self._see(name, x, -1)
+            return _through_linear(run, x, weight, bias)
+        return _through_convolution(run, x, self._see(name, x, 1), weight, bias)
+
+    def _see(self, name: str, x: Tensor, axis: int) -> "Seen":
+        seen = Seen.of(x, axis)
+        self.inputs.setdefault(name, []).append(seen)
+        return seen
 
 
-def _through(run: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+@dataclass(frozen=True)
+class Seen:
+    """What a layer sees of one image, and in short of each channel, bool, (channels,)."""
+
+    x: Tensor | None
+    """NaN where it depends on the input; None if nothing is known but zeros."""
+    zero: Tensor
+    """Zero everywhere."""
+    known: Tensor
+    """Nowhere dependent on the input."""
+    unknown: Tensor
+    """Everywhere dependent on it."""
+
+    @classmethod
+    def of(cls, x: Tensor, axis: int) -> "Seen":
+        """With channels along this axis."""
+        rows = by_channel(x, axis)
+        high, low = rows.amax(dim=1), rows.amin(dim=1)  # NaN if one entry is
+        zero, known = (high == 0) & (low == 0), ~high.isnan()
+        kept = x if bool((known & ~zero).any()) else None  # maps of all layers are many
+        return cls(kept, zero, known, _all(rows.isnan(), dim=1))
+
+
+def _through_linear(run: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A sum is unknown where an unknown value has a weight that is not zero."""
     unknown = x.isnan()
-    known = x.masked_fill(unknown, 0.0)
-    if weight.dim() == 2 or weight.shape[1] != x.shape[1]:  # linear, or in groups
-        out: Tensor = run(known, weight, bias)
-        heard = run(unknown.to(x.dtype), (weight != 0).to(x.dtype), None)
-        return out.masked_fill(heard > 0.5, torch.nan)
-    some, whole = unknown.any(dim=(0, 2, 3)), unknown.all(dim=0).all(dim=(1, 2))
-    says = known.ne(0).any(dim=(0, 2, 3))
-    says[0] = True  # so that there is a sum at all
-    out = run(known[:, says], weight[:, says], bias)
-    reads = torch.zeros_like(out)
-    if bool(whole.any()):  # channels that are unknown everywhere: heard where any of them is
-        those = weight if bool(whole.all()) else weight[:, whole]
-        largest = torch.linalg.vector_norm(those, ord=torch.inf, dim=1, keepdim=True)
-        reads = run(torch.ones_like(x[:, :1]), largest.ne(0).to(x.dtype), None)
-    if bool((partly := some & ~whole).any()):
-        heard = (weight[:, partly] != 0).to(x.dtype)
-        reads = reads + run(unknown[:, partly].to(x.dtype), heard, None)
-    return out.masked_fill(reads > 0.5, torch.nan)
+    out: Tensor = run(x.masked_fill(unknown, 0.0), weight, bias)
+    heard = run(unknown.to(x.dtype), weight.ne(0).to(x.dtype), None)
+    return out.masked_fill(heard > 0.5, torch.nan)
+
+
+def _through_convolution(
+    run: Any, x: Tensor, seen: Seen, weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    """The same; channels of which nothing or everything is known need no sum over channels."""
+    parts = x.shape[1] // weight.shape[1]
+
+    def of(channels: Tensor, weights: Tensor, shift: Tensor | None, holes: bool) -> Tensor:
+        """The sum over some channels of what is known, or of 1 where it is not."""
+        if parts > 1:  # in a group convolution as many of every group: the k-th if any has it
+            channels = channels.reshape(parts, -1).any(dim=0)
+        channels[0] = channels[0] | ~channels.any()  # so that there is a sum at all
+        if not bool(channels.all()):
+            weights = weights[:, channels]
+        values = x[:, channels.repeat(parts)]
+        hole = values.isnan()
+        result: Tensor = run(
+            hole.to(x.dtype) if holes else values.masked_fill(hole, 0.0), weights, shift
+        )
+        return result
+
+    taps = weight.ne(0)
+    reads: Tensor | None = None  # more than a half where the sum hears something unknown
+    if bool(seen.unknown.any()):  # heard where any of them is
+        rows = seen.unknown.reshape(parts, 1, -1).expand(-1, len(weight) // parts, -1)
+        heard = taps if bool(rows.all()) else taps & rows.reshape(len(weight), -1, 1, 1)
+        heard = _any(heard, dim=1).to(x.dtype)
+        if bool(heard.all()):  # by all outputs in the same way
+            heard = heard[:parts]
+        reads = run(torch.ones_like(x[:, :parts]), heard, None)
+        if len(heard) < len(weight):
+            reads = reads[:, :1].expand(-1, len(weight), -1, -1)
+    if bool((partly := ~seen.known & ~seen.unknown).any()):
+        more = of(partly, taps.to(x.dtype), None, holes=True)
+        reads = more if reads is None else reads + more
+    says = ~seen.zero & ~seen.unknown
+    if reads is None or bool(says.any()):
+        out = of(says, weight, bias, holes=False)
+        return out if reads is None else out.masked_fill(reads > 0.5, torch.nan)
+    shift = torch.zeros_like(weight[:, 0, 0, 0]) if bias is None else bias
+    return shift[:, None, None].expand_as(reads).masked_fill(reads > 0.5, torch.nan)
+
+
+def _any(true: Tensor, dim: int) -> Tensor:
+    """Of bool; kept as an axis. Many times as fast as `any`."""
+    return true.view(torch.uint8).amax(dim=dim, keepdim=True).view(torch.bool)
+
+
+def _all(true: Tensor, dim: int) -> Tensor:
+    """Of bool. Many times as fast as `all`."""
+    return true.view(torch.uint8).amin(dim=dim).view(torch.bool)
 
 
 def _where_factors_are_zero(out: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:

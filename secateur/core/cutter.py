@@ -57,6 +57,8 @@ class Cutter:
         """The old position of each new one: equal channels in equal order."""
         stay = self._stay(old)
         kept, found = self.found.root(old[stay]), self.found.root(new)
+        if torch.equal(kept, found):
+            return stay
         by_kept, by_found = kept.argsort(stable=True), found.argsort(stable=True)
         if len(kept) != len(found) or not torch.equal(kept[by_kept], found[by_found]):
             raise PruningError(f"{where} would no longer read the channels that it reads now")
@@ -119,8 +121,12 @@ class Cutter:
 
     def norm(self, held: Sequence[Held], kind: str, into: Tensor) -> None:
         """Entries in the order in which the channels come."""
+        known: tuple[Tensor, Tensor] | None = None
         for one in held:
-            self._cut(one.name, 0, self._match(one.name, self._records[one.name, 0].atoms, into))
+            atoms = self._records[one.name, 0].atoms
+            if known is None or atoms is not known[0]:
+                known = atoms, self._match(one.name, atoms, into)
+            self._cut(one.name, 0, known[1])
 
     def parameter(self, held: Held) -> Tensor:
         """What stays of a tensor that is added or multiplied."""

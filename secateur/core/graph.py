@@ -342,8 +342,9 @@ class Walk:
 
     def _batch_norm(self, x: Atoms, *tensors: Held | None) -> Atoms:
         weight, bias, *statistics = tensors
-        self.book.norm([h for h in (weight, bias) if h], "norm", x.line(1))
-        self.book.norm([h for h in statistics if h], "statistic", x.line(1))
+        into = x.line(1)
+        self.book.norm([h for h in (weight, bias) if h], "norm", into)
+        self.book.norm([h for h in statistics if h], "statistic", into)
         return x
 
     def _layer_norm(

@@ -1,6 +1,6 @@
 """Channels sorted by what they have slots in."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -59,6 +59,32 @@ def by_channel(tensor: Tensor, axis: int, parts: int = 1) -> Tensor:
     return tensor.movedim(axis, 0).reshape(tensor.shape[axis], -1)
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Where the channels of one axis stand."""
+
+    mine: Tensor
+    """Their roots, ascending."""
+    at: Tensor
+    """Entries of the axis, those of the first root first."""
+    counts: Tensor
+    """How many entries each root has."""
+
+    def by(self, kind: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Kind, its roots here, and their entries, (roots, entries of each)."""
+        start = self.counts.cumsum(0) - self.counts
+        sorted_kinds, order = kind[self.mine].sort(stable=True)
+        kinds, sizes = sorted_kinds.unique_consecutive(return_counts=True)
+        ends = sizes.cumsum(0)
+        widths = self.counts[order[ends - 1]].tolist()
+        parts = zip(
+            self.mine[order].split(sizes.tolist()), start[order].split(sizes.tolist()), strict=True
+        )
+        for key, width, (mine, first) in zip(kinds.tolist(), widths, parts, strict=True):
+            entries = first.unsqueeze(1)
+            yield key, mine, self.at[entries if width == 1 else entries + torch.arange(width)]
+
+
 def sort(records: Sequence[Record], roots: Tensor, locks: Mapping[int, str]) -> list[Group]:
     """Channels sorted by what they have slots in, and by why they are locked."""
     kind = torch.zeros(len(roots), dtype=torch.int64)  # number of the group of each root
@@ -67,34 +93,40 @@ def sort(records: Sequence[Record], roots: Tensor, locks: Mapping[int, str]) -> 
     for root, reason in locks.items():
         kind[root] = fresh + reasons.index(reason)
     fresh += len(reasons)
-    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    places: dict[bytes, _Place] = {}  # a norm's tensors and its neighbours often hold the same
+    found: list[_Place] = []
     for record in records:
-        at = (record.atoms >= 0).nonzero().flatten()
-        mine, inverse, counts = roots[record.atoms[at]].unique(
-            return_inverse=True, return_counts=True
-        )
-        both = kind[mine] * (len(at) + 1) + counts
-        keys, places = both.unique(return_inverse=True)
-        kind[mine] = fresh + places
-        fresh += len(keys)
-        found.append((mine, at[inverse.argsort(stable=True)], counts))
+        same = record.atoms.numpy().tobytes()
+        if same not in places:
+            at = (record.atoms >= 0).nonzero().flatten()
+            mine, inverse, counts = roots[record.atoms[at]].unique(
+                return_inverse=True, return_counts=True
+            )
+            both = kind[mine] * (len(at) + 1) + counts
+            keys, numbers = both.unique(return_inverse=True)
+            kind[mine] = fresh + numbers
+            fresh += len(keys)
+            places[same] = _Place(mine, at[inverse.argsort(stable=True)], counts)
+        found.append(places[same])
     slots: dict[int, list[Slot]] = {}
     members: dict[int, Tensor] = {}
-    orders: dict[int, Tensor] = {}  # place of each member among the roots
+    orders: dict[int, Tensor | None] = {}  # place of each member among the roots, if not its own
     owners: dict[int, list[tuple[str, Kind]]] = {}
-    for record, (mine, at, counts) in zip(records, found, strict=True):
-        start = counts.cumsum(0) - counts
-        for number in kind[mine].unique().tolist():
-            where = (kind[mine] == number).nonzero().flatten()
-            width = int(counts[where[0]])
-            index = at[start[where].unsqueeze(1) + torch.arange(width)]
-            if number not in members:
-                orders[number] = index[:, 0].argsort()
-                members[number] = mine[where][orders[number]]
-            index = index[orders[number]]
+    cells: dict[int, list[tuple[int, Tensor]]] = {}  # by place: kind, and entries in its order
+    for record, place in zip(records, found, strict=True):
+        if id(place) not in cells:
+            cells[id(place)] = here = []
+            for key, mine, index in place.by(kind):
+                if key not in members:
+                    order = index[:, 0].argsort()
+                    members[key] = mine[order]
+                    orders[key] = None if torch.equal(order, torch.arange(len(order))) else order
+                sorted_so = orders[key]
+                here.append((key, index if sorted_so is None else index[sorted_so]))
+        for key, index in cells[id(place)]:
             slot = Slot(record.tensor, record.axis, index, record.kind, record.parts)
-            slots.setdefault(number, []).append(slot)
-            owners.setdefault(number, []).append((record.owner, record.kind))
+            slots.setdefault(key, []).append(slot)
+            owners.setdefault(key, []).append((record.owner, record.kind))
     return _named(slots, members, owners, locks)
 
 

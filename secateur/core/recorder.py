@@ -69,6 +69,13 @@ class Union:
             x = parent[x]
         return x
 
+    def roots(self) -> list[int]:
+        """The number that stands for the set of each."""
+        found: list[int] = []
+        for x, parent in enumerate(self.parent):
+            found.append(x if parent == x else found[parent])  # a parent is smaller
+        return found
+
     def join(self, a: int, b: int) -> None:
         """Make one set of two."""
         a, b = self.find(a), self.find(b)
@@ -93,6 +100,7 @@ class Recorder:
         self.padded = torch.empty(0, dtype=torch.bool)
         """By atom: meets fixed zeros. The last entry is for fixed zeros themselves."""
         self._padded: list[Tensor] = []
+        self._roots_and_zero = torch.tensor([ZERO])
         self._used: set[str] = set()
 
     def _new(self, count: int) -> Tensor:
@@ -212,7 +220,8 @@ class Recorder:
                 "network without it"
             )
         self._hold()
-        self.roots = torch.tensor([self.sets.find(k) for k in range(len(self.sets.parent))])
+        self.roots = torch.tensor(self.sets.roots())
+        self._roots_and_zero = torch.cat((self.roots, torch.tensor([ZERO])))  # ZERO is the last
         self.padded = torch.zeros(len(self.roots) + 1, dtype=torch.bool)
         for atoms in self._padded:
             self.padded[atoms] = True
@@ -222,7 +231,7 @@ class Recorder:
 
     def root(self, atoms: Tensor) -> Tensor:
         """What stands for each atom; fixed zeros stand for themselves."""
-        return torch.where(atoms >= 0, self.roots[atoms], ZERO)
+        return self._roots_and_zero[atoms]
 
     def _parameters_left(self) -> list[str]:
         layers = [n for n, p in self.model.named_parameters() if p.numel() > 1]

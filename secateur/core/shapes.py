@@ -51,16 +51,16 @@ def resize(
             _describe(module, before, (layers or {}).get(name, {}))
 
 
-def load(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+def load(model: nn.Module, tensors: Mapping[str, torch.Tensor], assign: bool = False) -> None:
     """Copy tensors into a network of their shapes; RuntimeError if they do not fit.
 
-    Unlike load_state_dict alone, it also works for modules that ask which version wrote a tensor:
-    it is the present one.
+    With `assign` they become the network's own, in place of copies. Unlike load_state_dict alone,
+    it also works for modules that ask which version wrote a tensor: it is the present one.
     """
     versions = getattr(model.state_dict(), "_metadata", None)
     state = OrderedDict(tensors)
     state._metadata = versions  # type: ignore[attr-defined]  # where torch looks for it
-    model.load_state_dict(state)
+    model.load_state_dict(state, assign=assign)
 
 
 def describe(model: nn.Module) -> dict[str, dict[str, int]]:
@@ -128,7 +128,9 @@ def _draw(module: nn.Module) -> None:
 
 
 def _buffers(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    return [(name, b) for name, b in module.named_buffers(recurse=False) if b is not None]
+    """Those that checkpoints have; others stay as the code makes them."""
+    mine = module.named_buffers(recurse=False)
+    return [(name, b) for name, b in mine if name not in module._non_persistent_buffers_set]
 
 
 def _describe(

@@ -11,6 +11,7 @@ border padded with zeros, or where there is no place for it, the channel stays.
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from secateur.core import regroup, shapes
 from secateur.core.channels import Network, Selection, follow
-from secateur.core.constants import Constants
+from secateur.core.constants import Constants, Seen
 from secateur.core.cutter import Plan
 from secateur.core.errors import PruningError
 from secateur.core.groups import by_channel
@@ -60,10 +61,10 @@ def remove(
     It computes what `mask` gives. `example` is a batch of inputs, of which the shape matters;
     `network` spares following the model again. Raises PruningError as `Network.plan` does.
     """
-    small = copy.deepcopy(model).eval()
+    small = _twin(model)
     network = network or follow(small, example)
     plan = network.plan(selection)
-    left = _cut(small, plan, {name: mask.clone() for name, mask in (masks or {}).items()})
+    left = _cut(small, plan, masks or {}, {})
     return Compact(small, left, _kept(network, plan))
 
 
@@ -74,14 +75,14 @@ def remove_dead(model: nn.Module, masks: Masks, example: Tensor) -> Compact:
     as long as the network's output depends on its input. Raises PruningError naming the first layer
     that has no living output if it does not, or if the network cannot be followed.
     """
-    small = copy.deepcopy(model).eval()
+    small = _twin(model)
     masks = {name: mask.clone() for name, mask in masks.items()}
     network = follow(small, example)
     dead = _Dead(small, network, example.to(next(small.parameters()).device))
     selection = dead.selection()
     plan = network.plan(selection)
-    shift = dead.fold(network.gone(selection), masks)
-    left = _cut(small, plan, masks)
+    values, shift = dead.fold(network.gone(selection), masks)
+    left = _cut(small, plan, masks, values)
     shift = {name: tensor[plan.kept[name].to(tensor.device)] for name, tensor in shift.items()}
     return Compact(small, left, _kept(network, plan), shift)
 
@@ -152,21 +153,31 @@ def _set_zero(tensor: Tensor, axis: int, parts: int, entries: Tensor) -> None:
     tensor.copy_(split.reshape(tensor.shape))
 
 
+def _twin(model: nn.Module) -> nn.Module:
+    """A copy in eval mode whose tensors still are the model's: they are only read until `_cut`."""
+    tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
+    return copy.deepcopy(model, tensors).eval()
+
+
 @torch.no_grad()
-def _cut(model: nn.Module, plan: Plan, masks: Masks) -> Masks:
-    """Make the network as the plan says, in place; gives the masks of what is left."""
-    first = {id(t): n for n, t in [*model.named_parameters(), *model.named_buffers()]}
-    names = {  # of what stands under several names, the first one
-        **{n: first[id(t)] for n, t in model.named_parameters(remove_duplicate=False)},
-        **{n: first[id(t)] for n, t in model.named_buffers(remove_duplicate=False)},
-    }
-    state = {n: plan.shrink(names[n], t) for n, t in model.state_dict().items()}
-    for name, values in plan.values.items():
-        state[name] = values.to(state[name].device)
+def _cut(twin: nn.Module, plan: Plan, masks: Masks, values: Mapping[str, Tensor]) -> Masks:
+    """Give a twin tensors of its own, as the plan says; gives the masks of what is left.
+
+    `values` has tensors that are no longer what the model has.
+    """
+    own: dict[int, Tensor] = {}
+    for name, old in [*twin.named_parameters(), *twin.named_buffers()]:
+        new = plan.values.get(name, plan.shrink(name, values.get(name, old)))
+        new = new.clone() if new is old else new.to(old.device)
+        own[id(old)] = (
+            nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+        )
+    # one tensor under several names stays one
+    state = {name: own[id(old)] for name, old in twin.state_dict(keep_vars=True).items()}
     groups = {name: {"groups": count} for name, count in plan.groups.items()}
-    shapes.resize(model, {name: tensor.shape for name, tensor in state.items()}, groups)
-    shapes.load(model, state)
-    return {name: plan.shrink(name, mask) for name, mask in masks.items()}
+    shapes.resize(twin, {name: tensor.shape for name, tensor in state.items()}, groups)
+    shapes.load(twin, state, assign=True)
+    return {name: plan.shrink(name, mask).clone() for name, mask in masks.items()}
 
 
 def _kept(network: Network, plan: Plan) -> dict[str, Tensor]:
@@ -199,6 +210,16 @@ class _Reader:
     seen: Tensor | None = None
     """What it sees, one image, NaN where it depends on the input."""
 
+    @cached_property
+    def harmful(self) -> Tensor:
+        """The opposite of harmless."""
+        return ~self.harmless
+
+    @cached_property
+    def mine(self) -> Tensor:
+        """Roots of its inputs, each once."""
+        return self.into.unique()
+
 
 class _Dead:
     """Which channels are dead, and where their constants go."""
@@ -216,6 +237,10 @@ class _Dead:
             for name, layer in network.layers.items()
             if not layer.depthwise()
         ] + [self._take(name, found.inputs[name]) for name, s in network.selects.items() if s.own]
+        self.asked = torch.zeros(len(network.roots) + 1, dtype=torch.int64)
+        """By root: how many readers there are to ask."""
+        for reader in self.readers:
+            self.asked[reader.mine] += 1
         outputs = [t for t in _tensors(found.result) if t.is_floating_point()]
         self.idle = not any(bool(t.isnan().any()) for t in outputs)
         count = len(network.roots)
@@ -259,15 +284,12 @@ class _Dead:
         gone at once, except in an idle network, where the first layer to go has to be named.
         """
         gone, hurt = gone.clone(), ~candidates
-        pending = torch.zeros(len(candidates), dtype=torch.int64)
-        for reader in self.readers:
-            pending[reader.into.unique()] += 1
+        pending = self.asked.clone()
         for reader in reversed(self.readers):
             read = reader.reads(~gone[reader.out])
-            hurt[reader.into[read & ~reader.harmless]] = True
-            pending[reader.into.unique()] -= 1
+            hurt[reader.into[read & reader.harmful]] = True
+            pending[mine := reader.mine] -= 1
             if not self.idle:
-                mine = reader.into
                 gone[mine] = gone[mine] | (~hurt[mine] & (pending[mine] == 0))
         return ~hurt
 
@@ -279,26 +301,25 @@ class _Dead:
         roots = self.network.roots
         return torch.where(atoms >= 0, roots[atoms.clamp_min(0)], len(roots))
 
-    def _layer(self, name: str, seen: list[Tensor]) -> _Reader:
+    def _layer(self, name: str, seen: list[Seen]) -> _Reader:
         layer = self.network.layers[name]
         weight = self.tensors[layer.weight]
         reads = weight.flatten(2).any(dim=2) if weight.dim() > 2 else weight != 0
         blocks = reads.reshape(layer.groups, -1, reads.shape[1])
-        rows = [by_channel(x, _axis(weight)) for x in seen]
-        zero = torch.stack([x.eq(0).all(dim=1) for x in rows]).all(dim=0)
-        known = ~rows[0].isnan().any(dim=1)
-        folds = known & ~zero & blocks.any(dim=1).flatten()
+        zero = torch.stack([of.zero for of in seen]).all(dim=0)
+        folds = seen[0].known & ~zero & blocks.any(dim=1).flatten()
         if len(seen) > 1 or (layer.bias is None and name not in self.behind):
             folds = torch.zeros_like(folds)
-        for channel in folds.nonzero().flatten().tolist():
-            folds[channel] = self._even(name, seen[0], channel)
+        if (x := seen[0].x) is not None:
+            for channel in folds.nonzero().flatten().tolist():
+                folds[channel] = self._even(name, x, channel)
         into, out = self._roots(layer.into), self._roots(layer.out)
         harmless = (zero | folds).cpu()
-        return _Reader(name, into, out, _in_blocks(blocks), harmless, folds.cpu(), seen[0])
+        return _Reader(name, into, out, _in_blocks(blocks), harmless, folds.cpu(), seen[0].x)
 
-    def _take(self, name: str, seen: list[Tensor]) -> _Reader:
+    def _take(self, name: str, seen: list[Seen]) -> _Reader:
         select = self.network.selects[name]
-        zero = torch.stack([by_channel(x, 1).eq(0).all(dim=1) for x in seen]).all(dim=0).cpu()
+        zero = torch.stack([of.zero for of in seen]).all(dim=0).cpu()
         never = torch.zeros_like(zero)
         into, out = self._roots(select.into), self._roots(select.out)
         return _Reader(name, into, out, _one_each(select.index, len(into)), zero, never)
@@ -330,11 +351,13 @@ class _Dead:
         return alone._conv_forward(only[:, channel : channel + 1], rows, None)
 
     @torch.no_grad()
-    def fold(self, gone: Tensor, masks: Masks) -> dict[str, Tensor]:
+    def fold(self, gone: Tensor, masks: Masks) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Add the constants of channels that go to biases, or take them off running means.
 
-        Gives what the outputs of layers lack where it was taken off behind them.
+        Gives these tensors, and what the outputs of layers lack where it was taken off behind them.
+        Biases that were masked and no longer are zero leave their masks.
         """
+        values: dict[str, Tensor] = {}
         shift: dict[str, Tensor] = {}
         lost = torch.zeros_like(self.candidates)
         lost[gone] = True
@@ -345,13 +368,14 @@ class _Dead:
             adds = self._adds(reader.name, reader.seen, chosen)
             bias = self.network.layers[reader.name].bias
             if bias is None:
-                self.tensors[self.behind[reader.name]].sub_(adds)
+                mean = self.behind[reader.name]
+                values[mean] = values.get(mean, self.tensors[mean]) - adds
                 shift[reader.name] = adds
                 continue
-            self.tensors[bias].add_(adds)
+            values[bias] = values.get(bias, self.tensors[bias]) + adds
             if (held := masks.get(bias)) is not None:
                 held |= (adds != 0).to(held.device)
-        return shift
+        return values, shift
 
     def _adds(self, name: str, seen: Tensor, chosen: Tensor) -> Tensor:
         """What constant inputs add to each output, (outputs,)."""
