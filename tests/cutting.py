@@ -77,9 +77,9 @@ def check(model, network, selection, batch):
             if slot.kind == "out":
                 lost = removed.get(group.name, 0) * slot.index.shape[1]
                 expected[slot.tensor] = expected.get(slot.tensor, 0) + lost
-    state = compact.model.state_dict()
+    before, state = model.state_dict(), compact.model.state_dict()
     for name, lost in expected.items():
-        assert len(state[name]) == len(model.state_dict()[name]) - lost
+        assert len(state[name]) == len(before[name]) - lost
     return masked, compact
 
 
