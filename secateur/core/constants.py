@@ -183,12 +183,11 @@ def _all(true: Tensor, dim: int) -> Tensor:
 
 
 def _where_factors_are_zero(out: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """A normalisation says its shift where its factor is zero, whatever it sees."""
-    if weight is None:
-        return out
-    form = [1, -1] + [1] * (out.dim() - 2)
-    shift = torch.zeros_like(weight) if bias is None else bias
-    return torch.where((weight == 0).reshape(form), shift.reshape(form), out)
+    """A normalisation says its shift where its factor is zero, whatever it sees; in place."""
+    if weight is not None and len(none := weight.eq(0).nonzero().flatten()):
+        shift = torch.zeros_like(weight) if bias is None else bias
+        out[:, none] = shift[none].reshape(-1, *[1] * (out.dim() - 2))
+    return out
 
 
 def _unknown_again(x: Tensor, out: Any) -> Any:

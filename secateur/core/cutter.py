@@ -31,7 +31,7 @@ class Plan:
         if name in self.columns:
             rows, columns = (index.to(tensor.device) for index in self.columns[name])
             return tensor[rows.unsqueeze(1), columns]
-        for axis, index in self.cuts.get(name, {}).items():
+        for axis, index in sorted(self.cuts.get(name, {}).items(), key=lambda cut: cut[0]):
             whole = len(index) == tensor.shape[axis] and bool(index.diff().eq(1).all())
             if not whole:
                 tensor = tensor.index_select(axis, index.to(tensor.device))

@@ -21,11 +21,11 @@ class Take(nn.Module):
     def __init__(self, index: Sequence[int]) -> None:
         super().__init__()
         self.register_buffer("index", torch.tensor(list(index), dtype=torch.int64))
-        self._border = _border(list(index))
+        self._note()
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, channels, ...) -> (N, len(index), ...)."""
-        return take(x, self.index, self._border)
+        return take(x, self.index, self._border, self._zeros)
 
     def put(self, index: Tensor) -> None:
         """Take these from now on; the buffer stays the same as long as their number does."""
@@ -33,11 +33,17 @@ class Take(nn.Module):
             self.index.copy_(index)
         else:
             self.index = index.to(self.index)
-        self._border = _border(self.index.tolist())
+        self._note()
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
-        self._border = _border(self.index.tolist())
+        self._note()
+
+    def _note(self) -> None:
+        """What makes it cheap, looked at once."""
+        numbers = self.index.tolist()
+        self._border = _border(numbers)
+        self._zeros = min(numbers, default=0) < 0
 
     def extra_repr(self) -> str:
         """How many, and how many of them are zeros."""
@@ -45,15 +51,17 @@ class Take(nn.Module):
 
 
 @fx.wrap
-def take(x: Tensor, index: Tensor, border: tuple[int, int] | None) -> Tensor:
-    """Channels of x by index, zeros for -1; `border` as `_border` gives it for the index.
+def take(x: Tensor, index: Tensor, border: tuple[int, int] | None, zeros: bool) -> Tensor:
+    """Channels of x by index, zeros for -1, if there are `zeros`; `border` is `_border(index)`.
 
     All channels in their order, as dense networks have them, cost nothing, or padding.
     """
     if border is not None and x.shape[1] + sum(border) == len(index):
         return functional.pad(x, [0, 0] * (x.dim() - 2) + list(border)) if any(border) else x
-    zero = functional.pad(x, [0, 0] * (x.dim() - 2) + [0, 1])  # one more channel, of zeros
-    return zero.index_select(1, torch.where(index < 0, x.shape[1], index))
+    if not zeros:
+        return x.index_select(1, index)
+    wider = functional.pad(x, [0, 0] * (x.dim() - 2) + [0, 1])  # one more channel, of zeros
+    return wider.index_select(1, torch.where(index < 0, x.shape[1], index))
 
 
 def _border(index: list[int]) -> tuple[int, int] | None:

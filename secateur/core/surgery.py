@@ -209,16 +209,18 @@ class _Reader:
     """bool, (inputs,): constant, not zero, and foldable."""
     seen: Tensor | None = None
     """What it sees, one image, NaN where it depends on the input."""
-
-    @cached_property
-    def harmful(self) -> Tensor:
-        """The opposite of harmless."""
-        return ~self.harmless
+    _asked: tuple[Tensor, Tensor] | None = None
 
     @cached_property
     def mine(self) -> Tensor:
         """Roots of its inputs, each once."""
         return self.into.unique()
+
+    def wants(self, alive: Tensor) -> Tensor:
+        """Roots without which these outputs, bool, would not be what they are."""
+        if self._asked is None or not torch.equal(alive, self._asked[0]):
+            self._asked = alive, self.into[self.reads(alive) & ~self.harmless]
+        return self._asked[1]
 
 
 class _Dead:
@@ -286,8 +288,7 @@ class _Dead:
         gone, hurt = gone.clone(), ~candidates
         pending = self.asked.clone()
         for reader in reversed(self.readers):
-            read = reader.reads(~gone[reader.out])
-            hurt[reader.into[read & reader.harmful]] = True
+            hurt[reader.wants(~gone[reader.out])] = True
             pending[mine := reader.mine] -= 1
             if not self.idle:
                 gone[mine] = gone[mine] | (~hurt[mine] & (pending[mine] == 0))
