@@ -109,6 +109,53 @@ def test_networks_of_full_size_shrink_and_compute_the_same(arch, shape):
     check_bookkeeping(masked, chosen, compact)
 
 
+def places(model):
+    return {t.data_ptr() for t in [*model.parameters(), *model.buffers()] if t.numel()}
+
+
+@pytest.mark.parametrize("cut", ["nothing", "something", "dead"])
+def test_a_compact_network_shares_no_memory_with_the_one_it_was_made_of(cut):
+    model = network("resnet_cifar", (3, 8, 8), depth=8).double().train()
+    batch = torch.rand(2, 3, 8, 8).double()
+    chosen = prune_at_random(model, 3) if cut == "dead" else {}
+    before, kept = copy.deepcopy(model.state_dict()), copy.deepcopy(chosen)
+    if cut == "dead":
+        compact = surgery.remove_dead(model, chosen, batch)
+    else:
+        selection = {"layer1.0.conv1": torch.tensor([1, 2])} if cut == "something" else {}
+        compact = surgery.remove(model, selection, batch)
+    assert not places(model) & places(compact.model)
+    assert not {m.data_ptr() for m in chosen.values()} & {
+        m.data_ptr() for m in compact.masks.values()
+    }
+    assert not compact.model.training and all(m.training for m in model.modules())
+    assert [p.requires_grad for p in compact.model.parameters()] == [
+        p.requires_grad for p in model.parameters()
+    ]
+    for tensor in [*compact.model.parameters(), *compact.model.buffers(), *compact.masks.values()]:
+        tensor.detach().fill_(1)
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    assert all(torch.equal(mask, kept[name]) for name, mask in chosen.items())
+
+
+def test_buffers_that_checkpoints_do_not_hold_stay_as_the_code_makes_them(tmp_path):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(1, 6, 3), nn.Linear(6, 2)
+            self.register_buffer("scale", torch.tensor(3.0), persistent=False)
+
+        def forward(self, x):
+            return self.head(self.conv(x).relu().mean((2, 3))) * self.scale
+
+    model, batch = Scaled().double(), torch.rand(2, 1, 5, 5).double()
+    gone = {"conv": torch.tensor([0, 4])}
+    compact = surgery.remove(model, gone, batch).model
+    assert compact.conv.weight.shape[0] == 4 and float(compact.scale) == 3
+    assert difference(surgery.mask(model, gone, batch), compact, batch) < 1e-12
+    assert compact.scale.data_ptr() != model.scale.data_ptr()
+
+
 def chain(kind):
     """Small networks without anything that could hide a living output (no ReLU)."""
     if kind == "linear":

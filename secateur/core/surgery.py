@@ -154,8 +154,11 @@ def _set_zero(tensor: Tensor, axis: int, parts: int, entries: Tensor) -> None:
 
 
 def _twin(model: nn.Module) -> nn.Module:
-    """A copy in eval mode whose tensors still are the model's: they are only read until `_cut`."""
-    tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
+    """A copy in eval mode whose tensors still are the model's: they are only read until `_cut`.
+
+    Buffers that checkpoints do not hold are copied at once.
+    """
+    tensors = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}
     return copy.deepcopy(model, tensors).eval()
 
 
