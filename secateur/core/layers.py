@@ -21,7 +21,7 @@ class Take(nn.Module):
     def __init__(self, index: Sequence[int]) -> None:
         super().__init__()
         self.register_buffer("index", torch.tensor(list(index), dtype=torch.int64))
-        self._note()
+        self._note(list(index))
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, channels, ...) -> (N, len(index), ...)."""
@@ -33,15 +33,14 @@ class Take(nn.Module):
             self.index.copy_(index)
         else:
             self.index = index.to(self.index)
-        self._note()
+        self._note(self.index.tolist())
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
-        self._note()
+        self._note(self.index.tolist())
 
-    def _note(self) -> None:
+    def _note(self, numbers: list[int]) -> None:
         """What makes it cheap, looked at once."""
-        numbers = self.index.tolist()
         self._border = _border(numbers)
         self._zeros = min(numbers, default=0) < 0
 
