@@ -138,6 +138,36 @@ def test_a_compact_network_shares_no_memory_with_the_one_it_was_made_of(cut):
     assert all(torch.equal(mask, kept[name]) for name, mask in chosen.items())
 
 
+class Remembers(nn.Module):
+    """What it computes with is made of its weight whenever that is loaded."""
+
+    def __init__(self, hook):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(5, 4, 1, 1, dtype=torch.float64))
+        self.hook = hook
+        if hook:
+            self.register_load_state_dict_post_hook(lambda module, _: module.note())
+        self.note()
+
+    def note(self):
+        self.outputs = len(self.weight)
+
+    def _load_from_state_dict(self, *args):
+        super()._load_from_state_dict(*args)
+        if not self.hook:
+            self.note()
+
+    def forward(self, x):
+        return nn.functional.conv2d(x, self.weight) * self.outputs
+
+
+@pytest.mark.parametrize("hook", [True, False], ids=["hook", "override"])
+def test_modules_that_listen_when_tensors_are_loaded_hear_of_smaller_ones(hook):
+    model = nn.Sequential(Remembers(hook), nn.ReLU(), nn.Conv2d(5, 2, 1).double())
+    compact = surgery.remove(model, {"0": torch.tensor([1, 4])}, torch.rand(1, 4, 3, 3).double())
+    assert (model[0].outputs, compact.model[0].outputs) == (5, 3)
+
+
 def test_buffers_that_checkpoints_do_not_hold_stay_as_the_code_makes_them(tmp_path):
     class Scaled(nn.Module):
         def __init__(self):

@@ -23,32 +23,35 @@ def resize(
     or if a parameter of the model is not named.
     """
     _index(model, layers or {})
-    shared: dict[int, torch.Tensor] = {}  # what stood in several places still does
-    kept: list[torch.Tensor] = []
+    fresh: dict[int, torch.Tensor] = {}  # what stands in several places still does
+    tensors: dict[str, torch.Tensor] = {}
     for name, module in model.named_modules():
-        prefix = f"{name}." if name else ""
-        before = {
-            own: tuple(tensor.shape) for own, tensor in module.named_parameters(recurse=False)
-        }
-        changed = False
-        for own, tensor in [*module.named_parameters(recurse=False), *_buffers(module)]:
-            if prefix + own not in shapes:
-                raise ValueError(f"{prefix + own} is missing")
-            shape = tuple(shapes[prefix + own])
-            if shape == tuple(tensor.shape):
-                continue
-            if len(shape) != tensor.dim():
-                raise ValueError(f"{prefix + own} has {len(shape)} axes, needs {tensor.dim()}")
-            if id(tensor) not in shared:
-                fresh = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
-                if isinstance(tensor, nn.Parameter):
-                    fresh = nn.Parameter(fresh, requires_grad=tensor.requires_grad)
-                shared[id(tensor)] = fresh
-                kept.append(tensor)  # so that its id is not given to another one
-            setattr(module, own, shared[id(tensor)])
-            changed = True
-        if changed:
-            _describe(module, before, (layers or {}).get(name, {}))
+        for path, old in _named_tensors(name, module):
+            if path not in shapes:
+                raise ValueError(f"{path} is missing")
+            shape = tuple(shapes[path])
+            if len(shape) != old.dim():
+                raise ValueError(f"{path} has {len(shape)} axes, needs {old.dim()}")
+            if id(old) not in fresh:
+                fresh[id(old)] = old if shape == tuple(old.shape) else _empty(shape, old)
+            tensors[path] = fresh[id(old)]
+    _place(model, tensors, layers or {})
+
+
+def put(
+    model: nn.Module,
+    tensors: Mapping[str, torch.Tensor],
+    layers: Mapping[str, Mapping[str, int]] | None = None,
+) -> None:
+    """Make given tensors the network's own, of other sizes along the same axes, in place.
+
+    `tensors` has all that `state_dict` has; `layers` as in `resize`. Modules with code of their own
+    that runs when tensors are loaded hear of it.
+    """
+    _index(model, layers or {})
+    _place(model, tensors, layers or {})
+    if any(map(_listens, model.modules())):  # costs as much as all the rest
+        load(model, tensors, assign=True)
 
 
 def load(model: nn.Module, tensors: Mapping[str, torch.Tensor], assign: bool = False) -> None:
@@ -127,14 +130,45 @@ def _draw(module: nn.Module) -> None:
         module.reset_parameters()  # type: ignore[operator]
 
 
-def _buffers(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """Those that checkpoints have; others stay as the code makes them."""
-    mine = module.named_buffers(recurse=False)
-    return [(name, b) for name, b in mine if name not in module._non_persistent_buffers_set]
+def _place(
+    model: nn.Module,
+    tensors: Mapping[str, torch.Tensor],
+    layers: Mapping[str, Mapping[str, int]],
+) -> None:
+    for name, module in model.named_modules():
+        before = {own: p.shape for own, p in module.named_parameters(recurse=False)}
+        changed = False
+        for path, old in _named_tensors(name, module):
+            if (new := tensors[path]) is not old:
+                setattr(module, path.removeprefix(f"{name}."), new)
+                changed |= new.shape != old.shape
+        if changed:
+            _describe(module, before, layers.get(name, {}))
+
+
+def _listens(module: nn.Module) -> bool:
+    """Whether anybody but torch wants to know when its tensors are loaded."""
+    own = type(module)._load_from_state_dict is not nn.Module._load_from_state_dict
+    hooks = module._load_state_dict_pre_hooks or module._load_state_dict_post_hooks
+    return bool(hooks) or (own and not type(module).__module__.startswith("torch.nn."))
+
+
+def _named_tensors(name: str, module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """A module's own, with their whole names; not the buffers that checkpoints do not have."""
+    own: list[tuple[str, torch.Tensor]] = [*module.named_parameters(recurse=False)]
+    for key, buffer in module.named_buffers(recurse=False):
+        if key not in module._non_persistent_buffers_set:  # those stay as the code makes them
+            own.append((key, buffer))
+    return [(f"{name}.{key}" if name else key, tensor) for key, tensor in own]
+
+
+def _empty(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+    fresh = torch.empty(shape, dtype=like.dtype, device=like.device)
+    return nn.Parameter(fresh, like.requires_grad) if isinstance(like, nn.Parameter) else fresh
 
 
 def _describe(
-    module: nn.Module, before: Mapping[str, tuple[int, ...]], known: Mapping[str, int]
+    module: nn.Module, before: Mapping[str, torch.Size], known: Mapping[str, int]
 ) -> None:
     """Bring a layer's own account of its sizes in line with its tensors.
 
