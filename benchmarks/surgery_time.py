@@ -91,6 +91,7 @@ def timed(run: Callable[[], Any]) -> tuple[float, Any]:
 def measure(arch: str, chosen: dict[str, Any]) -> list[float]:
     """Seconds of follow, allowed, remove and remove_dead."""
     model, image = build(arch, chosen)
+    gc.collect()  # a stage has no networks of earlier turns about
     followed, network = timed(lambda: channels.follow(model, image))
     fitted, selection = timed(lambda: selected(network, 0.25))
     removed, compact = timed(lambda: surgery.remove(model, selection, image, {}, network))
