@@ -68,6 +68,7 @@ def test_experiments_run_only_what_they_change(project):
     assert ran(project.dvc("exp", "run", "-S", "decay=0.0003")) == []
     log = project.dvc("exp", "run", "-S", "pruners.std.sensitivity=0.5")
     assert ran(log) == ["prune", "finetune", "evaluate"]
+    project.dvc("checkout")  # as `exp apply` does; the other pipeline has never run
 
 
 def test_a_second_clone_reuses_models_and_shows_the_whole_chain(finished, tmp_path):
