@@ -41,15 +41,14 @@ def resize(
 def put(
     model: nn.Module,
     tensors: Mapping[str, torch.Tensor],
-    layers: Mapping[str, Mapping[str, int]] | None = None,
+    layers: Mapping[str, Mapping[str, int]],
 ) -> None:
     """Make given tensors the network's own, of other sizes along the same axes, in place.
 
-    `tensors` has all that `state_dict` has; `layers` as in `resize`. Modules with code of their own
-    that runs when tensors are loaded hear of it.
+    `tensors` has all that `state_dict` has; `layers` has new `groups`, as in `resize`. Modules with
+    code of their own that runs when tensors are loaded hear of it.
     """
-    _index(model, layers or {})
-    _place(model, tensors, layers or {})
+    _place(model, tensors, layers)
     if any(map(_listens, model.modules())):  # costs as much as all the rest
         load(model, tensors, assign=True)
 
