@@ -6,6 +6,7 @@ batches of the same size, in turns, each in a process of its own as people run i
     python -m benchmarks.train_speed
     python -m benchmarks.train_speed --net lenet300 --batch 512
     python -m benchmarks.train_speed --net resnet20 vgg16 densenet100 --turns 2
+    python -m benchmarks.train_speed --net resnet20 --batch 1024 --compile --turns 2
 """
 
 import argparse
@@ -32,7 +33,7 @@ from secateur.core.settings import Train
 ROOT = Path(__file__).resolve().parents[1]
 GREY, COLOUR = [1, 28, 28], [3, 32, 32]
 NETS: dict[str, dict[str, Any]] = {
-    "lenet300": {"arch": "lenet300", "settings": {}, "shape": GREY, "images": 12_000},
+    "lenet300": {"arch": "lenet300", "settings": {}, "shape": GREY, "images": 60_000},
     "lenet5": {"arch": "lenet5", "settings": {}, "shape": GREY, "images": 6_000},
     "resnet20": {
         "arch": "resnet_cifar",
@@ -55,7 +56,8 @@ def task(net: str, **more: Any) -> dict[str, Any]:
     """What one process is to do: the batch and the optimizer are the original scripts'."""
     grey = NETS[net]["shape"] == GREY
     common = {"classes": 10, "batch": 100 if grey else 128, "epochs": 2, "decay": 0.0}
-    return NETS[net] | common | {"optimizer": "adam" if grey else "sgd"} | more
+    chosen = NETS[net] | common | {"optimizer": "adam" if grey else "sgd"} | more
+    return chosen | {"images": max(chosen["images"], 4 * chosen["batch"])}
 
 
 def run(script: list[str], what: dict[str, Any], **environment: str) -> list[float]:
@@ -150,6 +152,7 @@ def settings(what: dict[str, Any]) -> Train:
         optimizer=what["optimizer"],
         weight_decay=0.0 if what["optimizer"] == "adam" else 5e-4,
         precision=what.get("precision", "float32"),
+        compile=what.get("compile", False),
     )
 
 
@@ -227,7 +230,7 @@ def flops(net: str) -> float:
     return 3 * 2 * cost.macs(network(what), torch.zeros(1, *what["shape"]))
 
 
-def measure(net: str, turns: int, shared: dict[str, Any]) -> None:
+def measure(net: str, turns: int, shared: dict[str, Any], compiled: bool) -> None:
     """Print the speed of each way, and the ratio to the best of the usual ones, turn by turn."""
     grey = NETS[net]["shape"] == GREY
     ways: dict[str, tuple[Callable[..., float], dict[str, Any]]] = {
@@ -235,6 +238,8 @@ def measure(net: str, turns: int, shared: dict[str, Any]) -> None:
     }
     ways["ours, float32"] = (ours, {})
     ways["ours, bfloat16"] = (ours, {"precision": "bfloat16"})
+    if compiled:
+        ways["ours, bfloat16, compiled"] = (ours, {"precision": "bfloat16", "compile": True})
     if grey:
         ways["usual, 2 workers"] = (usual, {"workers": 2})
         ways["usual + penalty"] = (usual, {"workers": 0, "decay": 1e-6})
@@ -272,6 +277,7 @@ def main() -> None:
     parser.add_argument("--net", nargs="+", default=["lenet300", "lenet5"], choices=list(NETS))
     parser.add_argument("--turns", type=int, default=3, help="median over so many")
     parser.add_argument("--batch", type=int, help="images of a step, instead of the sources'")
+    parser.add_argument("--compile", action="store_true", help="measure torch.compile beside it")
     parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
     parser.add_argument("--parts", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -282,7 +288,8 @@ def main() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         print(f"largest matrix products: {peak(dtype):,.0f} GFLOP/s in {dtype}")
     for net in options.net:
-        measure(net, options.turns, {"batch": options.batch} if options.batch else {})
+        shared = {"batch": options.batch} if options.batch else {}
+        measure(net, options.turns, shared, options.compile)
 
 
 if __name__ == "__main__":
