@@ -330,7 +330,7 @@ class Normalise:
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """Normalise a batch (count, channels, height, width); its memory layout stays."""
-        batch = pixels.float().mul_(self.scale)  # pixels * scale converts one by one
+        batch = pixels * self.scale
         return batch if self.plain else batch.add_(self.shift)
 
 
