@@ -15,7 +15,11 @@ from typing import Any
 import torch
 
 from benchmarks.surgery_time import build
-from secateur.core import channels, choices, cost, machine, surgery
+from secateur.base import machine
+from secateur.channels import graph as channels
+from secateur.nn import cost
+from secateur.pruning import removal as surgery
+from secateur.sparsity import choices
 
 NETS: dict[str, tuple[str, dict[str, Any]]] = {
     "resnet56": ("resnet_cifar", {"depth": 56}),
@@ -31,15 +35,15 @@ NETS: dict[str, tuple[str, dict[str, Any]]] = {
 def without(arch: str, chosen: dict[str, Any], share: float, multiple: int) -> surgery.Compact:
     """The network without that share of each group, at random."""
     model, image = build(arch, chosen)
-    network = channels.follow(model, image)
+    graph = channels.build_channel_graph(model, image)
     chance = torch.Generator().manual_seed(0)
     gone = {}
-    for group in network.groups:
+    for group in graph.groups:
         if group.locked is None:
             order = torch.rand(group.size, generator=chance)
-            lost = choices.smallest(order, choices.count(share, group.size))
+            lost = choices.smallest_choice(order, choices.number_pruned(share, group.size))
             gone[group.name] = choices.spare(lost, order, multiple=multiple).nonzero().flatten()
-    return surgery.remove(model, network.allowed(gone), image, {}, network)
+    return surgery.remove(model, graph.allowed(gone), image, {}, graph)
 
 
 @torch.no_grad()
@@ -72,7 +76,7 @@ def main() -> None:
                 ratios = [d / t for d, t in zip(times["dense"], values, strict=True)]
                 speedup = statistics.median(ratios)
                 print(
-                    f"| {name} | {key} | {size} | {cost.spread(times['dense'])[0]:.1f} | "
+                    f"| {name} | {key} | {size} | {cost.median_and_iqr(times['dense'])[0]:.1f} | "
                     f"{promised[key]:.2f}x | {speedup:.2f}x | {speedup / promised[key]:.2f} |",
                     flush=True,
                 )

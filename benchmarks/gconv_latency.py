@@ -1,7 +1,7 @@
 """Latency of group convolutions: the dense network, the masked one, and the exported one.
 
 The exported one with an index layer on both sides of every group convolution, and with these folded
-into the order of the channels where that is possible (core/regroup.py). All take turns on the same
+into the order of the channels where that is possible (gconv/export.py). All take turns on the same
 batch. A ratio below 1 means slower than dense.
 
     python -m benchmarks.gconv_latency
@@ -18,9 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.gconv_sizes import NETS, build
-from secateur.core import cost, machine, masks, regroup
-from secateur.core.decision import Subject
+from secateur.base import machine
+from secateur.gconv import export as regroup
+from secateur.nn import cost
 from secateur.pruners import gconv
+from secateur.pruning.decision import PruningContext
+from secateur.sparsity import masks
 
 LAYERS = ((64, 56), (128, 28), (256, 14), (512, 7))
 """Channels in and out of a 3x3 convolution, and the side of its image."""
@@ -28,7 +31,7 @@ LAYERS = ((64, 56), (128, 28), (256, 14), (512, 7))
 
 def versions(model: nn.Module, image: Tensor, groups: int) -> dict[str, nn.Module]:
     """The four networks, in eval mode; `image` is a batch of one."""
-    decision = gconv.prune(gconv.Settings(groups=groups), Subject(model, image))
+    decision = gconv.prune(gconv.Settings(groups=groups), PruningContext(model, image))
     masked = copy.deepcopy(model)
     masks.apply(masked, decision.masks)
     plain = regroup.export(masked, decision.masks, image, fold=False).model
@@ -48,12 +51,15 @@ def rows(
 ) -> str:
     """One line of the table: milliseconds, and dense over each."""
     times = cost.latency(models, batch, repeats)
-    middle = {name: cost.spread(values)[0] for name, values in times.items()}
+    middle = {name: cost.median_and_iqr(values)[0] for name, values in times.items()}
     ratio = {
         name: statistics.median(d / t for d, t in zip(times["dense"], values, strict=True))
         for name, values in times.items()
     }
-    index = {name: int(regroup.count(model)["index_layers"]) for name, model in models.items()}
+    index = {
+        name: int(regroup.group_convolution_counts(model)["index_layers"])
+        for name, model in models.items()
+    }
     cells = [f"{middle['dense']:.2f}"]
     cells += [f"{middle[n]:.2f} ({ratio[n]:.2f}x)" for n in ("masked", "indexed", "folded")]
     return f"| {label} | {groups} | {' | '.join(cells)} | {index['indexed']}, {index['folded']} |"

@@ -18,10 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.core import cost, groupconfig, masks, plugin
-from secateur.core.decision import Decision, Subject
-from secateur.core.errors import PruningError
+from secateur.base import plugin
+from secateur.base.errors import PruningError
+from secateur.gconv import config as groupconfig
+from secateur.nn import cost
 from secateur.pruners import gconv
+from secateur.pruning.decision import PruningContext, PruningDecision
+from secateur.sparsity import masks
 
 CIFAR, IMAGENET = (3, 32, 32), (3, 224, 224)
 NETS: dict[str, tuple[str, dict[str, Any], int, tuple[int, int, int]]] = {
@@ -52,7 +55,7 @@ def build(net: str) -> tuple[nn.Module, Tensor]:
 def divided(model: nn.Module, image: Tensor, **how: Any) -> dict[str, int]:
     """Groups of every convolution, as the pruner gives them; which ones does not matter here."""
     chosen = {"groups": None, "permutation": "same"} | how
-    decision: Decision = gconv.prune(gconv.Settings(**chosen), Subject(model, image))
+    decision: PruningDecision = gconv.prune(gconv.Settings(**chosen), PruningContext(model, image))
     entries = json.loads(decision.files["groups.json"])
     return {name.removeprefix(groupconfig.PREFIX): entry["G"] for name, entry in entries.items()}
 

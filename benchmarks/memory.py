@@ -20,10 +20,11 @@ import torch
 from PIL import Image
 
 from benchmarks import train_speed
-from secateur.core import plugin, train
-from secateur.core.data import Batches, prepare
-from secateur.core.listing import Listing
-from secateur.core.machine import hardware
+from secateur.base import plugin
+from secateur.base.machine import hardware
+from secateur.data.dataset import Batches, prepare
+from secateur.data.image_files import ImageFileList
+from secateur.training import loop as train
 
 CIFAR_LIMIT = 2048  # MiB
 PICTURES, SIDE = 6000, 160
@@ -63,9 +64,9 @@ def pictures(root: Path, memory_mb: int) -> None:
     libraries = resident("VmRSS")
     found = module.read(module.Settings(memory_mb=memory_mb), root)
     data = prepare("made up", found, 0, 0)
-    for images, _ in Batches(data.train, data.about, 32, 1).epoch(0):
+    for images, _ in Batches(data.train, data.info, 32, 1).epoch(0):
         assert images.shape[1:] == (3, SIDE, SIDE)
-    print(libraries, resident("VmHWM"), isinstance(data.train, Listing))
+    print(libraries, resident("VmHWM"), isinstance(data.train, ImageFileList))
 
 
 def apart(*arguments: str) -> list[str]:

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.train_speed import NETS, made_up, network, settings, task
-from secateur.core import optim, plugin
-from secateur.core.data import Batches
-from secateur.core.engine import Engine
-from secateur.core.machine import hardware
-from secateur.core.train import Penalty, _Step
+from secateur.base import plugin
+from secateur.base.machine import hardware
+from secateur.data.dataset import Batches
+from secateur.training import optim
+from secateur.training.engine import Engine
+from secateur.training.loop import _Step
+from secateur.training.penalty import Penalty
 
 
 class Way:
@@ -32,7 +34,7 @@ class Way:
         if name:
             module = plugin.load("penalties", name)
             penalty = module.build(module.Settings(), model, 1e-6)
-        self.batches = Batches(data.train, data.about, what["batch"], 1)
+        self.batches = Batches(data.train, data.info, what["batch"], 1)
         self.size, self.count = what["batch"], 0
         engine = Engine(precision)
         self.step = _Step(

@@ -1,4 +1,4 @@
-"""Time of the permutation search: core/permute.py against a straight reading of the heuristic.
+"""Time of the permutation search: gconv/permutation.py against a straight reading of the heuristic.
 
 Both look for the same groups in the same matrices, in turns, in one process and on one thread. The
 straight reading does in every round what the paper's description says: it looks at the matrix in
@@ -17,7 +17,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from secateur.core.permute import Floats, Ints, Search, group
+from secateur.gconv.permutation import Floats, Ints, Search, group
 
 
 def straight(criterion: Floats, groups: int, iters: int) -> tuple[Ints, Ints, float]:

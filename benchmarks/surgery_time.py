@@ -21,8 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.core import channels, plugin, settings, surgery
-from secateur.core.machine import hardware
+from secateur.base import plugin, settings
+from secateur.base.machine import hardware
+from secateur.channels import graph as channels
+from secateur.pruning import removal as surgery
 
 BC = {"bottleneck": True, "compression": 0.5}
 NETWORKS: list[tuple[str, dict[str, Any]]] = [
@@ -56,16 +58,16 @@ def build(arch: str, chosen: dict[str, Any]) -> tuple[nn.Module, Tensor]:
     module = plugin.load("archs", arch)
     large = arch == "torchvision"
     shape = (3, 224, 224) if large else (3, 32, 32)
-    options = settings.parse(module.Settings, chosen, arch)
+    options = settings.validate(module.Settings, chosen, arch)
     model: nn.Module = module.build(options, 1000 if large else 10, shape)
     return model.eval(), torch.randn(1, *shape)
 
 
-def selected(network: channels.Network, share: float) -> dict[str, Tensor]:
+def selected(graph: channels.ChannelGraph, share: float) -> dict[str, Tensor]:
     """At random that share of every group."""
     chance = torch.Generator().manual_seed(0)
-    free = [group for group in network.groups if group.locked is None]
-    return network.allowed(
+    free = [group for group in graph.groups if group.locked is None]
+    return graph.allowed(
         {g.name: torch.randperm(g.size, generator=chance)[: int(share * g.size)] for g in free}
     )
 
@@ -92,9 +94,9 @@ def measure(arch: str, chosen: dict[str, Any]) -> list[float]:
     """Seconds of follow, allowed, remove and remove_dead."""
     model, image = build(arch, chosen)
     gc.collect()  # a stage has no networks of earlier turns about
-    followed, network = timed(lambda: channels.follow(model, image))
-    fitted, selection = timed(lambda: selected(network, 0.25))
-    removed, compact = timed(lambda: surgery.remove(model, selection, image, {}, network))
+    followed, graph = timed(lambda: channels.build_channel_graph(model, image))
+    fitted, selection = timed(lambda: selected(graph, 0.25))
+    removed, compact = timed(lambda: surgery.remove(model, selection, image, {}, graph))
     silence(compact.model, 0.25)
     dead, _ = timed(lambda: surgery.remove_dead(compact.model, {}, image))
     return [followed, fitted, removed, dead]

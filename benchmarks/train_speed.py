@@ -23,12 +23,15 @@ from typing import Any
 
 import torch
 
-from secateur.core import optim, plugin, train
-from secateur.core.augment import FileAugment
-from secateur.core.data import About, Batches, Dataset, Split
-from secateur.core.engine import Engine
-from secateur.core.machine import hardware
-from secateur.core.settings import Train
+from secateur.base import plugin
+from secateur.base.machine import hardware
+from secateur.base.settings import Train
+from secateur.data.augment import FileAugment
+from secateur.data.dataset import Batches, Dataset, DatasetInfo, InMemoryImages
+from secateur.training.penalty import Row
+from secateur.training import loop as train
+from secateur.training import optim
+from secateur.training.engine import Engine
 
 ROOT = Path(__file__).resolve().parents[1]
 GREY, COLOUR = [1, 28, 28], [3, 32, 32]
@@ -94,7 +97,7 @@ def made_up(what: dict[str, Any]) -> Dataset:
     images = torch.randint(0, 256, (count, height, width, channels), dtype=torch.uint8)
     labels = torch.randint(0, what["classes"], (count,))
     crop = FileAugment(pad=4, flip=True) if channels == 3 else FileAugment()
-    about = About(
+    info = DatasetInfo(
         "made up",
         [str(c) for c in range(what["classes"])],
         what["shape"],
@@ -104,9 +107,9 @@ def made_up(what: dict[str, Any]) -> Dataset:
         {},
         crop,
     )
-    everything = Split.of(images, labels)
-    none = Split.of(images[:0], labels[:0])
-    return Dataset(about, everything, none, none)
+    everything = InMemoryImages.of(images, labels)
+    none = InMemoryImages.of(images[:0], labels[:0])
+    return Dataset(info, everything, none, none)
 
 
 class Stopwatch:
@@ -115,13 +118,13 @@ class Stopwatch:
     def __init__(self, images: int) -> None:
         self.images, self.began = images, 0.0
 
-    def start(self, epochs: int, steps: int, rows: list[train.Row]) -> None:
+    def start(self, epochs: int, steps: int, rows: list[Row]) -> None:
         """The first epoch warms up."""
 
     def step(self, epoch: int, step: int) -> None:
         """Nothing to do."""
 
-    def epoch(self, row: train.Row) -> None:
+    def epoch(self, row: Row) -> None:
         """An epoch is done."""
         now = time.perf_counter()
         if self.began:
@@ -181,7 +184,7 @@ def parts(what: dict[str, Any]) -> None:
     chosen, engine = settings(what), Engine(what.get("precision", "float32"))
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = optim.optimizer(model, chosen)
-    batches = Batches(data.train, data.about, what["batch"], 1)
+    batches = Batches(data.train, data.info, what["batch"], 1)
     module = plugin.load("penalties", "hoyer_square")
     penalty = module.build(module.Settings(), model, 1e-6)
     times: dict[str, list[float]] = {}
@@ -224,7 +227,7 @@ def peak(dtype: torch.dtype) -> float:
 
 def flops(net: str) -> float:
     """Floating-point operations of learning from one image: three times those of looking at it."""
-    from secateur.core import cost
+    from secateur.nn import cost
 
     what = task(net)
     return 3 * 2 * cost.macs(network(what), torch.zeros(1, *what["shape"]))

@@ -15,7 +15,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from secateur.core import plugin, raw
+from secateur.base import plugin
+from secateur.base.torchvision_import import import_torchvision
 
 
 class OneByOne(Dataset[tuple[Tensor, int]]):
@@ -26,7 +27,7 @@ class OneByOne(Dataset[tuple[Tensor, int]]):
         size = (count, height, width) if channels == 1 else (count, height, width, channels)
         self.images = torch.randint(0, 256, size, dtype=torch.uint8).numpy()
         self.labels = torch.randint(0, classes, (count,)).tolist()
-        transforms = raw.torchvision().transforms
+        transforms = import_torchvision().transforms
         steps = [transforms.ToTensor()]
         if channels == 3:
             steps = [

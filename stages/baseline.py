@@ -10,22 +10,24 @@ A killed training, run again, goes on where it was and ends with the same bytes.
 
 import torch
 
-from secateur import chain, console, rehearsal
-from secateur.core import checkpoint
+from secateur.nn import checkpoint
+from secateur.pipeline import console
+from secateur.pipeline import preflight as rehearsal
+from secateur.pipeline import runner as chain
 
 
 def main() -> None:
     """Build, train, save."""
-    job = chain.Job("baseline")
+    job = chain.StageContext("baseline")
     chain.train_model(job, job.params.baseline, train_dense)
 
 
-def train_dense(job: chain.Job) -> chain.Product:
+def train_dense(job: chain.StageContext) -> chain.StageResult:
     """A new network, trained on cross-entropy alone."""
     header = job.header()
     torch.manual_seed(job.params.seed)
     model = checkpoint.architecture(header, published=True)
-    rehearsal.rehearse(model, job.data.about)
+    rehearsal.check_network(model, job.data.info)
     fit = job.fit(model, job.params.baseline)
     return chain.trained(model, header, fit)
 

@@ -15,9 +15,14 @@ from typing import Any
 import pandas as pd
 from torch import nn
 
-from secateur import chain, console, track
-from secateur.core import cost, files, machine, masks, record, train
-from secateur.core.data import sample
+from secateur.base import files, machine
+from secateur.data.dataset import sample
+from secateur.nn import cost
+from secateur.pipeline import console, record
+from secateur.pipeline import runner as chain
+from secateur.pipeline import tracking as track
+from secateur.sparsity import masks
+from secateur.training import loop as train
 
 MODELS = {
     "baseline": "baseline",
@@ -30,7 +35,7 @@ MODELS = {
 
 def main() -> None:
     """Load all models, measure, report."""
-    job = chain.Job("evaluate")
+    job = chain.StageContext("evaluate")
     models = {name: job.checkpoint(maker).model() for name, maker in MODELS.items()}
     records = {
         maker: record.load(job.stage.input(f"{record.FOLDERS[maker]}.run.json"))
@@ -46,16 +51,18 @@ def main() -> None:
     console.summary(report, asked(records, report), store.uri if run_id else None)
 
 
-def measure(job: chain.Job, models: dict[str, nn.Module]) -> tuple[dict[str, Any], pd.DataFrame]:
+def measure(
+    job: chain.StageContext, models: dict[str, nn.Module]
+) -> tuple[dict[str, Any], pd.DataFrame]:
     """The report, and a table with one row for each layer of each model."""
     place, params = machine.device(), job.params
-    test, about = job.data.test, job.data.about
-    batch = sample(test, about, params.evaluate.latency_batch).to(place)
+    test, info = job.data.test, job.data.info
+    batch = sample(test, info, params.evaluate.latency_batch).to(place)
     rows: dict[str, Any] = {}
     layers: list[dict[str, Any]] = []
     whole: dict[str, int] = {}  # parameters of each layer of the dense network
     for name, model in models.items():
-        right, loss = train.accuracy(model.to(place), test, about)
+        right, loss = train.accuracy(model.to(place), test, info)
         costs = cost.layer_costs(model, batch[:1])
         whole = whole or {layer.layer: layer.params for layer in costs}
         layers += [
@@ -85,7 +92,7 @@ def measure(job: chain.Job, models: dict[str, nn.Module]) -> tuple[dict[str, Any
         }
     times = cost.latency(models, batch, params.evaluate.latency_repeats)
     for name in models:
-        rows[name]["latency_ms"], rows[name]["latency_iqr_ms"] = cost.spread(times[name])
+        rows[name]["latency_ms"], rows[name]["latency_iqr_ms"] = cost.median_and_iqr(times[name])
     dense, final = rows["baseline"], rows["finetuned"]
     pairs = zip(times["baseline"], times["finetuned"], strict=True)
     report = {
@@ -103,7 +110,7 @@ def measure(job: chain.Job, models: dict[str, nn.Module]) -> tuple[dict[str, Any
     return report, pd.DataFrame(layers)
 
 
-def asked(records: dict[str, record.Record], report: dict[str, Any]) -> str:
+def asked(records: dict[str, record.RunRecord], report: dict[str, Any]) -> str:
     """What the user wanted, in words."""
     wanted = records["sparse-train"].params
     return f"{wanted['penalty']} with decay {wanted['decay']}; {report['pruning']['asked']}"

@@ -14,20 +14,23 @@ was.
 import torch
 from torch import nn
 
-from secateur import chain, console
-from secateur.core import budget, checkpoint, cost, masks
-from secateur.core.settings import Finetune
-from secateur.core.shapes import reset
+from secateur.base.settings import Finetune
+from secateur.nn import checkpoint, cost
+from secateur.nn.resizing import reset
+from secateur.pipeline import console
+from secateur.pipeline import runner as chain
+from secateur.sparsity import masks
+from secateur.training import budget
 
 
 def main() -> None:
     """Load the pruned network, train on, save."""
-    job = chain.Job("finetune")
+    job = chain.StageContext("finetune")
     job.checkpoint("prune")
     chain.train_model(job, job.params.finetune, finetune)
 
 
-def finetune(job: chain.Job) -> chain.Product:
+def finetune(job: chain.StageContext) -> chain.StageResult:
     """The pruned network, trained on without a penalty."""
     settings, pruned = job.params.finetune, job.upstream["prune"]
     model = pruned.model()
@@ -43,13 +46,13 @@ def finetune(job: chain.Job) -> chain.Product:
 
 
 def _by_compute(
-    settings: Finetune, dense: nn.Module, pruned: nn.Module, job: chain.Job
+    settings: Finetune, dense: nn.Module, pruned: nn.Module, job: chain.StageContext
 ) -> Finetune:
     """As many epochs as cost what the given ones of the dense network cost."""
-    image = torch.zeros(1, *job.data.about.shape)
+    image = torch.zeros(1, *job.data.info.shape)
     macs = [cost.macs(m, image) for m in (dense, pruned)]
     longer = budget.stretched(settings, *macs)
-    if job.engine is None or job.engine.first:
+    if job.engine is None or job.engine.is_main:
         console.say(
             f"finetune: {longer.epochs} epochs instead of {settings.epochs}: an image takes "
             f"{macs[0] / macs[1]:.2f}x fewer MACs than in the dense network "

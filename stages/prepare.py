@@ -12,8 +12,9 @@ datasets.<name>.version, or `dvc repro -f prepare`.
 
 from pathlib import Path
 
-from secateur import console
-from secateur.core import data, plugin, stage
+from secateur.base import plugin, stage
+from secateur.data import dataset as data
+from secateur.pipeline import console
 
 
 def main() -> None:
@@ -25,12 +26,12 @@ def main() -> None:
         console.say("prepare: the data set's own val is used; data.validation is not applied")
     prepared = data.prepare(params.dataset, images, params.data.validation, params.data.seed)
     data.save(Path("data") / params.dataset, prepared)
-    about = prepared.about
-    counts = ", ".join(f"{count:,} {name}" for name, count in about.counts.items())
-    shape = "x".join(map(str, about.shape))
+    info = prepared.info
+    counts = ", ".join(f"{count:,} {name}" for name, count in info.counts.items())
+    shape = "x".join(map(str, info.shape))
     console.say(
-        f"prepare: {params.dataset}, {shape} pixels, {len(about.classes)} classes: {counts}; "
-        f"split {about.hash[:12]}"
+        f"prepare: {params.dataset}, {shape} pixels, {len(info.classes)} classes: {counts}; "
+        f"split {info.hash[:12]}"
     )
 
 

@@ -21,13 +21,19 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from secateur import chain, console
-from secateur.core import cost, machine, masks, plugin, regroup, surgery, train
-from secateur.core.data import Batches, few
-from secateur.core.decision import Decision, Subject
-from secateur.core.masks import Masks
-from secateur.core.recalibrate import recalibrate
-from secateur.core.settings import Export
+from secateur.base import machine, plugin
+from secateur.base.settings import Export
+from secateur.data.dataset import Batches, few
+from secateur.gconv import export as regroup
+from secateur.nn import cost
+from secateur.pipeline import console
+from secateur.pipeline import runner as chain
+from secateur.pruning import removal as surgery
+from secateur.pruning.decision import PruningContext, PruningDecision
+from secateur.sparsity import masks
+from secateur.sparsity.masks import Masks
+from secateur.training import loop as train
+from secateur.training.recalibrate import recalibrate
 
 BATCH = 128
 """Images over which statistics are averaged at once."""
@@ -35,20 +41,20 @@ BATCH = 128
 
 def main() -> None:
     """Load the sparse-trained network, prune, save."""
-    job = chain.Job("prune")
+    job = chain.StageContext("prune")
     job.checkpoint("sparse-train")
     chain.make(job, prune)
 
 
-def prune(job: chain.Job) -> chain.Product:
+def prune(job: chain.StageContext) -> chain.StageResult:
     """The sparse-trained network without what the pruner decided, and without dead channels."""
     params, sparse = job.params, job.upstream["sparse-train"]
     settings = params.chosen("pruners")
     model = sparse.model().eval()
     before, outputs = cost.parameters(model), _outputs(model)
-    batch, labels = few(job.data.train, job.data.about)
-    subject = Subject(model, batch, labels, sparse.choices)
-    decision: Decision = plugin.load("pruners", params.pruner).prune(settings, subject)
+    batch, labels = few(job.data.train, job.data.info)
+    subject = PruningContext(model, batch, labels, sparse.choices)
+    decision: PruningDecision = plugin.load("pruners", params.pruner).prune(settings, subject)
     asked = ", ".join([params.pruner, *(f"{k} {v}" for k, v in settings if v is not None)])
     console.reached(decision.notes)
     for line in decision.lines:
@@ -65,7 +71,7 @@ def prune(job: chain.Job) -> chain.Product:
     console.outputs(rows)
     metrics = {**decision.notes, **pruned.differences}
     if export == "gconv":
-        metrics |= regroup.count(pruned.model)
+        metrics |= regroup.group_convolution_counts(pruned.model)
         console.say(
             f"prune: {metrics['group_convolutions']:.0f} group convolutions, "
             f"{metrics['index_layers']:.0f} index layers beside them"
@@ -80,7 +86,7 @@ def prune(job: chain.Job) -> chain.Product:
         f"({metrics['compression']:.1f}x)"
     )
     header = job.header(sparse, asked=asked, reached=dict(metrics))
-    return chain.Product(
+    return chain.StageResult(
         pruned.model,
         header,
         pruned.masks,
@@ -100,7 +106,7 @@ class Pruned:
 
 
 def shrink(
-    model: nn.Module, decision: Decision, batch: Tensor, dead: bool, export: Export = "none"
+    model: nn.Module, decision: PruningDecision, batch: Tensor, dead: bool, export: Export = "none"
 ) -> Pruned:
     """The network without the channels decided upon, and with `dead` without dead ones.
 
@@ -118,15 +124,15 @@ def shrink(
     return Pruned(small.model, small.masks, differences)
 
 
-def measure_again(job: chain.Job, model: nn.Module, images: int) -> dict[str, float]:
+def measure_again(job: chain.StageContext, model: nn.Module, images: int) -> dict[str, float]:
     """Recalibrate on so many training images, in place; accuracy on val before and after."""
     place, data = machine.device(), job.data
     model.to(place)
     metrics: dict[str, float] = {}
     if len(data.val):
-        metrics["val_accuracy_before"], _ = train.accuracy(model, data.val, data.about)
+        metrics["val_accuracy_before"], _ = train.accuracy(model, data.val, data.info)
     size = min(BATCH, images, len(data.train))
-    batches = Batches(data.train, data.about, size, 0, device=place)
+    batches = Batches(data.train, data.info, size, 0, device=place)
     whole = max(1, min(images, len(data.train)) // size)  # of one size, so that all count alike
     try:
         norms = recalibrate(model, (x for x, _ in islice(batches.epoch(0), whole)))
@@ -134,7 +140,7 @@ def measure_again(job: chain.Job, model: nn.Module, images: int) -> dict[str, fl
         batches.close()
     said = f"prune: statistics of {norms} batch normalisations from {whole * size:,} images"
     if len(data.val):
-        metrics["val_accuracy_recalibrated"], _ = train.accuracy(model, data.val, data.about)
+        metrics["val_accuracy_recalibrated"], _ = train.accuracy(model, data.val, data.info)
         before, after = metrics.values()
         said += f": accuracy on val {before:.2%} before, {after:.2%} after"
     console.say(said)

@@ -13,9 +13,11 @@ from dataclasses import replace
 
 import pandas as pd
 
-from secateur import chain, console, rehearsal
-from secateur.core import penalty as penalties
-from secateur.core.train import Course
+from secateur.pipeline import console
+from secateur.pipeline import preflight as rehearsal
+from secateur.pipeline import runner as chain
+from secateur.training import penalty as penalties
+from secateur.training.penalty import ScheduledPenalty
 
 GROWTH = ["step", "factor", "kept", "chosen"]
 """Of growth.csv; without a course it has this line alone, since DVC complains about what is not
@@ -24,23 +26,23 @@ there when it draws plots."""
 
 def main() -> None:
     """Load the dense network, train on, save."""
-    job = chain.Job("sparse-train")
+    job = chain.StageContext("sparse-train")
     job.checkpoint("baseline")
     chain.train_model(job, job.params.sparse_train, train_sparse)
 
 
-def train_sparse(job: chain.Job) -> chain.Product:
+def train_sparse(job: chain.StageContext) -> chain.StageResult:
     """The dense network, trained on towards small weights."""
     params, dense = job.params, job.upstream["baseline"]
     model = dense.model()
     if params.sparse_train.epochs:
-        rehearsal.rehearse(model, job.data.about)
+        rehearsal.check_network(model, job.data.info)
     chosen = params.chosen("penalties")
     penalty = penalties.build(params.penalty, chosen, model, params.decay)
     fit = job.fit(model, params.sparse_train, penalty=penalty)
     header = job.header(dense, penalty=params.penalty, decay=params.decay)
     product = chain.trained(model, header, fit)
-    if not isinstance(penalty, Course):
+    if not isinstance(penalty, ScheduledPenalty):
         return replace(product, tables={"growth": pd.DataFrame(columns=GROWTH)})
     growth = pd.DataFrame(penalty.trace()).astype({"step": int})
     return replace(product, choices=penalty.choices(), tables={"growth": growth})

@@ -2,7 +2,8 @@
 
 import torch
 
-from secateur.core import shapes, surgery
+from secateur.nn import resizing as shapes
+from secateur.pruning import removal as surgery
 
 SIDE = 8
 
@@ -38,19 +39,19 @@ def images(count=4, side=SIDE, seed=0):
     return torch.randn(count, 3, side, side, generator=chance).double()
 
 
-def free(network):
-    return [group for group in network.groups if group.locked is None]
+def free(graph):
+    return [group for group in graph.groups if group.locked is None]
 
 
-def at_random(network, seed, only=None):
+def at_random(graph, seed, only=None):
     chance = torch.Generator().manual_seed(seed)
     chosen = {}
-    for group in free(network):
+    for group in free(graph):
         count = int(torch.randint(0 if only is None else 1, group.size + 1, (1,), generator=chance))
         numbers = torch.randperm(group.size, generator=chance)[:count]
         if only is None or group.name in only:
             chosen[group.name] = numbers
-    return network.allowed(chosen)
+    return graph.allowed(chosen)
 
 
 def difference(one, other, batch):
@@ -59,20 +60,20 @@ def difference(one, other, batch):
     return float((before - after).abs().max() / before.abs().max().clamp_min(1e-30))
 
 
-def check(model, network, selection, batch):
+def check(model, graph, selection, batch):
     """Masked equals compact, in float64 and float32; the sizes are those that were asked for."""
-    masked = surgery.mask(model, selection, batch, network)
-    compact = surgery.remove(model, selection, batch, {}, network)
+    masked = surgery.mask(model, selection, batch, graph)
+    compact = surgery.remove(model, selection, batch, {}, graph)
     assert difference(masked, compact.model, batch) < 1e-9
     assert surgery.verify(masked, compact, batch, surgery.EXACT) < 1e-9
     removed = {name: len(chosen) for name, chosen in selection.items()}
-    for group in network.groups:
+    for group in graph.groups:
         for slot in group.slots:
             if slot.parts == 1 and slot.kind != "index":
                 lost = slot.index[selection.get(group.name, torch.empty(0).long())].numel()
                 assert lost == removed.get(group.name, 0) * slot.index.shape[1]
     expected = {}
-    for group in network.groups:
+    for group in graph.groups:
         for slot in group.slots:
             if slot.kind == "out":
                 lost = removed.get(group.name, 0) * slot.index.shape[1]
@@ -90,11 +91,11 @@ def rebuilt(make, compact):
     return fresh.eval()
 
 
-def weights_at_random(model, network, seed):
+def weights_at_random(model, graph, seed):
     """Masks of weights that silence outputs, deafen inputs, and spare one path."""
     chance = torch.Generator().manual_seed(seed)
     chosen = {}
-    for group in free(network):
+    for group in free(graph):
         for slot in group.slots:
             if slot.kind not in ("out", "in", "bias", "norm") or "kernel" in slot.tensor:
                 continue

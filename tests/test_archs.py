@@ -11,9 +11,14 @@ import torch.nn.functional as F
 import yaml
 from torch import fx, nn
 
-from secateur.core import blocks, checkpoint, cost, graph, masks, plugin, raw, settings, shapes
-from secateur.core.checkpoint import Header
-from secateur.core.errors import DataError, SettingsError
+from secateur.base import plugin, settings
+from secateur.base.errors import DataError, SettingsError
+from secateur.channels import propagation as graph
+from secateur.nn import blocks, checkpoint, cost
+from secateur.nn import resizing as shapes
+from secateur.nn.checkpoint import Header
+from secateur.base.torchvision_import import import_torchvision
+from secateur.sparsity import masks
 
 CIFAR, IMAGENET = (3, 32, 32), (3, 224, 224)
 
@@ -21,7 +26,7 @@ CIFAR, IMAGENET = (3, 32, 32), (3, 224, 224)
 def build(arch, classes=10, shape=CIFAR, seed=0, **chosen):
     module = plugin.load("archs", arch)
     torch.manual_seed(seed)
-    return module.build(settings.parse(module.Settings, chosen, f"archs.{arch}"), classes, shape)
+    return module.build(settings.validate(module.Settings, chosen, f"archs.{arch}"), classes, shape)
 
 
 def sketch(arch, classes=10, shape=CIFAR, **chosen):
@@ -292,8 +297,8 @@ def test_it_learns_is_saved_and_traced(arch, chosen, least, shape, classes, tmp_
     optimizer.step()
     assert any(not torch.equal(p, before[n]) for n, p in model.named_parameters())
 
-    about = header(arch, chosen, classes, shape)
-    checkpoint.save(tmp_path / "model.safetensors", about, model, {})
+    info = header(arch, chosen, classes, shape)
+    checkpoint.save(tmp_path / "model.safetensors", info, model, {})
     found = checkpoint.load(tmp_path / "model.safetensors", arch, chosen, "s").model()
     with torch.inference_mode():
         expected = model.eval()(images)
@@ -337,7 +342,7 @@ def test_the_defaults_in_params_yaml_are_those_of_the_code():
     for arch in plugin.names("archs"):
         schema = plugin.load("archs", arch).Settings
         assert set(written[arch]) == set(schema.model_fields), arch
-        assert settings.parse(schema, written[arch], arch) == schema(), arch
+        assert settings.validate(schema, written[arch], arch) == schema(), arch
 
 
 @pytest.mark.parametrize("arch", plugin.names("archs"))
@@ -554,16 +559,16 @@ def offline(tmp_path, monkeypatch):
 
 
 def file_of(name):
-    weights = raw.torchvision().models.get_model_weights(name).DEFAULT
+    weights = import_torchvision().models.get_model_weights(name).DEFAULT
     return weights.url.rsplit("/", 1)[1]
 
 
 def test_without_network_published_weights_are_one_clear_error(offline):
-    about = header("torchvision", SQUEEZENET, 10, CIFAR)
-    checkpoint.architecture(about)  # a checkpoint is rebuilt without them
+    info = header("torchvision", SQUEEZENET, 10, CIFAR)
+    checkpoint.architecture(info)  # a checkpoint is rebuilt without them
     checkpoint.architecture(header("torchvision", {}, 10, CIFAR), published=True)
     with pytest.raises(DataError) as caught:
-        checkpoint.architecture(about, published=True)
+        checkpoint.architecture(info, published=True)
     line = str(caught.value)
     assert "\n" not in line
     assert str(offline) in line
@@ -614,18 +619,18 @@ def test_a_damaged_file_of_weights_is_one_clear_error(offline):
 
 
 def test_depths_between_are_named():
-    assert blocks.count(56, 6, 2, "x") == 9
+    assert blocks.blocks_per_stage(56, 6, 2, "x") == 9
     with pytest.raises(ValueError, match="such as 56 or 62"):
-        blocks.count(58, 6, 2, "x")
+        blocks.blocks_per_stage(58, 6, 2, "x")
     with pytest.raises(ValueError, match=r"such as 8$"):
-        blocks.count(2, 6, 2, "x")
+        blocks.blocks_per_stage(2, 6, 2, "x")
 
 
 @pytest.mark.parametrize(("name", "side", "window"), [("alexnet", 224, 1), ("vgg11", 448, 2)])
 def test_torchvision_pooling_of_fixed_windows_is_the_adaptive_one(name, side, window):
     module = plugin.load("archs", "torchvision")
     ours = module.build(module.Settings(name=name), 3, (3, side, side)).avgpool
-    theirs = getattr(raw.torchvision().models, name)(num_classes=3).avgpool
+    theirs = getattr(import_torchvision().models, name)(num_classes=3).avgpool
     assert ours.kernel_size == (window, window)
     maps = torch.randn(2, 4, *(window * size for size in theirs.output_size))
     assert torch.allclose(ours(maps), theirs(maps), atol=1e-6)

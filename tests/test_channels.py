@@ -27,11 +27,15 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
-from secateur.core import channels, checkpoint, masks, raw, surgery
-from secateur.core.data import Split
-from secateur.core.decision import Decision
-from secateur.core.errors import PruningError
-from secateur.core.layers import Take
+from secateur.base.errors import PruningError
+from secateur.channels import graph as channels
+from secateur.data.dataset import InMemoryImages
+from secateur.nn import checkpoint
+from secateur.nn.layers import ChannelSelect
+from secateur.base.torchvision_import import import_torchvision
+from secateur.pruning import removal as surgery
+from secateur.pruning.decision import PruningDecision
+from secateur.sparsity import masks
 from stages import prune
 
 
@@ -100,7 +104,7 @@ def widened(shortcut):
         return functional.relu(shortcut(n, x[:, :, ::2, ::2]) + n.b(x))
 
     return Net(run, stem=cbr(3, 4), a=cbr(4, 4), b=cbr(4, 9, stride=2),
-               take=Take([-1, -1, 0, 1, 2, 3, -1, -1, -1]),
+               take=ChannelSelect([-1, -1, 0, 1, 2, 3, -1, -1, -1]),
                pad3=nn.ZeroPad3d((0, 0, 0, 0, 2, 3)))  # fmt: skip
 
 
@@ -150,7 +154,7 @@ def preact():
 
     block = nn.Sequential(nn.BatchNorm2d(6), nn.ReLU(), conv(6, 4), nn.BatchNorm2d(4), nn.ReLU(),
                           conv(4, 6))  # fmt: skip
-    return Net(run, stem=conv(3, 6), a=block, norm=nn.BatchNorm2d(6), take=Take([0, 2, 5]),
+    return Net(run, stem=conv(3, 6), a=block, norm=nn.BatchNorm2d(6), take=ChannelSelect([0, 2, 5]),
                b=conv(3, 6), last=nn.BatchNorm2d(6))  # fmt: skip
 
 
@@ -213,7 +217,9 @@ def subscripted():
 
 
 def selected():
-    return Net(lambda n, x: n.b(n.t(n.a(x))), a=cbr(3, 6), t=Take([5, -1, 0, 1, 1]), b=cbr(5, 4))
+    return Net(
+        lambda n, x: n.b(n.t(n.a(x))), a=cbr(3, 6), t=ChannelSelect([5, -1, 0, 1, 1]), b=cbr(5, 4)
+    )
 
 
 def excited():
@@ -264,7 +270,7 @@ def shared():
 
 
 def deep():
-    stochastic = raw.torchvision().ops.StochasticDepth(0.3, "row")
+    stochastic = import_torchvision().ops.StochasticDepth(0.3, "row")
 
     def run(n, x):
         x = n.a(x)
@@ -290,7 +296,7 @@ def permuted():
 
 
 def permuted_take():
-    take = Take([7, 0, 3, 2, 1, 6, 5, 4])
+    take = ChannelSelect([7, 0, 3, 2, 1, 6, 5, 4])
     a, b = cbr(3, 8), cbr(8, 8, groups=2)
     return Net(lambda n, x: n.c(n.b(n.t(n.a(x)))), a=a, t=take, b=b, c=conv(8, 3))
 
@@ -357,7 +363,7 @@ def positioned():
 
 
 def frozen():
-    norm = raw.torchvision().ops.FrozenBatchNorm2d(5)
+    norm = import_torchvision().ops.FrozenBatchNorm2d(5)
     return Net(lambda n, x: n.b(functional.relu(n.f(n.a(x)))), a=conv(3, 5), b=conv(5, 4), f=norm)
 
 
@@ -401,8 +407,8 @@ SMALL = [
 def test_masked_equals_compact(make, seed):
     model, batch = build(make, seed), images(seed=seed)
     before = copy.deepcopy(model.state_dict())
-    network = channels.follow(model, batch)
-    masked, compact = check(model, network, at_random(network, seed), batch)
+    graph = channels.build_channel_graph(model, batch)
+    masked, compact = check(model, graph, at_random(graph, seed), batch)
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
     assert difference(rebuilt(make, compact), compact.model, batch) == 0
     assert difference(masked.float(), compact.to(torch.float32).model, batch.float()) < 1e-4
@@ -414,43 +420,43 @@ LOCKED_WHOLLY = {unequal}  # nothing of it can go but what is inside
 @pytest.mark.parametrize("make", SMALL)
 def test_every_group_alone(make):
     model, batch = build(make), images()
-    network = channels.follow(model, batch)
-    assert free(network) or make in LOCKED_WHOLLY
-    for group in free(network):
+    graph = channels.build_channel_graph(model, batch)
+    assert free(graph) or make in LOCKED_WHOLLY
+    for group in free(graph):
         tried = 0
         for seed in range(20):
-            if chosen := at_random(network, seed, {group.name}):
-                check(model, network, chosen, batch)
+            if chosen := at_random(graph, seed, {group.name}):
+                check(model, graph, chosen, batch)
                 tried += 1
-        bound = {name for b in network.balances for part in b.parts for name, _ in part}
+        bound = {name for b in graph.balances for part in b.parts for name, _ in part}
         assert tried or group.size == 1 or group.name in bound, group.name
 
 
 @pytest.mark.parametrize("make", [grouped, shuffled, shuffle_module, halves])
 def test_something_is_allowed_where_parts_must_be_balanced(make):
-    network = channels.follow(build(make), images())
-    everything = {group.name: torch.arange(group.size) for group in free(network)}
-    allowed = network.allowed(everything)
-    bound = {name for b in network.balances for part in b.parts for name, _ in part}
+    graph = channels.build_channel_graph(build(make), images())
+    everything = {group.name: torch.arange(group.size) for group in free(graph)}
+    allowed = graph.allowed(everything)
+    bound = {name for b in graph.balances for part in b.parts for name, _ in part}
     assert bound & set(allowed)
-    network.plan(allowed)
+    graph.plan(allowed)
 
 
 def test_whole_groups_of_a_convolution_go_and_unequal_ones_are_refused():
     model, batch = build(grouped), images()
-    network = channels.follow(model, batch)
-    group_of = {source: g.name for g in network.groups for source in g.sources}
+    graph = channels.build_channel_graph(model, batch)
+    group_of = {source: g.name for g in graph.groups for source in g.sources}
     inner, outer = group_of["a.0"], group_of["b.0"]
     chosen = {inner: torch.tensor([3, 4, 5]), outer: torch.tensor([2, 3])}  # the second of four
-    _, compact = check(model, network, chosen, batch)
+    _, compact = check(model, graph, chosen, batch)
     layer = compact.model.b[0]
     assert (layer.groups, layer.in_channels, layer.out_channels) == (3, 9, 6)
-    assert network.allowed(chosen).keys() == chosen.keys()
+    assert graph.allowed(chosen).keys() == chosen.keys()
     assert difference(rebuilt(grouped, compact), compact.model, batch) == 0
     with pytest.raises(PruningError, match=r"groups of b\.0 would no longer be of one size"):
-        network.plan({inner: torch.tensor([3])})
-    assert network.allowed({inner: torch.tensor([3])}) == {}
-    balances = {balance.where: balance for balance in network.balances}
+        graph.plan({inner: torch.tensor([3])})
+    assert graph.allowed({inner: torch.tensor([3])}) == {}
+    balances = {balance.where: balance for balance in graph.balances}
     assert [len(part) for part in balances["inputs of b.0"].parts] == [3, 3, 3, 3]
 
 
@@ -462,7 +468,7 @@ def test_whole_groups_of_a_convolution_go_and_unequal_ones_are_refused():
 @examples(max_examples=5, deadline=None, derandomize=True)
 def test_dead_channels_go_and_nothing_changes(make, seed):
     model, batch = build(make, seed), images(seed=seed)
-    chosen = weights_at_random(model, channels.follow(model, batch), seed)
+    chosen = weights_at_random(model, channels.build_channel_graph(model, batch), seed)
     masks.apply(model, chosen)
     try:
         compact = surgery.remove_dead(model, chosen, batch[:1])
@@ -481,18 +487,18 @@ def test_dead_channels_go_and_nothing_changes(make, seed):
 @pytest.mark.parametrize("make", [residual, dense, depthwise, excited, grouped, convnext, taken])
 def test_what_was_masked_by_channels_is_found_dead(make):
     model, batch = build(make), images()
-    network = channels.follow(model, batch)
-    chosen = at_random(network, 3)
-    direct = surgery.remove(model, chosen, batch, {}, network)
-    found = surgery.remove_dead(surgery.mask(model, chosen, batch, network), {}, batch)
+    graph = channels.build_channel_graph(model, batch)
+    chosen = at_random(graph, 3)
+    direct = surgery.remove(model, chosen, batch, {}, graph)
+    found = surgery.remove_dead(surgery.mask(model, chosen, batch, graph), {}, batch)
     sizes = {name: tuple(t.shape) for name, t in direct.model.state_dict().items()}
     assert {name: tuple(t.shape) for name, t in found.model.state_dict().items()} == sizes
 
 
 def test_a_silent_filter_of_a_sum_goes_only_with_all_others():
     model, batch = build(residual), images()
-    network = channels.follow(model, batch)
-    stream = next(g for g in network.groups if "stem.0" in g.sources)
+    graph = channels.build_channel_graph(model, batch)
+    stream = next(g for g in graph.groups if "stem.0" in g.sources)
     assert stream.sources == ("stem.0", "a2.0")
     with torch.no_grad():  # stem says zero in channel 1, and a2 still says something
         for tensor in (model.stem[1].weight, model.stem[1].bias):
@@ -551,19 +557,19 @@ SLOW = ["resnet50", "resnext50_32x4d", "mobilenet_v2", "efficientnet_b0", "dense
 
 def vision(name):
     options = AUX if name in ("googlenet", "inception_v3") else {}
-    return lambda: getattr(raw.torchvision().models, name)(num_classes=5, **options)
+    return lambda: getattr(import_torchvision().models, name)(num_classes=5, **options)
 
 
 @pytest.mark.parametrize("name", [*FAST, *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW)])
 def test_torchvisions_networks(name):
     side = 80 if name == "inception_v3" else 64
     model, batch = randomise(vision(name)().double(), 0), images(2, side)
-    network = channels.follow(model, batch)
-    chosen = at_random(network, 1)
-    masked, compact = check(model, network, chosen, batch)
+    graph = channels.build_channel_graph(model, batch)
+    chosen = at_random(graph, 1)
+    masked, compact = check(model, graph, chosen, batch)
     assert difference(rebuilt(vision(name), compact), compact.model, batch) == 0
     taken = sum(map(len, chosen.values()))
-    assert taken > 0.05 * sum(group.size for group in free(network))
+    assert taken > 0.05 * sum(group.size for group in free(graph))
     dead = surgery.remove_dead(masked, {}, batch)
     assert surgery.verify(masked, dead, batch, surgery.EXACT) < 1e-9
     count = lambda m: sum(p.numel() for p in m.parameters())  # noqa: E731
@@ -574,7 +580,7 @@ def test_torchvisions_networks(name):
 
 def test_a_network_in_training_mode_is_followed_as_in_eval_mode_and_left_in_training_mode():
     model = vision("resnet18")().train()
-    channels.follow(model, images(1, 64).float())
+    channels.build_channel_graph(model, images(1, 64).float())
     assert all(module.training for module in model.modules())
 
 
@@ -588,19 +594,19 @@ def test_a_network_in_training_mode_is_followed_as_in_eval_mode_and_left_in_trai
 )
 def test_layers_of_the_sums_of_residual_networks(name, sums):
     """Known by hand: the stem, the last convolution of every block, and the projections."""
-    network = channels.follow(vision(name)(), images(1, 64).float())
+    graph = channels.build_channel_graph(vision(name)(), images(1, 64).float())
     last = "conv2" if name != "resnet50" else "conv3"
 
     def in_a_sum(source):
         return source == "conv1" or source.endswith((last, "downsample.0"))
 
-    found = [g for g in network.groups if g.sources and in_a_sum(g.sources[0]) and not g.locked]
+    found = [g for g in graph.groups if g.sources and in_a_sum(g.sources[0]) and not g.locked]
     assert [len(group.sources) for group in found] == sums
     widths = [64, 128, 256, 512] if last == "conv2" else [64, 256, 512, 1024, 2048]
     assert [group.size for group in found] == widths
-    inner = [g for g in network.groups if len(g.sources) == 1 and g.sources[0] != "conv1"]
+    inner = [g for g in graph.groups if len(g.sources) == 1 and g.sources[0] != "conv1"]
     assert all(len(g.readers) == 1 for g in inner if not g.locked)
-    assert {g.name: g.locked for g in network.groups if g.locked} == {
+    assert {g.name: g.locked for g in graph.groups if g.locked} == {
         "input": "an input of the network",
         "fc": "an output of the network",
     }
@@ -666,9 +672,9 @@ def test_what_falls_silent_with_a_channel_is_what_the_group_says(make, monkeypat
     # nothing falls silent by chance
     monkeypatch.setattr(functional, "relu", lambda x, inplace=False: torch.tanh(x))
     model, batch = build(make, 4), images(16, seed=2)
-    network = channels.follow(model, batch)
+    graph = channels.build_channel_graph(model, batch)
     already = silent_entries(model, batch)
-    for group in free(network):
+    for group in free(graph):
         number = group.size // 2
         makes = entries(model, group, number, ("out", "bias", "norm"))
         reads = entries(model, group, number, ("in",))
@@ -688,14 +694,14 @@ def test_what_falls_silent_with_a_channel_is_what_the_group_says(make, monkeypat
 @pytest.mark.parametrize("make", SMALL)
 def test_slots_of_all_groups_cover_every_tensor_once(make):
     model = build(make)
-    network = channels.follow(model, images())
+    graph = channels.build_channel_graph(model, images())
     seen = {}
-    for group in network.groups:
+    for group in graph.groups:
         assert len(group.roots) == group.size == len({*group.roots.tolist()})
         for slot in group.slots:
             assert slot.index.shape[0] == group.size
             seen.setdefault((slot.tensor, slot.axis), []).extend(slot.index.flatten().tolist())
-    inputs = {n: len(layer.into) for n, layer in network.layers.items()}
+    inputs = {n: len(layer.into) for n, layer in graph.layers.items()}
     for (name, axis), found in seen.items():
         tensor = model.state_dict()[name]
         layer = name.removesuffix(".weight")
@@ -703,11 +709,11 @@ def test_slots_of_all_groups_cover_every_tensor_once(make):
         assert len(set(found)) == len(found)
         zeros = make in (selected, preact, taken, joined_zeros)
         assert len(found) == whole or zeros, (name, axis)
-    assert len({group.name for group in network.groups}) == len(network.groups)
+    assert len({group.name for group in graph.groups}) == len(graph.groups)
 
 
 def test_the_same_network_gives_the_same_groups():
-    one, other = (channels.follow(build(dense), images()) for _ in range(2))
+    one, other = (channels.build_channel_graph(build(dense), images()) for _ in range(2))
     for a, b in zip(one.groups, other.groups, strict=True):
         assert (a.name, a.size, a.sources, a.readers) == (b.name, b.size, b.sources, b.readers)
         assert [s.tensor for s in a.slots] == [s.tensor for s in b.slots]
@@ -716,8 +722,8 @@ def test_the_same_network_gives_the_same_groups():
 
 def test_entries_of_a_slot_by_hand():
     model = build(viewed)
-    network = channels.follow(model, images())
-    group = free(network)[0]
+    graph = channels.build_channel_graph(model, images())
+    group = free(graph)[0]
     by_kind = {(slot.tensor, slot.kind): slot for slot in group.slots}
     weight = model.fc.weight
     read = by_kind["fc.weight", "in"].entries(weight)
@@ -731,30 +737,30 @@ def test_entries_of_a_slot_by_hand():
 
 def test_take_by_hand():
     x = torch.arange(12.0).reshape(1, 3, 2, 2)
-    out = Take([2, -1, 0])(x)
+    out = ChannelSelect([2, -1, 0])(x)
     assert torch.equal(out[:, 0], x[:, 2]) and torch.equal(out[:, 2], x[:, 0])
     assert not out[:, 1].any()
 
 
 def test_channels_of_a_take_go_on_either_side():
     model, batch = build(taken), images()
-    network = channels.follow(model, batch)
-    name = {source: g.name for g in network.groups for source in g.sources}
+    graph = channels.build_channel_graph(model, batch)
+    name = {source: g.name for g in graph.groups for source in g.sources}
     chosen = {name["stem.0"]: torch.tensor([1]), name["b.0"]: torch.tensor([0, 2, 8])}
-    _, compact = check(model, network, chosen, batch)
+    _, compact = check(model, graph, chosen, batch)
     # 0 of the stem was at 2 and is not taken any more; 1 is gone, so zeros stand at 3
     assert compact.model.take.index.tolist() == [-1, -1, 1, 2, -1, -1]
-    assert not [g for g in network.groups if g.locked and g.sources and g.name != "head.2"]
+    assert not [g for g in graph.groups if g.locked and g.sources and g.name != "head.2"]
 
 
 @pytest.mark.parametrize("make", [grouped, dense, convnext, multiplier, taken])
 def test_masks_are_carried_along(make):
     model, batch = build(make), images()
-    network = channels.follow(model, batch)
+    graph = channels.build_channel_graph(model, batch)
     given_masks = {n: torch.rand(p.shape) > 0.3 for n, p in model.named_parameters()}
     masks.apply(model, given_masks)
-    chosen = at_random(network, 2)
-    compact = surgery.remove(model, chosen, batch, given_masks, network)
+    chosen = at_random(graph, 2)
+    compact = surgery.remove(model, chosen, batch, given_masks, graph)
     assert compact.masks.keys() == given_masks.keys()
     for name, mask in compact.masks.items():
         assert torch.equal(mask, compact.model.get_parameter(name) != 0)
@@ -767,14 +773,14 @@ def header():
 @pytest.mark.parametrize("make", [m for m in SMALL if m not in (tied, aliased)])
 def test_a_compact_network_comes_back_from_its_file(make, tmp_path, monkeypatch):
     model, batch = build(make), images()
-    network = channels.follow(model, batch)
-    compact = surgery.remove(model, at_random(network, 6), batch, {}, network)
+    graph = channels.build_channel_graph(model, batch)
+    compact = surgery.remove(model, at_random(graph, 6), batch, {}, graph)
     small = compact.to(torch.float32).model
     checkpoint.save(tmp_path / "m.safetensors", header(), small, {})
     monkeypatch.setattr(checkpoint, "architecture", lambda _: build(make, 8).float())
     again = checkpoint.load(tmp_path / "m.safetensors").model()
     assert difference(small, again, batch.float()) == 0
-    second = channels.follow(again, batch)  # and can be pruned once more
+    second = channels.build_channel_graph(again, batch)  # and can be pruned once more
     more = surgery.remove(again, at_random(second, 7), batch, {}, second).model
     checkpoint.save(tmp_path / "m.safetensors", header(), more, {})
     again = checkpoint.load(tmp_path / "m.safetensors").model()
@@ -790,7 +796,7 @@ def test_the_stage_takes_both_kinds_of_decisions(kind, dead, monkeypatch):
         weights = torch.ones(6, 3, 3, 3, dtype=torch.bool)
         weights[:, 1] = False
         first = {"stem.0": torch.tensor([0, 3])}
-        return Decision(
+        return PruningDecision(
             {} if kind == "channels" else {"stem.0.weight": weights},
             {} if kind == "masks" else first,
         )
@@ -802,10 +808,10 @@ def test_the_stage_takes_both_kinds_of_decisions(kind, dead, monkeypatch):
         def chosen(self, kind):
             return {"amount": 1}.items()
 
-    about = SimpleNamespace(mean=[0.0] * 3, std=[1.0] * 3, shape=(3, SIDE, SIDE))
+    info = SimpleNamespace(mean=[0.0] * 3, std=[1.0] * 3, shape=(3, SIDE, SIDE))
     pixels = (images(9).abs() * 50).clamp(max=255).to(torch.uint8)
-    train = Split(pixels, torch.zeros(9, dtype=torch.int64))
-    data = SimpleNamespace(about=about, train=train)
+    train = InMemoryImages(pixels, torch.zeros(9, dtype=torch.int64))
+    data = SimpleNamespace(info=info, train=train)
     job = SimpleNamespace(
         params=Params(),
         upstream={"sparse-train": SimpleNamespace(model=lambda: copy.deepcopy(model), choices={})},
@@ -851,7 +857,7 @@ def transposed():
 )
 def test_what_is_not_understood_is_named(make, named):
     with pytest.raises(PruningError, match=named):
-        channels.follow(build(make), images())
+        channels.build_channel_graph(build(make), images())
 
 
 def hard_coded():
@@ -887,8 +893,8 @@ def layer_normed():
 )
 def test_channels_that_cannot_go_are_locked_with_a_reason(make, reason):
     model, batch = build(make), images()
-    network = channels.follow(model, batch)
-    group = next(g for g in network.groups if g.locked and reason in g.locked)
+    graph = channels.build_channel_graph(model, batch)
+    group = next(g for g in graph.groups if g.locked and reason in g.locked)
     with pytest.raises(PruningError, match=f"channels of {group.name} cannot.*{reason}"):
         surgery.remove(model, {group.name: torch.tensor([0])}, batch)
 
@@ -903,21 +909,21 @@ def test_input_and_output_are_locked(name):
 @pytest.mark.parametrize("make", [chain, residual, dense, depthwise, grouped])
 def test_no_layer_can_be_emptied(make):
     model, batch = build(make), images()
-    network = channels.follow(model, batch)
-    for group in free(network):
+    graph = channels.build_channel_graph(model, batch)
+    for group in free(graph):
         with pytest.raises(PruningError, match="would be left without outputs"):
-            network.plan({group.name: torch.arange(group.size)})
-    everything = {group.name: torch.arange(group.size) for group in free(network)}
-    check(model, network, network.allowed(everything), batch)
+            graph.plan({group.name: torch.arange(group.size)})
+    everything = {group.name: torch.arange(group.size) for group in free(graph)}
+    check(model, graph, graph.allowed(everything), batch)
 
 
 @pytest.mark.parametrize("number", [-1, 6])
 def test_numbers_beyond_the_group_and_unknown_groups_are_refused(number):
-    network = channels.follow(build(chain), images())
+    graph = channels.build_channel_graph(build(chain), images())
     with pytest.raises(PruningError, match=r"a\.0 has 6 channels"):
-        network.plan({"a.0": torch.tensor([number])})
+        graph.plan({"a.0": torch.tensor([number])})
     with pytest.raises(PruningError, match="no group of channels is called 'z'"):
-        network.plan({"z": torch.tensor([0])})
+        graph.plan({"z": torch.tensor([0])})
 
 
 def test_verify_finds_a_removal_that_is_wrong():

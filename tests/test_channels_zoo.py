@@ -18,12 +18,17 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 from torch import nn
 
-from secateur.core import channels, checkpoint, cost, masks, plugin, settings, shapes, surgery
-from secateur.core.checkpoint import Header
-from secateur.core.decision import Subject, of_choices, refusals
-from secateur.core.errors import PruningError
-from secateur.core.layers import Take
+from secateur.base import plugin, settings
+from secateur.base.errors import PruningError
+from secateur.channels import graph as channels
+from secateur.nn import checkpoint, cost
+from secateur.nn import resizing as shapes
+from secateur.nn.checkpoint import Header
+from secateur.nn.layers import ChannelSelect
 from secateur.pruners import network_slimming
+from secateur.pruning import removal as surgery
+from secateur.pruning.decision import PruningContext, decision_from_choices, unprunable_layers
+from secateur.sparsity import masks
 
 BC = {"bottleneck": True, "compression": 0.5}
 GREG_VGG = {"bias": False, "pools": [1, 2, 3, 4]}
@@ -89,10 +94,10 @@ def forms(*marks):
 small, narrow = forms(), forms(pytest.mark.slow)
 
 
-def network(arch, chosen, shape, seed=0, classes=4):
+def graph(arch, chosen, shape, seed=0, classes=4):
     module = plugin.load("archs", arch)
     torch.manual_seed(seed)
-    options = settings.parse(module.Settings, chosen, arch)
+    options = settings.validate(module.Settings, chosen, arch)
     return randomise(module.build(options, classes, shape).double(), seed)
 
 
@@ -119,8 +124,8 @@ def test_every_architecture_is_here():
 
 @small
 def test_only_the_image_and_the_classes_are_locked(arch, chosen, shape):
-    model = network(arch, chosen, shape)
-    found = channels.follow(model, pictures(shape))
+    model = graph(arch, chosen, shape)
+    found = channels.build_channel_graph(model, pictures(shape))
     last = list(masks.layers(model))[-1]
     assert locked(found) == {"input": "an input of the network", last: "an output of the network"}
     sizes = {name: layer.weight.shape[0] for name, layer in masks.layers(model).items()}
@@ -140,7 +145,7 @@ def streams(found, layer):
 def test_streams_of_shortcut_a_are_one_group_for_each_stage():
     """Known by hand: what is added up in a stage; zeros are no reason to keep anything."""
     chosen, shape = {"depth": 20}, (3, 8, 8)
-    found = channels.follow(network("resnet_cifar", chosen, shape), pictures(shape))
+    found = channels.build_channel_graph(graph("resnet_cifar", chosen, shape), pictures(shape))
     sums = {k: {f"layer{k}.{n}.conv2" for n in range(3)} for k in (1, 2, 3)}
     assert streams(found, "conv1") == (sums[1] | {"conv1"}, 16)
     assert streams(found, "layer2.1.conv2") == (sums[2] | {"layer2.0.shortcut.take"}, 32)
@@ -151,8 +156,8 @@ def test_streams_of_shortcut_a_are_one_group_for_each_stage():
 
 def test_channels_on_both_sides_of_shortcut_a_go_by_themselves():
     chosen, shape = {"depth": 8}, (3, 8, 8)
-    model, batch = network("resnet_cifar", chosen, shape), pictures(shape)
-    found = channels.follow(model, batch)
+    model, batch = graph("resnet_cifar", chosen, shape), pictures(shape)
+    found = channels.build_channel_graph(model, batch)
     # 2 of the first stage is 10 of the second; 0 and 31 are beside zeros there, 9 beside channel 1
     second = next(g.name for g in found.groups if "layer2.0.conv2" in g.sources)
     selection = {"conv1": torch.tensor([2]), second: torch.tensor([0, 9, 31])}
@@ -169,7 +174,7 @@ def test_channels_on_both_sides_of_shortcut_a_go_by_themselves():
 
 def test_entrances_of_pre_activation_blocks_are_channels_of_their_own():
     chosen, shape = {"depth": 20}, (3, 8, 8)
-    found = channels.follow(network("preresnet", chosen, shape), pictures(shape))
+    found = channels.build_channel_graph(graph("preresnet", chosen, shape), pictures(shape))
     entrances = [g for g in found.groups if g.name.endswith("take")]
     assert [g.name for g in entrances] == [
         *(f"layer{k}.{n}.take" for k in (1, 2, 3) for n in (0, 1)),
@@ -203,13 +208,13 @@ def test_entrances_of_pre_activation_blocks_are_channels_of_their_own():
 def test_a_channel_that_goes_takes_its_entrances_along(arch, chosen):
     """In all blocks of its stage, if no projection stands between."""
     shape = (3, 8, 8)
-    model, batch = network(arch, chosen, shape), pictures(shape)
-    found = channels.follow(model, batch)
+    model, batch = graph(arch, chosen, shape), pictures(shape)
+    found = channels.build_channel_graph(model, batch)
     first = next(g for g in found.groups if "conv1" in g.sources)
     selection = found.allowed({first.name: torch.tensor([1, 3])})
     _, compact = check(model, found, selection, batch)
     for name, module in compact.model.named_modules():
-        if isinstance(module, Take):
+        if isinstance(module, ChannelSelect):
             assert bool((module.index >= 0).all()), name
             assert torch.equal(module.index, torch.arange(len(module.index))), name
     before, after = (
@@ -224,11 +229,11 @@ def test_a_channel_that_goes_takes_its_entrances_along(arch, chosen):
 
 def test_an_entrance_never_loses_its_last_channel_to_others():
     chosen, shape = {"depth": 14, "block": "basic"}, (3, 8, 8)
-    model, batch = network("preresnet", chosen, shape), pictures(shape)
-    found = channels.follow(model, batch)
+    model, batch = graph("preresnet", chosen, shape), pictures(shape)
+    found = channels.build_channel_graph(model, batch)
     alone = {"layer1.1.take": torch.tensor([k for k in range(16) if k not in (3, 5)])}
     narrow = surgery.remove(model, found.allowed(alone), batch).model
-    found = channels.follow(narrow, batch)
+    found = channels.build_channel_graph(narrow, batch)
     selection = found.allowed({"conv1": torch.tensor([3, 5, 7])})
     _, compact = check(narrow, found, selection, batch)
     assert len(compact.model.get_submodule("layer1.1.take").index) == 1
@@ -240,7 +245,7 @@ def test_scales_of_zero_select_channels_at_the_entrance_of_every_block(arch, cho
     """Network Slimming with all norms: each says by itself which channels its block reads."""
     chosen = chosen | ({"depth": 16, "growth": 5} if arch == "densenet" else {})
     shape = (3, 8, 8)
-    model, batch = network(arch, chosen, shape), pictures(shape)
+    model, batch = graph(arch, chosen, shape), pictures(shape)
     chance, left = torch.Generator().manual_seed(3), {}
     with torch.no_grad():
         for name, norm in model.named_modules():
@@ -264,31 +269,35 @@ def test_scales_of_zero_select_channels_at_the_entrance_of_every_block(arch, cho
 def test_layers_that_may_choose_their_own_filters_or_inputs():
     """Filters of a sum may not, also if all that is added is a shortcut without weights."""
     shape = (3, 8, 8)
-    found = channels.follow(network("resnet_cifar", {"depth": 8}, shape), pictures(shape))
-    assert set(refusals(found, "filter")) == {
+    found = channels.build_channel_graph(
+        graph("resnet_cifar", {"depth": 8}, shape), pictures(shape)
+    )
+    assert set(unprunable_layers(found, "filter")) == {
         "conv1",
         "fc",
         *(f"layer{k}.0.conv2" for k in (1, 2, 3)),
     }
-    found = channels.follow(network("preresnet", {"depth": 20}, shape), pictures(shape))
+    found = channels.build_channel_graph(graph("preresnet", {"depth": 20}, shape), pictures(shape))
     inner = {n for n in found.layers if n.endswith(("conv1", "conv2", "conv3")) and n != "conv1"}
-    assert inner | {"fc"} <= set(found.layers) - set(refusals(found, "channel"))
-    model = network("resnet_cifar", {"depth": 8}, shape)
+    assert inner | {"fc"} <= set(found.layers) - set(unprunable_layers(found, "channel"))
+    model = graph("resnet_cifar", {"depth": 8}, shape)
     rows = torch.zeros(32, 1, 1, 1, dtype=torch.bool)
     rows[4] = True
-    decision = of_choices(Subject(model, pictures(shape)), {"layer2.0.conv2.weight": rows})
+    decision = decision_from_choices(
+        PruningContext(model, pictures(shape)), {"layer2.0.conv2.weight": rows}
+    )
     assert decision.channels == {}
     assert int((~decision.masks["layer2.0.conv2.weight"]).sum()) == 32 * 9
 
 
 def slimmed(arch, chosen, coupled):
     shape = (3, 8, 8)
-    model, batch = network(arch, chosen, shape), pictures(shape)
+    model, batch = graph(arch, chosen, shape), pictures(shape)
     options = network_slimming.Settings(ratio=0.5, coupled=coupled)
-    subject = Subject(model, batch)
+    subject = PruningContext(model, batch)
     decision = network_slimming.prune(options, subject)
-    check(model, subject.network, decision.channels, batch)
-    return model, subject.network, decision
+    check(model, subject.graph, decision.channels, batch)
+    return model, subject.graph, decision
 
 
 def test_network_slimming_chooses_at_the_entrances_of_residual_blocks_with_union_only():
@@ -318,18 +327,18 @@ def test_network_slimming_lets_every_layer_of_a_densenet_choose_what_it_reads():
 def test_union_asks_the_shortcut_too():
     """A channel of the second stage stays if the first stage's, which is added to it, is large."""
     chosen, shape = {"depth": 8}, (3, 8, 8)
-    model, batch = network("resnet_cifar", chosen, shape), pictures(shape)
+    model, batch = graph("resnet_cifar", chosen, shape), pictures(shape)
     with torch.no_grad():
         for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
             norm.weight.fill_(1)
         model.get_submodule("layer2.0.bn2").weight[:12] = 0.001  # zeros beside 0-7
         model.get_submodule("bn1").weight[2], model.bn1.weight[3] = 0.001, 0.001
         model.get_submodule("layer1.0.bn2").weight[2] = 0.001
-    subject = Subject(model, batch)
+    subject = PruningContext(model, batch)
     scales = 16 * 3 + 32 * 2 + 64 * 2
     options = network_slimming.Settings(ratio=(12 + 3) / scales, coupled="union")
     gone = network_slimming.prune(options, subject).channels
-    second = next(g.name for g in subject.network.groups if "layer2.0.conv2" in g.sources)
+    second = next(g.name for g in subject.graph.groups if "layer2.0.conv2" in g.sources)
     found = {name: sorted(index.tolist()) for name, index in gone.items()}
     # 10 takes channel 2 of the first stage, of which both scales are small; 8, 9 and 11 do not
     assert found == {"conv1": [2], second: [*range(8), 10]}
@@ -337,7 +346,7 @@ def test_union_asks_the_shortcut_too():
 
 def test_a_channel_of_the_stream_goes_when_no_block_reads_it_any_more():
     chosen, shape = {"depth": 14, "block": "basic"}, (3, 8, 8)
-    model, batch = network("preresnet", chosen, shape), pictures(shape)
+    model, batch = graph("preresnet", chosen, shape), pictures(shape)
     with torch.no_grad():
         for name in ("layer1.0.bn1", "layer1.1.bn1", "layer2.0.bn1"):
             norm = model.get_submodule(name)
@@ -355,8 +364,8 @@ def test_a_channel_of_the_stream_goes_when_no_block_reads_it_any_more():
 def test_groups_of_resnext_go_whole_or_lose_the_same_number():
     chosen = {"depth": 11, "cardinality": 4, "base_width": 4, "widen": 1}
     shape = (3, 8, 8)
-    model, batch = network("resnext", chosen, shape), pictures(shape)
-    found = channels.follow(model, batch)
+    model, batch = graph("resnext", chosen, shape), pictures(shape)
+    found = channels.build_channel_graph(model, batch)
     one, three = "layer1.0.conv1", "layer1.0.conv2"
     third = torch.arange(8, 12)
     whole = found.allowed({one: third, three: third})
@@ -390,8 +399,8 @@ def followed(arch, chosen, shape):
     """A network with random weights and its channels, made once."""
     key = json.dumps([arch, chosen, shape])
     if key not in FOUND:
-        model = network(arch, chosen, shape)
-        FOUND[key] = model, channels.follow(model, pictures(shape))
+        model = graph(arch, chosen, shape)
+        FOUND[key] = model, channels.build_channel_graph(model, pictures(shape))
     return FOUND[key]
 
 
@@ -451,7 +460,7 @@ def test_dead_channels_go_and_nothing_changes(arch, chosen, shape, seed):
 
 def without_dead_channels(arch, chosen, shape, seed):
     _, found = followed(arch, chosen, shape)
-    model, batch = network(arch, chosen, shape, seed), pictures(shape, seed=seed)
+    model, batch = graph(arch, chosen, shape, seed), pictures(shape, seed=seed)
     mask = weights_at_random(model, found, seed)
     masks.apply(model, mask)
     try:
@@ -486,7 +495,7 @@ def test_what_was_masked_by_channels_is_found_dead(arch, chosen, shape):
     try:
         dead = surgery.remove_dead(masked, {}, batch).model
     except PruningError as error:  # entrances that read nothing but channels that are gone
-        assert any(isinstance(module, Take) for module in model.modules())
+        assert any(isinstance(module, ChannelSelect) for module in model.modules())
         assert_idle(masked, shape, error)
         return
     assert cost.parameters(dead) <= cost.parameters(direct)
@@ -498,14 +507,14 @@ LOAD = """
 import json, sys
 from pathlib import Path
 import torch
-from secateur.core import checkpoint
+from secateur.nn import checkpoint
 torch.set_num_threads(1)
 for folder in map(Path, sys.argv[1:]):
     model = checkpoint.load(folder / "model.safetensors").model().eval()
     images, expected = torch.load(folder / "expected.pt")
     with torch.no_grad():
         assert torch.equal(model(images), expected), folder
-left = {"secateur.core.surgery", "secateur.core.channels", "secateur.core.graph"}
+left = {"secateur.pruning.removal", "secateur.channels.graph", "secateur.channels.propagation"}
 print(json.dumps(sorted(left & set(sys.modules))))
 """
 
@@ -540,7 +549,7 @@ def test_compact_networks_are_pruned_once_more_and_trained(arch, chosen, shape, 
     randomise(model, 4)
     batch = pictures(shape, 4)
     compact = surgery.remove(model, at_random(found, 4), batch, {}, found).model
-    again = channels.follow(compact, batch)
+    again = channels.build_channel_graph(compact, batch)
     assert set(locked(again)) == set(locked(found))
     check(compact, again, at_random(again, 5), batch)
     shapes.reset(compact)
@@ -556,8 +565,8 @@ def test_compact_networks_are_pruned_once_more_and_trained(arch, chosen, shape, 
     ("arch", "chosen", "shape"), LARGE, ids=[f"{a}-{c}-{s[1]}" for a, c, s in LARGE]
 )
 def test_networks_of_full_size(arch, chosen, shape):
-    model, batch = network(arch, chosen, shape), pictures(shape)
-    found = channels.follow(model, batch)
+    model, batch = graph(arch, chosen, shape), pictures(shape)
+    found = channels.build_channel_graph(model, batch)
     assert len(locked(found)) == 2
     selection = at_random(found, 1)
     masked, compact = check(model, found, selection, batch)
@@ -571,8 +580,8 @@ def test_networks_of_full_size(arch, chosen, shape):
 @pytest.mark.parametrize(("name", "side"), NETWORKS)
 def test_networks_of_torchvision_through_the_architecture(name, side, tmp_path):
     chosen, shape = {"name": name}, (3, side, side)
-    model, batch = network("torchvision", chosen, shape), pictures(shape)
-    found = channels.follow(model, batch)
+    model, batch = graph("torchvision", chosen, shape), pictures(shape)
+    found = channels.build_channel_graph(model, batch)
     reasons = {why.split(" by ")[0] for why in locked(found).values()}
     normalised = {"normalised together with all channels"} if name.startswith("convnext") else set()
     assert reasons == {"an input of the network", "an output of the network", *normalised}

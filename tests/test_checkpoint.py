@@ -16,10 +16,14 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from torch import nn
 
-from secateur.core import checkpoint, files, masks, surgery
-from secateur.core.checkpoint import Header
-from secateur.core.errors import CheckpointError, SecateurError
+from secateur.base import files
+from secateur.base.errors import CheckpointError, SecateurError
+from secateur.nn import checkpoint, resizing
+from secateur.nn.checkpoint import Header
+from secateur.pruning import removal as surgery
+from secateur.sparsity import masks
 
 ROOT = Path(__file__).resolve().parents[1]
 HEADER = Header(
@@ -86,7 +90,7 @@ for name in ("core.surgery", "core.channels", "core.cost", "pruners", "penalties
     sys.modules[f"secateur.{name}"] = None  # importing it is an error
 from pathlib import Path
 import safetensors.torch
-from secateur.core import checkpoint
+from secateur.nn import checkpoint, resizing
 images = safetensors.torch.load_file("images.safetensors")["images"]
 logits = checkpoint.load(Path("model.safetensors")).model().eval()(images)
 safetensors.torch.save_file({"logits": logits.detach()}, "logits.safetensors")
@@ -353,3 +357,15 @@ def test_a_write_that_fails_in_any_other_way_leaves_nothing_behind(tmp_path):
         files.write_bytes(path, "no bytes")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_convolution_that_lost_all_groups_but_one_comes_back_with_one(tmp_path):
+    """The dense network has two groups; nothing but the header says that one is left."""
+    dense = nn.Sequential(nn.Conv2d(8, 6, 3, groups=2), nn.ReLU(), nn.Conv2d(6, 3, 1))
+    small = nn.Sequential(nn.Conv2d(4, 3, 3), nn.ReLU(), nn.Conv2d(3, 3, 1)).eval()
+    state = small.state_dict()
+    resizing.resize(dense, {n: t.shape for n, t in state.items()}, resizing.describe(small))
+    resizing.load(dense, state)
+    images = torch.rand(2, 4, 5, 5)
+    assert dense[0].groups == 1
+    assert torch.equal(dense.eval()(images), small(images))

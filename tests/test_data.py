@@ -19,11 +19,23 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 from PIL import Image
 
-from secateur.core import augment, data, listing, machine, plugin, raw, stage
-from secateur.core.augment import Augment, FileAugment
-from secateur.core.data import About, Batches, Images, Normalise, Split, in_order, sample
-from secateur.core.errors import DataError, SettingsError
-from secateur.core.listing import Listing
+from secateur.base import machine, plugin, stage
+from secateur.base.errors import DataError, SettingsError
+from secateur.data import augment
+from secateur.data import dataset as data
+from secateur.data import image_files as listing
+from secateur.data.augment import Augment, FileAugment
+from secateur.data.dataset import (
+    Batches,
+    DatasetInfo,
+    Images,
+    InMemoryImages,
+    Normalise,
+    in_order,
+    sample,
+)
+from secateur.data.image_files import ImageFileList
+from secateur.base.torchvision_import import import_torchvision
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL = ROOT / os.environ.get("SECATEUR_DATA", "data/raw")
@@ -42,7 +54,7 @@ def numbered(labels, first=0):
     """Images that carry their own number in two pixels, so that each can be told apart."""
     numbers = torch.arange(first, first + len(labels))
     pixels = torch.stack([numbers // 256, numbers % 256], dim=1).to(torch.uint8)
-    return Split(pixels.view(-1, 1, 1, 2), torch.tensor(labels))
+    return InMemoryImages(pixels.view(-1, 1, 1, 2), torch.tensor(labels))
 
 
 def numbers(split):
@@ -66,7 +78,7 @@ def test_the_split_is_complete_disjoint_and_fair_to_every_class(counts, validati
     train, val = numbers(found.train), numbers(found.val)
     assert sorted(train + val) == list(range(len(labels)))
     assert numbers(found.test) == [10_000, 10_001, 10_002]
-    assert found.about.counts == {"train": len(train), "val": len(val), "test": 3}
+    assert found.info.counts == {"train": len(train), "val": len(val), "test": 3}
     assert abs(len(val) - validation * len(labels)) <= 1
     for part in (found.train, found.val):  # every image kept its label
         assert part.labels.tolist() == [labels[number] for number in numbers(part)]
@@ -79,7 +91,7 @@ def test_the_same_seed_gives_the_same_split_and_another_one_another():
     source = images([0, 1, 2] * 30)
     first, again, other = (data.prepare("toy", source, 0.2, s) for s in (3, 3, 4))
     assert numbers(first.val) == numbers(again.val) != numbers(other.val)
-    assert first.about == again.about
+    assert first.info == again.info
 
 
 def test_without_validation_everything_is_trained_on():
@@ -92,12 +104,12 @@ def test_the_hash_changes_with_every_pixel_label_and_division_and_with_nothing_e
     def hashed(train=None, test=None, validation=0.25, seed=0):
         source = images([0, 1, 2] * 8)
         source = replace(source, train=train or source.train, test=test or source.test)
-        return data.prepare("toy", source, validation, seed).about.hash
+        return data.prepare("toy", source, validation, seed).info.hash
 
     def altered(split, pixel=False, labels=None):
         pixels = split.images.clone()
         pixels[5 % len(split), 0, 0, 0] += int(pixel)
-        return Split(pixels, split.labels if labels is None else torch.tensor(labels))
+        return InMemoryImages(pixels, split.labels if labels is None else torch.tensor(labels))
 
     train, test = numbered([0, 1, 2] * 8), numbered([0, 1, 2], 10_000)
     everything = [
@@ -140,7 +152,7 @@ def test_a_prepared_data_set_comes_back_as_it_was_and_as_the_same_bytes(validati
     data.save(tmp_path / "one", made)
     data.save(tmp_path / "other", made)
     found = data.load(tmp_path / "one")
-    assert found.about == made.about
+    assert found.info == made.info
     for part in ("train", "val", "test"):
         was, now = getattr(made, part), getattr(found, part)
         assert now.images.dtype == torch.uint8
@@ -177,7 +189,7 @@ def test_a_damaged_file_is_named(spoil, reason, tmp_path):
 @pytest.mark.parametrize("batch_size", [1, 7, 24, 100])
 def test_an_epoch_hands_out_every_image_once_with_its_label(batch_size):
     prepared = data.prepare("toy", images([0, 1, 2] * 8), 0, 0)
-    batches = Batches(prepared.train, prepared.about, batch_size, seed=1)
+    batches = Batches(prepared.train, prepared.info, batch_size, seed=1)
     parts = list(batches.epoch(0))
     assert len(parts) == len(batches) == -(-24 // batch_size)
     assert [len(labels) for _, labels in parts[:-1]] == [batch_size] * (len(parts) - 1)
@@ -190,7 +202,7 @@ def test_the_order_depends_on_seed_and_epoch_alone():
     prepared = data.prepare("toy", images([0, 1, 2] * 8), 0, 0)
 
     def order(seed, epoch):
-        batches = Batches(prepared.train, prepared.about, 5, seed)
+        batches = Batches(prepared.train, prepared.info, 5, seed)
         return torch.cat([labels for _, labels in batches.epoch(epoch)]).tolist()
 
     first = order(1, 0)
@@ -327,7 +339,7 @@ def test_a_data_set_is_what_the_pipeline_expects(name, real, offline):
         assert part.shape == found.train.shape
         assert part.labels.dtype == torch.int64
         assert part.labels.unique().tolist() == list(range(len(found.classes)))
-        if isinstance(part, Split):
+        if isinstance(part, InMemoryImages):
             assert part.images.dtype == torch.uint8
             assert len(part.images) == len(part.labels)
     assert len(found.mean) == len(found.std) == found.train.shape[0]
@@ -352,7 +364,7 @@ def coloured(count=40, shape=(3, 7, 5), seed=0, **augmented):
     """Random images of three classes, prepared without val."""
     chance = torch.Generator().manual_seed(seed)
     pixels = torch.randint(0, 256, (count, *shape), generator=chance, dtype=torch.uint8)
-    split = Split(pixels, torch.arange(count) % 3)
+    split = InMemoryImages(pixels, torch.arange(count) % 3)
     found = Images(split, split, CLASSES, (0.4, 0.5, 0.6)[: shape[0]], (0.2, 0.3, 0.4)[: shape[0]])
     return data.prepare("toy", replace(found, augment=Augment(**augmented)), 0, 0)
 
@@ -371,7 +383,7 @@ def by_hand(image, top, left, flip, pad):
 
 def batches_of(prepared, epoch=0, size=16, seed=1, **ranks):
     """All batches of an epoch: images and labels."""
-    batches = Batches(prepared.train, prepared.about, size, seed, **ranks)
+    batches = Batches(prepared.train, prepared.info, size, seed, **ranks)
     try:
         return list(batches.epoch(epoch))
     finally:
@@ -389,8 +401,8 @@ def same(some, others):
 @pytest.mark.parametrize(("pad", "flip"), [(0, True), (2, False), (3, True)])
 def test_an_augmented_batch_is_what_is_drawn_for_it_pixel_by_pixel(pad, flip, channels):
     prepared = coloured(shape=(channels, 7, 5), pad=pad, flip=flip)
-    drawn = augment.draw(40, 1, 4, prepared.about.augment)
-    normalise = Normalise(prepared.about.mean, prepared.about.std, CPU)
+    drawn = augment.draw(40, 1, 4, prepared.info.augment)
+    normalise = Normalise(prepared.info.mean, prepared.info.std, CPU)
     pixels = prepared.train.images.numpy()
     place = 0
     for images, labels in batches_of(prepared, epoch=4):
@@ -422,7 +434,7 @@ def test_without_augmentation_images_come_as_they_are_and_as_they_came_before_th
     labels = torch.cat([labels for _, labels in batches_of(plain, epoch=2)])
     assert torch.equal(labels, plain.train.labels[order])
     assert torch.equal(labels, torch.cat([part for _, part in batches_of(moved, epoch=2)]))
-    normalise = Normalise(plain.about.mean, plain.about.std, CPU)
+    normalise = Normalise(plain.info.mean, plain.info.std, CPU)
     images = torch.cat([images for images, _ in batches_of(plain, epoch=2)])
     assert torch.equal(images, normalise(plain.train.images[order]))
 
@@ -457,29 +469,29 @@ def test_ranks_share_out_exactly_the_batches_of_one_process(world, size):
     prepared = coloured(pad=2, flip=True)
     assert same(dealt(prepared, world, size), batches_of(prepared, size=size))
     for rank in range(world):
-        batches = Batches(prepared.train, prepared.about, size, 1, rank=rank, world=world)
+        batches = Batches(prepared.train, prepared.info, size, 1, rank=rank, world=world)
         assert len(batches) == -(-40 // size)
 
 
 @pytest.mark.parametrize("world", [1, 3])
 def test_in_order_gives_every_image_once_unmoved(world):
     prepared = coloured(pad=2, flip=True)
-    about, test = prepared.about, prepared.test
-    normalise = Normalise(about.mean, about.std, CPU)
+    info, test = prepared.info, prepared.test
+    normalise = Normalise(info.mean, info.std, CPU)
     for rank in range(world):
-        chunks = list(in_order(test, about, device=CPU, size=16, rank=rank, world=world))
+        chunks = list(in_order(test, info, device=CPU, size=16, rank=rank, world=world))
         parts = [range(first, min(first + 16, 40)) for first in (0, 16, 32)]
         mine = [number for part in parts for number in part[rank::world]]
         assert torch.equal(torch.cat([i for i, _ in chunks]), normalise(test.images[mine]))
         assert torch.cat([labels for _, labels in chunks]).tolist() == [i % 3 for i in mine]
-    assert torch.equal(sample(test, about, 5), normalise(test.images[:5]))
-    assert len(sample(test, about, 1000)) == 40
+    assert torch.equal(sample(test, info, 5), normalise(test.images[:5]))
+    assert len(sample(test, info, 1000)) == 40
 
 
 def test_large_images_are_evaluated_a_few_at_a_time():
     pixels = torch.zeros(20, 3, 1024, 1024, dtype=torch.uint8)
-    about = About("toy", CLASSES, [3, 1024, 1024], [0.0] * 3, [1.0] * 3, "", {})
-    first, _ = next(iter(in_order(Split(pixels, torch.zeros(20)), about, device=CPU)))
+    info = DatasetInfo("toy", CLASSES, [3, 1024, 1024], [0.0] * 3, [1.0] * 3, "", {})
+    first, _ = next(iter(in_order(InMemoryImages(pixels, torch.zeros(20)), info, device=CPU)))
     assert len(first) == 5
 
 
@@ -488,7 +500,7 @@ def test_large_images_are_evaluated_a_few_at_a_time():
 
 def write_cifar(root, name, monkeypatch):
     """A few made-up images in the layout of the published archive, unpacked; gives its arrays."""
-    kind = getattr(raw.torchvision().datasets, name.upper())
+    kind = getattr(import_torchvision().datasets, name.upper())
     folder = root / kind.base_folder
     folder.mkdir()
     chance = np.random.default_rng(0)
@@ -527,7 +539,7 @@ def test_cifar_is_read_from_the_files_of_its_archive(name, tmp_path, monkeypatch
     assert found.augment == Augment(pad=4, flip=True)
     prepared = data.prepare(name, found, 0, 0)
     data.save(tmp_path / "out", prepared)
-    assert data.load(tmp_path / "out").about == prepared.about
+    assert data.load(tmp_path / "out").info == prepared.info
 
 
 def test_the_normalisation_of_cifar_is_a_choice(tmp_path, monkeypatch, offline):
@@ -605,18 +617,18 @@ def test_a_folder_of_pictures_is_read_class_by_class_in_the_order_of_bytes(pictu
 def test_kept_in_memory_or_in_files_evaluation_and_training_see_the_same(pictures):
     kept = prepared_own(pictures, augment={"pad": 2, "flip": True})
     listed = prepared_own(pictures, augment={"pad": 2, "flip": True}, memory_mb=0)
-    assert isinstance(kept.train, Split)
-    assert isinstance(listed.train, Listing)
-    assert kept.about.shape == listed.about.shape == [3, 6, 9]
-    assert kept.about.counts == listed.about.counts
+    assert isinstance(kept.train, InMemoryImages)
+    assert isinstance(listed.train, ImageFileList)
+    assert kept.info.shape == listed.info.shape == [3, 6, 9]
+    assert kept.info.counts == listed.info.counts
     pairs = [
-        [list(in_order(d.test, d.about, device=CPU, size=5)) for d in (kept, listed)],
+        [list(in_order(d.test, d.info, device=CPU, size=5)) for d in (kept, listed)],
         [batches_of(d, epoch=3, size=7) for d in (kept, listed)],
         [dealt(d, 3, 7) for d in (kept, listed)],
     ]
     for one, other in pairs:
         assert same(one, other)
-    assert torch.equal(sample(kept.train, kept.about, 5), sample(listed.train, listed.about, 5))
+    assert torch.equal(sample(kept.train, kept.info, 5), sample(listed.train, listed.info, 5))
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker")
@@ -628,13 +640,13 @@ def test_the_number_of_workers_changes_nothing(area, pictures, monkeypatch):
     found = {}
     for workers in ("0", "1", "3"):
         monkeypatch.setenv("SECATEUR_WORKERS", workers)
-        batches = Batches(prepared.train, prepared.about, 7, seed=1)
+        batches = Batches(prepared.train, prepared.info, 7, seed=1)
         found[workers] = [batch for epoch in range(2) for batch in batches.epoch(epoch)]
         alive = len(multiprocessing.active_children())
         assert alive == int(workers), "workers live on from epoch to epoch"
         batches.close()
         assert not multiprocessing.active_children()
-        found[workers] += list(in_order(prepared.test, prepared.about, device=CPU, size=5))
+        found[workers] += list(in_order(prepared.test, prepared.info, device=CPU, size=5))
     assert same(found["0"], found["1"])
     assert same(found["0"], found["3"])
     assert len(found["0"]) == 2 * 4 + 3
@@ -644,7 +656,7 @@ def test_an_epoch_that_is_left_half_way_does_not_spoil_the_next(pictures, monkey
     prepared = prepared_own(pictures, memory_mb=0)
     whole = batches_of(prepared, epoch=1, size=3)
     monkeypatch.setenv("SECATEUR_WORKERS", "2")
-    batches = Batches(prepared.train, prepared.about, 3, seed=1)
+    batches = Batches(prepared.train, prepared.info, 3, seed=1)
     next(iter(batches.epoch(0)))
     assert same(list(batches.epoch(1)), whole)
     batches.close()
@@ -655,8 +667,8 @@ def test_a_list_of_files_comes_back_as_it_was_and_as_the_same_bytes(pictures, tm
     data.save(tmp_path / "one", made)
     data.save(tmp_path / "other", data.prepare("image_folder", own(pictures, memory_mb=0), 0.25, 0))
     found = data.load(tmp_path / "one")
-    assert found.about == made.about
-    assert found.about.counts == {"train": 18, "val": 6, "test": 12}
+    assert found.info == made.info
+    assert found.info.counts == {"train": 18, "val": 6, "test": 12}
     for part in ("train", "val", "test"):
         was, now = getattr(made, part), getattr(found, part)
         assert [now.path(i) for i in range(len(now))] == [was.path(i) for i in range(len(was))]
@@ -677,7 +689,7 @@ def test_order_on_disk_and_threads_do_not_change_the_artifact_but_contents_do(
     memory, pictures, monkeypatch, tmp_path
 ):
     def hashed():
-        return prepared_own(pictures, memory_mb=memory).about.hash
+        return prepared_own(pictures, memory_mb=memory).info.hash
 
     first, scandir = hashed(), os.scandir
 
@@ -729,7 +741,7 @@ def own_val(pictures):
 def test_a_val_of_their_own_is_used_and_nothing_else_is_held_out(memory, pictures):
     own_val(pictures)
     found = data.prepare("image_folder", own(pictures, memory_mb=memory), 0.5, 0)
-    assert found.about.counts == {"train": 24, "val": 3, "test": 12}
+    assert found.info.counts == {"train": 24, "val": 3, "test": 12}
     assert found.val.labels.tolist() == [0, 1, 2]
 
 
@@ -780,12 +792,12 @@ def test_a_folder_without_pictures_is_refused(pictures):
 
 
 def test_hidden_files_and_notes_are_passed_over_and_other_files_refused(pictures):
-    before = prepared_own(pictures).about
+    before = prepared_own(pictures).info
     for name in (".DS_Store", "notes.txt", "Thumbs.db", ".hidden.png"):
         (pictures / "train" / "ant" / name).write_text("not a picture")
     (pictures / "train" / "README.md").write_text("about them")
     draw_picture(pictures / "train" / ".ipynb_checkpoints" / "1.png", 1)
-    assert prepared_own(pictures).about == before
+    assert prepared_own(pictures).info == before
     path = pictures / "train" / "ant" / "film.mp4"
     path.write_text("not a picture")
     refuses(pictures, f"{path}: neither a picture")
@@ -848,7 +860,7 @@ def test_different_sizes_need_one_to_be_set(pictures):
 
 @pytest.mark.parametrize("shape", [(9, 6), (6, 9), (50, 31), (31, 50), (8, 8), (7, 97)])
 def test_resizing_and_cutting_is_torchvisions(shape, tmp_path):
-    raw.torchvision()
+    import_torchvision()
     from torchvision import transforms
 
     path = tmp_path / "one.png"
@@ -856,7 +868,7 @@ def test_resizing_and_cutting_is_torchvisions(shape, tmp_path):
     with Image.open(path) as picture:
         for size, resize in ((6, 6), (5, 8), (20, 23)):
             theirs = transforms.Compose([transforms.Resize(resize), transforms.CenterCrop(size)])
-            ours = listing._framed(picture, listing.View(3, size, size, resize))
+            ours = listing._framed(picture, listing.ImageView(3, size, size, resize))
             assert np.array_equal(np.asarray(ours), np.asarray(theirs(picture)))
 
 
@@ -871,7 +883,7 @@ def test_random_crops_have_the_areas_and_ratios_that_are_asked_for():
     assert share.max() > 0.95
     assert 0.74 < ratio.min() < 0.76
     assert 1.32 < ratio.max() < 1.35
-    raw.torchvision()
+    import_torchvision()
     from torchvision.transforms import RandomResizedCrop
 
     torch.manual_seed(0)
@@ -904,13 +916,13 @@ def test_imagenet_is_listed_unopened_and_cropped_anew_in_every_epoch(imagenet):
     found = read("imagenet", imagenet.parent, size=32, resize=36)
     assert found.classes == ["n00", "n01"]
     prepared = data.prepare("imagenet", found, 0, 0)
-    assert prepared.about.shape == [3, 32, 32]
-    assert prepared.about.counts == {"train": 8, "val": 0, "test": 4}
+    assert prepared.info.shape == [3, 32, 32]
+    assert prepared.info.counts == {"train": 8, "val": 0, "test": 4}
     epochs = [batches_of(prepared, epoch, size=8) for epoch in (0, 0, 1)]
     assert same(epochs[0], epochs[1])
     assert not same(epochs[0], epochs[2])
     assert epochs[0][0][0].is_contiguous(memory_format=torch.channels_last)
-    raw.torchvision()
+    import_torchvision()
     from torchvision import transforms
     from torchvision.datasets import ImageFolder
 
@@ -919,26 +931,26 @@ def test_imagenet_is_listed_unopened_and_cropped_anew_in_every_epoch(imagenet):
         transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     ])  # fmt: skip
     theirs = ImageFolder(str(imagenet / "val"), usual)
-    ((images, labels),) = in_order(prepared.test, prepared.about, device=CPU)
+    ((images, labels),) = in_order(prepared.test, prepared.info, device=CPU)
     torch.testing.assert_close(images, torch.stack([image for image, _ in theirs]))
     assert labels.tolist() == theirs.targets
 
 
 def test_a_random_crop_is_torchvisions_crop_of_the_same_box(imagenet):
-    raw.torchvision()
+    import_torchvision()
     from torchvision.transforms import functional
 
     found = read("imagenet", imagenet.parent, size=32, resize=36, augment={"area": 0.08})
     prepared = data.prepare("imagenet", found, 0, 0)
     ((images, _),) = batches_of(prepared, epoch=2, size=8, seed=5)
-    order = augment.draw(8, 5, 2, prepared.about.augment).image.tolist()
+    order = augment.draw(8, 5, 2, prepared.info.augment).image.tolist()
     for image, index in zip(images, order, strict=True):
         with Image.open(found.train.path(index)) as file:
             picture = file.convert("RGB")
         left, top, right, bottom = listing.random_box(picture.size, 0.08, 5, 2, index)
         theirs = functional.resized_crop(picture, top, left, bottom - top, right - left, [32, 32])
         pixels = torch.from_numpy(np.array(theirs)).permute(2, 0, 1)[None]
-        normalise = Normalise(prepared.about.mean, prepared.about.std, CPU)
+        normalise = Normalise(prepared.info.mean, prepared.info.std, CPU)
         assert torch.equal(image, normalise(pixels)[0])
 
 
@@ -966,6 +978,6 @@ def test_sixty_thousand_jpegs_are_read_within_the_memory_promised():
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     found = data.prepare("image_folder", read("image_folder", REAL, folder="cifar10-jpeg"), 0.1, 0)
-    assert found.about.counts == {"train": 45_000, "val": 5_000, "test": 10_000}
-    assert found.about.shape == [3, 32, 32]
+    assert found.info.counts == {"train": 45_000, "val": 5_000, "test": 10_000}
+    assert found.info.shape == [3, 32, 32]
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2 * 2**20  # KiB

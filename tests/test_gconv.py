@@ -9,10 +9,14 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from secateur.core import cost, groupconfig, masks, permute, plugin
-from secateur.core.decision import Subject
-from secateur.core.errors import PruningError, SettingsError
+from secateur.base import plugin
+from secateur.base.errors import PruningError, SettingsError
+from secateur.gconv import config as groupconfig
+from secateur.gconv import permutation as permute
+from secateur.nn import cost
 from secateur.pruners import gconv
+from secateur.pruning.decision import PruningContext
+from secateur.sparsity import masks
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -29,7 +33,7 @@ def small(**settings):
 
 def subject(model, side=8):
     torch.manual_seed(1)
-    return Subject(model, torch.randn(6, 3, side, side), torch.arange(6))
+    return PruningContext(model, torch.randn(6, 3, side, side), torch.arange(6))
 
 
 def prune(model, **chosen):
@@ -111,7 +115,7 @@ def test_nothing_to_divide_is_said():
     linear = nn.Sequential(nn.Flatten(), nn.Linear(48, 10))
     with pytest.raises(PruningError, match="no convolution, or all are skipped"):
         chosen = gconv.Settings(groups=2, criterion="taylor")
-        gconv.prune(chosen, Subject(linear, torch.randn(2, 3, 4, 4), torch.tensor([0, 1])))
+        gconv.prune(chosen, PruningContext(linear, torch.randn(2, 3, 4, 4), torch.tensor([0, 1])))
     with pytest.raises(PruningError, match="meets the budget as it is"):
         prune(small(), search={"max_params": 10**9})
 
@@ -127,7 +131,7 @@ def test_taylor_is_the_gradient_times_the_weight():
         criterion = (weight * weight.grad).detach().abs().sum(dim=(2, 3)).double()
         expected = permute.group(criterion, 2, permute.Search())
         assert torch.equal(mask[:, :, 0, 0], expected.mask())
-    without = Subject(model, one.images)
+    without = PruningContext(model, one.images)
     with pytest.raises(PruningError, match="needs images with labels"):
         gconv.prune(gconv.Settings(groups=2, criterion="taylor"), without)
 
@@ -153,14 +157,16 @@ def test_biases_dilation_and_padding_modes_make_no_difference():
         nn.Conv2d(8, 8, 3, padding=2, dilation=2, padding_mode="reflect"),
         nn.Conv2d(8, 300 * 8, 1),
     )
-    decision = gconv.prune(gconv.Settings(groups=4), Subject(model, torch.zeros(1, 3, 8, 8)))
+    decision = gconv.prune(gconv.Settings(groups=4), PruningContext(model, torch.zeros(1, 3, 8, 8)))
     assert groups_of(decision) == {"1": 4, "2": 4}
     assert set(decision.masks) == {"1.weight", "2.weight"}  # biases stay
 
 
 def test_more_groups_than_a_byte_can_count():
     model = nn.Sequential(nn.Conv2d(600, 600, 1))
-    decision = gconv.prune(gconv.Settings(groups=300), Subject(model, torch.zeros(1, 600, 2, 2)))
+    decision = gconv.prune(
+        gconv.Settings(groups=300), PruningContext(model, torch.zeros(1, 600, 2, 2))
+    )
     assert groups_of(decision) == {"0": 300}
 
 
@@ -168,12 +174,14 @@ def test_groups_that_are_there_are_divided_further():
     model = nn.Sequential(
         nn.Conv2d(16, 32, 3, groups=2, padding=1), nn.Conv2d(32, 32, 1, groups=32)
     )
-    decision = gconv.prune(gconv.Settings(groups=4), Subject(model, torch.zeros(1, 16, 8, 8)))
+    decision = gconv.prune(
+        gconv.Settings(groups=4), PruningContext(model, torch.zeros(1, 16, 8, 8))
+    )
     assert set(decision.masks) == {"0.weight"}  # depthwise cannot be divided
     mask = decision.masks["0.weight"][:, :, 0, 0]
-    whole = permute.spread(mask, 2)
+    whole = permute.expand_groups(mask, 2)
     assert permute.from_mask(whole).groups == 4
-    assert torch.equal(permute.gather(whole, 2), mask)
+    assert torch.equal(permute.extract_groups(whole, 2), mask)
     upper = permute.magnitude(model[0].weight)[:16]
     assert torch.equal(mask[:16], permute.group(upper, 2, permute.Search()).mask())
 

@@ -5,7 +5,8 @@ import functools
 import pytest
 
 from benchmarks import gconv_sizes as sizes
-from secateur.core import cost, plugin
+from secateur.base import plugin
+from secateur.nn import cost
 
 # Millions of parameters and of operations: dense, then 2, 4 and 8 groups.
 UNIFORM = {

@@ -9,10 +9,12 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from secateur.core import groupsearch, permute, plugin
-from secateur.core.errors import PruningError
-from secateur.core.groupsearch import Budget, Candidate, Table
-from secateur.core.masks import layers
+from secateur.base import plugin
+from secateur.base.errors import PruningError
+from secateur.gconv import permutation as permute
+from secateur.gconv import search as groupsearch
+from secateur.gconv.search import Budget, Candidate, Table
+from secateur.sparsity.masks import layers
 
 
 def table(params=0, macs=0, **shares):

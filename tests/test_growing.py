@@ -10,10 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from secateur.core import choices, data, growing, plugin, resume, train
-from secateur.core.errors import SettingsError
-from secateur.core.settings import Train, parse
-from secateur.core.stage import Stage
+from secateur.base import plugin
+from secateur.base.errors import SettingsError
+from secateur.base.settings import Train, validate
+from secateur.base.stage import Stage
+from secateur.data import dataset as data
+from secateur.penalties import _growing as growing
+from secateur.sparsity import choices
+from secateur.training import loop as train
+from secateur.training import resume
 
 METHODS = ["greg1", "greg2"]
 GROUPS = ["filter", "channel", "weight"]
@@ -28,7 +33,7 @@ def project(tmp_path, monkeypatch):
 
 def build(name, model, decay=1e-4, **chosen):
     module = plugin.load("penalties", name)
-    return module.build(parse(module.Settings, chosen, f"penalties.{name}"), model, decay)
+    return module.build(validate(module.Settings, chosen, f"penalties.{name}"), model, decay)
 
 
 def network(seed=0):
@@ -170,7 +175,9 @@ def test_the_gradient_grows_by_factor_times_weight_and_by_nothing_else():
 @pytest.mark.parametrize("groups_", GROUPS)
 def test_a_step_of_sgd_shrinks_what_is_chosen_by_rate_times_factor_and_weight_decay(groups_):
     prepared, model = digits(96, validation=0), network()
-    penalty = build("greg1", model, decay=0.5, groups=groups_, jump=True, ceiling=2.0, stabilise=0)
+    penalty = build(
+        "greg1", model, decay=0.5, granularity=groups_, jump=True, ceiling=2.0, stabilise=0
+    )
     plain, ours = copy.deepcopy(model), model
     how = settings(1, batch_size=96, momentum=0.0, lr=0.1)
     fit(plain, prepared, how, "plain")
@@ -190,14 +197,14 @@ def test_a_step_of_sgd_shrinks_what_is_chosen_by_rate_times_factor_and_weight_de
 @pytest.mark.parametrize("pick", ["min", "max"])
 def test_greg1_chooses_what_one_shot_l1_would(groups_, pick):
     model = network()
-    made = build("greg1", model, groups=groups_, ratios=0.3, pick=pick).choices()
+    made = build("greg1", model, granularity=groups_, ratios=0.3, pick=pick).choices()
     for name, choice in made.items():
         weight = model.get_parameter(name).detach()
         axes = {"filter": [1, 2, 3], "channel": [0, 2, 3], "weight": []}[groups_]
         axes = [a for a in axes if a < weight.dim()]
         norms = weight.abs().sum(axes, keepdim=True) if axes else weight.abs()
         gone, kept = norms[choice], norms[~choice]
-        assert len(gone) == choices.count(0.3, norms.numel())
+        assert len(gone) == choices.number_pruned(0.3, norms.numel())
         assert gone.max() <= kept.min() if pick == "min" else gone.min() >= kept.max()
     assert made
 
@@ -328,7 +335,7 @@ def test_single_weights_end_by_the_ceiling_alone():
         for layer in (model[0], model[3], model[6]):
             layer.weight.copy_(torch.where(torch.rand_like(layer.weight) < 0.5, 1e-9, 1.0))
     penalty = build(
-        "greg1", model, decay=0.25, interval=1, groups="weight", stabilise=0, ratios=0.4
+        "greg1", model, decay=0.25, interval=1, granularity="weight", stabilise=0, ratios=0.4
     )
     for step in range(10):
         penalty(step)
@@ -388,7 +395,7 @@ def test_what_is_chosen_shrinks_and_the_network_still_learns():
     for name, choice in penalty.choices().items():
         size = choices.scores(model.get_parameter(name), "filter")
         assert size[choice].max() < 0.05 * size[~choice].min()
-    assert train.accuracy(model, prepared.test, prepared.about)[0] > 0.8
+    assert train.accuracy(model, prepared.test, prepared.info)[0] > 0.8
 
 
 # what is told and what is left behind
@@ -442,7 +449,14 @@ def test_the_state_is_all_there_is(name):
 @pytest.mark.parametrize("name", METHODS)
 def test_killed_at_any_step_of_any_phase_it_ends_with_the_same_bytes(name, kind):
     more = {"pick_growth": 0.002, "recover": -0.01} if name == "greg2" else {"pick": "random"}
-    how = {"decay": 0.02, "interval": 2, "ceiling": 0.07, "stabilise": 5, "groups": kind, **more}
+    how = {
+        "decay": 0.02,
+        "interval": 2,
+        "ceiling": 0.07,
+        "stabilise": 5,
+        "granularity": kind,
+        **more,
+    }
     prepared = digits(72)  # 3 steps an epoch
 
     def run(which, stop=None):
@@ -510,7 +524,7 @@ MISTAKES = [  # penalty, setting, value, what the line must hold
         ("ratios", 1.0, "must be at least 0 and less than 1"),
         ("ratios", -0.5, "must be at least 0"),
         ("ratios", float("nan"), "must be"),
-        ("groups", "kernel", "'filter', 'channel' or 'weight'"),
+        ("granularity", "kernel", "'filter', 'channel' or 'weight'"),
         ("interval", 0, "greater than or equal to 1"),
         ("interval", 2.5, "valid integer"),
         ("ceiling", 0, "greater than 0"),
@@ -569,8 +583,8 @@ def test_what_only_the_network_can_tell_is_told_when_the_penalty_is_built(
 def test_a_layer_of_two_million_single_weights_starts_at_once():
     model = nn.Sequential(nn.Linear(2048, 1000))
     for name in METHODS:
-        penalty = build(name, model, groups="weight", ratios=0.827)
+        penalty = build(name, model, granularity="weight", ratios=0.827)
         penalty(0).backward()
         assert sum(penalty.numbers.values()) == math.ceil(0.827 * 2_048_000)
-    chosen = build("greg1", model, groups="weight", ratios=0.827).choices()["0.weight"]
+    chosen = build("greg1", model, granularity="weight", ratios=0.827).choices()["0.weight"]
     assert int(chosen.sum()) == math.ceil(0.827 * 2_048_000)

@@ -5,13 +5,13 @@ import sys
 
 import pytest
 
-from secateur.core import heap
+from secateur.base import allocator as heap
 
 pytestmark = pytest.mark.skipif(not heap._known, reason="another C library")
 
 STEADY = """
 import secateur, torch
-from secateur.core import heap
+from secateur.base import allocator as heap
 for step in range(20 * heap.EVERY):
     kept = [torch.ones(2**20) for _ in range(8)]
     del kept
@@ -20,7 +20,7 @@ for step in range(20 * heap.EVERY):
 
 PILING = """
 import secateur, torch
-from secateur.core import heap
+from secateur.base import allocator as heap
 for step in range(heap.EVERY):
     torch.ones(2**20)
     heap.tidy()

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from secateur.core.norms import distribution, scaled_norms
+from secateur.nn.norms import distribution, scaled_norms
 
 
 def test_every_scale_is_counted_in_its_bin_whatever_its_sign():

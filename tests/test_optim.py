@@ -9,10 +9,10 @@ from pydantic import ValidationError
 from torch import nn
 from torch.optim import lr_scheduler
 
-from secateur.core import optim
-from secateur.core.engine import Engine
-from secateur.core.settings import Train
-from secateur.core.train import _Step
+from secateur.base.settings import Train
+from secateur.training import optim
+from secateur.training.engine import Engine
+from secateur.training.loop import _Step
 
 EPOCHS, STEPS = 7, 5
 
@@ -136,7 +136,7 @@ def test_a_step_in_parts_is_the_whole_step(parts, smoothing):
         batch_size=10,
         optimizer="sgd",
         lr=0.1,
-        accumulate=parts,
+        accumulate_grad_batches=parts,
         label_smoothing=smoothing,
     )
     step = _Step(model, optim.optimizer(model, settings), None, settings, Engine(), 1)

@@ -12,9 +12,9 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 from torch import nn
 
-from secateur.core import penalty as penalties
-from secateur.core import plugin
-from secateur.core.errors import SettingsError
+from secateur.base import plugin
+from secateur.base.errors import SettingsError
+from secateur.training import penalty as penalties
 
 NAMES = plugin.names("penalties")
 FORMULAS = [name for name in NAMES if hasattr(plugin.load("penalties", name), "gradient")]

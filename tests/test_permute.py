@@ -10,9 +10,9 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from benchmarks.permutation import straight
-from secateur.core import permute
-from secateur.core.errors import PruningError
-from secateur.core.permute import Search
+from secateur.base.errors import PruningError
+from secateur.gconv import permutation as permute
+from secateur.gconv.permutation import Search
 
 SANITY = torch.tensor([[9.0, 1, 8, 2], [1, 7, 2, 6], [8, 2, 9, 1], [2, 6, 1, 7]])
 

@@ -19,7 +19,7 @@ import safetensors.torch
 import yaml
 from mlflow import MlflowClient
 
-from secateur.core.data import load
+from secateur.data.dataset import load
 
 pytestmark = pytest.mark.pipeline
 
@@ -56,7 +56,7 @@ def test_new_plugins_and_changed_observers_leave_everything_valid(project):
         file = project.path / f"secateur/{observer}.py"
         file.write_text(file.read_text() + "\n# changed\n")
     assert "up to date" in project.dvc("status", "dvc.yaml")
-    file = project.path / "secateur/core/cost.py"
+    file = project.path / "secateur/nn/cost.py"
     file.write_text(file.read_text() + "\n# changed\n")
     status = project.dvc("status", "dvc.yaml")
     assert "prune" in status and "baseline" not in status.split("\n")[0]
@@ -82,10 +82,10 @@ def test_a_second_clone_reuses_models_and_shows_the_whole_chain(finished, tmp_pa
     log = second.dvc("repro", SECATEUR_TRACKING="on")
     assert set(ran(log)) <= {"evaluate"}
     assert model_bytes(second) == model_bytes(first)
-    second.run(sys.executable, "-m", "secateur.sync", SECATEUR_TRACKING="on")
+    second.run(sys.executable, "-m", "secateur.pipeline.sync", SECATEUR_TRACKING="on")
     kinds = Counter(r.data.tags["stage"] for r in runs(second))
     assert kinds == {"baseline": 1, "sparse-train": 1, "prune": 1, "finetune": 1, "evaluate": 1}
-    again = second.run(sys.executable, "-m", "secateur.sync", SECATEUR_TRACKING="on")
+    again = second.run(sys.executable, "-m", "secateur.pipeline.sync", SECATEUR_TRACKING="on")
     assert "0 runs written" in again
 
 
@@ -244,7 +244,7 @@ def test_the_curves_in_mlflow_are_those_of_the_history(finished):
 
 def test_a_lost_store_is_written_again(project):
     (project.path / "mlflow.db").unlink()
-    project.run(sys.executable, "-m", "secateur.sync", SECATEUR_TRACKING="on")
+    project.run(sys.executable, "-m", "secateur.pipeline.sync", SECATEUR_TRACKING="on")
     assert len(runs(project)) == 5
     (pipeline,) = runs(project, "tags.kind = 'pipeline'")
     restored = {r.info.run_id for r in runs(project, "tags.restored = 'true'")}
@@ -252,7 +252,7 @@ def test_a_lost_store_is_written_again(project):
 
 
 def test_four_processes_may_start_on_a_fresh_store(unborn):
-    code = "from secateur.track import Store; assert Store().client is not None"
+    code = "from secateur.pipeline.tracking import Store; assert Store().client is not None"
     env = unborn.env(SECATEUR_TRACKING="on")
     started = [
         subprocess.Popen([sys.executable, "-c", code], cwd=unborn.path, env=env) for _ in range(4)

@@ -19,14 +19,16 @@ def weights(project):
     return safetensors.numpy.load_file(project.path / "models/baseline/model.safetensors")
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_two_processes_make_the_model_that_one_makes_within_rounding(unborn, accumulate):
+@pytest.mark.parametrize("accumulate_grad_batches", [1, 2])
+def test_two_processes_make_the_model_that_one_makes_within_rounding(
+    unborn, accumulate_grad_batches
+):
     unborn.params(
         baseline__optimizer="sgd",
         baseline__lr=0.1,
         baseline__epochs=5,
         baseline__batch_size=68,  # 1,293 images: the last batch has one, too few for two processes
-        baseline__accumulate=accumulate,
+        baseline__accumulate_grad_batches=accumulate_grad_batches,
         baseline__keep="last",
     )
     unborn.stage("prepare")

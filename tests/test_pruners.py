@@ -12,11 +12,15 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 from torch import nn
 
-from secateur.core import checkpoint, data, masks, plugin, train
-from secateur.core.decision import Subject
-from secateur.core.errors import PruningError
-from secateur.core.resume import Work
-from secateur.core.settings import Train
+from secateur.base import plugin
+from secateur.base.errors import PruningError
+from secateur.base.settings import Train
+from secateur.data import dataset as data
+from secateur.nn import checkpoint
+from secateur.pruning.decision import PruningContext
+from secateur.sparsity import masks
+from secateur.training import loop as train
+from secateur.training.resume import Work
 
 NAMES = plugin.names("pruners")
 GRADED = [n for n in NAMES if "sensitivity" in plugin.load("pruners", n).Settings.model_fields]
@@ -27,7 +31,7 @@ NORMED = ["network_slimming"]  # looks at scales of batch normalisations
 
 def subject(model, choices=None):
     shape = (3, 8, 8) if next(model.parameters()).shape[1] == 3 else (1, 8, 8)
-    return Subject(model, torch.zeros(2, *shape), torch.zeros(2, dtype=torch.int64), choices)
+    return PruningContext(model, torch.zeros(2, *shape), torch.zeros(2, dtype=torch.int64), choices)
 
 
 def prune(name, model, **chosen):
@@ -277,7 +281,7 @@ def toy_data(shape=(2, 9, 9), count=64):
     chance = torch.Generator().manual_seed(1)
     labels = torch.arange(count) % 3
     images = torch.randint(0, 256, (count, *shape), generator=chance, dtype=torch.uint8)
-    split = data.Split(images, labels)
+    split = data.InMemoryImages(images, labels)
     images = data.Images(split, split, ["a", "b", "c"], (0.5,) * shape[0], (0.5,) * shape[0])
     return data.prepare("toy", images, 0, 0)
 
@@ -328,9 +332,9 @@ def test_what_is_pruned_is_zero_after_every_step_and_positive_in_the_file(
     for name, mask in chosen.items():  # the rest did learn, and so would have the pruned entries
         assert (~mask).any()
         assert (model.get_parameter(name).cpu() != before[name])[mask].any()
-    about = prepared.about
+    info = prepared.info
     header = checkpoint.Header(
-        "toy", {}, about.classes, about.shape, about.mean, about.std, about.hash, "finetune"
+        "toy", {}, info.classes, info.shape, info.mean, info.std, info.hash, "finetune"
     )
     checkpoint.save(tmp_path / "model.safetensors", header, model, chosen)
     saved = checkpoint.load(tmp_path / "model.safetensors")

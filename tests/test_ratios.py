@@ -12,10 +12,10 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 from torch import nn
 
-from secateur.core import choices, ratios
-from secateur.core.errors import SettingsError
-from secateur.core.ratios import Ratios, Skip
-from secateur.core.settings import Strict, parse
+from secateur.base.errors import SettingsError
+from secateur.base.settings import Strict, validate
+from secateur.sparsity import choices, ratios
+from secateur.sparsity.ratios import Ratios, Skip
 
 GROUPS = ["filter", "channel", "weight"]
 
@@ -56,7 +56,7 @@ def plain():
 
 
 def resolve(model, written, kind="filter", skip=()):
-    made = parse(Written, {"ratios": written, "skip": list(skip)}, "penalties.greg1")
+    made = validate(Written, {"ratios": written, "skip": list(skip)}, "penalties.greg1")
     return ratios.by_layer(model, made.ratios, kind, made.skip, "penalties.greg1")
 
 
@@ -160,7 +160,7 @@ def test_skipped_layers_keep_everything(skip, spared):
 
 
 def test_skip_may_be_one_text_and_a_place_in_a_plain_network():
-    made = parse(Written, {"skip": "[1.0, layer2.1.conv1]"}, "x")
+    made = validate(Written, {"skip": "[1.0, layer2.1.conv1]"}, "x")
     assert [entry.text for entry in made.skip] == ["1.0", "layer2.1.conv1"]
     assert set(above_zero(resolve(plain(), 0.5, skip=["1", "fc"]))) == {"conv1", "conv3", "conv4"}
 
@@ -209,7 +209,7 @@ BY_TEXT = [  # written, what the line must hold
 @pytest.mark.parametrize(("written", "line"), BY_TEXT, ids=str)
 def test_mistakes_that_the_text_shows_are_told_when_it_is_read(written, line):
     with pytest.raises(SettingsError, match=r"params\.yaml: penalties\.greg1\.ratios") as caught:
-        parse(Written, {"ratios": written}, "penalties.greg1")
+        validate(Written, {"ratios": written}, "penalties.greg1")
     assert line in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -217,7 +217,7 @@ def test_mistakes_that_the_text_shows_are_told_when_it_is_read(written, line):
 @pytest.mark.parametrize("skip", [3, [None], [True], [[1]], [""]], ids=str)
 def test_a_skip_that_is_no_list_of_names_is_told(skip):
     with pytest.raises(SettingsError, match=r"penalties\.greg1\.skip"):
-        parse(Written, {"skip": skip}, "penalties.greg1")
+        validate(Written, {"skip": skip}, "penalties.greg1")
 
 
 BY_NETWORK = [  # model, groups, ratios, skip, what the line must hold
@@ -271,13 +271,15 @@ COUNTS = [(0.3, 10, 3), (0.55, 100, 55), (0.7, 10, 7), (0.1, 30, 3), (0.29, 100,
 
 @pytest.mark.parametrize(("ratio", "number", "gone"), COUNTS)
 def test_counts_are_rounded_up_and_leave_one(ratio, number, gone):
-    assert choices.count(ratio, number) == gone
+    assert choices.number_pruned(ratio, number) == gone
 
 
 @given(share=st.integers(0, 999), number=st.integers(1, 5000))
 @examples(max_examples=200, deadline=None, derandomize=True)
 def test_counts_agree_with_whole_numbers(share, number):
-    assert choices.count(share / 1000, number) == min(-(-share * number // 1000), number - 1)
+    assert choices.number_pruned(share / 1000, number) == min(
+        -(-share * number // 1000), number - 1
+    )
 
 
 def test_what_is_written_comes_back_as_text_that_means_the_same():
@@ -321,8 +323,12 @@ def test_scores_are_mean_sizes_with_the_shape_of_a_choice():
 def test_two_million_weights_are_chosen_from_at_once():
     layer = nn.Linear(2048, 1000)
     began = time.monotonic()
-    choice = choices.choose(choices.scores(layer.weight, "weight"), choices.count(0.827, 2_048_000))
-    same = choices.smallest(choices.scores(layer.weight, "weight"), choices.count(0.827, 2_048_000))
+    choice = choices.choose(
+        choices.scores(layer.weight, "weight"), choices.number_pruned(0.827, 2_048_000)
+    )
+    same = choices.smallest_choice(
+        choices.scores(layer.weight, "weight"), choices.number_pruned(0.827, 2_048_000)
+    )
     assert choice.sum() == math.ceil(0.827 * 2_048_000)
     assert layer.weight[choice].abs().max() <= layer.weight[~choice].abs().min()
     assert (choice != same).sum() <= 2  # ties

@@ -9,9 +9,9 @@ import torch
 import yaml
 from torch import nn
 
-from secateur import recipe
-from secateur.core import plugin, settings
-from secateur.core.errors import SettingsError
+from secateur.base import plugin, settings
+from secateur.base.errors import SettingsError
+from secateur.pipeline import recipe
 
 PARAMS = yaml.safe_load(Path("params.yaml").read_text())
 NAMES = recipe.names()
@@ -45,7 +45,7 @@ def test_a_growing_penalty_fits_into_the_epochs_that_a_recipe_gives_it(name):
     made = recipe._merged(PARAMS, recipe.load(name).settings)
     module = plugin.load("penalties", made["penalty"])
     written = made["penalties"][made["penalty"]] | {"ratios": 0.5, "skip": []}
-    own = settings.parse(module.Settings, written, "")
+    own = settings.validate(module.Settings, written, "")
     penalty = module.build(own, nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), made["decay"])
     training = made["sparse_train"]
     steps = math.ceil(TRAINING_IMAGES[made["dataset"]] / training["batch_size"])
@@ -82,7 +82,7 @@ def test_a_recipe_names_the_network_that_was_published(name):
     large = made["dataset"] == "imagenet"
     with torch.device("meta"):
         model = module.build(
-            settings.parse(module.Settings, own, ""),
+            settings.validate(module.Settings, own, ""),
             1000 if large else 10,
             (3, 224, 224) if large else (3, 32, 32),
         )

@@ -12,23 +12,20 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from secateur.core import (
-    channels,
-    checkpoint,
-    cost,
-    masks,
-    permute,
-    plugin,
-    regroup,
-    shapes,
-    surgery,
-)
-from secateur.core.checkpoint import Header
-from secateur.core.data import Split
-from secateur.core.decision import Decision, Subject
-from secateur.core.errors import PruningError
-from secateur.core.layers import IndexedConv2d
+from secateur.base import plugin
+from secateur.base.errors import PruningError
+from secateur.channels import graph as channels
+from secateur.data.dataset import InMemoryImages
+from secateur.gconv import export as regroup
+from secateur.gconv import permutation as permute
+from secateur.nn import checkpoint, cost
+from secateur.nn import resizing as shapes
+from secateur.nn.checkpoint import Header
+from secateur.nn.layers import IndexedConv2d
 from secateur.pruners import gconv
+from secateur.pruning import removal as surgery
+from secateur.pruning.decision import PruningContext, PruningDecision
+from secateur.sparsity import masks
 from stages import prune as stage
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -69,7 +66,7 @@ def build(arch, side=16, groups=4, trained=None, **chosen):
 
 def pruned(model, images, **chosen):
     """The masked network and its masks."""
-    decision = gconv.prune(gconv.Settings(**chosen), Subject(model, images))
+    decision = gconv.prune(gconv.Settings(**chosen), PruningContext(model, images))
     masked = copy.deepcopy(model)
     masks.apply(masked, decision.masks)
     return masked, decision.masks
@@ -88,7 +85,7 @@ def difference(one, other, images):
 
 
 def indexes(model):
-    return int(regroup.count(model)["index_layers"])
+    return int(regroup.group_convolution_counts(model)["index_layers"])
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -175,7 +172,7 @@ def test_masks_and_norms_move_with_the_channels():
     nn.init.uniform_(model[1].running_mean)
     nn.init.uniform_(model[2].weight)
     images = torch.randn(2, 3, 9, 9)
-    found = gconv.prune(gconv.Settings(groups=2), Subject(model, images)).masks
+    found = gconv.prune(gconv.Settings(groups=2), PruningContext(model, images)).masks
     found = {"3.weight": found["3.weight"], "0.weight": torch.rand(8, 3, 3, 3) < 0.7}
     found |= {"3.bias": torch.arange(8) % 3 > 0}
     masks.apply(model, found)
@@ -260,7 +257,7 @@ def test_channels_can_be_followed_and_taken_out_of_an_exported_network(name):
     model, images, _ = build(**ZOO[name])
     masked, found = pruned(model, images, groups=2)
     exported = regroup.export(masked.double(), found, images[:1].double()).model
-    network = channels.follow(exported, images)
+    network = channels.build_channel_graph(exported, images)
     wanted = {g.name: torch.arange(0, g.size, 3) for g in network.groups if g.locked is None}
     selection = network.allowed(wanted)
     small = surgery.remove(exported, selection, images[:1].double(), {}, network)
@@ -278,7 +275,7 @@ for name in ("core.regroup", "core.permute", "core.surgery", "core.channels", "p
     sys.modules[f"secateur.{name}"] = None  # importing it is an error
 from pathlib import Path
 import safetensors.torch
-from secateur.core import checkpoint
+from secateur.nn import checkpoint
 images = safetensors.torch.load_file("images.safetensors")["images"]
 logits = checkpoint.load(Path("model.safetensors")).model().eval()(images)
 safetensors.torch.save_file({"logits": logits.detach()}, "logits.safetensors")
@@ -316,11 +313,11 @@ def run_stage(model, images, decide, monkeypatch, **settings):
 
     about = SimpleNamespace(mean=[0.0] * 3, std=[1.0] * 3, shape=(3, 16, 16))
     pixels = (images.abs() * 50).clamp(max=255).to(torch.uint8).permute(0, 2, 3, 1)
-    train = Split.of(pixels.contiguous(), torch.zeros(len(images), dtype=torch.int64))
+    train = InMemoryImages.of(pixels.contiguous(), torch.zeros(len(images), dtype=torch.int64))
     job = SimpleNamespace(
         params=Params(),
         upstream={"sparse-train": SimpleNamespace(model=lambda: copy.deepcopy(model), choices={})},
-        data=SimpleNamespace(about=about, train=train),
+        data=SimpleNamespace(info=about, train=train),
         header=lambda parent, **notes: notes,
     )
     monkeypatch.setattr(stage.plugin, "load", lambda *_: SimpleNamespace(prune=decide))
@@ -372,6 +369,6 @@ def test_nothing_to_export_is_an_error(monkeypatch):
     scattered = {"conv1.weight": torch.rand(16, 3, 3, 3) < 0.5}
     with pytest.raises(PruningError, match=r"prune\.export = gconv: no convolution's mask is made"):
         run_stage(
-            model, images, lambda *_: Decision(scattered), monkeypatch,
+            model, images, lambda *_: PruningDecision(scattered), monkeypatch,
             remove_dead=True, recalibrate=0, export="gconv",
         )  # fmt: skip

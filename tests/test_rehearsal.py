@@ -7,13 +7,13 @@ import torch
 import yaml
 from torch import nn
 
-from secateur.core import plugin
-from secateur.core.data import About
-from secateur.core.errors import SettingsError
-from secateur.rehearsal import rehearse
+from secateur.base import plugin
+from secateur.base.errors import SettingsError
+from secateur.data.dataset import DatasetInfo
+from secateur.pipeline.preflight import check_network
 
 PARAMS = yaml.safe_load(Path("params.yaml").read_text())
-ABOUT = About("made up", ["a", "b"], (1, 8, 8), [0.0], [1.0], "", {})
+ABOUT = DatasetInfo("made up", ["a", "b"], (1, 8, 8), [0.0], [1.0], "", {})
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def network(tmp_path, monkeypatch):
 )
 def test_what_does_not_fit_the_network_is_refused(changes, line, network):
     with pytest.raises(SettingsError, match=line):
-        rehearse(network(**changes), ABOUT)
+        check_network(network(**changes), ABOUT)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_what_may_fit_passes_and_nothing_changes(changes, network):
     model = network(**changes)
     before = nn.utils.parameters_to_vector(model.parameters()).clone()
     random = torch.get_rng_state()
-    rehearse(model, ABOUT)
+    check_network(model, ABOUT)
     assert torch.equal(nn.utils.parameters_to_vector(model.parameters()), before)
     assert torch.equal(torch.get_rng_state(), random)
     assert model.training and all(p.grad is None for p in model.parameters())

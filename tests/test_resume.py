@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from secateur.core import resume
-from secateur.core.errors import SecateurError
-from secateur.core.resume import Work, single_flight
-from secateur.core.stage import Stage
+from secateur.base.errors import SecateurError
+from secateur.base.stage import Stage
+from secateur.training import resume
+from secateur.training.resume import Work, single_flight
 
 FORK = multiprocessing.get_context("fork")
 OUTS = ["models/toy", "models/toy.run.json"]

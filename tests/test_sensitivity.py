@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from secateur.core import plugin, sensitivity, surgery
-from secateur.core.decision import Subject
+from secateur.base import plugin
+from secateur.pruning import removal as surgery
+from secateur.pruning import sensitivity
+from secateur.pruning.decision import PruningContext
 
 SHAPE = (3, 8, 8)
 
@@ -48,7 +50,7 @@ def test_trials_give_what_the_masked_network_gives(kind):
     with torch.no_grad():
         model.fc.bias -= model(images).mean(0)  # so that not all images look alike
         labels = model(images).argmax(1)
-    subject = Subject(copy.deepcopy(model), images, labels)
+    subject = PruningContext(copy.deepcopy(model), images, labels)
     names = sensitivity.layers(subject)
     made = sensitivity.trials(subject, names, ["l1", "taylor", "random"], [0.3, 0.8], 1)
     assert {(t.layer, t.criterion, t.ratio) for t in made} == {
@@ -73,9 +75,9 @@ def test_trials_give_what_the_masked_network_gives(kind):
 
 
 def test_only_what_follows_is_computed_again():
-    bench = sensitivity.Bench(Subject(MODELS["resnet"](), torch.randn(2, *SHAPE)))
-    every = len(bench.graph.graph.nodes)
-    subject = Subject(bench.model, torch.randn(2, *SHAPE), torch.arange(2))
+    bench = sensitivity.Bench(PruningContext(MODELS["resnet"](), torch.randn(2, *SHAPE)))
+    every = len(bench.fx_graph.graph.nodes)
+    subject = PruningContext(bench.model, torch.randn(2, *SHAPE), torch.arange(2))
     late, early = (
         sensitivity.trials(subject, [name], ["l1"], [0.5], 0)[0].channels
         for name in ("layer3.0.conv1", "layer1.0.conv1")
@@ -98,7 +100,7 @@ def test_the_allowed_ratio_ends_before_the_first_drop(rows, least, ratio):
 
 
 def test_all_suggestions_together():
-    subject = Subject(MODELS["resnet"](), torch.randn(2, *SHAPE), torch.arange(2))
+    subject = PruningContext(MODELS["resnet"](), torch.randn(2, *SHAPE), torch.arange(2))
     names = sensitivity.layers(subject)
     made = sensitivity.trials(subject, names, ["l1"], [0.5, 0.75], 0)
     both = sensitivity.with_ratios(made, {names[0]: 0.5, names[2]: 0.75}, "l1")

@@ -11,8 +11,8 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 from pydantic import Field
 
-from secateur.core import plugin, settings
-from secateur.core.errors import SettingsError
+from secateur.base import plugin, settings
+from secateur.base.errors import SettingsError
 
 ROOT = Path(__file__).resolve().parents[1]
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
@@ -162,7 +162,7 @@ def test_a_wrong_value_in_a_list_is_told(value, wrong, allowed, tmp_path):
         ("archs.lenet300.hiden", "did you mean hidden?"),
         ("penalties.hoyer_square.bias", "did you mean biases?"),
         ("archs.vgg.dept", "did you mean depth?"),
-        ("baseline.zzz", "allowed: accumulate, batch_size, compile, epochs"),
+        ("baseline.zzz", "allowed: accumulate_grad_batches, batch_size, compile, epochs"),
     ],
 )
 def test_an_unknown_key_is_told_with_the_one_that_was_meant(key, hint, tmp_path):
@@ -302,7 +302,7 @@ class Nested(settings.Strict):
 )
 def test_the_settings_of_a_plugin_are_held_to_the_same(raw, line):
     with pytest.raises(SettingsError) as caught:
-        settings.parse(Nested, raw, "penalties.nested")
+        settings.validate(Nested, raw, "penalties.nested")
     assert f"params.yaml: {line}" in str(caught.value)
 
 

@@ -9,11 +9,16 @@ import pytest
 import torch
 from torch import nn
 
-from secateur.core import choices, cost, criteria, decision, masks, plugin, scales, surgery, target
-from secateur.core.channels import follow
-from secateur.core.decision import Decision, Subject
-from secateur.core.errors import PruningError, SettingsError
-from secateur.core.settings import parse
+from secateur.base import plugin
+from secateur.base.errors import PruningError, SettingsError
+from secateur.base.settings import validate
+from secateur.channels import scales
+from secateur.channels.graph import build_channel_graph
+from secateur.nn import cost
+from secateur.pruning import criteria, decision, target
+from secateur.pruning import removal as surgery
+from secateur.pruning.decision import PruningContext, PruningDecision
+from secateur.sparsity import choices, masks
 
 SIDE = 8
 SHAPE = (3, SIDE, SIDE)
@@ -45,12 +50,14 @@ def zoo(arch, shape=SHAPE, **chosen):
 
 def subject(model, shape=SHAPE, count=8):
     chance = torch.Generator().manual_seed(1)
-    return Subject(model, torch.randn(count, *shape, generator=chance), torch.arange(count) % 3)
+    return PruningContext(
+        model, torch.randn(count, *shape, generator=chance), torch.arange(count) % 3
+    )
 
 
 def prune(name, model, shape=SHAPE, **chosen):
     module = plugin.load("pruners", name)
-    own = parse(module.Settings, chosen, f"pruners.{name}")
+    own = validate(module.Settings, chosen, f"pruners.{name}")
     return module.prune(own, subject(model, shape))
 
 
@@ -95,7 +102,7 @@ INNER = {
 @pytest.mark.parametrize("arch", INNER)
 def test_inner_scales_are_those_of_channels_that_one_layer_makes_and_all_read_scaled(arch):
     chosen, names = INNER[arch]
-    assert set(scales.in_scope(zoo(arch, **chosen), "inner")) == names
+    assert set(scales.in_scope(zoo(arch, **chosen), "skip")) == names
 
 
 class PreActivation(nn.Module):
@@ -115,7 +122,7 @@ class PreActivation(nn.Module):
 
 def test_channels_that_somebody_reads_unscaled_are_told():
     model = PreActivation().eval()
-    found = scales.find(model, follow(model, torch.zeros(1, *SHAPE)).graph)
+    found = scales.find(model, build_channel_graph(model, torch.zeros(1, *SHAPE)).fx_graph)
     assert {s.name: s.gates for s in found} == {"bn1": False, "bn2": True, "bn": True}
 
 
@@ -254,18 +261,21 @@ def test_a_network_without_scales_is_refused():
     with pytest.raises(PruningError, match="no scale of a batch normalisation"):
         prune("network_slimming", zoo("lenet5", (1, 16, 16)), (1, 16, 16))
     module = plugin.load("penalties", "network_slimming")
-    with pytest.raises(SettingsError, match=r"scope = 'inner': this network has no batch"):
+    with pytest.raises(SettingsError, match=r"coupled = 'skip': this network has no batch"):
         module.build(module.Settings(), zoo("lenet5", (1, 16, 16)), 0.1)
 
 
 @pytest.mark.parametrize(
-    ("scope", "touched", "value"),
-    [("inner", {"bn2", "bn4"}, 1.8 + 0.85), ("all", {f"bn{n}" for n in range(1, 6)}, 2.65 + 4.8)],
+    ("coupled", "touched", "value"),
+    [
+        ("skip", {"bn2", "bn4"}, 1.8 + 0.85),
+        ("include", {f"bn{n}" for n in range(1, 6)}, 2.65 + 4.8),
+    ],
 )
-def test_the_penalty_by_hand(scope, touched, value):
+def test_the_penalty_by_hand(coupled, touched, value):
     model = toy()
     module = plugin.load("penalties", "network_slimming")
-    penalty = module.build(module.Settings(scope=scope), model, 0.5)
+    penalty = module.build(module.Settings(coupled=coupled), model, 0.5)
     total = penalty(0)
     assert float(total.detach()) == pytest.approx(0.5 * value)
     total.backward()
@@ -289,14 +299,14 @@ WAYS = {
     "slimming union": ("network_slimming", {"ratio": 0.8, "coupled": "union"}),
     "slimming round": ("network_slimming", {"ratio": 0.8, "round_to": 4}),
     "filters": ("magnitude", {"ratios": 0.6}),
-    "channels": ("magnitude", {"groups": "channel", "ratios": 0.5, "criterion": "l2"}),
+    "channels": ("magnitude", {"granularity": "channel", "ratios": 0.5, "criterion": "l2"}),
     "weights": (
         "magnitude",
-        {"groups": "weight", "ratios": 0.8, "scope": "global", "criterion": "lamp"},
+        {"granularity": "weight", "ratios": 0.8, "ranking": "global", "criterion": "lamp"},
     ),
     "global": (
         "magnitude",
-        {"ratios": 0.5, "scope": "global", "round_to": 4, "criterion": "taylor"},
+        {"ratios": 0.5, "ranking": "global", "round_to": 4, "criterion": "taylor"},
     ),
 }
 
@@ -372,7 +382,7 @@ def test_vgg_19_has_the_published_sparsity_and_speed_up(ratio, sparsity, speedup
     own = module.Settings(depth=19, bias=False, pools=[1, 2, 3, 4])
     model = module.build(own, 100, shape).eval()
     found = prune("magnitude", model, shape, ratios={"1-15": ratio})
-    left = target.Left(Subject(model, torch.zeros(1, *shape)))(found)
+    left = target.Left(PruningContext(model, torch.zeros(1, *shape)))(found)
     assert 1 / left["macs"] == pytest.approx(speedup, rel=0.03)
     assert 100 * (1 - left["params"]) == pytest.approx(sparsity, abs=0.03)
 
@@ -383,8 +393,8 @@ def test_vgg_19_has_the_published_sparsity_and_speed_up(ratio, sparsity, speedup
     ("pruner", "chosen"),
     [
         ("magnitude", {}),
-        ("magnitude", {"scope": "global", "criterion": "l2"}),
-        ("magnitude", {"groups": "weight"}),
+        ("magnitude", {"ranking": "global", "criterion": "l2"}),
+        ("magnitude", {"granularity": "weight"}),
         ("network_slimming", {}),
         ("network_slimming", {"coupled": "union"}),
     ],
@@ -497,7 +507,9 @@ def test_criteria_against_loops_over_plain_numbers(criterion, groups):
 def test_taylor_is_the_loss_that_a_filter_would_change():
     """First order: exact in the limit of a small change."""
     model = chain().double()
-    own = Subject(model, torch.randn(8, 3, SIDE, SIDE, dtype=torch.float64), torch.arange(8) % 3)
+    own = PruningContext(
+        model, torch.randn(8, 3, SIDE, SIDE, dtype=torch.float64), torch.arange(8) % 3
+    )
     score = criteria.scores(own, ["3"], "filter", "taylor", "")["3.weight"].flatten()
     loss = lambda: float(nn.functional.cross_entropy(model(own.images), own.labels))  # noqa: E731
     with torch.no_grad():
@@ -515,7 +527,7 @@ def test_bn_scale_orders_by_the_norm_behind_filters_and_before_channels():
     model[1].weight.data = torch.tensor([0.5, -0.1, 0.3, -0.9, 0.2, 0.4])
     by_filter = magnitude(model, criterion="bn_scale", ratios={"0": 0.5})
     assert gone(by_filter) == {"0": [1, 2, 4]}
-    by_channel = magnitude(model, criterion="bn_scale", groups="channel", ratios={"1": 0.5})
+    by_channel = magnitude(model, criterion="bn_scale", granularity="channel", ratios={"1": 0.5})
     assert gone(by_channel) == {"0": [1, 2, 4]}
     with pytest.raises(PruningError, match=r"filters of layer 0 have no batch normalisation"):
         bare = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 3))
@@ -550,7 +562,7 @@ def test_global_compares_all_layers_and_empties_none():
     with torch.no_grad():
         for number in range(6):
             model[0].weight[number] = 0.001 * (number + 1)  # all below those of the other
-    found = magnitude(model, scope="global", ratios=0.6)  # 11 filters, 7 go
+    found = magnitude(model, ranking="global", ratios=0.6)  # 11 filters, 7 go
     assert len(gone(found)["0"]) == 5 and 5 not in gone(found)["0"]
     assert len(gone(found)["3"]) == 1
     assert found.notes["ratio_asked"] == 0.6
@@ -561,7 +573,7 @@ def test_global_compares_all_layers_and_empties_none():
 
 def test_global_single_weights_against_one_sort():
     model = chain()
-    found = magnitude(model, groups="weight", scope="global", ratios=0.7)
+    found = magnitude(model, granularity="weight", ranking="global", ratios=0.7)
     every = torch.cat([m.weight.detach().abs().flatten() for m in masks.layers(model).values()])
     limit = every.sort().values[math.ceil(0.7 * len(every)) - 1]
     assert not found.channels
@@ -595,7 +607,7 @@ class TwoReaders(nn.Module):
 
 def test_inputs_that_several_layers_read_are_masked_in_the_one_that_chose_them():
     model = TwoReaders().eval()
-    one = prune("magnitude", model, groups="channel", ratios={"a": 0.5})
+    one = prune("magnitude", model, granularity="channel", ratios={"a": 0.5})
     assert not one.channels
     assert set(one.masks) == {"a.weight"}
     assert one.masks["a.weight"].sum() == 4 * 3
@@ -604,7 +616,7 @@ def test_inputs_that_several_layers_read_are_masked_in_the_one_that_chose_them()
 
 def test_inputs_that_one_dense_layer_takes_go_for_it_alone():
     model = zoo("densenet", depth=10)
-    one = prune("magnitude", model, groups="channel", ratios={"layer1.1.conv1": 0.5})
+    one = prune("magnitude", model, granularity="channel", ratios={"layer1.1.conv1": 0.5})
     assert not one.masks
     small = compacted(model, one)
     for name, layer in masks.layers(model).items():
@@ -625,8 +637,8 @@ def test_inputs_that_one_dense_layer_takes_go_for_it_alone():
 def test_a_ratio_for_a_layer_that_may_not_be_pruned_names_it(arch, chosen, layer, groups, reason):
     model = zoo("resnet_cifar", **arch)
     with pytest.raises(SettingsError, match=rf"{layer} = 0\.3 is for layer {layer}, .*{reason}"):
-        prune("magnitude", model, groups=groups, ratios={layer: 0.3}, **chosen)
-    passed = prune("magnitude", model, groups=groups, ratios=0.3)
+        prune("magnitude", model, granularity=groups, ratios={layer: 0.3}, **chosen)
+    passed = prune("magnitude", model, granularity=groups, ratios=0.3)
     assert not passed.masks, "whole channels only"
     assert groups == "channel" or layer not in passed.channels
 
@@ -637,8 +649,11 @@ MISTAKES = {
     "no such place": ({"ratios": {"0-7": 0.5}}, "there are 3 convolutions and linear layers"),
     "nothing goes": ({"ratios": 0}, "nothing would be pruned; at least one layer"),
     "nothing to skip": ({"skip": ["head"]}, "head matches no layer"),
-    "grouped": ({"groups": "weight", "criterion": "geometric_median"}, "has no single weights"),
-    "several ratios": ({"scope": "global", "ratios": {"0": 0.5}}, "scope global compares all"),
+    "grouped": (
+        {"granularity": "weight", "criterion": "geometric_median"},
+        "has no single weights",
+    ),
+    "several ratios": ({"ranking": "global", "ratios": {"0": 0.5}}, "ranking global compares all"),
     "unknown criterion": ({"criterion": "l3"}, "criterion = 'l3'"),
     "no width": ({"round_to": 0}, "round_to = 0"),
 }
@@ -662,7 +677,9 @@ def test_slimming_refuses_ratios_that_are_none(ratio):
 def test_taylor_without_labels_is_refused():
     module = plugin.load("pruners", "magnitude")
     with pytest.raises(PruningError, match="taylor needs images with labels"):
-        module.prune(module.Settings(criterion="taylor"), Subject(chain(), torch.zeros(2, 3, 8, 8)))
+        module.prune(
+            module.Settings(criterion="taylor"), PruningContext(chain(), torch.zeros(2, 3, 8, 8))
+        )
 
 
 @pytest.mark.parametrize(
@@ -688,7 +705,7 @@ def test_left_counts_zeros_among_single_weights():
     model = chain()
     own = subject(model, SHAPE)
     mask = {"3.weight": torch.rand(5, 6, 3, 3) > 0.3}
-    left = target.Left(own)(Decision(mask, {"0": torch.tensor([1, 4])}))
+    left = target.Left(own)(PruningDecision(mask, {"0": torch.tensor([1, 4])}))
     stays = int(mask["3.weight"][:, [0, 2, 3, 5]].sum())
     macs = [6 * 27 * 36, 5 * 54 * 16, 15]
     assert left["macs"] == pytest.approx((4 * 27 * 36 + stays * 16 + 15) / sum(macs))
@@ -698,4 +715,9 @@ def test_left_counts_zeros_among_single_weights():
 
 
 def test_refusals_of_single_weights_are_none():
-    assert decision.refusals(follow(toy(), torch.zeros(1, 3, SIDE, SIDE)), "weight") == {}
+    assert (
+        decision.unprunable_layers(
+            build_channel_graph(toy(), torch.zeros(1, 3, SIDE, SIDE)), "weight"
+        )
+        == {}
+    )

@@ -9,8 +9,10 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 from torch import nn
 
-from secateur.core import masks, plugin, surgery
-from secateur.core.errors import PruningError
+from secateur.base import plugin
+from secateur.base.errors import PruningError
+from secateur.pruning import removal as surgery
+from secateur.sparsity import masks
 
 SMALL = {"lenet300": {"hidden": [9, 7]}, "lenet5": {"filters": [5, 6], "hidden": 8}}
 ARCHS = list(SMALL)

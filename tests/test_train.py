@@ -12,13 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from secateur.core import data, masks, plugin, resume, train
-from secateur.core import penalty as penalties
-from secateur.core.data import About, Split
-from secateur.core.decision import Subject
-from secateur.core.errors import TrainingError
-from secateur.core.settings import Train
-from secateur.core.stage import Stage
+from secateur.base import plugin
+from secateur.base.errors import TrainingError
+from secateur.base.settings import Train
+from secateur.base.stage import Stage
+from secateur.data import dataset as data
+from secateur.data.dataset import DatasetInfo, InMemoryImages
+from secateur.training import penalty as penalties
+from secateur.pruning.decision import PruningContext
+from secateur.sparsity import masks
+from secateur.training import loop as train
+from secateur.training import resume
 
 SMALL = {"lenet300": {"hidden": [16, 8]}, "lenet5": {"filters": [4, 6], "hidden": 12}}
 ARCHS = sorted(SMALL)
@@ -110,7 +114,7 @@ def test_the_digits_are_learnt(arch, precision):
     result = fit(model, prepared, Train(epochs=5, batch_size=64, lr=0.002, precision=precision))
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert result.history[-1]["train_accuracy"] > 0.9
-    assert train.accuracy(model, prepared.test, prepared.about)[0] > 0.9
+    assert train.accuracy(model, prepared.test, prepared.info)[0] > 0.9
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_one_others():
@@ -185,8 +189,8 @@ def test_the_epoch_that_is_kept_is_the_one_that_the_history_names(keep, lr, seed
     result = fit(model, prepared, settings, seed=seed, watcher=watcher)
     ranks = [(row["val_accuracy"], -row["val_loss"]) for row in result.history]
     assert result.history == watcher.rows
-    assert result.picked == (ranks.index(max(ranks)) + 1 if keep == "best" else 6)
-    assert content(model) == watcher.weights[result.picked - 1]
+    assert result.best_epoch == (ranks.index(max(ranks)) + 1 if keep == "best" else 6)
+    assert content(model) == watcher.weights[result.best_epoch - 1]
     assert len(set(watcher.weights)) == 6
     if lr == 0.2:  # the rate is high enough that the last epoch is not the best
         assert ranks.index(max(ranks)) < 5
@@ -196,7 +200,7 @@ def test_the_epoch_that_is_kept_is_the_one_that_the_history_names(keep, lr, seed
 
 def test_of_equal_epochs_the_first_is_kept():
     settings = Train(epochs=3, batch_size=32, lr=1e-30)  # no weight moves
-    assert fit(network("lenet300"), digits(), settings).picked == 1
+    assert fit(network("lenet300"), digits(), settings).best_epoch == 1
 
 
 @pytest.mark.parametrize("keep", ["best", "last"])
@@ -205,7 +209,7 @@ def test_without_validation_the_last_epoch_is_kept(keep):
     watcher = Watcher(model)
     settings = Train(epochs=3, batch_size=32, lr=0.05, keep=keep)
     result = fit(model, digits(validation=0), settings, watcher=watcher)
-    assert result.picked == 3
+    assert result.best_epoch == 3
     assert content(model) == watcher.weights[-1]
     assert not any(key.startswith("val") for row in result.history for key in row)
 
@@ -274,7 +278,7 @@ def test_a_killed_training_ends_with_the_bytes_of_one_left_alone(arch, optimizer
 
     def options(model):
         module = plugin.load("pruners", "std")
-        subject = Subject(model, torch.zeros(1, 1, 8, 8))
+        subject = PruningContext(model, torch.zeros(1, 1, 8, 8))
         chosen = module.prune(module.Settings(sensitivity=0.5), subject).masks
         return {
             "penalty": chosen_penalty("hoyer_square", model, 1e-4),
@@ -474,9 +478,9 @@ def test_accuracy_and_loss_are_what_numpy_says(count):
     weight, bias = (p.detach().double().numpy() for p in model.parameters())
     logits = (pixels.reshape(count, 16) / 255 - 0.5) / 0.25 @ weight.T + bias
     chances = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
-    split = Split(torch.from_numpy(pixels), torch.from_numpy(labels))
-    about = About("toy", ["a", "b", "c"], split.shape, [0.5], [0.25], "", {})
-    right, loss = train.accuracy(model, split, about)
+    split = InMemoryImages(torch.from_numpy(pixels), torch.from_numpy(labels))
+    info = DatasetInfo("toy", ["a", "b", "c"], split.shape, [0.5], [0.25], "", {})
+    right, loss = train.accuracy(model, split, info)
     assert right == np.mean(logits.argmax(axis=1) == labels)
     assert loss == pytest.approx(-np.log(chances[range(count), labels]).mean(), rel=1e-5)
 
@@ -485,5 +489,5 @@ def test_without_epochs_the_network_is_handed_on_as_it_came():
     model = network("lenet300")
     before = content(model)
     result = fit(model, digits(50), Train(epochs=0))
-    assert (result.history, result.picked) == ([], 0)
+    assert (result.history, result.best_epoch) == ([], 0)
     assert content(model) == before

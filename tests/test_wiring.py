@@ -1,16 +1,21 @@
 """dvc.yaml names exactly the code that each stage's result depends on, and imports flow one way."""
 
 import ast
+import functools
 import re
 from pathlib import Path
 
 import pytest
 import yaml
 
-from secateur.core import plugin, settings
+from secateur.base import plugin, settings
 
 ROOT = Path(__file__).resolve().parents[1]
-OBSERVERS = {"secateur/track.py", "secateur/console.py", "secateur/rehearsal.py"}
+ROOMS = [
+    "base", "sparsity", "nn", "data", "training", "channels", "gconv", "pruning", "pipeline",
+]  # fmt: skip
+"""Top to bottom: a room imports only from those before it."""
+OBSERVERS = {f"secateur/pipeline/{name}.py" for name in ("tracking", "console", "preflight")}
 """No result depends on them."""
 WIRING = yaml.safe_load((ROOT / "dvc.yaml").read_text())
 APART = yaml.safe_load((ROOT / "stages/sensitivity/dvc.yaml").read_text())
@@ -59,16 +64,20 @@ def script(stage: dict) -> str:
     return file if file in CODE else f"stages/{match[1]}/__main__.py"
 
 
-def declared_code(stage: dict) -> set[str]:
-    """Code among the deps, with every `${...}` standing for any name."""
-    files: set[str] = set()
-    for dep in stage["deps"]:
-        if dep.endswith(".py"):
-            pattern = re.sub(r"\\\$\\\{.*?\\\}", r"\\w+", re.escape(dep))
-            hits = {f for f in CODE if re.fullmatch(pattern, f) and not f.endswith("__init__.py")}
-            assert hits, f"{dep}: no such file"
-            files |= hits
-    return files
+def code_of(dep: str) -> set[str]:
+    """Files of code that a dependency covers: a file, a room, or `${...}` for any plug-in."""
+    if (ROOT / dep).is_dir():
+        return {f for f in CODE if f.startswith(f"{dep}/") and not f.endswith("__init__.py")}
+    pattern = re.sub(r"\\\$\\\{.*?\\\}", "[a-z]\\\\w*", re.escape(dep))
+    return {f for f in CODE if re.fullmatch(pattern, f) and not f.endswith("__init__.py")}
+
+
+def code_deps(stage: dict) -> dict[str, set[str]]:
+    """The deps that are code, with the files that each covers."""
+    named = [dep for dep in stage["deps"] if dep.startswith(("secateur/", "stages/"))]
+    covered = {dep: code_of(dep) for dep in named}
+    assert all(covered.values()), f"no such file: {[d for d, f in covered.items() if not f]}"
+    return covered
 
 
 def plugins_used(stage: dict) -> set[str]:
@@ -77,40 +86,41 @@ def plugins_used(stage: dict) -> set[str]:
     return {f"secateur/{kind}/{name}.py" for kind in kinds for name in plugin.names(kind)}
 
 
-def mistakes(stage: dict) -> tuple[set[str], set[str]]:
-    """Code that is missing among the deps, and code that is there for nothing."""
-    needed = reached({script(stage)} | plugins_used(stage))
-    declared = declared_code(stage)
-    return needed - declared, declared - needed
-
-
-@pytest.mark.parametrize("name", STAGES)
-def test_deps_are_exactly_the_imported_code(name):
-    missing, superfluous = mistakes(STAGES[name])
-    assert not missing, f"{name}: dvc.yaml must name {sorted(missing)}"
-    assert not superfluous, f"{name}: dvc.yaml names {sorted(superfluous)} for nothing"
-
-
-@pytest.mark.parametrize("name", STAGES)
-def test_the_keeper_notices_every_dependency_that_is_dropped(name):
+@functools.cache
+def needed(name: str) -> frozenset[str]:
+    """All code that a stage's result depends on."""
     stage = STAGES[name]
-    for dep in stage["deps"]:
-        if dep.endswith(".py"):
-            without = stage | {"deps": [d for d in stage["deps"] if d != dep]}
-            assert mistakes(without)[0], f"{name}: nobody would notice that {dep} is missing"
+    return frozenset(reached({script(stage)} | plugins_used(stage)))
+
+
+def mistakes(name: str, stage: dict) -> tuple[set[str], set[str]]:
+    """Code that no dep covers, and deps of which nothing is used."""
+    covered = code_deps(stage)
+    missing = needed(name) - set().union(*covered.values())
+    return missing, {dep for dep, files in covered.items() if not files & needed(name)}
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_the_keeper_notices_a_dependency_too_many(name):
+def test_deps_cover_the_imported_code_and_all_are_used(name):
+    missing, superfluous = mistakes(name, STAGES[name])
+    assert not missing, f"{name}: dvc.yaml must cover {sorted(missing)}"
+    assert not superfluous, f"{name}: dvc.yaml lists {sorted(superfluous)} for nothing"
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_dependency_that_is_dropped_is_noticed(name):
     stage = STAGES[name]
-    unused = next(
-        f
-        for f in CODE
-        if f.startswith("secateur/core/")
-        and f not in declared_code(stage)
-        and not f.endswith("__init__.py")
-    )
-    assert mistakes(stage | {"deps": [*stage["deps"], unused]})[1] == {unused}
+    for dep in code_deps(stage):
+        without = stage | {"deps": [d for d in stage["deps"] if d != dep]}
+        assert mistakes(name, without)[0], f"{name}: nobody would notice that {dep} is missing"
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_dependency_too_many_is_noticed(name):
+    stage = STAGES[name]
+    others = [f for f in CODE if not f.endswith("__init__.py")]
+    unused = next(f for f in others if f not in set().union(*code_deps(stage).values()))
+    assert mistakes(name, stage | {"deps": [*stage["deps"], unused]})[1] == {unused}
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -151,12 +161,16 @@ def test_every_plugin_has_its_section_in_params_yaml():
 
 @pytest.mark.parametrize("file", [f for f in CODE if not f.endswith("__init__.py")])
 def test_imports_flow_one_way(file):
-    area = file.split("/")[1]
-    found = imports(file)
+    """Rooms import upstream rooms only; plug-ins import rooms, and shared bases of their kind."""
+    area, found = file.split("/")[1], imports(file)
     assert not {f for f in found if f.startswith("stages/")}, "nothing imports a stage"
-    if file.startswith("secateur/core/") or area in plugin.KEYS:
-        outside = {f for f in found if not f.startswith("secateur/core/")}
-        assert not outside, "core and plug-ins import core only"
+    allowed = {"pipeline": ROOMS, **{room: ROOMS[: k + 1] for k, room in enumerate(ROOMS)}}
+    if area in plugin.KEYS:
+        own = f"secateur/{area}/_"
+        rooms = {f.split("/")[1] for f in found if not f.startswith(own)}
+        assert rooms <= set(ROOMS) - {"pipeline"}, "plug-ins import rooms, never each other"
+    elif area in allowed:
+        assert {f.split("/")[1] for f in found} <= set(allowed[area]), "nothing imports upwards"
 
 
 @pytest.mark.parametrize("file", [f for f in CODE if f.endswith("__init__.py")])

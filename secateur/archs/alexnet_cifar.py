@@ -9,8 +9,8 @@ from collections import OrderedDict
 
 from torch import nn
 
-from secateur.core import blocks
-from secateur.core.settings import Strict
+from secateur.base.settings import Strict
+from secateur.nn import blocks
 
 
 class Settings(Strict):

@@ -12,8 +12,8 @@ from typing import Annotated, Self
 from pydantic import Field, model_validator
 from torch import nn
 
-from secateur.core import blocks
-from secateur.core.settings import Strict
+from secateur.base.settings import Strict
+from secateur.nn import blocks
 
 Count = Annotated[int, Field(ge=1)]
 Stages = Annotated[tuple[Count, ...], Field(min_length=1, max_length=8)]

@@ -16,9 +16,9 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from secateur.core import blocks
-from secateur.core.layers import Take
-from secateur.core.settings import Strict
+from secateur.base.settings import Strict
+from secateur.nn import blocks
+from secateur.nn.layers import ChannelSelect
 
 
 class Settings(Strict):
@@ -40,8 +40,8 @@ class Settings(Strict):
     def layers_in_a_stage(self) -> int:
         """The n of the depth; ValueError if there is none."""
         if self.bottleneck:
-            return blocks.count(self.depth, 6, 4, "DenseNets with bottlenecks")
-        return blocks.count(self.depth, 3, 4, "plain DenseNets")
+            return blocks.blocks_per_stage(self.depth, 6, 4, "DenseNets with bottlenecks")
+        return blocks.blocks_per_stage(self.depth, 3, 4, "plain DenseNets")
 
 
 class Plain(nn.Module):
@@ -49,7 +49,7 @@ class Plain(nn.Module):
 
     def __init__(self, inputs: int, growth: int) -> None:
         super().__init__()
-        self.take = Take(range(inputs))
+        self.take = ChannelSelect(range(inputs))
         self.bn1 = nn.BatchNorm2d(inputs)
         self.relu1 = nn.ReLU()
         self.conv1 = blocks.conv3x3(inputs, growth)
@@ -84,7 +84,7 @@ def build(settings: Settings, classes: int, shape: tuple[int, int, int]) -> nn.M
 def _transition(inputs: int, outputs: int) -> nn.Sequential:
     """BN-ReLU-1x1, then the mean of each 2x2 pixels."""
     transition = nn.Sequential()
-    transition.add_module("take", Take(range(inputs)))
+    transition.add_module("take", ChannelSelect(range(inputs)))
     transition.add_module("bn", nn.BatchNorm2d(inputs))
     transition.add_module("relu", nn.ReLU())
     transition.add_module("conv", blocks.conv1x1(inputs, outputs))

@@ -11,8 +11,8 @@ as in bearpaw/pytorch-classification and gconv-prune. For 32x32x3 images and ten
 
 from torch import Tensor, nn
 
-from secateur.core import blocks
-from secateur.core.layers import Take
+from secateur.nn import blocks
+from secateur.nn.layers import ChannelSelect
 
 
 class Settings(blocks.Residual):
@@ -27,7 +27,7 @@ class Basic(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
-        self.take = Take(range(inputs))
+        self.take = ChannelSelect(range(inputs))
         self.bn1 = nn.BatchNorm2d(inputs)
         self.relu1 = nn.ReLU()
         self.conv1 = blocks.conv3x3(inputs, outputs, stride)
@@ -49,7 +49,7 @@ class Bottleneck(nn.Module):
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
         inner = outputs // blocks.EXPANSION
-        self.take = Take(range(inputs))
+        self.take = ChannelSelect(range(inputs))
         self.bn1 = nn.BatchNorm2d(inputs)
         self.relu1 = nn.ReLU()
         self.conv1 = blocks.conv1x1(inputs, inner)

@@ -18,8 +18,8 @@ from typing import Literal
 
 from torch import nn
 
-from secateur.core import blocks
-from secateur.core.layers import Take
+from secateur.nn import blocks
+from secateur.nn.layers import ChannelSelect
 
 
 class Settings(blocks.Residual):
@@ -66,5 +66,5 @@ def _subsample(inputs: int, outputs: int, stride: int) -> nn.Module:
     shortcut = nn.Sequential()
     shortcut.add_module("pool", nn.AvgPool2d(1, stride))
     zeros = [-1] * before, [-1] * (outputs - inputs - before)
-    shortcut.add_module("take", Take([*zeros[0], *range(inputs), *zeros[1]]))
+    shortcut.add_module("take", ChannelSelect([*zeros[0], *range(inputs), *zeros[1]]))
     return shortcut

@@ -15,8 +15,8 @@ from typing import Literal
 
 from torch import nn
 
-from secateur.core import blocks
-from secateur.core.settings import Strict
+from secateur.base.settings import Strict
+from secateur.nn import blocks
 
 Depth = Literal[18, 34, 50, 101, 152]
 COUNTS: dict[Depth, tuple[int, int, int, int]] = {

@@ -13,8 +13,8 @@ from typing import Annotated, Self
 from pydantic import Field, model_validator
 from torch import nn
 
-from secateur.core import blocks
-from secateur.core.settings import Strict
+from secateur.base.settings import Strict
+from secateur.nn import blocks
 
 Width = Annotated[int, Field(ge=1)]
 
@@ -38,7 +38,7 @@ class Settings(Strict):
 
     def blocks_in_a_stage(self) -> int:
         """The n of the depth; ValueError if there is none."""
-        return blocks.count(self.depth, 9, 2, "ResNeXts")
+        return blocks.blocks_per_stage(self.depth, 9, 2, "ResNeXts")
 
 
 class ResNeXt(blocks.HeNormal):

@@ -15,9 +15,9 @@ from pydantic import Field
 from torch import nn
 from torch.func import functional_call
 
-from secateur.core import raw
-from secateur.core.errors import DataError, SettingsError
-from secateur.core.settings import Strict
+from secateur.base.errors import DataError, SettingsError
+from secateur.base.settings import Strict
+from secateur.base.torchvision_import import import_torchvision
 
 
 class Settings(Strict):
@@ -36,7 +36,7 @@ def build(settings: Settings, classes: int, shape: tuple[int, int, int]) -> nn.M
     Raises SettingsError if torchvision has no such network, if images are not in colour, or if
     they have a size that the network cannot take.
     """
-    models = raw.torchvision().models
+    models = import_torchvision().models
     names = models.list_models(module=models)
     if settings.name not in names:
         close = difflib.get_close_matches(settings.name, names, n=1)
@@ -71,7 +71,7 @@ def publish(settings: Settings, model: nn.Module) -> None:
     """
     if settings.weights == "none":
         return
-    weights = raw.torchvision().models.get_model_weights(settings.name).DEFAULT
+    weights = import_torchvision().models.get_model_weights(settings.name).DEFAULT
     try:
         found: dict[str, torch.Tensor] = weights.get_state_dict(
             progress=False, check_hash=True, map_location="cpu", weights_only=True

@@ -23,8 +23,8 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator
 from torch import nn
 
-from secateur.core import blocks
-from secateur.core.settings import Strict
+from secateur.base.settings import Strict
+from secateur.nn import blocks
 
 Depth = Literal[11, 13, 16, 19]
 WIDTHS = (64, 128, 256, 512, 512)

@@ -9,9 +9,9 @@ from typing import Annotated, Self
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from secateur.core import blocks
-from secateur.core.layers import Take
-from secateur.core.settings import Strict
+from secateur.base.settings import Strict
+from secateur.nn import blocks
+from secateur.nn.layers import ChannelSelect
 
 
 class Settings(Strict):
@@ -31,7 +31,7 @@ class Settings(Strict):
 
     def blocks_in_a_stage(self) -> int:
         """The n of the depth; ValueError if there is none."""
-        return blocks.count(self.depth, 6, 4, "wide ResNets")
+        return blocks.blocks_per_stage(self.depth, 6, 4, "wide ResNets")
 
 
 class Same(nn.Module):
@@ -39,7 +39,7 @@ class Same(nn.Module):
 
     def __init__(self, channels: int, dropout: float) -> None:
         super().__init__()
-        self.take = Take(range(channels))
+        self.take = ChannelSelect(range(channels))
         self.bn1 = nn.BatchNorm2d(channels)
         self.relu1 = nn.ReLU()
         self.conv1 = blocks.conv3x3(channels, channels)
@@ -60,7 +60,7 @@ class Change(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, stride: int, dropout: float) -> None:
         super().__init__()
-        self.take = Take(range(inputs))
+        self.take = ChannelSelect(range(inputs))
         self.bn1 = nn.BatchNorm2d(inputs)
         self.relu1 = nn.ReLU()
         self.conv1 = blocks.conv3x3(inputs, outputs, stride)

@@ -7,16 +7,17 @@ nets, AISTATS 2015.
 
 from pathlib import Path
 
-from secateur.core import raw
-from secateur.core.augment import Augment
-from secateur.core.data import Images
-from secateur.core.settings import Strict
+from secateur.base.settings import Strict
+from secateur.data.augment import Augment
+from secateur.data.dataset import Images
+from secateur.datasets import _torchvision as raw
+from secateur.datasets._normalisation import Normalisation
 
 
 class Settings(Strict):
     """Scaling and augmentation."""
 
-    normalise: raw.Normalisation = "cifar10"
+    normalise: Normalisation = "cifar10"
     """Published codes differ: most use CIFAR-10's figures, Regularization-Pruning ImageNet's."""
     augment: Augment = Augment(pad=4, flip=True)
 

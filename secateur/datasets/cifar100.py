@@ -5,16 +5,17 @@ Source: A. Krizhevsky, Learning multiple layers of features from tiny images, 20
 
 from pathlib import Path
 
-from secateur.core import raw
-from secateur.core.augment import Augment
-from secateur.core.data import Images
-from secateur.core.settings import Strict
+from secateur.base.settings import Strict
+from secateur.data.augment import Augment
+from secateur.data.dataset import Images
+from secateur.datasets import _torchvision as raw
+from secateur.datasets._normalisation import Normalisation
 
 
 class Settings(Strict):
     """Scaling and augmentation."""
 
-    normalise: raw.Normalisation = "cifar100"
+    normalise: Normalisation = "cifar100"
     """Published codes differ: Regularization-Pruning uses these, most CIFAR-10's."""
     augment: Augment = Augment(pad=4, flip=True)
 

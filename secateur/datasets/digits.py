@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from secateur.core.data import Images, Split
-from secateur.core.settings import Strict
+from secateur.base.settings import Strict
+from secateur.data.dataset import Images, InMemoryImages
 
 
 class Settings(Strict):
@@ -26,7 +26,7 @@ def read(settings: Settings, root: Path) -> Images:
         range(len(digits.target)), test_size=0.2, random_state=0, stratify=digits.target
     )
     pixels = torch.from_numpy(digits.images * (255 / 16)).round().to(torch.uint8).unsqueeze(1)
-    everything = Split(pixels, torch.from_numpy(digits.target).long())
+    everything = InMemoryImages(pixels, torch.from_numpy(digits.target).long())
     return Images(
         everything.take(sorted(train)),
         everything.take(sorted(test)),

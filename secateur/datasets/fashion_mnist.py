@@ -5,9 +5,9 @@ Source: H. Xiao, K. Rasul, R. Vollgraf, Fashion-MNIST, arXiv:1708.07747, 2017.
 
 from pathlib import Path
 
-from secateur.core import raw
-from secateur.core.data import Images
-from secateur.core.settings import Strict
+from secateur.base.settings import Strict
+from secateur.data.dataset import Images
+from secateur.datasets import _torchvision as raw
 
 _CLASSES = [
     "t-shirt", "trouser", "pullover", "dress", "coat",

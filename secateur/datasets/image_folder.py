@@ -14,10 +14,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from secateur.core import pictures, raw
-from secateur.core.augment import FileAugment
-from secateur.core.data import Images
-from secateur.core.settings import Strict
+from secateur.base.settings import Strict
+from secateur.data.augment import FileAugment
+from secateur.data.dataset import Images
+from secateur.datasets import _folders as pictures
+from secateur.datasets._normalisation import Normalisation, normalisation
 
 
 class Settings(Strict):
@@ -29,7 +30,7 @@ class Settings(Strict):
     """Bring the shorter side to so many pixels and cut out the middle; null: all have one size."""
     channels: Literal[1, 3] | None = None
     """1: grey, 3: red, green and blue; null: 1 if all pictures are grey."""
-    normalise: raw.Normalisation = "imagenet"
+    normalise: Normalisation = "imagenet"
     augment: FileAugment = FileAugment(flip=True)
     memory_mb: Annotated[int, Field(ge=0)] = 1024
     """Decoded pictures of up to so many MiB are kept in memory, which trains much faster; more of
@@ -57,7 +58,7 @@ def read(settings: Settings, root: Path) -> Images:
         images["train"],
         images["test"],
         found.classes,
-        *raw.normalisation(settings.normalise, view.channels),
+        *normalisation(settings.normalise, view.channels),
         settings.augment,
         images.get("val"),
     )

@@ -10,11 +10,12 @@ from typing import Annotated
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from secateur.core import pictures, raw
-from secateur.core.augment import FileAugment
-from secateur.core.data import Images
-from secateur.core.listing import View
-from secateur.core.settings import Strict
+from secateur.base.settings import Strict
+from secateur.data.augment import FileAugment
+from secateur.data.dataset import Images
+from secateur.data.image_files import ImageView
+from secateur.datasets import _folders as pictures
+from secateur.datasets._normalisation import Normalisation, normalisation
 
 
 class Settings(Strict):
@@ -26,7 +27,7 @@ class Settings(Strict):
     """Pixels of each side of what the network sees."""
     resize: Annotated[int, Field(ge=8, le=2048)] = 256
     """In evaluation the shorter side is brought to so many pixels, and the middle is cut out."""
-    normalise: raw.Normalisation = "imagenet"
+    normalise: Normalisation = "imagenet"
     augment: FileAugment = FileAugment(area=0.08, flip=True)
     version: Annotated[int, Field(ge=0)] = 0
     """Raise it when the files have changed: DVC does not look into the folder."""
@@ -45,6 +46,6 @@ def read(settings: Settings, root: Path) -> Images:
     What is hashed of them is names and sizes. A damaged one is named when training comes to it.
     """
     found = pictures.find(root, settings.folder, {"train": "train", "test": "val"})
-    parts = found.listings(View(3, settings.size, settings.size, settings.resize))
-    scale = raw.normalisation(settings.normalise)
+    parts = found.listings(ImageView(3, settings.size, settings.size, settings.resize))
+    scale = normalisation(settings.normalise)
     return Images(parts["train"], parts["test"], found.classes, *scale, settings.augment)

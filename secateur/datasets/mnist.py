@@ -6,9 +6,9 @@ recognition, Proceedings of the IEEE, 1998.
 
 from pathlib import Path
 
-from secateur.core import raw
-from secateur.core.data import Images
-from secateur.core.settings import Strict
+from secateur.base.settings import Strict
+from secateur.data.dataset import Images
+from secateur.datasets import _torchvision as raw
 
 
 class Settings(Strict):

@@ -11,16 +11,16 @@ ceiling.
 import torch
 from torch import Tensor, nn
 
-from secateur.core.choices import Pick
-from secateur.core.errors import SettingsError
-from secateur.core.growing import Course, Growing, updates_until
-from secateur.core.penalty import Penalty
-from secateur.core.settings import Seed
+from secateur.base.errors import SettingsError
+from secateur.base.settings import Seed
+from secateur.penalties._growing import Growing, GrowthSettings, updates_until
+from secateur.sparsity.choices import Pick
+from secateur.training.penalty import Penalty
 
 WHERE = "penalties.greg1"
 
 
-class Settings(Course):
+class Settings(GrowthSettings):
     """What goes, and how the penalty grows."""
 
     pick: Pick = "min"

@@ -14,16 +14,23 @@ from typing import Annotated, Self
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from secateur.core import choices as grouping
-from secateur.core.errors import SettingsError
-from secateur.core.growing import GROWING, PICKING, Course, Growing, grown, updates_until
-from secateur.core.penalty import Penalty
-from secateur.core.settings import Positive
+from secateur.base.errors import SettingsError
+from secateur.base.settings import Positive
+from secateur.penalties._growing import (
+    GROWING,
+    PICKING,
+    Growing,
+    GrowthSettings,
+    grown,
+    updates_until,
+)
+from secateur.sparsity import choices as grouping
+from secateur.training.penalty import Penalty
 
 WHERE = "penalties.greg2"
 
 
-class Settings(Course):
+class Settings(GrowthSettings):
     """What goes, and how the penalty grows."""
 
     pick_ceiling: Positive = 0.01
@@ -96,8 +103,8 @@ class GReg2(Growing):
     def _now(self) -> grouping.Choices:
         """What would be chosen by the weights as they are now."""
         return {
-            name: grouping.smallest(
-                grouping.scores(weight, self.settings.groups), self.numbers[name]
+            name: grouping.smallest_choice(
+                grouping.scores(weight, self.settings.granularity), self.numbers[name]
             ).cpu()
             for name, weight in zip(self.names, self.weights, strict=True)
         }

@@ -8,16 +8,16 @@ and channels + filters; derivative 2w (A/a_c + B/b_n - R) / sum w^2, and 0 in a 
 import torch
 from torch import Tensor, nn
 
-from secateur.core.penalty import (
-    Formula,
-    Penalty,
+from secateur.base.settings import Strict
+from secateur.penalties._formula import (
+    ClosedFormPenalty,
     by_groups,
     channel_norms,
     filter_norms,
     inverse,
     ratio,
 )
-from secateur.core.settings import Strict
+from secateur.training.penalty import Penalty
 
 
 class Settings(Strict):
@@ -29,7 +29,7 @@ class Settings(Strict):
 
 def build(settings: Settings, model: nn.Module, decay: float) -> Penalty:
     """Group-Hoyer-Square of every covered tensor, summed, times `decay`."""
-    return Formula(model, value, gradient, settings.biases, decay)
+    return ClosedFormPenalty(model, value, gradient, settings.biases, decay)
 
 
 def value(w: Tensor) -> Tensor:

@@ -8,15 +8,15 @@ derivative w/a_c + w/b_n, and 0 in a group of zeros.
 
 from torch import Tensor, nn
 
-from secateur.core.penalty import (
-    Formula,
-    Penalty,
+from secateur.base.settings import Strict
+from secateur.penalties._formula import (
+    ClosedFormPenalty,
     by_groups,
     channel_norms,
     filter_norms,
     inverse,
 )
-from secateur.core.settings import Strict
+from secateur.training.penalty import Penalty
 
 
 class Settings(Strict):
@@ -28,7 +28,7 @@ class Settings(Strict):
 
 def build(settings: Settings, model: nn.Module, decay: float) -> Penalty:
     """Group lasso of every covered tensor, summed, times `decay`."""
-    return Formula(model, value, gradient, settings.biases, decay)
+    return ClosedFormPenalty(model, value, gradient, settings.biases, decay)
 
 
 def value(w: Tensor) -> Tensor:

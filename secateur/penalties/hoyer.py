@@ -7,8 +7,9 @@ R(w) = sum|w| / sqrt(sum w^2); derivative sign(w)/S - w * sum|w| / S^3 with S = 
 
 from torch import Tensor, nn
 
-from secateur.core.penalty import NormFormula, Penalty, inverse, l1_l2, norm_gradient, ratio
-from secateur.core.settings import Strict
+from secateur.base.settings import Strict
+from secateur.penalties._formula import NormPenalty, inverse, l1_l2, norm_gradient, ratio
+from secateur.training.penalty import Penalty
 
 
 class Settings(Strict):
@@ -20,7 +21,7 @@ class Settings(Strict):
 
 def build(settings: Settings, model: nn.Module, decay: float) -> Penalty:
     """Hoyer of every covered tensor, summed, times `decay`."""
-    return NormFormula(model, by_norms, settings.biases, decay)
+    return NormPenalty(model, by_norms, settings.biases, decay)
 
 
 def by_norms(l1: Tensor, l2: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,8 +8,9 @@ R(w) = (sum|w|)^2 / sum w^2, between 1 and n. With t = sum w^2 / sum|w|, the der
 
 from torch import Tensor, nn
 
-from secateur.core.penalty import NormFormula, Penalty, l1_l2, norm_gradient, ratio
-from secateur.core.settings import Strict
+from secateur.base.settings import Strict
+from secateur.penalties._formula import NormPenalty, l1_l2, norm_gradient, ratio
+from secateur.training.penalty import Penalty
 
 
 class Settings(Strict):
@@ -21,7 +22,7 @@ class Settings(Strict):
 
 def build(settings: Settings, model: nn.Module, decay: float) -> Penalty:
     """Hoyer-Square of every covered tensor, summed, times `decay`."""
-    return NormFormula(model, by_norms, settings.biases, decay)
+    return NormPenalty(model, by_norms, settings.biases, decay)
 
 
 def by_norms(l1: Tensor, l2: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,8 +6,9 @@ R(w) = sum_i |w_i|; derivative sign(w_i).
 
 from torch import Tensor, nn
 
-from secateur.core.penalty import NormFormula, Penalty, l1_l2, lasso, norm_gradient
-from secateur.core.settings import Strict
+from secateur.base.settings import Strict
+from secateur.penalties._formula import NormPenalty, l1_l2, lasso, norm_gradient
+from secateur.training.penalty import Penalty
 
 
 class Settings(Strict):
@@ -19,7 +20,7 @@ class Settings(Strict):
 
 def build(settings: Settings, model: nn.Module, decay: float) -> Penalty:
     """L1 of every covered tensor, summed, times `decay`."""
-    return NormFormula(model, lasso, settings.biases, decay)
+    return NormPenalty(model, lasso, settings.biases, decay)
 
 
 def value(w: Tensor) -> Tensor:

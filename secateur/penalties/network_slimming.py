@@ -7,17 +7,18 @@ derivative is sign(gamma), and 0 at 0. Shifts are left alone.
 
 from torch import Tensor, nn
 
-from secateur.core.errors import SettingsError
-from secateur.core.penalty import NormFormula, Penalty, lasso
-from secateur.core.scales import Scope, in_scope
-from secateur.core.settings import Strict
+from secateur.base.errors import SettingsError
+from secateur.base.settings import Strict
+from secateur.channels.scales import Coupled, in_scope
+from secateur.penalties._formula import NormPenalty, lasso
+from secateur.training.penalty import Penalty
 
 
 class Settings(Strict):
     """Which scales it covers."""
 
-    scope: Scope = "inner"
-    """inner: of channels that one layer makes | all: also those behind or before residual sums."""
+    coupled: Coupled = "skip"
+    """skip: scales of channels that one layer makes | include: also those of residual sums."""
 
 
 def build(settings: Settings, model: nn.Module, decay: float) -> Penalty:
@@ -25,11 +26,11 @@ def build(settings: Settings, model: nn.Module, decay: float) -> Penalty:
 
     Raises SettingsError if there are none, PruningError if the network cannot be followed (inner).
     """
-    norms = in_scope(model, settings.scope)
+    norms = in_scope(model, settings.coupled)
     if not norms:
         raise SettingsError(
-            f"params.yaml: penalties.network_slimming.scope = {settings.scope!r}: this network has "
+            f"params.yaml: penalties.network_slimming.coupled = {settings.coupled!r}: this network has "
             "no batch normalisation with scales there"
         )
     covered: list[Tensor] = [norm.weight for norm in norms.values()]
-    return NormFormula(model, lasso, False, decay, covered)
+    return NormPenalty(model, lasso, False, decay, covered)

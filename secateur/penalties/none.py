@@ -2,8 +2,8 @@
 
 from torch import nn
 
-from secateur.core.penalty import Penalty
-from secateur.core.settings import Strict
+from secateur.base.settings import Strict
+from secateur.training.penalty import Penalty
 
 
 class Settings(Strict):

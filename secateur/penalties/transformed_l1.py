@@ -6,8 +6,9 @@ R(w) = sum_i (a+1)|w_i| / (a + |w_i|); derivative sign(w) * a(a+1) / (a + |w|)^2
 
 from torch import Tensor, nn
 
-from secateur.core.penalty import Formula, Penalty
-from secateur.core.settings import Positive, Strict
+from secateur.base.settings import Positive, Strict
+from secateur.penalties._formula import ClosedFormPenalty
+from secateur.training.penalty import Penalty
 
 
 class Settings(Strict):
@@ -22,7 +23,9 @@ class Settings(Strict):
 def build(settings: Settings, model: nn.Module, decay: float) -> Penalty:
     """Transformed L1 of every covered tensor, summed, times `decay`."""
     a = settings.a
-    return Formula(model, lambda w: value(w, a), lambda w: gradient(w, a), settings.biases, decay)
+    return ClosedFormPenalty(
+        model, lambda w: value(w, a), lambda w: gradient(w, a), settings.biases, decay
+    )
 
 
 def value(w: Tensor, a: float = 1.0) -> Tensor:

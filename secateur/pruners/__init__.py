@@ -1,8 +1,8 @@
 """Pruners, one file each; the file name is the value of `pruner`.
 
-A file offers `Settings` (a `core.settings.Strict`) and `prune(settings, subject) -> Decision`; both
-types are in `core.decision`. The subject is the network with some images, what the penalty has
-chosen, and on request the groups of channels that live and die together (`core.channels`). The
+A file offers `Settings` (a `base.settings.Strict`) and `prune(settings, subject) -> Decision`; both
+types are in `pruning.decision`. The subject is the network with some images, what the penalty has
+chosen, and on request the groups of channels that live and die together (`channels.graph`). The
 decision is made of masks for single parameters, True where an entry stays, and of whole channels,
 by the name of their group and their numbers in it.
 

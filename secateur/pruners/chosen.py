@@ -5,16 +5,16 @@ channels or single weights, which they have brought close to zero already. Filte
 taken out of the network wherever no other layer has a say in them.
 """
 
-from secateur.core.decision import Decision, Subject, of_choices
-from secateur.core.errors import PruningError
-from secateur.core.settings import Strict
+from secateur.base.errors import PruningError
+from secateur.base.settings import Strict
+from secateur.pruning.decision import PruningContext, PruningDecision, decision_from_choices
 
 
 class Settings(Strict):
     """Nothing to set: the penalty's settings say how much of what goes."""
 
 
-def prune(settings: Settings, subject: Subject) -> Decision:
+def prune(settings: Settings, subject: PruningContext) -> PruningDecision:
     """What was chosen.
 
     Raises PruningError if the penalty has made no choice, or one for another network.
@@ -24,4 +24,4 @@ def prune(settings: Settings, subject: Subject) -> Decision:
             "pruner = 'chosen': the sparse-trained network carries no choice; sparse-train it with "
             "a penalty that makes one (greg1 or greg2), or prune with another pruner"
         )
-    return of_choices(subject, subject.choices)
+    return decision_from_choices(subject, subject.choices)

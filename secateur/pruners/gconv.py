@@ -2,9 +2,9 @@
 
 Source: R. Zhao, W. Luk, Efficient structured pruning and architecture searching for group
 convolution, ICCV workshops 2019. Each convolution keeps the pairs of G groups of its outputs and
-inputs, which are looked for so that the kernels that stay weigh the most (core/permute.py). How
+inputs, which are looked for so that the kernels that stay weigh the most (gconv/permutation.py). How
 many groups a layer gets is set, read from a file, or searched for within a budget
-(core/groupsearch.py). With prune.export = gconv the masks become group convolutions.
+(gconv/search.py). With prune.export = gconv the masks become group convolutions.
 """
 
 from collections.abc import Mapping
@@ -14,14 +14,16 @@ from typing import Annotated, Self
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from secateur.core import cost, groupconfig, permute
-from secateur.core.criteria import gradients
-from secateur.core.decision import Decision, Subject
-from secateur.core.errors import PruningError, SettingsError
-from secateur.core.groupsearch import Budget, Candidate, State, Strategy, Table, uniform
-from secateur.core.groupsearch import candidates as numbers
-from secateur.core.groupsearch import search as find
-from secateur.core.settings import Strict
+from secateur.base.errors import PruningError, SettingsError
+from secateur.base.settings import Strict
+from secateur.gconv import config as groupconfig
+from secateur.gconv import permutation as permute
+from secateur.gconv.search import Budget, Candidate, State, Strategy, Table, uniform
+from secateur.gconv.search import candidates as numbers
+from secateur.gconv.search import search as find
+from secateur.nn import cost
+from secateur.pruning.criteria import gradients
+from secateur.pruning.decision import PruningContext, PruningDecision
 
 FOLDER = Path("recipes/groups")
 Count = Annotated[int, Field(ge=1)]
@@ -58,7 +60,7 @@ class Settings(permute.Search):
     channels_per_group: Count | None = None
     """Channels of a group on the wider side of a layer."""
     config: str | None = None
-    """A file in recipes/groups/, in the form of core/groupconfig.py."""
+    """A file in recipes/groups/, in the form of gconv/config.py."""
     search: Within = Within()
     """In use if it has a budget."""
     criterion: permute.Criterion = "magnitude"
@@ -84,7 +86,7 @@ class Settings(permute.Search):
         return self
 
 
-def prune(settings: Settings, subject: Subject) -> Decision:
+def prune(settings: Settings, subject: PruningContext) -> PruningDecision:
     """Masks of all convolutions that get groups; they stay whole kernels.
 
     Raises PruningError or SettingsError if no layer can have groups, if a layer is named that is
@@ -116,10 +118,10 @@ def prune(settings: Settings, subject: Subject) -> Decision:
     for name, groups in fitting.items():
         layer, criterion = layers[name], criteria[name]
         found = permute.group_parts(criterion, layer.groups, groups, settings)
-        whole = permute.gather(found.mask(), layer.groups)
+        whole = permute.extract_groups(found.mask(), layer.groups)
         masks[f"{name}.weight"] = whole[:, :, None, None].expand(layer.weight.shape).contiguous()
         total = float(criterion.sum())
-        shares[name] = _share(permute.spread(criterion, layer.groups), found, total)
+        shares[name] = _share(permute.expand_groups(criterion, layer.groups), found, total)
     notes |= {
         "grouped_layers": float(len(fitting)),
         "dense_layers": float(len(dense)),
@@ -137,7 +139,7 @@ def prune(settings: Settings, subject: Subject) -> Decision:
         "groups.json": groupconfig.text(subject.model, everything),
         "groups.csv": _rows(layers, fitting, shares),
     }
-    return Decision(masks, notes=notes, lines=tuple(lines), files=files)
+    return PruningDecision(masks, notes=notes, lines=tuple(lines), files=files)
 
 
 def _wanted(
@@ -166,7 +168,7 @@ def _wanted(
 
 def _searched(
     settings: Settings,
-    subject: Subject,
+    subject: PruningContext,
     layers: Mapping[str, nn.Conv2d],
     criteria: Mapping[str, Tensor],
     notes: dict[str, float],
@@ -197,7 +199,7 @@ def _searched(
 
 def _table(
     settings: Settings,
-    subject: Subject,
+    subject: PruningContext,
     layers: Mapping[str, nn.Conv2d],
     criteria: Mapping[str, Tensor],
 ) -> Table:
@@ -218,7 +220,7 @@ def _table(
             )
             if groups % parts == 0
         ]
-        full = permute.spread(criterion, parts)
+        full = permute.expand_groups(criterion, parts)
         rows[name] = [
             Candidate(
                 groups,
@@ -238,7 +240,7 @@ def _share(criterion: Tensor, found: permute.Grouping, total: float) -> float:
 
 
 def _criteria(
-    settings: Settings, subject: Subject, layers: Mapping[str, nn.Conv2d]
+    settings: Settings, subject: PruningContext, layers: Mapping[str, nn.Conv2d]
 ) -> dict[str, Tensor]:
     """How much every kernel matters: (outputs, inputs of each part), by layer."""
     if settings.criterion == "magnitude":

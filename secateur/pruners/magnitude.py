@@ -2,7 +2,7 @@
 
 Source: of filters by L1 norm H. Li, A. Kadav, I. Durdanovic, H. Samet, H. P. Graf, Pruning filters
 for efficient ConvNets, ICLR 2017; of single weights S. Han et al., NeurIPS 2015. Other criteria,
-with their sources, are in core/criteria.py.
+with their sources, are in pruning/criteria.py.
 
 Filters and channels are taken out of the network whole. Filters that are added to those of other
 layers (residual sums), and inputs that are such a sum, are not for one layer to choose: a ratio for
@@ -16,14 +16,19 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from secateur.core import choices as grouping
-from secateur.core import criteria
-from secateur.core.choices import Choices, Groups, Pick
-from secateur.core.decision import Decision, Subject, of_choices, refusals
-from secateur.core.errors import SettingsError
-from secateur.core.ratios import Ratios, Rules, Skip, by_layer, scaled
-from secateur.core.settings import Seed, Strict
-from secateur.core.target import Target, solve
+from secateur.base.errors import SettingsError
+from secateur.base.settings import Seed, Strict
+from secateur.pruning import criteria
+from secateur.pruning.decision import (
+    PruningContext,
+    PruningDecision,
+    decision_from_choices,
+    unprunable_layers,
+)
+from secateur.pruning.target import Target, solve
+from secateur.sparsity import choices as grouping
+from secateur.sparsity.choices import Choices, Granularity, Pick
+from secateur.sparsity.ratios import Ratios, Rules, Skip, by_layer, scaled
 
 WHERE = "pruners.magnitude"
 
@@ -31,18 +36,18 @@ WHERE = "pruners.magnitude"
 class Settings(Strict):
     """What goes, by what measure, and how much of it."""
 
-    groups: Groups = "filter"
+    granularity: Granularity = "filter"
     """filter: outputs of a layer; channel: inputs of it; weight: single weights."""
     criterion: criteria.Criterion = "l1"
-    """What tells how much a group matters; see core/criteria.py."""
+    """What tells how much a group matters; see pruning/criteria.py."""
     pick: Pick = "min"
     """Which groups go: the least, the most important ones, or any (controls)."""
     seed: Seed = 0
     """Of pick: random."""
-    scope: Literal["layer", "global"] = "layer"
+    ranking: Literal["layer", "global"] = "layer"
     """Groups are compared within their layer, or over all layers that have a ratio above 0."""
     ratios: Ratios = Rules(0.5)
-    """Share of each layer's groups that goes, see core/ratios.py; with scope global one number."""
+    """Share of each layer's groups that goes, see sparsity/ratios.py; with ranking global one number."""
     skip: Skip = ()
     """Layers that are left alone: names, or stage.block."""
     target: Target | None = None
@@ -52,46 +57,48 @@ class Settings(Strict):
 
     @model_validator(mode="after")
     def _one_number_for_all(self) -> Self:
-        if self.scope == "global" and self.ratios.everywhere is None:
+        if self.ranking == "global" and self.ratios.everywhere is None:
             raise ValueError(
-                "ratios: scope global compares all layers, so it takes one number; name layers to "
+                "ratios: ranking global compares all layers, so it takes one number; name layers to "
                 "leave alone under skip"
             )
         return self
 
 
-def prune(settings: Settings, subject: Subject) -> Decision:
+def prune(settings: Settings, subject: PruningContext) -> PruningDecision:
     """The choice, as whole channels where they can go.
 
     Raises SettingsError for ratios or a criterion that do not fit the network, PruningError for a
     target that cannot be reached.
     """
-    groups = settings.groups
-    refused = {} if groups == "weight" else refusals(subject.network, groups)
-    ratios = by_layer(subject.model, settings.ratios, groups, settings.skip, WHERE, refused)
+    granularity = settings.granularity
+    refused = {} if granularity == "weight" else unprunable_layers(subject.graph, granularity)
+    ratios = by_layer(subject.model, settings.ratios, granularity, settings.skip, WHERE, refused)
     ratios = {name: ratio for name, ratio in ratios.items() if ratio > 0}
     where = f"{WHERE}.criterion"
-    scores = criteria.scores(subject, list(ratios), groups, settings.criterion, where)
+    scores = criteria.scores(subject, list(ratios), granularity, settings.criterion, where)
     if not any(score.numel() > 1 for score in scores.values()):
-        raise SettingsError(f"params.yaml: {WHERE}.ratios: no layer has a {groups} to spare")
-    within = settings.scope == "layer"
+        raise SettingsError(f"params.yaml: {WHERE}.ratios: no layer has a {granularity} to spare")
+    within = settings.ranking == "layer"
     picking = grouping.picking_by_layer if within else grouping.picking
     order = picking(scores, settings.pick, settings.seed)
     choose = _within_layers(order) if within else _over_all(order)
 
-    def decide(ratios: dict[str, float]) -> Decision:
-        multiple = 1 if groups == "weight" else settings.round_to
+    def decide(ratios: dict[str, float]) -> PruningDecision:
+        multiple = 1 if granularity == "weight" else settings.round_to
         chosen = {
             name: grouping.spare(gone, order[name], multiple=multiple)
             for name, gone in choose(ratios).items()
         }
-        decision = of_choices(subject, {name: gone for name, gone in chosen.items() if gone.any()})
+        decision = decision_from_choices(
+            subject, {name: gone for name, gone in chosen.items() if gone.any()}
+        )
         sizes = {name.removesuffix(".weight"): score.numel() for name, score in order.items()}
         asked = sum(ratio * sizes[name] for name, ratio in ratios.items())
         reached = sum(int(gone.sum()) for gone in chosen.values())
         total = sum(sizes.values())
         notes = {"ratio_asked": asked / total, "ratio_reached": reached / total}
-        return Decision(decision.masks, decision.channels, notes)
+        return PruningDecision(decision.masks, decision.channels, notes)
 
     if settings.target is None:
         return decide(ratios)
@@ -107,7 +114,7 @@ def _within_layers(order: dict[str, Tensor]) -> Chooser:
 
     def choose(ratios: dict[str, float]) -> Choices:
         counts = {
-            name: grouping.count(ratios[name.removesuffix(".weight")], rank.numel())
+            name: grouping.number_pruned(ratios[name.removesuffix(".weight")], rank.numel())
             for name, rank in ranks.items()
         }
         return {name: rank < counts[name] for name, rank in ranks.items()}
@@ -120,7 +127,7 @@ def _over_all(order: dict[str, Tensor]) -> Chooser:
     total = sum(rank.numel() for rank in ranks.values())
 
     def choose(ratios: dict[str, float]) -> Choices:
-        count = grouping.count(next(iter(ratios.values())), total)
+        count = grouping.number_pruned(next(iter(ratios.values())), total)
         return {name: rank < count for name, rank in ranks.items()}
 
     return choose

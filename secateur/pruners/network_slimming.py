@@ -15,12 +15,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from secateur.core import scales
-from secateur.core.choices import spare
-from secateur.core.decision import Decision, Subject
-from secateur.core.errors import PruningError
-from secateur.core.settings import Strict
-from secateur.core.target import Target, solve
+from secateur.base.errors import PruningError
+from secateur.base.settings import Strict
+from secateur.channels import scales
+from secateur.pruning.decision import PruningContext, PruningDecision
+from secateur.pruning.target import Target, solve
+from secateur.sparsity.choices import spare
 
 
 class Settings(Strict):
@@ -39,7 +39,7 @@ class Settings(Strict):
     """Channels that stay are brought up to a multiple of this, if there are so many."""
 
 
-def prune(settings: Settings, subject: Subject) -> Decision:
+def prune(settings: Settings, subject: PruningContext) -> PruningDecision:
     """Whole channels below the threshold; the notes say what share of the scales that is.
 
     Raises PruningError if no scale decides about a channel, and for a target out of reach.
@@ -53,16 +53,16 @@ def prune(settings: Settings, subject: Subject) -> Decision:
 class _Slimming:
     """The scales in question, and what goes with which ratio."""
 
-    def __init__(self, settings: Settings, subject: Subject) -> None:
-        self.settings, self.network = settings, subject.network
-        count = len(self.network.roots)
+    def __init__(self, settings: Settings, subject: PruningContext) -> None:
+        self.settings, self.graph = settings, subject.graph
+        count = len(self.graph.roots)
         union = settings.coupled == "union"
-        every = scales.find(subject.model, self.network.graph)
+        every = scales.find(subject.model, self.graph.fx_graph)
         judges = [scale for scale in every if scale.gates and (scale.inner or union)]
-        entries = scales.by_root(subject.model, self.network, judges)
+        entries = scales.by_root(subject.model, self.graph, judges)
         others = [scale for scale in every if scale not in judges]
-        veto = scales.by_root(subject.model, self.network, others).largest(count)
-        self.score = scales.brought(self.network, entries.largest(count))
+        veto = scales.by_root(subject.model, self.graph, others).largest(count)
+        self.score = scales.brought(self.graph, entries.largest(count))
         """By root; NaN where no scale decides."""
         self.free = ~self.score.isnan() & veto.isnan() & self._movable(count, union)
         known = entries.roots.clamp_min(0)
@@ -77,25 +77,25 @@ class _Slimming:
     def _movable(self, count: int, union: bool) -> Tensor:
         """Roots that are not locked, and without `union` those that one layer makes."""
         movable = torch.zeros(count, dtype=torch.bool)
-        depthwise = {n for n, layer in self.network.layers.items() if layer.depthwise()}
-        for group in self.network.groups:
+        depthwise = {n for n, layer in self.graph.layers.items() if layer.depthwise()}
+        for group in self.graph.groups:
             makers = set(group.sources) - depthwise
             if group.locked is None and (union or len(makers) == 1):
                 movable[group.roots] = True
         return movable
 
-    def decide(self, ratio: float) -> Decision:
+    def decide(self, ratio: float) -> PruningDecision:
         """What goes with this ratio."""
         place = floor(Decimal(repr(ratio)) * len(self.scales))
         threshold = self.scales.sort().values[place]
         gone = self.free & (self.score < threshold)
         gone = self._spared(gone)
         chosen = {}
-        for name, index in self.network.selection(gone.nonzero().flatten()).items():
-            score = self.score[self.network.group(name).roots[index]]
+        for name, index in self.graph.selection(gone.nonzero().flatten()).items():
+            score = self.score[self.graph.group(name).roots[index]]
             chosen[name] = index[score.argsort(stable=True)]
-        channels = self.network.allowed(chosen)
-        left = torch.isin(self.roots, self.network.gone(channels)).sum()
+        channels = self.graph.allowed(chosen)
+        left = torch.isin(self.roots, self.graph.gone(channels)).sum()
         reached = float(left) / len(self.scales)
         notes = {
             "ratio_asked": ratio,
@@ -103,7 +103,7 @@ class _Slimming:
             "threshold": float(threshold),
             "scales": float(len(self.scales)),
         }
-        return Decision({}, channels, notes)
+        return PruningDecision({}, channels, notes)
 
     def _spared(self, gone: Tensor) -> Tensor:
         """Without the best channels of layers that would lose too many, or end between multiples.
@@ -114,7 +114,7 @@ class _Slimming:
         gone = gone.clone()
         while True:
             before = int(gone.sum())
-            for roots in self.network.outputs().values():
+            for roots in self.graph.outputs().values():
                 mine = roots.unique()
                 floor_ = max(1, ceil(least * len(mine)))
                 gone[mine] = spare(gone[mine], self.score[mine], floor_, self.settings.round_to)

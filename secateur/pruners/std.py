@@ -6,9 +6,9 @@ Keep w if |w| >= sensitivity * std(w), the population deviation (divisor n) of i
 zeros included.
 """
 
-from secateur.core.decision import Decision, Subject
-from secateur.core.masks import Scope, prunable
-from secateur.core.settings import NonNegative, Strict
+from secateur.base.settings import NonNegative, Strict
+from secateur.pruning.decision import PruningContext, PruningDecision
+from secateur.sparsity.masks import Scope, prunable
 
 
 class Settings(Strict):
@@ -19,10 +19,10 @@ class Settings(Strict):
     scope: Scope = "weights_and_biases"
 
 
-def prune(settings: Settings, subject: Subject) -> Decision:
+def prune(settings: Settings, subject: PruningContext) -> PruningDecision:
     """Masks of all tensors in scope."""
     masks = {
         name: tensor.detach().abs() >= settings.sensitivity * tensor.detach().std(correction=0)
         for name, tensor in prunable(subject.model, settings.scope).items()
     }
-    return Decision(masks)
+    return PruningDecision(masks)

@@ -4,9 +4,9 @@ Source: the `T` scripts of H. Yang, W. Wen, H. Li, DeepHoyer, ICLR 2020.
 Keep w if |w| >= sensitivity.
 """
 
-from secateur.core.decision import Decision, Subject
-from secateur.core.masks import Scope, prunable
-from secateur.core.settings import NonNegative, Strict
+from secateur.base.settings import NonNegative, Strict
+from secateur.pruning.decision import PruningContext, PruningDecision
+from secateur.sparsity.masks import Scope, prunable
 
 
 class Settings(Strict):
@@ -17,10 +17,10 @@ class Settings(Strict):
     scope: Scope = "weights_and_biases"
 
 
-def prune(settings: Settings, subject: Subject) -> Decision:
+def prune(settings: Settings, subject: PruningContext) -> PruningDecision:
     """Masks of all tensors in scope."""
     masks = {
         name: tensor.detach().abs() >= settings.sensitivity
         for name, tensor in prunable(subject.model, settings.scope).items()
     }
-    return Decision(masks)
+    return PruningDecision(masks)

@@ -15,12 +15,14 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from secateur import chain, console
-from secateur.core import files, machine, norms
-from secateur.core import sensitivity as core
-from secateur.core.data import few, in_order
-from secateur.core.decision import Subject
-from secateur.core.errors import SettingsError
+from secateur.base import files, machine
+from secateur.base.errors import SettingsError
+from secateur.data.dataset import few, in_order
+from secateur.nn import norms
+from secateur.pipeline import console
+from secateur.pipeline import runner as chain
+from secateur.pruning import sensitivity as core
+from secateur.pruning.decision import PruningContext
 
 PIPELINE = "stages/sensitivity/dvc.yaml"
 HEAD = """# Ratios by layer with which the dense network loses at most {drop:g} of its accuracy on
@@ -31,7 +33,7 @@ HEAD = """# Ratios by layer with which the dense network loses at most {drop:g} 
 
 def main() -> None:
     """Try every layer, criterion and ratio; write table and suggestions."""
-    job = chain.Job("sensitivity", PIPELINE)
+    job = chain.StageContext("sensitivity", PIPELINE)
     job.checkpoint("baseline")
     table, found = measure(job)
     files.write_text(Path("metrics/sensitivity.csv"), table.to_csv(index=False))
@@ -45,7 +47,7 @@ def main() -> None:
     console.say("see          metrics/sensitivity.csv, metrics/sensitivity.yaml")
 
 
-def measure(job: chain.Job) -> tuple[pd.DataFrame, dict[str, Any]]:
+def measure(job: chain.StageContext) -> tuple[pd.DataFrame, dict[str, Any]]:
     """A row for every trial, and the suggestion of every criterion."""
     settings, data, place = job.params.sensitivity, job.data, machine.device()
     if not len(data.val):
@@ -53,8 +55,8 @@ def measure(job: chain.Job) -> tuple[pd.DataFrame, dict[str, Any]]:
             "params.yaml: data.validation = 0: sensitivity needs validation images to measure on"
         )
     model = job.upstream["baseline"].model().eval()
-    images, labels = few(data.train, data.about)
-    subject = Subject(model, images, labels)
+    images, labels = few(data.train, data.info)
+    subject = PruningContext(model, images, labels)
     how: list[str] = list(settings.criteria)
     if "bn_scale" in how and not norms.scaled_norms(model):
         how.remove("bn_scale")
@@ -69,7 +71,7 @@ def measure(job: chain.Job) -> tuple[pd.DataFrame, dict[str, Any]]:
 
     def batches() -> Any:
         left = wanted
-        for images, labels in in_order(data.val, data.about, device=place, size=size):
+        for images, labels in in_order(data.val, data.info, device=place, size=size):
             if left <= 0:
                 return
             yield images[:left], labels[:left]

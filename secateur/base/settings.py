@@ -1,0 +1,341 @@
+"""params.yaml -> typed, validated settings; unknown keys and impossible values are refused."""
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from secateur.base import plugin
+from secateur.base.errors import SettingsError
+
+FILE = "params.yaml"
+
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+NonNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+Table = dict[str, dict[str, Any]]
+T = TypeVar("T", bound=BaseModel)
+
+
+def _refuse_truth(value: Any, annotation: Any) -> Any:
+    """`value`; ValueError if it is, or holds, a truth value where the type has numbers."""
+    types = set(_types(annotation))
+    if bool not in types and types & {int, float}:
+        if isinstance(value, bool):
+            raise ValueError("a number is needed")
+        if isinstance(value, list) and any(isinstance(item, bool) for item in value):
+            raise ValueError("numbers are needed")
+    return value
+
+
+def _types(annotation: Any) -> list[Any]:
+    """The annotation and all that it is made of."""
+    return [annotation, *(t for part in get_args(annotation) for t in _types(part))]
+
+
+class Strict(BaseModel):
+    """A group of settings: frozen, no unknown keys, text converted by the field's type.
+
+    YAML 1.1 hands `1e-05` over as text, which is why text that reads as a number is a number here.
+    The reverse is not forgiven: `yes` or `true` is no number.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_values_as_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        return _refuse_truth(value, cls.model_fields[str(info.field_name)].annotation)
+
+
+class Data(Strict):
+    """How the training images are divided."""
+
+    validation: Annotated[float, Field(ge=0, le=0.5)] = 0.1
+    """Fraction of the training images held out to pick epochs on; 0 trains on all of them."""
+    seed: Seed = 0
+    """Which images are held out. Kept apart from `seed`, so that seeds compare on one split."""
+
+
+class Train(Strict):
+    """One training: baseline, sparse_train and finetune have one each."""
+
+    epochs: Annotated[int, Field(ge=0)]
+    """0: the network is handed on as it came."""
+    batch_size: Annotated[int, Field(ge=1)] = 128
+    """Images of one step of the optimizer, over all parts and all processes."""
+    accumulate_grad_batches: Annotated[int, Field(ge=1)] = 1
+    """A batch is computed in this many parts, one after the other: less memory, and the same step
+    but for batch norms, which see one part at a time."""
+    optimizer: Literal["sgd", "adam", "adamw"] = "adam"
+    lr: Positive = 0.001
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Used by sgd."""
+    nesterov: bool = True
+    """Used by sgd."""
+    weight_decay: NonNegative = 0.0
+    weight_decay_on: Literal["all", "weights"] = "all"
+    """All parameters, or those of convolutions and linear layers without their biases."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    schedule: Literal["constant", "multistep", "cosine", "one_cycle"] = "cosine"
+    """The rate over the epochs; see training/optim.py."""
+    schedule_by: Literal["step", "epoch"] = "step"
+    """Change the rate at every step, or only at the beginning of an epoch."""
+    warmup: NonNegative = 0.0
+    """Epochs over which the rate rises to lr; not with one_cycle, which has its own."""
+    milestones: tuple[NonNegative, ...] = ()
+    """Epochs after which multistep multiplies the rate by gamma."""
+    gamma: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    precision: Literal["auto", "float32", "bfloat16"] = "float32"
+    """Of products and convolutions while training; weights and everything else stay float32.
+    auto: bfloat16 on GPUs and CPUs that multiply it faster. It pays for convolutions above all."""
+    compile: bool = False
+    """torch.compile: pays for long trainings on GPUs; takes minutes to start."""
+    keep: Literal["best", "last"] = "best"
+    """The epoch that is kept: best on the validation images, or simply the last."""
+
+    @model_validator(mode="after")
+    def _schedule_fits(self) -> Self:
+        if self.accumulate_grad_batches > self.batch_size:
+            raise ValueError(
+                f"accumulate_grad_batches: {self.accumulate_grad_batches} parts of {self.batch_size} images"
+            )
+        if not self.epochs:
+            return self
+        late = [m for m in self.milestones if m >= self.epochs]
+        if late:
+            raise ValueError(
+                f"milestones: {late[0]:g} is not before the last of {self.epochs} epochs"
+            )
+        if list(self.milestones) != sorted(set(self.milestones)):
+            raise ValueError(f"milestones: {list(self.milestones)} must rise")
+        if self.schedule == "multistep" and not self.milestones:
+            raise ValueError("milestones: multistep needs at least one")
+        if self.schedule == "one_cycle" and self.warmup:
+            raise ValueError(f"warmup: {self.warmup:g}; one_cycle rises by itself, so it must be 0")
+        if self.warmup >= self.epochs:
+            raise ValueError(f"warmup: {self.warmup:g} must be less than the {self.epochs} epochs")
+        return self
+
+
+class Finetune(Train):
+    """Training after pruning."""
+
+    init: Literal["inherit", "scratch"] = "inherit"
+    """Start from the pruned weights, or from new ones in the same pruned shape."""
+    budget: Literal["epochs", "compute"] = "epochs"
+    """epochs: as many as are given. compute: as much computation as so many epochs of the dense
+    network, so more epochs for a smaller one (with init: scratch: Scratch-B of Z. Liu et al.,
+    Rethinking the value of network pruning, ICLR 2019)."""
+    budget_limit: Annotated[float, Field(ge=1)] = 2.0
+    """Of compute: at most so many times the epochs."""
+
+
+Export = Literal["none", "gconv"]
+
+
+class Prune(Strict):
+    """What happens around every pruner."""
+
+    remove_dead: bool = True
+    """Take neurons and filters out that no longer matter, where that is exact."""
+    export: Export = "none"
+    """gconv: masks made of groups of channels become group convolutions; see gconv/export.py."""
+    recalibrate: Annotated[int, Field(ge=0)] = 0
+    """Training images to measure statistics of batch normalisations on again; 0: as they are."""
+
+
+class Evaluate(Strict):
+    """What evaluate measures beyond accuracy."""
+
+    latency_batch: Annotated[int, Field(ge=1)] = 1
+    """Images per forward pass while the latency is measured."""
+    latency_repeats: Annotated[int, Field(ge=3)] = 100
+    """Timed passes of each model, interleaved, after a warm-up."""
+
+
+Ratio = Annotated[float, Field(gt=0, lt=1)]
+Judge = Literal["l1", "l2", "geometric_median", "taylor", "lamp", "bn_scale", "random"]
+
+
+class Sensitivity(Strict):
+    """What the pipeline in stages/sensitivity tries."""
+
+    criteria: Annotated[tuple[Judge, ...], Field(min_length=1)] = ("l1", "bn_scale", "random")
+    """Which outputs of a layer go first; bn_scale is left out where there are no scales."""
+    ratios: Annotated[tuple[Ratio, ...], Field(min_length=1)] = (0.25, 0.5, 0.75)
+    """Shares of a layer's outputs that are taken."""
+    images: Annotated[int, Field(ge=0)] = 0
+    """Validation images to measure on; 0: all."""
+    drop: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    """Accuracy that a layer may cost in the suggested ratios, as a fraction."""
+
+
+class Params(Strict):
+    """All of params.yaml. A stage holds one with only the keys that dvc.yaml declares for it."""
+
+    dataset: Name
+    arch: Name
+    penalty: Name
+    decay: NonNegative
+    pruner: Name
+    seed: Seed
+    data: Data
+    baseline: Train
+    sparse_train: Train
+    prune: Prune
+    finetune: Finetune
+    evaluate: Evaluate
+    sensitivity: Sensitivity
+    datasets: Table
+    archs: Table
+    penalties: Table
+    pruners: Table
+
+    @classmethod
+    def declared(cls, raw: Mapping[str, Any]) -> Self:
+        """Validate the given keys alone; reading any other one later is an error of the stage."""
+        known = cls.model_fields
+        values = {
+            key: _convert(known[key].annotation, known[key].metadata, value, key)
+            for key, value in _filled(raw).items()
+        }
+        return cls.model_construct(**values)
+
+    def __getattr__(self, key: str) -> Any:
+        """Name the key that a stage reads without having declared it."""
+        if key in type(self).model_fields:
+            raise AttributeError(f"'{key}' is not among the params that dvc.yaml declares here")
+        return super().__getattr__(key)  # type: ignore[misc]
+
+    def chosen(self, kind: plugin.Kind) -> Any:
+        """Settings of the plug-in that is switched on, as its own `Settings` class has them."""
+        name: str = getattr(self, plugin.KEYS[kind])
+        table: Table = getattr(self, kind)
+        return validate(plugin.load(kind, name).Settings, table.get(name) or {}, f"{kind}.{name}")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key that stands twice is a mistake, as it is for DVC."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The table; YAMLError if it has a key twice."""
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if key.value != "<<" and lines.setdefault(str(key.value), line) != line:
+                first = lines[str(key.value)]
+                raise yaml.YAMLError(f"{key.value} is there twice, in lines {first} and {line}")
+        return super().construct_mapping(node, deep)
+
+
+def check(path: Path | str = FILE) -> Params:
+    """Validate the whole file, so that a mistake in the last stage's section stops the first.
+
+    Raises SettingsError naming the key, the value and what is allowed.
+    """
+    try:
+        raw = yaml.load(Path(path).read_text(), _Loader)
+    except FileNotFoundError:
+        raise SettingsError(f"{path}: no such file; run from the project's root") from None
+    except OSError as error:
+        raise SettingsError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).replace('in "<unicode string>", ', "").split())
+        raise SettingsError(f"{path}: not valid YAML: {reason}") from None
+    if not isinstance(raw, dict):
+        raise SettingsError(f"{path}: must be a table of settings")
+    params = validate(Params, _filled(raw), "")
+    for kind, key in plugin.KEYS.items():
+        sections: Table = getattr(params, kind)
+        plugin.find(kind, getattr(params, key))
+        for name, section in sections.items():
+            plugin.find(kind, name, key=f"{kind}.{name}")
+            validate(plugin.load(kind, name).Settings, section, f"{kind}.{name}")
+        if getattr(params, key) not in sections:
+            raise SettingsError(
+                f"{FILE}: {kind}.{getattr(params, key)}: missing; write {{}} for the defaults"
+            )
+    return params
+
+
+def _filled(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with a table for every plug-in whose section is empty."""
+    return {
+        key: {name: {} if section is None else section for name, section in table.items()}
+        if key in plugin.KEYS and isinstance(table, dict)
+        else table
+        for key, table in raw.items()
+    }
+
+
+def validate(schema: type[T], raw: Any, where: str) -> T:
+    """Validate `raw` against `schema`; `where` is the dotted key it was found under."""
+    try:
+        return schema.model_validate(raw)
+    except ValidationError as error:
+        raise SettingsError(_first_line(error, schema, where)) from None
+
+
+def _convert(annotation: Any, metadata: list[Any], value: Any, where: str) -> Any:
+    """One top-level value, by its field's type and range."""
+    if isinstance(value, bool) and annotation in (int, float):
+        raise SettingsError(f"{FILE}: {where} = {value}: a number is needed")
+    kind: Any = Annotated[annotation, *metadata] if metadata else annotation
+    try:
+        return TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        raise SettingsError(_first_line(error, annotation, where)) from None
+
+
+_WORDS = {
+    "tuple_type": "a list is needed, such as [1, 2]",
+    "too_short": "at least one is needed",
+    "model_type": "a table of settings is needed",
+    "dict_type": "a table of settings is needed",
+}
+"""In place of the validator's words for some kinds of mistakes."""
+
+
+def _first_line(error: ValidationError, schema: Any, where: str) -> str:
+    """The first mistake in words: file, dotted key, value, what is allowed."""
+    first, *others = error.errors(include_url=False)
+    others = [other for other in others if other["type"] != "too_short"]  # for its wrong items
+    location = [str(part) for part in first["loc"]]
+    key = ".".join(filter(None, [where, *location]))
+    more = f" (and {len(others)} more)" if others else ""
+    if first["type"] == "extra_forbidden":
+        allowed = sorted(_fields(schema, location[:-1]))
+        close = difflib.get_close_matches(location[-1], allowed, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        return f"{FILE}: {key}: unknown key; allowed: {', '.join(allowed)}{hint}{more}"
+    if first["type"] == "missing":
+        return f"{FILE}: {key}: missing{more}"
+    message = first["msg"].removeprefix("Value error, ")
+    for part, words in _WORDS.items():
+        if part in first["type"]:
+            message = words
+    if first["type"] == "value_error" and isinstance(first["input"], Mapping):
+        return f"{FILE}: {key + '.' if key else ''}{message}{more}"  # about several of its keys
+    return f"{FILE}: {key} = {first['input']!r}: {message[0].lower()}{message[1:]}{more}"
+
+
+def _fields(schema: Any, path: list[str]) -> list[str]:
+    """Field names of the settings class that `path` leads to."""
+    for part in path:
+        kinds = _types(schema.model_fields[part].annotation)
+        schema = next(kind for kind in kinds if hasattr(kind, "model_fields"))
+    return list(schema.model_fields)

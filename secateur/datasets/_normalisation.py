@@ -1,0 +1,26 @@
+"""Means and standard deviations of pixels in common use, by the data set they come from."""
+
+from typing import Literal
+
+Normalisation = Literal["cifar10", "cifar100", "imagenet", "none"]
+"""Whose mean and deviation are used; with none, pixels stay in [0, 1]."""
+_NORMALISATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "none": ((0.0,) * 3, (1.0,) * 3),
+}
+
+
+def normalisation(
+    name: Normalisation, channels: int = 3
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation by channel, of pixels in [0, 1], as they are in common use.
+
+    With one channel, the averages over the three. cifar10's deviations are the mean of those of
+    single images (over all pixels at once they are near 0.25), and most code has them.
+    """
+    mean, std = _NORMALISATIONS[name]
+    if channels == 1:
+        return (sum(mean) / 3,), (sum(std) / 3,)
+    return mean, std

@@ -1,0 +1,104 @@
+"""Files that say how many groups each convolution gets, in the form that gconv-prune has.
+
+A JSON object: module name, with or without `module.` before it, -> {"G": groups, "F": outputs,
+"C": inputs, "id": place among the modules}. Layers that are not named stay as they are.
+"""
+
+import difflib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from secateur.base.errors import SettingsError
+
+PREFIX = "module."
+SHORTCUTS = (".shortcut", ".shortcut.conv")
+"""What `.downsample.0` of other collections of networks may be called here."""
+
+
+def convolutions(model: nn.Module) -> dict[str, nn.Conv2d]:
+    """All convolutions by name, in order."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+
+
+def read(path: Path, model: nn.Module) -> dict[str, int]:
+    """Groups of every convolution that the file names; checked against the network.
+
+    An entry that asks for one group and names no layer is passed over: it asks for nothing. Raises
+    SettingsError naming the file and the entry that does not fit.
+    """
+    known = convolutions(model)
+    found: dict[str, int] = {}
+    for key, entry in _entries(path).items():
+        groups, outputs, inputs = _sizes(f"{path}: {key}", entry)
+        name = _known(key.removeprefix(PREFIX), known)
+        if name is None:
+            if groups == 1:
+                continue
+            close = difflib.get_close_matches(key.removeprefix(PREFIX), known, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise SettingsError(f"{path}: {key}: the network has no such convolution{hint}")
+        layer = known[name]
+        if (layer.out_channels, layer.in_channels) != (outputs, inputs):
+            raise SettingsError(
+                f"{path}: {key}: F = {outputs}, C = {inputs}, but {name} has {layer.out_channels} "
+                f"outputs and {layer.in_channels} inputs: the file is for another network"
+            )
+        if outputs % groups or inputs % groups:
+            raise SettingsError(
+                f"{path}: {key}: G = {groups} does not divide F = {outputs} and C = {inputs}"
+            )
+        found[name] = groups
+    return found
+
+
+def text(model: nn.Module, groups: Mapping[str, int]) -> str:
+    """The content of such a file, for the named convolutions of a network."""
+    place = {name: 1 + k for k, (name, _) in enumerate(model.named_modules())}  # after `module`
+    entries = {
+        PREFIX + name: {
+            "G": groups[name],
+            "F": layer.out_channels,
+            "C": layer.in_channels,
+            "id": place[name],
+        }
+        for name, layer in convolutions(model).items()
+        if name in groups
+    }
+    return json.dumps(entries, indent=2) + "\n"
+
+
+def _entries(path: Path) -> dict[str, Any]:
+    try:
+        entries = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise SettingsError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise SettingsError(f"{path}: cannot be read as JSON: {error}") from None
+    if not isinstance(entries, dict):
+        raise SettingsError(f"{path}: must be an object of layers, not a {type(entries).__name__}")
+    return entries
+
+
+def _sizes(where: str, entry: Any) -> tuple[int, int, int]:
+    """Groups, outputs and inputs of an entry."""
+    if not isinstance(entry, dict):
+        raise SettingsError(f"{where}: must be an object with G, F and C")
+    for key in ("G", "F", "C"):
+        value = entry.get(key)
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise SettingsError(f"{where}: {key} = {value!r}: a whole number is needed")
+        if value < 1:
+            what = "; the file is a form that nobody has filled in" if value == -1 else ""
+            raise SettingsError(f"{where}: {key} = {value}: must be at least 1{what}")
+    return entry["G"], entry["F"], entry["C"]
+
+
+def _known(name: str, known: Mapping[str, nn.Conv2d]) -> str | None:
+    """What the network calls the layer."""
+    stem = name.removesuffix(".downsample.0")
+    others = [stem + ending for ending in SHORTCUTS] if stem != name else []
+    return next((n for n in (name, *others) if n in known), None)

@@ -1,0 +1,287 @@
+"""Masks made of groups become group convolutions: the export of pruner gconv.
+
+A convolution whose mask leaves G groups of outputs and inputs is a group convolution between two
+permutations of channels. The order of channels is free wherever no code counts them, so that most
+permutations need not be computed: the channels of a network are put into an order in which groups
+stand together, in all tensors that have entries for them, and an index is left only where several
+layers would need different orders. What is exported computes what the masked network computes.
+"""
+
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from secateur.base.errors import PruningError
+from secateur.channels.graph import ChannelGraph, build_channel_graph
+from secateur.channels.groups import ChannelGroup
+from secateur.gconv.permutation import Grouping, expand_groups, from_mask
+from secateur.nn.layers import ChannelSelect, IndexedConv2d
+from secateur.sparsity.masks import Masks
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A network with group convolutions in place of masks."""
+
+    model: nn.Module
+    masks: Masks
+    """Those that are left, in the new order of the channels."""
+    groups: dict[str, int]
+    """Exported convolution -> its groups."""
+    left: tuple[str, ...]
+    """Convolutions with masks that are not made of groups; they are as they were."""
+    kept: dict[str, Tensor] = field(default_factory=dict)
+    """Layer -> its outputs in their new order, where that is another one."""
+
+
+def export(model: nn.Module, masks: Masks, example: Tensor, fold: bool = True) -> Exported:
+    """The network with group convolutions; `model` itself is left alone.
+
+    What the masks take away must be zero already. `example` is a batch of inputs, of which the
+    shape matters. Without `fold` every exported convolution has both indices. Raises PruningError
+    if no mask is made of groups.
+    """
+    model = copy.deepcopy(model).eval()
+    masks = {name: mask.clone() for name, mask in masks.items()}
+    found, left = _groupings(model, masks)
+    if not found:
+        raise PruningError(
+            "prune.export = gconv: no convolution's mask is made of groups of one size; prune with "
+            "pruner = gconv"
+        )
+    kept: dict[str, Tensor] = {}
+    if fold:
+        graph = build_channel_graph(model, example)
+        orders = _Orders(graph, found).chosen
+        kept = _reorder(model, masks, graph, orders)
+        found, _ = _groupings(model, masks)
+    for name in found:
+        _convert(model, masks, name, found[name], fold)
+    counts = {name: grouping.groups for name, grouping in found.items()}
+    return Exported(model, masks, counts, tuple(left), kept)
+
+
+def group_convolution_counts(model: nn.Module) -> dict[str, float]:
+    """How many convolutions of a network have groups, and how many index layers there are."""
+    modules = list(model.modules())
+    indexed = [m for m in modules if isinstance(m, IndexedConv2d)]
+    indices = [index for m in indexed for index in (m.before, m.after) if index is not None]
+    return {
+        "group_convolutions": float(
+            sum(isinstance(m, nn.Conv2d) and m.groups > 1 for m in modules)
+        ),
+        "index_layers": float(len(indices)),
+    }
+
+
+def _groupings(
+    model: nn.Module, masks: Mapping[str, Tensor]
+) -> tuple[dict[str, Grouping], list[str]]:
+    """Groups of every convolution that has some, and convolutions with other masks."""
+    found: dict[str, Grouping] = {}
+    left: list[str] = []
+    names = [id(p) for _, p in model.named_parameters(remove_duplicate=False)]
+    for name, module in model.named_modules():
+        mask = masks.get(f"{name}.weight")
+        if not isinstance(module, nn.Conv2d) or mask is None or bool(mask.all()):
+            continue
+        grouping = None
+        if names.count(id(module.weight)) == 1 and bool(
+            (mask == mask.flatten(2)[:, :, 0][:, :, None, None]).all()
+        ):
+            grouping = from_mask(expand_groups(mask[:, :, 0, 0].cpu(), module.groups))
+        if grouping is None:
+            left.append(name)
+        else:
+            found[name] = grouping
+    return found, left
+
+
+@dataclass(frozen=True)
+class _Wish:
+    """One end of a convolution, all of whose channels are one group of the network's."""
+
+    layer: str
+    label: Tensor
+    """Number of the convolution's group that each channel is in, (channels,)."""
+    place: Tensor
+    """Channel that stands at each position, (channels,)."""
+
+    def line(self, order: Tensor) -> Tensor:
+        """Groups along the positions once the channels are in this order."""
+        return self.label[order[self.place]]
+
+    def blocks(self, order: Tensor) -> tuple[int, ...] | None:
+        """The groups one after the other if each stands together, else None."""
+        count = int(self.label.max()) + 1
+        rows = self.line(order).reshape(count, -1)
+        if bool((rows != rows[:, :1]).any()):
+            return None
+        return tuple(rows[:, 0].tolist())
+
+    def order(self, sequence: tuple[int, ...] | None) -> Tensor:
+        """An order of the channels in which the groups stand together, in this sequence."""
+        count = int(self.label.max()) + 1
+        rank = torch.arange(count)
+        now = self.label[self.place]
+        if sequence is None:  # as they come
+            first = [int((now == k).nonzero()[0]) for k in range(count)]
+            sequence = tuple(sorted(range(count), key=first.__getitem__))
+        rank[list(sequence)] = torch.arange(count)
+        sorted_places = self.place[rank[now].argsort(stable=True)]
+        order = torch.empty_like(self.place)
+        order[self.place] = sorted_places
+        return order
+
+
+class _Orders:
+    """An order for each group of channels in which as many ends as possible stand together."""
+
+    def __init__(self, graph: ChannelGraph, groupings: Mapping[str, Grouping]) -> None:
+        self.graph, self.groupings = graph, groupings
+        self.sequences: dict[str, tuple[int, ...]] = {}
+        """Convolution -> the sequence of its groups, once an end of it has one."""
+        self.chosen: dict[str, Tensor] = {}
+        """Group of channels -> its order: the channel that comes to each channel's place."""
+        fixed = _fixed(graph)
+        for group in graph.groups:
+            if group.name not in fixed:
+                self._choose(group)
+
+    def _choose(self, group: ChannelGroup) -> None:
+        wishes = list(self._wishes(group))
+        if not wishes:
+            return
+        same = torch.arange(group.size)
+        best, most = same, self._satisfied(wishes, same)
+        for wish in wishes:
+            order = wish.order(self.sequences.get(wish.layer))
+            met = self._satisfied(wishes, order)
+            if len(met) > len(most):
+                best, most = order, met
+        self.sequences |= {wishes[k].layer: sequence for k, sequence in most.items()}
+        if not torch.equal(best, same):
+            self.chosen[group.name] = best
+
+    def _satisfied(self, wishes: list[_Wish], order: Tensor) -> dict[int, tuple[int, ...]]:
+        """Wishes that this order meets, by number, with the sequence of the groups."""
+        met: dict[int, tuple[int, ...]] = {}
+        known = dict(self.sequences)
+        for number, wish in enumerate(wishes):
+            blocks = wish.blocks(order)
+            if blocks is not None and known.setdefault(wish.layer, blocks) == blocks:
+                met[number] = blocks
+        return met
+
+    def _wishes(self, group: ChannelGroup) -> Iterable[_Wish]:
+        channel = {root: k for k, root in enumerate(group.roots.tolist())}
+        for name, grouping in self.groupings.items():
+            layer = self.graph.layers.get(name)
+            if layer is None:
+                continue
+            for atoms, members in ((layer.into, grouping.into), (layer.out, grouping.out)):
+                if len(atoms) != group.size or bool((atoms < 0).any()):
+                    continue
+                roots = self.graph.roots[atoms].tolist()
+                if set(roots) != set(channel):
+                    continue
+                place = torch.tensor([channel[root] for root in roots])
+                label = torch.empty_like(place)
+                label[place[members]] = torch.arange(len(members)).unsqueeze(1)
+                yield _Wish(name, label, place)
+
+
+def _fixed(graph: ChannelGraph) -> set[str]:
+    """Groups of channels whose order matters to something else than the layers' weights."""
+    fixed = {g.name for g in graph.groups if g.locked is not None}
+    fixed |= {g.name for g in graph.groups if any(slot.parts > 1 for slot in g.slots)}
+    fixed |= {name for b in graph.balances for part in b.parts for name, _ in part}
+    for select in graph.selects.values():
+        roots = graph.roots[select.into[select.into >= 0]]
+        if select.own and len(roots.unique()) < len(roots):  # where a number leads is not told
+            fixed |= {g.name for g in graph.groups if bool(torch.isin(g.roots, roots).any())}
+    return fixed
+
+
+@torch.no_grad()
+def _reorder(
+    model: nn.Module, masks: Masks, graph: ChannelGraph, orders: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Put channels into these orders, in place; gives the new order of the layers' outputs."""
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    owner = {layer.weight: name for name, layer in graph.layers.items()}
+    shared = {name for name, select in graph.selects.items() if not select.own}
+    kept: dict[str, Tensor] = {}
+    for group_name, order in orders.items():
+        group = graph.group(group_name)
+        for slot in group.slots:
+            if slot.tensor in shared:  # it passes on what stands in its places
+                continue
+            there, here = slot.index.flatten(), slot.index[order].flatten()
+            _move(tensors[slot.tensor], slot.axis, there, here)
+            if slot.tensor in masks:
+                _move(masks[slot.tensor], slot.axis, there, here)
+            if slot.kind == "out" and slot.tensor in owner:
+                outputs = len(tensors[slot.tensor])
+                now = kept.setdefault(owner[slot.tensor], torch.arange(outputs))
+                _move(now, 0, there, here)
+        for name, select in graph.selects.items():
+            if select.own:
+                _readdress(tensors[name], graph.roots[select.into], group, order)
+    for module in model.modules():
+        if isinstance(module, ChannelSelect):
+            module.put(module.index)
+    return kept
+
+
+def _move(tensor: Tensor, axis: int, there: Tensor, here: Tensor) -> None:
+    """Entries along an axis from `here` to `there`, all at once, in place."""
+    there, here = there.to(tensor.device), here.to(tensor.device)
+    tensor.index_copy_(axis, there, tensor.index_select(axis, here))
+
+
+def _readdress(index: Tensor, roots: Tensor, group: ChannelGroup, order: Tensor) -> None:
+    """Let an index find the channels of a group where they are now."""
+    position = {root: k for k, root in enumerate(roots.tolist())}
+    moved = torch.arange(len(roots))
+    for place, channel in enumerate(order.tolist()):
+        was, now = int(group.roots[channel]), int(group.roots[place])
+        if was in position:
+            moved[position[was]] = position[now]
+    moved = moved.to(index.device)
+    index.copy_(torch.where(index >= 0, moved[index.clamp_min(0)], index))
+
+
+@torch.no_grad()
+def _convert(model: nn.Module, masks: Masks, name: str, grouping: Grouping, fold: bool) -> None:
+    """Put a group convolution in the place of a masked one."""
+    conv = model.get_submodule(name)
+    assert isinstance(conv, nn.Conv2d)
+    out, into = grouping.out, grouping.into
+    if not _counts(into.flatten()):  # numbered by inputs; those need an index anyhow
+        by_output = out[:, 0].argsort()
+        out, into = out[by_output], into[by_output]
+    device = conv.weight.device
+    rows, columns = out.flatten().to(device), into.flatten().to(device)
+    inner = (into % conv.weight.shape[1]).repeat_interleave(out.shape[1], dim=0).to(device)
+    weight = conv.weight[rows.unsqueeze(1), inner]
+    bias = None if conv.bias is None else conv.bias[rows]
+    if (mask := masks.get(f"{name}.bias")) is not None:
+        masks[f"{name}.bias"] = mask[rows.to(mask.device)]
+    masks.pop(f"{name}.weight")
+    place = torch.empty_like(rows)
+    place[rows] = torch.arange(len(rows), device=device)
+    before, after = columns, place
+    if isinstance(conv, IndexedConv2d):
+        before = columns if conv.before is None else conv.before[columns]
+        after = place if conv.after is None else place[conv.after]
+    needed = [None if fold and _counts(index) else index for index in (before, after)]
+    model.set_submodule(name, IndexedConv2d.of(conv, weight, bias, len(out), *needed))
+
+
+def _counts(index: Tensor) -> bool:
+    """Whether it is 0, 1, 2 and so on."""
+    return torch.equal(index, torch.arange(len(index), device=index.device))

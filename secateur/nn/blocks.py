@@ -1,0 +1,219 @@
+"""What several architectures are made of: residual blocks, stages, their first weights, checks.
+
+Everything here calls layers as modules, each of them once, so that torch.fx can follow it.
+"""
+
+from collections.abc import Callable
+from typing import Annotated, Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from secateur.base.errors import SettingsError
+from secateur.base.settings import Strict
+from secateur.nn.layers import ChannelSelect
+
+Block = Literal["basic", "bottleneck"]
+Depth = Annotated[int, Field(ge=8, le=2000)]
+"""6n+2 for basic blocks (20, 32, 44, 56, 110, 1202), 9n+2 for bottlenecks (164, 1001)."""
+EXPANSION = 4
+"""Outputs of a bottleneck for each of its inner channels."""
+
+
+class HeNormal(nn.Sequential):
+    """Layers in a row whose convolutions start as He et al. propose, the rest as torch has it.
+
+    Normal with variance 2 / fan-out, biases zero. Source: K. He, X. Zhang, S. Ren, J. Sun, Delving
+    deep into rectifiers, ICCV 2015. The fan is that of the weights as they are now, so that a
+    pruned network draws its own.
+    """
+
+    def __init__(self, *layers: nn.Module, **named: nn.Module) -> None:
+        super().__init__(*layers)
+        for name, layer in named.items():
+            self.add_module(name, layer)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weights of all convolutions; the other layers are left as they are."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+
+class WithoutBias(HeNormal):
+    """The same, and the classifier `fc` starts without bias."""
+
+    def reset_parameters(self) -> None:
+        """Draw the weights of all convolutions; the other layers are left as they are."""
+        super().reset_parameters()
+        nn.init.zeros_(self.get_parameter("fc.bias"))
+
+
+class Residual(Strict):
+    """Settings of a residual network for small images: layers with weights, kind of block."""
+
+    depth: Depth
+    block: Block
+
+    @model_validator(mode="after")
+    def _depth_is_possible(self) -> Self:
+        self.blocks_in_a_stage()
+        return self
+
+    def blocks_in_a_stage(self) -> int:
+        """The n of the depth; ValueError if there is none."""
+        if self.block == "basic":
+            return blocks_per_stage(self.depth, 6, 2, "basic blocks")
+        return blocks_per_stage(self.depth, 9, 2, "bottlenecks")
+
+
+class Basic(nn.Module):
+    """Two 3x3 convolutions beside a shortcut, ReLU after the sum.
+
+    Source: K. He, X. Zhang, S. Ren, J. Sun, Deep residual learning, CVPR 2016.
+    """
+
+    def __init__(self, inputs: int, outputs: int, stride: int, shortcut: nn.Module) -> None:
+        super().__init__()
+        self.conv1 = conv3x3(inputs, outputs, stride)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.relu1 = nn.ReLU()
+        self.conv2 = conv3x3(outputs, outputs)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.shortcut = shortcut
+        self.relu2 = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Feature map of `outputs` channels, its sides divided by the stride."""
+        y = self.relu1(self.bn1(self.conv1(x)))
+        y = self.bn2(self.conv2(y))
+        return self.relu2(y + self.shortcut(x))
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 and 1x1 convolution beside a shortcut, ReLU after the sum; the 3x3 has the stride.
+
+    With groups it is the block of ResNeXt. Source as for `Basic`.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        inner: int,
+        outputs: int,
+        stride: int,
+        shortcut: nn.Module,
+        groups: int = 1,
+    ) -> None:
+        super().__init__()
+        self.conv1 = conv1x1(inputs, inner)
+        self.bn1 = nn.BatchNorm2d(inner)
+        self.relu1 = nn.ReLU()
+        self.conv2 = conv3x3(inner, inner, stride, groups)
+        self.bn2 = nn.BatchNorm2d(inner)
+        self.relu2 = nn.ReLU()
+        self.conv3 = conv1x1(inner, outputs)
+        self.bn3 = nn.BatchNorm2d(outputs)
+        self.shortcut = shortcut
+        self.relu3 = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Feature map of `outputs` channels, its sides divided by the stride."""
+        y = self.relu1(self.bn1(self.conv1(x)))
+        y = self.relu2(self.bn2(self.conv2(y)))
+        y = self.bn3(self.conv3(y))
+        return self.relu3(y + self.shortcut(x))
+
+
+class DenseBottleneck(nn.Module):
+    """BN-ReLU-1x1 to four times the growth, BN-ReLU-3x3 to the growth, appended to the input.
+
+    With groups, both convolutions have as many. Source: G. Huang, Z. Liu, L. van der Maaten, K.
+    Weinberger, DenseNet, CVPR 2017.
+    """
+
+    def __init__(self, inputs: int, growth: int, groups: int = 1) -> None:
+        super().__init__()
+        self.take = ChannelSelect(range(inputs))
+        self.bn1 = nn.BatchNorm2d(inputs)
+        self.relu1 = nn.ReLU()
+        self.conv1 = conv1x1(inputs, EXPANSION * growth, groups=groups)
+        self.bn2 = nn.BatchNorm2d(EXPANSION * growth)
+        self.relu2 = nn.ReLU()
+        self.conv2 = conv3x3(EXPANSION * growth, growth, groups=groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The input's channels, then `growth` new ones."""
+        y = self.conv1(self.relu1(self.bn1(self.take(x))))
+        y = self.conv2(self.relu2(self.bn2(y)))
+        return torch.cat((x, y), dim=1)
+
+
+def projection(inputs: int, outputs: int, stride: int) -> nn.Module:
+    """Shortcut B of He et al.: 1x1 convolution and BN where the shape changes, else nothing."""
+    if inputs == outputs and stride == 1:
+        return nn.Identity()
+    shortcut = nn.Sequential()
+    shortcut.add_module("conv", conv1x1(inputs, outputs, stride))
+    shortcut.add_module("bn", nn.BatchNorm2d(outputs))
+    return shortcut
+
+
+def head(width: int, classes: int) -> dict[str, nn.Module]:
+    """What follows the last block: mean over all pixels, `fc`."""
+    return {
+        "pool": nn.AdaptiveAvgPool2d(1),
+        "flatten": nn.Flatten(),
+        "fc": nn.Linear(width, classes),
+    }
+
+
+def activated_head(width: int, classes: int) -> dict[str, nn.Module]:
+    """The same behind blocks that do not activate what they hand on: BN-ReLU first."""
+    norm = {"take": ChannelSelect(range(width)), "bn": nn.BatchNorm2d(width), "relu": nn.ReLU()}
+    return norm | head(width, classes)
+
+
+def stage(
+    count: int, inputs: int, outputs: int, stride: int, block: Callable[[int, int, int], nn.Module]
+) -> nn.Sequential:
+    """Blocks in a row, each made from inputs, outputs and stride; the first one changes shape."""
+    rest = (block(outputs, outputs, 1) for _ in range(count - 1))
+    return nn.Sequential(block(inputs, outputs, stride), *rest)
+
+
+def conv3x3(inputs: int, outputs: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
+    """3x3 convolution without bias that keeps the sides, or divides them by the stride."""
+    return nn.Conv2d(inputs, outputs, 3, stride, padding=1, groups=groups, bias=False)
+
+
+def conv1x1(inputs: int, outputs: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
+    """1x1 convolution without bias."""
+    return nn.Conv2d(inputs, outputs, 1, stride, groups=groups, bias=False)
+
+
+def blocks_per_stage(depth: int, layers: int, others: int, what: str) -> int:
+    """Blocks in each stage: the n of `depth` = `layers` * n + `others`.
+
+    Raises ValueError naming the depths on either side if there is no such n of at least 1.
+    """
+    n, rest = divmod(depth - others, layers)
+    if rest or n < 1:
+        near = [layers * k + others for k in (n, n + 1) if k >= 1]
+        allowed = " or ".join(map(str, near))
+        raise ValueError(f"depth = {depth}: {what} need {layers}n+{others}, such as {allowed}")
+    return n
+
+
+def require_side(arch: str, shape: tuple[int, int, int], side: int) -> None:
+    """Raise SettingsError if an image is lower or narrower than `side` pixels."""
+    _, height, width = shape
+    if min(height, width) < side:
+        raise SettingsError(
+            f"params.yaml: arch = '{arch}': images of {height}x{width} pixels are too small for "
+            f"it with these settings: {side}x{side} are needed"
+        )

@@ -1,0 +1,134 @@
+"""What a network costs: parameters, non-zeros, MACs, bytes, latency."""
+
+import gzip
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from secateur.sparsity.masks import layers
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """One convolution or linear layer, biases included in the counts of parameters."""
+
+    layer: str
+    kind: str
+    shape: str
+    """Of the weight: filters x channels x height x width, or outputs x inputs."""
+    params: int
+    nonzero: int
+    sparsity: float
+    """Share of the parameters that are zero."""
+    filters: int
+    filters_alive: int
+    """Outputs with a weight that is not zero."""
+    channels: int
+    channels_alive: int
+    """Inputs that a weight that is not zero reads."""
+    macs_dense: int
+    """Multiply-accumulates of one image, zeros multiplied like any other weight."""
+    macs: int
+    """The same without those whose weight is zero."""
+
+
+@torch.no_grad()
+def layer_costs(model: nn.Module, example: Tensor) -> list[LayerCost]:
+    """All convolutions and linear layers in order; `example` is a batch of one image."""
+    found = positions(model, example)
+    return [_layer_cost(name, layer, found[name]) for name, layer in layers(model).items()]
+
+
+@torch.no_grad()
+def positions(model: nn.Module, example: Tensor) -> dict[str, int]:
+    """How often each convolution and linear layer multiplies its weights for one image.
+
+    `example` is a batch of one image; the model is left in eval mode.
+    """
+    found: dict[str, int] = {}
+    hooks = [
+        layer.register_forward_hook(
+            lambda _m, _i, out, n=name: found.update({n: out[0].numel() // out.shape[1]})
+        )
+        for name, layer in layers(model).items()
+    ]
+    try:
+        model.eval()(example)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def _layer_cost(name: str, layer: nn.Conv2d | nn.Linear, positions: int) -> LayerCost:
+    weight = layer.weight.detach()
+    alive = weight.flatten(2).any(dim=2) if weight.dim() == 4 else weight != 0
+    params = sum(p.numel() for p in layer.parameters())
+    nonzero = sum(int(torch.count_nonzero(p)) for p in layer.parameters())
+    return LayerCost(
+        layer=name,
+        kind=type(layer).__name__.lower(),
+        shape="x".join(map(str, weight.shape)),
+        params=params,
+        nonzero=nonzero,
+        sparsity=1 - nonzero / params,
+        filters=weight.shape[0],
+        filters_alive=int(alive.any(dim=1).sum()),
+        channels=weight.shape[1],
+        channels_alive=int(alive.any(dim=0).sum()),
+        macs_dense=weight.numel() * positions,
+        macs=int(torch.count_nonzero(weight)) * positions,
+    )
+
+
+def macs(model: nn.Module, example: Tensor) -> int:
+    """Multiply-accumulates of one image in kernels that do not skip zeros; see `layer_costs`."""
+    return sum(layer.macs_dense for layer in layer_costs(model, example))
+
+
+def parameters(model: nn.Module) -> int:
+    """Entries of all parameters."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def weight_bytes(model: nn.Module) -> tuple[int, int]:
+    """Bytes of all parameters and buffers: as they are, and packed by gzip."""
+    raw = b"".join(t.detach().cpu().numpy().tobytes() for t in model.state_dict().values())
+    return len(raw), len(gzip.compress(raw, compresslevel=6, mtime=0))
+
+
+@torch.inference_mode()
+def latency(models: Mapping[str, nn.Module], batch: Tensor, repeats: int) -> dict[str, list[float]]:
+    """Milliseconds of each forward pass of `batch`, by model.
+
+    The models take turns, so that a machine that slows down slows all of them; the first fifth of
+    the passes warms up and does not count.
+    """
+    for model in models.values():
+        model.eval()
+    taken: dict[str, list[float]] = {name: [] for name in models}
+    for turn in range(repeats + max(3, repeats // 5)):
+        for name, model in models.items():
+            _settle(batch.device)
+            start = time.perf_counter()
+            model(batch)
+            _settle(batch.device)
+            taken[name].append((time.perf_counter() - start) * 1e3)
+        if turn == max(3, repeats // 5) - 1:
+            taken = {name: [] for name in models}
+    return taken
+
+
+def median_and_iqr(values: list[float]) -> tuple[float, float]:
+    """Median, and the distance between the quartiles."""
+    low, middle, high = statistics.quantiles(values, n=4)
+    return middle, high - low
+
+
+def _settle(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

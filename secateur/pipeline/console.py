@@ -1,0 +1,257 @@
+"""What the user sees while a stage works: help, progress, one-line errors, the closing table.
+
+An observer, like `track`: no result depends on it, and dvc.yaml does not name it.
+"""
+
+import argparse
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from types import FrameType
+from typing import Any, NoReturn
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from secateur.base.errors import SecateurError
+
+Row = dict[str, float]
+
+
+def main(work: Callable[[], None], stage: str, about: str | None) -> NoReturn:
+    """Run a stage as a command: --help, one line for a mistake, exit status 0, 1, 130 or 143."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m stages.{stage}",
+        description=about,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Settings come from params.yaml; the device from the machine (SECATEUR_DEVICE "
+        "overrides).\nSECATEUR_TRACKING=off keeps MLflow out of it.",
+    )
+    parser.parse_args()
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        work()
+    except SecateurError as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        fail("interrupted; run the same command again to go on where it was", 130)
+    sys.exit(0)
+
+
+def fail(message: str, status: int = 1) -> NoReturn:
+    """Say what is wrong in one line and exit."""
+    sys.stdout.flush()
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(status)
+
+
+def say(message: str) -> None:
+    """One line for the user."""
+    print(message, flush=True)
+
+
+def _terminated(_signal: int, _frame: FrameType | None) -> None:
+    raise SystemExit(143)
+
+
+class Training:
+    """Progress of one training: a live bar on a terminal, a line every few seconds elsewhere."""
+
+    def __init__(self, stage: str) -> None:
+        self.stage = stage
+        self.console = Console()
+        self.bar: Progress | None = None
+        self.task: TaskID | None = None
+        self.last = time.monotonic()
+        self.began = time.monotonic()
+        self.already = 0
+        self.epochs = self.steps = 0
+        self.words = ""
+
+    def start(self, epochs: int, steps: int, rows: Sequence[Row]) -> None:
+        """Training begins, or goes on after `rows`."""
+        self.epochs, self.steps, self.already = epochs, steps, len(rows)
+        self.began = self.last = time.monotonic()
+        if rows:
+            say(f"{self.stage}: going on after epoch {len(rows)} of {epochs}")
+        if self.console.is_terminal:
+            self.bar = Progress(
+                TextColumn("[bold]{task.description}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.fields[words]}"),
+                TimeRemainingColumn(),
+                console=self.console,
+            )
+            self.task = self.bar.add_task(
+                self.stage, total=epochs * steps, completed=len(rows) * steps, words="starting"
+            )
+            self.bar.start()
+
+    def step(self, epoch: int, step: int) -> None:
+        """A step is done."""
+        now = time.monotonic()
+        if now - self.last < (0.2 if self.bar else 10):
+            return
+        self.last = now
+        done = (epoch - 1) * self.steps + step
+        rate = (done - self.already * self.steps) / max(now - self.began, 1e-9)
+        if self.bar is not None and self.task is not None:
+            words = f"epoch {epoch}/{self.epochs}  {rate:.0f} steps/s  {self.words}"
+            self.bar.update(self.task, completed=done, words=words)
+        else:
+            left = (self.epochs * self.steps - done) / max(rate, 1e-9)
+            say(
+                f"{self.stage}: epoch {epoch}/{self.epochs}, {rate:.0f} steps/s, "
+                f"{self.words or 'first epoch'}, {left:.0f} s left"
+            )
+
+    def epoch(self, row: Row) -> None:
+        """An epoch is done."""
+        self.words = f"loss {row['train_loss']:.4f}"
+        if "val_accuracy" in row:
+            self.words += f"  val {row['val_accuracy']:.2%}"
+        if "phase" in row:
+            ratios = [value for key, value in row.items() if key.startswith("magnitude_ratio/")]
+            self.words += f"  {_PHASES[int(row['phase'])]}, factor {row['factor']:.3g}"
+            self.words += f", {row['picked']:.0f} of {len(ratios)} layers picked"
+            self.words += f", kept over chosen {min(ratios):.3g} to {max(ratios):.3g}"
+
+    def saved(self) -> None:
+        """The state is safe; nothing to show."""
+
+    def close(self) -> None:
+        """The training is over, well or not."""
+        if self.bar is not None and self.task is not None:
+            self.bar.stop()
+
+    def finish(self, rows: Sequence[Row], picked: int) -> None:
+        """Sum the training up in one line."""
+        if self.bar is not None and self.task is not None:
+            done = len(rows) * self.steps
+            self.bar.update(self.task, completed=done, total=done, words=self.words)
+        self.close()
+        if not rows:
+            say(f"{self.stage}: no epochs; the network as it came")
+            return
+        row = rows[picked - 1]
+        took = time.monotonic() - self.began
+        val = f", val accuracy {row['val_accuracy']:.2%}" if "val_accuracy" in row else ""
+        say(
+            f"{self.stage}: epoch {picked} of {len(rows)} kept, loss {row['train_loss']:.4f}"
+            f"{val}; {took:.1f} s"
+        )
+
+
+class Steps:
+    """Progress of anything else: a live bar on a terminal, a line every few seconds elsewhere."""
+
+    def __init__(self, stage: str, total: int) -> None:
+        self.stage, self.total, self.done = stage, total, 0
+        self.console = Console()
+        self.bar = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.completed:.0f} of {task.total:.0f}"),
+            TimeRemainingColumn(),
+            console=self.console,
+        )
+        self.task = self.bar.add_task(stage, total=total)
+        self.began = self.last = time.monotonic()
+
+    def __enter__(self) -> "Steps":
+        if self.console.is_terminal:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.console.is_terminal:
+            self.bar.update(self.task, completed=self.done)
+            self.bar.stop()
+
+    def tick(self) -> None:
+        """One step is done."""
+        self.done += 1
+        now = time.monotonic()
+        if now - self.last < (0.2 if self.console.is_terminal else 10):
+            return
+        self.last = now
+        if self.console.is_terminal:
+            self.bar.update(self.task, completed=self.done)
+            return
+        left = (now - self.began) / self.done * (self.total - self.done)
+        say(f"{self.stage}: {self.done:,} of {self.total:,} trials, {left:.0f} s left")
+
+
+def waiting(stage: str) -> None:
+    """Tell that another process does this very work."""
+    say(f"{stage}: another process is making this very model; waiting for it")
+
+
+def taken(stage: str) -> None:
+    """Tell that finished work was taken over."""
+    say(f"{stage}: made before with the same settings and inputs; taken over")
+
+
+def reached(notes: Mapping[str, float]) -> None:
+    """What a pruner says about its decision: what was asked, and what is reached."""
+    for key, asked in notes.items():
+        name = key.removesuffix("_asked")
+        if name == key or (got := notes.get(f"{name}_reached")) is None:
+            continue
+        words = f"prune: {name.replace('_', ' ')}: asked {asked:.4f}, reached {got:.4f}"
+        say(words + ("" if abs(got - asked) < 5e-5 else ", which is not the same"))
+
+
+def outputs(rows: Sequence[tuple[str, int, int]]) -> None:
+    """A table of how many outputs each layer had, and how many are left."""
+    table = Table(box=None, pad_edge=False)
+    for heading in ("layer", "outputs", "left", ""):
+        table.add_column(heading, justify="left" if heading in ("layer", "") else "right")
+    for name, count, left in rows:
+        table.add_row(name, str(count), str(left), "" if left == count else f"{left / count:.0%}")
+    Console(width=max(88, Console().width)).print(table)
+
+
+_PHASES = ("picking", "growing", "stabilising", "finished")
+
+
+MODELS = {
+    "baseline": "dense",
+    "sparse": "sparse-trained",
+    "pruned": "pruned",
+    "finetuned": "finetuned",
+}
+
+
+def summary(report: Mapping[str, Any], asked: str, store: str | None) -> None:
+    """The closing table: every model of the chain, what was asked, what was reached."""
+    about = f"{report['arch']} on {report['dataset']}, seed {report['seed']}"
+    table = Table(title=about, title_justify="left", title_style="bold")
+    for heading in ("model", "test accuracy", "non-zero", "of params", "MACs left", "latency ms"):
+        table.add_column(heading, justify="left" if heading == "model" else "right")
+    for key, name in MODELS.items():
+        row = report[key]
+        table.add_row(
+            name,
+            f"{row['accuracy']:.2%}",
+            f"{row['nonzero']:,}",
+            f"{row['params']:,}",
+            f"{row['macs']:,}",
+            f"{row['latency_ms']:.3f} ± {row['latency_iqr_ms']:.3f}",
+        )
+    Console(width=max(88, Console().width)).print(table)
+    change = (report["finetuned"]["accuracy"] - report["baseline"]["accuracy"]) * 100
+    say(f"asked    {asked}")
+    say(
+        f"reached  compression {report['compression']:.1f}x, accuracy {change:+.2f} points, "
+        f"MACs 1/{report['theoretical_speedup']:.1f}, "
+        f"measured speed-up {report['measured_speedup']:.2f}x"
+    )
+    if report["measured_speedup"] < 0.5 * report["theoretical_speedup"]:
+        say("         (single zeros among the weights save no time in dense kernels)")
+    say("see      metrics/evaluate.json, metrics/layers.csv; `dvc plots show` for the curves")
+    if store is not None:
+        where = "`mlflow ui`" if store.startswith("sqlite:") else store
+        say(f"compare  {where}, Model training, filter the runs by tags.kind = 'pipeline'")

@@ -1,0 +1,256 @@
+"""Run a published experiment by name, over several seeds, and report mean and spread.
+
+Every seed is a DVC experiment of its own (`<recipe>-seed<n>`, in a temporary copy: the workspace
+stays as it is), so whatever has run before comes from the cache.
+
+    python -m secateur.recipe                      lists the recipes
+    python -m secateur.recipe NAME --seeds 1 2 3   runs one and prints its table
+    python -m secateur.recipe NAME --apply         writes its settings into params.yaml instead
+
+A recipe changes what it names; everything else comes from params.yaml as it is, so start from a
+clean one: `git checkout params.yaml`.
+"""
+
+import argparse
+import difflib
+import io
+import itertools
+import json
+import math
+import re
+import statistics
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from secateur.base.errors import SecateurError, SettingsError
+from secateur.pipeline import console
+from secateur.pipeline.record import FOLDERS
+
+FOLDER = Path("recipes")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Settings that differ from params.yaml, and what they are for."""
+
+    name: str
+    about: str
+    settings: dict[str, Any]
+
+    @property
+    def overrides(self) -> list[str]:
+        """As `dvc exp run` takes them."""
+        parts = []
+        for key, value in changes(self.settings, _params()).items():
+            if isinstance(value, Mapping):
+                flow = yaml.safe_dump(dict(value), default_flow_style=True, width=math.inf)
+                parts += ["-S", f"{key}={flow.strip()}"]
+                continue
+            simple = isinstance(value, int | float) or re.fullmatch(r"[\w./-]+", str(value))
+            plain = simple and not isinstance(value, bool | None)
+            text = str(value) if plain else json.dumps(value)
+            parts += ["-S", f"{key}={text}"]
+        return parts
+
+
+def changes(
+    settings: Mapping[str, Any], params: Mapping[str, Any], prefix: str = ""
+) -> dict[str, Any]:
+    """Settings by joined keys; a table stays one where `params` has a plain value or null."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        below = params.get(key, {})
+        if isinstance(value, Mapping) and isinstance(below, Mapping):
+            found |= changes(value, below, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
+
+
+def _params() -> dict[str, Any]:
+    content: dict[str, Any] = yaml.safe_load(Path("params.yaml").read_text())
+    return content
+
+
+def load(name: str) -> Recipe:
+    """The recipe of this name; SettingsError with the names there are if there is none."""
+    written = _written()
+    if name not in written or written[name].get("base"):
+        close = ", ".join(difflib.get_close_matches(name, names(), n=5)) or "none of a similar name"
+        raise SettingsError(
+            f"recipe {name!r}: there is none in {FOLDER}/; there are: {close}; "
+            "`python -m secateur.recipe` lists all"
+        )
+    return Recipe(name, written[name]["about"], _settings(name, written, ()))
+
+
+def names() -> list[str]:
+    """All recipes that can be run, sorted."""
+    return sorted(name for name, content in _written().items() if not content.get("base"))
+
+
+def _written() -> dict[str, dict[str, Any]]:
+    """Name -> what is written under it, over all files.
+
+    A file is one recipe of its own name: `about` and `settings`, with `extends` on top of those of
+    another one, with `base: true` for others to extend only. Or it has a `table` too, with settings
+    for every value of every axis: then it is as many recipes as there are combinations, and `name`
+    and `about` have the axes in braces.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for path in sorted(FOLDER.glob("*.yaml")):
+        content = yaml.safe_load(path.read_text())
+        table = content.get("table", {})
+        for values in itertools.product(*(axis.items() for axis in table.values())):
+            place = {axis: str(value) for axis, (value, _) in zip(table, values, strict=True)}
+            name = content.get("name", path.stem).format_map(place)
+            if name in found:
+                raise SettingsError(f"{path}: there is another recipe named {name}")
+            settings = content.get("settings", {})
+            for _, own in values:
+                settings = _merged(settings, own)
+            about = content["about"].format_map(place)
+            found[name] = content | {"about": about, "settings": settings}
+    return found
+
+
+def _settings(
+    name: str, written: Mapping[str, dict[str, Any]], seen: tuple[str, ...]
+) -> dict[str, Any]:
+    """The settings of a recipe on top of those that it extends."""
+    below = written[name].get("extends")
+    if below is None:
+        return dict(written[name]["settings"])
+    if below not in written or below in (*seen, name):
+        raise SettingsError(f"recipe {name}: extends {below}, which is no other recipe")
+    return _merged(_settings(below, written, (*seen, name)), written[name]["settings"])
+
+
+def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Both tables, `above` where they differ; tables within them likewise."""
+    result = dict(below)
+    for key, value in above.items():
+        inner = result.get(key)
+        both = isinstance(inner, Mapping) and isinstance(value, Mapping)
+        result[key] = _merged(inner, value) if both else value  # type: ignore[arg-type]
+    return result
+
+
+def run(recipe: Recipe, seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """One experiment a seed; gives their reports, with the seconds of every stage."""
+    reports = []
+    for seed in seeds:
+        name = f"{recipe.name}-seed{seed}"
+        subprocess.run(["dvc", "exp", "remove", "-q", name], capture_output=True, check=False)
+        command = ["dvc", "exp", "run", "--temp", "-n", name, *recipe.overrides, "-S"]
+        if subprocess.run([*command, f"seed={seed}"], check=False).returncode:
+            raise SecateurError(f"recipe {recipe.name}: seed {seed} failed (see above)")
+        reports.append(_report(name))
+    return reports
+
+
+def _report(experiment: str) -> dict[str, Any]:
+    """What evaluate wrote in an experiment, and how long its stages took."""
+    from dvc.api import DVCFileSystem
+
+    tree = DVCFileSystem(rev=experiment)
+    report: dict[str, Any] = json.loads(tree.read_bytes("metrics/evaluate.json"))
+    report["layers"] = tree.read_bytes("metrics/layers.csv").decode()
+    records = {s: json.loads(tree.read_bytes(f"{f}.run.json")) for s, f in FOLDERS.items()}
+    report["seconds"] = {stage: record["seconds"] for stage, record in records.items()}
+    return report
+
+
+def show(recipe: Recipe, seeds: Sequence[int], reports: Sequence[dict[str, Any]]) -> None:
+    """A table with one row a seed, mean and sample deviation below."""
+    columns = {
+        "dense error %": lambda r: 100 * (1 - r["baseline"]["accuracy"]),
+        "error %": lambda r: 100 * (1 - r["finetuned"]["accuracy"]),
+        "compression x": lambda r: r["compression"],
+        "MACs left": lambda r: r["finetuned"]["macs"],
+        "MACs, dense kernels": lambda r: r["finetuned"]["macs_dense"],
+        "speed-up x": lambda r: r["measured_speedup"],
+        "seconds": lambda r: sum(r["seconds"].values()),
+    }
+    values = {heading: [read(report) for report in reports] for heading, read in columns.items()}
+    table = Table(title=f"{recipe.name}: {recipe.about}", title_justify="left")
+    for heading in ("seed", *columns, "alive outputs"):
+        table.add_column(heading, justify="right")
+    for number, (seed, report) in enumerate(zip(seeds, reports, strict=True)):
+        cells = [_words(column[number]) for column in values.values()]
+        table.add_row(str(seed), *cells, _alive(report))
+    if len(reports) > 1:
+        table.add_section()
+        table.add_row("mean", *[_words(statistics.fmean(column)) for column in values.values()])
+        table.add_row("std", *[_words(statistics.stdev(column)) for column in values.values()])
+    Console(width=max(130, Console().width)).print(table)
+    took = {s: statistics.fmean(r["seconds"][s] for r in reports) for s in reports[0]["seconds"]}
+    console.say("seconds  " + ", ".join(f"{stage} {mean:.0f}" for stage, mean in took.items()))
+    console.say(f"on       {reports[0]['hardware']}")
+
+
+def _alive(report: dict[str, Any]) -> str:
+    """Outputs of every layer of the finetuned network that are alive."""
+    layers = pd.read_csv(io.StringIO(report["layers"]))
+    return "-".join(map(str, layers[layers.model == "finetuned"].filters_alive))
+
+
+def _words(value: float) -> str:
+    """About four figures, thousands set apart."""
+    digits = 3 - math.floor(math.log10(abs(value))) if value else 2
+    return f"{value:,.{min(max(digits, 0), 2)}f}"
+
+
+def apply(recipe: Recipe) -> None:
+    """Write the settings into params.yaml; its comments and everything else stay."""
+    from ruamel.yaml import YAML
+
+    file, editor = Path("params.yaml"), YAML()
+    editor.preserve_quotes = True
+    params = editor.load(file)
+    for key, value in changes(recipe.settings, _params()).items():
+        *sections, last = key.split(".")
+        table = params
+        for section in sections:
+            table = table[section]
+        table[last] = value
+    editor.dump(params, file)
+    console.say(f"params.yaml has the settings of {recipe.name}; `dvc repro` runs them")
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m secateur.recipe",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("name", nargs="?", help="name of a recipe, as the list has it")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], metavar="N")
+    parser.add_argument("--apply", action="store_true", help="write into params.yaml, run nothing")
+    options = parser.parse_args()
+    if options.name is None:
+        known = names()
+        for name in known:
+            console.say(f"{name:{max(map(len, known))}}  {load(name).about}")
+        return
+    try:
+        recipe = load(options.name)
+        if options.apply:
+            apply(recipe)
+        else:
+            show(recipe, options.seeds, run(recipe, options.seeds))
+    except SecateurError as error:
+        console.fail(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""What a training runs on: device, precision and processes, through Lightning Fabric.
+
+One process and one device unless the environment has started several: torchrun or SLURM's srun.
+Setting SECATEUR_LAUNCH to the beginning of such a command (`torchrun --nproc-per-node 4`, or
+`srun --ntasks 8 python`) makes a training stage start itself that way, so `dvc repro` needs no
+other command. How many processes there are is no setting: it changes results by rounding alone
+(and the statistics of batch norms, which on several GPUs are taken over all of them).
+"""
+
+import contextlib
+import logging
+import os
+import shlex
+import subprocess
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from secateur.base.errors import SecateurError, SettingsError
+from secateur.base.machine import device, processes
+
+T = TypeVar("T")
+
+PATIENCE = timedelta(days=1)
+"""How long processes wait for the first, which may itself be waiting for a twin of the stage."""
+
+
+class Engine:
+    """The processes of one training, each with its device; a single one as a rule."""
+
+    def __init__(self, precision: str = "float32") -> None:
+        """Join the processes that the environment has started. `precision`: see `resolve`."""
+        from lightning_fabric import Fabric
+        from lightning_fabric.strategies.ddp import DDPStrategy
+
+        logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
+        logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+        self.world, local, nodes = processes()
+        place = device()
+        kind = place.type
+        options: dict[str, Any] = {"accelerator": kind, "devices": 1}
+        if kind == "cuda" and place.index is not None:  # SECATEUR_DEVICE=cuda:1
+            options["devices"] = [place.index]
+        if self.world > 1:
+            backend = "nccl" if kind == "cuda" else "gloo"
+            strategy = DDPStrategy(process_group_backend=backend, timeout=PATIENCE)
+            options |= {"strategy": strategy, "devices": local, "num_nodes": nodes}
+        self.half = resolve(precision) == "bfloat16"
+        self._fabric = Fabric(precision="bf16-mixed" if self.half else "32-true", **options)
+        self._fabric.launch()
+        self.rank = self._fabric.global_rank
+        self.device = self._fabric.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process is the one that writes files and reports."""
+        return self.rank == 0
+
+    def prepare(self, model: nn.Module, compiled: bool) -> nn.Module:
+        """What the training calls instead of `model`: same weights, gradients averaged.
+
+        Batch norms of `model` are left alone on a CPU (each process has its own statistics, those
+        of the first are kept). On GPUs they are exchanged for ones that take theirs over all.
+        """
+        if self.world > 1 and self.device.type == "cuda":
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        called: nn.Module = torch.compile(model) if compiled else model  # type: ignore[assignment]
+        return self._fabric.setup_module(called) if self.world > 1 else called
+
+    def autocast(self) -> Any:
+        """Context in which products and convolutions have the precision that was asked for."""
+        return self._fabric.autocast()
+
+    def no_sync(self, model: nn.Module, on: bool) -> Any:
+        """Context in which a backward pass does not exchange gradients, if `on`."""
+        if self.world == 1:
+            return contextlib.nullcontext()
+        return self._fabric.no_backward_sync(model, enabled=on)  # type: ignore[arg-type]
+
+    def all_reduce(self, values: Tensor) -> Tensor:
+        """Sum over all processes."""
+        summed = self._fabric.all_reduce(values, reduce_op="sum") if self.world > 1 else values
+        assert isinstance(summed, Tensor)
+        return summed
+
+    def broadcast(self, value: T) -> T:
+        """What the first process has, in every process."""
+        return self._fabric.broadcast(value) if self.world > 1 else value
+
+
+def resolve(precision: str) -> str:
+    """`auto` in words: bfloat16 where the hardware multiplies it faster, else float32.
+
+    That is a GPU with bfloat16 of its own, or a CPU with matrix units (AMX).
+    """
+    if precision != "auto":
+        return precision
+    if device().type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = device().type == "cpu" and torch.cpu._is_amx_tile_supported()
+    return "bfloat16" if fast else "float32"
+
+
+def relaunch(stage: str) -> bool:
+    """Run the stage in several processes if SECATEUR_LAUNCH asks for it; gives whether it did.
+
+    Raises SecateurError when one of them fails; what was saved until then is gone on from.
+    """
+    command = os.environ.get("SECATEUR_LAUNCH", "").strip()
+    if not command:
+        return False
+    environment = {k: v for k, v in os.environ.items() if k != "SECATEUR_LAUNCH"}
+    try:
+        status = subprocess.run(
+            [*shlex.split(command), "-m", f"stages.{stage}"], env=environment, check=False
+        ).returncode
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"SECATEUR_LAUNCH = {command!r}: cannot be run: {error}") from None
+    if status:
+        raise SecateurError(
+            f"{stage}: a process of `{command}` ended with status {status} (see above); the state "
+            "after the last saved epoch is kept, run the same command again to go on"
+        )
+    return True
