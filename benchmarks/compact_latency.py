@@ -43,7 +43,7 @@ def without(arch: str, chosen: dict[str, Any], share: float, multiple: int) -> s
             order = torch.rand(group.size, generator=chance)
             lost = choices.smallest_choice(order, choices.number_pruned(share, group.size))
             gone[group.name] = choices.spare(lost, order, multiple=multiple).nonzero().flatten()
-    return surgery.remove(model, graph.allowed(gone), image, {}, graph)
+    return surgery.remove(model, graph.removable(gone), image, {}, graph)
 
 
 @torch.no_grad()

@@ -67,7 +67,7 @@ def selected(graph: channels.ChannelGraph, share: float) -> dict[str, Tensor]:
     """At random that share of every group."""
     chance = torch.Generator().manual_seed(0)
     free = [group for group in graph.groups if group.locked is None]
-    return graph.allowed(
+    return graph.removable(
         {g.name: torch.randperm(g.size, generator=chance)[: int(share * g.size)] for g in free}
     )
 

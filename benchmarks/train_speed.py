@@ -28,10 +28,10 @@ from secateur.base.machine import hardware
 from secateur.base.settings import Train
 from secateur.data.augment import FileAugment
 from secateur.data.dataset import Batches, Dataset, DatasetInfo, InMemoryImages
-from secateur.training.penalty import Row
 from secateur.training import loop as train
 from secateur.training import optim
 from secateur.training.engine import Engine
+from secateur.training.penalty import Row
 
 ROOT = Path(__file__).resolve().parents[1]
 GREY, COLOUR = [1, 28, 28], [3, 32, 32]

@@ -51,7 +51,7 @@ def at_random(graph, seed, only=None):
         numbers = torch.randperm(group.size, generator=chance)[:count]
         if only is None or group.name in only:
             chosen[group.name] = numbers
-    return graph.allowed(chosen)
+    return graph.removable(chosen)
 
 
 def difference(one, other, batch):

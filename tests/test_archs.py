@@ -13,11 +13,11 @@ from torch import fx, nn
 
 from secateur.base import plugin, settings
 from secateur.base.errors import DataError, SettingsError
+from secateur.base.torchvision_import import import_torchvision
 from secateur.channels import propagation as graph
 from secateur.nn import blocks, checkpoint, cost
 from secateur.nn import resizing as shapes
 from secateur.nn.checkpoint import Header
-from secateur.base.torchvision_import import import_torchvision
 from secateur.sparsity import masks
 
 CIFAR, IMAGENET = (3, 32, 32), (3, 224, 224)

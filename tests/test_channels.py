@@ -28,11 +28,11 @@ from torch import nn
 from torch.nn import functional
 
 from secateur.base.errors import PruningError
+from secateur.base.torchvision_import import import_torchvision
 from secateur.channels import graph as channels
 from secateur.data.dataset import InMemoryImages
 from secateur.nn import checkpoint
 from secateur.nn.layers import ChannelSelect
-from secateur.base.torchvision_import import import_torchvision
 from secateur.pruning import removal as surgery
 from secateur.pruning.decision import PruningDecision
 from secateur.sparsity import masks
@@ -436,7 +436,7 @@ def test_every_group_alone(make):
 def test_something_is_allowed_where_parts_must_be_balanced(make):
     graph = channels.build_channel_graph(build(make), images())
     everything = {group.name: torch.arange(group.size) for group in free(graph)}
-    allowed = graph.allowed(everything)
+    allowed = graph.removable(everything)
     bound = {name for b in graph.balances for part in b.parts for name, _ in part}
     assert bound & set(allowed)
     graph.plan(allowed)
@@ -451,11 +451,11 @@ def test_whole_groups_of_a_convolution_go_and_unequal_ones_are_refused():
     _, compact = check(model, graph, chosen, batch)
     layer = compact.model.b[0]
     assert (layer.groups, layer.in_channels, layer.out_channels) == (3, 9, 6)
-    assert graph.allowed(chosen).keys() == chosen.keys()
+    assert graph.removable(chosen).keys() == chosen.keys()
     assert difference(rebuilt(grouped, compact), compact.model, batch) == 0
     with pytest.raises(PruningError, match=r"groups of b\.0 would no longer be of one size"):
         graph.plan({inner: torch.tensor([3])})
-    assert graph.allowed({inner: torch.tensor([3])}) == {}
+    assert graph.removable({inner: torch.tensor([3])}) == {}
     balances = {balance.where: balance for balance in graph.balances}
     assert [len(part) for part in balances["inputs of b.0"].parts] == [3, 3, 3, 3]
 
@@ -697,11 +697,11 @@ def test_slots_of_all_groups_cover_every_tensor_once(make):
     graph = channels.build_channel_graph(model, images())
     seen = {}
     for group in graph.groups:
-        assert len(group.roots) == group.size == len({*group.roots.tolist()})
+        assert len(group.ids) == group.size == len({*group.ids.tolist()})
         for slot in group.slots:
             assert slot.index.shape[0] == group.size
             seen.setdefault((slot.tensor, slot.axis), []).extend(slot.index.flatten().tolist())
-    inputs = {n: len(layer.into) for n, layer in graph.layers.items()}
+    inputs = {n: len(layer.inputs) for n, layer in graph.layers.items()}
     for (name, axis), found in seen.items():
         tensor = model.state_dict()[name]
         layer = name.removesuffix(".weight")
@@ -914,7 +914,7 @@ def test_no_layer_can_be_emptied(make):
         with pytest.raises(PruningError, match="would be left without outputs"):
             graph.plan({group.name: torch.arange(group.size)})
     everything = {group.name: torch.arange(group.size) for group in free(graph)}
-    check(model, graph, graph.allowed(everything), batch)
+    check(model, graph, graph.removable(everything), batch)
 
 
 @pytest.mark.parametrize("number", [-1, 6])

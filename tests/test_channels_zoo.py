@@ -129,8 +129,8 @@ def test_only_the_image_and_the_classes_are_locked(arch, chosen, shape):
     last = list(masks.layers(model))[-1]
     assert locked(found) == {"input": "an input of the network", last: "an output of the network"}
     sizes = {name: layer.weight.shape[0] for name, layer in masks.layers(model).items()}
-    made = {n: found.roots[layer.out] for n, layer in found.layers.items()}
-    everything = torch.cat([group.roots for group in free(found)])
+    made = {n: found.canonical[layer.outputs] for n, layer in found.layers.items()}
+    everything = torch.cat([group.ids for group in free(found)])
     for name, roots in made.items():
         assert len(roots.unique()) == sizes[name]
         assert bool(torch.isin(roots, everything).all()) == (name != last)
@@ -161,7 +161,7 @@ def test_channels_on_both_sides_of_shortcut_a_go_by_themselves():
     # 2 of the first stage is 10 of the second; 0 and 31 are beside zeros there, 9 beside channel 1
     second = next(g.name for g in found.groups if "layer2.0.conv2" in g.sources)
     selection = {"conv1": torch.tensor([2]), second: torch.tensor([0, 9, 31])}
-    assert {n: i.tolist() for n, i in found.allowed(selection).items()} == {
+    assert {n: i.tolist() for n, i in found.removable(selection).items()} == {
         "conv1": [2],
         second: [0, 9, 31],
     }
@@ -211,7 +211,7 @@ def test_a_channel_that_goes_takes_its_entrances_along(arch, chosen):
     model, batch = graph(arch, chosen, shape), pictures(shape)
     found = channels.build_channel_graph(model, batch)
     first = next(g for g in found.groups if "conv1" in g.sources)
-    selection = found.allowed({first.name: torch.tensor([1, 3])})
+    selection = found.removable({first.name: torch.tensor([1, 3])})
     _, compact = check(model, found, selection, batch)
     for name, module in compact.model.named_modules():
         if isinstance(module, ChannelSelect):
@@ -232,9 +232,9 @@ def test_an_entrance_never_loses_its_last_channel_to_others():
     model, batch = graph("preresnet", chosen, shape), pictures(shape)
     found = channels.build_channel_graph(model, batch)
     alone = {"layer1.1.take": torch.tensor([k for k in range(16) if k not in (3, 5)])}
-    narrow = surgery.remove(model, found.allowed(alone), batch).model
+    narrow = surgery.remove(model, found.removable(alone), batch).model
     found = channels.build_channel_graph(narrow, batch)
-    selection = found.allowed({"conv1": torch.tensor([3, 5, 7])})
+    selection = found.removable({"conv1": torch.tensor([3, 5, 7])})
     _, compact = check(narrow, found, selection, batch)
     assert len(compact.model.get_submodule("layer1.1.take").index) == 1
     assert len(compact.model.get_submodule("layer1.0.take").index) == 13
@@ -368,16 +368,16 @@ def test_groups_of_resnext_go_whole_or_lose_the_same_number():
     found = channels.build_channel_graph(model, batch)
     one, three = "layer1.0.conv1", "layer1.0.conv2"
     third = torch.arange(8, 12)
-    whole = found.allowed({one: third, three: third})
+    whole = found.removable({one: third, three: third})
     _, compact = check(model, found, whole, batch)
     layer = compact.model.get_submodule(three)
     assert (layer.groups, tuple(layer.weight.shape[:2])) == (3, (12, 4))
-    even = found.allowed({one: torch.tensor([0, 1, 5, 9, 10, 15])})
+    even = found.removable({one: torch.tensor([0, 1, 5, 9, 10, 15])})
     assert even[one].tolist() == [0, 5, 9, 15]
     _, compact = check(model, found, even, batch)
     layer = compact.model.get_submodule(three)
     assert (layer.groups, tuple(layer.weight.shape[:2])) == (4, (16, 3))
-    assert found.allowed({one: torch.tensor([0, 1, 2])}) == {}
+    assert found.removable({one: torch.tensor([0, 1, 2])}) == {}
 
 
 # ---- masked equals compact ---------------------------------------------------------------------
@@ -441,7 +441,7 @@ def test_every_group_alone(arch, chosen, shape):
         selection = next((s for s in tries if group.name in s), None)
         if selection is None:  # the groups of a convolution, and a selection without a full set
             assert group.name in bound
-            selection = found.allowed({group.name: torch.arange(group.size)})
+            selection = found.removable({group.name: torch.arange(group.size)})
             assert selection[group.name].numel()
         check(model, found, selection, batch)
 

@@ -21,6 +21,7 @@ from PIL import Image
 
 from secateur.base import machine, plugin, stage
 from secateur.base.errors import DataError, SettingsError
+from secateur.base.torchvision_import import import_torchvision
 from secateur.data import augment
 from secateur.data import dataset as data
 from secateur.data import image_files as listing
@@ -35,7 +36,6 @@ from secateur.data.dataset import (
     sample,
 )
 from secateur.data.image_files import ImageFileList
-from secateur.base.torchvision_import import import_torchvision
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL = ROOT / os.environ.get("SECATEUR_DATA", "data/raw")

@@ -307,7 +307,10 @@ def test_the_search_counts_as_the_project_does_and_meets_the_budget(strategy, ki
     even = (decision.notes["uniform_params"], decision.notes["uniform_macs"])
     assert grouped_cost(model, uniform.masks) == even
     for mask in decision.masks.values():
-        assert min(permute.from_mask(mask).out.shape[1], permute.from_mask(mask).into.shape[1]) >= 4
+        assert (
+            min(permute.from_mask(mask).outputs.shape[1], permute.from_mask(mask).inputs.shape[1])
+            >= 4
+        )
 
 
 def test_knapsack_keeps_at_least_what_the_others_keep():

@@ -70,7 +70,7 @@ def test_the_published_example():
     assert kept(SANITY, 2, permutation="same") == 36
     found = permute.group(SANITY, 2, Search())
     assert found.kept(SANITY) == 60
-    assert found.out.tolist() == found.into.tolist() == [[0, 2], [1, 3]]
+    assert found.outputs.tolist() == found.inputs.tolist() == [[0, 2], [1, 3]]
     mask = [[1, 0, 1, 0], [0, 1, 0, 1], [1, 0, 1, 0], [0, 1, 0, 1]]
     assert found.mask().tolist() == torch.tensor(mask).bool().tolist()
 
@@ -106,7 +106,7 @@ def test_no_round_leaves_the_order():
 
 def test_sort_puts_channels_together_by_their_sums():
     matrix = torch.tensor([[9.0, 0, 9, 0], [0, 1, 0, 1], [9, 0, 9, 0], [0, 1, 0, 1]])
-    assert permute.group(matrix, 2, Search(permutation="sort")).out.tolist() == [[0, 2], [1, 3]]
+    assert permute.group(matrix, 2, Search(permutation="sort")).outputs.tolist() == [[0, 2], [1, 3]]
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (96, 32), (32, 96)])
@@ -119,7 +119,8 @@ def test_grps_is_the_heuristic_read_straight(shape, groups, iters):
     assert found.kept(matrix) == pytest.approx(amount, rel=1e-12)
     blocks = zip(rows.reshape(groups, -1), columns.reshape(groups, -1), strict=True)
     assert {(tuple(sorted(r)), tuple(sorted(c))) for r, c in blocks} == {
-        (tuple(r), tuple(c)) for r, c in zip(found.out.tolist(), found.into.tolist(), strict=True)
+        (tuple(r), tuple(c))
+        for r, c in zip(found.outputs.tolist(), found.inputs.tolist(), strict=True)
     }
 
 
@@ -177,8 +178,8 @@ def test_every_channel_has_one_group_and_refining_never_loses(
     torch.manual_seed(seed)
     matrix = torch.rand(groups * high, groups * wide, dtype=torch.float64)
     plain = permute.group(matrix, groups, Search(permutation=permutation))
-    assert sorted(plain.out.flatten().tolist()) == list(range(groups * high))
-    assert sorted(plain.into.flatten().tolist()) == list(range(groups * wide))
+    assert sorted(plain.outputs.flatten().tolist()) == list(range(groups * high))
+    assert sorted(plain.inputs.flatten().tolist()) == list(range(groups * wide))
     mask = plain.mask()
     assert (mask.sum(dim=0) == high).all() and (mask.sum(dim=1) == wide).all()
     assert plain.kept(matrix) == pytest.approx(float(matrix[mask].sum()))
@@ -194,7 +195,7 @@ def test_swap_ends_where_no_pair_helps():
     found = permute.group(matrix, 3, Search(refine="swap"))
     rows = torch.empty(12, dtype=torch.int64)
     columns = rows.clone()
-    rows[found.out] = columns[found.into] = torch.arange(3).unsqueeze(1).expand(3, 4)
+    rows[found.outputs] = columns[found.inputs] = torch.arange(3).unsqueeze(1).expand(3, 4)
     for side in (rows, columns):
         for a, b in itertools.combinations(range(12), 2):
             side[[a, b]] = side[[b, a]]
@@ -235,7 +236,7 @@ def test_groups_are_read_back_from_a_mask():
     kernels = found.mask()[:, :, None, None].expand(-1, -1, 3, 3)
     for mask in (found.mask(), kernels):
         again = permute.from_mask(mask)
-        assert torch.equal(again.out, found.out) and torch.equal(again.into, found.into)
+        assert torch.equal(again.outputs, found.outputs) and torch.equal(again.inputs, found.inputs)
 
 
 @pytest.mark.parametrize(

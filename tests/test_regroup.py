@@ -239,7 +239,7 @@ def test_dead_channels_go_from_an_exported_network():
     dead = "layer1.0.conv1"
     masked, found = pruned(model, images, groups=2)
     grouping = permute.from_mask(found["layer1.0.conv2.weight"])
-    gone = grouping.into[:, 0]  # one input of each group of the reader
+    gone = grouping.inputs[:, 0]  # one input of each group of the reader
     with torch.no_grad():
         masked.get_parameter(f"{dead}.weight")[gone] = 0
         for part in ("weight", "bias"):
@@ -259,7 +259,7 @@ def test_channels_can_be_followed_and_taken_out_of_an_exported_network(name):
     exported = regroup.export(masked.double(), found, images[:1].double()).model
     network = channels.build_channel_graph(exported, images)
     wanted = {g.name: torch.arange(0, g.size, 3) for g in network.groups if g.locked is None}
-    selection = network.allowed(wanted)
+    selection = network.removable(wanted)
     small = surgery.remove(exported, selection, images[:1].double(), {}, network)
     expected = surgery.mask(exported, selection, images, network)
     assert surgery.verify(expected, small, images.double(), surgery.EXACT) < 1e-9

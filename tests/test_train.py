@@ -18,10 +18,10 @@ from secateur.base.settings import Train
 from secateur.base.stage import Stage
 from secateur.data import dataset as data
 from secateur.data.dataset import DatasetInfo, InMemoryImages
-from secateur.training import penalty as penalties
 from secateur.pruning.decision import PruningContext
 from secateur.sparsity import masks
 from secateur.training import loop as train
+from secateur.training import penalty as penalties
 from secateur.training import resume
 
 SMALL = {"lenet300": {"hidden": [16, 8]}, "lenet5": {"filters": [4, 6], "hidden": 12}}

@@ -1,4 +1,4 @@
-"""First walk through a network: hands out atoms and writes down which tensors hold them."""
+"""First walk through a network: hands out ids and writes down which tensors hold them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,15 +21,15 @@ class LayerInfo:
 
     weight: str
     bias: str | None
-    into: Tensor
+    inputs: Tensor
     """Atoms of its inputs."""
-    out: Tensor
+    outputs: Tensor
     """Atoms of its outputs."""
     groups: int
 
     def depthwise(self) -> bool:
         """Every input has a filter of its own."""
-        return self.groups > 1 and self.groups == len(self.into)
+        return self.groups > 1 and self.groups == len(self.inputs)
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class SelectInfo:
     """What was learnt about an index buffer."""
 
     index: Tensor
-    into: Tensor
-    out: Tensor
+    inputs: Tensor
+    outputs: Tensor
     own: bool
     """Positions are channels of their own, which may be zero: a Take."""
 
@@ -50,7 +50,7 @@ class AxisEntry:
     tensor: str
     axis: int
     kind: Kind
-    atoms: Tensor
+    ids: Tensor
     owner: str
     parts: int = 1
 
@@ -69,7 +69,7 @@ class UnionFind:
             x = parent[x]
         return x
 
-    def roots(self) -> list[int]:
+    def canonical(self) -> list[int]:
         """The number that stands for the set of each."""
         found: list[int] = []
         for x, parent in enumerate(self.parent):
@@ -83,7 +83,7 @@ class UnionFind:
 
 
 class GroupBuilder:
-    """First walk: hands out atoms and writes down who holds them."""
+    """First walk: hands out ids and writes down who holds them."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -96,7 +96,7 @@ class GroupBuilder:
         self.locked: list[tuple[Tensor, str]] = []
         self.balances: list[tuple[str, list[Tensor]]] = []
         self.reasons: dict[int, str] = {}
-        self.roots = torch.empty(0, dtype=torch.int64)
+        self.canonical = torch.empty(0, dtype=torch.int64)
         self.padded = torch.empty(0, dtype=torch.bool)
         """By atom: meets fixed zeros. The last entry is for fixed zeros themselves."""
         self._padded: list[Tensor] = []
@@ -109,33 +109,33 @@ class GroupBuilder:
         return torch.arange(start, start + count)
 
     def _record(
-        self, held: NamedTensor, axis: int, kind: Kind, atoms: Tensor, owner: str, parts: int = 1
+        self, held: NamedTensor, axis: int, kind: Kind, ids: Tensor, owner: str, parts: int = 1
     ) -> None:
         self._used.add(held.name)
         key = (held.name, axis)
-        if held.tensor.shape[axis] * (parts if axis == 1 else 1) != len(atoms):
+        if held.tensor.shape[axis] * (parts if axis == 1 else 1) != len(ids):
             raise PruningError(
-                f"{held.name} has {held.tensor.shape[axis]} entries for {len(atoms)} channels"
+                f"{held.name} has {held.tensor.shape[axis]} entries for {len(ids)} channels"
             )
         if key in self.records:
-            self.meet(self.records[key].atoms, atoms)
+            self.meet(self.records[key].ids, ids)
         else:
-            self.records[key] = AxisEntry(held.name, axis, kind, atoms, owner, parts)
+            self.records[key] = AxisEntry(held.name, axis, kind, ids, owner, parts)
 
     def fixed(self, count: int, reason: str) -> Tensor:
-        """New atoms, locked."""
-        atoms = self._new(count)
-        self.fixed_atoms.append(atoms)
-        self.lock(atoms, reason)
-        return atoms
+        """New ids, locked."""
+        ids = self._new(count)
+        self.fixed_atoms.append(ids)
+        self.lock(ids, reason)
+        return ids
 
     def layer(
         self, name: str, weight: NamedTensor, bias: NamedTensor | None, into: Tensor, groups: int
     ) -> Tensor:
-        """New atoms for a layer's outputs; the ones it made before if it runs again."""
+        """New ids for a layer's outputs; the ones it made before if it runs again."""
         known = self.records.get((weight.name, 0))
         count = weight.tensor.shape[0]
-        out = known.atoms if known else self._new(count)
+        out = known.ids if known else self._new(count)
         self._record(weight, 0, "out", out, name)
         if bias is not None:
             self._record(bias, 0, "bias", out, name)
@@ -145,15 +145,15 @@ class GroupBuilder:
         else:
             self._record(weight, 1, "in", into, name, groups)
             if groups > 1 and name not in self.layers:
-                for side, atoms in (("inputs", into), ("outputs", out)):
-                    parts = list(atoms.reshape(groups, -1))
+                for side, ids in (("inputs", into), ("outputs", out)):
+                    parts = list(ids.reshape(groups, -1))
                     self.balances.append((f"{side} of {name}", parts))
         self.layers.setdefault(name, layer)
         return out
 
     def _record_through(self, layer: LayerInfo, into: Tensor) -> None:
         """Depthwise: what is read and what is made are the same channels."""
-        self.meet(into.repeat_interleave(len(layer.out) // layer.groups), layer.out)
+        self.meet(into.repeat_interleave(len(layer.outputs) // layer.groups), layer.outputs)
 
     def norm(self, held: Sequence[NamedTensor], kind: str, into: Tensor) -> None:
         """One entry for each channel."""
@@ -162,23 +162,23 @@ class GroupBuilder:
                 self._record(one, 0, kind, into, one.name.rpartition(".")[0])  # type: ignore[arg-type]
 
     def parameter(self, held: NamedTensor) -> Tensor:
-        """New atoms for every entry; which axis has the channels is seen in the end."""
+        """New ids for every entry; which axis has the channels is seen in the end."""
         self._used.add(held.name)
         if held.name not in self.held:
             named = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
             count = held.tensor.numel()
-            atoms = self._new(count) if held.name in named else self.fixed(count, "a constant")
-            self.held[held.name] = (atoms.reshape(held.tensor.shape), ZERO)
+            ids = self._new(count) if held.name in named else self.fixed(count, "a constant")
+            self.held[held.name] = (ids.reshape(held.tensor.shape), ZERO)
         return self.held[held.name][0]
 
     def select(self, index: NamedTensor, into: Tensor, own: bool) -> Tensor:
-        """New atoms for the positions of a Take; otherwise the chosen ones go on."""
+        """New ids for the positions of a Take; otherwise the chosen ones go on."""
         self._used.add(index.name)
         numbers = index.tensor.detach().cpu()
         if index.name in self.selects:
             before = self.selects[index.name]
-            self.meet(before.into, into)
-            return before.out
+            self.meet(before.inputs, into)
+            return before.outputs
         if own:
             out = self._new(len(numbers))
         else:
@@ -204,9 +204,9 @@ class GroupBuilder:
         for x, y in pairs[~zeros].tolist():
             self.sets.join(x, y)
 
-    def lock(self, atoms: Tensor, reason: str) -> None:
+    def lock(self, ids: Tensor, reason: str) -> None:
         """Remember why they stay."""
-        self.locked.append((atoms[atoms >= 0].unique(), reason))
+        self.locked.append((ids[ids >= 0].unique(), reason))
 
     def balance(self, where: str, parts: Sequence[Tensor]) -> None:
         """Remember the parts."""
@@ -220,18 +220,18 @@ class GroupBuilder:
                 "network without it"
             )
         self._hold()
-        self.roots = torch.tensor(self.sets.roots())
-        self._roots_and_zero = torch.cat((self.roots, torch.tensor([ZERO])))  # ZERO is the last
-        self.padded = torch.zeros(len(self.roots) + 1, dtype=torch.bool)
-        for atoms in self._padded:
-            self.padded[atoms] = True
-        for atoms, reason in self.locked:
-            for root in self.roots[atoms].unique().tolist():
+        self.canonical = torch.tensor(self.sets.canonical())
+        self._roots_and_zero = torch.cat((self.canonical, torch.tensor([ZERO])))  # ZERO is the last
+        self.padded = torch.zeros(len(self.canonical) + 1, dtype=torch.bool)
+        for ids in self._padded:
+            self.padded[ids] = True
+        for ids, reason in self.locked:
+            for root in self.canonical[ids].unique().tolist():
                 self.reasons.setdefault(root, reason)
 
-    def root(self, atoms: Tensor) -> Tensor:
+    def root(self, ids: Tensor) -> Tensor:
         """What stands for each atom; fixed zeros stand for themselves."""
-        return self._roots_and_zero[atoms]
+        return self._roots_and_zero[ids]
 
     def _parameters_left(self) -> list[str]:
         layers = [n for n, p in self.model.named_parameters() if p.numel() > 1]
@@ -239,21 +239,21 @@ class GroupBuilder:
 
     def _hold(self) -> None:
         """Find the axis of every added or multiplied tensor along which channels differ."""
-        for name, (atoms, _) in self.held.items():
-            sets: list[int] = [self.sets.find(a) for a in atoms.flatten().tolist()]
-            roots = torch.tensor(sets).reshape(atoms.shape)
-            if torch.equal(roots, atoms):
+        for name, (ids, _) in self.held.items():
+            sets: list[int] = [self.sets.find(a) for a in ids.flatten().tolist()]
+            roots = torch.tensor(sets).reshape(ids.shape)
+            if torch.equal(roots, ids):
                 continue  # met nothing
             axes = [
                 axis
-                for axis in range(atoms.dim())
+                for axis in range(ids.dim())
                 if bool((roots == _first_along(roots, axis)).all())
             ]
             if not axes:
-                self.lock(atoms.flatten(), f"{name} treats positions of a channel differently")
+                self.lock(ids.flatten(), f"{name} treats positions of a channel differently")
                 continue
             line = roots.movedim(axes[0], 0).flatten(1)[:, 0] if roots.dim() > 1 else roots
-            self.held[name] = (atoms, axes[0])
+            self.held[name] = (ids, axes[0])
             self.records[name, axes[0]] = AxisEntry(
                 name, axes[0], "scale", line, name.rpartition(".")[0]
             )

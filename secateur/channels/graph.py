@@ -44,10 +44,10 @@ class ChannelGraph:
         self._spread = walk.spread
         self.layers: dict[str, LayerInfo] = self._found.layers
         self.selects: dict[str, SelectInfo] = self._found.selects
-        self.roots: Tensor = self._found.roots
+        self.canonical: Tensor = self._found.canonical
         """The atom that stands for each atom's channel."""
         records, locks = list(self._found.records.values()), self._found.reasons
-        self.groups: tuple[ChannelGroup, ...] = tuple(sort(records, self.roots, locks))
+        self.groups: tuple[ChannelGroup, ...] = tuple(sort(records, self.canonical, locks))
         self._by_name = {group.name: group for group in self.groups}
         self.balances: tuple[BalanceConstraint, ...] = self._balances()
 
@@ -57,12 +57,12 @@ class ChannelGraph:
             raise PruningError(f"no group of channels is called '{name}'")
         return self._by_name[name]
 
-    def outputs(self) -> dict[str, Tensor]:
+    def made_by(self) -> dict[str, Tensor]:
         """Roots of what each layer makes, and each index buffer, in the order of the network."""
-        made = {name: self.roots[layer.out] for name, layer in self.layers.items()}
-        return made | {name: self.roots[s.out] for name, s in self.selects.items()}
+        made = {name: self.canonical[layer.outputs] for name, layer in self.layers.items()}
+        return made | {name: self.canonical[s.outputs] for name, s in self.selects.items()}
 
-    def gone(self, selection: Selection) -> Tensor:
+    def ids_of(self, selection: Selection) -> Tensor:
         """Roots of the selected channels; PruningError if one is locked or does not exist."""
         found = [torch.empty(0, dtype=torch.int64)]
         for name, chosen in selection.items():
@@ -73,19 +73,19 @@ class ChannelGraph:
                 raise PruningError(f"channels of {name} cannot be taken away: {group.locked}")
             if int(chosen.min()) < 0 or int(chosen.max()) >= group.size:
                 raise PruningError(f"{name} has {group.size} channels, not one for every number")
-            found.append(group.roots[chosen.cpu()])
+            found.append(group.ids[chosen.cpu()])
         return torch.cat(found).unique()
 
     def _among(self, roots: Tensor) -> Tensor:
         """bool by root: whether it is one of these."""
-        among = torch.zeros(len(self.roots), dtype=torch.bool)
+        among = torch.zeros(len(self.canonical), dtype=torch.bool)
         among[roots] = True
         return among
 
     def selection(self, roots: Tensor) -> dict[str, Tensor]:
         """The channels with these roots, by group."""
         among = self._among(roots)
-        chosen = {g.name: among[g.roots].nonzero().flatten() for g in self.groups}
+        chosen = {g.name: among[g.ids].nonzero().flatten() for g in self.groups}
         return {name: index for name, index in chosen.items() if len(index)}
 
     def plan(self, selection: Selection) -> ShapePlan:
@@ -94,26 +94,26 @@ class ChannelGraph:
         Raises PruningError naming the layer if one is left without outputs, if channels are locked,
         or if what is left does not fit together, as with unequal groups of a convolution.
         """
-        gone = self.gone(selection)
+        gone = self.ids_of(selection)
         lost = self._among(gone)
-        for name, roots in self.outputs().items():
+        for name, roots in self.made_by().items():
             if bool(lost[roots].all()):
                 raise PruningError(f"layer {name} would be left without outputs; take away less")
         book = ShapePlanner(self._found, gone)
         Propagation(self.model, self.fx_graph, book, self._spread).run(self.shape)
         return book.plan
 
-    def allowed(self, selection: Selection) -> dict[str, Tensor]:
-        """A selection that can go: `fitting`, with what is left without any source.
+    def removable(self, selection: Selection) -> dict[str, Tensor]:
+        """A selection that can go: `balanced`, with what is left without any source.
 
         A channel that a `Take` took from one that goes would say zero, and its norms their shift:
         it goes too, unless it is locked, needs a balance, or is the last one of its Take.
         """
-        chosen = self.fitting(selection)
-        gone = self.gone(chosen)
+        chosen = self.balanced(selection)
+        gone = self.ids_of(chosen)
         more = self._orphans(gone)
         lost, orphan = self._among(gone), self._among(more)
-        for roots in [self.roots[s.out] for s in self.selects.values() if s.own]:
+        for roots in [self.canonical[s.outputs] for s in self.selects.values() if s.own]:
             left = roots[~lost[roots]]
             if len(left) and bool(orphan[left].all()):
                 orphan[left[0]] = False
@@ -123,24 +123,24 @@ class ChannelGraph:
 
     def _orphans(self, gone: Tensor) -> Tensor:
         """Roots of free channels, without balances, all of whose sources were taken from `gone`."""
-        free = torch.zeros(len(self.roots), dtype=torch.bool)
+        free = torch.zeros(len(self.canonical), dtype=torch.bool)
         for group in self.groups:
-            free[group.roots] = group.locked is None
+            free[group.ids] = group.locked is None
         for layer in self.layers.values():
             if not layer.depthwise():
-                free[self.roots[layer.out]] = False
+                free[self.canonical[layer.outputs]] = False
         for _, parts in self._found.balances:
             for part in parts:
-                free[self.roots[part[part >= 0]]] = False
+                free[self.canonical[part[part >= 0]]] = False
         lost = self._among(gone)
         before = lost
         while True:
             alive, robbed = torch.zeros_like(lost), torch.zeros_like(lost)  # by what they take
             for select in self.selects.values():
                 if select.own:
-                    atoms = select.into[select.index]
-                    known = (select.index >= 0) & (atoms >= 0)
-                    out, taken = self.roots[select.out[known]], self.roots[atoms[known]]
+                    ids = select.inputs[select.index]
+                    known = (select.index >= 0) & (ids >= 0)
+                    out, taken = self.canonical[select.outputs[known]], self.canonical[ids[known]]
                     alive[out[~lost[taken]]] = True
                     robbed[out[lost[taken]]] = True
             after = lost | (free & robbed & ~alive)
@@ -148,7 +148,7 @@ class ChannelGraph:
                 return (lost & ~before).nonzero().flatten()
             lost = after
 
-    def fitting(self, selection: Selection) -> dict[str, Tensor]:
+    def balanced(self, selection: Selection) -> dict[str, Tensor]:
         """The selection without those channels that have to stay for the others' sake.
 
         No layer is emptied, and the parts of every balance lose the same number, of those that are
@@ -170,8 +170,8 @@ class ChannelGraph:
 
     def _leave_one(self, selection: Selection) -> dict[str, Tensor]:
         """Keep the channel that matters least to the selection wherever all outputs would go."""
-        gone = self._among(self.gone(selection))
-        emptied = [roots for roots in self.outputs().values() if bool(gone[roots].all())]
+        gone = self._among(self.ids_of(selection))
+        emptied = [roots for roots in self.made_by().values() if bool(gone[roots].all())]
         if not emptied:
             return dict(selection)
         ranks = self._ranks(selection)
@@ -205,7 +205,7 @@ class ChannelGraph:
 
     def _pick(self, selection: Selection, chosen: Tensor) -> dict[str, Tensor]:
         """Those that are chosen, bool by root; without groups of which nothing is."""
-        stays = {name: chosen[self.group(name).roots[index]] for name, index in selection.items()}
+        stays = {name: chosen[self.group(name).ids[index]] for name, index in selection.items()}
         return {name: selection[name][mine] for name, mine in stays.items() if bool(mine.any())}
 
     def _ranks(self, selection: Selection) -> dict[int, int]:
@@ -213,7 +213,7 @@ class ChannelGraph:
         return {
             root: place
             for name, index in selection.items()
-            for place, root in enumerate(self.group(name).roots[index].tolist())
+            for place, root in enumerate(self.group(name).ids[index].tolist())
         }
 
     @cached_property
@@ -222,8 +222,8 @@ class ChannelGraph:
         where: dict[int, list[tuple[int, int]]] = {}
         merged = UnionFind(len(self._found.balances))
         for number, (_, parts) in enumerate(self._found.balances):
-            for part, atoms in enumerate(parts):
-                for root in self.roots[atoms[atoms >= 0]].unique().tolist():
+            for part, ids in enumerate(parts):
+                for root in self.canonical[ids[ids >= 0]].unique().tolist():
                     if where.get(root):
                         merged.join(where[root][0][0], number)
                     where.setdefault(root, []).append((number, part))
@@ -239,9 +239,9 @@ class ChannelGraph:
         for layer in self.layers.values():
             if layer.groups == 1 or layer.depthwise():
                 continue
-            sides = (a.reshape(layer.groups, -1) for a in (layer.into, layer.out))
-            atoms = torch.cat(tuple(sides), dim=1)
-            both = [set(self.roots[row[row >= 0]].tolist()) for row in atoms]
+            sides = (a.reshape(layer.groups, -1) for a in (layer.inputs, layer.outputs))
+            ids = torch.cat(tuple(sides), dim=1)
+            both = [set(self.canonical[row[row >= 0]].tolist()) for row in ids]
             full = [row for row in both if row <= chosen]
             for row in full[: len(both) - 1]:
                 taken |= row
@@ -253,11 +253,11 @@ class ChannelGraph:
         names = {
             root: (group.name, number)
             for group in self.groups
-            for number, root in enumerate(group.roots.tolist())
+            for number, root in enumerate(group.ids.tolist())
         }
 
-        def named(atoms: Tensor) -> tuple[tuple[str, int], ...]:
-            return tuple(names[r] for r in self.roots[atoms[atoms >= 0]].tolist() if r in names)
+        def named(ids: Tensor) -> tuple[tuple[str, int], ...]:
+            return tuple(names[r] for r in self.canonical[ids[ids >= 0]].tolist() if r in names)
 
         return tuple(
             BalanceConstraint(w, tuple(map(named, parts))) for w, parts in self._found.balances

@@ -43,7 +43,7 @@ class ChannelGroup:
     """Layers that read them."""
     locked: str | None
     """Why none of them can be taken away, or None."""
-    roots: Tensor
+    ids: Tensor
     """int64, (channels,): the atom that stands for each."""
 
 
@@ -98,10 +98,10 @@ def sort(
     places: dict[bytes, _Place] = {}  # a norm's tensors and its neighbours often hold the same
     found: list[_Place] = []
     for record in records:
-        same = record.atoms.numpy().tobytes()
+        same = record.ids.numpy().tobytes()
         if same not in places:
-            at = (record.atoms >= 0).nonzero().flatten()
-            mine, inverse, counts = roots[record.atoms[at]].unique(
+            at = (record.ids >= 0).nonzero().flatten()
+            mine, inverse, counts = roots[record.ids[at]].unique(
                 return_inverse=True, return_counts=True
             )
             both = kind[mine] * (len(at) + 1) + counts
@@ -153,7 +153,7 @@ def _named(
                 sources=sources,
                 readers=readers,
                 locked=locks.get(int(members[number][0])),
-                roots=members[number],
+                ids=members[number],
             )
         )
     return groups

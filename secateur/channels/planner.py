@@ -43,15 +43,15 @@ class ShapePlanner:
 
     def __init__(self, found: GroupBuilder, gone: Tensor) -> None:
         self.found = found
-        self.left = torch.ones(len(found.roots) + 1, dtype=torch.bool)  # the last: fixed zeros
+        self.left = torch.ones(len(found.canonical) + 1, dtype=torch.bool)  # the last: fixed zeros
         self.left[gone] = False
         self.plan = ShapePlan()
         self._fixed = iter(found.fixed_atoms)
         self._records = found.records
 
-    def _stay(self, atoms: Tensor) -> Tensor:
+    def _stay(self, ids: Tensor) -> Tensor:
         """Positions whose channel stays."""
-        return self.left[self.found.root(atoms)].nonzero().flatten()
+        return self.left[self.found.root(ids)].nonzero().flatten()
 
     def _match(self, where: str, old: Tensor, new: Tensor) -> Tensor:
         """The old position of each new one: equal channels in equal order."""
@@ -72,7 +72,7 @@ class ShapePlanner:
             raise PruningError(f"{name} would be needed in two orders")
 
     def fixed(self, count: int, reason: str) -> Tensor:
-        """The atoms of the first walk, in the same order."""
+        """The ids of the first walk, in the same order."""
         return next(self._fixed)
 
     def layer(
@@ -83,28 +83,28 @@ class ShapePlanner:
         if len(into) == 0:
             raise PruningError(f"layer {name} would be left without inputs; take away less")
         if layer.depthwise():
-            index = self._match(name, layer.into, into)
-            each = len(layer.out) // layer.groups
+            index = self._match(name, layer.inputs, into)
+            each = len(layer.outputs) // layer.groups
             rows = (index.unsqueeze(1) * each + torch.arange(each)).flatten()
             self.plan.groups[name] = len(index)
         elif layer.groups > 1:
             rows = self._grouped(name, layer, into)
         else:
-            rows = self._stay(layer.out)
-            self._cut(layer.weight, 1, self._match(name, layer.into, into))
+            rows = self._stay(layer.outputs)
+            self._cut(layer.weight, 1, self._match(name, layer.inputs, into))
         self._cut(layer.weight, 0, rows)
         if bias is not None:
             self._cut(bias.name, 0, rows)
         self.plan.kept[name] = rows
-        return layer.out[rows]
+        return layer.outputs[rows]
 
     def _grouped(self, name: str, layer: LayerInfo, into: Tensor) -> Tensor:
         """Groups keep as many inputs and outputs as each other, or go as a whole."""
-        inputs, outputs = len(layer.into) // layer.groups, len(layer.out) // layer.groups
-        index = self._match(name, layer.into, into)
+        inputs, outputs = len(layer.inputs) // layer.groups, len(layer.outputs) // layer.groups
+        index = self._match(name, layer.inputs, into)
         owners = index // inputs
         left = owners.unique_consecutive()
-        rows_of = self._stay(layer.out)
+        rows_of = self._stay(layer.outputs)
         rows = [rows_of[rows_of // outputs == owner] for owner in left]
         counts = {int((owners == owner).sum()) for owner in left}
         even = len(left.unique()) == len(left) and len(counts) == 1
@@ -123,32 +123,32 @@ class ShapePlanner:
         """Entries in the order in which the channels come."""
         known: tuple[Tensor, Tensor] | None = None
         for one in held:
-            atoms = self._records[one.name, 0].atoms
-            if known is None or atoms is not known[0]:
-                known = atoms, self._match(one.name, atoms, into)
+            ids = self._records[one.name, 0].ids
+            if known is None or ids is not known[0]:
+                known = ids, self._match(one.name, ids, into)
             self._cut(one.name, 0, known[1])
 
     def parameter(self, held: NamedTensor) -> Tensor:
         """What stays of a tensor that is added or multiplied."""
-        atoms, axis = self.found.held[held.name]
+        ids, axis = self.found.held[held.name]
         if axis == ZERO:
-            return atoms
-        line = self._records[held.name, axis].atoms
+            return ids
+        line = self._records[held.name, axis].ids
         index = self._stay(line)
         self._cut(held.name, axis, index)
-        return atoms.index_select(axis, index)
+        return ids.index_select(axis, index)
 
     def select(self, index: NamedTensor, into: Tensor, own: bool) -> Tensor:
         """What stays of an index buffer, and the numbers that it now has to hold."""
         known = self.found.selects[index.name]
-        matched = self._match(index.name, known.into, into)
-        place = torch.full((len(known.into) + 1,), ZERO)  # the last one stands for zeros
+        matched = self._match(index.name, known.inputs, into)
+        place = torch.full((len(known.inputs) + 1,), ZERO)  # the last one stands for zeros
         place[matched] = torch.arange(len(matched))
-        stay = self._stay(known.out)
+        stay = self._stay(known.outputs)
         values = place[known.index][stay]
         self._cut(index.name, 0, stay)
         self.plan.values[index.name] = values
-        return known.out[stay]
+        return known.outputs[stay]
 
     def meet(self, a: Tensor, b: Tensor) -> None:
         """Only what was one channel before may meet."""
@@ -160,7 +160,7 @@ class ShapePlanner:
     def _beside_zero(self, a: Tensor, b: Tensor) -> Tensor:
         return (a == ZERO) & self.found.padded[b]
 
-    def lock(self, atoms: Tensor, reason: str) -> None:
+    def lock(self, ids: Tensor, reason: str) -> None:
         """Nothing to do: locked channels are never among those that go."""
 
     def balance(self, where: str, parts: Sequence[Tensor]) -> None:

@@ -1,9 +1,9 @@
 """Walks through a network and tells for every entry of every tensor which channel it belongs to.
 
-Channels are numbered; a number is called an atom. A layer with weights makes new atoms, one for
+Channels are numbered; a number is called an atom. A layer with weights makes new ids, one for
 each of its outputs. Whatever moves entries about (views, permutations, concatenations, padding)
-moves the numbers in the same way. Everything else is told to a `Book`: who reads which atoms, which
-atoms meet in a sum, and which cannot be taken away because an operation mixes them.
+moves the numbers in the same way. Everything else is told to a `Book`: who reads which ids, which
+ids meet in a sum, and which cannot be taken away because an operation mixes them.
 """
 
 import operator
@@ -110,7 +110,7 @@ class ChannelIds:
         return self.ids.shape[axis] > 1
 
     def line(self, axis: int) -> Tensor:
-        """The atoms along one axis, (size,); PruningError if other axes matter too."""
+        """The ids along one axis, (size,); PruningError if other axes matter too."""
         axis %= len(self.shape)
         if any(self.varies(other) for other in range(len(self.shape)) if other != axis):
             raise PruningError(f"channels stand along other axes than {axis} as well")
@@ -134,7 +134,7 @@ class Visitor(Protocol):
     def layer(
         self, name: str, weight: NamedTensor, bias: NamedTensor | None, into: Tensor, groups: int
     ) -> Tensor:
-        """A convolution or linear layer reads `into`; gives the atoms of its outputs."""
+        """A convolution or linear layer reads `into`; gives the ids of its outputs."""
 
     def norm(self, held: Sequence[NamedTensor], kind: str, into: Tensor) -> None:
         """Tensors with one entry for every channel meet the channels."""
@@ -143,16 +143,16 @@ class Visitor(Protocol):
         """Atoms of a tensor that is added or multiplied, one for every entry."""
 
     def select(self, index: NamedTensor, into: Tensor, own: bool) -> Tensor:
-        """Channels by number; with `own` the positions are atoms of their own."""
+        """Channels by number; with `own` the positions are ids of their own."""
 
     def meet(self, a: Tensor, b: Tensor) -> None:
         """Entries of two tensors are added or multiplied."""
 
-    def lock(self, atoms: Tensor, reason: str) -> None:
-        """These atoms cannot be taken away."""
+    def lock(self, ids: Tensor, reason: str) -> None:
+        """These ids cannot be taken away."""
 
     def balance(self, where: str, parts: Sequence[Tensor]) -> None:
-        """As many atoms must be left in each part as in any other."""
+        """As many ids must be left in each part as in any other."""
 
 
 class _Tracer(fx.Tracer):
@@ -189,7 +189,7 @@ def trace(model: nn.Module) -> fx.Graph:
 
 
 class Propagation:
-    """One walk through a traced network; it computes shapes and atoms, never activations."""
+    """One walk through a traced network; it computes shapes and ids, never activations."""
 
     def __init__(
         self,
@@ -254,8 +254,8 @@ class Propagation:
             return args[0]
         if any(n.op == "placeholder" and n is not node and not n.args for n in self.fx_graph.nodes):
             raise PruningError("the network has more than one input")
-        atoms = self.book.fixed(shape[0], "an input of the network")
-        return ChannelIds.along(1, atoms, (BATCH, *shape))
+        ids = self.book.fixed(shape[0], "an input of the network")
+        return ChannelIds.along(1, ids, (BATCH, *shape))
 
     def _attribute(self, name: str) -> Any:
         value: Any = self.model
@@ -294,8 +294,8 @@ class Propagation:
         if isinstance(module, nn.Linear):
             return self._linear(x, own["weight"], own.get("bias"))
         if isinstance(module, ChannelSelect):
-            atoms = self.book.select(own["index"], x.line(1), own=True)
-            return ChannelIds.along(1, atoms, (x.shape[0], len(atoms), *x.shape[2:]))
+            ids = self.book.select(own["index"], x.line(1), own=True)
+            return ChannelIds.along(1, ids, (x.shape[0], len(ids), *x.shape[2:]))
         if isinstance(module, BATCH_NORMS):
             return self._batch_norm(x, *(own.get(k) for k in _NORM_TENSORS))
         if isinstance(module, nn.LayerNorm):
@@ -452,9 +452,9 @@ class Propagation:
             for mine, other in ((sizes[0], y), (sizes[1], x))
         )
         spread = self.spread.setdefault(node, (first, second))
-        for wide, atoms in zip(spread, (x, y), strict=True):
+        for wide, ids in zip(spread, (x, y), strict=True):
             if wide:
-                self.book.lock(atoms.flatten(), "meets every channel of another tensor at once")
+                self.book.lock(ids.flatten(), "meets every channel of another tensor at once")
         if all(spread):
             return self._opaque(shape, "an outer product of channels")
         if any(spread):
@@ -639,9 +639,9 @@ class Propagation:
 
     def _index(self, x: ChannelIds, dim: int, index: Any) -> ChannelIds:
         if isinstance(index, NamedTensor) and (x.varies(dim) or x.shape[dim] == 1):
-            atoms = self.book.select(index, x.line(dim), own=False)
-            shape = [len(atoms) if k == dim else s for k, s in enumerate(x.shape)]
-            return ChannelIds.along(dim, atoms, shape)
+            ids = self.book.select(index, x.line(dim), own=False)
+            shape = [len(ids) if k == dim else s for k, s in enumerate(x.shape)]
+            return ChannelIds.along(dim, ids, shape)
         self._lock(x, "chosen by numbers that stand in the code")
         where = index.tensor if isinstance(index, NamedTensor) else torch.as_tensor(index)
         return ChannelIds.of(x.full().index_select(dim, where.cpu()))

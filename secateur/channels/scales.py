@@ -82,7 +82,7 @@ def by_root(model: nn.Module, graph: ChannelGraph, scales: list[Scale]) -> "Entr
             if slot.tensor in wanted:
                 size = model.get_parameter(slot.tensor).numel()
                 roots = owner.setdefault(slot.tensor, torch.full((size,), -1))
-                roots[slot.index] = group.roots.unsqueeze(1).expand(slot.index.shape)
+                roots[slot.index] = group.ids.unsqueeze(1).expand(slot.index.shape)
     names = [scale.weight for scale in scales if scale.weight in owner]
     values = [model.get_parameter(name).detach().abs().cpu() for name in names]
     empty = torch.empty(0)
@@ -90,7 +90,7 @@ def by_root(model: nn.Module, graph: ChannelGraph, scales: list[Scale]) -> "Entr
         names=names,
         sizes=[len(value) for value in values],
         values=torch.cat([empty, *values]),
-        roots=torch.cat([empty.long(), *(owner[name] for name in names)]),
+        ids=torch.cat([empty.long(), *(owner[name] for name in names)]),
     )
 
 
@@ -103,14 +103,14 @@ class Entries:
     sizes: list[int]
     values: Tensor
     """Absolute values."""
-    roots: Tensor
+    ids: Tensor
     """int64: channel of each, -1 if it has none."""
 
     def largest(self, count: int) -> Tensor:
         """By root, of so many: the largest of its scales, NaN for a channel without any."""
         best = torch.full((count,), float("-inf"), dtype=self.values.dtype)
-        known = self.roots >= 0
-        best.scatter_reduce_(0, self.roots[known], self.values[known], "amax")
+        known = self.ids >= 0
+        best.scatter_reduce_(0, self.ids[known], self.values[known], "amax")
         return torch.where(best.isinf(), torch.nan, best)
 
 
@@ -151,15 +151,15 @@ def brought(graph: ChannelGraph, best: Tensor) -> Tensor:
 
     NaN if that is a channel without a scale.
     """
-    made = torch.zeros(len(graph.roots), dtype=torch.bool)
+    made = torch.zeros(len(graph.canonical), dtype=torch.bool)
     for layer in graph.layers.values():
         if not layer.depthwise():
-            made[graph.roots[layer.out]] = True
+            made[graph.canonical[layer.outputs]] = True
     best = best.clone()
     for select in graph.selects.values():
-        real = select.own & (select.index >= 0) & made[graph.roots[select.out]]
-        out = graph.roots[select.out[real]]
-        taken = graph.roots[select.into[select.index[real]]]
+        real = select.own & (select.index >= 0) & made[graph.canonical[select.outputs]]
+        out = graph.canonical[select.outputs[real]]
+        taken = graph.canonical[select.inputs[select.index[real]]]
         best[out] = torch.maximum(best[out], best[taken])
     return best
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from secateur.base.errors import DataError
+from secateur.base.torchvision_import import import_torchvision
 from secateur.data.augment import Augment
 from secateur.data.dataset import Images, InMemoryImages
 from secateur.datasets._normalisation import Normalisation, normalisation
-from secateur.base.torchvision_import import import_torchvision
 
 
 def idx_images(

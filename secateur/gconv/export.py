@@ -177,15 +177,18 @@ class _Orders:
         return met
 
     def _wishes(self, group: ChannelGroup) -> Iterable[_Wish]:
-        channel = {root: k for k, root in enumerate(group.roots.tolist())}
+        channel = {root: k for k, root in enumerate(group.ids.tolist())}
         for name, grouping in self.groupings.items():
             layer = self.graph.layers.get(name)
             if layer is None:
                 continue
-            for atoms, members in ((layer.into, grouping.into), (layer.out, grouping.out)):
-                if len(atoms) != group.size or bool((atoms < 0).any()):
+            for ids, members in (
+                (layer.inputs, grouping.inputs),
+                (layer.outputs, grouping.outputs),
+            ):
+                if len(ids) != group.size or bool((ids < 0).any()):
                     continue
-                roots = self.graph.roots[atoms].tolist()
+                roots = self.graph.canonical[ids].tolist()
                 if set(roots) != set(channel):
                     continue
                 place = torch.tensor([channel[root] for root in roots])
@@ -200,9 +203,9 @@ def _fixed(graph: ChannelGraph) -> set[str]:
     fixed |= {g.name for g in graph.groups if any(slot.parts > 1 for slot in g.slots)}
     fixed |= {name for b in graph.balances for part in b.parts for name, _ in part}
     for select in graph.selects.values():
-        roots = graph.roots[select.into[select.into >= 0]]
+        roots = graph.canonical[select.inputs[select.inputs >= 0]]
         if select.own and len(roots.unique()) < len(roots):  # where a number leads is not told
-            fixed |= {g.name for g in graph.groups if bool(torch.isin(g.roots, roots).any())}
+            fixed |= {g.name for g in graph.groups if bool(torch.isin(g.ids, roots).any())}
     return fixed
 
 
@@ -230,7 +233,7 @@ def _reorder(
                 _move(now, 0, there, here)
         for name, select in graph.selects.items():
             if select.own:
-                _readdress(tensors[name], graph.roots[select.into], group, order)
+                _readdress(tensors[name], graph.canonical[select.inputs], group, order)
     for module in model.modules():
         if isinstance(module, ChannelSelect):
             module.put(module.index)
@@ -248,7 +251,7 @@ def _readdress(index: Tensor, roots: Tensor, group: ChannelGroup, order: Tensor)
     position = {root: k for k, root in enumerate(roots.tolist())}
     moved = torch.arange(len(roots))
     for place, channel in enumerate(order.tolist()):
-        was, now = int(group.roots[channel]), int(group.roots[place])
+        was, now = int(group.ids[channel]), int(group.ids[place])
         if was in position:
             moved[position[was]] = position[now]
     moved = moved.to(index.device)
@@ -260,7 +263,7 @@ def _convert(model: nn.Module, masks: Masks, name: str, grouping: Grouping, fold
     """Put a group convolution in the place of a masked one."""
     conv = model.get_submodule(name)
     assert isinstance(conv, nn.Conv2d)
-    out, into = grouping.out, grouping.into
+    out, into = grouping.outputs, grouping.inputs
     if not _counts(into.flatten()):  # numbered by inputs; those need an index anyhow
         by_output = out[:, 0].argsort()
         out, into = out[by_output], into[by_output]

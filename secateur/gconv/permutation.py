@@ -51,25 +51,25 @@ class Search(Strict):
 class Grouping:
     """Groups of outputs and of inputs; those of one number belong together."""
 
-    out: Tensor
+    outputs: Tensor
     """int64, (groups, outputs of each), rising."""
-    into: Tensor
+    inputs: Tensor
     """int64, (groups, inputs of each), rising; groups are numbered by their smallest input."""
 
     @property
     def groups(self) -> int:
         """How many."""
-        return len(self.out)
+        return len(self.outputs)
 
     def mask(self) -> Tensor:
         """bool, (outputs, inputs): True within the groups."""
-        mask = torch.zeros(self.out.numel(), self.into.numel(), dtype=torch.bool)
-        mask[self.out.unsqueeze(2), self.into.unsqueeze(1)] = True
+        mask = torch.zeros(self.outputs.numel(), self.inputs.numel(), dtype=torch.bool)
+        mask[self.outputs.unsqueeze(2), self.inputs.unsqueeze(1)] = True
         return mask
 
     def kept(self, criterion: Tensor) -> float:
         """Sum of a criterion (outputs, inputs) within the groups."""
-        return float(criterion.double()[self.out.unsqueeze(2), self.into.unsqueeze(1)].sum())
+        return float(criterion.double()[self.outputs.unsqueeze(2), self.inputs.unsqueeze(1)].sum())
 
 
 def magnitude(weight: Tensor) -> Tensor:
@@ -284,8 +284,8 @@ def group_parts(criterion: Tensor, parts: int, groups: int, search: Search) -> G
         raise PruningError(f"{groups} groups cannot be made of {parts}")
     high, wide = len(criterion) // parts, criterion.shape[1]
     found = [group(block, groups // parts, search) for block in criterion.split(high)]
-    out = torch.cat([g.out + k * high for k, g in enumerate(found)])
-    return Grouping(out, torch.cat([g.into + k * wide for k, g in enumerate(found)]))
+    out = torch.cat([g.outputs + k * high for k, g in enumerate(found)])
+    return Grouping(out, torch.cat([g.inputs + k * wide for k, g in enumerate(found)]))
 
 
 def from_mask(mask: Tensor) -> Grouping | None:

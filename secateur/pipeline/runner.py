@@ -21,10 +21,10 @@ from secateur.pipeline import tracking as track
 from secateur.pipeline.record import FOLDERS
 from secateur.sparsity.choices import Choices
 from secateur.sparsity.masks import Masks
-from secateur.training.penalty import Penalty, Row
 from secateur.training import loop as train
 from secateur.training import resume
 from secateur.training.engine import Engine, relaunch
+from secateur.training.penalty import Penalty, Row
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ class _Slimming:
 
     def __init__(self, settings: Settings, subject: PruningContext) -> None:
         self.settings, self.graph = settings, subject.graph
-        count = len(self.graph.roots)
+        count = len(self.graph.canonical)
         union = settings.coupled == "union"
         every = scales.find(subject.model, self.graph.fx_graph)
         judges = [scale for scale in every if scale.gates and (scale.inner or union)]
@@ -65,9 +65,9 @@ class _Slimming:
         self.score = scales.brought(self.graph, entries.largest(count))
         """By root; NaN where no scale decides."""
         self.free = ~self.score.isnan() & veto.isnan() & self._movable(count, union)
-        known = entries.roots.clamp_min(0)
-        mine = self.free[known] & (entries.roots >= 0)
-        self.scales, self.roots = entries.values[mine], known[mine]
+        known = entries.ids.clamp_min(0)
+        mine = self.free[known] & (entries.ids >= 0)
+        self.scales, self.ids = entries.values[mine], known[mine]
         if not len(self.scales):
             raise PruningError(
                 "pruner = 'network_slimming': no scale of a batch normalisation decides about a "
@@ -81,7 +81,7 @@ class _Slimming:
         for group in self.graph.groups:
             makers = set(group.sources) - depthwise
             if group.locked is None and (union or len(makers) == 1):
-                movable[group.roots] = True
+                movable[group.ids] = True
         return movable
 
     def decide(self, ratio: float) -> PruningDecision:
@@ -92,10 +92,10 @@ class _Slimming:
         gone = self._spared(gone)
         chosen = {}
         for name, index in self.graph.selection(gone.nonzero().flatten()).items():
-            score = self.score[self.graph.group(name).roots[index]]
+            score = self.score[self.graph.group(name).ids[index]]
             chosen[name] = index[score.argsort(stable=True)]
-        channels = self.graph.allowed(chosen)
-        left = torch.isin(self.roots, self.graph.gone(channels)).sum()
+        channels = self.graph.removable(chosen)
+        left = torch.isin(self.ids, self.graph.ids_of(channels)).sum()
         reached = float(left) / len(self.scales)
         notes = {
             "ratio_asked": ratio,
@@ -114,7 +114,7 @@ class _Slimming:
         gone = gone.clone()
         while True:
             before = int(gone.sum())
-            for roots in self.graph.outputs().values():
+            for roots in self.graph.made_by().values():
                 mine = roots.unique()
                 floor_ = max(1, ceil(least * len(mine)))
                 gone[mine] = spare(gone[mine], self.score[mine], floor_, self.settings.round_to)

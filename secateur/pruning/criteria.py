@@ -124,12 +124,12 @@ def _bn_scale(
 ) -> dict[str, Tensor]:
     graph = subject.graph
     every = scales.find(subject.model, graph.fx_graph)
-    largest = scales.by_root(subject.model, graph, every).largest(len(graph.roots))
+    largest = scales.by_root(subject.model, graph, every).largest(len(graph.canonical))
     found = {}
     for name, weight in weights.items():
         layer = graph.layers[name.removesuffix(".weight")]
-        atoms = layer.out if granularity == "filter" else layer.into
-        score = torch.where(atoms >= 0, largest[graph.roots[atoms.clamp_min(0)]], torch.nan)
+        ids = layer.outputs if granularity == "filter" else layer.inputs
+        score = torch.where(ids >= 0, largest[graph.canonical[ids.clamp_min(0)]], torch.nan)
         if bool(score.isnan().any()):
             raise PruningError(
                 f"criterion bn_scale: {granularity}s of layer {name.removesuffix('.weight')} have no "

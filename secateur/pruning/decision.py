@@ -64,36 +64,39 @@ def decision_from_choices(subject: PruningContext, choices: Choices) -> PruningD
     if not by_layer:
         return PruningDecision(as_masks(subject.model, choices))
     graph = subject.graph
-    count = len(graph.roots)
-    left = {"out": torch.zeros(count), "into": torch.zeros(count)}  # entries that were not chosen
+    count = len(graph.canonical)
+    left = {
+        "outputs": torch.zeros(count),
+        "inputs": torch.zeros(count),
+    }  # entries that were not chosen
     for name, layer in graph.layers.items():
         if layer.depthwise():  # it has no say: its outputs are its inputs' channels
             continue
         for side in left:
-            atoms = getattr(layer, side)
-            stays = torch.ones(len(atoms), dtype=torch.bool)
+            ids = getattr(layer, side)
+            stays = torch.ones(len(ids), dtype=torch.bool)
             if name in by_layer and _side(by_layer[name]) == side:
                 stays = ~by_layer[name].flatten().cpu()
-            left[side].index_add_(0, graph.roots[atoms[atoms >= 0]], stays[atoms >= 0].float())
+            left[side].index_add_(0, graph.canonical[ids[ids >= 0]], stays[ids >= 0].float())
     for select in graph.selects.values():  # what a shortcut brings was not chosen either
         if select.own:
-            left["out"][graph.roots[select.out]] += 1
+            left["outputs"][graph.canonical[select.outputs]] += 1
     free = torch.zeros(count, dtype=torch.bool)
     for group in graph.groups:
         if group.locked is None:
-            free[group.roots] = True
+            free[group.ids] = True
     whole: list[Tensor] = []
     for name, choice in by_layer.items():
         side = _side(choice)
-        atoms = getattr(graph.layers[name], side)
-        roots = graph.roots[atoms[choice.flatten().cpu() & (atoms >= 0)]]
+        ids = getattr(graph.layers[name], side)
+        roots = graph.canonical[ids[choice.flatten().cpu() & (ids >= 0)]]
         whole.append(roots[free[roots] & (left[side][roots] == 0)])
-    selection = graph.allowed(graph.selection(torch.cat(whole).unique()))
-    gone = graph.gone(selection)
+    selection = graph.removable(graph.selection(torch.cat(whole).unique()))
+    gone = graph.ids_of(selection)
     rest = dict(choices)
     for name, choice in by_layer.items():
-        atoms = getattr(graph.layers[name], _side(choice))
-        if bool(torch.isin(graph.roots[atoms[choice.flatten().cpu()]], gone).all()):
+        ids = getattr(graph.layers[name], _side(choice))
+        if bool(torch.isin(graph.canonical[ids[choice.flatten().cpu()]], gone).all()):
             del rest[f"{name}.weight"]
     return PruningDecision(as_masks(subject.model, rest), selection)
 
@@ -106,21 +109,21 @@ def unprunable_layers(graph: ChannelGraph, granularity: Granularity) -> dict[str
     """
     if granularity == "weight":
         return {}
-    makers = torch.zeros(len(graph.roots))
+    makers = torch.zeros(len(graph.canonical))
     for layer in graph.layers.values():
         if not layer.depthwise():
-            makers[graph.roots[layer.out].unique()] += 1
+            makers[graph.canonical[layer.outputs].unique()] += 1
     for select in graph.selects.values():
         if select.own:
-            makers[graph.roots[select.out]] += 1
+            makers[graph.canonical[select.outputs]] += 1
     locks: dict[int, str] = {}
     for group in graph.groups:
         if group.locked is not None:
-            locks |= dict.fromkeys(group.roots.tolist(), group.locked)
+            locks |= dict.fromkeys(group.ids.tolist(), group.locked)
     found: dict[str, str] = {}
     for name, layer in graph.layers.items():
-        atoms = layer.out if granularity == "filter" else layer.into
-        roots = graph.roots[atoms[atoms >= 0]]
+        ids = layer.outputs if granularity == "filter" else layer.inputs
+        roots = graph.canonical[ids[ids >= 0]]
         ends = "outputs" if granularity == "filter" else "inputs"
         reason = next((locks[root] for root in roots.tolist() if root in locks), None)
         if layer.groups > 1:
@@ -133,9 +136,9 @@ def unprunable_layers(graph: ChannelGraph, granularity: Granularity) -> dict[str
 
 
 def _side(choice: Tensor) -> str:
-    """Which end of its layer a choice is about: `out`, `into`, or neither."""
+    """Which end of its layer a choice is about: `outputs`, `inputs`, or neither."""
     if choice.dim() < 2:
         raise PruningError("a choice needs as many axes as its weight")
     if choice.shape[0] == choice.numel() > 1:
-        return "out"
-    return "into" if choice.shape[1] == choice.numel() > 1 else ""
+        return "outputs"
+    return "inputs" if choice.shape[1] == choice.numel() > 1 else ""

@@ -83,7 +83,7 @@ def remove_dead(model: nn.Module, masks: Masks, example: Tensor) -> Compact:
     dead = _Dead(small, graph, example.to(next(small.parameters()).device))
     selection = dead.selection()
     plan = graph.plan(selection)
-    values, shift = dead.fold(graph.gone(selection), masks)
+    values, shift = dead.fold(graph.ids_of(selection), masks)
     left = _cut(small, plan, masks, values)
     shift = {name: tensor[plan.kept[name].to(tensor.device)] for name, tensor in shift.items()}
     return Compact(small, left, _kept(graph, plan), shift)
@@ -126,8 +126,8 @@ def mask(
 @torch.no_grad()
 def silence(model: nn.Module, selection: Selection, graph: ChannelGraph) -> None:
     """Zeros in all slots of the selected channels, in place; `network` is the model's."""
-    gone = torch.zeros(len(graph.roots), dtype=torch.bool)
-    gone[graph.gone(selection)] = True
+    gone = torch.zeros(len(graph.canonical), dtype=torch.bool)
+    gone[graph.ids_of(selection)] = True
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     for name, chosen in selection.items():
         for slot in graph.group(name).slots:
@@ -137,8 +137,8 @@ def silence(model: nn.Module, selection: Selection, graph: ChannelGraph) -> None
                 _set_zero(tensor, slot.axis, slot.parts, entries)
     for name, select in graph.selects.items():
         if select.own:
-            taken = graph.roots[select.into[select.index]]
-            lost = gone[taken] | gone[graph.roots[select.out]]
+            taken = graph.canonical[select.inputs[select.index]]
+            lost = gone[taken] | gone[graph.canonical[select.outputs]]
             layer = model.get_submodule(name.removesuffix(".index"))
             assert isinstance(layer, ChannelSelect)
             layer.put(select.index.masked_fill(lost, -1))
@@ -190,13 +190,13 @@ def _cut(twin: nn.Module, plan: ShapePlan, masks: Masks, values: Mapping[str, Te
 
 def _kept(graph: ChannelGraph, plan: ShapePlan) -> dict[str, Tensor]:
     """What is left of every layer that could have become smaller."""
-    free = torch.zeros(len(graph.roots), dtype=torch.bool)
+    free = torch.zeros(len(graph.canonical), dtype=torch.bool)
     for group in graph.groups:
-        free[group.roots] = group.locked is None
+        free[group.ids] = group.locked is None
     return {
         name: plan.kept[name]
         for name, layer in graph.layers.items()
-        if bool(free[graph.roots[layer.out]].any())
+        if bool(free[graph.canonical[layer.outputs]].any())
     }
 
 
@@ -205,9 +205,9 @@ class _Reader:
     """A layer, or an index buffer, that reads channels."""
 
     name: str
-    into: Tensor
+    inputs: Tensor
     """Roots of its inputs; the last root stands for fixed zeros."""
-    out: Tensor
+    outputs: Tensor
     """Roots of its outputs."""
     reads: Callable[[Tensor], Tensor]
     """bool, (outputs,) -> bool, (inputs,): which inputs these outputs read."""
@@ -222,12 +222,12 @@ class _Reader:
     @cached_property
     def mine(self) -> Tensor:
         """Roots of its inputs, each once."""
-        return self.into.unique()
+        return self.inputs.unique()
 
     def wants(self, alive: Tensor) -> Tensor:
         """Roots without which these outputs, bool, would not be what they are."""
         if self._asked is None or not torch.equal(alive, self._asked[0]):
-            self._asked = alive, self.into[self.reads(alive) & ~self.harmless]
+            self._asked = alive, self.inputs[self.reads(alive) & ~self.harmless]
         return self._asked[1]
 
 
@@ -247,16 +247,16 @@ class _Dead:
             for name, layer in graph.layers.items()
             if not layer.depthwise()
         ] + [self._take(name, found.inputs[name]) for name, s in graph.selects.items() if s.own]
-        self.asked = torch.zeros(len(graph.roots) + 1, dtype=torch.int64)
+        self.asked = torch.zeros(len(graph.canonical) + 1, dtype=torch.int64)
         """By root: how many readers there are to ask."""
         for reader in self.readers:
             self.asked[reader.mine] += 1
         outputs = [t for t in _tensors(found.result) if t.is_floating_point()]
         self.idle = not any(bool(t.isnan().any()) for t in outputs)
-        count = len(graph.roots)
+        count = len(graph.canonical)
         self.candidates = torch.zeros(count + 1, dtype=torch.bool)  # the last: fixed zeros
         for group in graph.groups:
-            self.candidates[group.roots] = group.locked is None
+            self.candidates[group.ids] = group.locked is None
 
     def selection(self) -> dict[str, Tensor]:
         """Dead channels by group, as many as can go; PruningError if the network is idle."""
@@ -264,11 +264,11 @@ class _Dead:
         while True:
             gone = self._gone(self.candidates & ~stay)
             chosen = self.graph.selection(gone.nonzero().flatten())
-            possible = self.graph.fitting(chosen)
+            possible = self.graph.balanced(chosen)
             if sum(map(len, possible.values())) == sum(map(len, chosen.values())):
                 return chosen
             # those that must stay are read again, and read what they read
-            roots = self.graph.gone(possible)
+            roots = self.graph.ids_of(possible)
             stay |= gone
             stay[roots] = False
 
@@ -285,7 +285,7 @@ class _Dead:
                     )
             if not (layer := self._emptied(gone)):
                 return gone
-            candidates[self.graph.outputs()[layer][0]] = False
+            candidates[self.graph.made_by()[layer][0]] = False
 
     def _sweep(self, candidates: Tensor, gone: Tensor) -> Tensor:
         """One more round: nobody who is not gone himself reads what goes, unless harmlessly.
@@ -296,19 +296,19 @@ class _Dead:
         gone, hurt = gone.clone(), ~candidates
         pending = self.asked.clone()
         for reader in reversed(self.readers):
-            hurt[reader.wants(~gone[reader.out])] = True
+            hurt[reader.wants(~gone[reader.outputs])] = True
             pending[mine := reader.mine] -= 1
             if not self.idle:
                 gone[mine] = gone[mine] | (~hurt[mine] & (pending[mine] == 0))
         return ~hurt
 
     def _emptied(self, gone: Tensor) -> str | None:
-        outputs = self.graph.outputs().items()
+        outputs = self.graph.made_by().items()
         return next((name for name, rows in outputs if bool(gone[rows].all())), None)
 
-    def _roots(self, atoms: Tensor) -> Tensor:
-        roots = self.graph.roots
-        return torch.where(atoms >= 0, roots[atoms.clamp_min(0)], len(roots))
+    def _roots(self, ids: Tensor) -> Tensor:
+        roots = self.graph.canonical
+        return torch.where(ids >= 0, roots[ids.clamp_min(0)], len(roots))
 
     def _layer(self, name: str, seen: list[Seen]) -> _Reader:
         layer = self.graph.layers[name]
@@ -324,7 +324,7 @@ class _Dead:
         if (x := seen[0].x) is not None:
             for channel in folds.nonzero().flatten().tolist():
                 folds[channel] = self._even(name, x, channel)
-        into, out = self._roots(layer.into), self._roots(layer.out)
+        into, out = self._roots(layer.inputs), self._roots(layer.outputs)
         harmless = (zero | folds).cpu()
         return _Reader(name, into, out, _in_blocks(blocks), harmless, folds.cpu(), seen[0].x)
 
@@ -332,7 +332,7 @@ class _Dead:
         select = self.graph.selects[name]
         zero = torch.stack([of.zero for of in seen]).all(dim=0).cpu()
         never = torch.zeros_like(zero)
-        into, out = self._roots(select.into), self._roots(select.out)
+        into, out = self._roots(select.inputs), self._roots(select.outputs)
         return _Reader(name, into, out, _one_each(select.index, len(into)), zero, never)
 
     def _even(self, name: str, seen: Tensor, channel: int) -> bool:
@@ -373,7 +373,7 @@ class _Dead:
         lost = torch.zeros_like(self.candidates)
         lost[gone] = True
         for reader in self.readers:
-            chosen = reader.folds & lost[reader.into]
+            chosen = reader.folds & lost[reader.inputs]
             if not bool(chosen.any()) or reader.seen is None:
                 continue
             adds = self._adds(reader.name, reader.seen, chosen)
