@@ -1,3 +1,5 @@
 """Measurements, run by hand as `python -m benchmarks.<name>`; never timed tests."""
 
-import secateur as secateur  # sets the thread policy before any of them imports torch
+import secateur.base.allocator
+
+secateur.base.allocator.tune_process()  # as the stages do, before any benchmark imports torch

@@ -63,12 +63,12 @@ def task(net: str, **more: Any) -> dict[str, Any]:
     return chosen | {"images": max(chosen["images"], 4 * chosen["batch"])}
 
 
-def run(script: list[str], what: dict[str, Any], **environment: str) -> list[float]:
+def run(script: list[str], what: dict[str, Any]) -> list[float]:
     """Images per second of each epoch of a process; empty if it failed."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("GOMP_", "MALLOC_"))}
     done = subprocess.run(
         [sys.executable, *script, json.dumps(what)],
-        env=clean | {"PYTHONPATH": str(ROOT)} | environment,
+        env=clean | {"PYTHONPATH": str(ROOT)},
         cwd=ROOT,
         text=True,
         capture_output=True,
@@ -81,8 +81,7 @@ def run(script: list[str], what: dict[str, Any], **environment: str) -> list[flo
 
 def usual(net: str, **more: Any) -> float:
     """Images per second of the usual script, left to glibc and OpenMP as they come."""
-    # the variable says nothing that is not so already; its presence keeps our tuning away
-    return max(run(["benchmarks/usual.py"], task(net, **more), MALLOC_PERTURB_="0"))
+    return max(run(["benchmarks/usual.py"], task(net, **more)))
 
 
 def ours(net: str, **more: Any) -> float:

@@ -9,7 +9,7 @@ import argparse
 import json
 import time
 
-import torch  # before anything of ours, which would set up threads and memory
+import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor

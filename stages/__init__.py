@@ -1,3 +1,5 @@
 """The pipeline's steps, one script each, run as `python -m stages.<name>`."""
 
-import secateur as secateur  # sets the thread policy before any stage imports torch
+import secateur.base.allocator
+
+secateur.base.allocator.tune_process()  # before any stage imports torch

@@ -10,6 +10,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from secateur.base.allocator import tune_process
+
+tune_process()  # before any test imports torch: several workers share the processors
+
 ROOT = Path(__file__).resolve().parents[1]
 SHORT = {
     "baseline": {"epochs": 4},

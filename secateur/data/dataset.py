@@ -18,8 +18,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from secateur.base import allocator as heap
-from secateur.base import files
+from secateur.base import allocator, files
 from secateur.base.errors import DataError
 from secateur.data import augment
 from secateur.data import image_files as listing
@@ -263,7 +262,7 @@ class Batches:
         labels = self.split.labels[draw.image].to(self.device)
         parts = _parts(len(self.split), self.batch_size, self.rank, self.world)
         for pixels, part in zip(self.source.batches(draw, parts), parts, strict=True):
-            heap.tidy()
+            allocator.trim()
             yield self.normalise(_channels_first(pixels)), labels[part]
 
     def close(self) -> None:
@@ -297,7 +296,7 @@ def in_order(
             augment.still(len(split)), parts
         )
     for pixels, part in zip(batches, parts, strict=True):
-        heap.tidy()
+        allocator.trim()
         yield normalise(_channels_first(pixels)), labels[part]
 
 
