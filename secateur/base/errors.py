@@ -1,4 +1,4 @@
-"""Mistakes that the user can mend, each shown as one line and a non-zero exit."""
+"""Errors that the user can correct, each shown as one line and a non-zero exit status."""
 
 
 class SecateurError(Exception):
@@ -6,7 +6,21 @@ class SecateurError(Exception):
 
 
 class SettingsError(SecateurError):
-    """A value in params.yaml, or its absence."""
+    """A setting that is missing or has a value that is not allowed."""
+
+
+class ArgumentError(SettingsError):
+    """An argument with a value that is not allowed, raised by code that serves a Python call too.
+
+    Such code does not know the section of params.yaml that the argument came from, if it came from
+    one. `settings.section` turns the error into a SettingsError that names the whole key.
+    """
+
+    def __init__(self, key: str, message: str, value: object = ...) -> None:
+        """`key`: the argument's name (dotted for a field of it); `value`: left out if not given."""
+        shown = "" if value is ... else f" = {value!r}"
+        super().__init__(f"{key}{shown}: {message}")
+        self.key = key
 
 
 class DataError(SecateurError):
@@ -14,12 +28,12 @@ class DataError(SecateurError):
 
 
 class CheckpointError(SecateurError):
-    """A file that is no checkpoint of ours, or not the one this stage needs."""
+    """A file that is not a checkpoint of Secateur, or not the one that this stage needs."""
 
 
 class TrainingError(SecateurError):
-    """Training that cannot go on, as where the loss is no longer a finite number."""
+    """Training that cannot go on, for example because the loss is no longer a finite number."""
 
 
 class PruningError(SecateurError):
-    """A choice that would leave a layer empty, or a removal that is not exact."""
+    """A decision that would leave a layer empty, or a removal that is not exact."""

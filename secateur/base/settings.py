@@ -1,7 +1,8 @@
 """params.yaml -> typed, validated settings; unknown keys and impossible values are refused."""
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
@@ -18,7 +19,7 @@ from pydantic import (
 )
 
 from secateur.base import plugin
-from secateur.base.errors import SettingsError
+from secateur.base.errors import ArgumentError, SettingsError
 
 FILE = "params.yaml"
 
@@ -110,9 +111,8 @@ class Train(Strict):
     @model_validator(mode="after")
     def _schedule_fits(self) -> Self:
         if self.accumulate_grad_batches > self.batch_size:
-            raise ValueError(
-                f"accumulate_grad_batches: {self.accumulate_grad_batches} parts of {self.batch_size} images"
-            )
+            parts = self.accumulate_grad_batches
+            raise ValueError(f"accumulate_grad_batches: {parts} parts of {self.batch_size} images")
         if not self.epochs:
             return self
         late = [m for m in self.milestones if m >= self.epochs]
@@ -270,6 +270,20 @@ def check(path: Path | str = FILE) -> Params:
                 f"{FILE}: {kind}.{getattr(params, key)}: missing; write {{}} for the defaults"
             )
     return params
+
+
+@contextmanager
+def section(name: str) -> Iterator[None]:
+    """Name the whole key of params.yaml in an ArgumentError that is raised inside.
+
+    `name` is the section that the arguments were read from, such as `pruners.magnitude`. An
+    argument that is a key of the file's top level (`decay`, `arch`) keeps its name.
+    """
+    try:
+        yield
+    except ArgumentError as error:
+        prefix = "" if error.key in Params.model_fields else f"{name}."
+        raise SettingsError(f"{FILE}: {prefix}{error}") from None
 
 
 def _filled(raw: Mapping[str, Any]) -> dict[str, Any]:
