@@ -18,7 +18,7 @@ from benchmarks.surgery_time import build
 from secateur.base import machine
 from secateur.channels import graph as channels
 from secateur.nn import cost
-from secateur.pruning import removal as surgery
+from secateur.pruning import removal
 from secateur.sparsity import choices
 
 NETS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -32,7 +32,7 @@ NETS: dict[str, tuple[str, dict[str, Any]]] = {
 """Networks at 32x32 pixels, torchvision's at 224x224."""
 
 
-def without(arch: str, chosen: dict[str, Any], share: float, multiple: int) -> surgery.Compact:
+def without(arch: str, chosen: dict[str, Any], share: float, multiple: int) -> removal.Compact:
     """The network without that share of each group, at random."""
     model, image = build(arch, chosen)
     graph = channels.build_channel_graph(model, image)
@@ -43,7 +43,7 @@ def without(arch: str, chosen: dict[str, Any], share: float, multiple: int) -> s
             order = torch.rand(group.size, generator=chance)
             lost = choices.smallest_choice(order, choices.number_pruned(share, group.size))
             gone[group.name] = choices.spare(lost, order, multiple=multiple).nonzero().flatten()
-    return surgery.remove(model, graph.removable(gone), image, {}, graph)
+    return removal.remove(model, graph.removable(gone), image, {}, graph)
 
 
 @torch.no_grad()

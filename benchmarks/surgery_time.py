@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from secateur.base import plugin, settings
 from secateur.base.machine import hardware
 from secateur.channels import graph as channels
-from secateur.pruning import removal as surgery
+from secateur.pruning import removal
 
 BC = {"bottleneck": True, "compression": 0.5}
 NETWORKS: list[tuple[str, dict[str, Any]]] = [
@@ -96,9 +96,9 @@ def measure(arch: str, chosen: dict[str, Any]) -> list[float]:
     gc.collect()  # a stage has no networks of earlier turns about
     followed, graph = timed(lambda: channels.build_channel_graph(model, image))
     fitted, selection = timed(lambda: selected(graph, 0.25))
-    removed, compact = timed(lambda: surgery.remove(model, selection, image, {}, graph))
+    removed, compact = timed(lambda: removal.remove(model, selection, image, {}, graph))
     silence(compact.model, 0.25)
-    dead, _ = timed(lambda: surgery.remove_dead(compact.model, {}, image))
+    dead, _ = timed(lambda: removal.remove_dead(compact.model, {}, image))
     return [followed, fitted, removed, dead]
 
 

@@ -13,25 +13,20 @@ masked one before anything is written. Statistics of batch normalisations may th
 (prune.recalibrate).
 """
 
-import copy
-from dataclasses import dataclass, field
 from itertools import islice
 
 import pandas as pd
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from secateur.base import machine, plugin
-from secateur.base.settings import Export
 from secateur.data.dataset import Batches, few
 from secateur.gconv import export as regroup
 from secateur.nn import cost
 from secateur.pipeline import console
 from secateur.pipeline import runner as chain
-from secateur.pruning import removal as surgery
+from secateur.pruning.apply import apply_decision
 from secateur.pruning.decision import PruningContext, PruningDecision
 from secateur.sparsity import masks
-from secateur.sparsity.masks import Masks
 from secateur.training import loop as train
 from secateur.training.recalibrate import recalibrate
 
@@ -59,18 +54,20 @@ def prune(job: chain.StageContext) -> chain.StageResult:
     console.reached(decision.notes)
     for line in decision.lines:
         console.say(f"prune: {line}")
-    masks.refuse_empty(model, decision.masks, asked)
-    masks.apply(model, decision.masks)
-    pruned = Pruned(model, decision.masks)
-    dead, export = params.prune.remove_dead, params.prune.export
-    if dead or decision.channels or export != "none":
-        pruned = shrink(model, decision, batch, dead, export)
+    pruned = apply_decision(
+        model,
+        decision,
+        batch,
+        remove_dead=params.prune.remove_dead,
+        export=params.prune.export,
+        requested=asked,
+    )
     left = _outputs(pruned.model)
     rows = [(name, count, left[name]) for name, count in outputs.items()]
     table = pd.DataFrame(rows, columns=["layer", "outputs", "outputs_left"])
     console.outputs(rows)
     metrics = {**decision.notes, **pruned.differences}
-    if export == "gconv":
+    if params.prune.export == "gconv":
         metrics |= regroup.group_convolution_counts(pruned.model)
         console.say(
             f"prune: {metrics['group_convolutions']:.0f} group convolutions, "
@@ -94,34 +91,6 @@ def prune(job: chain.StageContext) -> chain.StageResult:
         tables={"outputs": table},
         texts=decision.files,
     )
-
-
-@dataclass(frozen=True)
-class Pruned:
-    """A pruned network, and how far it was found from the masked one."""
-
-    model: nn.Module
-    masks: Masks
-    differences: dict[str, float] = field(default_factory=dict)
-
-
-def shrink(
-    model: nn.Module, decision: PruningDecision, batch: Tensor, dead: bool, export: Export = "none"
-) -> Pruned:
-    """The network without the channels decided upon, and with `dead` without dead ones.
-
-    Masks become what `export` says. Raises PruningError if it does not compute what the masked
-    network does.
-    """
-    double = batch.double()
-    whole = copy.deepcopy(model).double()
-    exact = surgery.compact(whole, decision.channels, decision.masks, double[:1], dead, export)
-    masked = surgery.mask(model, decision.channels, batch)
-    in_double = surgery.verify(copy.deepcopy(masked).double(), exact, double, surgery.EXACT)
-    small = exact.to(torch.float32)
-    in_single = surgery.verify(masked, small, batch, surgery.ROUNDING)
-    differences = {"difference_float64": in_double, "difference_float32": in_single}
-    return Pruned(small.model, small.masks, differences)
 
 
 def measure_again(job: chain.StageContext, model: nn.Module, images: int) -> dict[str, float]:

@@ -33,7 +33,7 @@ from secateur.channels import graph as channels
 from secateur.data.dataset import InMemoryImages
 from secateur.nn import checkpoint
 from secateur.nn.layers import ChannelSelect
-from secateur.pruning import removal as surgery
+from secateur.pruning import proof, removal
 from secateur.pruning.decision import PruningDecision
 from secateur.sparsity import masks
 from stages import prune
@@ -471,14 +471,14 @@ def test_dead_channels_go_and_nothing_changes(make, seed):
     chosen = weights_at_random(model, channels.build_channel_graph(model, batch), seed)
     masks.apply(model, chosen)
     try:
-        compact = surgery.remove_dead(model, chosen, batch[:1])
+        compact = removal.remove_dead(model, chosen, batch[:1])
     except PruningError as error:
         assert "has no living output left" in str(error)
         with torch.no_grad():
             out = model(images(seed=1)) - model(images(seed=2))
         assert float(out.abs().max()) < 1e-9, "something still depends on the input"
         return
-    assert surgery.verify(model, compact, batch, surgery.EXACT) < 1e-9
+    assert proof.verify(model, compact, batch, proof.FLOAT64_TOLERANCE) < 1e-9
     for name, mask in compact.masks.items():
         assert mask.shape == compact.model.get_parameter(name).shape
         assert not compact.model.get_parameter(name)[~mask].any()
@@ -489,8 +489,8 @@ def test_what_was_masked_by_channels_is_found_dead(make):
     model, batch = build(make), images()
     graph = channels.build_channel_graph(model, batch)
     chosen = at_random(graph, 3)
-    direct = surgery.remove(model, chosen, batch, {}, graph)
-    found = surgery.remove_dead(surgery.mask(model, chosen, batch, graph), {}, batch)
+    direct = removal.remove(model, chosen, batch, {}, graph)
+    found = removal.remove_dead(removal.mask(model, chosen, batch, graph), {}, batch)
     sizes = {name: tuple(t.shape) for name, t in direct.model.state_dict().items()}
     assert {name: tuple(t.shape) for name, t in found.model.state_dict().items()} == sizes
 
@@ -503,11 +503,11 @@ def test_a_silent_filter_of_a_sum_goes_only_with_all_others():
     with torch.no_grad():  # stem says zero in channel 1, and a2 still says something
         for tensor in (model.stem[1].weight, model.stem[1].bias):
             tensor[1] = 0
-    assert len(surgery.remove_dead(model, {}, batch).kept["stem.0"]) == 6
+    assert len(removal.remove_dead(model, {}, batch).kept["stem.0"]) == 6
     with torch.no_grad():
         for tensor in (model.a2[1].weight, model.a2[1].bias):
             tensor[1] = 0
-    compact = surgery.remove_dead(model, {}, batch)
+    compact = removal.remove_dead(model, {}, batch)
     assert compact.kept["stem.0"].tolist() == compact.kept["a2.0"].tolist() == [0, 2, 3, 4, 5]
     assert difference(model, compact.model, batch) < 1e-9
 
@@ -524,26 +524,26 @@ def test_a_norms_shift_is_folded_into_the_next_norm_unless_a_border_sees_it(kern
     model, batch = randomise(nn.Sequential(*layers).double(), 1), images()
     with torch.no_grad():
         model[1].weight[2], model[1].bias[2] = 0, 0.7
-    compact = surgery.remove_dead(model, {}, batch)
+    compact = removal.remove_dead(model, {}, batch)
     assert compact.kept["0"].tolist() == ([0, 1, 3] if kernel == 1 else [0, 1, 2, 3])
     assert set(compact.shift) == ({"3"} if kernel == 1 else set())
-    assert surgery.verify(model, compact, batch, surgery.EXACT) < 1e-9
+    assert proof.verify(model, compact, batch, proof.FLOAT64_TOLERANCE) < 1e-9
     if kernel == 3:  # a kernel whose edge is zero does not see the border
         with torch.no_grad():
             edge = model[3].weight[:, 2]
             edge[:, 0], edge[:, 2], edge[:, :, 0], edge[:, :, 2] = 0, 0, 0, 0
-        compact = surgery.remove_dead(model, {}, batch)
+        compact = removal.remove_dead(model, {}, batch)
         assert compact.kept["0"].tolist() == [0, 1, 3]
-        assert surgery.verify(model, compact, batch, surgery.EXACT) < 1e-9
+        assert proof.verify(model, compact, batch, proof.FLOAT64_TOLERANCE) < 1e-9
 
 
 def test_a_dead_branch_keeps_one_channel_as_long_as_the_network_lives():
     model, batch = build(residual), images()
     with torch.no_grad():
         model.a2[0].weight.zero_()
-    compact = surgery.remove_dead(model, {}, batch)
+    compact = removal.remove_dead(model, {}, batch)
     assert len(compact.kept["a1.0"]) == 1
-    assert surgery.verify(model, compact, batch, surgery.EXACT) < 1e-9
+    assert proof.verify(model, compact, batch, proof.FLOAT64_TOLERANCE) < 1e-9
 
 
 # ---- torchvision -----------------------------------------------------------------------------
@@ -570,8 +570,8 @@ def test_torchvisions_networks(name):
     assert difference(rebuilt(vision(name), compact), compact.model, batch) == 0
     taken = sum(map(len, chosen.values()))
     assert taken > 0.05 * sum(group.size for group in free(graph))
-    dead = surgery.remove_dead(masked, {}, batch)
-    assert surgery.verify(masked, dead, batch, surgery.EXACT) < 1e-9
+    dead = removal.remove_dead(masked, {}, batch)
+    assert proof.verify(masked, dead, batch, proof.FLOAT64_TOLERANCE) < 1e-9
     count = lambda m: sum(p.numel() for p in m.parameters())  # noqa: E731
     assert count(dead.model) <= count(compact.model)
     single = compact.to(torch.float32)
@@ -760,7 +760,7 @@ def test_masks_are_carried_along(make):
     given_masks = {n: torch.rand(p.shape) > 0.3 for n, p in model.named_parameters()}
     masks.apply(model, given_masks)
     chosen = at_random(graph, 2)
-    compact = surgery.remove(model, chosen, batch, given_masks, graph)
+    compact = removal.remove(model, chosen, batch, given_masks, graph)
     assert compact.masks.keys() == given_masks.keys()
     for name, mask in compact.masks.items():
         assert torch.equal(mask, compact.model.get_parameter(name) != 0)
@@ -774,14 +774,14 @@ def header():
 def test_a_compact_network_comes_back_from_its_file(make, tmp_path, monkeypatch):
     model, batch = build(make), images()
     graph = channels.build_channel_graph(model, batch)
-    compact = surgery.remove(model, at_random(graph, 6), batch, {}, graph)
+    compact = removal.remove(model, at_random(graph, 6), batch, {}, graph)
     small = compact.to(torch.float32).model
     checkpoint.save(tmp_path / "m.safetensors", header(), small, {})
     monkeypatch.setattr(checkpoint, "architecture", lambda _: build(make, 8).float())
     again = checkpoint.load(tmp_path / "m.safetensors").model()
     assert difference(small, again, batch.float()) == 0
     second = channels.build_channel_graph(again, batch)  # and can be pruned once more
-    more = surgery.remove(again, at_random(second, 7), batch, {}, second).model
+    more = removal.remove(again, at_random(second, 7), batch, {}, second).model
     checkpoint.save(tmp_path / "m.safetensors", header(), more, {})
     again = checkpoint.load(tmp_path / "m.safetensors").model()
     assert difference(more, again, batch.float()) == 0
@@ -896,14 +896,14 @@ def test_channels_that_cannot_go_are_locked_with_a_reason(make, reason):
     graph = channels.build_channel_graph(model, batch)
     group = next(g for g in graph.groups if g.locked and reason in g.locked)
     with pytest.raises(PruningError, match=f"channels of {group.name} cannot.*{reason}"):
-        surgery.remove(model, {group.name: torch.tensor([0])}, batch)
+        removal.remove(model, {group.name: torch.tensor([0])}, batch)
 
 
 @pytest.mark.parametrize("name", ["input", "head.2"])
 def test_input_and_output_are_locked(name):
     model, batch = build(chain), images()
     with pytest.raises(PruningError, match=f"channels of {name} cannot be taken away"):
-        surgery.remove(model, {name: torch.tensor([0])}, batch)
+        removal.remove(model, {name: torch.tensor([0])}, batch)
 
 
 @pytest.mark.parametrize("make", [chain, residual, dense, depthwise, grouped])
@@ -928,7 +928,7 @@ def test_numbers_beyond_the_group_and_unknown_groups_are_refused(number):
 
 def test_verify_finds_a_removal_that_is_wrong():
     model, batch = build(residual), images()
-    masked = surgery.mask(model, {"a1.0": torch.tensor([1])}, batch)
-    compact = surgery.remove(model, {"a1.0": torch.tensor([2])}, batch)
+    masked = removal.mask(model, {"a1.0": torch.tensor([1])}, batch)
+    compact = removal.remove(model, {"a1.0": torch.tensor([2])}, batch)
     with pytest.raises(PruningError, match="is not the masked one: layer a"):
-        surgery.verify(masked, compact, batch, surgery.EXACT)
+        proof.verify(masked, compact, batch, proof.FLOAT64_TOLERANCE)

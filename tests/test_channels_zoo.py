@@ -26,7 +26,7 @@ from secateur.nn import resizing as shapes
 from secateur.nn.checkpoint import Header
 from secateur.nn.layers import ChannelSelect
 from secateur.pruners import network_slimming
-from secateur.pruning import removal as surgery
+from secateur.pruning import proof, removal
 from secateur.pruning.decision import PruningContext, decision_from_choices, unprunable_layers
 from secateur.sparsity import masks
 
@@ -232,7 +232,7 @@ def test_an_entrance_never_loses_its_last_channel_to_others():
     model, batch = graph("preresnet", chosen, shape), pictures(shape)
     found = channels.build_channel_graph(model, batch)
     alone = {"layer1.1.take": torch.tensor([k for k in range(16) if k not in (3, 5)])}
-    narrow = surgery.remove(model, found.removable(alone), batch).model
+    narrow = removal.remove(model, found.removable(alone), batch).model
     found = channels.build_channel_graph(narrow, batch)
     selection = found.removable({"conv1": torch.tensor([3, 5, 7])})
     _, compact = check(narrow, found, selection, batch)
@@ -253,8 +253,8 @@ def test_scales_of_zero_select_channels_at_the_entrance_of_every_block(arch, cho
                 scale = torch.rand(norm.num_features, generator=chance) > 0.4
                 scale[0], left[name] = True, int(scale.sum()) + int(not scale[0])
                 norm.weight[~scale], norm.bias[~scale] = 0, 0
-    compact = surgery.remove_dead(model, {}, batch)
-    assert surgery.verify(model, compact, batch, surgery.EXACT) < 1e-9
+    compact = removal.remove_dead(model, {}, batch)
+    assert proof.verify(model, compact, batch, proof.FLOAT64_TOLERANCE) < 1e-9
     widths = {
         name: norm.num_features
         for name, norm in compact.model.named_modules()
@@ -351,14 +351,14 @@ def test_a_channel_of_the_stream_goes_when_no_block_reads_it_any_more():
         for name in ("layer1.0.bn1", "layer1.1.bn1", "layer2.0.bn1"):
             norm = model.get_submodule(name)
             norm.weight[4], norm.bias[4] = 0, 0
-    kept = surgery.remove_dead(model, {}, batch).kept
+    kept = removal.remove_dead(model, {}, batch).kept
     assert len(kept["conv1"]) == 16  # the shortcut still reads it
     with torch.no_grad():
         model.get_submodule("layer2.0.shortcut").weight[:, 4] = 0
-    compact = surgery.remove_dead(model, {}, batch)
+    compact = removal.remove_dead(model, {}, batch)
     for name in ("conv1", "layer1.0.conv2", "layer1.1.conv2"):
         assert 4 not in compact.kept[name].tolist()
-    assert surgery.verify(model, compact, batch, surgery.EXACT) < 1e-9
+    assert proof.verify(model, compact, batch, proof.FLOAT64_TOLERANCE) < 1e-9
 
 
 def test_groups_of_resnext_go_whole_or_lose_the_same_number():
@@ -464,11 +464,11 @@ def without_dead_channels(arch, chosen, shape, seed):
     mask = weights_at_random(model, found, seed)
     masks.apply(model, mask)
     try:
-        compact = surgery.remove_dead(model, mask, batch[:1])
+        compact = removal.remove_dead(model, mask, batch[:1])
     except PruningError as error:
         assert_idle(model, shape, error)
         return
-    assert surgery.verify(model, compact, batch, surgery.EXACT) < 1e-9
+    assert proof.verify(model, compact, batch, proof.FLOAT64_TOLERANCE) < 1e-9
     assert cost.parameters(compact.model) <= cost.parameters(model)
     for name, left in compact.masks.items():
         assert left.shape == compact.model.get_parameter(name).shape
@@ -490,10 +490,10 @@ def test_what_was_masked_by_channels_is_found_dead(arch, chosen, shape):
     randomise(model, 2)
     batch = pictures(shape)
     selection = at_random(found, 3)
-    direct = surgery.remove(model, selection, batch, {}, found).model
-    masked = surgery.mask(model, selection, batch, found)
+    direct = removal.remove(model, selection, batch, {}, found).model
+    masked = removal.mask(model, selection, batch, found)
     try:
-        dead = surgery.remove_dead(masked, {}, batch).model
+        dead = removal.remove_dead(masked, {}, batch).model
     except PruningError as error:  # entrances that read nothing but channels that are gone
         assert any(isinstance(module, ChannelSelect) for module in model.modules())
         assert_idle(masked, shape, error)
@@ -523,7 +523,7 @@ def test_compact_networks_come_back_without_the_code_that_pruned_them(tmp_path):
     for number, (arch, chosen, shape) in enumerate(SMALL):
         model, found = followed(arch, chosen, shape)
         randomise(model, number)
-        compact = surgery.remove(model, at_random(found, number), pictures(shape), {}, found)
+        compact = removal.remove(model, at_random(found, number), pictures(shape), {}, found)
         small = compact.to(torch.float32).model
         folder = tmp_path / str(number)
         folder.mkdir()
@@ -548,7 +548,7 @@ def test_compact_networks_are_pruned_once_more_and_trained(arch, chosen, shape, 
     model, found = followed(arch, chosen, shape)
     randomise(model, 4)
     batch = pictures(shape, 4)
-    compact = surgery.remove(model, at_random(found, 4), batch, {}, found).model
+    compact = removal.remove(model, at_random(found, 4), batch, {}, found).model
     again = channels.build_channel_graph(compact, batch)
     assert set(locked(again)) == set(locked(found))
     check(compact, again, at_random(again, 5), batch)
@@ -570,8 +570,8 @@ def test_networks_of_full_size(arch, chosen, shape):
     assert len(locked(found)) == 2
     selection = at_random(found, 1)
     masked, compact = check(model, found, selection, batch)
-    dead = surgery.remove_dead(masked, {}, batch)
-    assert surgery.verify(masked, dead, batch, surgery.EXACT) < 1e-9
+    dead = removal.remove_dead(masked, {}, batch)
+    assert proof.verify(masked, dead, batch, proof.FLOAT64_TOLERANCE) < 1e-9
     single = copy.deepcopy(compact.model).float()
     assert difference(masked.float(), single, batch.float()) < 1e-3
 

@@ -22,7 +22,7 @@ from secateur.base import files
 from secateur.base.errors import CheckpointError, SecateurError
 from secateur.nn import checkpoint, resizing
 from secateur.nn.checkpoint import Header
-from secateur.pruning import removal as surgery
+from secateur.pruning import removal
 from secateur.sparsity import masks
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -84,9 +84,9 @@ def test_a_network_comes_back_as_it_was(arch, tmp_path):
     assert torch.equal(rebuilt.eval()(images), model.eval()(images))
 
 
-LOAD_WITHOUT_SURGERY = """
+LOAD_WITHOUT_PRUNING = """
 import sys
-for name in ("core.surgery", "core.channels", "core.cost", "pruners", "penalties"):
+for name in ("pruning", "gconv", "channels", "pruners", "penalties"):
     sys.modules[f"secateur.{name}"] = None  # importing it is an error
 from pathlib import Path
 import safetensors.torch
@@ -106,11 +106,11 @@ def test_a_compact_network_is_rebuilt_without_the_code_that_pruned_it(arch, tmp_
         model.get_submodule(first).weight[3:] = 0
         model.get_submodule(last).weight[:, 5:] = 0
     chosen = {name: p.detach() != 0 for name, p in masks.prunable(model, "weights").items()}
-    compact = surgery.remove_dead(model, chosen, images[:1])
+    compact = removal.remove_dead(model, chosen, images[:1])
     checkpoint.save(tmp_path / "model.safetensors", header, compact.model, compact.masks)
     safetensors.torch.save_file({"images": images}, tmp_path / "images.safetensors")
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", LOAD_WITHOUT_SURGERY]
+    command = [sys.executable, "-c", LOAD_WITHOUT_PRUNING]
     subprocess.run(command, cwd=tmp_path, env=environment, check=True)
     found = checkpoint.load(tmp_path / "model.safetensors", arch, {}, "s")
     assert found.tensors[f"{first}.weight"].shape[0] == 3

@@ -10,7 +10,7 @@ from torch import nn
 
 from secateur.base import plugin
 from secateur.nn import cost
-from secateur.pruning import removal as surgery
+from secateur.pruning import removal
 from secateur.sparsity import masks
 
 KNOWN = {"lenet300": (266_610, 266_200), "lenet5": (431_080, 2_293_000)}  # on 28x28
@@ -105,7 +105,7 @@ def test_removing_dead_outputs_leaves_less_to_count_and_what_is_alive_alone(arch
         model.get_submodule(first).bias[4:] = -1
         model.get_submodule(last).weight[:, 7:] = 0
     example = torch.rand(1, 1, 28, 28)
-    compact = surgery.remove_dead(model, {}, example).model
+    compact = removal.remove_dead(model, {}, example).model
     before, after = cost.layer_costs(model, example), cost.layer_costs(compact, example)
     assert after[0].filters == after[0].filters_alive == before[0].filters_alive == 4
     assert after[-1].channels == after[-1].channels_alive == before[-1].channels_alive == 7

@@ -23,7 +23,7 @@ from secateur.nn import resizing as shapes
 from secateur.nn.checkpoint import Header
 from secateur.nn.layers import IndexedConv2d
 from secateur.pruners import gconv
-from secateur.pruning import removal as surgery
+from secateur.pruning import proof, removal
 from secateur.pruning.decision import PruningContext, PruningDecision
 from secateur.sparsity import masks
 from stages import prune as stage
@@ -245,8 +245,8 @@ def test_dead_channels_go_from_an_exported_network():
         for part in ("weight", "bias"):
             masked.get_parameter(f"layer1.0.bn1.{part}")[gone] = 0
     whole = masked.double()
-    compact = surgery.compact(whole, {}, found, images[:1].double(), True, "gconv")
-    assert surgery.verify(whole, compact, images.double(), surgery.EXACT) < 1e-9
+    compact = removal.compact(whole, {}, found, images[:1].double(), True, "gconv")
+    assert proof.verify(whole, compact, images.double(), proof.FLOAT64_TOLERANCE) < 1e-9
     smaller = compact.model.get_submodule(dead)
     assert smaller.weight.shape[0] in (14, 16)  # they can go if each of its own groups loses one
     assert compact.model.get_submodule("layer1.0.conv2").groups == 2
@@ -260,9 +260,9 @@ def test_channels_can_be_followed_and_taken_out_of_an_exported_network(name):
     network = channels.build_channel_graph(exported, images)
     wanted = {g.name: torch.arange(0, g.size, 3) for g in network.groups if g.locked is None}
     selection = network.removable(wanted)
-    small = surgery.remove(exported, selection, images[:1].double(), {}, network)
-    expected = surgery.mask(exported, selection, images, network)
-    assert surgery.verify(expected, small, images.double(), surgery.EXACT) < 1e-9
+    small = removal.remove(exported, selection, images[:1].double(), {}, network)
+    expected = removal.mask(exported, selection, images, network)
+    assert proof.verify(expected, small, images.double(), proof.FLOAT64_TOLERANCE) < 1e-9
 
 
 def header(arch, **settings):
@@ -271,7 +271,7 @@ def header(arch, **settings):
 
 WITHOUT = """
 import sys
-for name in ("core.regroup", "core.permute", "core.surgery", "core.channels", "pruners"):
+for name in ("gconv", "pruning", "channels", "pruners", "penalties"):
     sys.modules[f"secateur.{name}"] = None  # importing it is an error
 from pathlib import Path
 import safetensors.torch
@@ -338,7 +338,7 @@ def test_the_stage_exports_and_proves(dead, monkeypatch, capsys):
         model, images, decide, monkeypatch, remove_dead=dead, recalibrate=0, export="gconv"
     )
     assert made.metrics["difference_float64"] < 1e-9
-    assert made.metrics["difference_float32"] < surgery.ROUNDING
+    assert made.metrics["difference_float32"] < proof.FLOAT32_TOLERANCE
     assert made.metrics["group_convolutions"] == made.metrics["grouped_layers"] == 21
     assert not made.masks and set(kept.masks)
     assert cost.parameters(made.model) == masks.nonzero(kept.model) == masks.nonzero(made.model)

@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 from secateur.base import plugin
-from secateur.pruning import removal as surgery
-from secateur.pruning import sensitivity
+from secateur.pruning import removal, sensitivity
 from secateur.pruning.decision import PruningContext
 
 SHAPE = (3, 8, 8)
@@ -69,7 +68,7 @@ def test_trials_give_what_the_masked_network_gives(kind):
             return int((network.eval()(images).argmax(1) == labels).sum())
 
     wanted = [count(model)]
-    wanted += [count(surgery.mask(model, t.channels, images)) for t in made]
+    wanted += [count(removal.mask(model, t.channels, images)) for t in made]
     assert right == wanted
     assert right[0] == 20 and len(set(right)) > 2
 

@@ -15,8 +15,7 @@ from secateur.base.settings import validate
 from secateur.channels import scales
 from secateur.channels.graph import build_channel_graph
 from secateur.nn import cost
-from secateur.pruning import criteria, decision, target
-from secateur.pruning import removal as surgery
+from secateur.pruning import criteria, decision, removal, target
 from secateur.pruning.decision import PruningContext, PruningDecision
 from secateur.sparsity import choices, masks
 
@@ -66,8 +65,8 @@ def compacted(model, found, shape=SHAPE):
     model = model.double()
     batch = torch.randn(4, *shape, dtype=torch.float64)
     masks.apply(model, found.masks)
-    masked = surgery.mask(model, found.channels, batch)
-    small = surgery.compact(model, found.channels, found.masks, batch[:1], dead=False)
+    masked = removal.mask(model, found.channels, batch)
+    small = removal.compact(model, found.channels, found.masks, batch[:1], dead=False)
     with torch.no_grad():
         before, after = masked.eval()(batch), small.model.eval()(batch)
     assert float(before.std()) > 0
@@ -362,7 +361,7 @@ def test_resnet_56_has_the_published_counts(ratios):
     found = prune("magnitude", model, shape, ratios=written)
     assert not found.masks, "whole filters, all of them"
     image = torch.zeros(1, *shape)
-    small = surgery.remove(model, found.channels, image).model
+    small = removal.remove(model, found.channels, image).model
     costs = cost.layer_costs(small, image)
     params, operations = R56[ratios]
     assert sum(c.params for c in costs) == params

@@ -11,7 +11,7 @@ from torch import nn
 
 from secateur.base import plugin
 from secateur.base.errors import PruningError
-from secateur.pruning import removal as surgery
+from secateur.pruning import proof, removal
 from secateur.sparsity import masks
 
 SMALL = {"lenet300": {"hidden": [9, 7]}, "lenet5": {"filters": [5, 6], "hidden": 8}}
@@ -88,7 +88,7 @@ def test_the_compact_network_computes_what_the_masked_one_does(arch, shape, seed
     masked = network(arch, shape, **SMALL.get(arch, {})).double()
     chosen = prune_at_random(masked, seed)
     before = copy.deepcopy(masked.state_dict())
-    compact = surgery.remove_dead(masked, chosen, torch.rand(1, *shape).double())
+    compact = removal.remove_dead(masked, chosen, torch.rand(1, *shape).double())
     batch = torch.randn(6, *shape, generator=torch.Generator().manual_seed(seed)).double()
     assert difference(masked, compact.model, batch) < 1e-9
     assert all(torch.equal(t, before[n]) for n, t in masked.state_dict().items())
@@ -101,10 +101,10 @@ def test_the_compact_network_computes_what_the_masked_one_does(arch, shape, seed
 def test_networks_of_full_size_shrink_and_compute_the_same(arch, shape):
     masked = network(arch, shape).double()
     chosen = prune_at_random(masked, 1)
-    compact = surgery.remove_dead(masked, chosen, torch.rand(1, *shape).double())
+    compact = removal.remove_dead(masked, chosen, torch.rand(1, *shape).double())
     batch = torch.randn(4, *shape).double()
     assert difference(masked, compact.model, batch) < 1e-9
-    assert surgery.verify(masked, compact, batch, surgery.EXACT) < 1e-9
+    assert proof.verify(masked, compact, batch, proof.FLOAT64_TOLERANCE) < 1e-9
     assert sum(p.numel() for p in compact.model.parameters()) < 0.6 * sum(
         p.numel() for p in masked.parameters()
     )
@@ -122,10 +122,10 @@ def test_a_compact_network_shares_no_memory_with_the_one_it_was_made_of(cut):
     chosen = prune_at_random(model, 3) if cut == "dead" else {}
     before, kept = copy.deepcopy(model.state_dict()), copy.deepcopy(chosen)
     if cut == "dead":
-        compact = surgery.remove_dead(model, chosen, batch)
+        compact = removal.remove_dead(model, chosen, batch)
     else:
         selection = {"layer1.0.conv1": torch.tensor([1, 2])} if cut == "something" else {}
-        compact = surgery.remove(model, selection, batch)
+        compact = removal.remove(model, selection, batch)
     assert not places(model) & places(compact.model)
     assert not {m.data_ptr() for m in chosen.values()} & {
         m.data_ptr() for m in compact.masks.values()
@@ -166,7 +166,7 @@ class Remembers(nn.Module):
 @pytest.mark.parametrize("hook", [True, False], ids=["hook", "override"])
 def test_modules_that_listen_when_tensors_are_loaded_hear_of_smaller_ones(hook):
     model = nn.Sequential(Remembers(hook), nn.ReLU(), nn.Conv2d(5, 2, 1).double())
-    compact = surgery.remove(model, {"0": torch.tensor([1, 4])}, torch.rand(1, 4, 3, 3).double())
+    compact = removal.remove(model, {"0": torch.tensor([1, 4])}, torch.rand(1, 4, 3, 3).double())
     assert (model[0].outputs, compact.model[0].outputs) == (5, 3)
 
 
@@ -182,9 +182,9 @@ def test_buffers_that_checkpoints_do_not_hold_stay_as_the_code_makes_them(tmp_pa
 
     model, batch = Scaled().double(), torch.rand(2, 1, 5, 5).double()
     gone = {"conv": torch.tensor([0, 4])}
-    compact = surgery.remove(model, gone, batch).model
+    compact = removal.remove(model, gone, batch).model
     assert compact.conv.weight.shape[0] == 4 and float(compact.scale) == 3
-    assert difference(surgery.mask(model, gone, batch), compact, batch) < 1e-12
+    assert difference(removal.mask(model, gone, batch), compact, batch) < 1e-12
     assert compact.scale.data_ptr() != model.scale.data_ptr()
 
 
@@ -229,7 +229,7 @@ def test_exactly_those_outputs_go_whose_ablation_changes_nothing(kind, seed):
     batch = torch.randn(8, *((3,) if kind == "linear" else (1, 12, 12))).double()
     without = idle(model, batch)
     try:
-        compact = surgery.remove_dead(model, chosen, batch[:1])
+        compact = removal.remove_dead(model, chosen, batch[:1])
     except PruningError as error:
         layer = str(error).split()[1]
         assert len(without[layer]) == model.get_submodule(layer).weight.shape[0]
@@ -248,7 +248,7 @@ def test_no_output_goes_whose_ablation_changes_something(arch, seed):
     chosen = prune_at_random(model, seed)
     batch = 10 * torch.randn(16, 1, 8, 8).double()
     without = idle(model, batch)
-    for name, kept in surgery.remove_dead(model, chosen, batch[:1]).kept.items():
+    for name, kept in removal.remove_dead(model, chosen, batch[:1]).kept.items():
         everything = set(range(model.get_submodule(name).weight.shape[0]))
         assert everything - set(kept.tolist()) <= without[name]
 
@@ -275,7 +275,7 @@ def test_by_hand_an_unheard_neuron_goes_and_a_silent_one_is_folded():
         [[1.0, 0, 2, 7], [-1, 0, 0, 9]],
         [0.0, 0.25],
     )
-    compact = surgery.remove_dead(model, nonzero_masks(model), torch.rand(1, 2).double())
+    compact = removal.remove_dead(model, nonzero_masks(model), torch.rand(1, 2).double())
     small = compact.model
     assert compact.kept["0"].tolist() == [0]
     assert small[0].weight.tolist() == [[1, 2]]
@@ -289,7 +289,7 @@ def test_by_hand_an_unheard_neuron_goes_and_a_silent_one_is_folded():
 
 def test_folding_nothing_leaves_a_pruned_bias_pruned():
     model = mlp([[1.0, 2], [0, 0]], [0.5, 3], [[1.0, 2], [-1, 0]], [0.0, 0.0])
-    compact = surgery.remove_dead(model, nonzero_masks(model), torch.rand(1, 2).double())
+    compact = removal.remove_dead(model, nonzero_masks(model), torch.rand(1, 2).double())
     assert compact.model[2].bias.tolist() == [6, 0]
     assert compact.masks["2.bias"].tolist() == [True, False]
 
@@ -302,7 +302,7 @@ def test_removals_go_on_until_nothing_is_idle():
         model[4].weight[:, 1] = 0  # nobody hears neuron 1 ...
         model[2].weight[0, 0] = 0
         model[2].weight[0, 2] = 0  # ... so nobody hears neurons 0 and 2 of the first layer
-    compact = surgery.remove_dead(model, {}, torch.rand(1, 2).double())
+    compact = removal.remove_dead(model, {}, torch.rand(1, 2).double())
     assert {name: kept.tolist() for name, kept in compact.kept.items()} == {"0": [1], "2": [0]}
     batch = torch.randn(20, 2).double()
     assert difference(model, compact.model, batch) < 1e-12
@@ -325,7 +325,7 @@ def two_convs(padding, constant, mode="zeros"):
 @pytest.mark.parametrize("constant", [0.7, -0.7, 0.0])
 def test_a_silent_filter_before_padding_goes_only_if_it_says_zero(padding, constant, mode):
     model = two_convs(padding, constant, mode)
-    compact = surgery.remove_dead(model, {}, torch.rand(1, 1, 9, 9).double())
+    compact = removal.remove_dead(model, {}, torch.rand(1, 1, 9, 9).double())
     zero = constant <= 0  # ReLU
     if mode == "zeros" or zero:
         assert compact.kept["0"].tolist() == ([1] if zero or padding == 0 else [0, 1])
@@ -346,7 +346,7 @@ def test_a_silent_filter_before_uneven_pooling_is_kept():
     with torch.no_grad():
         model[0].weight[0] = 0
         model[0].bias[0] = 1.0
-    compact = surgery.remove_dead(model, {}, torch.rand(1, 1, 7, 7).double())
+    compact = removal.remove_dead(model, {}, torch.rand(1, 1, 7, 7).double())
     assert compact.kept["0"].tolist() == [0, 1]
 
 
@@ -355,7 +355,7 @@ def test_a_reader_without_bias_keeps_constants_but_not_zeros():
     with torch.no_grad():
         model[0].weight[:2] = 0
         model[0].bias[:2] = torch.tensor([1.0, -1.0])
-    compact = surgery.remove_dead(model, {}, torch.rand(1, 2).double())
+    compact = removal.remove_dead(model, {}, torch.rand(1, 2).double())
     assert compact.kept["0"].tolist() == [0, 2]
     assert difference(model, compact.model, torch.randn(9, 2).double()) < 1e-12
 
@@ -364,22 +364,22 @@ def test_a_reader_without_bias_keeps_constants_but_not_zeros():
 def test_verify_names_the_first_layer_that_is_not_the_same(name):
     masked = network("lenet5", (1, 28, 28), **SMALL["lenet5"])
     chosen = prune_at_random(masked, 7)
-    compact = surgery.remove_dead(masked, chosen, torch.rand(1, 1, 28, 28))
+    compact = removal.remove_dead(masked, chosen, torch.rand(1, 1, 28, 28))
     batch = torch.randn(8, 1, 28, 28)
-    assert surgery.verify(masked, compact, batch, surgery.ROUNDING) <= surgery.ROUNDING
+    assert proof.verify(masked, compact, batch, proof.FLOAT32_TOLERANCE) <= proof.FLOAT32_TOLERANCE
     with torch.no_grad():  # the first output is protected, so it is heard all the way
         compact.model.get_submodule(name).bias[0] += 100.0
     with pytest.raises(PruningError, match=rf"layer {name} differs"):
-        surgery.verify(masked, compact, batch, surgery.ROUNDING)
+        proof.verify(masked, compact, batch, proof.FLOAT32_TOLERANCE)
 
 
 def test_verify_refuses_what_is_not_a_number():
     masked = network("lenet300", (1, 8, 8), **SMALL["lenet300"])
-    compact = surgery.remove_dead(masked, {}, torch.rand(1, 1, 8, 8))
+    compact = removal.remove_dead(masked, {}, torch.rand(1, 1, 8, 8))
     with torch.no_grad():
         compact.model.fc2.weight[0, 0] = torch.nan
     with pytest.raises(PruningError, match="is not the masked one"):
-        surgery.verify(masked, compact, torch.randn(4, 1, 8, 8), 1.0)
+        proof.verify(masked, compact, torch.randn(4, 1, 8, 8), 1.0)
 
 
 @pytest.mark.parametrize(("emptied", "dead"), [("fc1", "fc1"), ("fc2", "fc1"), ("fc3", "fc2")])
@@ -388,7 +388,7 @@ def test_a_layer_without_a_living_output_is_refused_by_name(emptied, dead):
     with torch.no_grad():
         model.get_submodule(emptied).weight.zero_()
     with pytest.raises(PruningError, match=rf"layer {dead} has no living output"):
-        surgery.remove_dead(model, {}, torch.rand(1, 1, 8, 8))
+        removal.remove_dead(model, {}, torch.rand(1, 1, 8, 8))
 
 
 class Residual(nn.Module):
@@ -415,7 +415,7 @@ class Branching(Residual):
 )
 def test_what_cannot_be_followed_is_named(model, named):
     with pytest.raises(PruningError, match=named):
-        surgery.remove_dead(model, {}, torch.rand(1, 4))
+        removal.remove_dead(model, {}, torch.rand(1, 4))
 
 
 def test_what_is_added_to_the_input_stays():
@@ -423,5 +423,5 @@ def test_what_is_added_to_the_input_stays():
     with torch.no_grad():
         model.inner.weight[1], model.inner.bias[1] = 0, 0
         model.outer.weight[:, 2] = 0
-    compact = surgery.remove_dead(model, {}, torch.rand(1, 4))
+    compact = removal.remove_dead(model, {}, torch.rand(1, 4))
     assert compact.model.inner.weight.shape == (4, 4)

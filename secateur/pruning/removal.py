@@ -29,9 +29,6 @@ from secateur.nn.layers import ChannelSelect
 from secateur.pruning.constants import Constants, Seen
 from secateur.sparsity.masks import Masks
 
-EXACT = 1e-9  # float64, relative to the largest output
-ROUNDING = 1e-4  # float32, relative to the largest output
-
 
 @dataclass(frozen=True)
 class Compact:
@@ -447,52 +444,3 @@ def _tensors(value: Any) -> list[Tensor]:
     if isinstance(value, Mapping):
         value = list(value.values())
     return [t for v in value for t in _tensors(v)] if isinstance(value, list | tuple) else []
-
-
-@torch.no_grad()
-def verify(masked: nn.Module, compact: Compact, batch: Tensor, tolerance: float) -> float:
-    """Run both on the same batch; gives the largest difference over the largest output.
-
-    Raises PruningError naming the first layer that differs by more than `tolerance`.
-    """
-    before, after = masked.eval()(batch), compact.model.eval()(batch)
-    worst = _difference(before, after)
-    if worst <= tolerance:
-        return worst
-    where, by = "the output", worst
-    full, small = _outputs(masked, batch[:8]), _outputs(compact.model, batch[:8])
-    for name, outputs in full.items():
-        axis = _axis(masked.get_parameter(f"{name}.weight")) % outputs.dim()
-        index = compact.kept.get(name)
-        same = outputs if index is None else outputs.index_select(axis, index.to(outputs.device))
-        other = small[name]
-        if name in compact.shift:
-            form = [-1 if k == axis else 1 for k in range(other.dim())]
-            other = other + compact.shift[name].reshape(form)
-        if not (found := _difference(same, other)) <= tolerance:
-            where, by = f"layer {name}", found
-            break
-    raise PruningError(
-        f"the compact network is not the masked one: {where} differs by {by:.2g} of its largest "
-        f"value (allowed: {tolerance:g}). Nothing was written; this is a bug of the removal"
-    )
-
-
-def _difference(before: Tensor, after: Tensor) -> float:
-    return float((before - after).abs().max()) / max(float(before.abs().max()), 1e-30)
-
-
-def _outputs(model: nn.Module, batch: Tensor) -> dict[str, Tensor]:
-    """Output of every layer by name, in the order in which they run."""
-    seen: dict[str, Tensor] = {}
-    hooks = [
-        m.register_forward_hook(lambda _m, _i, out, n=name: seen.update({n: out}))
-        for name, m in model.named_modules()
-        if isinstance(m, nn.Conv2d | nn.Linear)
-    ]
-    try:
-        model.eval()(batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return seen

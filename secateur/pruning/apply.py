@@ -1,0 +1,75 @@
+"""Apply a pruning decision: mask, remove, and prove that the compact network is the masked one."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from secateur.base.settings import Export
+from secateur.pruning import proof, removal
+from secateur.pruning.decision import PruningDecision
+from secateur.sparsity import masks
+from secateur.sparsity.masks import Masks
+
+
+@dataclass(frozen=True)
+class PrunedNetwork:
+    """A pruned network, and how far its outputs are from those of the masked one."""
+
+    model: nn.Module
+    masks: Masks
+    """Parameter name -> True where the entry stays; of what is left after the removal."""
+    differences: Mapping[str, float] = field(default_factory=dict)
+    """`difference_float64` and `difference_float32`: largest difference of the outputs over the
+    largest output. Empty if nothing was removed: the network then is the masked one."""
+
+    @property
+    def max_difference(self) -> float:
+        """The largest of the differences; 0 if nothing was removed."""
+        return max(self.differences.values(), default=0.0)
+
+
+def apply_decision(
+    model: nn.Module,
+    decision: PruningDecision,
+    images: Tensor,
+    *,
+    remove_dead: bool = True,
+    export: Export = "none",
+    requested: str = "this decision",
+) -> PrunedNetwork:
+    """The network as the decision leaves it, in eval mode; `model` itself is left alone.
+
+    Weights are set to zero by the decision's masks, and its channels are removed. With
+    `remove_dead`, so are the channels that are dead after that; `export` says what becomes of masks
+    made of groups of channels (see gconv/export.py). If anything may be removed, the compact
+    network is compared to the masked one on `images`, (N, C, H, W), in float64 and in float32.
+
+    Raises PruningError if a layer would be left empty (`requested` then names what the user asked
+    for), if the network cannot be traced, or if the two networks differ.
+    """
+    masks.refuse_empty(model, decision.masks, requested)
+    images = images.to(next(model.parameters()).device)
+    masked = copy.deepcopy(model).eval()
+    masks.apply(masked, decision.masks)
+    if not (remove_dead or decision.channels or export != "none"):
+        return PrunedNetwork(masked, decision.masks)
+    double = images.double()
+    compact = removal.compact(
+        copy.deepcopy(masked).double(),
+        decision.channels,
+        decision.masks,
+        double[:1],
+        remove_dead,
+        export,
+    )
+    masked = removal.mask(masked, decision.channels, images)
+    in_double = proof.verify(
+        copy.deepcopy(masked).double(), compact, double, proof.FLOAT64_TOLERANCE
+    )
+    compact = compact.to(torch.float32)
+    in_single = proof.verify(masked, compact, images, proof.FLOAT32_TOLERANCE)
+    differences = {"difference_float64": in_double, "difference_float32": in_single}
+    return PrunedNetwork(compact.model, compact.masks, differences)
