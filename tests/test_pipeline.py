@@ -208,7 +208,7 @@ def test_sensitivity_is_a_pipeline_of_its_own_whose_suggestion_the_main_one_take
     assert "l1" in project.dvc("repro", "prune")
     plots = project.dvc("plots", "show", "-o", "shown")
     page = (project.path / "shown/index.html").read_text()
-    assert "accuracy when one layer loses outputs" in page, plots
+    assert "accuracy after pruning outputs of one layer" in page, plots
 
 
 # -- MLflow ----------------------------------------------------------------------------------------
