@@ -68,16 +68,16 @@ def check(model, graph, selection, batch):
     assert proof.verify(masked, compact, batch, proof.FLOAT64_TOLERANCE) < 1e-9
     removed = {name: len(chosen) for name, chosen in selection.items()}
     for group in graph.groups:
-        for slot in group.slots:
-            if slot.parts == 1 and slot.kind != "index":
-                lost = slot.index[selection.get(group.name, torch.empty(0).long())].numel()
-                assert lost == removed.get(group.name, 0) * slot.index.shape[1]
+        for member in group.members:
+            if member.groups == 1 and member.kind != "index":
+                lost = member.index[selection.get(group.name, torch.empty(0).long())].numel()
+                assert lost == removed.get(group.name, 0) * member.index.shape[1]
     expected = {}
     for group in graph.groups:
-        for slot in group.slots:
-            if slot.kind == "out":
-                lost = removed.get(group.name, 0) * slot.index.shape[1]
-                expected[slot.tensor] = expected.get(slot.tensor, 0) + lost
+        for member in group.members:
+            if member.kind == "out":
+                lost = removed.get(group.name, 0) * member.index.shape[1]
+                expected[member.tensor] = expected.get(member.tensor, 0) + lost
     before, state = model.state_dict(), compact.model.state_dict()
     for name, lost in expected.items():
         assert len(state[name]) == len(before[name]) - lost
@@ -96,12 +96,12 @@ def weights_at_random(model, graph, seed):
     chance = torch.Generator().manual_seed(seed)
     chosen = {}
     for group in free(graph):
-        for slot in group.slots:
-            if slot.kind not in ("out", "in", "bias", "norm") or "kernel" in slot.tensor:
+        for member in group.members:
+            if member.kind not in ("out", "in", "bias", "norm") or "kernel" in member.tensor:
                 continue
-            tensor = model.get_parameter(slot.tensor)
-            mask = chosen.setdefault(slot.tensor, torch.ones(tensor.shape, dtype=torch.bool))
+            tensor = model.get_parameter(member.tensor)
+            mask = chosen.setdefault(member.tensor, torch.ones(tensor.shape, dtype=torch.bool))
             gone = (torch.rand(group.size, generator=chance) > 0.6).nonzero().flatten()
-            if slot.parts == 1:
-                mask.index_fill_(slot.axis, slot.index[gone].flatten(), False)
+            if member.groups == 1:
+                mask.index_fill_(member.axis, member.index[gone].flatten(), False)
     return chosen

@@ -445,7 +445,7 @@ def test_something_is_allowed_where_parts_must_be_balanced(make):
 def test_whole_groups_of_a_convolution_go_and_unequal_ones_are_refused():
     model, batch = build(grouped), images()
     graph = channels.build_channel_graph(model, batch)
-    group_of = {source: g.name for g in graph.groups for source in g.sources}
+    group_of = {source: g.name for g in graph.groups for source in g.producers}
     inner, outer = group_of["a.0"], group_of["b.0"]
     chosen = {inner: torch.tensor([3, 4, 5]), outer: torch.tensor([2, 3])}  # the second of four
     _, compact = check(model, graph, chosen, batch)
@@ -498,8 +498,8 @@ def test_what_was_masked_by_channels_is_found_dead(make):
 def test_a_silent_filter_of_a_sum_goes_only_with_all_others():
     model, batch = build(residual), images()
     graph = channels.build_channel_graph(model, batch)
-    stream = next(g for g in graph.groups if "stem.0" in g.sources)
-    assert stream.sources == ("stem.0", "a2.0")
+    stream = next(g for g in graph.groups if "stem.0" in g.producers)
+    assert stream.producers == ("stem.0", "a2.0")
     with torch.no_grad():  # stem says zero in channel 1, and a2 still says something
         for tensor in (model.stem[1].weight, model.stem[1].bias):
             tensor[1] = 0
@@ -600,12 +600,12 @@ def test_layers_of_the_sums_of_residual_networks(name, sums):
     def in_a_sum(source):
         return source == "conv1" or source.endswith((last, "downsample.0"))
 
-    found = [g for g in graph.groups if g.sources and in_a_sum(g.sources[0]) and not g.locked]
-    assert [len(group.sources) for group in found] == sums
+    found = [g for g in graph.groups if g.producers and in_a_sum(g.producers[0]) and not g.locked]
+    assert [len(group.producers) for group in found] == sums
     widths = [64, 128, 256, 512] if last == "conv2" else [64, 256, 512, 1024, 2048]
     assert [group.size for group in found] == widths
-    inner = [g for g in graph.groups if len(g.sources) == 1 and g.sources[0] != "conv1"]
-    assert all(len(g.readers) == 1 for g in inner if not g.locked)
+    inner = [g for g in graph.groups if len(g.producers) == 1 and g.producers[0] != "conv1"]
+    assert all(len(g.consumers) == 1 for g in inner if not g.locked)
     assert {g.name: g.locked for g in graph.groups if g.locked} == {
         "input": "an input of the network",
         "fc": "an output of the network",
@@ -632,11 +632,11 @@ def entries(model, group, number, kinds):
     """Entries of parameters that belong to one channel, as (name, place in the flat tensor)."""
     parameters = dict(model.named_parameters())
     found = set()
-    for slot in group.slots:
-        if slot.kind in kinds and slot.tensor in parameters:
-            places = torch.arange(parameters[slot.tensor].numel())
-            numbers = slot.entries(places.reshape(parameters[slot.tensor].shape))
-            found |= {(slot.tensor, place) for place in numbers[number].tolist()}
+    for member in group.members:
+        if member.kind in kinds and member.tensor in parameters:
+            places = torch.arange(parameters[member.tensor].numel())
+            numbers = member.entries(places.reshape(parameters[member.tensor].shape))
+            found |= {(member.tensor, place) for place in numbers[number].tolist()}
     return found
 
 
@@ -688,7 +688,7 @@ def test_what_falls_silent_with_a_channel_is_what_the_group_says(make, monkeypat
             assert not makes - already <= silent_entries(without(model, some), batch), place
 
 
-# ---- order, names, slots -----------------------------------------------------------------------
+# ---- order, names, members ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("make", SMALL)
@@ -698,9 +698,11 @@ def test_slots_of_all_groups_cover_every_tensor_once(make):
     seen = {}
     for group in graph.groups:
         assert len(group.ids) == group.size == len({*group.ids.tolist()})
-        for slot in group.slots:
-            assert slot.index.shape[0] == group.size
-            seen.setdefault((slot.tensor, slot.axis), []).extend(slot.index.flatten().tolist())
+        for member in group.members:
+            assert member.index.shape[0] == group.size
+            seen.setdefault((member.tensor, member.axis), []).extend(
+                member.index.flatten().tolist()
+            )
     inputs = {n: len(layer.inputs) for n, layer in graph.layers.items()}
     for (name, axis), found in seen.items():
         tensor = model.state_dict()[name]
@@ -715,16 +717,21 @@ def test_slots_of_all_groups_cover_every_tensor_once(make):
 def test_the_same_network_gives_the_same_groups():
     one, other = (channels.build_channel_graph(build(dense), images()) for _ in range(2))
     for a, b in zip(one.groups, other.groups, strict=True):
-        assert (a.name, a.size, a.sources, a.readers) == (b.name, b.size, b.sources, b.readers)
-        assert [s.tensor for s in a.slots] == [s.tensor for s in b.slots]
-        assert all(torch.equal(s.index, t.index) for s, t in zip(a.slots, b.slots, strict=True))
+        assert (a.name, a.size, a.producers, a.consumers) == (
+            b.name,
+            b.size,
+            b.producers,
+            b.consumers,
+        )
+        assert [s.tensor for s in a.members] == [s.tensor for s in b.members]
+        assert all(torch.equal(s.index, t.index) for s, t in zip(a.members, b.members, strict=True))
 
 
 def test_entries_of_a_slot_by_hand():
     model = build(viewed)
     graph = channels.build_channel_graph(model, images())
     group = free(graph)[0]
-    by_kind = {(slot.tensor, slot.kind): slot for slot in group.slots}
+    by_kind = {(member.tensor, member.kind): member for member in group.members}
     weight = model.fc.weight
     read = by_kind["fc.weight", "in"].entries(weight)
     assert torch.equal(read[1], weight[:, 4:8].T.flatten())
@@ -745,12 +752,12 @@ def test_take_by_hand():
 def test_channels_of_a_take_go_on_either_side():
     model, batch = build(taken), images()
     graph = channels.build_channel_graph(model, batch)
-    name = {source: g.name for g in graph.groups for source in g.sources}
+    name = {source: g.name for g in graph.groups for source in g.producers}
     chosen = {name["stem.0"]: torch.tensor([1]), name["b.0"]: torch.tensor([0, 2, 8])}
     _, compact = check(model, graph, chosen, batch)
     # 0 of the stem was at 2 and is not taken any more; 1 is gone, so zeros stand at 3
     assert compact.model.take.index.tolist() == [-1, -1, 1, 2, -1, -1]
-    assert not [g for g in graph.groups if g.locked and g.sources and g.name != "head.2"]
+    assert not [g for g in graph.groups if g.locked and g.producers and g.name != "head.2"]
 
 
 @pytest.mark.parametrize("make", [grouped, dense, convnext, multiplier, taken])

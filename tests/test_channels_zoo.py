@@ -138,8 +138,8 @@ def test_only_the_image_and_the_classes_are_locked(arch, chosen, shape):
 
 def streams(found, layer):
     """Sources of the group that a layer belongs to, and its size."""
-    group = next(g for g in found.groups if layer in g.sources)
-    return set(group.sources), group.size
+    group = next(g for g in found.groups if layer in g.producers)
+    return set(group.producers), group.size
 
 
 def test_streams_of_shortcut_a_are_one_group_for_each_stage():
@@ -151,7 +151,7 @@ def test_streams_of_shortcut_a_are_one_group_for_each_stage():
     assert streams(found, "layer2.1.conv2") == (sums[2] | {"layer2.0.shortcut.take"}, 32)
     assert streams(found, "layer3.1.conv2") == (sums[3] | {"layer3.0.shortcut.take"}, 64)
     inner = {f"layer{k}.{n}.conv1" for k in (1, 2, 3) for n in range(3)}
-    assert {g.name for g in free(found) if len(g.sources) == 1} == inner
+    assert {g.name for g in free(found) if len(g.producers) == 1} == inner
 
 
 def test_channels_on_both_sides_of_shortcut_a_go_by_themselves():
@@ -159,7 +159,7 @@ def test_channels_on_both_sides_of_shortcut_a_go_by_themselves():
     model, batch = graph("resnet_cifar", chosen, shape), pictures(shape)
     found = channels.build_channel_graph(model, batch)
     # 2 of the first stage is 10 of the second; 0 and 31 are beside zeros there, 9 beside channel 1
-    second = next(g.name for g in found.groups if "layer2.0.conv2" in g.sources)
+    second = next(g.name for g in found.groups if "layer2.0.conv2" in g.producers)
     selection = {"conv1": torch.tensor([2]), second: torch.tensor([0, 9, 31])}
     assert {n: i.tolist() for n, i in found.removable(selection).items()} == {
         "conv1": [2],
@@ -183,16 +183,16 @@ def test_entrances_of_pre_activation_blocks_are_channels_of_their_own():
     assert [g.size for g in entrances] == [16, 64, 64, 128, 128, 256, 256]
     for group in entrances[:-1]:
         block = group.name.removesuffix(".take")
-        assert group.sources == (group.name,)
-        assert group.readers == (f"{block}.conv1",)
+        assert group.producers == (group.name,)
+        assert group.consumers == (f"{block}.conv1",)
         norm = {"weight", "bias", "running_mean", "running_var"}
-        assert {slot.tensor for slot in group.slots} == {
+        assert {member.tensor for member in group.members} == {
             f"{block}.take.index",
             *(f"{block}.bn1.{kind}" for kind in norm),
             f"{block}.conv1.weight",
         }
-    sums = [g for g in free(found) if len(g.sources) > 1 or g.name == "conv1"]
-    assert not any("bn" in slot.tensor for group in sums for slot in group.slots)
+    sums = [g for g in free(found) if len(g.producers) > 1 or g.name == "conv1"]
+    assert not any("bn" in member.tensor for group in sums for member in group.members)
 
 
 @pytest.mark.parametrize(
@@ -210,7 +210,7 @@ def test_a_channel_that_goes_takes_its_entrances_along(arch, chosen):
     shape = (3, 8, 8)
     model, batch = graph(arch, chosen, shape), pictures(shape)
     found = channels.build_channel_graph(model, batch)
-    first = next(g for g in found.groups if "conv1" in g.sources)
+    first = next(g for g in found.groups if "conv1" in g.producers)
     selection = found.removable({first.name: torch.tensor([1, 3])})
     _, compact = check(model, found, selection, batch)
     for name, module in compact.model.named_modules():
@@ -314,7 +314,7 @@ def test_network_slimming_chooses_at_the_entrances_of_residual_blocks_with_union
     assert union.notes["scales"] == sum(
         m.num_features for m in model.modules() if isinstance(m, nn.BatchNorm2d)
     )
-    assert not any(len(g.sources) > 1 for g in found.groups if g.name in union.channels)
+    assert not any(len(g.producers) > 1 for g in found.groups if g.name in union.channels)
 
 
 def test_network_slimming_lets_every_layer_of_a_densenet_choose_what_it_reads():
@@ -338,7 +338,7 @@ def test_union_asks_the_shortcut_too():
     scales = 16 * 3 + 32 * 2 + 64 * 2
     options = network_slimming.Settings(ratio=(12 + 3) / scales, coupled="union")
     gone = network_slimming.prune(options, subject).channels
-    second = next(g.name for g in subject.graph.groups if "layer2.0.conv2" in g.sources)
+    second = next(g.name for g in subject.graph.groups if "layer2.0.conv2" in g.producers)
     found = {name: sorted(index.tolist()) for name, index in gone.items()}
     # 10 takes channel 2 of the first stage, of which both scales are small; 8, 9 and 11 do not
     assert found == {"conv1": [2], second: [*range(8), 10]}

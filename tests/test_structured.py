@@ -101,7 +101,7 @@ INNER = {
 @pytest.mark.parametrize("arch", INNER)
 def test_inner_scales_are_those_of_channels_that_one_layer_makes_and_all_read_scaled(arch):
     chosen, names = INNER[arch]
-    assert set(scales.in_scope(zoo(arch, **chosen), "skip")) == names
+    assert set(scales.prunable_norms(zoo(arch, **chosen), "skip")) == names
 
 
 class PreActivation(nn.Module):
@@ -121,7 +121,7 @@ class PreActivation(nn.Module):
 
 def test_channels_that_somebody_reads_unscaled_are_told():
     model = PreActivation().eval()
-    found = scales.find(model, build_channel_graph(model, torch.zeros(1, *SHAPE)).fx_graph)
+    found = scales.norm_scales(model, build_channel_graph(model, torch.zeros(1, *SHAPE)).fx_graph)
     assert {s.name: s.gates for s in found} == {"bn1": False, "bn2": True, "bn": True}
 
 

@@ -39,7 +39,7 @@ class SelectInfo:
     index: Tensor
     inputs: Tensor
     outputs: Tensor
-    own: bool
+    owns_channels: bool
     """Positions are channels of their own, which may be zero: a Take."""
 
 
@@ -52,7 +52,7 @@ class AxisEntry:
     kind: Kind
     ids: Tensor
     owner: str
-    parts: int = 1
+    groups: int = 1
 
 
 class UnionFind:
@@ -109,18 +109,18 @@ class GroupBuilder:
         return torch.arange(start, start + count)
 
     def _record(
-        self, held: NamedTensor, axis: int, kind: Kind, ids: Tensor, owner: str, parts: int = 1
+        self, held: NamedTensor, axis: int, kind: Kind, ids: Tensor, owner: str, groups: int = 1
     ) -> None:
         self._used.add(held.name)
         key = (held.name, axis)
-        if held.tensor.shape[axis] * (parts if axis == 1 else 1) != len(ids):
+        if held.tensor.shape[axis] * (groups if axis == 1 else 1) != len(ids):
             raise PruningError(
                 f"{held.name} has {held.tensor.shape[axis]} entries for {len(ids)} channels"
             )
         if key in self.records:
             self.meet(self.records[key].ids, ids)
         else:
-            self.records[key] = AxisEntry(held.name, axis, kind, ids, owner, parts)
+            self.records[key] = AxisEntry(held.name, axis, kind, ids, owner, groups)
 
     def fixed(self, count: int, reason: str) -> Tensor:
         """New ids, locked."""
@@ -171,7 +171,7 @@ class GroupBuilder:
             self.held[held.name] = (ids.reshape(held.tensor.shape), ZERO)
         return self.held[held.name][0]
 
-    def select(self, index: NamedTensor, into: Tensor, own: bool) -> Tensor:
+    def select(self, index: NamedTensor, into: Tensor, owns_channels: bool) -> Tensor:
         """New ids for the positions of a Take; otherwise the chosen ones go on."""
         self._used.add(index.name)
         numbers = index.tensor.detach().cpu()
@@ -179,13 +179,13 @@ class GroupBuilder:
             before = self.selects[index.name]
             self.meet(before.inputs, into)
             return before.outputs
-        if own:
+        if owns_channels:
             out = self._new(len(numbers))
         else:
             out = into[numbers]
             if index.name not in dict(self.model.named_buffers()):
                 self.lock(into, f"chosen by {index.name}, which is no buffer")
-        self.selects[index.name] = SelectInfo(numbers, into, out, own)
+        self.selects[index.name] = SelectInfo(numbers, into, out, owns_channels)
         self._record(index, 0, "index", out, index.name.removesuffix(".index"))
         return out
 

@@ -1,9 +1,9 @@
-"""Which channels live and die together, in any network that torch.fx can trace.
+"""The channel graph: which channels of a network can only be removed together.
 
-A channel is made by an output of one layer, or of several whose outputs are added up, and it is
-read by inputs of others; normalisations have entries for it on the way. All of these are its slots.
-Channels with the same kind of slots make a group. What is not understood is refused by name, and
-channels that cannot go without changing the others are locked, with the reason.
+A channel is produced by an output of one layer, or of several whose outputs are added, and it is
+consumed by inputs of others; normalisations have entries for it in between. All of these are its
+members. Channels with members in the same tensors form a group. An operation without a rule is
+refused by name, and channels whose removal would change others are locked, with the reason.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from secateur.base.errors import PruningError
 from secateur.channels.builder import GroupBuilder, LayerInfo, SelectInfo, UnionFind
-from secateur.channels.groups import ChannelGroup, sort
+from secateur.channels.groups import ChannelGroup, group_channels
 from secateur.channels.planner import ShapePlan, ShapePlanner
 from secateur.channels.propagation import Propagation, trace
 
@@ -47,7 +47,9 @@ class ChannelGraph:
         self.canonical: Tensor = self._found.canonical
         """The atom that stands for each atom's channel."""
         records, locks = list(self._found.records.values()), self._found.reasons
-        self.groups: tuple[ChannelGroup, ...] = tuple(sort(records, self.canonical, locks))
+        self.groups: tuple[ChannelGroup, ...] = tuple(
+            group_channels(records, self.canonical, locks)
+        )
         self._by_name = {group.name: group for group in self.groups}
         self.balances: tuple[BalanceConstraint, ...] = self._balances()
 
@@ -57,7 +59,7 @@ class ChannelGraph:
             raise PruningError(f"no group of channels is called '{name}'")
         return self._by_name[name]
 
-    def made_by(self) -> dict[str, Tensor]:
+    def output_ids(self) -> dict[str, Tensor]:
         """Roots of what each layer makes, and each index buffer, in the order of the network."""
         made = {name: self.canonical[layer.outputs] for name, layer in self.layers.items()}
         return made | {name: self.canonical[s.outputs] for name, s in self.selects.items()}
@@ -96,12 +98,12 @@ class ChannelGraph:
         """
         gone = self.ids_of(selection)
         lost = self._among(gone)
-        for name, roots in self.made_by().items():
+        for name, roots in self.output_ids().items():
             if bool(lost[roots].all()):
                 raise PruningError(f"layer {name} would be left without outputs; take away less")
-        book = ShapePlanner(self._found, gone)
-        Propagation(self.model, self.fx_graph, book, self._spread).run(self.shape)
-        return book.plan
+        visitor = ShapePlanner(self._found, gone)
+        Propagation(self.model, self.fx_graph, visitor, self._spread).run(self.shape)
+        return visitor.plan
 
     def removable(self, selection: Selection) -> dict[str, Tensor]:
         """A selection that can go: `balanced`, with what is left without any source.
@@ -113,7 +115,7 @@ class ChannelGraph:
         gone = self.ids_of(chosen)
         more = self._orphans(gone)
         lost, orphan = self._among(gone), self._among(more)
-        for roots in [self.canonical[s.outputs] for s in self.selects.values() if s.own]:
+        for roots in [self.canonical[s.outputs] for s in self.selects.values() if s.owns_channels]:
             left = roots[~lost[roots]]
             if len(left) and bool(orphan[left].all()):
                 orphan[left[0]] = False
@@ -137,7 +139,7 @@ class ChannelGraph:
         while True:
             alive, robbed = torch.zeros_like(lost), torch.zeros_like(lost)  # by what they take
             for select in self.selects.values():
-                if select.own:
+                if select.owns_channels:
                     ids = select.inputs[select.index]
                     known = (select.index >= 0) & (ids >= 0)
                     out, taken = self.canonical[select.outputs[known]], self.canonical[ids[known]]
@@ -171,7 +173,7 @@ class ChannelGraph:
     def _leave_one(self, selection: Selection) -> dict[str, Tensor]:
         """Keep the channel that matters least to the selection wherever all outputs would go."""
         gone = self._among(self.ids_of(selection))
-        emptied = [roots for roots in self.made_by().values() if bool(gone[roots].all())]
+        emptied = [roots for roots in self.output_ids().values() if bool(gone[roots].all())]
         if not emptied:
             return dict(selection)
         ranks = self._ranks(selection)

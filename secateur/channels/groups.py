@@ -1,4 +1,4 @@
-"""Channels sorted by what they have slots in."""
+"""Channel groups: channels with entries in the same tensors, and the positions of the entries."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,149 +11,166 @@ from secateur.channels.builder import AxisEntry, Kind
 
 @dataclass(frozen=True)
 class Member:
-    """Where the channels of a group stand in one tensor."""
+    """The entries that the channels of a group have along one axis of one tensor."""
 
     tensor: str
     """Name of the parameter or buffer."""
     axis: int
     index: Tensor
-    """int64, (channels, positions): entries along the axis, as many for each channel."""
+    """int64, (channels, entries): positions along the axis, equally many for each channel."""
     kind: Kind
-    parts: int = 1
-    """Groups of the convolution that reads; the index counts inputs over all of them."""
+    groups: int = 1
+    """Groups of the convolution whose inputs these are; `index` counts inputs over all groups."""
 
     def entries(self, tensor: Tensor) -> Tensor:
-        """What each channel has in the tensor of that name: (channels, entries)."""
-        rows = by_channel(tensor, self.axis, self.parts)
+        """Values of each channel in a tensor of this member's shape: (channels, values)."""
+        rows = by_channel(tensor, self.axis, self.groups)
         return rows[self.index.to(tensor.device)].flatten(1)
 
 
 @dataclass(frozen=True)
 class ChannelGroup:
-    """Channels with slots in the same tensors."""
+    """Channels with members in the same tensors."""
 
     name: str
-    """Of the first layer that makes them, with a number if that layer makes several groups."""
+    """The first layer that produces them, with a number if it produces several groups."""
     size: int
-    slots: tuple[Member, ...]
-    """In the order in which the network runs."""
-    sources: tuple[str, ...]
-    """Layers that make the channels; where they are several, their outputs are added up."""
-    readers: tuple[str, ...]
-    """Layers that read them."""
+    """Number of channels."""
+    members: tuple[Member, ...]
+    """In the order of execution."""
+    producers: tuple[str, ...]
+    """Layers whose outputs the channels are; outputs of several producers are added."""
+    consumers: tuple[str, ...]
+    """Layers whose inputs the channels are."""
     locked: str | None
-    """Why none of them can be taken away, or None."""
+    """Why none of the channels can be removed; None if they can."""
     ids: Tensor
-    """int64, (channels,): the atom that stands for each."""
+    """int64, (channels,): canonical ids."""
 
 
-def by_channel(tensor: Tensor, axis: int, parts: int = 1) -> Tensor:
-    """Entries along the axis first: (channels, entries). A view where that is possible.
+def by_channel(tensor: Tensor, axis: int, groups: int = 1) -> Tensor:
+    """The tensor with the axis first and all others flattened: (channels, values).
 
-    With `parts` the tensor is the weight of a convolution with so many groups and the axis its
-    inputs, counted over all groups.
+    A view where that is possible. With `groups` above 1 the tensor is the weight of a convolution
+    with that many groups and the axis is that of its inputs, counted over all groups.
     """
-    if parts > 1:
-        split = tensor.reshape(parts, -1, *tensor.shape[1:])  # part, output, input, kernel
-        return split.transpose(1, 2).reshape(parts * tensor.shape[1], -1)
+    if groups > 1:
+        split = tensor.reshape(groups, -1, *tensor.shape[1:])  # group, output, input, kernel
+        return split.transpose(1, 2).reshape(groups * tensor.shape[1], -1)
     return tensor.movedim(axis, 0).reshape(tensor.shape[axis], -1)
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where the channels of one axis stand."""
+class _AxisChannels:
+    """The channels along one axis, in ascending order of their canonical ids."""
 
-    mine: Tensor
-    """Their roots, ascending."""
-    at: Tensor
-    """Entries of the axis, those of the first root first."""
+    ids: Tensor
+    """Canonical ids, ascending, (channels,)."""
+    positions: Tensor
+    """Positions along the axis, those of the first channel first."""
     counts: Tensor
-    """How many entries each root has."""
+    """Number of positions of each channel, (channels,)."""
 
-    def by(self, kind: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Kind, its roots here, and their entries, (roots, entries of each)."""
+    def by_class(self, class_of: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """For each class found here: its number, (ids,), and their positions, (ids, positions)."""
         start = self.counts.cumsum(0) - self.counts
-        sorted_kinds, order = kind[self.mine].sort(stable=True)
-        kinds, sizes = sorted_kinds.unique_consecutive(return_counts=True)
-        ends = sizes.cumsum(0)
-        widths = self.counts[order[ends - 1]].tolist()
-        parts = zip(
-            self.mine[order].split(sizes.tolist()), start[order].split(sizes.tolist()), strict=True
-        )
-        for key, width, (mine, first) in zip(kinds.tolist(), widths, parts, strict=True):
+        classes, order = class_of[self.ids].sort(stable=True)
+        numbers, sizes = classes.unique_consecutive(return_counts=True)
+        widths = self.counts[order[sizes.cumsum(0) - 1]].tolist()
+        ids = self.ids[order].split(sizes.tolist())
+        firsts = start[order].split(sizes.tolist())
+        for number, width, own, first in zip(numbers.tolist(), widths, ids, firsts, strict=True):
             entries = first.unsqueeze(1)
-            yield key, mine, self.at[entries if width == 1 else entries + torch.arange(width)]
+            index = entries if width == 1 else entries + torch.arange(width)
+            yield number, own, self.positions[index]
 
 
-def sort(
-    records: Sequence[AxisEntry], roots: Tensor, locks: Mapping[int, str]
+def group_channels(
+    axes: Sequence[AxisEntry], canonical: Tensor, locks: Mapping[int, str]
 ) -> list[ChannelGroup]:
-    """Channels sorted by what they have slots in, and by why they are locked."""
-    kind = torch.zeros(len(roots), dtype=torch.int64)  # number of the group of each root
-    fresh = 1
+    """Channels with entries along the same axes, and locked for the same reason, form a group.
+
+    `canonical` has the canonical id of every id, (ids,); `locks` the reason by canonical id.
+    """
+    class_of, found = _classes(axes, canonical, locks)
+    members: dict[int, list[Member]] = {}
+    ids: dict[int, Tensor] = {}
+    owners: dict[int, list[tuple[str, Kind]]] = {}
+    orders: dict[int, Tensor | None] = {}  # by class: order of its channels, if not ascending
+    rows: dict[int, list[tuple[int, Tensor]]] = {}  # by axis: class, and positions in its order
+    for axis, channels in zip(axes, found, strict=True):
+        if id(channels) not in rows:
+            rows[id(channels)] = []
+            for number, own, index in channels.by_class(class_of):
+                if number not in ids:  # the first axis gives the order
+                    order = index[:, 0].argsort()
+                    ids[number] = own[order]
+                    ascending = torch.equal(order, torch.arange(len(order)))
+                    orders[number] = None if ascending else order
+                order_of = orders[number]
+                rows[id(channels)].append((number, index if order_of is None else index[order_of]))
+        for number, index in rows[id(channels)]:
+            member = Member(axis.tensor, axis.axis, index, axis.kind, axis.groups)
+            members.setdefault(number, []).append(member)
+            owners.setdefault(number, []).append((axis.owner, axis.kind))
+    return _named(members, ids, owners, locks)
+
+
+def _classes(
+    axes: Sequence[AxisEntry], canonical: Tensor, locks: Mapping[int, str]
+) -> tuple[Tensor, list[_AxisChannels]]:
+    """Class of each canonical id, (ids,), and the channels of each axis.
+
+    Classes begin with the reasons for locking, and each axis divides them by the number of its
+    entries (partition refinement).
+    """
+    class_of = torch.zeros(len(canonical), dtype=torch.int64)
     reasons = sorted(set(locks.values()))
-    for root, reason in locks.items():
-        kind[root] = fresh + reasons.index(reason)
-    fresh += len(reasons)
-    places: dict[bytes, _Place] = {}  # a norm's tensors and its neighbours often hold the same
-    found: list[_Place] = []
-    for record in records:
-        same = record.ids.numpy().tobytes()
-        if same not in places:
-            at = (record.ids >= 0).nonzero().flatten()
-            mine, inverse, counts = roots[record.ids[at]].unique(
+    for canonical_id, reason in locks.items():
+        class_of[canonical_id] = 1 + reasons.index(reason)
+    fresh = 1 + len(reasons)
+    known: dict[bytes, _AxisChannels] = {}  # the tensors of a norm often have equal axes
+    found: list[_AxisChannels] = []
+    for axis in axes:
+        content = axis.ids.numpy().tobytes()
+        if content not in known:
+            positions = (axis.ids >= 0).nonzero().flatten()
+            ids, inverse, counts = canonical[axis.ids[positions]].unique(
                 return_inverse=True, return_counts=True
             )
-            both = kind[mine] * (len(at) + 1) + counts
-            keys, numbers = both.unique(return_inverse=True)
-            kind[mine] = fresh + numbers
+            keys, numbers = (class_of[ids] * (len(positions) + 1) + counts).unique(
+                return_inverse=True
+            )
+            class_of[ids] = fresh + numbers
             fresh += len(keys)
-            places[same] = _Place(mine, at[inverse.argsort(stable=True)], counts)
-        found.append(places[same])
-    slots: dict[int, list[Member]] = {}
-    members: dict[int, Tensor] = {}
-    orders: dict[int, Tensor | None] = {}  # place of each member among the roots, if not its own
-    owners: dict[int, list[tuple[str, Kind]]] = {}
-    cells: dict[int, list[tuple[int, Tensor]]] = {}  # by place: kind, and entries in its order
-    for record, place in zip(records, found, strict=True):
-        if id(place) not in cells:
-            cells[id(place)] = here = []
-            for key, mine, index in place.by(kind):
-                if key not in members:
-                    order = index[:, 0].argsort()
-                    members[key] = mine[order]
-                    orders[key] = None if torch.equal(order, torch.arange(len(order))) else order
-                sorted_so = orders[key]
-                here.append((key, index if sorted_so is None else index[sorted_so]))
-        for key, index in cells[id(place)]:
-            slot = Member(record.tensor, record.axis, index, record.kind, record.parts)
-            slots.setdefault(key, []).append(slot)
-            owners.setdefault(key, []).append((record.owner, record.kind))
-    return _named(slots, members, owners, locks)
+            ordered = positions[inverse.argsort(stable=True)]
+            known[content] = _AxisChannels(ids, ordered, counts)
+        found.append(known[content])
+    return class_of, found
 
 
 def _named(
-    slots: Mapping[int, list[Member]],
-    members: Mapping[int, Tensor],
+    members: Mapping[int, list[Member]],
+    ids: Mapping[int, Tensor],
     owners: Mapping[int, list[tuple[str, Kind]]],
     locks: Mapping[int, str],
 ) -> list[ChannelGroup]:
     groups: list[ChannelGroup] = []
-    taken: dict[str, int] = {}
-    for number, held in slots.items():
-        sources = tuple(o for o, kind in owners[number] if kind in ("out", "index"))
-        readers = tuple(o for o, kind in owners[number] if kind == "in")
-        first = sources[0] if sources else "input"
-        taken[first] = taken.get(first, 0) + 1
+    used: dict[str, int] = {}  # name -> how many groups have it
+    for number, own in members.items():
+        producers = tuple(owner for owner, kind in owners[number] if kind in ("out", "index"))
+        consumers = tuple(owner for owner, kind in owners[number] if kind == "in")
+        first = producers[0] if producers else "input"
+        used[first] = used.get(first, 0) + 1
         groups.append(
             ChannelGroup(
-                name=first if taken[first] == 1 else f"{first}#{taken[first]}",
-                size=len(members[number]),
-                slots=tuple(held),
-                sources=sources,
-                readers=readers,
-                locked=locks.get(int(members[number][0])),
-                ids=members[number],
+                name=first if used[first] == 1 else f"{first}#{used[first]}",
+                size=len(ids[number]),
+                members=tuple(own),
+                producers=producers,
+                consumers=consumers,
+                locked=locks.get(int(ids[number][0])),
+                ids=ids[number],
             )
         )
     return groups

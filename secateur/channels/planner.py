@@ -138,7 +138,7 @@ class ShapePlanner:
         self._cut(held.name, axis, index)
         return ids.index_select(axis, index)
 
-    def select(self, index: NamedTensor, into: Tensor, own: bool) -> Tensor:
+    def select(self, index: NamedTensor, into: Tensor, owns_channels: bool) -> Tensor:
         """What stays of an index buffer, and the numbers that it now has to hold."""
         known = self.found.selects[index.name]
         matched = self._match(index.name, known.inputs, into)

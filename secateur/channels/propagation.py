@@ -1,9 +1,9 @@
-"""Walks through a network and tells for every entry of every tensor which channel it belongs to.
+"""Propagates channel ids through a network: the id of every entry of every tensor.
 
-Channels are numbered; a number is called an atom. A layer with weights makes new ids, one for
-each of its outputs. Whatever moves entries about (views, permutations, concatenations, padding)
-moves the numbers in the same way. Everything else is told to a `Book`: who reads which ids, which
-ids meet in a sum, and which cannot be taken away because an operation mixes them.
+A layer with weights makes new ids, one for each of its outputs. Operations that move entries
+(views, permutations, concatenations, padding) move their ids alike. Everything else is reported to
+a `Visitor`: which layer reads which ids, which ids are added, and which cannot be removed because
+an operation mixes them.
 """
 
 import operator
@@ -142,8 +142,8 @@ class Visitor(Protocol):
     def parameter(self, held: NamedTensor) -> Tensor:
         """Atoms of a tensor that is added or multiplied, one for every entry."""
 
-    def select(self, index: NamedTensor, into: Tensor, own: bool) -> Tensor:
-        """Channels by number; with `own` the positions are ids of their own."""
+    def select(self, index: NamedTensor, into: Tensor, owns_channels: bool) -> Tensor:
+        """Channels by number; with `owns_channels` the positions are ids of their own."""
 
     def meet(self, a: Tensor, b: Tensor) -> None:
         """Entries of two tensors are added or multiplied."""
@@ -195,10 +195,10 @@ class Propagation:
         self,
         model: nn.Module,
         fx_graph: fx.Graph,
-        book: Visitor,
+        visitor: Visitor,
         spread: dict[str, tuple[bool, bool]] | None = None,
     ) -> None:
-        self.model, self.fx_graph, self.book = model, fx_graph, book
+        self.model, self.fx_graph, self.visitor = model, fx_graph, visitor
         self.spread = {} if spread is None else spread
         """Operation -> whether its first and its second operand meet all channels of the other;
         once a single channel is left, that can no longer be seen."""
@@ -240,7 +240,7 @@ class Propagation:
         ):  # of what a split gave
             return args[0][args[1]]
         if not any(isinstance(v, ChannelIds | NamedTensor) for v in followed):
-            return _known(_plain(node, args, kwargs), self.book)
+            return _known(_plain(node, args, kwargs), self.visitor)
         name, module_name = str(node.target), "torch"
         if callable(node.target):
             name = getattr(node.target, "__name__", name)
@@ -254,7 +254,7 @@ class Propagation:
             return args[0]
         if any(n.op == "placeholder" and n is not node and not n.args for n in self.fx_graph.nodes):
             raise PruningError("the network has more than one input")
-        ids = self.book.fixed(shape[0], "an input of the network")
+        ids = self.visitor.fixed(shape[0], "an input of the network")
         return ChannelIds.along(1, ids, (BATCH, *shape))
 
     def _attribute(self, name: str) -> Any:
@@ -270,12 +270,12 @@ class Propagation:
 
     def _lock(self, value: Any, reason: str) -> Any:
         if isinstance(value, ChannelIds):
-            self.book.lock(value.ids.flatten(), reason)
+            self.visitor.lock(value.ids.flatten(), reason)
         return value
 
     def _opaque(self, shape: Sequence[int], reason: str) -> ChannelIds:
         """A tensor in which channels are no longer told apart."""
-        atom = self.book.fixed(1, reason)
+        atom = self.visitor.fixed(1, reason)
         return ChannelIds(atom.reshape([1] * len(shape)), tuple(shape))
 
     # ---- modules -----------------------------------------------------------------------------
@@ -294,7 +294,7 @@ class Propagation:
         if isinstance(module, nn.Linear):
             return self._linear(x, own["weight"], own.get("bias"))
         if isinstance(module, ChannelSelect):
-            ids = self.book.select(own["index"], x.line(1), own=True)
+            ids = self.visitor.select(own["index"], x.line(1), owns_channels=True)
             return ChannelIds.along(1, ids, (x.shape[0], len(ids), *x.shape[2:]))
         if isinstance(module, BATCH_NORMS):
             return self._batch_norm(x, *(own.get(k) for k in _NORM_TENSORS))
@@ -327,7 +327,7 @@ class Propagation:
         if groups > 1 and not isinstance(owner, nn.Conv2d):
             self._lock(x, f"read by {name}, whose groups stand in the code")
         into = x.line(1)
-        out = self.book.layer(name, weight, bias, into, groups)
+        out = self.visitor.layer(name, weight, bias, into, groups)
         kernel = weight.tensor.shape[2:]
         side = [
             _side(size, kernel[k], _each(stride, k), _each(padding, k), _each(dilation, k))
@@ -339,14 +339,14 @@ class Propagation:
         self, x: ChannelIds, weight: NamedTensor, bias: NamedTensor | None = None
     ) -> ChannelIds:
         name = weight.name.removesuffix(".weight")
-        out = self.book.layer(name, weight, bias, x.line(-1), 1)
+        out = self.visitor.layer(name, weight, bias, x.line(-1), 1)
         return ChannelIds.along(len(x.shape) - 1, out, (*x.shape[:-1], len(out)))
 
     def _batch_norm(self, x: ChannelIds, *tensors: NamedTensor | None) -> ChannelIds:
         weight, bias, *statistics = tensors
         into = x.line(1)
-        self.book.norm([h for h in (weight, bias) if h], "norm", into)
-        self.book.norm([h for h in statistics if h], "statistic", into)
+        self.visitor.norm([h for h in (weight, bias) if h], "norm", into)
+        self.visitor.norm([h for h in statistics if h], "statistic", into)
         return x
 
     def _layer_norm(
@@ -360,7 +360,7 @@ class Propagation:
             where = f" by {weight.name.removesuffix('.weight')}" if weight else ""
             self._lock(x, f"normalised together with all channels{where} (LayerNorm)")
         if len(shape) == 1:
-            self.book.norm([h for h in (weight, bias) if h], "norm", x.line(-1))
+            self.visitor.norm([h for h in (weight, bias) if h], "norm", x.line(-1))
         return x
 
     def _group_norm(
@@ -373,12 +373,12 @@ class Propagation:
         name = weight.name.removesuffix(".weight") if weight else ""
         if groups != x.shape[1] or not isinstance(self.modules.get(name), nn.GroupNorm):
             self._lock(x, f"normalised together with other channels by {name or 'GroupNorm'}")
-        self.book.norm([h for h in (weight, bias) if h], "norm", x.line(1))
+        self.visitor.norm([h for h in (weight, bias) if h], "norm", x.line(1))
         return x
 
     def _prelu(self, x: ChannelIds, weight: NamedTensor) -> ChannelIds:
         if weight.tensor.numel() > 1:
-            self.book.norm([weight], "scale", x.line(1))
+            self.visitor.norm([weight], "scale", x.line(1))
         return x
 
     def _pool(self, x: ChannelIds, pool: Callable[..., Any]) -> ChannelIds:
@@ -434,7 +434,7 @@ class Propagation:
         return weighted[name](*args, **kwargs)
 
     def _elements(self, held: NamedTensor) -> ChannelIds:
-        return ChannelIds.of(self.book.parameter(held))
+        return ChannelIds.of(self.visitor.parameter(held))
 
     def _binary(self, node: str, a: Any, b: Any) -> Any:
         sides = [self._elements(v) if isinstance(v, NamedTensor) and v.tensor.numel() > 1 else v
@@ -454,7 +454,7 @@ class Propagation:
         spread = self.spread.setdefault(node, (first, second))
         for wide, ids in zip(spread, (x, y), strict=True):
             if wide:
-                self.book.lock(ids.flatten(), "meets every channel of another tensor at once")
+                self.visitor.lock(ids.flatten(), "meets every channel of another tensor at once")
         if all(spread):
             return self._opaque(shape, "an outer product of channels")
         if any(spread):
@@ -462,7 +462,7 @@ class Propagation:
         if x.numel() > y.numel():  # a parameter with an entry for every position, perhaps
             x, y = y, x
         x, y = torch.broadcast_tensors(x, y)
-        self.book.meet(x.flatten(), y.flatten())
+        self.visitor.meet(x.flatten(), y.flatten())
         return ChannelIds(ChannelIds.of(torch.where(x >= 0, x, y)).ids, tuple(shape))
 
     def _cat(self, tensors: Sequence[Any], dim: int = 0, axis: int | None = None) -> ChannelIds:
@@ -553,7 +553,7 @@ class Propagation:
             self._lock(x, f"{node} views them in a shape that stands in the code")
         elif fixed:
             parts = out.ids.movedim(fixed, tuple(range(len(fixed))))
-            self.book.balance(node, list(parts.flatten(0, len(fixed) - 1).flatten(1)))
+            self.visitor.balance(node, list(parts.flatten(0, len(fixed) - 1).flatten(1)))
         return out
 
     def _op_view(self, node: str, x: ChannelIds, *shape: Any) -> ChannelIds:
@@ -604,13 +604,13 @@ class Propagation:
     def _op_chunk(self, node: str, x: ChannelIds, chunks: int, dim: int = 0) -> list[ChannelIds]:
         parts = x.full().chunk(chunks, dim)
         if x.varies(dim):
-            self.book.balance(node, [ChannelIds.of(p).ids.flatten() for p in parts])
+            self.visitor.balance(node, [ChannelIds.of(p).ids.flatten() for p in parts])
         return [ChannelIds.of(p) for p in parts]
 
     def _op_split(self, node: str, x: ChannelIds, size: Any, dim: int = 0) -> list[ChannelIds]:
         parts = x.full().split(size, dim)
         if x.varies(dim) and isinstance(size, TracedSize):
-            self.book.balance(node, [ChannelIds.of(p).ids.flatten() for p in parts])
+            self.visitor.balance(node, [ChannelIds.of(p).ids.flatten() for p in parts])
         elif x.varies(dim):
             self._lock(x, f"{node} splits them where the code says")
         return [ChannelIds.of(p) for p in parts]
@@ -639,7 +639,7 @@ class Propagation:
 
     def _index(self, x: ChannelIds, dim: int, index: Any) -> ChannelIds:
         if isinstance(index, NamedTensor) and (x.varies(dim) or x.shape[dim] == 1):
-            ids = self.book.select(index, x.line(dim), own=False)
+            ids = self.visitor.select(index, x.line(dim), owns_channels=False)
             shape = [len(ids) if k == dim else s for k, s in enumerate(x.shape)]
             return ChannelIds.along(dim, ids, shape)
         self._lock(x, "chosen by numbers that stand in the code")
@@ -691,13 +691,13 @@ def _plain(node: fx.Node, args: Any, kwargs: Any) -> Any:
     return node.target(*args, **kwargs)
 
 
-def _known(value: Any, book: Visitor) -> Any:
+def _known(value: Any, visitor: Visitor) -> Any:
     """Tensors that the code makes itself: zeros, or something that stays as it is."""
     if not isinstance(value, Tensor) or value.dim() == 0:
         return value
     if not bool(value.any()):
         return ChannelIds(torch.full([1] * value.dim(), ZERO), tuple(value.shape))
-    atom = book.fixed(1, "made by the code")
+    atom = visitor.fixed(1, "made by the code")
     return ChannelIds(atom.reshape([1] * value.dim()), tuple(value.shape))
 
 

@@ -28,13 +28,13 @@ _SIZES = frozenset({"size", "dim", "getattr"})
 
 
 @dataclass(frozen=True)
-class Scale:
+class NormScale:
     """The scales of one batch normalisation."""
 
     name: str
     """Of the normalisation."""
-    inner: bool
-    """Its region has no sum: every channel is made by one layer."""
+    coupled: bool
+    """Its region has a sum or a product: a channel can have several producers."""
     gates: bool
     """Nobody in its region reads a channel that no norm has scaled."""
 
@@ -44,7 +44,7 @@ class Scale:
         return f"{self.name}.weight"
 
 
-def in_scope(model: nn.Module, coupled: Coupled) -> dict[str, Norm]:
+def prunable_norms(model: nn.Module, coupled: Coupled) -> dict[str, Norm]:
     """Those whose channels one layer makes and nobody reads unscaled, or all of them.
 
     Raises PruningError if the network cannot be followed; `include` does not need to.
@@ -52,20 +52,21 @@ def in_scope(model: nn.Module, coupled: Coupled) -> dict[str, Norm]:
     norms = scaled_norms(model)
     if coupled == "include":
         return norms
-    inner = {scale.name for scale in find(model, trace(model)) if scale.inner and scale.gates}
+    scales = norm_scales(model, trace(model))
+    inner = {scale.name for scale in scales if scale.gates and not scale.coupled}
     return {name: norm for name, norm in norms.items() if name in inner}
 
 
-def find(model: nn.Module, fx_graph: fx.Graph) -> list[Scale]:
+def norm_scales(model: nn.Module, fx_graph: fx.Graph) -> list[NormScale]:
     """All batch normalisations with scales, in the order of the network; `graph` is its trace."""
     modules = dict(model.named_modules())
-    found: list[Scale] = []
+    found: list[NormScale] = []
     for region in _regions(fx_graph, modules):
         norms = [n for n in region if isinstance(_module(n, modules), Norm)]
-        inner = not any(_merges(node) for node in region)
+        coupled = any(_merges(node) for node in region)
         gates = not any(_read_raw(node, region, modules) for node in region)
         found += [
-            Scale(str(norm.target), inner, gates or _alone_behind_take(norm, modules))
+            NormScale(str(norm.target), coupled, gates or _alone_behind_take(norm, modules))
             for norm in norms
             if modules[str(norm.target)].affine
         ]
@@ -73,20 +74,20 @@ def find(model: nn.Module, fx_graph: fx.Graph) -> list[Scale]:
     return sorted(found, key=lambda scale: order[scale.name])
 
 
-def by_root(model: nn.Module, graph: ChannelGraph, scales: list[Scale]) -> "Entries":
+def flat_scales(model: nn.Module, graph: ChannelGraph, scales: list[NormScale]) -> "FlatScales":
     """The scales as one list, each with its channel."""
     owner: dict[str, Tensor] = {}
     wanted = {scale.weight for scale in scales}
     for group in graph.groups:
-        for slot in group.slots:
-            if slot.tensor in wanted:
-                size = model.get_parameter(slot.tensor).numel()
-                roots = owner.setdefault(slot.tensor, torch.full((size,), -1))
-                roots[slot.index] = group.ids.unsqueeze(1).expand(slot.index.shape)
+        for member in group.members:
+            if member.tensor in wanted:
+                size = model.get_parameter(member.tensor).numel()
+                roots = owner.setdefault(member.tensor, torch.full((size,), -1))
+                roots[member.index] = group.ids.unsqueeze(1).expand(member.index.shape)
     names = [scale.weight for scale in scales if scale.weight in owner]
     values = [model.get_parameter(name).detach().abs().cpu() for name in names]
     empty = torch.empty(0)
-    return Entries(
+    return FlatScales(
         names=names,
         sizes=[len(value) for value in values],
         values=torch.cat([empty, *values]),
@@ -95,7 +96,7 @@ def by_root(model: nn.Module, graph: ChannelGraph, scales: list[Scale]) -> "Entr
 
 
 @dataclass(frozen=True)
-class Entries:
+class FlatScales:
     """Scales of several normalisations, one after the other."""
 
     names: list[str]
@@ -106,7 +107,7 @@ class Entries:
     ids: Tensor
     """int64: channel of each, -1 if it has none."""
 
-    def largest(self, count: int) -> Tensor:
+    def largest_by_channel(self, count: int) -> Tensor:
         """By root, of so many: the largest of its scales, NaN for a channel without any."""
         best = torch.full((count,), float("-inf"), dtype=self.values.dtype)
         known = self.ids >= 0
@@ -146,7 +147,7 @@ def _alone_behind_take(norm: fx.Node, modules: dict[str, nn.Module]) -> bool:
     return isinstance(_module(taken, modules), ChannelSelect) and len(taken.users) == 1
 
 
-def brought(graph: ChannelGraph, best: Tensor) -> Tensor:
+def with_selected_scales(graph: ChannelGraph, best: Tensor) -> Tensor:
     """By root: `best`, or that of what a `Take` adds to the sum that makes the channel, if larger.
 
     NaN if that is a channel without a scale.
@@ -157,7 +158,7 @@ def brought(graph: ChannelGraph, best: Tensor) -> Tensor:
             made[graph.canonical[layer.outputs]] = True
     best = best.clone()
     for select in graph.selects.values():
-        real = select.own & (select.index >= 0) & made[graph.canonical[select.outputs]]
+        real = select.owns_channels & (select.index >= 0) & made[graph.canonical[select.outputs]]
         out = graph.canonical[select.outputs[real]]
         taken = graph.canonical[select.inputs[select.index[real]]]
         best[out] = torch.maximum(best[out], best[taken])

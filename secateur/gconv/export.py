@@ -200,11 +200,13 @@ class _Orders:
 def _fixed(graph: ChannelGraph) -> set[str]:
     """Groups of channels whose order matters to something else than the layers' weights."""
     fixed = {g.name for g in graph.groups if g.locked is not None}
-    fixed |= {g.name for g in graph.groups if any(slot.parts > 1 for slot in g.slots)}
+    fixed |= {g.name for g in graph.groups if any(member.groups > 1 for member in g.members)}
     fixed |= {name for b in graph.balances for part in b.parts for name, _ in part}
     for select in graph.selects.values():
         roots = graph.canonical[select.inputs[select.inputs >= 0]]
-        if select.own and len(roots.unique()) < len(roots):  # where a number leads is not told
+        if select.owns_channels and len(roots.unique()) < len(
+            roots
+        ):  # where a number leads is not told
             fixed |= {g.name for g in graph.groups if bool(torch.isin(g.ids, roots).any())}
     return fixed
 
@@ -216,23 +218,23 @@ def _reorder(
     """Put channels into these orders, in place; gives the new order of the layers' outputs."""
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     owner = {layer.weight: name for name, layer in graph.layers.items()}
-    shared = {name for name, select in graph.selects.items() if not select.own}
+    shared = {name for name, select in graph.selects.items() if not select.owns_channels}
     kept: dict[str, Tensor] = {}
     for group_name, order in orders.items():
         group = graph.group(group_name)
-        for slot in group.slots:
-            if slot.tensor in shared:  # it passes on what stands in its places
+        for member in group.members:
+            if member.tensor in shared:  # it passes on what stands in its places
                 continue
-            there, here = slot.index.flatten(), slot.index[order].flatten()
-            _move(tensors[slot.tensor], slot.axis, there, here)
-            if slot.tensor in masks:
-                _move(masks[slot.tensor], slot.axis, there, here)
-            if slot.kind == "out" and slot.tensor in owner:
-                outputs = len(tensors[slot.tensor])
-                now = kept.setdefault(owner[slot.tensor], torch.arange(outputs))
+            there, here = member.index.flatten(), member.index[order].flatten()
+            _move(tensors[member.tensor], member.axis, there, here)
+            if member.tensor in masks:
+                _move(masks[member.tensor], member.axis, there, here)
+            if member.kind == "out" and member.tensor in owner:
+                outputs = len(tensors[member.tensor])
+                now = kept.setdefault(owner[member.tensor], torch.arange(outputs))
                 _move(now, 0, there, here)
         for name, select in graph.selects.items():
-            if select.own:
+            if select.owns_channels:
                 _readdress(tensors[name], graph.canonical[select.inputs], group, order)
     for module in model.modules():
         if isinstance(module, ChannelSelect):

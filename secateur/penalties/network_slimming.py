@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from secateur.base.errors import SettingsError
 from secateur.base.settings import Strict
-from secateur.channels.scales import Coupled, in_scope
+from secateur.channels.scales import Coupled, prunable_norms
 from secateur.penalties._formula import NormPenalty, lasso
 from secateur.training.penalty import Penalty
 
@@ -26,7 +26,7 @@ def build(settings: Settings, model: nn.Module, decay: float) -> Penalty:
 
     Raises SettingsError if there are none, PruningError if the network cannot be followed (inner).
     """
-    norms = in_scope(model, settings.coupled)
+    norms = prunable_norms(model, settings.coupled)
     if not norms:
         raise SettingsError(
             f"params.yaml: penalties.network_slimming.coupled = {settings.coupled!r}: this network has "

@@ -57,12 +57,12 @@ class _Slimming:
         self.settings, self.graph = settings, subject.graph
         count = len(self.graph.canonical)
         union = settings.coupled == "union"
-        every = scales.find(subject.model, self.graph.fx_graph)
-        judges = [scale for scale in every if scale.gates and (scale.inner or union)]
-        entries = scales.by_root(subject.model, self.graph, judges)
+        every = scales.norm_scales(subject.model, self.graph.fx_graph)
+        judges = [scale for scale in every if scale.gates and (union or not scale.coupled)]
+        entries = scales.flat_scales(subject.model, self.graph, judges)
         others = [scale for scale in every if scale not in judges]
-        veto = scales.by_root(subject.model, self.graph, others).largest(count)
-        self.score = scales.brought(self.graph, entries.largest(count))
+        veto = scales.flat_scales(subject.model, self.graph, others).largest_by_channel(count)
+        self.score = scales.with_selected_scales(self.graph, entries.largest_by_channel(count))
         """By root; NaN where no scale decides."""
         self.free = ~self.score.isnan() & veto.isnan() & self._movable(count, union)
         known = entries.ids.clamp_min(0)
@@ -79,7 +79,7 @@ class _Slimming:
         movable = torch.zeros(count, dtype=torch.bool)
         depthwise = {n for n, layer in self.graph.layers.items() if layer.depthwise()}
         for group in self.graph.groups:
-            makers = set(group.sources) - depthwise
+            makers = set(group.producers) - depthwise
             if group.locked is None and (union or len(makers) == 1):
                 movable[group.ids] = True
         return movable
@@ -114,7 +114,7 @@ class _Slimming:
         gone = gone.clone()
         while True:
             before = int(gone.sum())
-            for roots in self.graph.made_by().values():
+            for roots in self.graph.output_ids().values():
                 mine = roots.unique()
                 floor_ = max(1, ceil(least * len(mine)))
                 gone[mine] = spare(gone[mine], self.score[mine], floor_, self.settings.round_to)

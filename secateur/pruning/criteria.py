@@ -123,8 +123,10 @@ def _bn_scale(
     subject: PruningContext, weights: Mapping[str, Tensor], granularity: Granularity
 ) -> dict[str, Tensor]:
     graph = subject.graph
-    every = scales.find(subject.model, graph.fx_graph)
-    largest = scales.by_root(subject.model, graph, every).largest(len(graph.canonical))
+    every = scales.norm_scales(subject.model, graph.fx_graph)
+    largest = scales.flat_scales(subject.model, graph, every).largest_by_channel(
+        len(graph.canonical)
+    )
     found = {}
     for name, weight in weights.items():
         layer = graph.layers[name.removesuffix(".weight")]

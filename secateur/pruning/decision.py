@@ -79,7 +79,7 @@ def decision_from_choices(subject: PruningContext, choices: Choices) -> PruningD
                 stays = ~by_layer[name].flatten().cpu()
             left[side].index_add_(0, graph.canonical[ids[ids >= 0]], stays[ids >= 0].float())
     for select in graph.selects.values():  # what a shortcut brings was not chosen either
-        if select.own:
+        if select.owns_channels:
             left["outputs"][graph.canonical[select.outputs]] += 1
     free = torch.zeros(count, dtype=torch.bool)
     for group in graph.groups:
@@ -114,7 +114,7 @@ def unprunable_layers(graph: ChannelGraph, granularity: Granularity) -> dict[str
         if not layer.depthwise():
             makers[graph.canonical[layer.outputs].unique()] += 1
     for select in graph.selects.values():
-        if select.own:
+        if select.owns_channels:
             makers[graph.canonical[select.outputs]] += 1
     locks: dict[int, str] = {}
     for group in graph.groups:

@@ -1,6 +1,6 @@
 """Channels out of a network, with proof that what is left computes the same.
 
-A channel that was decided upon goes with all its slots: the network without it computes what the
+A channel that was decided upon goes with all its members: the network without it computes what the
 network with zeros in all of them computes. A channel that nobody decided upon goes if it is dead:
 nobody reads it (all weights that read it are zero), or what is read of it is the same for every
 input. What such a constant gives to a layer is added to that layer's bias, or taken off the running
@@ -114,7 +114,7 @@ def compact(
 def mask(
     model: nn.Module, selection: Selection, example: Tensor, graph: ChannelGraph | None = None
 ) -> nn.Module:
-    """A copy of the network with zeros in all slots of the selected channels."""
+    """A copy of the network with zeros in all members of the selected channels."""
     masked = copy.deepcopy(model)
     silence(masked, selection, graph or build_channel_graph(masked, example))
     return masked
@@ -122,18 +122,18 @@ def mask(
 
 @torch.no_grad()
 def silence(model: nn.Module, selection: Selection, graph: ChannelGraph) -> None:
-    """Zeros in all slots of the selected channels, in place; `network` is the model's."""
+    """Zeros in all members of the selected channels, in place; `network` is the model's."""
     gone = torch.zeros(len(graph.canonical), dtype=torch.bool)
     gone[graph.ids_of(selection)] = True
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     for name, chosen in selection.items():
-        for slot in graph.group(name).slots:
-            if slot.kind not in ("statistic", "index"):
-                tensor = tensors[slot.tensor]
-                entries = slot.index[chosen.cpu()].flatten().to(tensor.device)
-                _set_zero(tensor, slot.axis, slot.parts, entries)
+        for member in graph.group(name).members:
+            if member.kind not in ("statistic", "index"):
+                tensor = tensors[member.tensor]
+                entries = member.index[chosen.cpu()].flatten().to(tensor.device)
+                _set_zero(tensor, member.axis, member.groups, entries)
     for name, select in graph.selects.items():
-        if select.own:
+        if select.owns_channels:
             taken = graph.canonical[select.inputs[select.index]]
             lost = gone[taken] | gone[graph.canonical[select.outputs]]
             layer = model.get_submodule(name.removesuffix(".index"))
@@ -243,7 +243,11 @@ class _Dead:
             self._layer(name, found.inputs[name])
             for name, layer in graph.layers.items()
             if not layer.depthwise()
-        ] + [self._take(name, found.inputs[name]) for name, s in graph.selects.items() if s.own]
+        ] + [
+            self._take(name, found.inputs[name])
+            for name, s in graph.selects.items()
+            if s.owns_channels
+        ]
         self.asked = torch.zeros(len(graph.canonical) + 1, dtype=torch.int64)
         """By root: how many readers there are to ask."""
         for reader in self.readers:
@@ -282,7 +286,7 @@ class _Dead:
                     )
             if not (layer := self._emptied(gone)):
                 return gone
-            candidates[self.graph.made_by()[layer][0]] = False
+            candidates[self.graph.output_ids()[layer][0]] = False
 
     def _sweep(self, candidates: Tensor, gone: Tensor) -> Tensor:
         """One more round: nobody who is not gone himself reads what goes, unless harmlessly.
@@ -300,7 +304,7 @@ class _Dead:
         return ~hurt
 
     def _emptied(self, gone: Tensor) -> str | None:
-        outputs = self.graph.made_by().items()
+        outputs = self.graph.output_ids().items()
         return next((name for name, rows in outputs if bool(gone[rows].all())), None)
 
     def _roots(self, ids: Tensor) -> Tensor:

@@ -131,8 +131,8 @@ class Bench:
         return counts.tolist()
 
     def changed(self, channels: Selection) -> set[str]:
-        """Tensors that have slots of these channels."""
-        return {slot.tensor for name in channels for slot in self.graph.group(name).slots}
+        """Tensors that have members of these channels."""
+        return {member.tensor for name in channels for member in self.graph.group(name).members}
 
     def _later(self, channels: Selection) -> list[fx.Node]:
         """What these channels change, in order; the last gives the logits."""
@@ -148,14 +148,16 @@ class Bench:
 
 
 class _Silent:
-    """Zeros in the slots of some channels for a while."""
+    """Zeros in the members of some channels for a while."""
 
     def __init__(self, bench: Bench, channels: Selection) -> None:
         self.bench, self.channels = bench, channels
 
     def __enter__(self) -> None:
         selects = self.bench.graph.selects.items()
-        names = self.bench.changed(self.channels) | {n for n, select in selects if select.own}
+        names = self.bench.changed(self.channels) | {
+            n for n, select in selects if select.owns_channels
+        }
         self.before = {name: self.bench.tensors[name].detach().clone() for name in names}
         silence(self.bench.model, self.channels, self.bench.graph)
 

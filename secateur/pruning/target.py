@@ -85,15 +85,15 @@ class Left:
         """Which entries of parameters the channels leave: bool, broadcastable."""
         kept: dict[str, Tensor] = {}
         for name, chosen in decision.channels.items():
-            for slot in self.subject.graph.group(name).slots:
-                if slot.kind in ("statistic", "index"):
+            for member in self.subject.graph.group(name).members:
+                if member.kind in ("statistic", "index"):
                     continue
-                parameter = self.subject.model.get_parameter(slot.tensor)
-                stays = torch.ones(parameter.shape[slot.axis] * slot.parts, dtype=torch.bool)
-                stays[slot.index[chosen.cpu()].flatten()] = False
-                part = _spread(stays, parameter, slot.axis, slot.parts)
-                before = kept.get(slot.tensor)
-                kept[slot.tensor] = part if before is None else before & part
+                parameter = self.subject.model.get_parameter(member.tensor)
+                stays = torch.ones(parameter.shape[member.axis] * member.groups, dtype=torch.bool)
+                stays[member.index[chosen.cpu()].flatten()] = False
+                part = _spread(stays, parameter, member.axis, member.groups)
+                before = kept.get(member.tensor)
+                kept[member.tensor] = part if before is None else before & part
         return kept
 
 
