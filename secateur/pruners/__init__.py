@@ -8,3 +8,7 @@ by the name of their group and their numbers in it.
 
 A pruner trains nothing, prints nothing, and leaves the model as it is.
 """
+
+from secateur.base.callable_plugin import callable_plugins
+
+callable_plugins(__name__)
