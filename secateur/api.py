@@ -1,0 +1,299 @@
+"""The Python API: load, channel_graph, prune and save, as `import secateur` offers them.
+
+The pipeline's stages and these functions stand on the same library: what `prune` returns here is
+what the stage `prune` writes for the same network, images and settings.
+"""
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+
+from secateur.base import plugin
+from secateur.base.callable_plugin import ConfiguredPruner, in_arguments
+from secateur.base.errors import CheckpointError, PruningError, SecateurError, SettingsError
+from secateur.base.settings import Export
+from secateur.channels.graph import ChannelGraph, build_channel_graph
+from secateur.nn import checkpoint, resizing
+from secateur.nn.checkpoint import Checkpoint, Header
+from secateur.pruning.apply import PrunedNetwork, apply_decision
+from secateur.pruning.decision import PruningContext, PruningDecision
+from secateur.sparsity.choices import Choices
+from secateur.sparsity.masks import Masks
+
+FILE = "model.safetensors"
+"""Name of the checkpoint in a model's folder."""
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """The normalisation that a network expects, as a function of images.
+
+    Without `mean` and `std` (a network whose file names none) pixels are brought to [0, 1] only.
+    """
+
+    mean: tuple[float, ...] = ()
+    """By channel, of pixels in [0, 1]."""
+    std: tuple[float, ...] = ()
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Normalised float32 images, (N, C, H, W), from uint8 ones or from floats in [0, 1].
+
+        Raises ValueError for images of another type, or with another number of axes or channels.
+        """
+        if images.dim() != 4:
+            raise ValueError(f"images: {images.dim()} axes; (N, C, H, W) is needed")
+        if self.mean and images.shape[1] != len(self.mean):
+            raise ValueError(f"images: {images.shape[1]} channels; {len(self.mean)} are needed")
+        if images.dtype != torch.uint8 and not images.is_floating_point():
+            raise ValueError(f"images: {images.dtype}; uint8 or floats in [0, 1] are needed")
+        white = 255 if images.dtype == torch.uint8 else 1
+        if not self.mean:
+            return images.to(torch.float32) / white
+        std = torch.tensor(self.std, dtype=torch.float32, device=images.device).view(1, -1, 1, 1)
+        mean = torch.tensor(self.mean, dtype=torch.float32, device=images.device).view_as(std)
+        return images.to(torch.float32) * (1 / (white * std)) - mean / std
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What the file of a loaded network has beside its weights; attribute `origin` of the network."""
+
+    header: Header
+    masks: Masks
+    """Parameter name -> True where the entry stays; hold them while training on."""
+    choices: Choices
+    """What the penalty has chosen, for the pruner `chosen`."""
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """A pruned network that has been proved equal to the masked one."""
+
+    model: nn.Module
+    """The compact network, in eval mode."""
+    masks: Masks
+    """Parameter name -> True where the entry stays, for weights that were set to zero."""
+    differences: Mapping[str, float]
+    """`difference_float64` and `difference_float32` of the outputs over the largest output; empty
+    if nothing was removed."""
+    notes: Mapping[str, float]
+    """What the pruner reports, such as the ratio that was reached."""
+    parameters: tuple[int, int]
+    """Parameters that are not zero: before and after."""
+    pruner: str
+    header: Header = field(repr=False)
+    """What `save` writes beside the weights."""
+
+    @property
+    def max_difference(self) -> float:
+        """The largest of the differences, relative to the largest output; 0 without any removal."""
+        return max(self.differences.values(), default=0.0)
+
+    def __str__(self) -> str:
+        before, after = self.parameters
+        return (
+            f"{self.pruner}: {after:,} of {before:,} parameters left ({before / after:.1f}x fewer), "
+            f"largest difference {self.max_difference:.1g} of the largest output"
+        )
+
+
+def load(path: str | Path, into: nn.Module | None = None) -> nn.Module:
+    """The network that a checkpoint holds, compact and in eval mode, on the CPU.
+
+    `path` is the file, or the folder that has it as model.safetensors. The network is rebuilt from
+    the architecture that the file names. A file that names none, as that of a network of your own,
+    needs `into`: an instance of the dense network, which is resized to the file's shapes, filled
+    and returned.
+
+    The network gets three attributes, unless it has them: `classes`, the names of its classes in
+    the order of its outputs; `preprocess`, a `Preprocess`; and `origin`, an `Origin`.
+
+    Raises CheckpointError for a file that is missing, damaged, a pickle or not written by Secateur,
+    for one that needs `into`, and if the tensors do not fit; `into` is then left as it was.
+    """
+    file = Path(path) / FILE if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise CheckpointError(f"{file}: no such file")
+    found = checkpoint.load(file)
+    if into is not None:
+        fill(copy.deepcopy(into), found, file)  # an error leaves the network itself alone
+        model = fill(into, found, file)
+    elif not found.header.arch:
+        raise CheckpointError(
+            f"{file}: names no architecture, since the network was not one of Secateur's; give an "
+            "instance of the dense network: load(path, into=MyNet())"
+        )
+    else:
+        model = found.model()
+    header = found.header
+    attributes = {
+        "classes": list(header.classes),
+        "preprocess": Preprocess(tuple(header.mean), tuple(header.std)),
+        "origin": Origin(header, found.masks, found.choices),
+    }
+    for name, value in attributes.items():
+        if isinstance(getattr(model, name, value), type(value)):
+            setattr(model, name, value)
+    return model.eval()
+
+
+def fill(model: nn.Module, found: Checkpoint, file: Path) -> nn.Module:
+    """Resize a network to the shapes of a checkpoint and fill it, in place.
+
+    Raises CheckpointError if a tensor has no place, or one of the network's is not in the file.
+    """
+    try:
+        shapes = {name: tensor.shape for name, tensor in found.tensors.items()}
+        resizing.resize(model, shapes, found.header.layers)
+        resizing.load(model, found.tensors)
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        if found.header.shape:
+            with torch.inference_mode():  # one image through, so that layers fit each other
+                model.eval()(torch.zeros(1, *found.header.shape, device=device))
+    except (RuntimeError, KeyError, ValueError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"{file}: its tensors do not fit into = {type(model).__name__}: {reason}"
+        ) from None
+    return model
+
+
+def channel_graph(model: nn.Module, images: Tensor) -> ChannelGraph:
+    """Which channels of a network can only be removed together, and which not at all, and why.
+
+    `images` is a batch of inputs, (N, C, H, W), of which only the shape matters. `print` shows the
+    groups; the network is left as it is. Raises PruningError naming the first operation that is
+    not known, or a layer that never runs.
+    """
+    _check_batch(images)
+    return build_channel_graph(copy.deepcopy(model).eval(), images[:1])
+
+
+def prune(
+    model: nn.Module,
+    images: Tensor,
+    pruner: ConfiguredPruner,
+    *,
+    labels: Tensor | None = None,
+    remove_dead: bool = True,
+    export: Export = "none",
+) -> PruneResult:
+    """Prune a network that torch.fx can trace, and prove that the result computes the same.
+
+    `images` (N, C, H, W) are some training images as the network gets them, normalised; with
+    `labels` (N,), int64, for criteria that look at the loss (taylor). Weights are set to zero, and
+    channels removed, as the pruner decides. With `remove_dead`, channels that no longer matter to
+    the output are removed too. `export="gconv"` turns masks made of groups of channels into group
+    convolutions. The compact network is compared to the masked one on `images`, in float64 and in
+    float32, before it is returned; `model` is left as it is.
+
+    Raises SettingsError naming the argument that does not fit the network, and PruningError if the
+    network cannot be traced, if a layer would be left empty, or if the two networks differ.
+    """
+    _check_prune(model, images, pruner, labels, export)
+    dense = copy.deepcopy(model).eval()
+    origin = getattr(model, "origin", None)
+    choices = origin.choices if isinstance(origin, Origin) else {}
+    context = PruningContext(dense, images, labels, choices)
+    try:
+        decision: PruningDecision = plugin.load("pruners", pruner.name).prune(
+            pruner.settings, context
+        )
+        pruned = apply_decision(
+            dense,
+            decision,
+            images,
+            remove_dead=remove_dead,
+            export=export,
+            requested=str(pruner),
+        )
+    except SecateurError as error:
+        raise type(error)(in_arguments(str(error), pruner.name)) from None
+    counts = nonzero_parameters(dense), nonzero_parameters(pruned.model)
+    header = _header(origin, pruned, pruner, images)
+    return PruneResult(
+        pruned.model,
+        dict(pruned.masks),
+        dict(pruned.differences),
+        dict(decision.notes),
+        counts,
+        str(pruner),
+        header,
+    )
+
+
+def save(result: PruneResult, path: str | Path) -> None:
+    """Write a pruned network as one safetensors file, which `load` reads.
+
+    The weights are those that `result.model` has now, so that one that was trained on is saved as
+    it is; what the masks take away is written as zeros. Raises SecateurError if the file cannot be
+    written.
+    """
+    if not isinstance(result, PruneResult):
+        raise TypeError(f"result: a {type(result).__name__}; what `prune` returned is needed")
+    checkpoint.save(Path(path), result.header, result.model, result.masks)
+
+
+def nonzero_parameters(model: nn.Module) -> int:
+    """Entries of all parameters that are not zero."""
+    return sum(int(torch.count_nonzero(parameter)) for parameter in model.parameters())
+
+
+def _check_batch(images: Tensor) -> None:
+    if not isinstance(images, Tensor) or images.dim() < 2 or not len(images):
+        raise SettingsError("images: a batch of inputs is needed, as a tensor (N, C, H, W)")
+    if not images.is_floating_point():
+        raise SettingsError(
+            f"images: {images.dtype}; normalised floats are needed (model.preprocess makes them)"
+        )
+
+
+def _check_prune(
+    model: nn.Module, images: Tensor, pruner: Any, labels: Tensor | None, export: str
+) -> None:
+    """Raise SettingsError naming the first argument that cannot be meant."""
+    _check_batch(images)
+    if not isinstance(pruner, ConfiguredPruner):
+        raise SettingsError(
+            "pruner: one with its settings is needed, such as secateur.pruners.magnitude(ratios=0.5)"
+        )
+    if export not in get_args(Export):
+        raise SettingsError(f"export = {export!r}: must be one of {', '.join(get_args(Export))}")
+    if labels is not None and (labels.dtype != torch.int64 or labels.shape != images.shape[:1]):
+        raise SettingsError(
+            f"labels: {labels.dtype} {tuple(labels.shape)}; int64 ({len(images)},) is needed"
+        )
+    types = {parameter.dtype for parameter in model.parameters()}
+    if not types:
+        raise PruningError("model: has no parameters")
+    if types != {torch.float32}:
+        raise PruningError(f"model: weights are {types.pop()}; call model.float() before pruning")
+
+
+def _header(
+    origin: object, pruned: PrunedNetwork, pruner: ConfiguredPruner, images: Tensor
+) -> Header:
+    """The header of a loaded network, or one without an architecture."""
+    reached = {k: v for k, v in pruned.differences.items() if math.isfinite(v)}
+    notes = {"asked": str(pruner), "reached": reached}
+    if isinstance(origin, Origin):
+        known = origin.header
+        return Header(
+            arch=known.arch,
+            arch_settings=known.arch_settings,
+            classes=known.classes,
+            shape=known.shape,
+            mean=known.mean,
+            std=known.std,
+            split=known.split,
+            stage="prune",
+            notes=known.notes | notes,
+        )
+    shape = list(images.shape[1:])
+    return Header("", {}, [], shape, [], [], split="", stage="prune", notes=notes)
