@@ -7,7 +7,7 @@ what the stage `prune` writes for the same network, images and settings.
 import copy
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -19,10 +19,11 @@ from secateur.base.callable_plugin import ConfiguredPruner, in_arguments
 from secateur.base.errors import CheckpointError, PruningError, SecateurError, SettingsError
 from secateur.base.settings import Export
 from secateur.channels.graph import ChannelGraph, build_channel_graph
-from secateur.nn import checkpoint, resizing
+from secateur.nn import checkpoint, cost, resizing
 from secateur.nn.checkpoint import Checkpoint, Header
 from secateur.pruning.apply import PrunedNetwork, apply_decision
 from secateur.pruning.decision import PruningContext, PruningDecision
+from secateur.sparsity import masks
 from secateur.sparsity.choices import Choices
 from secateur.sparsity.masks import Masks
 
@@ -85,7 +86,7 @@ class PruneResult:
     notes: Mapping[str, float]
     """What the pruner reports, such as the ratio that was reached."""
     parameters: tuple[int, int]
-    """Parameters that are not zero: before and after."""
+    """All of the network before, and those that are not zero after."""
     pruner: str
     header: Header = field(repr=False)
     """What `save` writes beside the weights."""
@@ -205,9 +206,11 @@ def prune(
         decision: PruningDecision = plugin.load("pruners", pruner.name).prune(
             pruner.settings, context
         )
+        earlier = _masks_of(origin, dense)
+        both = {n: m & decision.masks.get(n, m) for n, m in earlier.items()}
         pruned = apply_decision(
             dense,
-            decision,
+            replace(decision, masks={**decision.masks, **both}),
             images,
             remove_dead=remove_dead,
             export=export,
@@ -215,8 +218,10 @@ def prune(
         )
     except SecateurError as error:
         raise type(error)(in_arguments(str(error), pruner.name)) from None
-    counts = nonzero_parameters(dense), nonzero_parameters(pruned.model)
+    counts = cost.parameters(dense), masks.nonzero(pruned.model)
     header = _header(origin, pruned, pruner, images)
+    if isinstance(origin, Origin):
+        pruned.model.origin = Origin(header, dict(pruned.masks), {})
     return PruneResult(
         pruned.model,
         dict(pruned.masks),
@@ -240,9 +245,12 @@ def save(result: PruneResult, path: str | Path) -> None:
     checkpoint.save(Path(path), result.header, result.model, result.masks)
 
 
-def nonzero_parameters(model: nn.Module) -> int:
-    """Entries of all parameters that are not zero."""
-    return sum(int(torch.count_nonzero(parameter)) for parameter in model.parameters())
+def _masks_of(origin: object, model: nn.Module) -> Masks:
+    """Masks that the network was loaded with, as far as they still fit it."""
+    if not isinstance(origin, Origin):
+        return {}
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    return {name: mask for name, mask in origin.masks.items() if mask.shape == shapes.get(name)}
 
 
 def _check_batch(images: Tensor) -> None:

@@ -194,6 +194,8 @@ def test_package_files_hold_nothing_that_a_result_depends_on(file):
         else:
             assert isinstance(node, ast.Expr)
             if isinstance(node.value, ast.Call):
-                assert getattr(node.value.func, "attr", getattr(node.value.func, "id", "")) in allowed
+                assert (
+                    getattr(node.value.func, "attr", getattr(node.value.func, "id", "")) in allowed
+                )
             else:
                 assert isinstance(node.value, ast.Constant), "a docstring"

@@ -1,8 +1,9 @@
 """Where the work runs: by what the machine has, never by a setting."""
 
+import contextlib
 import os
 import platform
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
@@ -53,9 +54,12 @@ def workers(world: int = 1) -> int:
 
 
 def versions() -> dict[str, str]:
-    """Versions of the libraries that results depend on."""
-    names = ("torch", "torchvision", "lightning-fabric", "safetensors")
-    return {name: version(name) for name in names}
+    """Versions of the libraries that results depend on, of those that are installed."""
+    found: dict[str, str] = {}
+    for name in ("torch", "torchvision", "lightning-fabric", "safetensors"):
+        with contextlib.suppress(PackageNotFoundError):  # the Python API needs neither in between
+            found[name] = version(name)
+    return found
 
 
 def processes() -> tuple[int, int, int]:

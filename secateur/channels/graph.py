@@ -18,6 +18,7 @@ from secateur.channels.builder import GroupBuilder, LayerInfo, SelectInfo, Union
 from secateur.channels.groups import ChannelGroup, group_channels
 from secateur.channels.planner import ShapePlan, ShapePlanner
 from secateur.channels.propagation import Propagation, trace
+from secateur.channels.report import describe
 
 Selection = Mapping[str, Tensor]
 """Group name -> numbers of the channels to take away, int64; the first ones matter most."""
@@ -52,6 +53,10 @@ class ChannelGraph:
         )
         self._by_name = {group.name: group for group in self.groups}
         self.balances: tuple[BalanceConstraint, ...] = self._balances()
+
+    def __str__(self) -> str:
+        """Groups, their members, and why some are locked; see channels/report.py."""
+        return describe(self.groups, type(self.model).__name__, self.shape)
 
     def group(self, name: str) -> ChannelGroup:
         """The group of that name; PruningError if there is none."""
