@@ -63,7 +63,7 @@ class Preprocess:
 
 @dataclass(frozen=True)
 class Origin:
-    """What the file of a loaded network has beside its weights; attribute `origin` of the network."""
+    """What the file of a loaded network has beside its weights; the network's `origin`."""
 
     header: Header
     masks: Masks
@@ -99,8 +99,8 @@ class PruneResult:
     def __str__(self) -> str:
         before, after = self.parameters
         return (
-            f"{self.pruner}: {after:,} of {before:,} parameters left ({before / after:.1f}x fewer), "
-            f"largest difference {self.max_difference:.1g} of the largest output"
+            f"{self.pruner}: {after:,} of {before:,} parameters left "
+            f"({before / after:.1f}x fewer), largest difference {self.max_difference:.1g} of the largest output"
         )
 
 
@@ -133,14 +133,12 @@ def load(path: str | Path, into: nn.Module | None = None) -> nn.Module:
     else:
         model = found.model()
     header = found.header
-    attributes = {
-        "classes": list(header.classes),
-        "preprocess": Preprocess(tuple(header.mean), tuple(header.std)),
-        "origin": Origin(header, found.masks, found.choices),
-    }
-    for name, value in attributes.items():
-        if isinstance(getattr(model, name, value), type(value)):
-            setattr(model, name, value)
+    _attach(
+        model,
+        classes=list(header.classes),
+        preprocess=Preprocess(tuple(header.mean), tuple(header.std)),
+        origin=Origin(header, found.masks, found.choices),
+    )
     return model.eval()
 
 
@@ -163,6 +161,13 @@ def fill(model: nn.Module, found: Checkpoint, file: Path) -> nn.Module:
             f"{file}: its tensors do not fit into = {type(model).__name__}: {reason}"
         ) from None
     return model
+
+
+def _attach(model: nn.Module, **attributes: object) -> None:
+    """Set attributes, but none that the network itself has for something else."""
+    for name, value in attributes.items():
+        if isinstance(getattr(model, name, value), type(value)):
+            setattr(model, name, value)
 
 
 def channel_graph(model: nn.Module, images: Tensor) -> ChannelGraph:
@@ -221,7 +226,7 @@ def prune(
     counts = cost.parameters(dense), masks.nonzero(pruned.model)
     header = _header(origin, pruned, pruner, images)
     if isinstance(origin, Origin):
-        pruned.model.origin = Origin(header, dict(pruned.masks), {})
+        _attach(pruned.model, origin=Origin(header, dict(pruned.masks), {}))
     return PruneResult(
         pruned.model,
         dict(pruned.masks),
@@ -269,7 +274,8 @@ def _check_prune(
     _check_batch(images)
     if not isinstance(pruner, ConfiguredPruner):
         raise SettingsError(
-            "pruner: one with its settings is needed, such as secateur.pruners.magnitude(ratios=0.5)"
+            "pruner: one with its settings is needed, such as "
+            "secateur.pruners.magnitude(ratios=0.5)"
         )
     if export not in get_args(Export):
         raise SettingsError(f"export = {export!r}: must be one of {', '.join(get_args(Export))}")

@@ -178,7 +178,7 @@ PACKAGE_CODE = {
     "secateur/pruners/__init__.py": {"callable_plugins"},
     "stages/__init__.py": {"tune_process"},
 }
-"""What package files may define or call: the lazy names of the API, and how a process is set up."""
+"""What package files may define or call: the API's lazy names, and how a process is set up."""
 
 
 @pytest.mark.parametrize("file", [f for f in CODE if f.endswith("__init__.py")])
