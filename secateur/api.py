@@ -100,7 +100,8 @@ class PruneResult:
         before, after = self.parameters
         return (
             f"{self.pruner}: {after:,} of {before:,} parameters left "
-            f"({before / after:.1f}x fewer), largest difference {self.max_difference:.1g} of the largest output"
+            f"({before / after:.1f}x fewer), outputs differ by at most {self.max_difference:.1g} "
+            "of the largest"
         )
 
 

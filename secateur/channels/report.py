@@ -20,15 +20,15 @@ def describe(groups: Sequence[ChannelGroup], network: str, shape: Iterable[int])
 
 def _group(group: ChannelGroup) -> str:
     state = "removable" if group.locked is None else f"locked: {group.locked}"
-    members = dict.fromkeys(f"{slot.tensor}[{slot.axis}]" for slot in group.slots)
-    rows = {"sources": group.sources, "readers": group.readers, "members": members}
+    members = dict.fromkeys(f"{member.tensor}[{member.axis}]" for member in group.members)
+    rows = {"producers": group.producers, "consumers": group.consumers, "members": members}
     lines = [f"\n{group.name}: {group.size} channels, {state}"]
     for title, names in rows.items():
         lines += textwrap.wrap(
             ", ".join(names),
             WIDTH,
-            initial_indent=f"  {title}  ",
-            subsequent_indent=" " * 11,
+            initial_indent=f"  {title:9}  ",
+            subsequent_indent=" " * 13,
             break_long_words=False,
             break_on_hyphens=False,
         )
