@@ -24,7 +24,7 @@ from secateur.base import plugin
 from secateur.base.machine import hardware
 from secateur.data.dataset import Batches, prepare
 from secateur.data.image_files import ImageFileList
-from secateur.training import loop as train
+from secateur.training import loop
 
 CIFAR_LIMIT = 2048  # MiB
 PICTURES, SIDE = 6000, 160
@@ -43,7 +43,7 @@ def cifar(precision: str) -> None:
     data, model = train_speed.made_up(what), train_speed.network(what)
     settings = train_speed.settings(what)
     start = time.perf_counter()
-    train.fit(model, data, settings, 1, train_speed.Nowhere(), [])
+    loop.fit(model, data, settings, 1, train_speed.Discard(), [])
     print(libraries, resident("VmHWM"), time.perf_counter() - start)
 
 

@@ -19,8 +19,8 @@ from secateur.base.machine import hardware
 from secateur.data.dataset import Batches
 from secateur.training import optim
 from secateur.training.engine import Engine
-from secateur.training.loop import _Step
 from secateur.training.penalty import Penalty
+from secateur.training.step import TrainStep
 
 
 class Way:
@@ -37,10 +37,10 @@ class Way:
         self.batches = Batches(data.train, data.info, what["batch"], 1)
         self.size, self.count = what["batch"], 0
         engine = Engine(precision)
-        self.step = _Step(
+        self.step = TrainStep(
             model, optim.optimizer(model, chosen), penalty, chosen, engine, len(self.batches)
         )
-        self.step.begin()
+        self.step.start_epoch()
         self.feed = self._forever()
 
     def _forever(self) -> Iterator[tuple[Tensor, Tensor]]:

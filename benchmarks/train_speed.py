@@ -28,10 +28,9 @@ from secateur.base.machine import hardware
 from secateur.base.settings import Train
 from secateur.data.augment import FileAugment
 from secateur.data.dataset import Batches, Dataset, DatasetInfo, InMemoryImages
-from secateur.training import loop as train
-from secateur.training import optim
+from secateur.training import loop, optim
+from secateur.training.callbacks import Callback, Row
 from secateur.training.engine import Engine
-from secateur.training.penalty import Row
 
 ROOT = Path(__file__).resolve().parents[1]
 GREY, COLOUR = [1, 28, 28], [3, 32, 32]
@@ -111,36 +110,27 @@ def made_up(what: dict[str, Any]) -> Dataset:
     return Dataset(info, everything, none, none)
 
 
-class Stopwatch:
-    """Tells the images per second of every epoch after the first."""
+class Stopwatch(Callback):
+    """Prints the images per second of every epoch after the first, which warms up."""
 
     def __init__(self, images: int) -> None:
         self.images, self.began = images, 0.0
 
-    def start(self, epochs: int, steps: int, rows: list[Row]) -> None:
-        """The first epoch warms up."""
-
-    def step(self, epoch: int, step: int) -> None:
-        """Nothing to do."""
-
-    def epoch(self, row: Row) -> None:
+    def on_epoch_end(self, row: Row) -> None:
         """An epoch is done."""
         now = time.perf_counter()
         if self.began:
             print(self.images / (now - self.began), flush=True)
         self.began = now
 
-    def saved(self) -> None:
-        """Nothing to do."""
 
+class Discard:
+    """A state store that copies the state, as the real one does, and does not write it."""
 
-class Nowhere:
-    """A memory that remembers nothing: the state is copied, as always, and not written."""
-
-    def state(self) -> None:
+    def load(self) -> None:
         """There is none."""
 
-    def keep(self, tensors: Any, info: Any) -> bool:
+    def save(self, tensors: Any, info: Any) -> bool:
         """Copy, as the real one does."""
         _ = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
         return False
@@ -165,7 +155,7 @@ def one(what: dict[str, Any]) -> None:
         module = plugin.load("penalties", "hoyer_square")
         penalty = module.build(module.Settings(biases=True), model, what["decay"])
     watch = Stopwatch(what["images"])
-    train.fit(model, data, settings(what), 1, Nowhere(), [watch], penalty=penalty)
+    loop.fit(model, data, settings(what), 1, Discard(), [watch], penalty=penalty)
 
 
 def network(what: dict[str, Any]) -> torch.nn.Module:

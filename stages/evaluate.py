@@ -22,7 +22,7 @@ from secateur.pipeline import console, record
 from secateur.pipeline import runner as chain
 from secateur.pipeline import tracking as track
 from secateur.sparsity import masks
-from secateur.training import loop as train
+from secateur.training.evaluation import accuracy
 
 MODELS = {
     "baseline": "baseline",
@@ -62,7 +62,7 @@ def measure(
     layers: list[dict[str, Any]] = []
     whole: dict[str, int] = {}  # parameters of each layer of the dense network
     for name, model in models.items():
-        right, loss = train.accuracy(model.to(place), test, info)
+        right, loss = accuracy(model.to(place), test, info)
         costs = cost.layer_costs(model, batch[:1])
         whole = whole or {layer.layer: layer.params for layer in costs}
         layers += [

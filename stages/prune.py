@@ -27,7 +27,7 @@ from secateur.pipeline import runner as chain
 from secateur.pruning.apply import apply_decision
 from secateur.pruning.decision import PruningContext, PruningDecision
 from secateur.sparsity import masks
-from secateur.training import loop as train
+from secateur.training.evaluation import accuracy
 from secateur.training.recalibrate import recalibrate
 
 BATCH = 128
@@ -99,7 +99,7 @@ def measure_again(job: chain.StageContext, model: nn.Module, images: int) -> dic
     model.to(place)
     metrics: dict[str, float] = {}
     if len(data.val):
-        metrics["val_accuracy_before"], _ = train.accuracy(model, data.val, data.info)
+        metrics["val_accuracy_before"], _ = accuracy(model, data.val, data.info)
     size = min(BATCH, images, len(data.train))
     batches = Batches(data.train, data.info, size, 0, device=place)
     whole = max(1, min(images, len(data.train)) // size)  # of one size, so that all count alike
@@ -109,7 +109,7 @@ def measure_again(job: chain.StageContext, model: nn.Module, images: int) -> dic
         batches.close()
     said = f"prune: statistics of {norms} batch normalisations from {whole * size:,} images"
     if len(data.val):
-        metrics["val_accuracy_recalibrated"], _ = train.accuracy(model, data.val, data.info)
+        metrics["val_accuracy_recalibrated"], _ = accuracy(model, data.val, data.info)
         before, after = metrics.values()
         said += f": accuracy on val {before:.2%} before, {after:.2%} after"
     console.say(said)

@@ -44,7 +44,7 @@ def train_sparse(job: chain.StageContext) -> chain.StageResult:
     product = chain.trained(model, header, fit)
     if not isinstance(penalty, ScheduledPenalty):
         return replace(product, tables={"growth": pd.DataFrame(columns=GROWTH)})
-    growth = pd.DataFrame(penalty.trace()).astype({"step": int})
+    growth = pd.DataFrame(penalty.growth_table()).astype({"step": int})
     return replace(product, choices=penalty.choices(), tables={"growth": growth})
 
 

@@ -17,8 +17,9 @@ from secateur.base.stage import Stage
 from secateur.data import dataset as data
 from secateur.penalties import _growing as growing
 from secateur.sparsity import choices
-from secateur.training import loop as train
-from secateur.training import resume
+from secateur.training import loop, resume
+from secateur.training.callbacks import Callback
+from secateur.training.evaluation import accuracy
 
 METHODS = ["greg1", "greg2"]
 GROUPS = ["filter", "channel", "weight"]
@@ -64,33 +65,30 @@ def settings(epochs=30, **more):
     )  # fmt: skip
 
 
-class Watcher:
+class Watcher(Callback):
     """Counts steps, looks at what it is asked to after each, and stops where it is asked to."""
 
     def __init__(self, stop=None, look=lambda step: None):
         self.stop, self.look, self.steps, self.rows = stop, look, 0, []
 
-    def start(self, epochs, steps, rows):
-        self.steps = len(rows) * steps
+    def on_train_start(self, epochs, steps_per_epoch, history):
+        self.steps = len(history) * steps_per_epoch
 
-    def step(self, epoch, step):
+    def on_step_end(self, epoch, step):
         self.steps += 1
         self.look(self.steps - 1)
         if self.stop == self.steps:
             raise KeyboardInterrupt
 
-    def epoch(self, row):
+    def on_epoch_end(self, row):
         self.rows.append(row)
-
-    def saved(self):
-        pass
 
 
 def fit(model, prepared, how, name="a", watcher=None, penalty=None):
     stage = Stage("sparse-train", None, {"name": name}, {})
-    with resume.single_flight(stage, [], lambda: None) as work:
-        watchers = [watcher] if watcher else []
-        return train.fit(model, prepared, how, 1, work, watchers, penalty=penalty)
+    with resume.single_flight(stage, [], lambda: None) as store:
+        callbacks = [watcher] if watcher else []
+        return loop.fit(model, prepared, how, 1, store, callbacks, penalty=penalty)
 
 
 def factors(penalty, model):
@@ -124,7 +122,7 @@ def test_known_numbers_of_updates_in_float32():
 )  # fmt: skip
 def test_the_published_courses_need_as_many_steps_as_published(name, interval, stabilise, steps):
     penalty = build(name, network(), interval=interval, stabilise=stabilise)
-    assert penalty.needs == steps
+    assert penalty.max_steps == steps
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -143,7 +141,7 @@ def test_the_clock_announces_exactly_the_steps_that_the_course_takes(name):
             break
     updates = {"greg1": 10_000, "greg2": 1_001 + 9_900}[name]
     assert changes == list(range(updates))
-    assert step + 1 == penalty.needs == updates + 7
+    assert step + 1 == penalty.max_steps == updates + 7
     assert before > 1.0 >= before - 1.1e-4
 
 
@@ -239,8 +237,8 @@ def test_greg2_grows_on_everything_then_chooses_the_smallest_of_that_moment_then
     for count in (1, 2):
         assert all((f - 0.01 * count).abs().max() < 1e-6 for f in factors(penalty, model).values())
         assert not penalty.choices()
-        assert penalty.figures()["picked"] == 0
-        assert penalty.figures()["phase"] == 0
+        assert penalty.metrics()["picked"] == 0
+        assert penalty.metrics()["phase"] == 0
     with torch.no_grad():  # magnitudes turn round before the choice
         model[0].weight.mul_(torch.tensor([1.0, 9, 1, 9, 1, 9]).view(6, 1, 1, 1))
     assert all((f - 0.03).abs().max() < 1e-6 for f in factors(penalty, model).values())
@@ -248,7 +246,7 @@ def test_greg2_grows_on_everything_then_chooses_the_smallest_of_that_moment_then
     assert chosen["0.weight"].flatten().tolist() == [True, False] * 3
     assert torch.equal(chosen["3.weight"], dense["3.weight"])
     same = int((chosen["0.weight"] & dense["0.weight"]).sum()) + 4
-    assert penalty.figures()["overlap"] == pytest.approx(same / 7)
+    assert penalty.metrics()["overlap"] == pytest.approx(same / 7)
     for count in (1, 2):
         for name, factor in factors(penalty, model).items():
             choice = chosen[name].expand_as(factor)
@@ -326,7 +324,7 @@ def test_greg2_stops_each_layer_by_its_own_ratio():
             break
     assert float(penalty.factor[0]) == frozen == pytest.approx(0.02)
     assert float(penalty.factor[1]) == pytest.approx(0.1)
-    assert step + 1 == penalty.needs == 10 + 2
+    assert step + 1 == penalty.max_steps == 10 + 2
 
 
 def test_single_weights_end_by_the_ceiling_alone():
@@ -341,7 +339,7 @@ def test_single_weights_end_by_the_ceiling_alone():
         penalty(step)
         if penalty.finished:
             break
-    assert step + 1 == penalty.needs == 5
+    assert step + 1 == penalty.max_steps == 5
 
 
 @pytest.mark.parametrize("stabilise", [0, 1, 6])
@@ -355,7 +353,7 @@ def test_training_ends_at_the_exact_step_and_batch_norm_learns_all_the_way(
     penalty = build(
         name, model, decay=0.01, interval=interval, ceiling=0.035, stabilise=stabilise, **more
     )
-    assert penalty.needs == ({"greg1": 4, "greg2": 5}[name] - 1) * interval + 1 + stabilise
+    assert penalty.max_steps == ({"greg1": 4, "greg2": 5}[name] - 1) * interval + 1 + stabilise
     seen = []
 
     def look(step):
@@ -364,8 +362,8 @@ def test_training_ends_at_the_exact_step_and_batch_norm_learns_all_the_way(
 
     watcher = Watcher(look=look)
     result = fit(model, digits(), settings(), watcher=watcher, penalty=penalty)  # 4 steps an epoch
-    assert len(seen) == penalty.needs
-    assert len(result.history) == math.ceil(penalty.needs / 4)
+    assert len(seen) == penalty.max_steps
+    assert len(result.history) == math.ceil(penalty.max_steps / 4)
     last = [factor for factor, _ in seen]
     assert last[-1 - stabilise :] == [last[-1]] * (1 + stabilise)
     assert stabilise + 1 == len(last) or last[-2 - stabilise] < last[-1]
@@ -381,7 +379,7 @@ def test_training_ends_at_the_exact_step_and_batch_norm_learns_all_the_way(
 def test_jump_goes_to_the_ceiling_at_once():
     model = network()
     penalty = build("greg1", model, decay=1e-4, jump=True, ceiling=0.7, stabilise=9)
-    assert penalty.needs == 10
+    assert penalty.max_steps == 10
     fit(model, digits(), settings(3), penalty=penalty)
     assert penalty.steps == 10
     assert penalty.factor.tolist() == pytest.approx([0.7, 0.7])
@@ -395,7 +393,7 @@ def test_what_is_chosen_shrinks_and_the_network_still_learns():
     for name, choice in penalty.choices().items():
         size = choices.scores(model.get_parameter(name), "filter")
         assert size[choice].max() < 0.05 * size[~choice].min()
-    assert train.accuracy(model, prepared.test, prepared.info)[0] > 0.8
+    assert accuracy(model, prepared.test, prepared.info)[0] > 0.8
 
 
 # what is told and what is left behind
@@ -406,8 +404,8 @@ def test_the_trace_has_kept_against_chosen_by_layer():
     penalty = build("greg1", model, decay=0.01, interval=2, ceiling=0.095, stabilise=1000)
     first = {n: choices.scores(model.get_parameter(n), "filter") for n in penalty.choice}
     result = fit(model, digits(), settings(300), penalty=penalty)
-    rows = penalty.trace()
-    assert penalty.needs == 1019  # 10 updates, from one to the next two steps
+    rows = penalty.growth_table()
+    assert penalty.max_steps == 1019  # 10 updates, from one to the next two steps
     assert [row["step"] for row in rows] == [*range(0, 1019, 3), 1019]
     assert len(rows) <= growing.POINTS + 1
     assert set(rows[0]) == {"step", "factor", "kept", "chosen", "kept 0", "chosen 0", "kept 3",
@@ -428,13 +426,13 @@ def test_the_state_is_all_there_is(name):
     how |= {"pick_growth": 0.005} if name == "greg2" else {}
     model = network()
     one = build(name, model, **how)
-    for step in range(one.needs):
+    for step in range(one.max_steps):
         state = {n: t.clone() for n, t in one.state_dict().items()}
         assert all(type(t) is torch.Tensor for t in state.values())
         two = build(name, model, **how)
         two.load_state_dict(state)
         assert two.finished == one.finished
-        assert two.figures() == one.figures()
+        assert two.metrics() == one.metrics()
         assert torch.equal(one(step), two(step))
         again = two.state_dict()
         now = one.state_dict()
@@ -467,12 +465,12 @@ def test_killed_at_any_step_of_any_phase_it_ends_with_the_same_bytes(name, kind)
             result = fit(model, prepared, settings(10), which, watcher, penalty)
         except KeyboardInterrupt:
             return None
-        return content(model), result, penalty.trace(), {
+        return content(model), result, penalty.growth_table(), {
             n: c.tolist() for n, c in penalty.choices().items()
         }  # fmt: skip
 
     alone = run("alone")
-    needs = build(name, network(), **how).needs
+    needs = build(name, network(), **how).max_steps
     phases = {row["phase"] for row in alone[1].history}
     assert phases >= ({0, 1, 2, 3} if name == "greg2" else {1, 2, 3})
     for stop in range(1, needs + 1):
@@ -505,7 +503,7 @@ def test_epochs_too_few_for_the_clock_are_told_before_training_with_the_numbers(
 def test_just_enough_epochs_are_enough():
     for epochs, fits in ((3, True), (2, False)):
         penalty = build("greg1", model := network(), decay=1.5, interval=1, stabilise=8)
-        assert penalty.needs == 9  # 4 steps an epoch
+        assert penalty.max_steps == 9  # 4 steps an epoch
         if fits:
             fit(model, digits(), settings(epochs), str(epochs), penalty=penalty)
         else:

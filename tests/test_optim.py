@@ -12,7 +12,7 @@ from torch.optim import lr_scheduler
 from secateur.base.settings import Train
 from secateur.training import optim
 from secateur.training.engine import Engine
-from secateur.training.loop import _Step
+from secateur.training.step import TrainStep
 
 EPOCHS, STEPS = 7, 5
 
@@ -78,7 +78,7 @@ def test_the_warm_up_rises_in_equal_steps_and_ends_at_the_rate(schedule):
         {"schedule": "multistep"},
         {"warmup": 7},
         {"warmup": 1, "schedule": "one_cycle"},
-        {"accumulate": 129},
+        {"accumulate_grad_batches": 129},
     ],
 )
 def test_a_schedule_that_does_not_fit_is_refused(wrong):
@@ -139,8 +139,8 @@ def test_a_step_in_parts_is_the_whole_step(parts, smoothing):
         accumulate_grad_batches=parts,
         label_smoothing=smoothing,
     )
-    step = _Step(model, optim.optimizer(model, settings), None, settings, Engine(), 1)
-    step.begin()
+    step = TrainStep(model, optim.optimizer(model, settings), None, settings, Engine(), 1)
+    step.start_epoch()
     loss = step(images, labels, 10, 0)
     gradients = [p.grad.clone() for p in model.parameters()]
     other = small()
@@ -153,4 +153,4 @@ def test_a_step_in_parts_is_the_whole_step(parts, smoothing):
     assert float(loss) == pytest.approx(wanted.item(), rel=1e-5)
     for found, parameter in zip(gradients, other.parameters(), strict=True):
         assert torch.allclose(found, parameter.grad, atol=1e-6)
-    assert float(step.right) == float((logits.argmax(1) == labels).sum())
+    assert float(step.correct) == float((logits.argmax(1) == labels).sum())

@@ -19,8 +19,9 @@ from secateur.data import dataset as data
 from secateur.nn import checkpoint
 from secateur.pruning.decision import PruningContext
 from secateur.sparsity import masks
-from secateur.training import loop as train
-from secateur.training.resume import Work
+from secateur.training import loop
+from secateur.training.callbacks import Callback
+from secateur.training.resume import ResumeStore
 
 NAMES = plugin.names("pruners")
 GRADED = [n for n in NAMES if "sensitivity" in plugin.load("pruners", n).Settings.model_fields]
@@ -294,25 +295,19 @@ def toy_network(kind):
     return nn.Sequential(*conv, nn.Linear(36, 3))
 
 
-class Looker:
-    """A watcher that looks at the pruned entries after every step."""
+class Looker(Callback):
+    """Looks at the pruned entries after every step."""
 
     def __init__(self, model, chosen):
         self.model, self.chosen, self.looks = model, chosen, 0
 
-    def start(self, epochs, steps, rows):
-        self.step(0, 0)
+    def on_train_start(self, epochs, steps_per_epoch, history):
+        self.on_step_end(0, 0)
 
-    def step(self, epoch, step):
+    def on_step_end(self, epoch, step):
         self.looks += 1
         for name, mask in self.chosen.items():
             assert not self.model.get_parameter(name).detach().cpu()[~mask].any(), name
-
-    def epoch(self, row):
-        pass
-
-    def saved(self):
-        pass
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv"])
@@ -327,7 +322,7 @@ def test_what_is_pruned_is_zero_after_every_step_and_positive_in_the_file(
     settings = Train(
         epochs=3, batch_size=10, optimizer=optimizer, lr=0.02, momentum=0.9, weight_decay=0.1
     )
-    train.fit(model, prepared, settings, 1, Work(tmp_path, []), [looker], masks=chosen)
+    loop.fit(model, prepared, settings, 1, ResumeStore(tmp_path, []), [looker], masks=chosen)
     assert looker.looks == 1 + 3 * 7
     for name, mask in chosen.items():  # the rest did learn, and so would have the pruned entries
         assert (~mask).any()
@@ -352,7 +347,7 @@ def test_held_entries_would_move_if_nobody_held_them(tmp_path):
     masks.apply(model, chosen)
     with pytest.raises(AssertionError, match="weight"):
         looker = Looker(model, chosen)
-        train.fit(model, toy_data(), Train(epochs=1), 1, Work(tmp_path, []), [looker])
+        loop.fit(model, toy_data(), Train(epochs=1), 1, ResumeStore(tmp_path, []), [looker])
 
 
 def test_apply_zeroes_what_goes_and_leaves_the_rest_bit_for_bit():

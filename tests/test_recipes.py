@@ -49,7 +49,7 @@ def test_a_growing_penalty_fits_into_the_epochs_that_a_recipe_gives_it(name):
     penalty = module.build(own, nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), made["decay"])
     training = made["sparse_train"]
     steps = math.ceil(TRAINING_IMAGES[made["dataset"]] / training["batch_size"])
-    assert penalty.needs <= training["epochs"] * steps
+    assert penalty.max_steps <= training["epochs"] * steps
     assert training["keep"] == "last"
     assert made["pruner"] == "chosen"
 

@@ -16,7 +16,7 @@ import torch
 from secateur.base.errors import SecateurError
 from secateur.base.stage import Stage
 from secateur.training import resume
-from secateur.training.resume import Work, single_flight
+from secateur.training.resume import ResumeStore, single_flight
 
 FORK = multiprocessing.get_context("fork")
 OUTS = ["models/toy", "models/toy.run.json"]
@@ -62,14 +62,14 @@ INFO = {"history": [{"epoch": 1, "lr": 0.1 + 0.2, "val_loss": 1e-300}], "best": 
 
 
 def test_the_state_comes_back_as_it_was():
-    work = Work(Path("folder"), [])
-    assert work.state() is None
+    store = ResumeStore(Path("folder"), [])
+    assert store.load() is None
     given = tensors()
-    work.keep(given, INFO)
+    store.save(given, INFO)
     for tensor in given.values():  # what happens to the tensors afterwards is no matter
         tensor.zero_()
-    work.flush()
-    found, info = Work(Path("folder"), []).state()
+    store.flush()
+    found, info = ResumeStore(Path("folder"), []).load()
     assert info == INFO
     assert set(found) == set(tensors())
     for name, tensor in tensors().items():
@@ -78,63 +78,63 @@ def test_the_state_comes_back_as_it_was():
 
 
 def test_state_is_written_after_a_second_and_then_it_says_so():
-    work = Work(Path("folder"), [])
-    assert not work.keep({"a": torch.zeros(1)}, {"epoch": 1})
-    assert work.state() is None
+    store = ResumeStore(Path("folder"), [])
+    assert not store.save({"a": torch.zeros(1)}, {"epoch": 1})
+    assert store.load() is None
     time.sleep(1.05)
-    assert work.keep({"a": torch.zeros(1)}, {"epoch": 2})
-    assert work.state()[1] == {"epoch": 2}
-    assert not work.keep({"a": torch.zeros(1)}, {"epoch": 3})
-    assert work.state()[1] == {"epoch": 2}
+    assert store.save({"a": torch.zeros(1)}, {"epoch": 2})
+    assert store.load()[1] == {"epoch": 2}
+    assert not store.save({"a": torch.zeros(1)}, {"epoch": 3})
+    assert store.load()[1] == {"epoch": 2}
 
 
 @pytest.mark.parametrize("error", [ValueError, SecateurError, KeyboardInterrupt, SystemExit])
 def test_whatever_ends_a_stage_the_last_state_is_written_and_the_lock_goes(error):
-    with pytest.raises(error), single_flight(stage(), OUTS, nobody) as work:
-        work.keep({"a": torch.ones(1)}, {"epoch": 1})
-        work.keep({"a": torch.ones(2)}, {"epoch": 2})
+    with pytest.raises(error), single_flight(stage(), OUTS, nobody) as store:
+        store.save({"a": torch.ones(1)}, {"epoch": 1})
+        store.save({"a": torch.ones(2)}, {"epoch": 2})
         raise error("over")
-    with single_flight(stage(), OUTS, nobody) as work:
-        found, info = work.state()
+    with single_flight(stage(), OUTS, nobody) as store:
+        found, info = store.load()
         assert info == {"epoch": 2}
         assert torch.equal(found["a"], torch.ones(2))
-        assert not work.done
+        assert not store.complete
 
 
 def test_finished_work_is_taken_over_and_its_state_is_gone():
-    with single_flight(stage(), OUTS, nobody) as work:
-        assert not work.done
-        work.keep(tensors(), INFO)
-        work.flush()
-        work.note("run_id", "abc")
+    with single_flight(stage(), OUTS, nobody) as store:
+        assert not store.complete
+        store.save(tensors(), INFO)
+        store.flush()
+        store.note("run_id", "abc")
         write_outs("made")
-        work.finish()
+        store.finish()
     write_outs("something else")
-    with single_flight(stage(), OUTS, nobody) as work:
-        assert work.done
-        work.take()
-        assert work.state() is None
-        assert work.note("run_id") is None
+    with single_flight(stage(), OUTS, nobody) as store:
+        assert store.complete
+        store.restore_outs()
+        assert store.load() is None
+        assert store.note("run_id") is None
     for path in ("models/toy/model", "models/toy/deep/history", "models/toy.run.json"):
         assert Path(path).read_text() == f"made {path}"
 
 
 def test_work_is_not_done_while_its_outs_are_half_kept(project):
-    with single_flight(stage(), OUTS, nobody) as work:
+    with single_flight(stage(), OUTS, nobody) as store:
         Path("models/toy").mkdir(parents=True)
         Path("models/toy/model").write_text("made")  # the record is missing
         with pytest.raises((OSError, SecateurError), match=r"toy\.run\.json"):
-            work.finish()
-        assert not work.done
+            store.finish()
+        assert not store.complete
 
 
 def test_notes_are_remembered_one_by_one():
-    work = Work(Path("folder"), [])
-    assert work.note("run_id") is None
-    assert work.note("run_id", "abc") == "abc"
-    assert work.note("seconds", 1.5) == 1.5
-    assert work.note("seconds", 2.5) == 2.5
-    later = Work(Path("folder"), [])
+    store = ResumeStore(Path("folder"), [])
+    assert store.note("run_id") is None
+    assert store.note("run_id", "abc") == "abc"
+    assert store.note("seconds", 1.5) == 1.5
+    assert store.note("seconds", 2.5) == 2.5
+    later = ResumeStore(Path("folder"), [])
     assert later.note("run_id") == "abc"
     assert later.note("seconds") == 2.5
     assert json.loads(Path("folder/notes.json").read_text()) == {"run_id": "abc", "seconds": 2.5}
@@ -185,22 +185,22 @@ def twin(pipe, folder):
     """Needs the same work in a workspace of its own."""
     os.chdir(folder)
     pipe.recv()
-    with single_flight(stage(), OUTS, lambda: pipe.send("waiting")) as work:
-        pipe.send("done" if work.done else "not done")
-        if work.done:
-            work.take()
+    with single_flight(stage(), OUTS, lambda: pipe.send("waiting")) as store:
+        pipe.send("done" if store.complete else "not done")
+        if store.complete:
+            store.restore_outs()
 
 
 @pytest.mark.parametrize("finished", [True, False])
 def test_a_second_process_waits_and_takes_what_the_first_has_made(finished, project):
     (project / "twin").mkdir()
     with another_process(twin, project / "twin") as (pipe, process):
-        with single_flight(stage(), OUTS, nobody) as work:
+        with single_flight(stage(), OUTS, nobody) as store:
             pipe.send("go")
             assert told(pipe) == "waiting"
             write_outs("made")
             if finished:
-                work.finish()
+                store.finish()
             assert not pipe.poll(0.2), "it waits as long as the lock is held"
         assert told(pipe) == ("done" if finished else "not done")
         process.join(20)
@@ -213,9 +213,9 @@ def test_a_second_process_waits_and_takes_what_the_first_has_made(finished, proj
 
 def worker(pipe):
     """Works until it is killed."""
-    with single_flight(stage(), OUTS, nobody) as work:
-        work.keep({"a": torch.ones(1)}, {"epoch": 3})
-        work.flush()
+    with single_flight(stage(), OUTS, nobody) as store:
+        store.save({"a": torch.ones(1)}, {"epoch": 3})
+        store.flush()
         pipe.send("working")
         time.sleep(60)
 
@@ -225,17 +225,17 @@ def test_the_lock_of_a_killed_process_is_free_and_its_state_is_there():
         assert told(pipe) == "working"
         os.kill(process.pid, signal.SIGKILL)
         process.join(20)
-        with single_flight(stage(), OUTS, nobody) as work:
-            assert work.state()[1] == {"epoch": 3}
+        with single_flight(stage(), OUTS, nobody) as store:
+            assert store.load()[1] == {"epoch": 3}
 
 
 def abandoned(days, **declared):
     """Work that nobody has touched for so many days."""
-    with single_flight(stage(**declared), OUTS, nobody) as work:
-        work.keep({"a": torch.ones(1)}, {"epoch": 1})
-        work.flush()
-    age(work.folder, days)
-    return work.folder
+    with single_flight(stage(**declared), OUTS, nobody) as store:
+        store.save({"a": torch.ones(1)}, {"epoch": 1})
+        store.flush()
+    age(store.folder, days)
+    return store.folder
 
 
 def age(folder, days):
@@ -255,9 +255,9 @@ def test_old_work_that_is_wanted_now_or_held_by_somebody_is_not_dropped():
     with single_flight(stage(a=2), OUTS, nobody) as held:
         wanted = abandoned(9, a=1)
         age(held.folder, 9)
-        with single_flight(stage(a=1), OUTS, nobody) as work:
-            assert work.folder == wanted
-            assert work.state() is not None
+        with single_flight(stage(a=1), OUTS, nobody) as store:
+            assert store.folder == wanted
+            assert store.load() is not None
             assert held.folder.exists()
 
 
@@ -291,9 +291,9 @@ def test_a_lock_whose_folder_was_removed_meanwhile_is_taken_again(monkeypatch):
             shutil.rmtree(Path(lock.name).parent)
 
     monkeypatch.setattr(resume.fcntl, "flock", remove_first)
-    with single_flight(stage(), OUTS, nobody) as work:
+    with single_flight(stage(), OUTS, nobody) as store:
         assert removed
-        assert (work.folder / "lock").exists()
+        assert (store.folder / "lock").exists()
 
 
 def test_files_that_come_and_go_in_other_work_disturb_nobody():

@@ -1,5 +1,6 @@
 """Training: every step by hand, every epoch again after a kill, and never on with a NaN."""
 
+import contextlib
 import copy
 import hashlib
 import math
@@ -16,13 +17,15 @@ from secateur.base import plugin
 from secateur.base.errors import TrainingError
 from secateur.base.settings import Train
 from secateur.base.stage import Stage
+from secateur.data import augment
 from secateur.data import dataset as data
 from secateur.data.dataset import DatasetInfo, InMemoryImages
 from secateur.pruning.decision import PruningContext
 from secateur.sparsity import masks
-from secateur.training import loop as train
+from secateur.training import determinism, loop, resume
 from secateur.training import penalty as penalties
-from secateur.training import resume
+from secateur.training.callbacks import Callback
+from secateur.training.evaluation import accuracy
 
 SMALL = {"lenet300": {"hidden": [16, 8]}, "lenet5": {"filters": [4, 6], "hidden": 12}}
 ARCHS = sorted(SMALL)
@@ -56,43 +59,40 @@ def content(model):
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
-class Watcher:
+class Watcher(Callback):
     """Remembers what it is told, and the weights after every epoch; stops where it is asked to."""
 
     def __init__(self, model, epoch=None, step=None):
         self.model, self.at = model, (epoch, step)
         self.weights, self.rows, self.steps = [], [], []
 
-    def start(self, epochs, steps, rows):
-        self.began = (epochs, steps, len(rows))
+    def on_train_start(self, epochs, steps_per_epoch, history):
+        self.began = (epochs, steps_per_epoch, len(history))
 
-    def step(self, epoch, step):
+    def on_step_end(self, epoch, step):
         self.steps.append((epoch, step))
         if self.at == (epoch, step):
             raise KeyboardInterrupt
 
-    def epoch(self, row):
+    def on_epoch_end(self, row):
         self.rows.append(row)
         self.weights.append(content(self.model))
         if self.at == (row["epoch"], None):
             raise KeyboardInterrupt
 
-    def saved(self):
-        pass
-
 
 def fit(model, prepared, settings, name="a", seed=1, watcher=None, **options):
     """Train under the lock of a stage of this name, as a stage does; a second call resumes."""
     stage = Stage("baseline", None, {"name": name}, {})
-    with resume.single_flight(stage, [], lambda: None) as work:
-        watchers = [watcher] if watcher else []
-        return train.fit(model, prepared, settings, seed, work, watchers, **options)
+    with resume.single_flight(stage, [], lambda: None) as store:
+        callbacks = [watcher] if watcher else []
+        return loop.fit(model, prepared, settings, seed, store, callbacks, **options)
 
 
 def state_left(name="a"):
     stage = Stage("baseline", None, {"name": name}, {})
-    with resume.single_flight(stage, [], lambda: None) as work:
-        return work.state()
+    with resume.single_flight(stage, [], lambda: None) as store:
+        return store.load()
 
 
 BRIEF = {"interval": 1, "stabilise": 5}
@@ -114,7 +114,7 @@ def test_the_digits_are_learnt(arch, precision):
     result = fit(model, prepared, Train(epochs=5, batch_size=64, lr=0.002, precision=precision))
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert result.history[-1]["train_accuracy"] > 0.9
-    assert train.accuracy(model, prepared.test, prepared.info)[0] > 0.9
+    assert accuracy(model, prepared.test, prepared.info)[0] > 0.9
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_one_others():
@@ -238,7 +238,7 @@ def test_the_cosine_starts_at_the_full_rate_and_ends_just_above_zero():
     assert all(before["lr"] > after["lr"] > 0 for before, after in pairwise(history))
 
 
-def test_watchers_hear_of_every_step_and_epoch():
+def test_callbacks_hear_of_every_step_and_epoch():
     model = network("lenet300")
     watcher = Watcher(model)
     result = fit(model, digits(100, 0), Train(epochs=2, batch_size=30), watcher=watcher)
@@ -480,7 +480,7 @@ def test_accuracy_and_loss_are_what_numpy_says(count):
     chances = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     split = InMemoryImages(torch.from_numpy(pixels), torch.from_numpy(labels))
     info = DatasetInfo("toy", ["a", "b", "c"], split.shape, [0.5], [0.25], "", {})
-    right, loss = train.accuracy(model, split, info)
+    right, loss = accuracy(model, split, info)
     assert right == np.mean(logits.argmax(axis=1) == labels)
     assert loss == pytest.approx(-np.log(chances[range(count), labels]).mean(), rel=1e-5)
 
@@ -491,3 +491,99 @@ def test_without_epochs_the_network_is_handed_on_as_it_came():
     result = fit(model, digits(50), Train(epochs=0))
     assert (result.history, result.best_epoch) == ([], 0)
     assert content(model) == before
+
+
+def global_state():
+    """The global torch state that a training touches."""
+    return (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,
+        float(torch.tensor([1e-38]) * 1e-2) == 0.0,
+        torch.get_rng_state().tolist(),
+    )
+
+
+class GlobalState(Callback):
+    """Records the global state during the training, and perhaps raises an error there."""
+
+    def __init__(self, error=None):
+        self.error, self.seen = error, []
+
+    def on_step_end(self, epoch, step):
+        self.seen.append(global_state())
+        if self.error is not None:
+            raise self.error
+
+
+@pytest.mark.parametrize("error", [None, TrainingError("broken"), KeyboardInterrupt()])
+@pytest.mark.parametrize("on", [False, True])
+def test_global_torch_state_is_restored_on_return_and_on_errors(on, error):
+    initial, model, prepared = global_state(), network("lenet300"), digits()
+    try:
+        torch.use_deterministic_algorithms(on, warn_only=on)
+        torch.utils.deterministic.fill_uninitialized_memory = on
+        torch.set_flush_denormal(on)
+        torch.manual_seed(5)
+        before, callback = global_state(), GlobalState(error)
+        assert before[:4] == (on, on, on, on)
+        raised = pytest.raises(type(error)) if error else contextlib.nullcontext()
+        with raised:
+            fit(model, prepared, Train(epochs=1, batch_size=64), watcher=callback)
+        assert global_state() == before
+        assert callback.seen[0][:4] == (True, False, False, True)
+    finally:
+        torch.use_deterministic_algorithms(initial[0], warn_only=initial[1])
+        torch.utils.deterministic.fill_uninitialized_memory = initial[2]
+        torch.set_flush_denormal(initial[3])
+
+
+def test_an_error_before_the_first_step_restores_the_global_state_too():
+    before, model = global_state(), network("lenet300")
+    wrong = {"missing.weight": torch.ones(1, dtype=torch.bool)}
+    torch.manual_seed(5)
+    before = global_state()
+    with pytest.raises(Exception, match="missing"):
+        fit(model, digits(), Train(epochs=1), masks=wrong)
+    assert global_state() == before
+
+
+class Seeds(Callback):
+    """Records what the global generator was seeded with in every epoch."""
+
+    def __init__(self):
+        self.seeds = []
+
+    def on_epoch_end(self, row):
+        self.seeds.append(torch.initial_seed())
+
+
+def test_dropout_draws_from_a_stream_of_its_own_by_seed_and_epoch():
+    settings, found = Train(epochs=3, batch_size=64), {}
+    for seed in (0, 1, 2):
+        callback = Seeds()
+        fit(network("lenet300"), digits(100), settings, str(seed), seed, watcher=callback)
+        found[seed] = callback.seeds
+    drawn = [seed for seeds in found.values() for seed in seeds]
+    shuffling = {seed * 1_000_003 + epoch for seed in found for epoch in range(3)}
+    assert len(set(drawn)) == 9
+    assert not shuffling & set(drawn)
+    with torch.random.fork_rng():
+        for seed, seeds in found.items():
+            for epoch, expected in enumerate(seeds):
+                determinism.seed_layers(seed, epoch)
+                assert torch.initial_seed() == expected
+
+
+def test_the_layers_of_every_rank_have_other_random_numbers_than_the_shuffling():
+    drawn = []
+    with torch.random.fork_rng():
+        for seed, epoch, rank in [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0)]:
+            for _ in range(2):  # the same arguments, the same numbers
+                determinism.seed_layers(seed, epoch, rank)
+                drawn.append(torch.randperm(50).tolist())
+            drawn.append(augment.draw(50, seed, epoch, augment.Augment()).image.tolist())
+    layers = [drawn[k] for k in range(0, 12, 3)]
+    assert layers == [drawn[k] for k in range(1, 12, 3)]
+    assert not any(numbers in layers for numbers in drawn[2::3])
+    assert len({tuple(numbers) for numbers in layers}) == 4

@@ -3,5 +3,5 @@
 A file offers `Settings` (a `base.settings.Strict`) and `build(settings, model, decay) -> Penalty`:
 what sparse-train adds to the loss, its strength `decay` included. `penalties._formula` has the two usual
 ones: a formula over single tensors, and one over groups of weights. `penalties._growing` has those that
-run a course of their own and choose what is to go; `training.loop` says what a `Penalty` is.
+run a course of their own and choose what is to go; `training.penalty` says what a `Penalty` is.
 """

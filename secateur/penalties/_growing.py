@@ -55,7 +55,7 @@ class Growing:
     tensors with one entry for each of them. `kept` and `chosen` below are groups.
     """
 
-    needs = 0
+    max_steps = 0
     """Most steps that the course can take; set by whoever knows the growth."""
 
     def __init__(
@@ -121,7 +121,7 @@ class Growing:
         total: Tensor = _Pull.apply(self._spread, *self.weights)
         return total
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """How far it is: the phase from 0 (picking) to 3 (finished), the largest factor, layers
         whose choice is made, and kept over chosen magnitude, of each layer and in the mean."""
         ratios = _over(*self._means())
@@ -169,7 +169,7 @@ class Growing:
         """What is to go, by the weight's parameter name; see sparsity/choices.py."""
         return {name: choice.cpu() for name, choice in self.choice.items()}
 
-    def trace(self) -> list[dict[str, float]]:
+    def growth_table(self) -> list[dict[str, float]]:
         """Mean |w| of kept and chosen groups over the steps, by layer and over all layers.
 
         One row for each of at most 500 points and one for the end. The largest factor is with it.
@@ -191,7 +191,7 @@ class Growing:
     @property
     def every(self) -> int:
         """Steps from one point of the record to the next."""
-        return -(-self.needs // POINTS)
+        return -(-self.max_steps // POINTS)
 
     @property
     def grouped(self) -> bool:

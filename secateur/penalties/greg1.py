@@ -52,7 +52,7 @@ class GReg1(Growing):
             raise SettingsError(
                 f"params.yaml: decay = {decay:g}: {WHERE}.ceiling {error}"
             ) from None
-        self.needs = self.steps_for(updates)
+        self.max_steps = self.steps_for(updates)
         self.pick(settings.pick, settings.seed)
 
     def grow(self) -> None:

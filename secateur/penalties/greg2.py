@@ -76,7 +76,7 @@ class GReg2(Growing):
             raise SettingsError(
                 f"params.yaml: {key} = {growth:g}: {WHERE}.{ceiling} {error}"
             ) from None
-        self.needs = self.steps_for(first + second)
+        self.max_steps = self.steps_for(first + second)
 
     def grow(self) -> None:
         """All groups alike, until the choice is made; in the same update nothing else changes."""
@@ -94,11 +94,11 @@ class GReg2(Growing):
         """Far enough apart, or over the ceiling; not before what is kept recovers."""
         return (self.large_apart | self.over) & (self.others <= 0)
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """Also the share of the choice that L1 norms of the dense network would have made too."""
         chosen = self.choice or self._now()
         both = sum(int((chosen[n].cpu() & self.initial[n].cpu()).sum()) for n in self.names)
-        return super().figures() | {"overlap": both / sum(self.numbers.values())}
+        return super().metrics() | {"overlap": both / sum(self.numbers.values())}
 
     def _now(self) -> grouping.Choices:
         """What would be chosen by the weights as they are now."""

@@ -16,8 +16,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 
 from secateur.base.errors import SecateurError
-
-Row = dict[str, float]
+from secateur.training.callbacks import Callback, Row
 
 
 def main(work: Callable[[], None], stage: str, about: str | None) -> NoReturn:
@@ -56,7 +55,7 @@ def _terminated(_signal: int, _frame: FrameType | None) -> None:
     raise SystemExit(143)
 
 
-class Training:
+class Training(Callback):
     """Progress of one training: a live bar on a terminal, a line every few seconds elsewhere."""
 
     def __init__(self, stage: str) -> None:
@@ -70,12 +69,12 @@ class Training:
         self.epochs = self.steps = 0
         self.words = ""
 
-    def start(self, epochs: int, steps: int, rows: Sequence[Row]) -> None:
-        """Training begins, or goes on after `rows`."""
-        self.epochs, self.steps, self.already = epochs, steps, len(rows)
+    def on_train_start(self, epochs: int, steps_per_epoch: int, history: Sequence[Row]) -> None:
+        """Training begins, or goes on after `history`."""
+        self.epochs, self.steps, self.already = epochs, steps_per_epoch, len(history)
         self.began = self.last = time.monotonic()
-        if rows:
-            say(f"{self.stage}: going on after epoch {len(rows)} of {epochs}")
+        if history:
+            say(f"{self.stage}: going on after epoch {len(history)} of {epochs}")
         if self.console.is_terminal:
             self.bar = Progress(
                 TextColumn("[bold]{task.description}"),
@@ -85,11 +84,14 @@ class Training:
                 console=self.console,
             )
             self.task = self.bar.add_task(
-                self.stage, total=epochs * steps, completed=len(rows) * steps, words="starting"
+                self.stage,
+                total=epochs * self.steps,
+                completed=len(history) * self.steps,
+                words="starting",
             )
             self.bar.start()
 
-    def step(self, epoch: int, step: int) -> None:
+    def on_step_end(self, epoch: int, step: int) -> None:
         """A step is done."""
         now = time.monotonic()
         if now - self.last < (0.2 if self.bar else 10):
@@ -107,7 +109,7 @@ class Training:
                 f"{self.words or 'first epoch'}, {left:.0f} s left"
             )
 
-    def epoch(self, row: Row) -> None:
+    def on_epoch_end(self, row: Row) -> None:
         """An epoch is done."""
         self.words = f"loss {row['train_loss']:.4f}"
         if "val_accuracy" in row:
@@ -117,9 +119,6 @@ class Training:
             self.words += f"  {_PHASES[int(row['phase'])]}, factor {row['factor']:.3g}"
             self.words += f", {row['picked']:.0f} of {len(ratios)} layers picked"
             self.words += f", kept over chosen {min(ratios):.3g} to {max(ratios):.3g}"
-
-    def saved(self) -> None:
-        """The state is safe; nothing to show."""
 
     def close(self) -> None:
         """The training is over, well or not."""

@@ -21,10 +21,11 @@ from secateur.pipeline import tracking as track
 from secateur.pipeline.record import FOLDERS
 from secateur.sparsity.choices import Choices
 from secateur.sparsity.masks import Masks
-from secateur.training import loop as train
-from secateur.training import resume
+from secateur.training import loop, resume
+from secateur.training.callbacks import HISTORY_COLUMNS, Callback, Row
 from secateur.training.engine import Engine, relaunch
-from secateur.training.penalty import Penalty, Row
+from secateur.training.penalty import Penalty
+from secateur.training.state import StateStore
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,8 @@ class StageContext:
         self.params: Params = self.stage.params
         self.data = data.load(self.stage.input(f"data/{self.params.dataset}"))
         self.upstream: dict[str, Checkpoint] = {}
-        self.watchers: list[train.Callback] = []
-        self.work: train.StateStore | None = None
+        self.callbacks: list[Callback] = []
+        self.store: StateStore | None = None
         self.engine: Engine | None = None
         machine.device()
 
@@ -74,19 +75,19 @@ class StageContext:
         *,
         penalty: Penalty | None = None,
         masks: Masks | None = None,
-    ) -> train.FitResult:
+    ) -> loop.FitResult:
         """Train `model` in place; goes on where a killed process was."""
-        assert self.work is not None, "fit() is for the function that make() was given"
+        assert self.store is not None, "fit() is for the function that make() was given"
         bar = console.Training(self.stage.name)
         first = self.engine is None or self.engine.is_main
         try:
-            result = train.fit(
+            result = loop.fit(
                 model,
                 self.data,
                 settings,
                 self.params.seed,
-                self.work,
-                [bar, *self.watchers] if first else [],
+                self.store,
+                [bar, *self.callbacks] if first else [],
                 engine=self.engine,
                 penalty=penalty,
                 masks=masks,
@@ -122,7 +123,7 @@ class StageContext:
 
 
 def trained(
-    model: nn.Module, header: Header, fit: train.FitResult, masks: Masks | None = None
+    model: nn.Module, header: Header, fit: loop.FitResult, masks: Masks | None = None
 ) -> StageResult:
     """What a training stage leaves: the model with the figures of the epoch that was kept."""
     picked = fit.history[fit.best_epoch - 1] if fit.history else {}
@@ -144,7 +145,7 @@ def train_model(
     if job.engine.is_main:
         make(job, produce)
     elif not job.engine.broadcast(None):
-        job.work = _Elsewhere()
+        job.store = _Elsewhere()
         produce(job)
 
 
@@ -157,16 +158,16 @@ def make(job: StageContext, produce: Callable[[StageContext], StageResult]) -> N
     recorded = folder.with_name(f"{folder.name}.run.json")
     outs = [str(folder), str(recorded)]
     name = job.stage.name
-    with resume.single_flight(job.stage, outs, lambda: console.waiting(name)) as work:
+    with resume.single_flight(job.stage, outs, lambda: console.waiting(name)) as store:
         if job.engine is not None:
-            job.engine.broadcast(work.done)
-        if work.done:
-            work.take()
+            job.engine.broadcast(store.complete)
+        if store.complete:
+            store.restore_outs()
             console.taken(name)
             return
-        run = _open_run(job, work)
-        clock = _Clock(work)
-        job.work, job.watchers = work, [run, clock]
+        run = _open_run(job, store)
+        clock = _Clock(store)
+        job.store, job.callbacks = store, [run, clock]
         gc.freeze()  # what the imports made lives as long as the process: nothing to collect there
         try:
             product = produce(job)
@@ -174,7 +175,7 @@ def make(job: StageContext, produce: Callable[[StageContext], StageResult]) -> N
             run.fail()
             raise
         _write(job, folder, recorded, product, run, clock.total())
-        work.finish()
+        store.finish()
 
 
 def _write(
@@ -189,7 +190,7 @@ def _write(
     path, model = folder / "model.safetensors", str(folder / "model.safetensors")
     sha256 = checkpoint.save(path, product.header, product.model, product.masks, product.choices)
     if product.history is not None:
-        columns = None if product.history else ["epoch", "lr", *train.FIGURES]
+        columns = None if product.history else list(HISTORY_COLUMNS)
         table = pd.DataFrame(product.history, columns=columns).astype({"epoch": int})
         files.write_text(folder / "history.csv", table.to_csv(index=False))
     tables = {"scales": norms.distribution(product.model)} | product.tables
@@ -219,7 +220,7 @@ def _write(
     )
 
 
-def _open_run(job: StageContext, work: resume.Work) -> track.Run:
+def _open_run(job: StageContext, store: resume.ResumeStore) -> track.Run:
     """The stage's MLflow run, linked to those of the models it reads."""
     upstream = {}
     for maker in job.upstream:
@@ -227,41 +228,32 @@ def _open_run(job: StageContext, work: resume.Work) -> track.Run:
         upstream[maker] = record.load(path) if path.exists() else None
     run = track.Run(track.Store(), job.stage, upstream)
     info = job.data.info
-    run.open(work.note("run_id"), {"name": info.name, "hash": info.hash})
-    work.note("run_id", run.id)
+    run.open(store.note("run_id"), {"name": info.name, "hash": info.hash})
+    store.note("run_id", run.id)
     return run
 
 
 class _Elsewhere:
-    """The memory of a process that trains with another one, which keeps the state of both."""
+    """State store of a secondary process: the first process keeps the state of all."""
 
-    def state(self) -> None:
-        """The first process hands it over."""
+    def load(self) -> None:
+        """Nothing: the first process broadcasts its state."""
 
-    def keep(self, tensors: Mapping[str, Tensor], info: dict[str, Any]) -> bool:
-        """The first process keeps it."""
+    def save(self, tensors: Mapping[str, Tensor], info: dict[str, Any]) -> bool:
+        """Nothing: the first process saves the state."""
         return False
 
 
-class _Clock:
-    """Wall time of the work over all tries, noted whenever the state is safe."""
+class _Clock(Callback):
+    """Wall time of a stage over all its processes, noted whenever the state has been saved."""
 
-    def __init__(self, work: resume.Work) -> None:
-        self.work, self.began = work, time.monotonic()
-        self.before = float(work.note("seconds") or 0.0)
+    def __init__(self, store: resume.ResumeStore) -> None:
+        self.store, self.began = store, time.monotonic()
+        self.before = float(store.note("seconds") or 0.0)
 
     def total(self) -> float:
         return self.before + time.monotonic() - self.began
 
-    def start(self, epochs: int, steps: int, rows: list[Row]) -> None:
-        """Nothing to do."""
-
-    def step(self, epoch: int, step: int) -> None:
-        """Nothing to do."""
-
-    def epoch(self, row: Row) -> None:
-        """Nothing to do."""
-
-    def saved(self) -> None:
+    def on_state_saved(self) -> None:
         """Note the time so far."""
-        self.work.note("seconds", self.total())
+        self.store.note("seconds", self.total())

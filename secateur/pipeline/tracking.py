@@ -25,6 +25,7 @@ from urllib.parse import urlparse
 
 from secateur.base.stage import Stage, project_root
 from secateur.pipeline.record import RunRecord, flat
+from secateur.training.callbacks import Callback, Row
 
 EXPERIMENT = "secateur"
 MODEL_TYPES = {
@@ -35,7 +36,6 @@ MODEL_TYPES = {
 }
 HEADLINES = ("compression", "theoretical_speedup", "measured_speedup")
 
-Row = dict[str, float]
 R = TypeVar("R")
 
 
@@ -112,7 +112,7 @@ class Store:
             self.client.log_batch(run_id, metrics=batch, params=params if start == 0 else ())
 
 
-class Run:
+class Run(Callback):
     """The MLflow run of one stage; collects epochs and sends them when the state is saved."""
 
     def __init__(
@@ -145,29 +145,19 @@ class Run:
             self.store.client.log_inputs(run_id, models=[LoggedModelInput(i) for i in inputs])
         return run_id
 
-    # what fit() tells
-
-    def start(self, epochs: int, steps: int, rows: list[Row]) -> None:
-        """Nothing to log yet."""
-
-    def step(self, epoch: int, step: int) -> None:
-        """Steps are not logged."""
-
-    def epoch(self, row: Row) -> None:
+    def on_epoch_end(self, row: Row) -> None:
         """Remember an epoch."""
         self.rows.append((row, time.time()))
 
-    def saved(self) -> None:
+    def on_state_saved(self) -> None:
         """Send what has been collected: what is safe on disk is not computed again."""
         rows, self.rows = self.rows, []
         if self.id is not None and self.store.client is not None and rows:
             self.store.attempt(lambda: self.store.log(str(self.id), _metrics(rows)))
 
-    # what the stage tells
-
     def close(self, metrics: Mapping[str, float], model: str, sha256: str) -> str | None:
         """End the run well; gives the id of the model's entry in MLflow, if there is one."""
-        self.saved()
+        self.on_state_saved()
         if self.id is None or self.store.client is None:
             return None
         return self.store.attempt(
@@ -176,7 +166,7 @@ class Run:
 
     def fail(self) -> None:
         """End the run badly."""
-        self.saved()
+        self.on_state_saved()
         if self.id is not None and self.store.client is not None:
             self.store.attempt(lambda: self.store.client.set_terminated(self.id, "FAILED"))
 

@@ -1,1 +1,8 @@
-"""TODO."""
+"""Training of one network: `loop.fit` is the only training loop.
+
+Its parts: the step of the optimizer (`step`), learning rates (`optim`), accuracy (`evaluation`),
+the state that a resumed training restores (`state`, `resume`), the contracts of penalties and
+callbacks (`penalty`, `callbacks`), devices and processes (`engine`), global torch state
+(`determinism`). For pruned networks: longer trainings (`budget`) and new batch statistics
+(`recalibrate`).
+"""

@@ -1,50 +1,48 @@
-"""Penalties as the training loop sees them: what is added to the loss of every step."""
+"""Penalties as the training loop uses them: terms added to the loss of every step."""
 
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
 from secateur.base import plugin
-
-Row = dict[str, float]
-"""One epoch of history: epoch, lr, losses and accuracies."""
+from secateur.training.callbacks import Row
 
 
 class Penalty(Protocol):
-    """One penalty on one model, its strength included."""
+    """One penalty on one model, multiplied by its strength `decay`."""
 
     @property
     def finished(self) -> bool:
-        """Whether the training is over, by the penalty's own clock; asked after every step."""
+        """Whether the penalty's own schedule has ended, and with it the training."""
 
     def __call__(self, step: int) -> Tensor:
-        """Value at this optimizer step (counted from 0 over all epochs), to be differentiated.
+        """Value at an optimizer step (from 0, over all epochs): a scalar to differentiate.
 
-        Called once a step, in order.
+        Called once per step, in order.
         """
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All that must survive a restart; empty for a penalty without memory."""
+        """What a resumed training restores; empty for a penalty without state."""
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take up where `state_dict` was taken."""
+        """Restore what `state_dict` returned."""
 
 
 @runtime_checkable
 class ScheduledPenalty(Protocol):
-    """What a penalty has beside that if it runs a course of its own and chooses what goes."""
+    """Further members of a penalty that runs a schedule of its own and selects what to prune."""
 
-    needs: int
-    """Steps that the course takes at most."""
+    max_steps: int
+    """Steps of the optimizer that the schedule takes at most."""
 
-    def figures(self) -> dict[str, float]:
-        """Where it is, for the epoch's row of history; finite numbers."""
+    def metrics(self) -> dict[str, float]:
+        """Progress of the schedule, for the epoch's row of history; finite numbers."""
 
     def choices(self) -> dict[str, Tensor]:
-        """What is to be pruned, by the weight's parameter name; see sparsity/choices.py."""
+        """What to prune, by the weight's parameter name; see sparsity/choices.py."""
 
-    def trace(self) -> list[Row]:
-        """A table of the course, a row for each of some steps."""
+    def growth_table(self) -> list[Row]:
+        """The course of the schedule as a table, one row for each of some steps."""
 
 
 def build(name: str, settings: Any, model: nn.Module, decay: float) -> Penalty | None:

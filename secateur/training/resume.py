@@ -1,9 +1,10 @@
-"""State outside DVC's outs: killed stages go on where they were, twins train once.
+"""Training state outside DVC's outs: killed stages resume, concurrent equal stages train once.
 
 A stage that trains works in `.resume/<stage>/<fingerprint>/` of the user's project (also from an
-experiment's temporary copy), under a lock that dies with the process. The fingerprint covers
-params, inputs, code and versions, so whoever holds the same one wants the same result. When the
-stage is done its outs are kept there for a day: a twin that waited takes them instead of training.
+experiment's temporary copy), under a lock that is released when the process dies. The fingerprint
+covers params, inputs, code and versions, so that equal fingerprints mean equal results. A finished
+stage keeps a copy of its outs there for a day: a concurrent process that waited for the lock takes
+them over instead of training.
 """
 
 import contextlib
@@ -24,30 +25,33 @@ from secateur.base import files
 from secateur.base.stage import Stage, project_root
 
 KEEP_DAYS = 1.0
-"""Finished work and abandoned state are dropped when nobody has touched them for so long."""
+"""Finished outs and abandoned state are deleted when they have not changed for this long."""
 
 
-class Work:
-    """The work on one fingerprint; only one process holds it at a time."""
+class ResumeStore:
+    """State, notes and finished outs of one fingerprint; only one process holds it at a time.
+
+    It is the `StateStore` of a training stage.
+    """
 
     def __init__(self, folder: Path, outs: list[str]) -> None:
         self.folder, self.outs = folder, outs
-        self._pending: tuple[dict[str, Tensor], dict[str, Any]] | None = None
-        self._written = time.monotonic()
-        self._cost = 0.0
+        self._unwritten: tuple[dict[str, Tensor], dict[str, Any]] | None = None
+        self._last_write = time.monotonic()
+        self._write_seconds = 0.0
 
     @property
-    def done(self) -> bool:
-        """Whether somebody has finished this very work already."""
+    def complete(self) -> bool:
+        """Whether a process has finished this stage; its outs can be restored."""
         return (self.folder / "done" / "complete").exists()
 
-    def take(self) -> None:
-        """Bring the finished outs into the workspace."""
+    def restore_outs(self) -> None:
+        """Copy the finished outs into the workspace."""
         for out in self.outs:
             files.copy_tree(self.folder / "done" / out, Path(out))
 
     def finish(self) -> None:
-        """Keep the outs for twins, and drop the state."""
+        """Keep a copy of the outs for concurrent processes, and delete state and notes."""
         for out in self.outs:
             files.copy_tree(Path(out), self.folder / "done" / out)
         files.write_text(self.folder / "done" / "complete", "")
@@ -55,7 +59,7 @@ class Work:
             (self.folder / leftover).unlink(missing_ok=True)
 
     def note(self, key: str, value: Any = None) -> Any:
-        """Remember a small value beside the state if one is given; gives what is remembered."""
+        """Write a small value beside the state if one is given; returns the value of the key."""
         path = self.folder / "notes.json"
         notes = json.loads(path.read_text()) if path.exists() else {}
         if value is not None and notes.get(key) != value:
@@ -63,36 +67,35 @@ class Work:
             return value
         return notes.get(key)
 
-    def keep(self, tensors: Mapping[str, Tensor], info: dict[str, Any]) -> bool:
-        """Hold a copy of the state after an epoch; gives whether it was also written.
+    def save(self, tensors: Mapping[str, Tensor], info: dict[str, Any]) -> bool:
+        """Copy the state after an epoch to memory; returns whether it was also written to disk.
 
-        It is written when a second has gone by since the last time, or twenty times what writing
-        takes, whichever is longer; what is lost by a kill in between is computed again, to the
-        same bytes.
+        It is written at most every second, and at most a twentieth of the time is spent on it.
+        What a kill loses in between is computed again, to the same bytes.
         """
         copies = {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()}
-        self._pending = (copies, info)
-        if time.monotonic() - self._written >= max(1.0, 20 * self._cost):
+        self._unwritten = (copies, info)
+        if time.monotonic() - self._last_write >= max(1.0, 20 * self._write_seconds):
             self.flush()
             return True
         return False
 
     def flush(self) -> None:
-        """Write the state that is held."""
-        if self._pending is None:
+        """Write the state that is held in memory, if any."""
+        if self._unwritten is None:
             return
         start = time.monotonic()
-        tensors, info = self._pending
+        tensors, info = self._unwritten
         content = safetensors.torch.save(
             {name: t.contiguous() for name, t in tensors.items()}, {"secateur": json.dumps(info)}
         )
         files.write_bytes(self.folder / "state.safetensors", content)
-        self._pending = None
-        self._written = time.monotonic()
-        self._cost = self._written - start
+        self._unwritten = None
+        self._last_write = time.monotonic()
+        self._write_seconds = self._last_write - start
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """The state that a killed process left, if it left one."""
+    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The state that an interrupted process has written, if any."""
         path = self.folder / "state.safetensors"
         if not path.exists():
             return None
@@ -102,25 +105,28 @@ class Work:
 
 
 @contextlib.contextmanager
-def single_flight(stage: Stage, outs: list[str], waiting: Callable[[], None]) -> Iterator[Work]:
-    """Hold the work on this stage's fingerprint; a twin waits here, after calling `waiting`.
+def single_flight(
+    stage: Stage, outs: list[str], on_wait: Callable[[], None]
+) -> Iterator[ResumeStore]:
+    """Lock the store of this stage's fingerprint; waits for a concurrent process after `on_wait`.
 
-    Whatever ends the stage early, the last state that is held is written before the lock goes.
+    If an error ends the stage, the last state held in memory is written before the lock is
+    released.
     """
     root = project_root() / ".resume"
     folder = root / stage.name / stage.fingerprint
-    with contextlib.closing(_locked(folder, waiting)):
-        _drop_old(root, keep=folder)
-        work = Work(folder, outs)
+    with contextlib.closing(_lock(folder, on_wait)):
+        _delete_old(root, keep=folder)
+        store = ResumeStore(folder, outs)
         try:
-            yield work
+            yield store
         except BaseException:
-            work.flush()
+            store.flush()
             raise
 
 
-def _locked(folder: Path, waiting: Callable[[], None]) -> TextIO:
-    """The folder's lock, held until it is closed; another stage may remove an old folder first."""
+def _lock(folder: Path, on_wait: Callable[[], None]) -> TextIO:
+    """The folder's lock file, locked until closed; other stages may delete an old folder first."""
     while True:
         with contextlib.suppress(FileNotFoundError):
             folder.mkdir(parents=True, exist_ok=True)
@@ -128,28 +134,30 @@ def _locked(folder: Path, waiting: Callable[[], None]) -> TextIO:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                waiting()
+                on_wait()
                 fcntl.flock(lock, fcntl.LOCK_EX)
             if os.fstat(lock.fileno()).st_nlink:
                 return lock
             lock.close()
 
 
-def _drop_old(root: Path, keep: Path) -> None:
-    """Remove what nobody holds and nobody has touched for a while."""
+def _delete_old(root: Path, keep: Path) -> None:
+    """Delete the stores that are not locked and have not changed for `KEEP_DAYS`."""
     limit = time.time() - KEEP_DAYS * 86_400
     for lock_file in root.glob("*/*/lock"):
         folder = lock_file.parent
-        with contextlib.suppress(BlockingIOError, FileNotFoundError):  # others tidy up too
-            if folder == keep or _touched(folder) > limit:
+        with contextlib.suppress(
+            BlockingIOError, FileNotFoundError
+        ):  # or a concurrent process deletes it
+            if folder == keep or _last_change(folder) > limit:
                 continue
             with lock_file.open() as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def _touched(folder: Path) -> float:
-    """When anything in the folder last changed; files may come and go meanwhile."""
+def _last_change(folder: Path) -> float:
+    """Time of the last change in the folder, whose files may appear and disappear meanwhile."""
     times = [folder.stat().st_mtime]
     for path in folder.iterdir():
         with contextlib.suppress(FileNotFoundError):

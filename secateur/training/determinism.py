@@ -1,0 +1,51 @@
+"""Global torch state of a training: deterministic kernels, flushed denormals, random numbers."""
+
+import contextlib
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+_LAYER_STREAM = 0x64726F70
+"""Separates the random numbers of layers (dropout) from those that shuffle and augment."""
+
+
+@contextlib.contextmanager
+def deterministic(device: torch.device) -> Iterator[None]:
+    """Set the global torch state that a training needs; restore it on return and on errors.
+
+    Inside, only deterministic kernels are allowed and denormal numbers are flushed to zero. On
+    leaving, both settings and the states of the global random number generators (of the CPU, and of
+    `device` if it is a GPU) are what they were before.
+    """
+    algorithms = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    flushed = _denormals_are_flushed()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        try:
+            torch.use_deterministic_algorithms(True)
+            # deterministic mode also fills fresh memory, as a debugging aid: a tenth of a step
+            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+            # weights that a penalty keeps shrinking would become denormal, which is slow on a CPU
+            torch.set_flush_denormal(True)
+            yield
+        finally:
+            torch.use_deterministic_algorithms(algorithms, warn_only=warn_only)
+            torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+            torch.set_flush_denormal(flushed)
+
+
+def _denormals_are_flushed() -> bool:
+    """Whether this thread flushes denormal numbers to zero; torch has no query for it."""
+    return float(torch.tensor([1e-38]) * 1e-2) == 0.0
+
+
+def seed_layers(seed: int, epoch: int, rank: int = 0) -> None:
+    """Seed the global generators, from which dropout and other random layers draw, for one epoch.
+
+    The stream depends on the arguments alone, so that a training can resume at any epoch, and it
+    is independent of the one that shuffles and augments images (`data.augment.draw`).
+    """
+    sequence = np.random.SeedSequence(seed, spawn_key=(_LAYER_STREAM, epoch, rank))
+    torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))

@@ -1,0 +1,140 @@
+"""One step of the optimizer on one batch, and the check that losses stay finite."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from secateur.base.errors import TrainingError
+from secateur.base.settings import Train
+from secateur.training import optim
+from secateur.training.engine import Engine
+from secateur.training.penalty import Penalty
+
+
+class TrainStep:
+    """Updates the weights batch by batch and sums up what an epoch is reported by."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        penalty: Penalty | None,
+        settings: Train,
+        engine: Engine,
+        steps_per_epoch: int,
+    ) -> None:
+        self.model, self.forward = model, engine.prepare(model, settings.compile)
+        self.optimizer, self.penalty = optimizer, penalty
+        self.settings, self.engine, self.steps_per_epoch = settings, engine, steps_per_epoch
+        self.lr = 0.0
+
+    @property
+    def finished(self) -> bool:
+        """Whether the penalty has ended the training."""
+        return self.penalty is not None and self.penalty.finished
+
+    def start_epoch(self) -> None:
+        """Switch to training mode and reset the sums."""
+        self.model.train()
+        self.forward.train()
+        zero = torch.zeros((), device=self.engine.device)
+        self.loss_sum, self.correct, self.penalty_sum = zero, zero.clone(), zero.clone()
+
+    def __call__(self, images: Tensor, labels: Tensor, count: int, number: int) -> Tensor:
+        """Take step `number` (from 0, over all epochs) and return the loss, penalty included.
+
+        `images` (n, channels, height, width) and `labels` (n,) are this process's part of a
+        batch of `count` images.
+        """
+        self.lr = optim.rate(self.settings, number, self.steps_per_epoch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr
+        self.optimizer.zero_grad()
+        if self.settings.accumulate_grad_batches == 1:
+            loss = total = self._cross_entropy(images, labels, count)
+            if self.penalty is not None:
+                total = loss + self._penalty(number)
+            total.backward()
+        else:
+            loss, total = self._accumulate(images, labels, count, number)
+        self.optimizer.step()
+        self.loss_sum += loss.detach() * count
+        return total.detach()
+
+    def _accumulate(
+        self, images: Tensor, labels: Tensor, count: int, number: int
+    ) -> tuple[Tensor, Tensor]:
+        """Accumulate the gradients of a batch part by part; loss without and with penalty."""
+        parts = self.settings.accumulate_grad_batches
+        loss = total = torch.zeros((), device=self.engine.device)
+        pairs = list(zip(images.chunk(parts), labels.chunk(parts), strict=True))
+        for index, (part_images, part_labels) in enumerate(pairs):
+            last = index == len(pairs) - 1
+            with self.engine.no_sync(self.forward, not last):
+                part = part_total = self._cross_entropy(part_images, part_labels, count)
+                if last and self.penalty is not None:
+                    part_total = part + self._penalty(number)
+                part_total.backward()
+            loss, total = loss + part.detach(), total + part_total.detach()
+        return loss, total
+
+    def _cross_entropy(self, images: Tensor, labels: Tensor, count: int) -> Tensor:
+        """Sum of the cross-entropies over some images, divided by the batch size `count`."""
+        if not len(labels):  # a last batch smaller than the number of processes
+            images = images.new_zeros(1, *images.shape[1:])
+            return self.forward(images).sum() * 0.0
+        try:
+            with self.engine.autocast():
+                logits = self.forward(images)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise TrainingError(
+                f"batch_size = {self.settings.batch_size} leaves {len(images)} image for the last "
+                "pass of an epoch, too few for a batch normalisation of single pixels; choose "
+                "another batch_size (or accumulate_grad_batches)"
+            ) from None
+        logits = logits.float()
+        self.correct += (logits.detach().argmax(1) == labels).sum()
+        smooth = self.settings.label_smoothing
+        if len(labels) == count and self.engine.world == 1:
+            return F.cross_entropy(logits, labels, label_smoothing=smooth)
+        summed = F.cross_entropy(logits, labels, label_smoothing=smooth, reduction="sum")
+        return summed * (self.engine.world / count)  # the processes' gradients are averaged
+
+    def _penalty(self, number: int) -> Tensor:
+        assert self.penalty is not None
+        value = self.penalty(number)
+        self.penalty_sum += value.detach()
+        return value
+
+
+class LossCheck:
+    """Checks losses in groups, so that a GPU is not synchronised at every step."""
+
+    def __init__(self, epoch: int, lr: float, interval: int = 50) -> None:
+        """`epoch` counts from 0; `interval` is the number of steps between two checks."""
+        self.epoch, self.lr, self.interval = epoch, lr, interval
+        self.checked = 0
+        self.losses: list[Tensor] = []
+
+    def add(self, loss: Tensor) -> None:
+        """Note the loss of a step; checks every `interval` steps as `check` does."""
+        self.losses.append(loss)
+        if len(self.losses) == self.interval:
+            self.check()
+
+    def check(self) -> None:
+        """Raise TrainingError naming the first step whose loss is not finite."""
+        if not self.losses:
+            return
+        bad = (~torch.stack(self.losses).isfinite()).nonzero().flatten().tolist()
+        if bad:
+            value = float(self.losses[bad[0]])
+            raise TrainingError(
+                f"the loss became {value} at epoch {self.epoch + 1}, step "
+                f"{self.checked + bad[0] + 1} (lr {self.lr:g}): stopped; the state after epoch "
+                f"{self.epoch} is kept. Lower the learning rate or the decay"
+            )
+        self.checked += len(self.losses)
+        self.losses = []
