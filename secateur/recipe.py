@@ -1,6 +1,8 @@
-"""`python -m secateur.recipe`: see secateur/pipeline/recipe.py."""
+"""`python -m secateur.recipe`: the same as `secateur recipe`."""
 
-from secateur.pipeline.recipe import main
+import sys
+
+from secateur.cli import main
 
 if __name__ == "__main__":
-    main()
+    main(["recipe", *sys.argv[1:]])

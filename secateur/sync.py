@@ -1,6 +1,8 @@
-"""`python -m secateur.sync`: see secateur/pipeline/sync.py."""
+"""`python -m secateur.sync`: the same as `secateur sync`."""
 
-from secateur.pipeline.sync import main
+import sys
+
+from secateur.cli import main
 
 if __name__ == "__main__":
-    main()
+    main(["sync", *sys.argv[1:]])

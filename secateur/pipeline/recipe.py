@@ -3,9 +3,9 @@
 Every seed is a DVC experiment of its own (`<recipe>-seed<n>`, in a temporary copy: the workspace
 stays as it is), so whatever has run before comes from the cache.
 
-    python -m secateur.recipe                      lists the recipes
-    python -m secateur.recipe NAME --seeds 1 2 3   runs one and prints its table
-    python -m secateur.recipe NAME --apply         writes its settings into params.yaml instead
+    secateur recipe                      lists the recipes
+    secateur recipe NAME --seeds 1 2 3   runs one and prints its table
+    secateur recipe NAME --apply         writes its settings into params.yaml instead
 
 A recipe changes what it names; everything else comes from params.yaml as it is, so start from a
 clean one: `git checkout params.yaml`.
@@ -87,7 +87,7 @@ def load(name: str) -> Recipe:
         close = ", ".join(difflib.get_close_matches(name, names(), n=5)) or "none of a similar name"
         raise SettingsError(
             f"recipe {name!r}: there is none in {FOLDER}/; there are: {close}; "
-            "`python -m secateur.recipe` lists all"
+            "`secateur recipe` lists all"
         )
     return Recipe(name, written[name]["about"], _settings(name, written, ()))
 
@@ -226,31 +226,15 @@ def apply(recipe: Recipe) -> None:
     console.say(f"params.yaml has the settings of {recipe.name}; `dvc repro` runs them")
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m secateur.recipe",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("name", nargs="?", help="name of a recipe, as the list has it")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], metavar="N")
-    parser.add_argument("--apply", action="store_true", help="write into params.yaml, run nothing")
-    options = parser.parse_args()
+def command(options: argparse.Namespace) -> None:
+    """`secateur recipe`: list the recipes, apply one, or run it and print its table."""
     if options.name is None:
         known = names()
         for name in known:
             console.say(f"{name:{max(map(len, known))}}  {load(name).about}")
         return
-    try:
-        recipe = load(options.name)
-        if options.apply:
-            apply(recipe)
-        else:
-            show(recipe, options.seeds, run(recipe, options.seeds))
-    except SecateurError as error:
-        console.fail(str(error))
-
-
-if __name__ == "__main__":
-    main()
+    recipe = load(options.name)
+    if options.apply:
+        apply(recipe)
+    else:
+        show(recipe, options.seeds, run(recipe, options.seeds))

@@ -4,7 +4,7 @@ For a store that was lost or could not be reached, another tracking server, or a
 its models instead of training them. Goes through the workspace and, with --all, every DVC
 experiment of the repository; what is there already is left alone.
 
-    python -m secateur.sync [--all]
+    secateur sync [--all]
 """
 
 import argparse
@@ -34,22 +34,13 @@ class Source:
     """Path -> content of the tracked files that MLflow is written from."""
 
 
-def main() -> None:
-    """Restore runs and pipeline runs from every source."""
-    parser = argparse.ArgumentParser(
-        prog="python -m secateur.sync",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--all", action="store_true", help="every experiment, not the workspace only"
-    )
-    everything = parser.parse_args().all
+def command(options: argparse.Namespace) -> None:
+    """`secateur sync`: restore runs and pipeline runs from every source."""
     store = track.Store()
     if store.client is None:
         console.fail("MLflow cannot be reached, or SECATEUR_TRACKING is off")
     written = 0
-    for source in sources(everything):
+    for source in sources(options.all):
         try:
             written += write(store, source)
         except SecateurError as error:
@@ -119,7 +110,3 @@ def write(store: track.Store, source: Source) -> int:
             written += 1
             console.say(f"{where}: pipeline run written as {run_id}")
     return written
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,197 @@
+"""The command `secateur`: what lies beside the pipeline, as subcommands.
+
+A subcommand is one entry of COMMANDS. Its handler is imported only when it runs, so that `--help`
+and shell completion need no library.
+"""
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from secateur import __version__
+from secateur.base.errors import SecateurError
+
+LIBRARIES = ("torch", "torchvision", "lightning-fabric", "dvc", "mlflow")
+"""Shown by `secateur version`."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """One subcommand."""
+
+    name: str
+    summary: str
+    """One line, for the list of commands."""
+    handler: str
+    """`module:function`; the function takes the parsed options."""
+    arguments: Callable[[argparse.ArgumentParser], None]
+    details: str = ""
+    """What `--help` has below the arguments, such as examples."""
+    in_project: bool = True
+    """It only works in the root of a project."""
+
+
+def _recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", nargs="?", help="the recipe; without it, all are listed")
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, default=[1, 2, 3], metavar="N", help="default: 1 2 3"
+    )
+    parser.add_argument(
+        "--apply", action="store_true", help="write its settings into params.yaml, run nothing"
+    )
+
+
+def _sync(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--all", action="store_true", help="every experiment, not the workspace only"
+    )
+
+
+def _completion(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("shell", choices=("bash", "zsh", "tcsh"))
+
+
+def _nothing(_parser: argparse.ArgumentParser) -> None:
+    pass
+
+
+COMMANDS = (
+    Command(
+        "recipe",
+        "run a published experiment over several seeds, or list all",
+        "secateur.pipeline.recipe:command",
+        _recipe,
+        "Every seed is a DVC experiment in a temporary copy: the workspace stays as it is, and\n"
+        "what has run before comes from the cache. A recipe changes what it names; everything\n"
+        "else is as params.yaml has it, so start from a clean one: git checkout params.yaml\n\n"
+        "examples:\n"
+        "  secateur recipe\n"
+        "  secateur recipe mnist-lenet300-element --seeds 1 2 3\n"
+        "  secateur recipe mnist-lenet300-element --apply",
+    ),
+    Command(
+        "sync",
+        "write the runs that MLflow lacks, from the files that DVC tracks",
+        "secateur.pipeline.sync:command",
+        _sync,
+        "For a store that was lost or could not be reached, another tracking server, or a clone\n"
+        "that pulled its models. Runs that the store has are left alone.",
+    ),
+    Command(
+        "completion",
+        "print a completion script for the shell",
+        "secateur.cli:print_completion",
+        _completion,
+        "examples:\n"
+        "  secateur completion bash > ~/.local/share/bash-completion/completions/secateur\n"
+        '  eval "$(secateur completion zsh)"',
+        in_project=False,
+    ),
+    Command(
+        "version",
+        "print the versions of Secateur and of the libraries that results depend on",
+        "secateur.cli:print_versions",
+        _nothing,
+        in_project=False,
+    ),
+)
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Line breaks as written; room for the longest name of a command, which argparse miscounts."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=28)
+        self._action_max_length = 4 + max(len(command.name) for command in COMMANDS)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command."""
+    parser = argparse.ArgumentParser(
+        prog="secateur",
+        description="Prune image classifiers in one tracked pipeline.",
+        epilog="The pipeline itself is run by DVC: dvc repro, dvc exp run.\n"
+        "Run `secateur COMMAND --help` for the arguments of a command.",
+        formatter_class=_Formatter,
+    )
+    parser.add_argument("--version", action="version", version=f"secateur {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
+    for command in COMMANDS:
+        own = commands.add_parser(
+            command.name,
+            help=command.summary,
+            description=f"{command.summary[0].upper()}{command.summary[1:]}.",
+            epilog=command.details,
+            formatter_class=_Formatter,
+        )
+        command.arguments(own)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command; exit status 0, 1 for an error of the user's, 2 for a wrong argument."""
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    if options.command is None:
+        parser.print_help()
+        sys.exit(0)
+    try:
+        _run(next(c for c in COMMANDS if c.name == options.command), options)
+    except SecateurError as error:
+        _fail(str(error), 1)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+    except BrokenPipeError:  # as of `secateur recipe | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(0)
+
+
+def _run(command: Command, options: argparse.Namespace) -> None:
+    if command.in_project and not Path("dvc.yaml").is_file():
+        raise SecateurError(
+            f"no dvc.yaml here; run `secateur {command.name}` in the root of a project"
+        )
+    module, _, function = command.handler.partition(":")
+    try:
+        handler = getattr(importlib.import_module(module), function)
+        handler(options)
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] == "secateur":
+            raise
+        raise SecateurError(
+            f"`secateur {command.name}` needs {error.name}, which is not installed: "
+            "pip install 'secateur[pipeline]'"
+        ) from None
+
+
+def _fail(message: str, status: int) -> NoReturn:
+    sys.stdout.flush()
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(status)
+
+
+def print_completion(options: argparse.Namespace) -> None:
+    """Print a script that completes the command in a shell."""
+    import shtab
+
+    print(shtab.complete(build_parser(), options.shell), flush=True)
+
+
+def print_versions(_options: argparse.Namespace) -> None:
+    """Print the versions of Secateur, Python and the libraries, without importing them."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"secateur": __version__, "python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    for name, number in found.items():
+        print(f"{name:17} {number}")
