@@ -11,25 +11,22 @@ A killed training, run again, goes on where it was and ends with the same bytes.
 import torch
 
 from secateur.nn import checkpoint
-from secateur.pipeline import console
-from secateur.pipeline import preflight as rehearsal
-from secateur.pipeline import runner as chain
+from secateur.pipeline import console, preflight, runner
 
 
 def main() -> None:
     """Build, train, save."""
-    job = chain.StageContext("baseline")
-    chain.train_model(job, job.params.baseline, train_dense)
+    runner.train("baseline", train_dense)
 
 
-def train_dense(job: chain.StageContext) -> chain.StageResult:
-    """A new network, trained on cross-entropy alone."""
-    header = job.header()
-    torch.manual_seed(job.params.seed)
+def train_dense(context: runner.TrainingContext) -> runner.StageResult:
+    """Train a new network on cross-entropy alone."""
+    header = context.header()
+    torch.manual_seed(context.params.seed)
     model = checkpoint.architecture(header, published=True)
-    rehearsal.check_network(model, job.data.info)
-    fit = job.fit(model, job.params.baseline)
-    return chain.trained(model, header, fit)
+    preflight.check_network(model, context.data.info)
+    fit = context.fit(model, context.params.baseline)
+    return runner.trained(model, header, fit)
 
 
 if __name__ == "__main__":

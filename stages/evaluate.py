@@ -7,6 +7,7 @@ Writes  metrics/evaluate.json and metrics/layers.csv (one row for each layer of 
 """
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -18,78 +19,44 @@ from torch import nn
 from secateur.base import files, machine
 from secateur.data.dataset import sample
 from secateur.nn import cost
-from secateur.pipeline import console, record
-from secateur.pipeline import runner as chain
-from secateur.pipeline import tracking as track
+from secateur.nn.cost import LayerCost
+from secateur.pipeline import console, record, runner, tracking
+from secateur.pipeline.record import MODELS
 from secateur.sparsity import masks
 from secateur.training.evaluation import accuracy
 
-MODELS = {
-    "baseline": "baseline",
-    "sparse": "sparse-train",
-    "pruned": "prune",
-    "finetuned": "finetune",
-}
-"""Name in the report -> stage that made the model."""
+REPORT, LAYERS = Path("metrics/evaluate.json"), Path("metrics/layers.csv")
 
 
 def main() -> None:
     """Load all models, measure, report."""
-    job = chain.StageContext("evaluate")
-    models = {name: job.checkpoint(maker).model() for name, maker in MODELS.items()}
+    context = runner.open_context("evaluate")
     records = {
-        maker: record.load(job.stage.input(f"{record.FOLDERS[maker]}.run.json"))
-        for maker in MODELS.values()
+        stage: record.load(context.stage.input(str(MODELS[stage].record)))
+        for stage in context.upstream
     }
-    report, layers = measure(job, models)
-    outs = [Path("metrics/evaluate.json"), Path("metrics/layers.csv")]
-    files.write_text(outs[0], json.dumps(report, indent=2) + "\n")
-    files.write_text(outs[1], layers.to_csv(index=False))
-    histories = {maker: Path(record.FOLDERS[maker]) / "history.csv" for maker in records}
-    store = track.Store()
-    run_id = track.pipeline(records, histories, report, outs, store)
+    report, layers = measure(context)
+    files.write_text(REPORT, json.dumps(report, indent=2) + "\n")
+    files.write_text(LAYERS, layers.to_csv(index=False))
+    histories = {stage: MODELS[stage].history for stage in records}
+    store = tracking.Store()
+    run_id = tracking.pipeline(records, histories, report, [REPORT, LAYERS], store)
     console.summary(report, asked(records, report), store.uri if run_id else None)
 
 
-def measure(
-    job: chain.StageContext, models: dict[str, nn.Module]
-) -> tuple[dict[str, Any], pd.DataFrame]:
-    """The report, and a table with one row for each layer of each model."""
-    place, params = machine.device(), job.params
-    test, info = job.data.test, job.data.info
-    batch = sample(test, info, params.evaluate.latency_batch).to(place)
-    rows: dict[str, Any] = {}
-    layers: list[dict[str, Any]] = []
-    whole: dict[str, int] = {}  # parameters of each layer of the dense network
+def measure(context: runner.StageContext) -> tuple[dict[str, Any], pd.DataFrame]:
+    """Make the report, and a table with one row for each layer of each model."""
+    params, test, info = context.params, context.data.test, context.data.info
+    device = machine.device()
+    models = {MODELS[stage].key: found.model() for stage, found in context.upstream.items()}
+    batch = sample(test, info, params.evaluate.latency_batch).to(device)
+    rows: dict[str, dict[str, Any]] = {}
+    costs: dict[str, list[LayerCost]] = {}
     for name, model in models.items():
-        right, loss = accuracy(model.to(place), test, info)
-        costs = cost.layer_costs(model, batch[:1])
-        whole = whole or {layer.layer: layer.params for layer in costs}
-        layers += [
-            {
-                "model": name,
-                **asdict(layer),
-                "sparsity_of_dense": 1 - layer.nonzero / whole[layer.layer],
-            }
-            for layer in costs
-        ]
-        size, packed = cost.weight_bytes(model)
-        nonzero = sum(layer.nonzero for layer in costs)
-        alive = sum(layer.filters_alive * layer.channels_alive for layer in costs)
-        rows[name] = {
-            "accuracy": right,
-            "loss": loss,
-            "params": cost.parameters(model),
-            "nonzero": nonzero,
-            "macs": sum(layer.macs for layer in costs),
-            "macs_dense": sum(layer.macs_dense for layer in costs),
-            "bytes": size,
-            "bytes_gzip": packed,
-            "filters_alive": sum(layer.filters_alive for layer in costs),
-            "channels_alive": sum(layer.channels_alive for layer in costs),
-            "element_sparsity": 1 - nonzero / cost.parameters(models["baseline"]),
-            "structural_sparsity": 1 - alive / _products(models["baseline"]),
-        }
+        correct, loss = accuracy(model.to(device), test, info)
+        costs[name] = cost.layer_costs(model, batch[:1])
+        rows[name] = {"accuracy": correct, "loss": loss}
+        rows[name] |= _sizes(model, costs[name], models["baseline"])
     times = cost.latency(models, batch, params.evaluate.latency_repeats)
     for name in models:
         rows[name]["latency_ms"], rows[name]["latency_iqr_ms"] = cost.median_and_iqr(times[name])
@@ -104,20 +71,50 @@ def measure(
         "measured_speedup": median(before / after for before, after in pairs),
         "latency_batch": len(batch),
         "hardware": machine.hardware(),
-        "pruning": job.upstream["prune"].header.notes,
+        "pruning": context.upstream["prune"].header.notes,
         **rows,
     }
-    return report, pd.DataFrame(layers)
+    return report, _layers(costs)
+
+
+def _sizes(model: nn.Module, costs: Sequence[LayerCost], dense: nn.Module) -> dict[str, Any]:
+    """Counts over all layers of a model, and what is missing of the dense one."""
+    size, packed = cost.weight_bytes(model)
+    nonzero = sum(layer.nonzero for layer in costs)
+    alive = sum(layer.filters_alive * layer.channels_alive for layer in costs)
+    return {
+        "params": cost.parameters(model),
+        "nonzero": nonzero,
+        "macs": sum(layer.macs for layer in costs),
+        "macs_dense": sum(layer.macs_dense for layer in costs),
+        "bytes": size,
+        "bytes_gzip": packed,
+        "filters_alive": sum(layer.filters_alive for layer in costs),
+        "channels_alive": sum(layer.channels_alive for layer in costs),
+        "element_sparsity": 1 - nonzero / cost.parameters(dense),
+        "structural_sparsity": 1 - alive / _kernels(dense),
+    }
+
+
+def _layers(costs: Mapping[str, Sequence[LayerCost]]) -> pd.DataFrame:
+    """One row for each layer of each model; sparsity also relative to the layer's dense weight."""
+    dense = {layer.layer: layer.params for layer in costs["baseline"]}
+    rows = []
+    for model, layers in costs.items():
+        for layer in layers:
+            sparsity = 1 - layer.nonzero / dense[layer.layer]
+            rows.append({"model": model, **asdict(layer), "sparsity_of_dense": sparsity})
+    return pd.DataFrame(rows)
 
 
 def asked(records: dict[str, record.RunRecord], report: dict[str, Any]) -> str:
-    """What the user wanted, in words."""
+    """Penalty and pruner of this chain in words."""
     wanted = records["sparse-train"].params
     return f"{wanted['penalty']} with decay {wanted['decay']}; {report['pruning']['asked']}"
 
 
-def _products(model: nn.Module) -> int:
-    """Sum over layers of outputs times inputs."""
+def _kernels(model: nn.Module) -> int:
+    """Outputs times inputs, summed over all layers."""
     return sum(m.weight.shape[0] * m.weight.shape[1] for m in masks.layers(model).values())
 
 

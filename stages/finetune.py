@@ -17,42 +17,38 @@ from torch import nn
 from secateur.base.settings import Finetune
 from secateur.nn import checkpoint, cost
 from secateur.nn.resizing import reset
-from secateur.pipeline import console
-from secateur.pipeline import runner as chain
+from secateur.pipeline import console, runner
 from secateur.sparsity import masks
 from secateur.training import budget
 
 
 def main() -> None:
-    """Load the pruned network, train on, save."""
-    job = chain.StageContext("finetune")
-    job.checkpoint("prune")
-    chain.train_model(job, job.params.finetune, finetune)
+    """Load the pruned network, train it on, save."""
+    runner.train("finetune", finetune)
 
 
-def finetune(job: chain.StageContext) -> chain.StageResult:
-    """The pruned network, trained on without a penalty."""
-    settings, pruned = job.params.finetune, job.upstream["prune"]
+def finetune(context: runner.TrainingContext) -> runner.StageResult:
+    """Train the pruned network on without a penalty."""
+    settings, pruned = context.params.finetune, context.upstream["prune"]
     model = pruned.model()
     if settings.init == "scratch":
-        torch.manual_seed(job.params.seed)
+        torch.manual_seed(context.params.seed)
         reset(model)
     masks.apply(model, pruned.masks)
     if settings.budget == "compute":
-        settings = _by_compute(settings, checkpoint.architecture(pruned.header), model, job)
-    fit = job.fit(model, settings, masks=pruned.masks)
+        settings = _by_compute(context, checkpoint.architecture(pruned.header), model)
+    fit = context.fit(model, settings, masks=pruned.masks)
     notes = pruned.header.notes | {"init": settings.init, "epochs": settings.epochs}
-    return chain.trained(model, job.header(pruned, **notes), fit, pruned.masks)
+    return runner.trained(model, context.header(pruned, **notes), fit, pruned.masks)
 
 
-def _by_compute(
-    settings: Finetune, dense: nn.Module, pruned: nn.Module, job: chain.StageContext
-) -> Finetune:
-    """As many epochs as cost what the given ones of the dense network cost."""
-    image = torch.zeros(1, *job.data.info.shape)
-    macs = [cost.macs(m, image) for m in (dense, pruned)]
+def _by_compute(context: runner.TrainingContext, dense: nn.Module, pruned: nn.Module) -> Finetune:
+    """Settings with as many epochs as cost what the given ones cost for the dense network."""
+    settings = context.params.finetune
+    image = torch.zeros(1, *context.data.info.shape)
+    macs = [cost.macs(model, image) for model in (dense, pruned)]
     longer = budget.stretched(settings, *macs)
-    if job.engine is None or job.engine.is_main:
+    if context.engine.is_main:
         console.say(
             f"finetune: {longer.epochs} epochs instead of {settings.epochs}: an image takes "
             f"{macs[0] / macs[1]:.2f}x fewer MACs than in the dense network "

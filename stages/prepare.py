@@ -13,24 +13,26 @@ datasets.<name>.version, or `dvc repro -f prepare`.
 from pathlib import Path
 
 from secateur.base import plugin, stage
-from secateur.data import dataset as data
+from secateur.base.settings import section
+from secateur.data import dataset
 from secateur.pipeline import console
 
 
 def main() -> None:
     """Read, divide, write."""
     params = stage.open_stage("prepare").params
-    source = plugin.load("datasets", params.dataset)
-    images = source.read(params.chosen("datasets"), stage.raw_folder())
+    name = params.dataset
+    with section(f"datasets.{name}"):
+        images = plugin.load("datasets", name).read(params.chosen("datasets"), stage.raw_folder())
     if images.val is not None:
         console.say("prepare: the data set's own val is used; data.validation is not applied")
-    prepared = data.prepare(params.dataset, images, params.data.validation, params.data.seed)
-    data.save(Path("data") / params.dataset, prepared)
+    prepared = dataset.prepare(name, images, params.data.validation, params.data.seed)
+    dataset.save(Path("data") / name, prepared)
     info = prepared.info
-    counts = ", ".join(f"{count:,} {name}" for name, count in info.counts.items())
+    counts = ", ".join(f"{count:,} {part}" for part, count in info.counts.items())
     shape = "x".join(map(str, info.shape))
     console.say(
-        f"prepare: {params.dataset}, {shape} pixels, {len(info.classes)} classes: {counts}; "
+        f"prepare: {name}, {shape} pixels, {len(info.classes)} classes: {counts}; "
         f"split {info.hash[:12]}"
     )
 

@@ -13,39 +13,37 @@ from dataclasses import replace
 
 import pandas as pd
 
-from secateur.pipeline import console
-from secateur.pipeline import preflight as rehearsal
-from secateur.pipeline import runner as chain
+from secateur.base.settings import section
+from secateur.pipeline import console, preflight, runner
 from secateur.training import penalty as penalties
 from secateur.training.penalty import ScheduledPenalty
 
 GROWTH = ["step", "factor", "kept", "chosen"]
-"""Of growth.csv; without a course it has this line alone, since DVC complains about what is not
-there when it draws plots."""
+"""Columns of growth.csv, which is written for every penalty: DVC complains about a plot's file that
+is missing."""
 
 
 def main() -> None:
-    """Load the dense network, train on, save."""
-    job = chain.StageContext("sparse-train")
-    job.checkpoint("baseline")
-    chain.train_model(job, job.params.sparse_train, train_sparse)
+    """Load the dense network, train it with the penalty, save."""
+    runner.train("sparse-train", train_sparse)
 
 
-def train_sparse(job: chain.StageContext) -> chain.StageResult:
-    """The dense network, trained on towards small weights."""
-    params, dense = job.params, job.upstream["baseline"]
+def train_sparse(context: runner.TrainingContext) -> runner.StageResult:
+    """Train the dense network towards small weights."""
+    params, dense = context.params, context.upstream["baseline"]
     model = dense.model()
     if params.sparse_train.epochs:
-        rehearsal.check_network(model, job.data.info)
-    chosen = params.chosen("penalties")
-    penalty = penalties.build(params.penalty, chosen, model, params.decay)
-    fit = job.fit(model, params.sparse_train, penalty=penalty)
-    header = job.header(dense, penalty=params.penalty, decay=params.decay)
-    product = chain.trained(model, header, fit)
+        preflight.check_network(model, context.data.info)
+    with section(f"penalties.{params.penalty}"):
+        chosen = params.chosen("penalties")
+        penalty = penalties.build(params.penalty, chosen, model, params.decay)
+    fit = context.fit(model, params.sparse_train, penalty=penalty)
+    header = context.header(dense, penalty=params.penalty, decay=params.decay)
+    result = runner.trained(model, header, fit)
     if not isinstance(penalty, ScheduledPenalty):
-        return replace(product, tables={"growth": pd.DataFrame(columns=GROWTH)})
+        return replace(result, tables={"growth": pd.DataFrame(columns=GROWTH)})
     growth = pd.DataFrame(penalty.growth_table()).astype({"step": int})
-    return replace(product, choices=penalty.choices(), tables={"growth": growth})
+    return replace(result, choices=penalty.choices(), tables={"growth": growth})
 
 
 if __name__ == "__main__":

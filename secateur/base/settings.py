@@ -242,8 +242,8 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def check(path: Path | str = FILE) -> Params:
-    """Validate the whole file, so that a mistake in the last stage's section stops the first.
+def read(path: Path | str = FILE) -> Params:
+    """Read the whole file; the sections of plug-ins are not validated.
 
     Raises SettingsError naming the key, the value and what is allowed.
     """
@@ -258,13 +258,22 @@ def check(path: Path | str = FILE) -> Params:
         raise SettingsError(f"{path}: not valid YAML: {reason}") from None
     if not isinstance(raw, dict):
         raise SettingsError(f"{path}: must be a table of settings")
-    params = validate(Params, _filled(raw), "")
+    return validate(Params, _filled(raw), "")
+
+
+def check(path: Path | str = FILE) -> Params:
+    """Read the whole file and validate every section, which imports every plug-in named in it.
+
+    So a mistake in the section of the last stage, or of a plug-in that is not in use, stops the
+    first stage. Raises SettingsError naming the key, the value and what is allowed.
+    """
+    params = read(path)
     for kind, key in plugin.KEYS.items():
         sections: Table = getattr(params, kind)
         plugin.find(kind, getattr(params, key))
-        for name, section in sections.items():
+        for name, given in sections.items():
             plugin.find(kind, name, key=f"{kind}.{name}")
-            validate(plugin.load(kind, name).Settings, section, f"{kind}.{name}")
+            validate(plugin.load(kind, name).Settings, given, f"{kind}.{name}")
         if getattr(params, key) not in sections:
             raise SettingsError(
                 f"{FILE}: {kind}.{getattr(params, key)}: missing; write {{}} for the defaults"

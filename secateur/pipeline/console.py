@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 
 from secateur.base.errors import SecateurError
+from secateur.pipeline.record import MODELS
 from secateur.training.callbacks import Callback, Row
 
 
@@ -216,24 +217,16 @@ def outputs(rows: Sequence[tuple[str, int, int]]) -> None:
 _PHASES = ("picking", "growing", "stabilising", "finished")
 
 
-MODELS = {
-    "baseline": "dense",
-    "sparse": "sparse-trained",
-    "pruned": "pruned",
-    "finetuned": "finetuned",
-}
-
-
 def summary(report: Mapping[str, Any], asked: str, store: str | None) -> None:
     """The closing table: every model of the chain, what was asked, what was reached."""
     about = f"{report['arch']} on {report['dataset']}, seed {report['seed']}"
     table = Table(title=about, title_justify="left", title_style="bold")
     for heading in ("model", "test accuracy", "non-zero", "of params", "MACs left", "latency ms"):
         table.add_column(heading, justify="left" if heading == "model" else "right")
-    for key, name in MODELS.items():
-        row = report[key]
+    for model in MODELS.values():
+        row = report[model.key]
         table.add_row(
-            name,
+            model.title,
             f"{row['accuracy']:.2%}",
             f"{row['nonzero']:,}",
             f"{row['params']:,}",

@@ -1,7 +1,7 @@
-"""Before hours of training: what only the network can tell about the settings that come after it.
+"""Check before a training that the stages after it will accept the network.
 
-A ratio for a layer that there is not would otherwise be noticed by the stage that meets it, with
-the trainings behind it. No result depends on what is done here.
+A ratio for a layer that does not exist would otherwise be found by the stage that reads it, after
+hours of training. No result depends on this module.
 """
 
 import copy
@@ -18,26 +18,28 @@ from secateur.training.penalty import ScheduledPenalty
 
 
 def check_network(model: nn.Module, info: DatasetInfo) -> None:
-    """Raise SettingsError if penalty or pruner of params.yaml refuse this network.
+    """Raise SettingsError if the penalty or the pruner of params.yaml refuses this network.
 
-    `model` is left alone, and so are the random numbers. What depends on weights or images is not
-    judged yet.
+    Neither `model` nor the state of the random number generator is changed. What depends on
+    trained weights or on images is not checked.
     """
-    params = settings.check()
+    params = settings.read()
     with torch.random.fork_rng(devices=[]):
         trial = copy.deepcopy(model).cpu().eval()
-        penalty = penalties.build(params.penalty, params.chosen("penalties"), trial, params.decay)
+        with settings.section(f"penalties.{params.penalty}"):
+            chosen = params.chosen("penalties")
+            penalty = penalties.build(params.penalty, chosen, trial, params.decay)
         if params.pruner == "chosen" and not isinstance(penalty, ScheduledPenalty):
             raise SettingsError(
-                f"params.yaml: pruner = 'chosen': penalty {params.penalty} chooses nothing that "
-                "could go; take greg1 or greg2, or another pruner"
+                f"params.yaml: pruner = 'chosen': penalty {params.penalty} chooses no weights to "
+                "prune; take greg1 or greg2, or another pruner"
             )
-        subject = PruningContext(
-            trial, torch.zeros(1, *info.shape), torch.zeros(1, dtype=torch.int64)
-        )
+        images, labels = torch.zeros(1, *info.shape), torch.zeros(1, dtype=torch.int64)
+        context = PruningContext(trial, images, labels)
         try:
-            plugin.load("pruners", params.pruner).prune(params.chosen("pruners"), subject)
+            with settings.section(f"pruners.{params.pruner}"):
+                plugin.load("pruners", params.pruner).prune(params.chosen("pruners"), context)
         except SettingsError:
             raise
         except SecateurError:
-            return  # it may fit once the network is trained
+            return  # the trained network may pass

@@ -32,7 +32,7 @@ from rich.table import Table
 
 from secateur.base.errors import SecateurError, SettingsError
 from secateur.pipeline import console
-from secateur.pipeline.record import FOLDERS
+from secateur.pipeline.record import MODELS
 
 FOLDER = Path("recipes")
 
@@ -164,7 +164,7 @@ def _report(experiment: str) -> dict[str, Any]:
     tree = DVCFileSystem(rev=experiment)
     report: dict[str, Any] = json.loads(tree.read_bytes("metrics/evaluate.json"))
     report["layers"] = tree.read_bytes("metrics/layers.csv").decode()
-    records = {s: json.loads(tree.read_bytes(f"{f}.run.json")) for s, f in FOLDERS.items()}
+    records = {s: json.loads(tree.read_bytes(str(m.record))) for s, m in MODELS.items()}
     report["seconds"] = {stage: record["seconds"] for stage, record in records.items()}
     return report
 

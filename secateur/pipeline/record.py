@@ -1,4 +1,4 @@
-"""Records: the small tracked file beside each model that says which run really made it."""
+"""The pipeline's stages, and the small tracked file beside each model that names its run."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -8,18 +8,90 @@ from typing import Any
 from secateur.base import files
 from secateur.base.errors import SecateurError
 
-FOLDERS = {
-    "baseline": "models/baseline",
-    "sparse-train": "models/sparse",
-    "prune": "models/pruned",
-    "finetune": "models/finetuned",
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """The model that a stage writes."""
+
+    folder: str
+    """Where it lies; its run record lies beside the folder."""
+    key: str
+    """Its key in metrics/evaluate.json."""
+    title: str
+    """Its name in tables."""
+    kind: str
+    """Its model type in MLflow."""
+
+    @property
+    def checkpoint(self) -> Path:
+        """The weights and masks."""
+        return Path(self.folder) / "model.safetensors"
+
+    @property
+    def history(self) -> Path:
+        """The table of epochs; stages that train nothing write none."""
+        return Path(self.folder) / "history.csv"
+
+    @property
+    def record(self) -> Path:
+        """The run record."""
+        return Path(f"{self.folder}.run.json")
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """One stage: what it is called, which models it reads, and which one it writes."""
+
+    name: str
+    """As in dvc.yaml and MLflow."""
+    inputs: tuple[str, ...] = ()
+    """Stages whose models it reads."""
+    model: ModelSpec | None = None
+    pipeline: str = "dvc.yaml"
+    """The file that declares it."""
+
+    @property
+    def module(self) -> str:
+        """Its script is run as `python -m stages.<module>`; its section of params.yaml, if any."""
+        return self.name.replace("-", "_")
+
+
+STAGES = {
+    spec.name: spec
+    for spec in (
+        StageSpec("prepare"),
+        StageSpec(
+            "baseline",
+            model=ModelSpec("models/baseline", "baseline", "dense", "dense"),
+        ),
+        StageSpec(
+            "sparse-train",
+            inputs=("baseline",),
+            model=ModelSpec("models/sparse", "sparse", "sparse-trained", "regularized"),
+        ),
+        StageSpec(
+            "prune",
+            inputs=("sparse-train",),
+            model=ModelSpec("models/pruned", "pruned", "pruned", "pruned"),
+        ),
+        StageSpec(
+            "finetune",
+            inputs=("prune",),
+            model=ModelSpec("models/finetuned", "finetuned", "finetuned", "finetuned"),
+        ),
+        StageSpec("evaluate", inputs=("baseline", "sparse-train", "prune", "finetune")),
+        StageSpec("sensitivity", inputs=("baseline",), pipeline="stages/sensitivity/dvc.yaml"),
+    )
 }
-"""Stage -> folder of the model it makes; its record lies beside the folder as <folder>.run.json."""
+"""All stages by name, in the order in which they run."""
+
+MODELS = {name: spec.model for name, spec in STAGES.items() if spec.model is not None}
+"""The models by the stage that writes them, in the order in which they are made."""
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One training or pruning that really ran; restored by DVC together with its model."""
+    """One training or pruning that really ran; DVC restores it together with its model."""
 
     stage: str
     fingerprint: str
@@ -32,11 +104,12 @@ class RunRecord:
     sha256: str
     """Of the checkpoint."""
     dataset: dict[str, Any]
+    """Name, hash, and number of images in each part."""
     seconds: float
-    """Wall time of the work, over all tries."""
+    """Wall time of the work, over all attempts."""
     hardware: str
     run_id: str | None = None
-    """MLflow run; None if nothing could be tracked."""
+    """MLflow run; None if it was not tracked."""
     model_id: str | None = None
     tracking_uri: str | None = None
     upstream: dict[str, str] = field(default_factory=dict)
@@ -44,17 +117,17 @@ class RunRecord:
 
     @property
     def identity(self) -> str:
-        """Tells this piece of work from every other: its MLflow run, or else its fingerprint."""
+        """Unique to this piece of work: its MLflow run, or else its fingerprint."""
         return self.run_id or self.fingerprint
 
 
 def save(path: Path, record: RunRecord) -> None:
-    """Write one record in one step."""
+    """Replace `path` by this record in one step."""
     files.write_text(path, json.dumps(asdict(record), indent=2, sort_keys=True) + "\n")
 
 
 def load(path: Path) -> RunRecord:
-    """Read one record; SecateurError if it is missing or not one."""
+    """Read a record; raises SecateurError if the file is missing or is not a record."""
     try:
         return from_json(path.read_text())
     except FileNotFoundError:
@@ -64,12 +137,12 @@ def load(path: Path) -> RunRecord:
 
 
 def from_json(text: str) -> RunRecord:
-    """A record from its JSON."""
+    """Parse a record; raises ValueError or TypeError if it is not one."""
     return RunRecord(**json.loads(text))
 
 
 def flat(tree: dict[str, Any], separator: str = ".", prefix: str = "") -> dict[str, Any]:
-    """Nested tables as one table with joined keys; lists and plain values stay as they are."""
+    """Flatten nested tables into one with joined keys; lists stay as they are."""
     result: dict[str, Any] = {}
     for key, value in tree.items():
         name = f"{prefix}{key}"

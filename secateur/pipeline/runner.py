@@ -1,8 +1,8 @@
-"""What the stages that make a model have in common: made once, watched, saved, recorded."""
+"""Run a stage that makes a model: once for each fingerprint, observed, saved and recorded."""
 
 import gc
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -10,15 +10,16 @@ from typing import Any
 import pandas as pd
 from torch import Tensor, nn
 
-from secateur.base import files, machine, stage
+from secateur.base import files, machine
 from secateur.base.errors import SecateurError
-from secateur.base.settings import Params, Train
-from secateur.data import dataset as data
+from secateur.base.settings import Params, Train, section
+from secateur.base.stage import Stage, open_stage
+from secateur.data import dataset
+from secateur.data.dataset import Dataset
 from secateur.nn import checkpoint, norms
 from secateur.nn.checkpoint import Checkpoint, Header
-from secateur.pipeline import console, record
-from secateur.pipeline import tracking as track
-from secateur.pipeline.record import FOLDERS
+from secateur.pipeline import console, record, tracking
+from secateur.pipeline.record import MODELS, STAGES
 from secateur.sparsity.choices import Choices
 from secateur.sparsity.masks import Masks
 from secateur.training import loop, resume
@@ -36,70 +37,32 @@ class StageResult:
     header: Header
     masks: Masks = field(default_factory=dict)
     choices: Choices = field(default_factory=dict)
-    """What the penalty has chosen to go."""
+    """What the penalty has selected for pruning."""
     metrics: dict[str, float] = field(default_factory=dict)
     history: list[Row] | None = None
-    """A row for every epoch of a training, which may have none."""
+    """One row per epoch, possibly none; None if the stage does not train."""
     tables: dict[str, pd.DataFrame] = field(default_factory=dict)
     """Name -> a further <name>.csv beside the model."""
     texts: Mapping[str, str] = field(default_factory=dict)
     """Name -> content of a further file beside the model."""
 
 
+@dataclass(frozen=True)
 class StageContext:
-    """One stage at work on one model: what it may read, and the loop it may run."""
+    """What a stage may read: its params, the data, and the models it starts from."""
 
-    def __init__(self, name: str, pipeline: str = "dvc.yaml") -> None:
-        """Check settings and inputs; nothing is computed yet. `pipeline` declares the stage."""
-        self.stage = stage.open_stage(name, pipeline)
-        self.params: Params = self.stage.params
-        self.data = data.load(self.stage.input(f"data/{self.params.dataset}"))
-        self.upstream: dict[str, Checkpoint] = {}
-        self.callbacks: list[Callback] = []
-        self.store: StateStore | None = None
-        self.engine: Engine | None = None
-        machine.device()
+    stage: Stage
+    data: Dataset
+    upstream: Mapping[str, Checkpoint]
+    """Stage -> the model that it has made."""
 
-    def checkpoint(self, maker: str) -> Checkpoint:
-        """The model that stage `maker` has made, checked against architecture and data."""
-        path = self.stage.input(FOLDERS[maker]) / "model.safetensors"
-        arch = self.params.arch
-        found = checkpoint.load(path, arch, self.params.archs.get(arch) or {}, self.data.info.hash)
-        self.upstream[maker] = found
-        return found
-
-    def fit(
-        self,
-        model: nn.Module,
-        settings: Train,
-        *,
-        penalty: Penalty | None = None,
-        masks: Masks | None = None,
-    ) -> loop.FitResult:
-        """Train `model` in place; goes on where a killed process was."""
-        assert self.store is not None, "fit() is for the function that make() was given"
-        bar = console.Training(self.stage.name)
-        first = self.engine is None or self.engine.is_main
-        try:
-            result = loop.fit(
-                model,
-                self.data,
-                settings,
-                self.params.seed,
-                self.store,
-                [bar, *self.callbacks] if first else [],
-                engine=self.engine,
-                penalty=penalty,
-                masks=masks,
-            )
-        finally:
-            bar.close()
-        if first:
-            bar.finish(result.history, result.best_epoch)
-        return result
+    @property
+    def params(self) -> Params:
+        """The params that dvc.yaml declares for the stage."""
+        return self.stage.params
 
     def header(self, parent: Checkpoint | None = None, **notes: Any) -> Header:
-        """Header of the model in the making."""
+        """Header for the model that this stage makes, from `parent` or, without one, anew."""
         if parent is not None:
             return replace(
                 parent.header,
@@ -122,136 +85,202 @@ class StageContext:
         )
 
 
+@dataclass(frozen=True)
+class TrainingContext(StageContext):
+    """What a stage that trains has beside that: the processes, the saved state, the observers."""
+
+    engine: Engine
+    store: StateStore
+    callbacks: Sequence[Callback]
+    """Empty in all processes but the main one."""
+
+    def fit(
+        self,
+        model: nn.Module,
+        settings: Train,
+        *,
+        penalty: Penalty | None = None,
+        masks: Masks | None = None,
+    ) -> loop.FitResult:
+        """Train `model` in place by these settings, from the saved state if there is one."""
+        bar = console.Training(self.stage.name)
+        try:
+            with section(STAGES[self.stage.name].module):
+                result = loop.fit(
+                    model,
+                    self.data,
+                    settings,
+                    self.params.seed,
+                    self.store,
+                    [bar, *self.callbacks] if self.engine.is_main else [],
+                    engine=self.engine,
+                    penalty=penalty,
+                    masks=masks,
+                )
+        finally:
+            bar.close()
+        if self.engine.is_main:
+            bar.finish(result.history, result.best_epoch)
+        return result
+
+
+def open_context(name: str) -> StageContext:
+    """Read and check settings, data and models of the stage `name`; nothing is computed yet.
+
+    Raises a SecateurError for the first thing that is missing or not as it must be; a checkpoint
+    must be of the architecture and the data that params.yaml names.
+    """
+    spec = STAGES[name]
+    stage = open_stage(name, spec.pipeline)
+    machine.device()  # raises if SECATEUR_DEVICE cannot be used
+    params = stage.params
+    data = dataset.load(stage.input(f"data/{params.dataset}"))
+    arch_settings = params.archs.get(params.arch) or {}
+    upstream = {}
+    for maker in spec.inputs:
+        path = stage.input(MODELS[maker].folder) / "model.safetensors"
+        upstream[maker] = checkpoint.load(path, params.arch, arch_settings, data.info.hash)
+    return StageContext(stage, data, upstream)
+
+
+def make(name: str, produce: Callable[[StageContext], StageResult]) -> None:
+    """Run the stage `name`, which makes a model without training."""
+    context = open_context(name)
+    _once(context, lambda _store, _callbacks: produce(context))
+
+
+def train(name: str, produce: Callable[[TrainingContext], StageResult]) -> None:
+    """Run the stage `name`, which trains, in as many processes as have been started.
+
+    The main process holds the lock, writes and reports; the others only train with it.
+    """
+    context = open_context(name)
+    module = STAGES[name].module
+    if relaunch(module):
+        return
+    engine = Engine(getattr(context.params, module).precision)
+
+    def work(store: StateStore, callbacks: Sequence[Callback]) -> StageResult:
+        parts = (context.stage, context.data, context.upstream)
+        return produce(TrainingContext(*parts, engine, store, callbacks))
+
+    if engine.is_main:
+        _once(context, work, engine)
+    elif not engine.broadcast(None):  # the main process sends whether the work is done already
+        work(_NoStore(), ())
+
+
 def trained(
     model: nn.Module, header: Header, fit: loop.FitResult, masks: Masks | None = None
 ) -> StageResult:
-    """What a training stage leaves: the model with the figures of the epoch that was kept."""
-    picked = fit.history[fit.best_epoch - 1] if fit.history else {}
-    kept = {k: v for k, v in picked.items() if k not in ("epoch", "lr")}
+    """The result of a training stage, with the metrics of the epoch whose weights were kept."""
+    row = fit.history[fit.best_epoch - 1] if fit.history else {}
+    kept = {key: value for key, value in row.items() if key not in ("epoch", "lr")}
     metrics = kept | {"best_epoch": float(fit.best_epoch), "epochs": float(len(fit.history))}
     return StageResult(model, header, masks or {}, metrics=metrics, history=fit.history)
 
 
-def train_model(
-    job: StageContext, settings: Train, produce: Callable[[StageContext], StageResult]
+def _once(
+    context: StageContext,
+    produce: Callable[[StateStore, Sequence[Callback]], StageResult],
+    engine: Engine | None = None,
 ) -> None:
-    """`make` for a stage that trains by `settings`: in several processes if those were started.
+    """Call `produce` under the lock of the stage's fingerprint, and write what it returns.
 
-    The first process holds the lock, writes and reports; the others only train with it.
+    If a process has finished the same work already, here or in a copy of the project, its files
+    are taken instead. The other processes of `engine` wait for the answer.
     """
-    if relaunch(job.stage.name.replace("-", "_")):
-        return
-    job.engine = Engine(settings.precision)
-    if job.engine.is_main:
-        make(job, produce)
-    elif not job.engine.broadcast(None):
-        job.store = _Elsewhere()
-        produce(job)
-
-
-def make(job: StageContext, produce: Callable[[StageContext], StageResult]) -> None:
-    """Run `produce` once for each fingerprint, and write model, history and record.
-
-    A twin that waits for the same work, here or in another experiment, takes the result over.
-    """
-    folder = Path(FOLDERS[job.stage.name])
-    recorded = folder.with_name(f"{folder.name}.run.json")
-    outs = [str(folder), str(recorded)]
-    name = job.stage.name
-    with resume.single_flight(job.stage, outs, lambda: console.waiting(name)) as store:
-        if job.engine is not None:
-            job.engine.broadcast(store.complete)
+    name = context.stage.name
+    model = MODELS[name]
+    outs = [model.folder, str(model.record)]
+    with resume.single_flight(context.stage, outs, lambda: console.waiting(name)) as store:
+        if engine is not None:
+            engine.broadcast(store.complete)
         if store.complete:
             store.restore_outs()
             console.taken(name)
             return
-        run = _open_run(job, store)
+        run = _open_run(context, store)
         clock = _Clock(store)
-        job.store, job.callbacks = store, [run, clock]
         gc.freeze()  # what the imports made lives as long as the process: nothing to collect there
         try:
-            product = produce(job)
+            result = produce(store, [run, clock])
         except SecateurError:
             run.fail()
             raise
-        _write(job, folder, recorded, product, run, clock.total())
+        _write(context, result, run, clock.total())
         store.finish()
 
 
-def _write(
-    job: StageContext,
-    folder: Path,
-    recorded: Path,
-    product: StageResult,
-    run: track.Run,
-    seconds: float,
-) -> None:
-    """Model, history and record of a stage that is through."""
-    path, model = folder / "model.safetensors", str(folder / "model.safetensors")
-    sha256 = checkpoint.save(path, product.header, product.model, product.masks, product.choices)
-    if product.history is not None:
-        columns = None if product.history else list(HISTORY_COLUMNS)
-        table = pd.DataFrame(product.history, columns=columns).astype({"epoch": int})
-        files.write_text(folder / "history.csv", table.to_csv(index=False))
-    tables = {"scales": norms.distribution(product.model)} | product.tables
+def _write(context: StageContext, result: StageResult, run: tracking.Run, seconds: float) -> None:
+    """Write the model, its tables and its record, and close the MLflow run."""
+    model, stage, info = MODELS[context.stage.name], context.stage, context.data.info
+    folder = Path(model.folder)
+    sha256 = checkpoint.save(
+        model.checkpoint, result.header, result.model, result.masks, result.choices
+    )
+    if result.history is not None:
+        columns = None if result.history else list(HISTORY_COLUMNS)
+        table = pd.DataFrame(result.history, columns=columns).astype({"epoch": int})
+        files.write_text(model.history, table.to_csv(index=False))
+    tables = {"scales": norms.distribution(result.model)} | result.tables
     for name, table in tables.items():
         files.write_text(folder / f"{name}.csv", table.to_csv(index=False))
-    for name, text in product.texts.items():
+    for name, text in result.texts.items():
         files.write_text(folder / name, text)
-    model_id = run.close(product.metrics | {"seconds": seconds}, model, sha256)
-    info = job.data.info
-    record.save(
-        recorded,
-        record.RunRecord(
-            stage=job.stage.name,
-            fingerprint=job.stage.fingerprint,
-            params=job.stage.declared,
-            metrics=product.metrics,
-            model=model,
-            sha256=sha256,
-            dataset={"name": info.name, "hash": info.hash, **info.counts},
-            seconds=round(seconds, 3),
-            hardware=machine.hardware(),
-            run_id=run.id,
-            model_id=model_id,
-            tracking_uri=run.store.uri if run.id else None,
-            upstream={maker: c.sha256 for maker, c in job.upstream.items()},
-        ),
+    path = str(model.checkpoint)
+    model_id = run.close(result.metrics | {"seconds": seconds}, path, sha256)
+    made = record.RunRecord(
+        stage=stage.name,
+        fingerprint=stage.fingerprint,
+        params=stage.declared,
+        metrics=result.metrics,
+        model=path,
+        sha256=sha256,
+        dataset={"name": info.name, "hash": info.hash, **info.counts},
+        seconds=round(seconds, 3),
+        hardware=machine.hardware(),
+        run_id=run.id,
+        model_id=model_id,
+        tracking_uri=run.store.uri if run.id else None,
+        upstream={maker: found.sha256 for maker, found in context.upstream.items()},
     )
+    record.save(model.record, made)
 
 
-def _open_run(job: StageContext, store: resume.ResumeStore) -> track.Run:
-    """The stage's MLflow run, linked to those of the models it reads."""
+def _open_run(context: StageContext, store: resume.ResumeStore) -> tracking.Run:
+    """Begin or resume the stage's MLflow run, linked to those of the models it reads."""
     upstream = {}
-    for maker in job.upstream:
-        path = Path(f"{FOLDERS[maker]}.run.json")  # for the link alone; may be missing
+    for maker in context.upstream:
+        path = MODELS[maker].record  # only for the link, so it may be missing
         upstream[maker] = record.load(path) if path.exists() else None
-    run = track.Run(track.Store(), job.stage, upstream)
-    info = job.data.info
+    run = tracking.Run(tracking.Store(), context.stage, upstream)
+    info = context.data.info
     run.open(store.note("run_id"), {"name": info.name, "hash": info.hash})
     store.note("run_id", run.id)
     return run
 
 
-class _Elsewhere:
-    """State store of a secondary process: the first process keeps the state of all."""
+class _NoStore:
+    """State store of a process that is not the main one, which saves the state of all."""
 
     def load(self) -> None:
-        """Nothing: the first process broadcasts its state."""
+        """Return nothing: the main process broadcasts its state."""
 
     def save(self, tensors: Mapping[str, Tensor], info: dict[str, Any]) -> bool:
-        """Nothing: the first process saves the state."""
+        """Save nothing."""
         return False
 
 
 class _Clock(Callback):
-    """Wall time of a stage over all its processes, noted whenever the state has been saved."""
+    """Wall time of the work over all attempts, noted whenever the state has been saved."""
 
     def __init__(self, store: resume.ResumeStore) -> None:
         self.store, self.began = store, time.monotonic()
         self.before = float(store.note("seconds") or 0.0)
 
     def total(self) -> float:
+        """Seconds."""
         return self.before + time.monotonic() - self.began
 
     def on_state_saved(self) -> None:

@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from secateur.base.errors import SecateurError
-from secateur.pipeline import console, record
-from secateur.pipeline import tracking as track
-from secateur.pipeline.record import FOLDERS, RunRecord
+from secateur.pipeline import console, record, tracking
+from secateur.pipeline.record import MODELS, RunRecord
 
 REPORT, LAYERS = "metrics/evaluate.json", "metrics/layers.csv"
 
@@ -36,7 +35,7 @@ class Source:
 
 def command(options: argparse.Namespace) -> None:
     """`secateur sync`: restore runs and pipeline runs from every source."""
-    store = track.Store()
+    store = tracking.Store()
     if store.client is None:
         console.fail("MLflow cannot be reached, or SECATEUR_TRACKING is off")
     written = 0
@@ -54,7 +53,7 @@ def sources(everything: bool) -> Iterator[Source]:
     from dvc.repo import Repo
 
     wanted = [REPORT, LAYERS]
-    wanted += [f"{f}{end}" for f in FOLDERS.values() for end in (".run.json", "/history.csv")]
+    wanted += [str(path) for model in MODELS.values() for path in (model.record, model.history)]
     yield Source(None, {p: Path(p).read_bytes() for p in wanted if Path(p).exists()})
     if not everything:
         return
@@ -71,7 +70,7 @@ def sources(everything: bool) -> Iterator[Source]:
         yield Source(name, files)
 
 
-def write(store: track.Store, source: Source) -> int:
+def write(store: tracking.Store, source: Source) -> int:
     """Restore the stage runs of one source, then its pipeline run; gives how many were missing."""
     where = source.name or "workspace"
     records: dict[str, RunRecord] = {}
@@ -79,19 +78,19 @@ def write(store: track.Store, source: Source) -> int:
     written = 0
     with tempfile.TemporaryDirectory() as scratch:
         histories: dict[str, Path] = {}
-        for stage, folder in FOLDERS.items():
-            content = source.files.get(f"{folder}.run.json")
+        for stage, model in MODELS.items():
+            content = source.files.get(str(model.record))
             if content is None:
-                console.say(f"{where}: {folder}.run.json is not here (`dvc pull` may bring it)")
+                console.say(f"{where}: {model.record} is not here (`dvc pull` may bring it)")
                 return written
             records[stage] = record.from_json(content.decode())
             histories[stage] = Path(scratch) / f"{stage}.csv"
-            history = source.files.get(f"{folder}/history.csv")
+            history = source.files.get(str(model.history))
             if history is not None:
                 histories[stage].write_bytes(history)
-            rows = track.read_history(histories[stage])
+            rows = tracking.read_history(histories[stage])
             links = {maker: ids[maker] for maker in records[stage].upstream if maker in ids}
-            ids[stage], made = track.restore(store, records[stage], rows, links)
+            ids[stage], made = tracking.restore(store, records[stage], rows, links)
             if made:
                 written += 1
                 console.say(f"{where}: {stage} restored as {ids[stage]}")
@@ -104,8 +103,8 @@ def write(store: track.Store, source: Source) -> int:
             if path in source.files:
                 files.append(Path(scratch) / Path(path).name)
                 files[-1].write_bytes(source.files[path])
-        known = track.find_pipeline(store, records)
-        run_id = track.pipeline(records, histories, report, files, store, source.name)
+        known = tracking.find_pipeline(store, records)
+        run_id = tracking.pipeline(records, histories, report, files, store, source.name)
         if run_id and not known:
             written += 1
             console.say(f"{where}: pipeline run written as {run_id}")

@@ -24,16 +24,10 @@ from typing import Any, TypeVar
 from urllib.parse import urlparse
 
 from secateur.base.stage import Stage, project_root
-from secateur.pipeline.record import RunRecord, flat
+from secateur.pipeline.record import MODELS, STAGES, RunRecord, flat
 from secateur.training.callbacks import Callback, Row
 
 EXPERIMENT = "secateur"
-MODEL_TYPES = {
-    "baseline": "dense",
-    "sparse-train": "regularized",
-    "prune": "pruned",
-    "finetune": "finetuned",
-}
 HEADLINES = ("compression", "theoretical_speedup", "measured_speedup")
 
 R = TypeVar("R")
@@ -315,7 +309,7 @@ def _close_run(
     entry = mlflow.create_external_model(
         name=stage,
         source_run_id=run_id,
-        model_type=MODEL_TYPES[stage],
+        model_type=MODELS[stage].kind,
         tags={"dvc.path": model, "sha256": sha256},
         experiment_id=store.experiment,
     )
@@ -347,7 +341,7 @@ def _tags(stage: str) -> dict[str, str]:
         "dvc.stage": os.environ.get("DVC_STAGE", ""),
         "dvc.exp_name": os.environ.get("DVC_EXP_NAME", ""),
         "dvc.exp_baseline_rev": os.environ.get("DVC_EXP_BASELINE_REV", ""),
-        "mlflow.source.name": f"stages/{stage.replace('-', '_')}.py",
+        "mlflow.source.name": f"stages/{STAGES[stage].module}.py",
         "mlflow.source.git.commit": _commit(),
     }
     return {key: value for key, value in tags.items() if value}

@@ -19,12 +19,10 @@ from secateur.base import files, machine
 from secateur.base.errors import SettingsError
 from secateur.data.dataset import few, in_order
 from secateur.nn import norms
-from secateur.pipeline import console
-from secateur.pipeline import runner as chain
-from secateur.pruning import sensitivity as core
+from secateur.pipeline import console, runner
+from secateur.pruning import sensitivity
 from secateur.pruning.decision import PruningContext
 
-PIPELINE = "stages/sensitivity/dvc.yaml"
 HEAD = """# Ratios by layer with which the dense network loses at most {drop:g} of its accuracy on
 # val ({now:.4f}) when that layer alone is pruned. `together`: accuracy on val with all of them.
 # To use one, copy its `pruner` and `pruners` into params.yaml.
@@ -33,11 +31,12 @@ HEAD = """# Ratios by layer with which the dense network loses at most {drop:g} 
 
 def main() -> None:
     """Try every layer, criterion and ratio; write table and suggestions."""
-    job = chain.StageContext("sensitivity", PIPELINE)
-    job.checkpoint("baseline")
-    table, found = measure(job)
+    context = runner.open_context("sensitivity")
+    table, found = measure(context)
     files.write_text(Path("metrics/sensitivity.csv"), table.to_csv(index=False))
-    head = HEAD.format(drop=job.params.sensitivity.drop, now=table.accuracy[table.ratio == 0].max())
+    head = HEAD.format(
+        drop=context.params.sensitivity.drop, now=table.accuracy[table.ratio == 0].max()
+    )
     body = yaml.safe_dump(found, sort_keys=False, width=100)
     files.write_text(Path("metrics/sensitivity.yaml"), head + body)
     for criterion, suggestion in found.items():
@@ -47,24 +46,24 @@ def main() -> None:
     console.say("see          metrics/sensitivity.csv, metrics/sensitivity.yaml")
 
 
-def measure(job: chain.StageContext) -> tuple[pd.DataFrame, dict[str, Any]]:
+def measure(context: runner.StageContext) -> tuple[pd.DataFrame, dict[str, Any]]:
     """A row for every trial, and the suggestion of every criterion."""
-    settings, data, place = job.params.sensitivity, job.data, machine.device()
+    settings, data, place = context.params.sensitivity, context.data, machine.device()
     if not len(data.val):
         raise SettingsError(
             "params.yaml: data.validation = 0: sensitivity needs validation images to measure on"
         )
-    model = job.upstream["baseline"].model().eval()
+    model = context.upstream["baseline"].model().eval()
     images, labels = few(data.train, data.info)
-    subject = PruningContext(model, images, labels)
+    pruning_context = PruningContext(model, images, labels)
     how: list[str] = list(settings.criteria)
     if "bn_scale" in how and not norms.scaled_norms(model):
         how.remove("bn_scale")
         console.say("sensitivity: bn_scale is left out: the network has no scales")
-    names = core.layers(subject)
-    made = core.trials(subject, names, how, settings.ratios, job.params.seed)
+    names = sensitivity.layers(pruning_context)
+    made = sensitivity.trials(pruning_context, names, how, settings.ratios, context.params.seed)
     model.to(place)
-    bench = core.Bench(subject)
+    bench = sensitivity.Bench(pruning_context)
     wanted = settings.images or len(data.val)
     size = min(bench.images_at_once(images[:1].to(place)), wanted)
     steps = -(-min(wanted, len(data.val)) // size)
@@ -94,16 +93,16 @@ def measure(job: chain.StageContext) -> tuple[pd.DataFrame, dict[str, Any]]:
     found = {}
     for criterion in how:
         ratios = suggest(table[table.criterion == criterion], right[0] / count - settings.drop)
-        together = core.with_ratios(made, ratios, criterion)
+        together = sensitivity.with_ratios(made, ratios, criterion)
         alive = bench.right(batches(), [together], lambda: None)[1] / count
-        found[criterion] = as_params(criterion, ratios, job.params.seed) | {"together": alive}
+        found[criterion] = as_params(criterion, ratios, context.params.seed) | {"together": alive}
     return table, found
 
 
 def suggest(table: pd.DataFrame, least: float) -> dict[str, float]:
     """Ratio by layer, of those that may lose something."""
     found = {
-        str(name): core.allowed(zip(rows.ratio, rows.accuracy, strict=True), least)
+        str(name): sensitivity.allowed(zip(rows.ratio, rows.accuracy, strict=True), least)
         for name, rows in table.groupby("layer", sort=False)
     }
     return {name: ratio for name, ratio in found.items() if ratio > 0}

@@ -1,4 +1,4 @@
-"""What only the network can tell about later stages is told before the first training."""
+"""Settings that do not fit the network are refused before the first training."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from secateur.data.dataset import DatasetInfo
 from secateur.pipeline.preflight import check_network
 
 PARAMS = yaml.safe_load(Path("params.yaml").read_text())
-ABOUT = DatasetInfo("made up", ["a", "b"], (1, 8, 8), [0.0], [1.0], "", {})
+INFO = DatasetInfo("made up", ["a", "b"], (1, 8, 8), [0.0], [1.0], "", {})
 
 
 @pytest.fixture
@@ -44,12 +44,12 @@ def network(tmp_path, monkeypatch):
         ({"pruner": "gconv", "pruners__gconv__skip": ["conv7"]}, "skip = 'conv7'"),
         ({"penalty": "greg1", "penalties__greg1__ratios": "layer9: 0.5"}, "layer9"),
         ({"penalty": "network_slimming"}, "no batch normalisation"),
-        ({"pruner": "chosen", "penalty": "l1"}, "penalty l1 chooses nothing"),
+        ({"pruner": "chosen", "penalty": "l1"}, "penalty l1 chooses no weights"),
     ],
 )
 def test_what_does_not_fit_the_network_is_refused(changes, line, network):
     with pytest.raises(SettingsError, match=line):
-        check_network(network(**changes), ABOUT)
+        check_network(network(**changes), INFO)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_what_may_fit_passes_and_nothing_changes(changes, network):
     model = network(**changes)
     before = nn.utils.parameters_to_vector(model.parameters()).clone()
     random = torch.get_rng_state()
-    check_network(model, ABOUT)
+    check_network(model, INFO)
     assert torch.equal(nn.utils.parameters_to_vector(model.parameters()), before)
     assert torch.equal(torch.get_rng_state(), random)
     assert model.training and all(p.grad is None for p in model.parameters())
