@@ -1,0 +1,211 @@
+"""Find dead channels: those that no output of the network depends on.
+
+A channel is dead if every weight that reads it is zero or belongs to a dead output, or if it is the
+same for every input and can be folded into what reads it (see pruning/folding.py).
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.base.errors import PruningError
+from secateur.channels.graph import ChannelGraph
+from secateur.pruning.constants import Constants, Seen
+from secateur.pruning.folding import ConstantInputs, Folding
+
+
+@dataclass
+class Consumer:
+    """A layer that reads channels, or the index of a ChannelSelect, which does so too."""
+
+    name: str
+    inputs: Tensor
+    """int64, (inputs,): canonical ids; one past the last of them stands for fixed zeros."""
+    outputs: Tensor
+    """int64, (outputs,): canonical ids."""
+    inputs_read_by: Callable[[Tensor], Tensor]
+    """bool, (outputs,) -> bool, (inputs,): which inputs these outputs read."""
+    ignorable: Tensor
+    """bool, (inputs,): known to be zero, or constant and foldable."""
+    foldable: Tensor
+    """bool, (inputs,): constant, not zero, and foldable."""
+    values: Tensor | None = None
+    """What it sees of one image, NaN where it depends on the image."""
+    _last: tuple[Tensor, Tensor] | None = None
+    """Argument and result of the last call of `requires`."""
+
+    @cached_property
+    def channels(self) -> Tensor:
+        """Canonical ids of its inputs, each once."""
+        return self.inputs.unique()
+
+    def requires(self, alive: Tensor) -> Tensor:
+        """Canonical ids that the outputs that are alive, bool, (outputs,), depend on."""
+        if self._last is None or not torch.equal(alive, self._last[0]):
+            self._last = alive, self.inputs[self.inputs_read_by(alive) & ~self.ignorable]
+        return self._last[1]
+
+
+class DeadChannels:
+    """The dead channels of a network, and the constants that some of them hold.
+
+    Sets of channels are bool tensors by canonical id, with one entry more for fixed zeros.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: nn.Module, graph: ChannelGraph, example: Tensor) -> None:
+        """`graph` is the model's; of the batch `example`, shape, type and device matter."""
+        self.graph, self.folding = graph, Folding(model, graph)
+        constants = Constants.of(model, graph.fx_graph, example)
+        self.consumers = _consumers(graph, self.folding, constants)
+        count = len(graph.canonical)
+        self.consumer_count = torch.zeros(count + 1, dtype=torch.int64)
+        """By canonical id: how many consumers read it."""
+        for consumer in self.consumers:
+            self.consumer_count[consumer.channels] += 1
+        outputs = [t for t in _tensors(constants.result) if t.is_floating_point()]
+        self.constant_output = not any(bool(t.isnan().any()) for t in outputs)
+        """Whether the network computes the same for every input."""
+        self.candidates = torch.zeros(count + 1, dtype=torch.bool)
+        for group in graph.groups:
+            self.candidates[group.ids] = group.locked is None
+
+    def selection(self) -> dict[str, Tensor]:
+        """Dead channels by group, as many as can be removed.
+
+        Raises PruningError naming the first layer without a living output if the network's output
+        does not depend on its input.
+        """
+        kept = torch.zeros_like(self.candidates)
+        while True:
+            dead = self._dead(self.candidates & ~kept)
+            chosen = self.graph.selection(dead.nonzero().flatten())
+            balanced = self.graph.balanced(chosen)
+            if sum(map(len, balanced.values())) == sum(map(len, chosen.values())):
+                return chosen
+            # channels that must be kept are alive, and so is what they read
+            kept |= dead
+            kept[self.graph.ids_of(balanced)] = False
+
+    def constant_inputs(self, removed: Tensor) -> list[ConstantInputs]:
+        """Inputs that must be folded before channels with these canonical ids are removed."""
+        among = torch.zeros_like(self.candidates)
+        among[removed] = True
+        found = []
+        for consumer in self.consumers:
+            channels = consumer.foldable & among[consumer.inputs]
+            if bool(channels.any()) and consumer.values is not None:
+                found.append(ConstantInputs(consumer.name, consumer.values, channels))
+        return found
+
+    def _dead(self, candidates: Tensor) -> Tensor:
+        """Those of the candidates that are dead; one channel of a dead layer is kept."""
+        candidates = candidates.clone()
+        while True:
+            dead = torch.zeros_like(candidates)
+            while not torch.equal(after := self._sweep(candidates, dead), dead):
+                dead = after
+                if self.constant_output and (layer := self._emptied(dead)):
+                    raise PruningError(
+                        f"layer {layer} has no living output left; prune or penalise less"
+                    )
+            if not (layer := self._emptied(dead)):
+                return dead
+            candidates[self.graph.output_ids()[layer][0]] = False
+
+    def _sweep(self, candidates: Tensor, dead: Tensor) -> Tensor:
+        """One more pass over the consumers: candidates that no output that is alive depends on.
+
+        From the last consumer to the first. A channel all of whose consumers have been passed is
+        dead at once; not so if the network's output is constant, where the error has to name the
+        first layer that dies.
+        """
+        dead, required = dead.clone(), ~candidates
+        pending = self.consumer_count.clone()
+        for consumer in reversed(self.consumers):
+            required[consumer.requires(~dead[consumer.outputs])] = True
+            pending[channels := consumer.channels] -= 1
+            if not self.constant_output:
+                dead[channels] |= ~required[channels] & (pending[channels] == 0)
+        return ~required
+
+    def _emptied(self, dead: Tensor) -> str | None:
+        """The first layer all of whose outputs are dead."""
+        outputs = self.graph.output_ids().items()
+        return next((name for name, ids in outputs if bool(dead[ids].all())), None)
+
+
+def _consumers(graph: ChannelGraph, folding: Folding, constants: Constants) -> list[Consumer]:
+    """All consumers in the order of execution, layers first."""
+    layers = [
+        _layer(name, graph, folding, constants.inputs[name])
+        for name, layer in graph.layers.items()
+        if not layer.depthwise()
+    ]
+    selects = [
+        _select(name, graph, constants.inputs[name])
+        for name, select in graph.selects.items()
+        if select.owns_channels
+    ]
+    return layers + selects
+
+
+def _layer(name: str, graph: ChannelGraph, folding: Folding, seen: list[Seen]) -> Consumer:
+    """A convolution or linear layer; `seen` is what it sees at each of its calls."""
+    layer = graph.layers[name]
+    weight = folding.tensors[layer.weight]
+    reads = weight.flatten(2).any(dim=2) if weight.dim() > 2 else weight.bool()
+    blocks = reads.reshape(layer.groups, -1, reads.shape[1])
+    zero = torch.stack([call.zero for call in seen]).all(dim=0)
+    constant = seen[0].known & ~zero
+    if bool(constant.any()):
+        constant &= blocks.any(dim=1).flatten()
+    foldable = folding.foldable(name, seen, constant)
+    return Consumer(
+        name,
+        _canonical(graph, layer.inputs),
+        _canonical(graph, layer.outputs),
+        _block_reader(blocks),
+        (zero | foldable).cpu(),
+        foldable.cpu(),
+        seen[0].x,
+    )
+
+
+def _select(name: str, graph: ChannelGraph, seen: list[Seen]) -> Consumer:
+    """The index of a ChannelSelect."""
+    select = graph.selects[name]
+    zero = torch.stack([call.zero for call in seen]).all(dim=0).cpu()
+    inputs, outputs = _canonical(graph, select.inputs), _canonical(graph, select.outputs)
+    reader = _index_reader(select.index, len(inputs))
+    return Consumer(name, inputs, outputs, reader, zero, torch.zeros_like(zero))
+
+
+def _canonical(graph: ChannelGraph, ids: Tensor) -> Tensor:
+    """Canonical ids; one past the last of them for a negative id, a fixed zero."""
+    return torch.where(ids >= 0, graph.canonical[ids.clamp_min(0)], len(graph.canonical))
+
+
+def _block_reader(reads: Tensor) -> Callable[[Tensor], Tensor]:
+    """Outputs -> inputs that they read; `reads` is bool, (groups, outputs, inputs) of each."""
+    matrix = reads.float().cpu()
+    return lambda outputs: (outputs.view(len(matrix), 1, -1).float() @ matrix).flatten() > 0
+
+
+def _index_reader(index: Tensor, inputs: int) -> Callable[[Tensor], Tensor]:
+    """Outputs -> inputs that they read: the one at its index, or none where that is negative."""
+    none, real = torch.zeros(inputs, dtype=torch.bool), index >= 0
+    return lambda outputs: none.index_fill(0, index[outputs & real], True)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """All tensors of a result, which may be nested."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return [t for v in value for t in _tensors(v)] if isinstance(value, list | tuple) else []
