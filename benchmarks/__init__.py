@@ -1,4 +1,4 @@
-"""Measurements, run by hand as `python -m benchmarks.<name>`; never timed tests."""
+"""Benchmarks, run by hand as `python -m benchmarks.<name>`; they are not part of the tests."""
 
 import secateur.base.allocator
 

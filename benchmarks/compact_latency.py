@@ -1,8 +1,9 @@
-"""Latency of compact networks beside their share of the dense network's MACs.
+"""Measured latency of compact networks, compared with the speed-up expected from their MACs.
 
-The same share of every group of channels goes, at random. The networks take turns on the same
-batch. `reached` is the measured speed-up over the one that the MACs promise. With `--round-to` what
-stays of every group is brought up to a multiple, as `pruners.magnitude.round_to` does.
+A random fraction of every channel group is removed. Dense and compact networks are timed
+alternately on one batch. `MACs` is the theoretical speed-up, dense MACs divided by compact MACs;
+`efficiency` is the measured speed-up divided by it. `--round-to` rounds the number of remaining
+channels of every group up to a multiple, like `pruners.magnitude.round_to`.
 
     python -m benchmarks.compact_latency
     python -m benchmarks.compact_latency --nets resnet50 --shares 0.4 --round-to 1 16 --batch 1
@@ -29,21 +30,21 @@ NETS: dict[str, tuple[str, dict[str, Any]]] = {
     "resnet50": ("torchvision", {"name": "resnet50"}),
     "mobilenet_v2": ("torchvision", {"name": "mobilenet_v2"}),
 }
-"""Networks at 32x32 pixels, torchvision's at 224x224."""
+"""Architecture and settings by name; images have 32x32 pixels, torchvision's 224x224."""
 
 
-def without(arch: str, chosen: dict[str, Any], share: float, multiple: int) -> removal.Compact:
-    """The network without that share of each group, at random."""
+def prune(arch: str, chosen: dict[str, Any], ratio: float, multiple: int) -> removal.Compact:
+    """The network without a random fraction `ratio` of the channels of each group."""
     model, image = build(arch, chosen)
     graph = channels.build_channel_graph(model, image)
-    chance = torch.Generator().manual_seed(0)
-    gone = {}
+    generator = torch.Generator().manual_seed(0)
+    pruned = {}
     for group in graph.groups:
         if group.locked is None:
-            order = torch.rand(group.size, generator=chance)
-            lost = choices.smallest_choice(order, choices.number_pruned(share, group.size))
-            gone[group.name] = choices.spare(lost, order, multiple=multiple).nonzero().flatten()
-    return removal.remove(model, graph.removable(gone), image, {}, graph)
+            order = torch.rand(group.size, generator=generator)
+            lost = choices.smallest_choice(order, choices.number_pruned(ratio, group.size))
+            pruned[group.name] = choices.spare(lost, order, multiple=multiple).nonzero().flatten()
+    return removal.remove(model, graph.removable(pruned), image, {}, graph)
 
 
 @torch.no_grad()
@@ -55,29 +56,30 @@ def main() -> None:
     parser.add_argument("--round-to", nargs="+", type=int, default=[1, 16])
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 128])
     parser.add_argument("--repeats", type=int, default=20)
-    asked = parser.parse_args()
-    print(f"{machine.hardware()}; torch {torch.__version__}; median of {asked.repeats}")
-    print("| network | gone | multiple of | batch | dense, ms | MACs | speed-up | reached |")
+    options = parser.parse_args()
+    print(f"{machine.hardware()}; torch {torch.__version__}; median of {options.repeats} passes")
+    print("| network | removed | multiple of | batch | dense, ms | MACs | speed-up | efficiency |")
     print("|---|---:|---:|---:|---:|---:|---:|---:|")
-    for name in asked.nets:
+    for name in options.nets:
         arch, chosen = NETS[name]
         dense, image = build(arch, chosen)
         models: dict[str, torch.nn.Module] = {"dense": dense}
-        for share in asked.shares:
-            for multiple in asked.round_to:
-                compact = without(arch, chosen, share, multiple)
-                models[f"{share:.0%} | {multiple}"] = compact.model.eval()
-        promised = {
+        for ratio in options.shares:
+            for multiple in options.round_to:
+                compact = prune(arch, chosen, ratio, multiple)
+                models[f"{ratio:.0%} | {multiple}"] = compact.model.eval()
+        theoretical = {
             k: cost.macs(dense, image) / cost.macs(model, image) for k, model in models.items()
         }
-        for size in asked.batch:
-            times = cost.latency(models, image.repeat(size, 1, 1, 1), asked.repeats)
+        for size in options.batch:
+            times = cost.latency(models, image.repeat(size, 1, 1, 1), options.repeats)
             for key, values in list(times.items())[1:]:
                 ratios = [d / t for d, t in zip(times["dense"], values, strict=True)]
                 speedup = statistics.median(ratios)
+                efficiency = speedup / theoretical[key]
                 print(
                     f"| {name} | {key} | {size} | {cost.median_and_iqr(times['dense'])[0]:.1f} | "
-                    f"{promised[key]:.2f}x | {speedup:.2f}x | {speedup / promised[key]:.2f} |",
+                    f"{theoretical[key]:.2f}x | {speedup:.2f}x | {efficiency:.2f} |",
                     flush=True,
                 )
 

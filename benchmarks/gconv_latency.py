@@ -1,8 +1,8 @@
-"""Latency of group convolutions: the dense network, the masked one, and the exported one.
+"""Latency of group convolutions: dense, masked and exported networks.
 
-The exported one with an index layer on both sides of every group convolution, and with these folded
-into the order of the channels where that is possible (gconv/export.py). All take turns on the same
-batch. A ratio below 1 means slower than dense.
+Exported networks are timed twice: with an index layer before and after every group convolution, and
+with these permutations folded into the channel order where possible (secateur/gconv/export.py). All
+networks are timed alternately on one batch. A ratio below 1 is slower than the dense network.
 
     python -m benchmarks.gconv_latency
     python -m benchmarks.gconv_latency --what layers --batch 1
@@ -26,11 +26,11 @@ from secateur.pruning.decision import PruningContext
 from secateur.sparsity import masks
 
 LAYERS = ((64, 56), (128, 28), (256, 14), (512, 7))
-"""Channels in and out of a 3x3 convolution, and the side of its image."""
+"""Input and output channels of a 3x3 convolution, and the side of its image in pixels."""
 
 
 def versions(model: nn.Module, image: Tensor, groups: int) -> dict[str, nn.Module]:
-    """The four networks, in eval mode; `image` is a batch of one."""
+    """The four versions of a network, in eval mode; `image` has shape (1, C, H, W)."""
     decision = gconv.prune(gconv.Settings(groups=groups), PruningContext(model, image))
     masked = copy.deepcopy(model)
     masks.apply(masked, decision.masks)
@@ -40,7 +40,7 @@ def versions(model: nn.Module, image: Tensor, groups: int) -> dict[str, nn.Modul
 
 
 def layer(channels: int) -> nn.Module:
-    """One convolution between two others, whose channels nothing else counts."""
+    """A 3x3 convolution between two 1x1 convolutions, so that its channels can be permuted."""
     ends = [nn.Conv2d(1, channels, 1), nn.Conv2d(channels, 1, 1)]
     middle = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
     return nn.Sequential(ends[0], middle, ends[1]).eval()
@@ -49,7 +49,7 @@ def layer(channels: int) -> nn.Module:
 def rows(
     label: str, models: Mapping[str, nn.Module], batch: Tensor, repeats: int, groups: int
 ) -> str:
-    """One line of the table: milliseconds, and dense over each."""
+    """One row of the table: milliseconds, and the speed-up of each version over dense."""
     times = cost.latency(models, batch, repeats)
     middle = {name: cost.median_and_iqr(values)[0] for name, values in times.items()}
     ratio = {
@@ -66,7 +66,7 @@ def rows(
 
 
 def single(models: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """The convolution in the middle alone, of each version."""
+    """The middle convolution of each version."""
     return {name: model.get_submodule("1") for name, model in models.items()}
 
 
@@ -83,7 +83,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=30)
     chosen = parser.parse_args()
     place = machine.device()
-    print(f"{machine.hardware()}; batch {chosen.batch}, median of {chosen.repeats}, ms")
+    print(
+        f"{machine.hardware()}; batch size {chosen.batch}, milliseconds, "
+        f"median of {chosen.repeats} passes"
+    )
     print("| | groups | dense | masked | indexed | folded | index layers |")
     print("|---|---:|---:|---:|---:|---:|---:|")
     for channels, side in LAYERS if "layers" in chosen.what else ():

@@ -1,10 +1,11 @@
-"""Sizes of networks with group convolutions, as this project counts and as gconv-prune does.
+"""Sizes of networks with group convolutions, by the counting rules of Secateur and gconv-prune.
 
-Here: all parameters, and multiply-accumulates of convolutions and linear layers. There: the same
-parameters in millions, and "FLOPS" of one image: two for every multiply-accumulate and one for a
-bias, two for every entry that is normalised, one for a ReLU, the side of the window for every entry
-that is pooled (one less for a maximum), and 2 n - 1 for an output of a linear layer with n inputs;
-means over a whole image, sums and indices count nothing.
+Secateur counts all parameters, and the multiply-accumulates (MACs) of convolutions and linear
+layers. gconv-prune counts all parameters in millions, and the "FLOPS" of one image as follows: two
+for each multiply-accumulate of a convolution and one for its bias; two for each element of a batch
+norm; one for each element of a ReLU; the side of the window for each output element of an average
+pooling, one less for a max pooling; 2 n - 1 for each output of a linear layer with n inputs. Global
+average pooling, additions and index operations are not counted.
 
     python -m benchmarks.gconv_sizes
     python -m benchmarks.gconv_sizes --nets resnet34 --configs resnet34_A.json resnet34_B.json
@@ -41,11 +42,11 @@ NETS: dict[str, tuple[str, dict[str, Any], int, tuple[int, int, int]]] = {
     "resnet50": ("torchvision", {"name": "resnet50"}, 1000, IMAGENET),
     "resnet101": ("torchvision", {"name": "resnet101"}, 1000, IMAGENET),
 }
-"""Network -> architecture, its settings, classes, shape of an image."""
+"""Architecture, its settings, number of classes and shape of an image (C, H, W), by name."""
 
 
 def build(net: str) -> tuple[nn.Module, Tensor]:
-    """The dense network in eval mode, and one image of its size."""
+    """The dense network in eval mode, and one image of zeros, (1, C, H, W)."""
     arch, settings, classes, shape = NETS[net]
     module = plugin.load("archs", arch)
     torch.manual_seed(0)
@@ -53,7 +54,7 @@ def build(net: str) -> tuple[nn.Module, Tensor]:
 
 
 def divided(model: nn.Module, image: Tensor, **how: Any) -> dict[str, int]:
-    """Groups of every convolution, as the pruner gives them; which ones does not matter here."""
+    """Number of groups of every convolution, as pruner `gconv` sets it."""
     chosen = {"groups": None, "permutation": "same"} | how
     decision: PruningDecision = gconv.prune(gconv.Settings(**chosen), PruningContext(model, image))
     entries = json.loads(decision.files["groups.json"])
@@ -61,21 +62,21 @@ def divided(model: nn.Module, image: Tensor, **how: Any) -> dict[str, int]:
 
 
 def parameters(model: nn.Module, groups: Mapping[str, int]) -> int:
-    """Parameters of the network with these groups."""
+    """Parameters of the network with these numbers of groups."""
     layers = masks.layers(model)
     less = sum(layers[n].weight.numel() * (g - 1) // g for n, g in groups.items())
     return cost.parameters(model) - less
 
 
 def macs(model: nn.Module, image: Tensor, groups: Mapping[str, int]) -> int:
-    """Multiply-accumulates of the network with these groups."""
+    """MACs of the network with these numbers of groups."""
     rows = cost.layer_costs(model, image)
     return sum(row.macs_dense // groups.get(row.layer, 1) for row in rows)
 
 
 @torch.no_grad()
 def published(model: nn.Module, image: Tensor, groups: Mapping[str, int]) -> int:
-    """Operations of one image, as gconv-prune counts them."""
+    """Operations of one image by the counting rules of gconv-prune."""
     total = 0
     names = {module: name for name, module in model.named_modules()}
 
@@ -106,7 +107,7 @@ def published(model: nn.Module, image: Tensor, groups: Mapping[str, int]) -> int
 
 
 def main() -> None:
-    """Print one line for each network and way of dividing it."""
+    """Print one row for each network and group configuration."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--nets", nargs="+", default=list(NETS), choices=list(NETS))
     parser.add_argument("--groups", nargs="*", type=int, default=[2, 4, 8])
@@ -114,16 +115,16 @@ def main() -> None:
     parser.add_argument("--configs", nargs="*", default=[], help="files in recipes/groups/")
     chosen = parser.parse_args()
     ways: list[tuple[str, dict[str, Any]]] = [(f"G = {g}", {"groups": g}) for g in chosen.groups]
-    ways += [(f"{n} a group", {"channels_per_group": n}) for n in chosen.channels_per_group]
+    ways += [(f"{n} per group", {"channels_per_group": n}) for n in chosen.channels_per_group]
     ways += [(config, {"config": config}) for config in chosen.configs]
-    print("| network | groups | parameters | MACs | params, M | ops, M |")
+    print("| network | groups | parameters | MACs | parameters, M | gconv-prune FLOPS, M |")
     print("|---|---|---:|---:|---:|---:|")
     for net in chosen.nets:
         model, image = build(net)
         for label, how in [("dense", {}), *ways]:
             try:
                 groups = divided(model, image, **how) if how else {}
-            except PruningError:  # no layer can have so many
+            except PruningError:  # no layer of this network can have that many groups
                 continue
             size, products = parameters(model, groups), macs(model, image, groups)
             operations = published(model, image, groups) / 1e6

@@ -1,8 +1,8 @@
-"""Peak resident memory: of training on CIFAR, and of pictures that stay in their files.
+"""Peak resident memory of training on CIFAR, and of reading images from files.
 
-ResNet-20 with batches of 128 on 50,000 made-up images of 32x32 pixels, and a folder of JPEG files
-once decoded into memory and once as a list of names. Each in a process of its own; counted is what
-comes on top of the imported libraries.
+Measured are one epoch of ResNet-20 with batch size 128 on 50,000 random images of 32x32 pixels, and
+one pass over a folder of JPEG files, decoded into memory or listed and decoded on demand. Each runs
+in a separate process; the figure is the peak in addition to the imported libraries.
 
     python -m benchmarks.memory
     python -m benchmarks.memory --precision bfloat16
@@ -31,13 +31,13 @@ PICTURES, SIDE = 6000, 160
 
 
 def resident(key: str) -> float:
-    """MiB of this process: VmRSS now, VmHWM at most so far."""
+    """Memory of this process in MiB; `key` is VmRSS (current) or VmHWM (peak)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(key))
 
 
 def cifar(precision: str) -> None:
-    """Be one process: train an epoch, and print what the libraries and the rest take."""
+    """Train one epoch; print the MiB of the libraries, the peak MiB and the seconds."""
     what = train_speed.task("resnet20", images=50_000, precision=precision, epochs=0)
     libraries = resident("VmRSS")
     data, model = train_speed.made_up(what), train_speed.network(what)
@@ -48,9 +48,9 @@ def cifar(precision: str) -> None:
 
 
 def folder(root: Path) -> None:
-    """Made-up pictures of two classes in files."""
-    chance = np.random.default_rng(0)
-    coarse = chance.integers(0, 256, (PICTURES, 10, 10, 3), dtype=np.uint8)
+    """Write random JPEG images of two classes."""
+    generator = np.random.default_rng(0)
+    coarse = generator.integers(0, 256, (PICTURES, 10, 10, 3), dtype=np.uint8)
     for number, pixels in enumerate(coarse):
         part = "test" if number < 10 else "train"
         place = root / "images" / part / f"class{number % 2}" / f"{number}.jpg"
@@ -59,7 +59,7 @@ def folder(root: Path) -> None:
 
 
 def pictures(root: Path, memory_mb: int) -> None:
-    """Be one process: prepare a folder, see every picture once, and print what it took."""
+    """Prepare a folder, read every image once; print the MiB of the libraries and the peak."""
     module = plugin.load("datasets", "image_folder")
     libraries = resident("VmRSS")
     found = module.read(module.Settings(memory_mb=memory_mb), root)
@@ -70,7 +70,7 @@ def pictures(root: Path, memory_mb: int) -> None:
 
 
 def apart(*arguments: str) -> list[str]:
-    """What a process of its own prints last."""
+    """The words on the last line that a separate process prints."""
     command = [sys.executable, "-m", "benchmarks.memory", *arguments]
     done = subprocess.run(command, text=True, capture_output=True, check=False)
     if done.returncode:
@@ -92,21 +92,21 @@ def main() -> None:
     libraries, peak, seconds = map(float, apart("--one", "cifar", options.precision))
     extra = peak - libraries
     print(
-        f"resnet20, batch 128, 50,000 images, {options.precision}: {extra:,.0f} MiB beyond the "
-        f"libraries' {libraries:,.0f} ({seconds:.0f} s); the limit is {CIFAR_LIMIT:,}"
+        f"resnet20, batch 128, 50,000 images, {options.precision}: {extra:,.0f} MiB in addition "
+        f"to the libraries' {libraries:,.0f} ({seconds:.0f} s); the limit is {CIFAR_LIMIT:,}"
     )
     whole = PICTURES * SIDE * SIDE * 3 / 2**20
-    print(f"{PICTURES:,} JPEG pictures of {SIDE}x{SIDE}, {whole:,.0f} MiB decoded:")
+    print(f"{PICTURES:,} JPEG images of {SIDE}x{SIDE}, {whole:,.0f} MiB decoded:")
     with tempfile.TemporaryDirectory() as place:
         folder(Path(place))
         taken = {}
-        for name, limit in (("in memory", "4096"), ("as a list", "0")):
+        for name, limit in (("in memory", "4096"), ("from files", "0")):
             before, most, listed = apart("--one", "pictures", place, limit)
-            assert listed == str(name == "as a list")
+            assert listed == str(name == "from files")
             taken[name] = float(most) - float(before)
-            print(f"    {name}: {taken[name]:,.0f} MiB beyond the libraries")
-    if extra > CIFAR_LIMIT or taken["as a list"] > whole / 2:
-        raise SystemExit("more than it should be")
+            print(f"    {name}: {taken[name]:,.0f} MiB in addition to the libraries")
+    if extra > CIFAR_LIMIT or taken["from files"] > whole / 2:
+        raise SystemExit("peak memory above the limit")
 
 
 if __name__ == "__main__":

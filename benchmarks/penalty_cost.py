@@ -1,4 +1,4 @@
-"""What a penalty adds to a step of training: with and without it, in turns, in one process.
+"""Time that a penalty adds to a training step: with and without it, alternately, in one process.
 
 python -m benchmarks.penalty_cost
 python -m benchmarks.penalty_cost --net lenet300 --penalty hoyer_square l1
@@ -23,8 +23,8 @@ from secateur.training.penalty import Penalty
 from secateur.training.step import TrainStep
 
 
-class Way:
-    """One way of training one network, a step at a time."""
+class Steps:
+    """Training steps of one network with one penalty, or without."""
 
     def __init__(self, net: str, name: str | None, precision: str) -> None:
         what = task(net, precision=precision)
@@ -50,7 +50,7 @@ class Way:
                     yield images, labels
 
     def __call__(self, steps: int) -> float:
-        """Seconds of so many steps."""
+        """Run this number of steps; return the seconds."""
         batches = list(itertools.islice(self.feed, steps))
         began = time.perf_counter()
         for images, labels in batches:
@@ -60,24 +60,25 @@ class Way:
 
 
 def main() -> None:
-    """Measure the penalties named on the command line."""
+    """Time the penalties named on the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--net", default="resnet20", choices=list(NETS))
     parser.add_argument("--penalty", nargs="+", default=["greg1", "greg2", "hoyer_square"])
     parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--steps", type=int, default=10, help="a round, for each way")
+    parser.add_argument("--steps", type=int, default=10, help="steps per round and penalty")
     options = parser.parse_args()
     print(f"{hardware()}; {options.net}, {options.precision}")
-    ways = {name: Way(options.net, name, options.precision) for name in [None, *options.penalty]}
-    taken: dict[str | None, list[float]] = {name: [] for name in ways}
+    names = [None, *options.penalty]
+    variants = {name: Steps(options.net, name, options.precision) for name in names}
+    taken: dict[str | None, list[float]] = {name: [] for name in variants}
     for turn in range(options.rounds + 1):
-        for name, way in ways.items():
-            seconds = way(options.steps)
+        for name, run in variants.items():
+            seconds = run(options.steps)
             if turn:  # the first round warms up
                 taken[name].append(seconds)
     plain = taken[None]
-    print(f"without a penalty {statistics.median(plain) / options.steps * 1e3:.2f} ms a step")
+    print(f"without penalty {statistics.median(plain) / options.steps * 1e3:.2f} ms per step")
     for name in options.penalty:
         ratio = statistics.median(a / b for a, b in zip(taken[name], plain, strict=True))
         print(f"{name:20} {ratio - 1:+.1%}")

@@ -1,8 +1,8 @@
-"""Time of the permutation search: gconv/permutation.py against a straight reading of the heuristic.
+"""Time of the permutation search, compared with a direct implementation of the heuristic.
 
-Both look for the same groups in the same matrices, in turns, in one process and on one thread. The
-straight reading does in every round what the paper's description says: it looks at the matrix in
-its present order, sums, sorts and moves.
+Secateur's implementation is secateur/gconv/permutation.py. The direct implementation follows the
+paper step by step: every round permutes the matrix, sums it and sorts by the sums. Both search for
+groups in one set of matrices, alternately, in one process and on one thread.
 
     python -m benchmarks.permutation
     python -m benchmarks.permutation --size 256 --groups 32 --iters 10
@@ -20,8 +20,8 @@ from torch import Tensor
 from secateur.gconv.permutation import Floats, Ints, Search, group
 
 
-def straight(criterion: Floats, groups: int, iters: int) -> tuple[Ints, Ints, float]:
-    """Orders of outputs and inputs, and what their blocks keep, as the heuristic is described."""
+def direct(criterion: Floats, groups: int, iters: int) -> tuple[Ints, Ints, float]:
+    """Permutations of outputs and inputs by the published heuristic, and the kept criterion."""
     outputs, inputs = criterion.shape
     high, wide = outputs // groups, inputs // groups
     rows, columns = np.arange(outputs), np.arange(inputs)
@@ -47,23 +47,23 @@ def straight(criterion: Floats, groups: int, iters: int) -> tuple[Ints, Ints, fl
 def measure(
     matrix: Tensor, groups: int, iters: int, turns: int
 ) -> tuple[list[float], list[float], float]:
-    """Seconds of the straight reading and of ours, turn by turn, and the larger over the smaller
-    of what they keep."""
+    """Seconds of the direct implementation and of Secateur's, by repetition, and the ratio of the
+    criterion that their groupings keep, the larger divided by the smaller."""
     values, search = matrix.numpy(), Search(sort_iters=iters)
     theirs, ours = [], []
     for _ in range(turns):
         start = time.perf_counter()
-        *_, straightly = straight(values, groups, iters)
+        *_, direct_kept = direct(values, groups, iters)
         theirs.append(time.perf_counter() - start)
         start = time.perf_counter()
         found = group(matrix, groups, search)
         ours.append(time.perf_counter() - start)
     kept = found.kept(matrix)
-    return theirs, ours, max(kept, straightly) / min(kept, straightly)
+    return theirs, ours, max(kept, direct_kept) / min(kept, direct_kept)
 
 
 def main() -> None:
-    """Print one line for each number of groups."""
+    """Print one row for each number of groups."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", type=int, default=512)
     parser.add_argument("--groups", type=int, nargs="+", default=[2, 8, 64])
@@ -74,8 +74,8 @@ def main() -> None:
     torch.manual_seed(0)
     kernels = torch.randn(chosen.size, chosen.size, 9, dtype=torch.float64)
     matrix = kernels.norm(dim=2)
-    print(f"{chosen.size} x {chosen.size}, {chosen.iters} rounds, median of {chosen.turns} turns")
-    print("| groups | straight, ms | ours, ms | ratio | kept, larger over smaller |")
+    print(f"{chosen.size} x {chosen.size}, {chosen.iters} rounds, median of {chosen.turns} runs")
+    print("| groups | direct, ms | Secateur, ms | speed-up | kept criterion, larger / smaller |")
     print("|---:|---:|---:|---:|---:|")
     for groups in chosen.groups:
         theirs, ours, same = measure(matrix, groups, chosen.iters, chosen.turns)

@@ -1,7 +1,7 @@
-"""What DVC and MLflow add to a pipeline: the same stages alone, under DVC, and under both.
+"""Overhead of DVC and MLflow: the stages alone, under DVC, and under DVC with MLflow.
 
-Works in a temporary copy of the project's tracked files, with the settings of params.yaml; every
-round uses another seed, so that nothing comes from a cache.
+Runs in a temporary copy of the project's tracked files, with the settings of params.yaml. Every run
+has a different seed, so that no stage is restored from a cache.
 
     python -m benchmarks.pipeline_overhead --rounds 3
 """
@@ -22,7 +22,7 @@ STAGES = ["prepare", "baseline", "sparse_train", "prune", "finetune", "evaluate"
 
 
 def copy_project(target: Path) -> None:
-    """The files that Git knows, as a repository of their own."""
+    """Copy the files tracked by Git into a new repository."""
     listed = subprocess.run(["git", "ls-files"], capture_output=True, text=True, check=True)
     for name in listed.stdout.split():
         if Path(name).is_file():
@@ -33,13 +33,13 @@ def copy_project(target: Path) -> None:
 
 
 def with_seed(project: Path, seed: int) -> None:
-    """Change the seed of the copy: all trainings are new ones."""
+    """Set the seed in the copy, so that every training runs."""
     file = project / "params.yaml"
     file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | {"seed": seed}))
 
 
 def seconds(project: Path, commands: list[list[str]], tracking: str) -> float:
-    """Wall time of the commands, one after the other."""
+    """Wall-clock time of the commands, run one after the other."""
     bin_folder = Path(sys.executable).parent
     path = f"{bin_folder}:{os.environ['PATH']}"
     env = os.environ | {"SECATEUR_TRACKING": tracking, "PATH": path}
@@ -50,7 +50,7 @@ def seconds(project: Path, commands: list[list[str]], tracking: str) -> float:
 
 
 def main() -> None:
-    """Run the three ways in turns and print medians."""
+    """Run the three variants alternately and print medians."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--rounds", type=int, default=3)
     rounds = parser.parse_args().rounds

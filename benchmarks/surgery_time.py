@@ -1,9 +1,10 @@
-"""Seconds that surgery takes: follow a network, remove channels, remove the dead ones.
+"""Time of structured pruning: build the channel graph, remove channels, remove dead channels.
 
-Every CIFAR network as published, at 32x32 pixels, and large ones of torchvision at 224x224. A
-random quarter of every group goes, then a quarter of the filters of what is left is silent. The
-stage proves equality besides, which is two forward passes and not counted here. Medians over
-several turns, in which the garbage collector leaves the imports alone as it does in a stage.
+The networks are the published CIFAR networks at 32x32 pixels and large networks of torchvision at
+224x224. A random quarter of every channel group is removed; then the batch norms of the remaining
+network are set to zero for a quarter of its filters, which are dead then. The check of equality in
+stage `prune`, two forward passes, is not included. Medians over several repetitions; imported
+modules are frozen for the garbage collector, as in a stage.
 
     python -m benchmarks.surgery_time
     python -m benchmarks.surgery_time --only preresnet densenet --profile
@@ -54,7 +55,7 @@ NETWORKS: list[tuple[str, dict[str, Any]]] = [
 
 
 def build(arch: str, chosen: dict[str, Any]) -> tuple[nn.Module, Tensor]:
-    """The network in eval mode and an image."""
+    """The network in eval mode and a random image, (1, 3, H, W)."""
     module = plugin.load("archs", arch)
     large = arch == "torchvision"
     shape = (3, 224, 224) if large else (3, 32, 32)
@@ -63,37 +64,37 @@ def build(arch: str, chosen: dict[str, Any]) -> tuple[nn.Module, Tensor]:
     return model.eval(), torch.randn(1, *shape)
 
 
-def selected(graph: channels.ChannelGraph, share: float) -> dict[str, Tensor]:
-    """At random that share of every group."""
-    chance = torch.Generator().manual_seed(0)
+def selected(graph: channels.ChannelGraph, ratio: float) -> dict[str, Tensor]:
+    """A removable selection of a random fraction `ratio` of every channel group."""
+    generator = torch.Generator().manual_seed(0)
     free = [group for group in graph.groups if group.locked is None]
     return graph.removable(
-        {g.name: torch.randperm(g.size, generator=chance)[: int(share * g.size)] for g in free}
+        {g.name: torch.randperm(g.size, generator=generator)[: int(ratio * g.size)] for g in free}
     )
 
 
 @torch.no_grad()
-def silence(model: nn.Module, share: float) -> None:
-    """Zero norms for a share of the channels of every convolution that has one behind it."""
-    chance = torch.Generator().manual_seed(1)
+def silence(model: nn.Module, ratio: float) -> None:
+    """Set a random fraction of the scales and shifts of every batch norm to zero, in place."""
+    generator = torch.Generator().manual_seed(1)
     for norm in model.modules():
         if isinstance(norm, nn.BatchNorm2d):
-            gone = torch.randperm(norm.num_features, generator=chance)
-            gone = gone[: int(share * norm.num_features)]
-            norm.weight[gone], norm.bias[gone] = 0, 0
+            dead = torch.randperm(norm.num_features, generator=generator)
+            dead = dead[: int(ratio * norm.num_features)]
+            norm.weight[dead], norm.bias[dead] = 0, 0
 
 
 def timed(run: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds, and what it gave."""
+    """Seconds, and the result of the call."""
     start = time.perf_counter()
     result = run()
     return time.perf_counter() - start, result
 
 
 def measure(arch: str, chosen: dict[str, Any]) -> list[float]:
-    """Seconds of follow, allowed, remove and remove_dead."""
+    """Seconds of graph, selection, remove and remove_dead."""
     model, image = build(arch, chosen)
-    gc.collect()  # a stage has no networks of earlier turns about
+    gc.collect()  # release the networks of earlier repetitions: a stage has none
     followed, graph = timed(lambda: channels.build_channel_graph(model, image))
     fitted, selection = timed(lambda: selected(graph, 0.25))
     removed, compact = timed(lambda: removal.remove(model, selection, image, {}, graph))
@@ -105,13 +106,13 @@ def measure(arch: str, chosen: dict[str, Any]) -> list[float]:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", default=[], help="parts of names")
+    parser.add_argument("--only", nargs="+", default=[], help="substrings of network names")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--profile", action="store_true", help="where the time goes")
+    parser.add_argument("--profile", action="store_true", help="print a profile by function")
     options = parser.parse_args()
-    print(f"{hardware()}; median of {options.repeats}")
+    print(f"{hardware()}; seconds, median of {options.repeats}")
     gc.freeze()
-    heads = ("follow", "allowed", "remove", "remove_dead", "all")
+    heads = ("graph", "selection", "remove", "remove_dead", "total")
     print(f"{'':62}" + "".join(f"{head:>13}" for head in heads))
     for arch, chosen in NETWORKS:
         name = " ".join([arch, *(f"{k}={v}" for k, v in chosen.items())])

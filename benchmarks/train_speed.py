@@ -1,7 +1,7 @@
-"""Images per second of training: this project's loop against the usual research script.
+"""Training speed in images per second: Secateur's training loop and a typical research script.
 
-The usual way is `benchmarks/usual.py`. Both train the same network on images of the same size in
-batches of the same size, in turns, each in a process of its own as people run it.
+The typical script is `benchmarks/reference.py`. Both train one network on random images of one size
+with one batch size, alternately, each in a separate process.
 
     python -m benchmarks.train_speed
     python -m benchmarks.train_speed --net lenet300 --batch 512
@@ -51,11 +51,11 @@ NETS: dict[str, dict[str, Any]] = {
         "images": 256,
     },
 }
-"""Network -> plug-in, its settings, shape of an image, and images of an epoch."""
+"""Architecture, its settings, shape of an image (C, H, W) and images per epoch, by name."""
 
 
 def task(net: str, **more: Any) -> dict[str, Any]:
-    """What one process is to do: the batch and the optimizer are the original scripts'."""
+    """The task of one process, with the batch size and optimizer of the original scripts."""
     grey = NETS[net]["shape"] == GREY
     common = {"classes": 10, "batch": 100 if grey else 128, "epochs": 2, "decay": 0.0}
     chosen = NETS[net] | common | {"optimizer": "adam" if grey else "sgd"} | more
@@ -63,7 +63,7 @@ def task(net: str, **more: Any) -> dict[str, Any]:
 
 
 def run(script: list[str], what: dict[str, Any]) -> list[float]:
-    """Images per second of each epoch of a process; empty if it failed."""
+    """Images per second of each epoch in a separate process; exits with its error output."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("GOMP_", "MALLOC_"))}
     done = subprocess.run(
         [sys.executable, *script, json.dumps(what)],
@@ -78,18 +78,18 @@ def run(script: list[str], what: dict[str, Any]) -> list[float]:
     return [float(line) for line in done.stdout.split()]
 
 
-def usual(net: str, **more: Any) -> float:
-    """Images per second of the usual script, left to glibc and OpenMP as they come."""
-    return max(run(["benchmarks/usual.py"], task(net, **more)))
+def reference(net: str, **more: Any) -> float:
+    """Images per second of the reference script, with the defaults of glibc and OpenMP."""
+    return max(run(["benchmarks/reference.py"], task(net, **more)))
 
 
-def ours(net: str, **more: Any) -> float:
-    """Images per second of our loop."""
+def secateur(net: str, **more: Any) -> float:
+    """Images per second of Secateur's training loop."""
     return max(run(["-m", "benchmarks.train_speed", "--one"], task(net, **more)))
 
 
 def made_up(what: dict[str, Any]) -> Dataset:
-    """Images that show nothing: the time does not depend on it."""
+    """A data set of random images: the training time does not depend on their content."""
     count, (channels, *_) = what["images"], what["shape"]
     height, width = what["shape"][1:]
     images = torch.randint(0, 256, (count, height, width, channels), dtype=torch.uint8)
@@ -111,13 +111,13 @@ def made_up(what: dict[str, Any]) -> Dataset:
 
 
 class Stopwatch(Callback):
-    """Prints the images per second of every epoch after the first, which warms up."""
+    """Prints the images per second of every epoch after the first, which is the warm-up."""
 
     def __init__(self, images: int) -> None:
         self.images, self.began = images, 0.0
 
     def on_epoch_end(self, row: Row) -> None:
-        """An epoch is done."""
+        """Print the images per second since the previous epoch."""
         now = time.perf_counter()
         if self.began:
             print(self.images / (now - self.began), flush=True)
@@ -125,19 +125,19 @@ class Stopwatch(Callback):
 
 
 class Discard:
-    """A state store that copies the state, as the real one does, and does not write it."""
+    """A StateStore that copies the state, as in a stage, but does not write it."""
 
     def load(self) -> None:
-        """There is none."""
+        """No saved state: every training starts from scratch."""
 
     def save(self, tensors: Any, info: Any) -> bool:
-        """Copy, as the real one does."""
+        """Copy the tensors to the CPU; they are not written to disk."""
         _ = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
         return False
 
 
 def settings(what: dict[str, Any]) -> Train:
-    """The stage's settings for a task."""
+    """The training settings for a task."""
     return Train(
         epochs=what["epochs"] + 1,
         batch_size=what["batch"],
@@ -149,7 +149,7 @@ def settings(what: dict[str, Any]) -> Train:
 
 
 def one(what: dict[str, Any]) -> None:
-    """Be one process: train with `fit`, as the stages do."""
+    """Run one task in this process: train with `fit`, as the stages do."""
     data, model, penalty = made_up(what), network(what), None
     if what["decay"]:
         module = plugin.load("penalties", "hoyer_square")
@@ -159,7 +159,7 @@ def one(what: dict[str, Any]) -> None:
 
 
 def network(what: dict[str, Any]) -> torch.nn.Module:
-    """A new network."""
+    """The newly initialised network of a task."""
     module = plugin.load("archs", what["arch"])
     built: torch.nn.Module = module.build(
         module.Settings(**what["settings"]), what["classes"], tuple(what["shape"])
@@ -168,7 +168,7 @@ def network(what: dict[str, Any]) -> torch.nn.Module:
 
 
 def parts(what: dict[str, Any]) -> None:
-    """Where the time of a step goes: print milliseconds of each part, median over an epoch."""
+    """Print the milliseconds of each part of a training step, median over the steps."""
     data, model = made_up(what), network(what)
     chosen, engine = settings(what), Engine(what.get("precision", "float32"))
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -204,7 +204,7 @@ def parts(what: dict[str, Any]) -> None:
 
 
 def peak(dtype: torch.dtype) -> float:
-    """GFLOP/s of a product of two 2048 x 2048 matrices."""
+    """Throughput of a product of two 2048 x 2048 matrices, in GFLOP/s."""
     left = torch.randn(2048, 2048).to(dtype)
     taken = []
     for _ in range(12):
@@ -215,7 +215,7 @@ def peak(dtype: torch.dtype) -> float:
 
 
 def flops(net: str) -> float:
-    """Floating-point operations of learning from one image: three times those of looking at it."""
+    """Floating-point operations of one training image: three times those of inference."""
     from secateur.nn import cost
 
     what = task(net)
@@ -223,53 +223,59 @@ def flops(net: str) -> float:
 
 
 def measure(net: str, turns: int, shared: dict[str, Any], compiled: bool) -> None:
-    """Print the speed of each way, and the ratio to the best of the usual ones, turn by turn."""
+    """Print the speed of each variant, and its speed-up over the fastest reference."""
     grey = NETS[net]["shape"] == GREY
-    ways: dict[str, tuple[Callable[..., float], dict[str, Any]]] = {
-        f"usual, {w} workers": (usual, {"workers": w}) for w in ((0,) if grey else (0, 2, 4))
+    variants: dict[str, tuple[Callable[..., float], dict[str, Any]]] = {
+        f"reference, {w} workers": (reference, {"workers": w})
+        for w in ((0,) if grey else (0, 2, 4))
     }
-    ways["ours, float32"] = (ours, {})
-    ways["ours, bfloat16"] = (ours, {"precision": "bfloat16"})
+    variants["secateur, float32"] = (secateur, {})
+    variants["secateur, bfloat16"] = (secateur, {"precision": "bfloat16"})
     if compiled:
-        ways["ours, bfloat16, compiled"] = (ours, {"precision": "bfloat16", "compile": True})
+        variants["secateur, bfloat16, compiled"] = (
+            secateur,
+            {"precision": "bfloat16", "compile": True},
+        )
     if grey:
-        ways["usual, 2 workers"] = (usual, {"workers": 2})
-        ways["usual + penalty"] = (usual, {"workers": 0, "decay": 1e-6})
-    ways["ours, float32 + penalty"] = (ours, {"decay": 1e-6})
-    ways["ours, bfloat16 + penalty"] = (ours, {"precision": "bfloat16", "decay": 1e-6})
-    found: dict[str, list[float]] = {name: [] for name in ways}
+        variants["reference, 2 workers"] = (reference, {"workers": 2})
+        variants["reference + penalty"] = (reference, {"workers": 0, "decay": 1e-6})
+    variants["secateur, float32 + penalty"] = (secateur, {"decay": 1e-6})
+    variants["secateur, bfloat16 + penalty"] = (secateur, {"precision": "bfloat16", "decay": 1e-6})
+    found: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(turns):
-        for name, (way, more) in ways.items():
-            found[name].append(way(net, **shared, **more))
+        for name, (measured, more) in variants.items():
+            found[name].append(measured(net, **shared, **more))
     speed = {name: statistics.median(values) for name, values in found.items()}
-    plain = [name for name in ways if name.startswith("usual,")]
+    plain = [name for name in variants if name.startswith("reference,")]
     best = max(plain, key=lambda name: speed[name])
     for name, values in found.items():
-        rival = "usual + penalty" if grey and name.endswith("penalty") else best
-        ratio = statistics.median(a / b for a, b in zip(values, found[rival], strict=True))
-        note = "" if name.startswith("usual") else f"  {ratio:5.1f}x {rival}"
-        print(f"{net:12} {name:26} {speed[name]:10,.0f} images/s{note}", flush=True)
+        compared = "reference + penalty" if grey and name.endswith("penalty") else best
+        ratio = statistics.median(a / b for a, b in zip(values, found[compared], strict=True))
+        note = "" if name.startswith("reference") else f"  {ratio:5.1f}x {compared}"
+        print(f"{net:12} {name:28} {speed[name]:10,.0f} images/s{note}", flush=True)
     for kind in ("float32", "bfloat16"):
-        extra = speed[f"ours, {kind}"] / speed[f"ours, {kind} + penalty"] - 1
-        rate = speed[f"ours, {kind}"] * flops(net) / 1e9
+        extra = speed[f"secateur, {kind}"] / speed[f"secateur, {kind} + penalty"] - 1
+        rate = speed[f"secateur, {kind}"] * flops(net) / 1e9
         print(f"{net:12} {kind}: hoyer_square adds {extra:.0%}; {rate:.0f} GFLOP/s", flush=True)
         what = task(net, precision=kind, **shared)
         command = [sys.executable, "-m", "benchmarks.train_speed", "--parts", json.dumps(what)]
         done = subprocess.run(command, text=True, capture_output=True, check=True)
-        words = ", ".join(
+        listed = ", ".join(
             f"{name} {float(value):.2f} ms"
             for name, value in (line.split() for line in done.stdout.splitlines())
         )
-        print(f"{net:12} {kind}: a step is {words}", flush=True)
+        print(f"{net:12} {kind}: one step: {listed}", flush=True)
 
 
 def main() -> None:
     """Measure the networks named on the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--net", nargs="+", default=["lenet300", "lenet5"], choices=list(NETS))
-    parser.add_argument("--turns", type=int, default=3, help="median over so many")
-    parser.add_argument("--batch", type=int, help="images of a step, instead of the sources'")
-    parser.add_argument("--compile", action="store_true", help="measure torch.compile beside it")
+    parser.add_argument("--turns", type=int, default=3, help="repetitions; the median is printed")
+    parser.add_argument(
+        "--batch", type=int, help="batch size; default: that of the original scripts"
+    )
+    parser.add_argument("--compile", action="store_true", help="measure torch.compile too")
     parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
     parser.add_argument("--parts", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from benchmarks.permutation import straight
+from benchmarks.permutation import direct
 from secateur.base.errors import PruningError
 from secateur.gconv import permutation as permute
 from secateur.gconv.permutation import Search
@@ -112,9 +112,9 @@ def test_sort_puts_channels_together_by_their_sums():
 @pytest.mark.parametrize("shape", [(64, 64), (96, 32), (32, 96)])
 @pytest.mark.parametrize("groups", [2, 8, 32])
 @pytest.mark.parametrize("iters", [1, 3, 10])
-def test_grps_is_the_heuristic_read_straight(shape, groups, iters):
+def test_grps_equals_a_direct_implementation_of_the_heuristic(shape, groups, iters):
     matrix = drawn("gauss1x1", *shape, seed=groups).double()
-    rows, columns, amount = straight(matrix.numpy(), groups, iters)
+    rows, columns, amount = direct(matrix.numpy(), groups, iters)
     found = permute.group(matrix, groups, Search(sort_iters=iters))
     assert found.kept(matrix) == pytest.approx(amount, rel=1e-12)
     blocks = zip(rows.reshape(groups, -1), columns.reshape(groups, -1), strict=True)

@@ -1,8 +1,9 @@
-"""The usual research script, timed: what `train_speed` compares with. Run by it, as a script.
+"""A typical research script, timed; `train_speed` runs it and compares Secateur with it.
 
-A DataLoader that opens every image with PIL and transforms it alone, NCHW float32, an optimizer
-that is not fused, the penalty as a Python loop over tensors, torch's own settings for threads and
-memory. It prints the images per second of each epoch after the first one.
+A DataLoader opens every image with PIL and transforms it individually. Tensors are NCHW float32,
+the optimizer is not fused, the penalty is a Python loop over the parameters, and torch has its
+default settings for threads and memory. It prints the images per second of each epoch after the
+first one.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from secateur.base.torchvision_import import import_torchvision
 
 
 class OneByOne(Dataset[tuple[Tensor, int]]):
-    """Made-up images as torchvision hands them out: one at a time, through PIL and transforms."""
+    """Random images, returned as torchvision data sets do: a PIL image, then transforms."""
 
     def __init__(self, count: int, shape: tuple[int, int, int], classes: int) -> None:
         channels, height, width = shape
@@ -46,7 +47,7 @@ class OneByOne(Dataset[tuple[Tensor, int]]):
 
 
 def main() -> None:
-    """Train as told on the command line."""
+    """Train the task given on the command line as JSON."""
     parser = argparse.ArgumentParser()
     parser.add_argument("task", type=json.loads)
     task = parser.parse_args().task
