@@ -22,7 +22,8 @@ from PIL import Image
 from benchmarks import train_speed
 from secateur.base import plugin
 from secateur.base.machine import hardware
-from secateur.data.dataset import Batches, prepare
+from secateur.data.batches import Batches
+from secateur.data.dataset import prepare
 from secateur.data.image_files import ImageFileList
 from secateur.training import loop
 

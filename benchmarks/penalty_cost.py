@@ -16,7 +16,7 @@ from torch import Tensor
 from benchmarks.train_speed import NETS, made_up, network, settings, task
 from secateur.base import plugin
 from secateur.base.machine import hardware
-from secateur.data.dataset import Batches
+from secateur.data.batches import Batches
 from secateur.training import optim
 from secateur.training.engine import Engine
 from secateur.training.penalty import Penalty

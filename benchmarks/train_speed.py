@@ -27,7 +27,8 @@ from secateur.base import plugin
 from secateur.base.machine import hardware
 from secateur.base.settings import Train
 from secateur.data.augment import FileAugment
-from secateur.data.dataset import Batches, Dataset, DatasetInfo, InMemoryImages
+from secateur.data.batches import Batches
+from secateur.data.dataset import Dataset, DatasetInfo, InMemoryImages
 from secateur.training import loop, optim
 from secateur.training.callbacks import Callback, Row
 from secateur.training.engine import Engine
@@ -105,8 +106,8 @@ def made_up(what: dict[str, Any]) -> Dataset:
         {},
         crop,
     )
-    everything = InMemoryImages.of(images, labels)
-    none = InMemoryImages.of(images[:0], labels[:0])
+    everything = InMemoryImages.from_pixels(images, labels)
+    none = InMemoryImages.from_pixels(images[:0], labels[:0])
     return Dataset(info, everything, none, none)
 
 

@@ -17,7 +17,7 @@ import pandas as pd
 from torch import nn
 
 from secateur.base import files, machine
-from secateur.data.dataset import sample
+from secateur.data.batches import first_images
 from secateur.nn import cost
 from secateur.nn.cost import LayerCost
 from secateur.pipeline import console, record, runner, tracking
@@ -49,7 +49,7 @@ def measure(context: runner.StageContext) -> tuple[dict[str, Any], pd.DataFrame]
     params, test, info = context.params, context.data.test, context.data.info
     device = machine.device()
     models = {MODELS[stage].key: found.model() for stage, found in context.upstream.items()}
-    batch = sample(test, info, params.evaluate.latency_batch).to(device)
+    batch = first_images(test, info, params.evaluate.latency_batch).to(device)
     rows: dict[str, dict[str, Any]] = {}
     costs: dict[str, list[LayerCost]] = {}
     for name, model in models.items():

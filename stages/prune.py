@@ -20,7 +20,7 @@ from torch import nn
 
 from secateur.base import machine, plugin
 from secateur.base.settings import section
-from secateur.data.dataset import Batches, few
+from secateur.data.batches import Batches, example_batch
 from secateur.gconv import export
 from secateur.nn import cost
 from secateur.pipeline import console, runner
@@ -43,7 +43,7 @@ def prune(context: runner.StageContext) -> runner.StageResult:
     """Apply the pruner's decision to the sparse-trained network, and remove dead channels."""
     params, sparse = context.params, context.upstream["sparse-train"]
     model = sparse.model().eval()
-    images, labels = few(context.data.train, context.data.info)
+    images, labels = example_batch(context.data.train, context.data.info)
     with section(f"pruners.{params.pruner}"):
         settings = params.chosen("pruners")
         network = PruningContext(model, images, labels, sparse.choices)

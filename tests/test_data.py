@@ -22,19 +22,10 @@ from PIL import Image
 from secateur.base import machine, plugin, stage
 from secateur.base.errors import DataError, SettingsError
 from secateur.base.torchvision_import import import_torchvision
-from secateur.data import augment
-from secateur.data import dataset as data
-from secateur.data import image_files as listing
+from secateur.data import augment, dataset, image_files
 from secateur.data.augment import Augment, FileAugment
-from secateur.data.dataset import (
-    Batches,
-    DatasetInfo,
-    Images,
-    InMemoryImages,
-    Normalise,
-    in_order,
-    sample,
-)
+from secateur.data.batches import Batches, Normalise, first_images, sequential_batches
+from secateur.data.dataset import DatasetInfo, Images, InMemoryImages
 from secateur.data.image_files import ImageFileList
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -74,7 +65,7 @@ def images(train, test=(0, 1, 2)):
 def test_the_split_is_complete_disjoint_and_fair_to_every_class(counts, validation, seed):
     labels = np.repeat([0, 1, 2], counts)
     np.random.default_rng(0).shuffle(labels)
-    found = data.prepare("toy", images(labels), validation, seed)
+    found = dataset.prepare("toy", images(labels), validation, seed)
     train, val = numbers(found.train), numbers(found.val)
     assert sorted(train + val) == list(range(len(labels)))
     assert numbers(found.test) == [10_000, 10_001, 10_002]
@@ -89,13 +80,13 @@ def test_the_split_is_complete_disjoint_and_fair_to_every_class(counts, validati
 
 def test_the_same_seed_gives_the_same_split_and_another_one_another():
     source = images([0, 1, 2] * 30)
-    first, again, other = (data.prepare("toy", source, 0.2, s) for s in (3, 3, 4))
+    first, again, other = (dataset.prepare("toy", source, 0.2, s) for s in (3, 3, 4))
     assert numbers(first.val) == numbers(again.val) != numbers(other.val)
     assert first.info == again.info
 
 
 def test_without_validation_everything_is_trained_on():
-    found = data.prepare("toy", images([0, 1, 2] * 5), 0, 0)
+    found = dataset.prepare("toy", images([0, 1, 2] * 5), 0, 0)
     assert numbers(found.train) == list(range(15))
     assert len(found.val) == 0
 
@@ -104,7 +95,7 @@ def test_the_hash_changes_with_every_pixel_label_and_division_and_with_nothing_e
     def hashed(train=None, test=None, validation=0.25, seed=0):
         source = images([0, 1, 2] * 8)
         source = replace(source, train=train or source.train, test=test or source.test)
-        return data.prepare("toy", source, validation, seed).info.hash
+        return dataset.prepare("toy", source, validation, seed).info.hash
 
     def altered(split, pixel=False, labels=None):
         pixels = split.images.clone()
@@ -130,7 +121,7 @@ def test_the_hash_changes_with_every_pixel_label_and_division_and_with_nothing_e
 @pytest.mark.parametrize("part", ["train", "test"])
 def test_labels_without_a_name_are_refused(part, labels):
     with pytest.raises(DataError, match="labels beyond the 3 classes"):
-        data.prepare("toy", images(**{"train": [0, 1, 2], part: labels}), 0, 0)
+        dataset.prepare("toy", images(**{"train": [0, 1, 2], part: labels}), 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -143,15 +134,15 @@ def test_labels_without_a_name_are_refused(part, labels):
 )
 def test_a_division_that_leaves_a_class_without_images_is_refused(labels, validation, reason):
     with pytest.raises(DataError, match=f"toy: {reason}"):
-        data.prepare("toy", images(labels), validation, 0)
+        dataset.prepare("toy", images(labels), validation, 0)
 
 
 @pytest.mark.parametrize("validation", [0, 0.25])
 def test_a_prepared_data_set_comes_back_as_it_was_and_as_the_same_bytes(validation, tmp_path):
-    made = data.prepare("toy", images([0, 1, 2] * 8), validation, 0)
-    data.save(tmp_path / "one", made)
-    data.save(tmp_path / "other", made)
-    found = data.load(tmp_path / "one")
+    made = dataset.prepare("toy", images([0, 1, 2] * 8), validation, 0)
+    dataset.save(tmp_path / "one", made)
+    dataset.save(tmp_path / "other", made)
+    found = dataset.load(tmp_path / "one")
     assert found.info == made.info
     for part in ("train", "val", "test"):
         was, now = getattr(made, part), getattr(found, part)
@@ -180,15 +171,15 @@ def cut(path):
     ids=["missing", "cut", "empty", "foreign"],
 )
 def test_a_damaged_file_is_named(spoil, reason, tmp_path):
-    data.save(tmp_path, data.prepare("toy", images([0, 1, 2]), 0, 0))
-    spoil(tmp_path / data.FILE)
-    with pytest.raises(DataError, match=f"{tmp_path / data.FILE}: {reason}"):
-        data.load(tmp_path)
+    dataset.save(tmp_path, dataset.prepare("toy", images([0, 1, 2]), 0, 0))
+    spoil(tmp_path / dataset.FILE)
+    with pytest.raises(DataError, match=f"{tmp_path / dataset.FILE}: {reason}"):
+        dataset.load(tmp_path)
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 24, 100])
 def test_an_epoch_hands_out_every_image_once_with_its_label(batch_size):
-    prepared = data.prepare("toy", images([0, 1, 2] * 8), 0, 0)
+    prepared = dataset.prepare("toy", images([0, 1, 2] * 8), 0, 0)
     batches = Batches(prepared.train, prepared.info, batch_size, seed=1)
     parts = list(batches.epoch(0))
     assert len(parts) == len(batches) == -(-24 // batch_size)
@@ -199,7 +190,7 @@ def test_an_epoch_hands_out_every_image_once_with_its_label(batch_size):
 
 
 def test_the_order_depends_on_seed_and_epoch_alone():
-    prepared = data.prepare("toy", images([0, 1, 2] * 8), 0, 0)
+    prepared = dataset.prepare("toy", images([0, 1, 2] * 8), 0, 0)
 
     def order(seed, epoch):
         batches = Batches(prepared.train, prepared.info, 5, seed)
@@ -366,7 +357,7 @@ def coloured(count=40, shape=(3, 7, 5), seed=0, **augmented):
     pixels = torch.randint(0, 256, (count, *shape), generator=chance, dtype=torch.uint8)
     split = InMemoryImages(pixels, torch.arange(count) % 3)
     found = Images(split, split, CLASSES, (0.4, 0.5, 0.6)[: shape[0]], (0.2, 0.3, 0.4)[: shape[0]])
-    return data.prepare("toy", replace(found, augment=Augment(**augmented)), 0, 0)
+    return dataset.prepare("toy", replace(found, augment=Augment(**augmented)), 0, 0)
 
 
 def by_hand(image, top, left, flip, pad):
@@ -401,7 +392,7 @@ def same(some, others):
 @pytest.mark.parametrize(("pad", "flip"), [(0, True), (2, False), (3, True)])
 def test_an_augmented_batch_is_what_is_drawn_for_it_pixel_by_pixel(pad, flip, channels):
     prepared = coloured(shape=(channels, 7, 5), pad=pad, flip=flip)
-    drawn = augment.draw(40, 1, 4, prepared.info.augment)
+    drawn = augment.plan_epoch(40, 1, 4, prepared.info.augment)
     normalise = Normalise(prepared.info.mean, prepared.info.std, CPU)
     pixels = prepared.train.images.numpy()
     place = 0
@@ -418,7 +409,7 @@ def test_an_augmented_batch_is_what_is_drawn_for_it_pixel_by_pixel(pad, flip, ch
 
 
 def test_every_offset_comes_equally_often_and_half_of_the_images_are_mirrored():
-    drawn = augment.draw(8100, 0, 0, Augment(pad=4, flip=True))
+    drawn = augment.plan_epoch(8100, 0, 0, Augment(pad=4, flip=True))
     pairs = Counter(zip(drawn.top.tolist(), drawn.left.tolist(), strict=True))
     assert set(pairs) == {(top, left) for top in range(9) for left in range(9)}
     expected = 8100 / 81
@@ -479,19 +470,21 @@ def test_in_order_gives_every_image_once_unmoved(world):
     info, test = prepared.info, prepared.test
     normalise = Normalise(info.mean, info.std, CPU)
     for rank in range(world):
-        chunks = list(in_order(test, info, device=CPU, size=16, rank=rank, world=world))
+        chunks = list(sequential_batches(test, info, device=CPU, size=16, rank=rank, world=world))
         parts = [range(first, min(first + 16, 40)) for first in (0, 16, 32)]
         mine = [number for part in parts for number in part[rank::world]]
         assert torch.equal(torch.cat([i for i, _ in chunks]), normalise(test.images[mine]))
         assert torch.cat([labels for _, labels in chunks]).tolist() == [i % 3 for i in mine]
-    assert torch.equal(sample(test, info, 5), normalise(test.images[:5]))
-    assert len(sample(test, info, 1000)) == 40
+    assert torch.equal(first_images(test, info, 5), normalise(test.images[:5]))
+    assert len(first_images(test, info, 1000)) == 40
 
 
 def test_large_images_are_evaluated_a_few_at_a_time():
     pixels = torch.zeros(20, 3, 1024, 1024, dtype=torch.uint8)
     info = DatasetInfo("toy", CLASSES, [3, 1024, 1024], [0.0] * 3, [1.0] * 3, "", {})
-    first, _ = next(iter(in_order(InMemoryImages(pixels, torch.zeros(20)), info, device=CPU)))
+    first, _ = next(
+        iter(sequential_batches(InMemoryImages(pixels, torch.zeros(20)), info, device=CPU))
+    )
     assert len(first) == 5
 
 
@@ -537,9 +530,9 @@ def test_cifar_is_read_from_the_files_of_its_archive(name, tmp_path, monkeypatch
         assert np.array_equal(split.images.numpy(), rows.reshape(-1, 3, 32, 32))
         assert split.labels.tolist() == [label for _, labels in made[part] for label in labels]
     assert found.augment == Augment(pad=4, flip=True)
-    prepared = data.prepare(name, found, 0, 0)
-    data.save(tmp_path / "out", prepared)
-    assert data.load(tmp_path / "out").info == prepared.info
+    prepared = dataset.prepare(name, found, 0, 0)
+    dataset.save(tmp_path / "out", prepared)
+    assert dataset.load(tmp_path / "out").info == prepared.info
 
 
 def test_the_normalisation_of_cifar_is_a_choice(tmp_path, monkeypatch, offline):
@@ -592,7 +585,7 @@ def own(pictures, **chosen):
 
 
 def prepared_own(pictures, **chosen):
-    return data.prepare("image_folder", own(pictures, **chosen), 0, 0)
+    return dataset.prepare("image_folder", own(pictures, **chosen), 0, 0)
 
 
 def refuses(pictures, reason, **chosen):
@@ -622,13 +615,15 @@ def test_kept_in_memory_or_in_files_evaluation_and_training_see_the_same(picture
     assert kept.info.shape == listed.info.shape == [3, 6, 9]
     assert kept.info.counts == listed.info.counts
     pairs = [
-        [list(in_order(d.test, d.info, device=CPU, size=5)) for d in (kept, listed)],
+        [list(sequential_batches(d.test, d.info, device=CPU, size=5)) for d in (kept, listed)],
         [batches_of(d, epoch=3, size=7) for d in (kept, listed)],
         [dealt(d, 3, 7) for d in (kept, listed)],
     ]
     for one, other in pairs:
         assert same(one, other)
-    assert torch.equal(sample(kept.train, kept.info, 5), sample(listed.train, listed.info, 5))
+    assert torch.equal(
+        first_images(kept.train, kept.info, 5), first_images(listed.train, listed.info, 5)
+    )
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker")
@@ -646,7 +641,7 @@ def test_the_number_of_workers_changes_nothing(area, pictures, monkeypatch):
         assert alive == int(workers), "workers live on from epoch to epoch"
         batches.close()
         assert not multiprocessing.active_children()
-        found[workers] += list(in_order(prepared.test, prepared.info, device=CPU, size=5))
+        found[workers] += list(sequential_batches(prepared.test, prepared.info, device=CPU, size=5))
     assert same(found["0"], found["1"])
     assert same(found["0"], found["3"])
     assert len(found["0"]) == 2 * 4 + 3
@@ -663,10 +658,12 @@ def test_an_epoch_that_is_left_half_way_does_not_spoil_the_next(pictures, monkey
 
 
 def test_a_list_of_files_comes_back_as_it_was_and_as_the_same_bytes(pictures, tmp_path):
-    made = data.prepare("image_folder", own(pictures, memory_mb=0), 0.25, 0)
-    data.save(tmp_path / "one", made)
-    data.save(tmp_path / "other", data.prepare("image_folder", own(pictures, memory_mb=0), 0.25, 0))
-    found = data.load(tmp_path / "one")
+    made = dataset.prepare("image_folder", own(pictures, memory_mb=0), 0.25, 0)
+    dataset.save(tmp_path / "one", made)
+    dataset.save(
+        tmp_path / "other", dataset.prepare("image_folder", own(pictures, memory_mb=0), 0.25, 0)
+    )
+    found = dataset.load(tmp_path / "one")
     assert found.info == made.info
     assert found.info.counts == {"train": 18, "val": 6, "test": 12}
     for part in ("train", "val", "test"):
@@ -676,12 +673,12 @@ def test_a_list_of_files_comes_back_as_it_was_and_as_the_same_bytes(pictures, tm
     for file in (tmp_path / "one").iterdir():
         assert file.read_bytes() == (tmp_path / "other" / file.name).read_bytes()
         assert str(tmp_path).encode() not in file.read_bytes(), "no path of this machine"
-    cut(tmp_path / "one" / data.FILE)
+    cut(tmp_path / "one" / dataset.FILE)
     with pytest.raises(DataError, match="not a prepared data set"):
-        data.load(tmp_path / "one")
+        dataset.load(tmp_path / "one")
     pictures.rename(tmp_path / "gone")
     with pytest.raises(DataError, match=r"no such folder; set SECATEUR_DATA"):
-        data.load(tmp_path / "other")
+        dataset.load(tmp_path / "other")
 
 
 @pytest.mark.parametrize("memory", [0, 1024])
@@ -740,7 +737,7 @@ def own_val(pictures):
 @pytest.mark.parametrize("memory", [0, 1024])
 def test_a_val_of_their_own_is_used_and_nothing_else_is_held_out(memory, pictures):
     own_val(pictures)
-    found = data.prepare("image_folder", own(pictures, memory_mb=memory), 0.5, 0)
+    found = dataset.prepare("image_folder", own(pictures, memory_mb=memory), 0.5, 0)
     assert found.info.counts == {"train": 24, "val": 3, "test": 12}
     assert found.val.labels.tolist() == [0, 1, 2]
 
@@ -752,30 +749,30 @@ def test_a_val_of_their_own_is_used_and_nothing_else_is_held_out(memory, picture
 def test_a_damaged_picture_is_named(content, memory, pictures):
     path = pictures / "test" / "ant" / "9.png"
     path.write_bytes(path.read_bytes()[:-60] if content is None else content)
-    refuses(pictures, f"{path}: not a readable picture", memory_mb=memory)
+    refuses(pictures, f"{path}: not a readable image", memory_mb=memory)
 
 
 def test_a_picture_of_more_than_eight_bits_is_refused(pictures):
     path = pictures / "train" / "ant" / "0.png"
     Image.fromarray(np.full((6, 9), 40_000, dtype=np.uint16)).save(path)
-    refuses(pictures, f"{path}: not a readable picture: more than 8 bits")
+    refuses(pictures, f"{path}: not a readable image: more than 8 bits")
 
 
 def test_an_empty_class_folder_is_refused(pictures):
     (pictures / "train" / "dog").mkdir()
-    refuses(pictures, f"{pictures / 'train' / 'dog'}: no pictures in it")
+    refuses(pictures, f"{pictures / 'train' / 'dog'}: no images in it")
 
 
 def test_a_class_that_test_lacks_or_alone_has_is_refused(pictures):
     (pictures / "test" / "ant").rename(pictures / "away")
-    refuses(pictures, f"{pictures / 'test' / 'ant'}: no such folder; every class needs pictures")
+    refuses(pictures, f"{pictures / 'test' / 'ant'}: no such folder; every class needs images")
     (pictures / "away").rename(pictures / "test" / "ape")
     refuses(pictures, f"{pictures / 'test' / 'ape'}: train/ has no such class")
 
 
 def test_a_val_that_lacks_a_class_is_refused(pictures):
     draw_picture(pictures / "val" / "ant" / "1.png", 1)
-    refuses(pictures, f"{pictures / 'val' / 'Bee'}: no such folder; every class needs pictures")
+    refuses(pictures, f"{pictures / 'val' / 'Bee'}: no such folder; every class needs images")
 
 
 def test_missing_folders_are_named(pictures):
@@ -786,9 +783,9 @@ def test_missing_folders_are_named(pictures):
 
 def test_a_folder_without_pictures_is_refused(pictures):
     (pictures.parent / "bare" / "train").mkdir(parents=True)
-    refuses(pictures, "no class folders; pictures go to train/<class>/", folder="bare")
+    refuses(pictures, "no class folders; images go to train/<class>/", folder="bare")
     draw_picture(pictures.parent / "bare" / "train" / "1.png", 1)
-    refuses(pictures, "1.png: a picture outside of the class folders", folder="bare")
+    refuses(pictures, "1.png: an image outside of the class folders", folder="bare")
 
 
 def test_hidden_files_and_notes_are_passed_over_and_other_files_refused(pictures):
@@ -800,7 +797,7 @@ def test_hidden_files_and_notes_are_passed_over_and_other_files_refused(pictures
     assert prepared_own(pictures).info == before
     path = pictures / "train" / "ant" / "film.mp4"
     path.write_text("not a picture")
-    refuses(pictures, f"{path}: neither a picture")
+    refuses(pictures, f"{path}: neither an image")
 
 
 def test_folders_within_a_class_belong_to_it(pictures):
@@ -820,8 +817,8 @@ def test_names_that_are_no_utf8_are_read_all_the_same(pictures, tmp_path):
     except OSError:
         pytest.skip("this file system has UTF-8 names only")
     made = prepared_own(pictures, memory_mb=0)
-    data.save(tmp_path / "out", made)
-    found = data.load(tmp_path / "out")
+    dataset.save(tmp_path / "out", made)
+    found = dataset.load(tmp_path / "out")
     assert found.train.names[23] == b"train/cow/\xff.png"
     assert same(batches_of(found), batches_of(made))
 
@@ -868,12 +865,14 @@ def test_resizing_and_cutting_is_torchvisions(shape, tmp_path):
     with Image.open(path) as picture:
         for size, resize in ((6, 6), (5, 8), (20, 23)):
             theirs = transforms.Compose([transforms.Resize(resize), transforms.CenterCrop(size)])
-            ours = listing._framed(picture, listing.ImageView(3, size, size, resize))
+            ours = image_files._resize_and_crop(
+                picture, image_files.ImageView(3, size, size, resize)
+            )
             assert np.array_equal(np.asarray(ours), np.asarray(theirs(picture)))
 
 
 def test_random_crops_have_the_areas_and_ratios_that_are_asked_for():
-    boxes = np.array([listing.random_box((500, 375), 0.08, 0, 0, i) for i in range(4000)])
+    boxes = np.array([augment.random_resized_crop((500, 375), 0.08, 0, 0, i) for i in range(4000)])
     width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
     assert boxes.min() >= 0
     assert boxes[:, 2].max() <= 500
@@ -893,8 +892,13 @@ def test_random_crops_have_the_areas_and_ratios_that_are_asked_for():
     for ours, other in ((boxes[:, 0], left), (boxes[:, 1], top), (width, wide), (height, tall)):
         spread = math.hypot(ours.std(), other.std()) / math.sqrt(4000)
         assert abs(ours.mean() - other.mean()) < 4 * spread
-    assert len({listing.random_box((500, 375), 0.08, s, e, 0) for s in (0, 1) for e in (0, 1)}) == 4
-    assert listing.random_box((1000, 10), 0.9, 0, 0, 0) == (494, 0, 507, 10)
+    assert (
+        len(
+            {augment.random_resized_crop((500, 375), 0.08, s, e, 0) for s in (0, 1) for e in (0, 1)}
+        )
+        == 4
+    )
+    assert augment.random_resized_crop((1000, 10), 0.9, 0, 0, 0) == (494, 0, 507, 10)
 
 
 @pytest.fixture
@@ -915,7 +919,7 @@ def imagenet(tmp_path, monkeypatch):
 def test_imagenet_is_listed_unopened_and_cropped_anew_in_every_epoch(imagenet):
     found = read("imagenet", imagenet.parent, size=32, resize=36)
     assert found.classes == ["n00", "n01"]
-    prepared = data.prepare("imagenet", found, 0, 0)
+    prepared = dataset.prepare("imagenet", found, 0, 0)
     assert prepared.info.shape == [3, 32, 32]
     assert prepared.info.counts == {"train": 8, "val": 0, "test": 4}
     epochs = [batches_of(prepared, epoch, size=8) for epoch in (0, 0, 1)]
@@ -931,7 +935,7 @@ def test_imagenet_is_listed_unopened_and_cropped_anew_in_every_epoch(imagenet):
         transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     ])  # fmt: skip
     theirs = ImageFolder(str(imagenet / "val"), usual)
-    ((images, labels),) = in_order(prepared.test, prepared.info, device=CPU)
+    ((images, labels),) = sequential_batches(prepared.test, prepared.info, device=CPU)
     torch.testing.assert_close(images, torch.stack([image for image, _ in theirs]))
     assert labels.tolist() == theirs.targets
 
@@ -941,13 +945,13 @@ def test_a_random_crop_is_torchvisions_crop_of_the_same_box(imagenet):
     from torchvision.transforms import functional
 
     found = read("imagenet", imagenet.parent, size=32, resize=36, augment={"area": 0.08})
-    prepared = data.prepare("imagenet", found, 0, 0)
+    prepared = dataset.prepare("imagenet", found, 0, 0)
     ((images, _),) = batches_of(prepared, epoch=2, size=8, seed=5)
-    order = augment.draw(8, 5, 2, prepared.info.augment).image.tolist()
+    order = augment.plan_epoch(8, 5, 2, prepared.info.augment).image.tolist()
     for image, index in zip(images, order, strict=True):
         with Image.open(found.train.path(index)) as file:
             picture = file.convert("RGB")
-        left, top, right, bottom = listing.random_box(picture.size, 0.08, 5, 2, index)
+        left, top, right, bottom = augment.random_resized_crop(picture.size, 0.08, 5, 2, index)
         theirs = functional.resized_crop(picture, top, left, bottom - top, right - left, [32, 32])
         pixels = torch.from_numpy(np.array(theirs)).permute(2, 0, 1)[None]
         normalise = Normalise(prepared.info.mean, prepared.info.std, CPU)
@@ -977,7 +981,9 @@ def test_sixty_thousand_jpegs_are_read_within_the_memory_promised():
     import resource
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    found = data.prepare("image_folder", read("image_folder", REAL, folder="cifar10-jpeg"), 0.1, 0)
+    found = dataset.prepare(
+        "image_folder", read("image_folder", REAL, folder="cifar10-jpeg"), 0.1, 0
+    )
     assert found.info.counts == {"train": 45_000, "val": 5_000, "test": 10_000}
     assert found.info.shape == [3, 32, 32]
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2 * 2**20  # KiB

@@ -14,7 +14,7 @@ from secateur.base import plugin
 from secateur.base.errors import SettingsError
 from secateur.base.settings import Train, validate
 from secateur.base.stage import Stage
-from secateur.data import dataset as data
+from secateur.data import dataset
 from secateur.penalties import _growing as growing
 from secateur.sparsity import choices
 from secateur.training import loop, resume
@@ -47,10 +47,10 @@ def network(seed=0):
 
 def digits(count=120, validation=0.2):
     images = DIGITS.read(DIGITS.Settings(), None)
-    images = data.Images(
+    images = dataset.Images(
         images.train.take(range(count)), images.test, images.classes, (0.3,), (0.4,)
     )
-    return data.prepare("digits", images, validation, 0)
+    return dataset.prepare("digits", images, validation, 0)
 
 
 def content(model):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from secateur.base.settings import Finetune
-from secateur.data import dataset as data
+from secateur.data import dataset
 from secateur.training import budget
 from secateur.training.recalibrate import recalibrate
 from stages import prune
@@ -51,9 +51,9 @@ def test_the_stage_measures_accuracy_before_and_after(validation, capsys):
     labels = torch.arange(300) % 3
     pixels = torch.randint(0, 60, (300, 3, 8, 8), generator=chance, dtype=torch.uint8)
     pixels[torch.arange(300), labels] += 150  # the class is the bright channel
-    split = data.InMemoryImages(pixels, labels)
-    images = data.Images(split, split, ["a", "b", "c"], (0.5,) * 3, (0.5,) * 3)
-    prepared = data.prepare("toy", images, validation, 0)
+    split = dataset.InMemoryImages(pixels, labels)
+    images = dataset.Images(split, split, ["a", "b", "c"], (0.5,) * 3, (0.5,) * 3)
+    prepared = dataset.prepare("toy", images, validation, 0)
     model = nn.Sequential(nn.BatchNorm2d(3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 3))
     model[3].weight.data, model[3].bias.data = torch.eye(3), torch.zeros(3)
     model[0].running_mean[:] = torch.tensor([50.0, 0, -50])  # far off: all is class c

@@ -15,7 +15,7 @@ from torch import nn
 from secateur.base import plugin
 from secateur.base.errors import PruningError
 from secateur.base.settings import Train
-from secateur.data import dataset as data
+from secateur.data import dataset
 from secateur.nn import checkpoint
 from secateur.pruning.decision import PruningContext
 from secateur.sparsity import masks
@@ -282,9 +282,9 @@ def toy_data(shape=(2, 9, 9), count=64):
     chance = torch.Generator().manual_seed(1)
     labels = torch.arange(count) % 3
     images = torch.randint(0, 256, (count, *shape), generator=chance, dtype=torch.uint8)
-    split = data.InMemoryImages(images, labels)
-    images = data.Images(split, split, ["a", "b", "c"], (0.5,) * shape[0], (0.5,) * shape[0])
-    return data.prepare("toy", images, 0, 0)
+    split = dataset.InMemoryImages(images, labels)
+    images = dataset.Images(split, split, ["a", "b", "c"], (0.5,) * shape[0], (0.5,) * shape[0])
+    return dataset.prepare("toy", images, 0, 0)
 
 
 def toy_network(kind):

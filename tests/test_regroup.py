@@ -313,7 +313,9 @@ def run_stage(model, images, decide, monkeypatch, **settings):
 
     about = SimpleNamespace(mean=[0.0] * 3, std=[1.0] * 3, shape=(3, 16, 16))
     pixels = (images.abs() * 50).clamp(max=255).to(torch.uint8).permute(0, 2, 3, 1)
-    train = InMemoryImages.of(pixels.contiguous(), torch.zeros(len(images), dtype=torch.int64))
+    train = InMemoryImages.from_pixels(
+        pixels.contiguous(), torch.zeros(len(images), dtype=torch.int64)
+    )
     job = SimpleNamespace(
         params=Params(),
         upstream={"sparse-train": SimpleNamespace(model=lambda: copy.deepcopy(model), choices={})},

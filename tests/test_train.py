@@ -17,8 +17,7 @@ from secateur.base import plugin
 from secateur.base.errors import TrainingError
 from secateur.base.settings import Train
 from secateur.base.stage import Stage
-from secateur.data import augment
-from secateur.data import dataset as data
+from secateur.data import augment, dataset
 from secateur.data.dataset import DatasetInfo, InMemoryImages
 from secateur.pruning.decision import PruningContext
 from secateur.sparsity import masks
@@ -44,7 +43,7 @@ def project(tmp_path, monkeypatch):
 def digits(count=200, validation=0.2):
     images = DIGITS.read(DIGITS.Settings(), None)
     images = replace(images, train=images.train.take(range(count)), mean=(0.3,), std=(0.4,))
-    return data.prepare("digits", images, validation, 0)
+    return dataset.prepare("digits", images, validation, 0)
 
 
 def network(arch, small=True, seed=0):
@@ -582,7 +581,7 @@ def test_the_layers_of_every_rank_have_other_random_numbers_than_the_shuffling()
             for _ in range(2):  # the same arguments, the same numbers
                 determinism.seed_layers(seed, epoch, rank)
                 drawn.append(torch.randperm(50).tolist())
-            drawn.append(augment.draw(50, seed, epoch, augment.Augment()).image.tolist())
+            drawn.append(augment.plan_epoch(50, seed, epoch, augment.Augment()).image.tolist())
     layers = [drawn[k] for k in range(0, 12, 3)]
     assert layers == [drawn[k] for k in range(1, 12, 3)]
     assert not any(numbers in layers for numbers in drawn[2::3])

@@ -1,7 +1,9 @@
-"""Random crops and mirror images: drawn for a whole epoch, made for a whole batch at once."""
+"""Random crops and flips: drawn for a whole epoch, applied to a whole batch at once."""
 
+import math
 from typing import Annotated, NamedTuple
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -10,72 +12,99 @@ from secateur.base.settings import Strict
 
 
 class Augment(Strict):
-    """What happens to training images at random; evaluation sees them as they are."""
+    """Random changes of training images; evaluation uses the images as they are."""
 
     pad: Annotated[int, Field(ge=0, le=512)] = 0
-    """Pixels of black put around an image before a crop of its own size is taken; 0 is off."""
+    """Pixels of black padding around an image before a crop of its own size; 0 is off."""
     flip: bool = False
     """Mirror half of the images, left to right."""
 
 
 class FileAugment(Augment):
-    """The same for pictures that are decoded anew in every epoch."""
+    """Augmentation of images that are decoded anew in every epoch."""
 
     area: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Crops of at least this share of the picture, of 3:4 to 4:3, stretched to size; 1 is off."""
+    """Crops of at least this fraction of the image, of 3:4 to 4:3, stretched to size; 1 is off."""
 
 
-class Draw(NamedTuple):
-    """Which images come, in which order, and how far each is moved: tensors (count,)."""
+class SamplePlan(NamedTuple):
+    """Order, crops and flips of the images of an epoch, or of a part of it: tensors (count,)."""
 
     epoch: int
     image: Tensor
+    """int64: index of each image."""
     top: Tensor
-    """First row of the crop in the padded image, 0 to twice the padding."""
+    """int64: first row of the crop in the padded image, 0 to twice the padding."""
     left: Tensor
+    """int64: first column of the crop."""
     flip: Tensor
-    """Bool: mirrored or not."""
+    """bool: whether the image is mirrored."""
 
-    def part(self, part: slice) -> "Draw":
-        """What is drawn for some positions of the epoch."""
-        return Draw(self.epoch, *(tensor[part] for tensor in self[1:]))
+    def part(self, positions: slice) -> "SamplePlan":
+        """The plan for some positions of the epoch."""
+        return SamplePlan(self.epoch, *(tensor[positions] for tensor in self[1:]))
 
-    def to(self, device: torch.device) -> "Draw":
-        """The same on another device."""
-        return Draw(self.epoch, *(tensor.to(device) for tensor in self[1:]))
+    def to(self, device: torch.device) -> "SamplePlan":
+        """The plan with its tensors on a device."""
+        return SamplePlan(self.epoch, *(tensor.to(device) for tensor in self[1:]))
 
 
-def draw(count: int, seed: int, epoch: int, augment: Augment) -> Draw:
-    """Shuffle `count` images and draw their crops; depends on seed and epoch alone."""
+def plan_epoch(count: int, seed: int, epoch: int, augment: Augment) -> SamplePlan:
+    """Shuffle `count` images and draw their crops and flips; depends on the arguments alone."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     index = torch.randperm(count, generator=generator)
     top, left = torch.randint(2 * augment.pad + 1, (2, count), generator=generator)
     flip = torch.randint(2, (count,), generator=generator) < int(augment.flip)
-    return Draw(epoch, index, top, left, flip)
+    return SamplePlan(epoch, index, top, left, flip)
 
 
-def still(count: int) -> Draw:
-    """All images in their order, unmoved."""
-    index, nothing = torch.arange(count), torch.zeros(count, dtype=torch.int64)
-    return Draw(0, index, nothing, nothing, nothing.bool())
+def plan_sequential(count: int) -> SamplePlan:
+    """All images in their order, neither cropped nor flipped."""
+    index, zeros = torch.arange(count), torch.zeros(count, dtype=torch.int64)
+    return SamplePlan(0, index, zeros, zeros, zeros.bool())
 
 
-def padded(images: Tensor, pad: int) -> Tensor:
-    """(count, height, width, channels) with `pad` pixels of black on every side."""
+def pad_images(images: Tensor, pad: int) -> Tensor:
+    """Images (count, height, width, channels) with `pad` pixels of black on every side."""
     return torch.nn.functional.pad(images, (0, 0, pad, pad, pad, pad)) if pad else images
 
 
-def moved(images: Tensor, draw: Draw, pad: int) -> Tensor:
-    """Crop and mirror what is drawn from `padded` images, in one gather of pixels.
+def crop_and_flip(padded: Tensor, plan: SamplePlan, pad: int) -> Tensor:
+    """Crop and mirror as planned, in one gather of pixels.
 
-    `images` and `draw` lie on the same device. Gives (len(draw.image), height, width, channels).
+    `padded` comes from `pad_images` and lies on the plan's device. Returns
+    (len(plan.image), height, width, channels), height and width being those without padding.
     """
-    _, tall, wide, channels = images.shape
-    height, width = tall - 2 * pad, wide - 2 * pad
-    down = torch.arange(height, device=images.device)
-    across = torch.arange(width, device=images.device)
-    rows = draw.image[:, None] * tall + draw.top[:, None] + down
-    columns = torch.where(draw.flip[:, None], across.flip(0), across) + draw.left[:, None]
-    pixels = rows[:, :, None] * wide + columns[:, None, :]
-    found = images.view(-1, channels).index_select(0, pixels.flatten())
-    return found.view(len(draw.image), height, width, channels)
+    _, padded_height, padded_width, channels = padded.shape
+    height, width = padded_height - 2 * pad, padded_width - 2 * pad
+    down = torch.arange(height, device=padded.device)
+    across = torch.arange(width, device=padded.device)
+    rows = plan.image[:, None] * padded_height + plan.top[:, None] + down
+    columns = torch.where(plan.flip[:, None], across.flip(0), across) + plan.left[:, None]
+    pixels = rows[:, :, None] * padded_width + columns[:, None, :]
+    gathered = padded.view(-1, channels).index_select(0, pixels.flatten())
+    return gathered.view(len(plan.image), height, width, channels)
+
+
+def random_resized_crop(
+    size: tuple[int, int], min_area: float, seed: int, epoch: int, index: int
+) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of a crop with `min_area` to all of the area of (width, height).
+
+    The usual crop for ImageNet (C. Szegedy et al., Going deeper with convolutions, CVPR 2015): area
+    uniform, ratio of the sides between 3:4 and 4:3, uniform in its logarithm. Ten tries; if none
+    fits, the centre with the nearest ratio. Depends on the arguments alone; `index` is the image's.
+    """
+    width, height = size
+    rng = np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, 0, 0, index]))
+    max_log_ratio = math.log(4 / 3)
+    for u_area, u_ratio, u_top, u_left in rng.random((10, 4)).tolist():
+        area = width * height * (min_area + u_area * (1 - min_area))
+        ratio = math.exp(max_log_ratio * (2 * u_ratio - 1))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(u_left * (width - w + 1)), int(u_top * (height - h + 1))
+            return left, top, left + w, top + h
+    w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+    left, top = round((width - w) / 2), round((height - h) / 2)
+    return left, top, left + w, top + h

@@ -1,11 +1,9 @@
-"""Pictures that stay in their files: a list of them, and workers that decode them in batches."""
+"""Images that stay in their files: a list of them, and how one of them is decoded."""
 
 import contextlib
 import hashlib
 import json
-import math
 import os
-import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,29 +13,26 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torch.utils.data import DataLoader
-from torch.utils.data import Dataset as TorchDataset
 
-from secateur.base import machine
 from secateur.base.errors import DataError
 from secateur.base.stage import raw_folder
-from secateur.data.augment import Draw, FileAugment
+from secateur.data.augment import random_resized_crop
 
-GREY = {"1", "L", "LA"}
-"""Pillow's names for pictures without colour."""
-DEEP = {"I", "F"}
-"""Beginnings of its names for pictures of more than 8 bits a pixel."""
+GREY_MODES = {"1", "L", "LA"}
+"""Pillow's modes of images without colour."""
+DEEP_MODES = {"I", "F"}
+"""First letters of Pillow's modes of more than 8 bits per channel."""
 
 
 class PackedNames:
-    """Many file names in two tensors: little memory, also with many workers."""
+    """Many file names in two tensors, which worker processes share instead of copying."""
 
     def __init__(self, text: Tensor, ends: Tensor) -> None:
         self.text, self.ends = text, ends
 
     @classmethod
     def pack(cls, names: Sequence[bytes]) -> "PackedNames":
-        """The names one after the other (uint8), and where each ends (int64)."""
+        """Pack names into a tensor of their bytes (uint8) and one of their ends (int64)."""
         text = np.frombuffer(b"".join(names), dtype=np.uint8).copy()
         ends = np.cumsum([len(name) for name in names], dtype=np.int64)
         return cls(torch.from_numpy(text), torch.from_numpy(ends))
@@ -55,34 +50,34 @@ class ImageView:
     """How a file becomes an image of a fixed shape."""
 
     channels: int
-    """1: turned to grey; 3: to red, green and blue, whatever it was. Transparency is dropped."""
+    """1: converted to grey; 3: to red, green and blue. Transparency is dropped."""
     height: int
     width: int
     resize: int | None
-    """The shorter side is brought to so many pixels, then the middle is cut out; None: as is."""
+    """Pixels of the shorter side before the centre is cropped; None: neither resize nor crop."""
 
     @property
     def bytes(self) -> int:
-        """Of one decoded image."""
+        """Size of one decoded image."""
         return self.channels * self.height * self.width
 
 
 @dataclass(frozen=True)
 class ImageFileList:
-    """Some pictures by file name, with their labels."""
+    """Labelled images by file name."""
 
     base: Path
-    """The raw folder; not saved, since it differs between machines."""
+    """The folder of raw data; not saved, since it differs between machines."""
     folder: str
-    """Name of the data set's folder in it."""
+    """Name of the data set's folder in `base`."""
     names: PackedNames
-    """Names in that folder, in the file system's own bytes."""
+    """Paths below that folder, in the bytes of the file system."""
     labels: Tensor
     """int64, (count,), indices into the class names."""
     sizes: Tensor
-    """int64, (count,): bytes of each file, so that a file that has changed is noticed."""
+    """int64, (count,): bytes of each file, to detect files that have changed."""
     digests: Tensor
-    """uint8, (count, 32): sha256 of each file, or (count, 0) where contents are not read."""
+    """uint8, (count, 32): sha256 of each file, or (count, 0) if contents were not read."""
     view: ImageView
 
     def __len__(self) -> int:
@@ -93,8 +88,8 @@ class ImageFileList:
         """Channels, height and width of every image."""
         return [self.view.channels, self.view.height, self.view.width]
 
-    def find(self) -> None:
-        """Raise DataError if the folder is not there."""
+    def check_folder(self) -> None:
+        """Raise DataError if the folder does not exist."""
         if not (self.base / self.folder).is_dir():
             raise DataError(
                 f"{self.base / self.folder}: no such folder; set SECATEUR_DATA to the folder that "
@@ -102,11 +97,11 @@ class ImageFileList:
             )
 
     def path(self, index: int) -> Path:
-        """File of an image."""
+        """Path of an image's file."""
         return self.base / self.folder / os.fsdecode(self.names[index])
 
     def take(self, indices: Sequence[int] | np.ndarray) -> "ImageFileList":
-        """The pictures at these positions, in this order."""
+        """The images at these positions, in this order."""
         index = torch.as_tensor(np.asarray(indices))
         return replace(
             self,
@@ -116,43 +111,45 @@ class ImageFileList:
             digests=self.digests[index],
         )
 
-    def image(self, index: int, box: tuple[float, int, int] | None = None) -> np.ndarray:
-        """Decode one picture: uint8, (height, width, channels).
+    def decode(self, index: int, crop: tuple[float, int, int] | None = None) -> np.ndarray:
+        """Decode one image: uint8, (height, width, channels).
 
-        `box` gives the smallest area, seed and epoch of a random crop; without, it is the view of
-        evaluation. Raises DataError naming the file if it is missing, has changed or is damaged.
+        `crop` is the smallest area, the seed and the epoch of a random crop; without it, the image
+        is resized and cropped as for evaluation. Raises DataError naming the file if it is missing,
+        has changed or is damaged.
         """
-        with opened(self.path(index), int(self.sizes[index])) as picture:
-            if box is not None:
-                corners = random_box(picture.size, *box, index)
-                flat = _flat(picture, self.view.channels).crop(corners)
-                flat = flat.resize((self.view.width, self.view.height), Image.Resampling.BILINEAR)
+        with open_image(self.path(index), int(self.sizes[index])) as image:
+            converted = _convert(image, self.view.channels)
+            if crop is not None:
+                box = random_resized_crop(image.size, *crop, index)
+                size = (self.view.width, self.view.height)
+                converted = converted.crop(box).resize(size, Image.Resampling.BILINEAR)
             else:
-                flat = _framed(_flat(picture, self.view.channels), self.view)
-            pixels = np.asarray(flat)
+                converted = _resize_and_crop(converted, self.view)
+            pixels = np.asarray(converted)
         if pixels.shape[:2] != (self.view.height, self.view.width):
             raise DataError(f"{self.path(index)}: changed since `prepare`: another size")
         return pixels.reshape(self.view.height, self.view.width, self.view.channels)
 
-    def update(self, digest: "hashlib._Hash") -> None:
-        """Add names, labels, sizes, contents and view to a hash."""
+    def update_hash(self, digest: "hashlib._Hash") -> None:
+        """Feed names, labels, sizes, contents and view to a hash."""
         digest.update(json.dumps([self.folder, asdict(self.view)]).encode())
         for tensor in self.tensors().values():
             digest.update(f" {tuple(tensor.shape)} ".encode())
             digest.update(tensor.contiguous().numpy().data)
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that is saved, beside `header`."""
+        """The tensors that are saved, beside `header`."""
         names = {"names": self.names.text, "ends": self.names.ends}
         return names | {"labels": self.labels, "sizes": self.sizes, "digests": self.digests}
 
     def header(self) -> dict[str, Any]:
-        """What `restored` needs beside the tensors, as plain values."""
+        """Plain values that are saved; `from_tensors` restores the list from both."""
         return {"folder": self.folder, "view": asdict(self.view)}
 
 
-def restored(header: dict[str, Any], part: dict[str, Tensor]) -> ImageFileList:
-    """Take up what `header` and `tensors` gave; ValueError if the parts do not fit together."""
+def from_tensors(header: dict[str, Any], part: dict[str, Tensor]) -> ImageFileList:
+    """The list from its `header` and `tensors`; ValueError if they do not fit each other."""
     view = ImageView(**header["view"])
     names = PackedNames(part["names"], part["ends"])
     count = len(names)
@@ -172,17 +169,17 @@ def restored(header: dict[str, Any], part: dict[str, Tensor]) -> ImageFileList:
 
 
 @contextlib.contextmanager
-def opened(path: Path, size: int | None = None) -> Iterator[Image.Image]:
-    """A picture; whatever is wrong with it becomes a DataError of one line.
+def open_image(path: Path, size: int | None = None) -> Iterator[Image.Image]:
+    """Open an image file; `size` is the number of bytes that it must have.
 
-    `size` is the number of bytes that the file must have.
+    Any error, also while the image is decoded inside the context, becomes a DataError of one line.
     """
     try:
         with path.open("rb") as file:
             if size is not None and os.fstat(file.fileno()).st_size != size:
                 raise DataError(f"{path}: changed since `prepare`; run `dvc repro -f prepare`")
-            with Image.open(file) as picture:
-                yield picture
+            with Image.open(file) as image:
+                yield image
     except DataError:
         raise
     except FileNotFoundError:
@@ -190,134 +187,25 @@ def opened(path: Path, size: int | None = None) -> Iterator[Image.Image]:
     except Exception as error:  # Pillow's readers raise many types, SyntaxError among them
         reason = " ".join(str(error).split())[:120] or type(error).__name__
         if isinstance(error, UnidentifiedImageError):
-            reason = "of no kind that is known"
-        raise DataError(f"{path}: not a readable picture: {reason}") from None
+            reason = "unknown format"
+        raise DataError(f"{path}: not a readable image: {reason}") from None
 
 
-def random_box(
-    shape: tuple[int, int], smallest: float, seed: int, epoch: int, index: int
-) -> tuple[int, int, int, int]:
-    """Left, top, right and bottom of a crop that holds `smallest` to all of (width, height).
-
-    The usual crop for ImageNet (C. Szegedy et al., Going deeper with convolutions, CVPR 2015): area
-    uniform, ratio of the sides between 3:4 and 4:3, uniform in its logarithm. Ten tries; if none
-    fits, the middle with the nearest ratio. Depends on the arguments alone.
-    """
-    width, height = shape
-    chance = np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, 0, 0, index]))
-    widest = math.log(4 / 3)
-    for share, slant, down, across in chance.random((10, 4)).tolist():
-        area = width * height * (smallest + share * (1 - smallest))
-        ratio = math.exp(widest * (2 * slant - 1))
-        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < w <= width and 0 < h <= height:
-            left, top = int(across * (width - w + 1)), int(down * (height - h + 1))
-            return left, top, left + w, top + h
-    w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
-    left, top = round((width - w) / 2), round((height - h) / 2)
-    return left, top, left + w, top + h
+def _convert(image: Image.Image, channels: int) -> Image.Image:
+    """The image in grey (1 channel) or in red, green and blue (3)."""
+    if image.mode[:1] in DEEP_MODES:
+        raise ValueError(f"more than 8 bits per channel ({image.mode}); convert it to 8")
+    return image.convert("L" if channels == 1 else "RGB")
 
 
-class ImageFileLoader:
-    """Decodes the pictures of a listing, in workers that live until `close`.
-
-    How many there are (`machine.workers`) changes nothing but the speed.
-    """
-
-    def __init__(
-        self,
-        listing: ImageFileList,
-        augment: FileAugment | None,
-        seed: int,
-        device: torch.device,
-        world: int,
-    ) -> None:
-        """`augment` is None where pictures are wanted as evaluation sees them."""
-        workers = machine.workers(world)
-        self.device = device
-        self.steps = _Steps()
-        self.loader: DataLoader[Tensor | str] | None = DataLoader(
-            _Decoder(listing, augment, seed),
-            sampler=self.steps,
-            batch_size=None,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            pin_memory=device.type == "cuda",
-            worker_init_fn=_quiet if workers else None,
-            generator=torch.Generator(),  # its own: the global one belongs to the training
-        )
-
-    def batches(self, draw: Draw, parts: list[slice]) -> Iterator[Tensor]:
-        """One batch a part of the epoch, uint8, (count, height, width, channels)."""
-        assert self.loader is not None, "closed"
-        self.steps.steps = [draw.part(part) for part in parts]
-        for batch in self.loader:
-            if isinstance(batch, str):
-                raise DataError(batch)
-            yield batch.to(self.device, non_blocking=True)
-
-    def close(self) -> None:
-        """End the workers."""
-        self.loader = None
-
-
-class _Steps(torch.utils.data.Sampler[Draw]):
-    """The steps that a loader is given for the epoch at hand."""
-
-    def __init__(self) -> None:
-        self.steps: list[Draw] = []
-
-    def __iter__(self) -> Iterator[Draw]:
-        return iter(self.steps)
-
-
-class _Decoder(TorchDataset[Tensor | str]):
-    """What a worker does: a step's pictures, or the line that says why there are none."""
-
-    def __init__(self, listing: ImageFileList, augment: FileAugment | None, seed: int) -> None:
-        self.listing, self.augment, self.seed = listing, augment, seed
-
-    def __getitem__(self, step: Draw) -> Tensor | str:
-        channels, height, width = self.listing.shape
-        batch = np.zeros((len(step.image), height, width, channels), dtype=np.uint8)
-        pad, box = 0, None
-        if self.augment is not None:
-            pad, area = self.augment.pad, self.augment.area
-            box = (area, self.seed, step.epoch) if area < 1 else None
-        framed = np.zeros((height + 2 * pad, width + 2 * pad, channels), dtype=np.uint8)
-        inside = framed[pad : pad + height, pad : pad + width]
-        moves = (step.image, step.top, step.left, step.flip)
-        for place, index, top, left, flip in zip(batch, *(m.tolist() for m in moves), strict=True):
-            try:
-                inside[:] = self.listing.image(index, box)
-            except DataError as error:  # raised here, it would come out with a worker's traceback
-                return str(error)
-            found = framed[top : top + height, left : left + width]
-            place[:] = found[:, ::-1] if flip else found
-        return torch.from_numpy(batch)
-
-
-def _quiet(_worker: int) -> None:
-    """Leave Ctrl-C to the main process, and end on SIGTERM at once."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def _flat(picture: Image.Image, channels: int) -> Image.Image:
-    """In grey, or in red, green and blue."""
-    if picture.mode[:1] in DEEP:
-        raise ValueError(f"more than 8 bits a pixel ({picture.mode}); convert it to 8")
-    return picture.convert("L" if channels == 1 else "RGB")
-
-
-def _framed(picture: Image.Image, view: ImageView) -> Image.Image:
-    """Resized and cut as the view says, to the pixel as torchvision's Resize and CenterCrop."""
+def _resize_and_crop(image: Image.Image, view: ImageView) -> Image.Image:
+    """Resize and crop the centre as the view demands, equal to torchvision's Resize, CenterCrop."""
     if view.resize is None:
-        return picture
-    width, height = picture.size
+        return image
+    width, height = image.size
     shape = (view.resize, view.resize * height // width)
     if height < width:
         shape = (view.resize * width // height, view.resize)
-    picture = picture.resize(shape, Image.Resampling.BILINEAR)
+    image = image.resize(shape, Image.Resampling.BILINEAR)
     left, top = round((shape[0] - view.width) / 2), round((shape[1] - view.height) / 2)
-    return picture.crop((left, top, left + view.width, top + view.height))
+    return image.crop((left, top, left + view.width, top + view.height))

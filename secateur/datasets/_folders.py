@@ -1,8 +1,8 @@
-"""Pictures in folders, one a class: found, looked over, and decoded or listed.
+"""Folders of images, one per class: scanned, checked, and decoded or listed.
 
-Expected is `<part>/<class>/<picture>` below the data set's folder, `<part>` being train, test and
-perhaps val; folders within a class's folder belong to the class. All orders are by the bytes of the
-names, so that neither file system nor number of threads makes a difference.
+The layout is `<split>/<class>/<image>` below the data set's folder, `<split>` being train, test and
+optionally val; folders within a class's folder belong to the class. Everything is sorted by the
+bytes of the names, so that the result depends neither on the file system nor on threads.
 """
 
 import hashlib
@@ -23,122 +23,124 @@ from rich.progress import Progress
 from secateur.base import machine
 from secateur.base.errors import DataError
 from secateur.data.dataset import InMemoryImages
-from secateur.data.image_files import GREY, ImageFileList, ImageView, PackedNames, opened
+from secateur.data.image_files import GREY_MODES, ImageFileList, ImageView, PackedNames, open_image
 
-PICTURES = {
+IMAGE_SUFFIXES = {
     ".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp",
 }  # fmt: skip
-"""Endings of pictures, in small letters."""
-NOTES = {".txt", ".md", ".csv", ".tsv", ".json", ".xml", ".yaml", ".yml", ".ini", ".db"}
-"""Endings of files that are passed over, as hidden ones are; any other is a mistake."""
+"""Suffixes of image files, in lower case."""
+IGNORED_SUFFIXES = {".txt", ".md", ".csv", ".tsv", ".json", ".xml", ".yaml", ".yml", ".ini", ".db"}
+"""Suffixes of files that are ignored, as hidden files are; any other suffix is an error."""
 
 T = TypeVar("T")
 
 
-def _below_the_raw_folder(name: str) -> str:
+def _require_relative(name: str) -> str:
     if Path(name).is_absolute() or {"..", ""} & set(name.split("/")):
         raise ValueError("a folder's name, below the one that SECATEUR_DATA names")
     return name
 
 
-FolderName = Annotated[str, AfterValidator(_below_the_raw_folder)]
-"""Of a folder below the raw one: where that is differs between machines, and is no setting."""
+FolderName = Annotated[str, AfterValidator(_require_relative)]
+"""Path of a folder below SECATEUR_DATA, whose own place differs between machines."""
 
 
 @dataclass(frozen=True)
-class Found:
-    """The pictures of a data set by part, before any is opened."""
+class ImageFolder:
+    """The image files of a data set by split, before any is opened."""
 
     base: Path
     folder: str
     classes: list[str]
-    parts: dict[str, list[tuple[bytes, int, int]]]
-    """train, test and perhaps val: name below the folder, label, size in bytes."""
+    splits: dict[str, list[tuple[bytes, int, int]]]
+    """train, test and optionally val: path below the folder, label, size in bytes."""
 
     def paths(self) -> list[Path]:
-        """All pictures, part by part."""
+        """Paths of all images, split by split."""
         root = self.base / self.folder
-        return [root / os.fsdecode(name) for part in self.parts.values() for name, _, _ in part]
+        return [root / os.fsdecode(name) for files in self.splits.values() for name, _, _ in files]
 
     def __len__(self) -> int:
-        return sum(map(len, self.parts.values()))
+        return sum(map(len, self.splits.values()))
 
-    def listings(self, view: ImageView) -> dict[str, ImageFileList]:
-        """The pictures as `view` shows them."""
+    def file_lists(self, view: ImageView) -> dict[str, ImageFileList]:
+        """A list of files for each split, decoded as `view` says; without digests."""
         return {
             key: ImageFileList(
                 self.base,
                 self.folder,
-                PackedNames.pack([name for name, _, _ in part]),
-                torch.tensor([label for _, label, _ in part]),
-                torch.tensor([size for _, _, size in part]),
-                torch.empty(len(part), 0, dtype=torch.uint8),
+                PackedNames.pack([name for name, _, _ in files]),
+                torch.tensor([label for _, label, _ in files]),
+                torch.tensor([size for _, _, size in files]),
+                torch.empty(len(files), 0, dtype=torch.uint8),
                 view,
             )
-            for key, part in self.parts.items()
+            for key, files in self.splits.items()
         }
 
 
-def find(base: Path, folder: str, parts: Mapping[str, str]) -> Found:
-    """Look for the pictures of train, test and perhaps val, whose folders `parts` gives.
+def scan(base: Path, folder: str, splits: Mapping[str, str]) -> ImageFolder:
+    """Find the images of train, test and optionally val; `splits` maps each to its folder's name.
 
-    The class folders of train, sorted, are the classes. Raises DataError if there is no such
-    folder, a class lacks pictures in any part, a part has a class that train has not, a file is
-    neither picture nor note, or a picture lies outside the class folders.
+    The class folders of train, sorted, are the classes. Raises DataError if a folder is missing, a
+    class has no images in some split, a split has a class that train has not, a file is neither an
+    image nor ignored, or an image lies outside the class folders.
     """
     root = base / folder
     if not root.is_dir():
         raise DataError(
-            f"{root}: no such folder; it is to hold {parts['train']}/<class>/ and "
-            f"{parts['test']}/<class>/ with pictures. SECATEUR_DATA names the folder that holds "
+            f"{root}: no such folder; it is to hold {splits['train']}/<class>/ and "
+            f"{splits['test']}/<class>/ with images. SECATEUR_DATA names the folder that holds "
             f"{folder}/"
         )
     classes: list[str] = []
     found = {}
-    for part, name in parts.items():
+    for split, name in splits.items():
         here = root / name
         if not here.is_dir():
-            if part == "val":
+            if split == "val":
                 continue
-            raise DataError(f"{here}: no such folder; it is to hold <class>/ with pictures")
+            raise DataError(f"{here}: no such folder; it is to hold <class>/ with images")
         there = [os.fsdecode(entry.name) for entry in _entries(here) if _is_class(entry)]
         classes = classes or there
         if not classes:
-            raise DataError(f"{here}: no class folders; pictures go to {name}/<class>/")
+            raise DataError(f"{here}: no class folders; images go to {name}/<class>/")
         if unknown := sorted(set(there) - set(classes)):
-            raise DataError(f"{here / unknown[0]}: {parts['train']}/ has no such class")
-        found[part] = [
+            raise DataError(f"{here / unknown[0]}: {splits['train']}/ has no such class")
+        found[split] = [
             (f"{name}/".encode() + path, label, size)
             for label, title in enumerate(classes)
-            for path, size in _pictures(here / title, os.fsencode(title))
+            for path, size in _class_images(here / title, os.fsencode(title))
         ]
-    return Found(base, folder, classes, found)
+    return ImageFolder(base, folder, classes, found)
 
 
-def view(found: Found, size: int | None, resize: int | None, channels: int | None) -> ImageView:
-    """The view that fits: `size` and `channels` where given, else what all pictures have.
+def common_view(
+    found: ImageFolder, size: int | None, resize: int | None, channels: int | None
+) -> ImageView:
+    """The view with the given `size` and `channels`, or else those of the images themselves.
 
-    Looks into the header of each picture only where something is not given. With `channels` None
-    it is 1 if all are grey, else 3. Raises DataError if sizes differ and `size` is None.
+    Reads the header of every image only if one of them is None. `channels` is then 1 if all images
+    are grey, else 3. Raises DataError if `size` is None and the sizes differ.
     """
     if size is not None and channels is not None:
         return ImageView(channels, size, size, resize)
 
     def header(path: Path) -> tuple[tuple[int, int], bool]:
-        with opened(path) as picture:
-            return picture.size, picture.mode in GREY
+        with open_image(path) as image:
+            return image.size, image.mode in GREY_MODES
 
     paths = found.paths()
     first: tuple[int, int] | None = None
     grey = True
-    for path, (shape, plain) in zip(paths, _each(header, paths, found.folder, "seen"), strict=True):
+    for path, (shape, plain) in zip(paths, _map(header, paths, found.folder, "read"), strict=True):
         first, grey = first or shape, grey and plain
         if size is None and shape != first:
             raise DataError(
                 f"{path}: {shape[0]}x{shape[1]} pixels, where {paths[0].name} has "
                 f"{first[0]}x{first[1]}; set datasets.<name>.size to bring all to one size"
             )
-    assert first is not None, "find() refuses folders without pictures"
+    assert first is not None, "scan() refuses folders without images"
     width, height = first
     channels = channels or (1 if grey else 3)
     if size is not None:
@@ -146,46 +148,46 @@ def view(found: Found, size: int | None, resize: int | None, channels: int | Non
     return ImageView(channels, height, width, None)
 
 
-def decoded(listings: dict[str, ImageFileList]) -> dict[str, InMemoryImages]:
-    """The pictures themselves, in memory, as evaluation sees them.
+def decode_all(file_lists: dict[str, ImageFileList]) -> dict[str, InMemoryImages]:
+    """All images decoded into memory, resized and cropped as for evaluation.
 
     Raises DataError naming the first file that is damaged.
     """
     splits = {}
-    for key, listing in listings.items():
-        channels, height, width = listing.shape
-        pixels = torch.empty(len(listing), height, width, channels, dtype=torch.uint8)
+    for key, files in file_lists.items():
+        channels, height, width = files.shape
+        pixels = torch.empty(len(files), height, width, channels, dtype=torch.uint8)
         target = pixels.numpy()
 
-        def put(index: int, listing: ImageFileList = listing, target: np.ndarray = target) -> None:
-            target[index] = listing.image(index)
+        def put(index: int, files: ImageFileList = files, target: np.ndarray = target) -> None:
+            target[index] = files.decode(index)
 
-        for _ in _each(put, range(len(listing)), f"{listing.folder} {key}", "decoded"):
+        for _ in _map(put, range(len(files)), f"{files.folder} {key}", "decoded"):
             pass
-        splits[key] = InMemoryImages.of(pixels, listing.labels)
+        splits[key] = InMemoryImages.from_pixels(pixels, files.labels)
     return splits
 
 
-def checked(listings: dict[str, ImageFileList]) -> dict[str, ImageFileList]:
-    """The same with the hash of every file's content; each is decoded once to see that it can be.
+def hash_all(file_lists: dict[str, ImageFileList]) -> dict[str, ImageFileList]:
+    """The lists with the sha256 of every file, each of which is decoded once as a check.
 
     Raises DataError naming the first file that is damaged.
     """
-    done = {}
-    for key, listing in listings.items():
+    hashed = {}
+    for key, files in file_lists.items():
 
-        def check(index: int, listing: ImageFileList = listing) -> bytes:
-            listing.image(index)
-            return hashlib.sha256(listing.path(index).read_bytes()).digest()
+        def check(index: int, files: ImageFileList = files) -> bytes:
+            files.decode(index)
+            return hashlib.sha256(files.path(index).read_bytes()).digest()
 
-        found = list(_each(check, range(len(listing)), f"{listing.folder} {key}", "checked"))
-        digests = np.frombuffer(b"".join(found), dtype=np.uint8).reshape(len(listing), 32)
-        done[key] = replace(listing, digests=torch.from_numpy(digests.copy()))
-    return done
+        found = list(_map(check, range(len(files)), f"{files.folder} {key}", "checked"))
+        digests = np.frombuffer(b"".join(found), dtype=np.uint8).reshape(len(files), 32)
+        hashed[key] = replace(files, digests=torch.from_numpy(digests.copy()))
+    return hashed
 
 
 def _entries(folder: Path) -> list[os.DirEntry[bytes]]:
-    """What a folder holds, hidden things left out, sorted by the bytes of the names."""
+    """Entries of a folder without hidden ones, sorted by the bytes of their names."""
     try:
         with os.scandir(os.fsencode(folder)) as entries:
             shown = [entry for entry in entries if not entry.name.startswith(b".")]
@@ -195,56 +197,60 @@ def _entries(folder: Path) -> list[os.DirEntry[bytes]]:
 
 
 def _is_class(entry: os.DirEntry[bytes]) -> bool:
-    """Whether an entry beside the class folders is one; DataError if it has no business there."""
+    """Whether an entry of a split is a class folder; DataError for an image or unknown file."""
     if entry.is_dir():
         return True
-    if _is_picture(entry):
-        raise DataError(f"{os.fsdecode(entry.path)}: a picture outside of the class folders")
+    if _is_image(entry):
+        raise DataError(f"{os.fsdecode(entry.path)}: an image outside of the class folders")
     return False
 
 
-def _is_picture(entry: os.DirEntry[bytes]) -> bool:
-    ending = Path(os.fsdecode(entry.name)).suffix.lower()
-    if ending in PICTURES:
+def _is_image(entry: os.DirEntry[bytes]) -> bool:
+    suffix = Path(os.fsdecode(entry.name)).suffix.lower()
+    if suffix in IMAGE_SUFFIXES:
         return True
-    if ending in NOTES:
+    if suffix in IGNORED_SUFFIXES:
         return False
     raise DataError(
-        f"{os.fsdecode(entry.path)}: neither a picture ({' '.join(sorted(PICTURES))}) nor a note "
-        f"to pass over ({' '.join(sorted(NOTES))})"
+        f"{os.fsdecode(entry.path)}: neither an image ({' '.join(sorted(IMAGE_SUFFIXES))}) nor a "
+        f"file to ignore ({' '.join(sorted(IGNORED_SUFFIXES))})"
     )
 
 
-def _pictures(folder: Path, name: bytes) -> list[tuple[bytes, int]]:
-    """Names below the part's folder, and sizes, of a class's pictures; DataError if none."""
+def _class_images(folder: Path, name: bytes) -> list[tuple[bytes, int]]:
+    """Paths below the split's folder and sizes of a class's images; DataError if there are none."""
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; every class needs pictures in every part")
-    found = list(_below(folder, name))
+        raise DataError(f"{folder}: no such folder; every class needs images in every split")
+    found = list(_walk(folder, name))
     if not found:
-        raise DataError(f"{folder}: no pictures in it; every class needs some in every part")
+        raise DataError(f"{folder}: no images in it; every class needs some in every split")
     return sorted(found)
 
 
-def _below(folder: Path, name: bytes) -> Iterator[tuple[bytes, int]]:
+def _walk(folder: Path, name: bytes) -> Iterator[tuple[bytes, int]]:
+    """Paths and sizes of the images in a folder and in the folders below it."""
     for entry in _entries(folder):
         below = name + b"/" + entry.name
         try:
             if entry.is_dir():
-                yield from _below(folder / os.fsdecode(entry.name), below)
-            elif _is_picture(entry):
+                yield from _walk(folder / os.fsdecode(entry.name), below)
+            elif _is_image(entry):
                 yield below, entry.stat().st_size
         except OSError as error:
             path = os.fsdecode(entry.path)
             raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
-def _each(
-    work: Callable[[Any], T], items: Any, what: str, done: str, chunk: int = 64
+def _map(
+    function: Callable[[Any], T], items: Any, title: str, done: str, chunk: int = 64
 ) -> Iterator[T]:
-    """`work` on every item in several threads: results in order, with progress for the user."""
+    """Apply `function` to every item in threads: results in order, with progress for the user.
 
-    def several(part: Any) -> list[T]:
-        return [work(item) for item in part]
+    `title` and `done` are the words of the progress: "<title>: 64 of 128 <done>".
+    """
+
+    def apply(part: Any) -> list[T]:
+        return [function(item) for item in part]
 
     count, began = len(items), time.monotonic()
     terminal = Console().is_terminal
@@ -252,17 +258,17 @@ def _each(
         ThreadPoolExecutor(max(1, machine.workers())) as pool,
         Progress(disable=not terminal, transient=True) as bar,
     ):
-        task = bar.add_task(what, total=count)
-        window = [items[first : first + chunk] for first in range(0, count, chunk)]
+        task = bar.add_task(title, total=count)
+        chunks = [items[first : first + chunk] for first in range(0, count, chunk)]
         finished = 0
         try:
-            for results in pool.map(several, window):
+            for results in pool.map(apply, chunks):
                 yield from results
                 finished += len(results)
                 bar.update(task, completed=finished)
                 if not terminal and time.monotonic() - began > 10:
                     began = time.monotonic()
-                    print(f"{what}: {finished:,} of {count:,} {done}", flush=True)
+                    print(f"{title}: {finished:,} of {count:,} {done}", flush=True)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise

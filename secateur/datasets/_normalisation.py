@@ -1,9 +1,9 @@
-"""Means and standard deviations of pixels in common use, by the data set they come from."""
+"""Means and standard deviations of pixels in common use, by the data set they describe."""
 
 from typing import Literal
 
 Normalisation = Literal["cifar10", "cifar100", "imagenet", "none"]
-"""Whose mean and deviation are used; with none, pixels stay in [0, 1]."""
+"""Data set whose mean and standard deviation are used; none: pixels stay in [0, 1]."""
 _NORMALISATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
@@ -15,10 +15,10 @@ _NORMALISATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
 def normalisation(
     name: Normalisation, channels: int = 3
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation by channel, of pixels in [0, 1], as they are in common use.
+    """Mean and standard deviation by channel, of pixels in [0, 1].
 
-    With one channel, the averages over the three. cifar10's deviations are the mean of those of
-    single images (over all pixels at once they are near 0.25), and most code has them.
+    With one channel, the averages over the three. cifar10's deviations are averages of those of
+    single images (over all pixels at once they are near 0.25); most published code uses them.
     """
     mean, std = _NORMALISATIONS[name]
     if channels == 1:

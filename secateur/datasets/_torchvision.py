@@ -1,4 +1,4 @@
-"""Data sets in the files that torchvision reads: MNIST's format and CIFAR's."""
+"""Data sets in the file formats of MNIST and CIFAR, read by torchvision."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -20,11 +20,11 @@ def idx_images(
     """MNIST or a data set in its format, read by torchvision's class of that name."""
     make = getattr(import_torchvision().datasets, name)
 
-    def both(download: bool) -> list[Any]:
+    def read(download: bool) -> list[Any]:
         return [make(str(root), train=train, download=download) for train in (True, False)]
 
     where = root / name / "raw"
-    parts = found_or_downloaded(both, name, root, where)
+    parts = read_or_download(read, name, root, where)
     train, test = (InMemoryImages(part.data.unsqueeze(1), part.targets.long()) for part in parts)
     return Images(train, test, classes, (mean if normalise else 0.0,), (std if normalise else 1.0,))
 
@@ -42,20 +42,21 @@ def cifar_images(name: str, root: Path, normalise: Normalisation, augment: Augme
             *make.test_list,
             (make.meta["filename"], make.meta["md5"]),
         ]:
-            _refuse_other(name, folder / file, md5)
+            _check_file(name, folder / file, md5)
 
-    def both(download: bool) -> list[Any]:
+    def read(download: bool) -> list[Any]:
         return [make(str(root), train=train, download=download) for train in (True, False)]
 
-    parts = found_or_downloaded(both, name, root, folder)
+    parts = read_or_download(read, name, root, folder)
     train, test = (
-        InMemoryImages.of(torch.from_numpy(part.data), torch.tensor(part.targets)) for part in parts
+        InMemoryImages.from_pixels(torch.from_numpy(part.data), torch.tensor(part.targets))
+        for part in parts
     )
     return Images(train, test, parts[0].classes, *normalisation(normalise), augment)
 
 
-def _refuse_other(name: str, path: Path, md5: str) -> None:
-    """Raise DataError unless the file is there and has this checksum."""
+def _check_file(name: str, path: Path, md5: str) -> None:
+    """Raise DataError unless the file exists and has this checksum."""
     if not path.is_file():
         raise DataError(f"{name}: {path}: missing; delete {path.parent} to have it made anew")
     with path.open("rb") as file:
@@ -63,11 +64,11 @@ def _refuse_other(name: str, path: Path, md5: str) -> None:
             raise DataError(f"{name}: {path}: damaged: not the published file (by its md5)")
 
 
-def found_or_downloaded(make: Callable[[bool], Any], name: str, root: Path, where: Path) -> Any:
-    """`make(False)`, which reads from disk; if nothing is there, `make(True)`, which downloads.
+def read_or_download(make: Callable[[bool], Any], name: str, root: Path, where: Path) -> Any:
+    """`make(False)`, which reads from disk; if there are no files, `make(True)`, which downloads.
 
-    `where` is the folder that the files belong into, below `root`. Raises DataError saying where it
-    looked and what to do if neither works, and naming the folder if what is there cannot be read.
+    `where` is the folder of the files, below `root`. Raises DataError if neither works, or if the
+    files there cannot be read.
     """
     try:
         return make(False)

@@ -10,7 +10,7 @@ from pathlib import Path
 from secateur.base.settings import Strict
 from secateur.data.augment import Augment
 from secateur.data.dataset import Images
-from secateur.datasets import _torchvision as raw
+from secateur.datasets import _torchvision
 from secateur.datasets._normalisation import Normalisation
 
 
@@ -24,4 +24,4 @@ class Settings(Strict):
 
 def read(settings: Settings, root: Path) -> Images:
     """The images from `root`/cifar-10-batches-py, downloaded only if they are not there."""
-    return raw.cifar_images("CIFAR10", root, settings.normalise, settings.augment)
+    return _torchvision.cifar_images("CIFAR10", root, settings.normalise, settings.augment)

@@ -8,7 +8,7 @@ from pathlib import Path
 from secateur.base.settings import Strict
 from secateur.data.augment import Augment
 from secateur.data.dataset import Images
-from secateur.datasets import _torchvision as raw
+from secateur.datasets import _torchvision
 from secateur.datasets._normalisation import Normalisation
 
 
@@ -22,4 +22,4 @@ class Settings(Strict):
 
 def read(settings: Settings, root: Path) -> Images:
     """The images from `root`/cifar-100-python, downloaded only if they are not there."""
-    return raw.cifar_images("CIFAR100", root, settings.normalise, settings.augment)
+    return _torchvision.cifar_images("CIFAR100", root, settings.normalise, settings.augment)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from secateur.base.settings import Strict
 from secateur.data.dataset import Images
-from secateur.datasets import _torchvision as raw
+from secateur.datasets import _torchvision
 
 _CLASSES = [
     "t-shirt", "trouser", "pullover", "dress", "coat",
@@ -24,4 +24,6 @@ class Settings(Strict):
 
 def read(settings: Settings, root: Path) -> Images:
     """The images from `root`/FashionMNIST/raw, downloaded only if they are not there."""
-    return raw.idx_images("FashionMNIST", root, _CLASSES, 0.2860, 0.3530, settings.normalise)
+    return _torchvision.idx_images(
+        "FashionMNIST", root, _CLASSES, 0.2860, 0.3530, settings.normalise
+    )

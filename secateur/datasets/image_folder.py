@@ -1,12 +1,12 @@
-"""Your own pictures: `train/<class>/*.jpg` and `test/<class>/*.jpg`, perhaps `val/<class>/*.jpg`.
+"""Your own images: `train/<class>/*.jpg`, `test/<class>/*.jpg` and optionally `val/<class>/*.jpg`.
 
-Also png, bmp, gif (its first picture), ppm, pgm, tif and webp. The class folders of `train`, sorted
-by name, are the classes, and each must have pictures in every part. Folders in a class's folder
-belong to the class. Hidden files and notes (txt, md, csv, json, xml, ...) are passed over, any
-other file is refused. A `val/` of theirs picks the epochs; `data.validation` is not applied then.
+Also png, bmp, gif (its first frame), ppm, pgm, tif and webp. The class folders of `train`, sorted
+by name, are the classes, and each must have images in every split. Folders in a class's folder
+belong to the class. Hidden files and notes (txt, md, csv, json, xml, ...) are ignored, any other
+file is an error. A `val/` is used to select epochs; `data.validation` is not applied then.
 
-Grey pictures among coloured ones become coloured; if all are grey, the network sees one channel.
-Transparency is dropped, and rotation marks of cameras (EXIF) are not followed, as by torchvision.
+Grey images among coloured ones become coloured; if all are grey, the network sees one channel.
+Transparency is dropped, and orientation tags of cameras (EXIF) are ignored, as by torchvision.
 """
 
 from pathlib import Path
@@ -17,42 +17,42 @@ from pydantic import Field
 from secateur.base.settings import Strict
 from secateur.data.augment import FileAugment
 from secateur.data.dataset import Images
-from secateur.datasets import _folders as pictures
+from secateur.datasets import _folders
 from secateur.datasets._normalisation import Normalisation, normalisation
 
 
 class Settings(Strict):
-    """Where the pictures are, and how they become images of one size."""
+    """Where the images are, and how they are brought to one size."""
 
-    folder: pictures.FolderName = "images"
-    """Their folder, below the one that SECATEUR_DATA names."""
+    folder: _folders.FolderName = "images"
+    """Folder of the images, below SECATEUR_DATA."""
     size: Annotated[int, Field(ge=4, le=1024)] | None = None
-    """Bring the shorter side to so many pixels and cut out the middle; null: all have one size."""
+    """Pixels of the shorter side before the centre is cropped; null: all images have one size."""
     channels: Literal[1, 3] | None = None
-    """1: grey, 3: red, green and blue; null: 1 if all pictures are grey."""
+    """1: grey, 3: red, green and blue; null: 1 if all images are grey."""
     normalise: Normalisation = "imagenet"
     augment: FileAugment = FileAugment(flip=True)
     memory_mb: Annotated[int, Field(ge=0)] = 1024
-    """Decoded pictures of up to so many MiB are kept in memory, which trains much faster; more of
-    them, or any with `augment.area` below 1, are decoded by workers while training."""
+    """MiB of decoded images that are kept in memory at most, which trains much faster; more images,
+    or any with `augment.area` below 1, are decoded by workers while training."""
     version: Annotated[int, Field(ge=0)] = 0
-    """Raise it when the pictures have changed: DVC does not look into the folder."""
+    """Raise it when the images have changed: DVC does not look into the folder."""
 
 
 def read(settings: Settings, root: Path) -> Images:
-    """The pictures below `root`/`folder`, in memory or as a list of files.
+    """The images below `root`/`folder`, in memory or as a list of files.
 
-    Either way each is decoded once, so that a damaged one is named now.
+    In both cases each is decoded once. Raises DataError naming the first file that is damaged.
     """
     parts = {"train": "train", "val": "val", "test": "test"}
-    found = pictures.find(root, settings.folder, parts)
-    view = pictures.view(found, settings.size, settings.size, settings.channels)
-    listings = found.listings(view)
+    found = _folders.scan(root, settings.folder, parts)
+    view = _folders.common_view(found, settings.size, settings.size, settings.channels)
+    listings = found.file_lists(view)
     fits = len(found) * view.bytes <= settings.memory_mb * 2**20
     images = (
-        pictures.decoded(listings)
+        _folders.decode_all(listings)
         if fits and settings.augment.area == 1
-        else pictures.checked(listings)
+        else _folders.hash_all(listings)
     )
     return Images(
         images["train"],

@@ -1,8 +1,8 @@
 """ImageNet (ILSVRC 2012) as unpacked folders: 1.28 million + 50,000 photographs in 1,000 classes.
 
 Source: O. Russakovsky et al., ImageNet large scale visual recognition challenge, IJCV 2015. It
-cannot be downloaded without an account: `train/<class>/` and `val/<class>/` must be there. Its
-validation images are the test images here; any subset of the classes will do.
+cannot be downloaded without an account: `train/<class>/` and `val/<class>/` must exist. Its
+validation images are the test images here; any subset of the classes is accepted.
 """
 
 from pathlib import Path
@@ -14,19 +14,19 @@ from secateur.base.settings import Strict
 from secateur.data.augment import FileAugment
 from secateur.data.dataset import Images
 from secateur.data.image_files import ImageView
-from secateur.datasets import _folders as pictures
+from secateur.datasets import _folders
 from secateur.datasets._normalisation import Normalisation, normalisation
 
 
 class Settings(Strict):
-    """Where it is, and how photographs become images of one size."""
+    """Where the images are, and how they are brought to one size."""
 
-    folder: pictures.FolderName = "imagenet"
-    """Its folder, below the one that SECATEUR_DATA names."""
+    folder: _folders.FolderName = "imagenet"
+    """Folder of the images, below SECATEUR_DATA."""
     size: Annotated[int, Field(ge=8, le=1024)] = 224
-    """Pixels of each side of what the network sees."""
+    """Pixels of each side of the network's input."""
     resize: Annotated[int, Field(ge=8, le=2048)] = 256
-    """In evaluation the shorter side is brought to so many pixels, and the middle is cut out."""
+    """Pixels of the shorter side before the centre is cropped, in evaluation."""
     normalise: Normalisation = "imagenet"
     augment: FileAugment = FileAugment(area=0.08, flip=True)
     version: Annotated[int, Field(ge=0)] = 0
@@ -41,11 +41,11 @@ class Settings(Strict):
 
 
 def read(settings: Settings, root: Path) -> Images:
-    """A list of the photographs below `root`/`folder`, none of them opened yet.
+    """A list of the files below `root`/`folder`, none of which is opened.
 
-    What is hashed of them is names and sizes. A damaged one is named when training comes to it.
+    Names and sizes are hashed, not contents. A damaged file is an error when training decodes it.
     """
-    found = pictures.find(root, settings.folder, {"train": "train", "test": "val"})
-    parts = found.listings(ImageView(3, settings.size, settings.size, settings.resize))
+    found = _folders.scan(root, settings.folder, {"train": "train", "test": "val"})
+    parts = found.file_lists(ImageView(3, settings.size, settings.size, settings.resize))
     scale = normalisation(settings.normalise)
     return Images(parts["train"], parts["test"], found.classes, *scale, settings.augment)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from secateur.base.settings import Strict
 from secateur.data.dataset import Images
-from secateur.datasets import _torchvision as raw
+from secateur.datasets import _torchvision
 
 
 class Settings(Strict):
@@ -20,4 +20,6 @@ class Settings(Strict):
 
 def read(settings: Settings, root: Path) -> Images:
     """The images from `root`/MNIST/raw, downloaded only if they are not there."""
-    return raw.idx_images("MNIST", root, list("0123456789"), 0.1307, 0.3081, settings.normalise)
+    return _torchvision.idx_images(
+        "MNIST", root, list("0123456789"), 0.1307, 0.3081, settings.normalise
+    )

@@ -45,7 +45,7 @@ def seed_layers(seed: int, epoch: int, rank: int = 0) -> None:
     """Seed the global generators, from which dropout and other random layers draw, for one epoch.
 
     The stream depends on the arguments alone, so that a training can resume at any epoch, and it
-    is independent of the one that shuffles and augments images (`data.augment.draw`).
+    is independent of the one that shuffles and augments images (`data.augment.plan_epoch`).
     """
     sequence = np.random.SeedSequence(seed, spawn_key=(_LAYER_STREAM, epoch, rank))
     torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from secateur.data.dataset import DatasetInfo, Split, in_order
+from secateur.data.batches import sequential_batches
+from secateur.data.dataset import DatasetInfo, Split
 from secateur.training.engine import Engine
 
 
@@ -23,7 +24,7 @@ def accuracy(
     device = next(model.parameters()).device
     sums = torch.zeros(2, device=device)  # correct predictions, cross-entropy
     rank, world = (engine.rank, engine.world) if engine else (0, 1)
-    for images, labels in in_order(split, info, device=device, rank=rank, world=world):
+    for images, labels in sequential_batches(split, info, device=device, rank=rank, world=world):
         with engine.autocast() if engine else contextlib.nullcontext():
             logits = model(images)
         logits = logits.float()

@@ -9,7 +9,8 @@ from torch import nn
 
 from secateur.base.errors import SettingsError, TrainingError
 from secateur.base.settings import Train
-from secateur.data.dataset import Batches, Dataset
+from secateur.data.batches import Batches
+from secateur.data.dataset import Dataset
 from secateur.sparsity import masks as masking
 from secateur.sparsity.masks import Masks
 from secateur.training import determinism, optim

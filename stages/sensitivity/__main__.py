@@ -17,7 +17,7 @@ import yaml
 
 from secateur.base import files, machine
 from secateur.base.errors import SettingsError
-from secateur.data.dataset import few, in_order
+from secateur.data.batches import example_batch, sequential_batches
 from secateur.nn import norms
 from secateur.pipeline import console, runner
 from secateur.pruning import sensitivity
@@ -54,7 +54,7 @@ def measure(context: runner.StageContext) -> tuple[pd.DataFrame, dict[str, Any]]
             "params.yaml: data.validation = 0: sensitivity needs validation images to measure on"
         )
     model = context.upstream["baseline"].model().eval()
-    images, labels = few(data.train, data.info)
+    images, labels = example_batch(data.train, data.info)
     pruning_context = PruningContext(model, images, labels)
     how: list[str] = list(settings.criteria)
     if "bn_scale" in how and not norms.scaled_norms(model):
@@ -70,7 +70,7 @@ def measure(context: runner.StageContext) -> tuple[pd.DataFrame, dict[str, Any]]
 
     def batches() -> Any:
         left = wanted
-        for images, labels in in_order(data.val, data.info, device=place, size=size):
+        for images, labels in sequential_batches(data.val, data.info, device=place, size=size):
             if left <= 0:
                 return
             yield images[:left], labels[:left]
