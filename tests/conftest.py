@@ -1,107 +1,48 @@
-"""A project of its own for every test that runs the pipeline: real files, real DVC, real MLflow."""
+"""Projects for the tests that run the pipeline, and the order of the files of tests."""
 
 import os
 import shutil
-import subprocess
-import sys
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
-import yaml
+from filelock import FileLock
+from workspace import Project, fresh_project
 
-from secateur.base.allocator import tune_process
-
-tune_process()  # before any test imports torch: several workers share the processors
-
-ROOT = Path(__file__).resolve().parents[1]
-SHORT = {
-    "baseline": {"epochs": 4},
-    "sparse_train": {"epochs": 6},
-    "finetune": {"epochs": 3},
-    "evaluate": {"latency_repeats": 5},
-}
-
-
-@dataclass
-class Project:
-    """A working copy in a folder of its own."""
-
-    path: Path
-
-    def run(self, *command, ok=True, timeout=900, **env):
-        """Run a command there; output of both streams together."""
-        result = subprocess.run(
-            command, cwd=self.path, env=self.env(**env), text=True, timeout=timeout,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-        if ok is not None:
-            assert (result.returncode == 0) == ok, f"{command}:\n{result.stdout}"
-        return result.stdout
-
-    def env(self, **more):
-        clean = {
-            k: v for k, v in os.environ.items()
-            if not k.startswith(("DVC_", "MLFLOW_", "SECATEUR_", "PYTEST_"))
-        }  # fmt: skip
-        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-        defaults = {"PATH": path, "SECATEUR_TRACKING": "off", "OMP_NUM_THREADS": "1"}
-        return clean | defaults | more
-
-    def dvc(self, *arguments, **options):
-        return self.run("dvc", *arguments, **options)
-
-    def stage(self, name, **options):
-        return self.run(sys.executable, "-m", f"stages.{name}", **options)
-
-    def params(self, **changes):
-        """Change params.yaml; `section__key` stands for a nested key."""
-        file = self.path / "params.yaml"
-        params = yaml.safe_load(file.read_text())
-        for key, value in changes.items():
-            *sections, last = key.split("__")
-            table = params
-            for section in sections:
-                table = table[section]
-            table[last] = value
-        file.write_text(yaml.safe_dump(params, sort_keys=False))
-
-    def commit(self):
-        self.run("git", "add", "-A")
-        self.run("git", "commit", "-q", "--allow-empty", "-m", "state")
-
-    def copy(self, path):
-        shutil.copytree(self.path, path, symlinks=True)
-        return Project(path)
+LONGEST = [
+    "test_pipeline_queue.py",  # makes what it needs itself, while another worker makes `finished`
+    "test_pipeline_runs.py",
+    "test_pipeline_experiments.py",
+    "test_processes.py",
+    "test_pipeline_tracking.py",
+    "test_pipeline_resume.py",
+    "test_pipeline_models.py",
+    "test_pipeline_errors.py",
+]
+"""Files of tests that take longest, in the order in which workers are given them."""
 
 
-def fresh_project(path):
-    """The repository's files as they are now, with short trainings, as a Git repository."""
-    listed = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard"],
-        cwd=ROOT, text=True, capture_output=True, check=True,
-    ).stdout.split()  # fmt: skip
-    for name in listed:
-        if (ROOT / name).is_file() and not name.startswith(("tests/", "docs/", "metrics/")):
-            (path / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, path / name)
-    for lock in (path / "dvc.lock", path / "stages/sensitivity/dvc.lock"):
-        lock.unlink(missing_ok=True)
-    project = Project(path)
-    project.params(**{f"{s}__{k}": v for s, keys in SHORT.items() for k, v in keys.items()})
-    project.run("git", "init", "-q", "-b", "main")
-    project.run("git", "config", "user.name", "tester")
-    project.run("git", "config", "user.email", "tester@localhost")
-    project.commit()
-    return project
+def pytest_collection_modifyitems(items):
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
 
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
-    """A project whose pipeline has run once, with MLflow. Read it, or copy it; never change it."""
-    project = fresh_project(tmp_path_factory.mktemp("finished") / "project")
-    project.log = project.dvc("repro", SECATEUR_TRACKING="on")
-    project.commit()
+    """A project whose pipeline has run once, with MLflow. Read it, or copy it; never change it.
+
+    Made once for all workers of pytest-xdist; the others wait for the one that makes it.
+    """
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "finished"
+    project, log = Project(folder / "project"), folder / "log.txt"
+    with FileLock(f"{folder}.lock"):
+        if not log.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # of a worker that failed here
+            project.path.mkdir(parents=True)
+            fresh_project(project.path)
+            made = project.dvc("repro", SECATEUR_TRACKING="on")
+            project.commit()
+            log.write_text(made)
+    project.log = log.read_text()
     return project
 
 

@@ -1,0 +1,76 @@
+"""One step of training in float64, in this process or under torchrun: `one_step.py <folder>`."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import nn
+
+from secateur.base import plugin
+from secateur.base.settings import Train
+from secateur.data import dataset
+from secateur.training import loop
+from secateur.training.engine import Engine
+
+LR = 0.1
+BATCH = 68
+CASES = [(count, parts) for count in (68, 67, 3, 1) for parts in (1, 2)]
+"""Images of the one batch, of which the second process may get none, and passes it is cut into."""
+
+
+class Network(nn.Module):
+    """Two layers in float64; batches come, and logits go, in float32."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden = nn.Linear(64, 16, dtype=torch.float64)
+        self.out = nn.Linear(16, 10, dtype=torch.float64)
+
+    def forward(self, images):
+        return self.out(torch.relu(self.hidden(images.flatten(1).double())))
+
+
+class Nowhere:
+    """A training that is never interrupted."""
+
+    def state(self):
+        return None
+
+    def keep(self, tensors, info):
+        return False
+
+
+def digits(count):
+    """The digits with `count` of the training images."""
+    module = plugin.load("datasets", "digits")
+    prepared = dataset.prepare("digits", module.read(module.Settings(), None), 0.1, 0)
+    return replace(prepared, train=prepared.train.take(range(count)))
+
+
+def network():
+    torch.manual_seed(0)
+    return Network()
+
+
+def step(count, parts, engine=None):
+    """The network after one step on `count` images, and the row of its history."""
+    model = network()
+    settings = Train(
+        epochs=1, batch_size=BATCH, optimizer="sgd", lr=LR, schedule="constant", warmup=0,
+        accumulate_grad_batches=parts, keep="last",
+    )  # fmt: skip
+    result = loop.fit(model, digits(count), settings, 0, Nowhere(), (), engine=engine)
+    return model, result.history[0]
+
+
+if __name__ == "__main__":
+    together = Engine()
+    for case in CASES:
+        trained, row = step(*case, together)
+        name = "-".join(map(str, (*case, together.rank)))
+        header = {"row": json.dumps(row)}
+        path = Path(sys.argv[1]) / f"{name}.safetensors"
+        safetensors.torch.save_file(trained.state_dict(), path, header)

@@ -1,0 +1,65 @@
+"""Models that are reused elsewhere, trained anew, and the pipeline of sensitivity."""
+
+import json
+import sys
+from collections import Counter
+
+import pandas as pd
+import pytest
+import safetensors.torch
+import yaml
+from workspace import ran
+
+pytestmark = pytest.mark.pipeline
+
+
+def test_a_second_clone_reuses_models_and_shows_the_whole_chain(finished, tmp_path):
+    first = finished.copy(tmp_path / "first")
+    first.dvc("remote", "add", "-d", "shelf", str(tmp_path / "shelf"))
+    first.commit()
+    first.dvc("push", "--run-cache")
+    second = type(first)(tmp_path / "second")
+    first.run("git", "clone", "-q", str(first.path), str(second.path))
+    second.dvc("pull", "--run-cache", ok=None)  # evaluate's report is Git's, not the remote's
+    log = second.dvc("repro", SECATEUR_TRACKING="on")
+    assert set(ran(log)) <= {"evaluate"}
+    assert second.model_bytes() == first.model_bytes()
+    second.run(sys.executable, "-m", "secateur.pipeline.sync", SECATEUR_TRACKING="on")
+    kinds = Counter(r.data.tags["stage"] for r in second.runs())
+    assert kinds == {"baseline": 1, "sparse-train": 1, "prune": 1, "finetune": 1, "evaluate": 1}
+    again = second.run(sys.executable, "-m", "secateur.pipeline.sync", SECATEUR_TRACKING="on")
+    assert "0 runs written" in again
+
+
+def test_scratch_keeps_the_shape_and_not_the_weights(project):
+    project.params(finetune__init="scratch")
+    project.dvc("repro")
+    load_file = safetensors.torch.load_file
+    pruned = load_file(project.path / "models/pruned/model.safetensors")
+    final = load_file(project.path / "models/finetuned/model.safetensors")
+    assert {k: t.shape for k, t in pruned.items()} == {k: t.shape for k, t in final.items()}
+    same = (pruned["fc1.weight"] == final["fc1.weight"]) & (pruned["fc1.weight"] != 0)
+    assert not same.any()
+
+
+def test_sensitivity_is_a_pipeline_of_its_own_whose_suggestion_the_main_one_takes(project):
+    log = project.dvc("repro", "stages/sensitivity/dvc.yaml")
+    assert "bn_scale is left out" in log
+    penalty = project.path / "secateur/penalties/mine.py"
+    penalty.write_text((project.path / "secateur/penalties/l1.py").read_text())
+    assert "up to date" in project.dvc("status"), "both pipelines are"
+    table = pd.read_csv(project.path / "metrics/sensitivity.csv")
+    dense = json.loads((project.path / "models/baseline.run.json").read_text())
+    now = dense["metrics"]["val_accuracy"]
+    assert set(table.criterion) == {"l1", "random"} and set(table.layer) == {"fc1", "fc2"}
+    assert (table[table.ratio == 0].accuracy - now).abs().max() < 1e-5
+    mean = table.groupby("ratio").accuracy.mean()
+    assert mean[0.9] < mean[0.1] <= mean[0] + 0.01
+    found = yaml.safe_load((project.path / "metrics/sensitivity.yaml").read_text())["l1"]
+    project.params(pruner=found["pruner"])
+    for key, value in found["pruners"]["magnitude"].items():
+        project.params(**{f"pruners__magnitude__{key}": value})
+    assert "l1" in project.dvc("repro", "prune")
+    plots = project.dvc("plots", "show", "-o", "shown")
+    page = (project.path / "shown/index.html").read_text()
+    assert "accuracy after pruning outputs of one layer" in page, plots

@@ -1,0 +1,83 @@
+"""What MLflow shows, and what happens without it."""
+
+import json
+import socket
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+from mlflow import MlflowClient
+
+pytestmark = pytest.mark.pipeline
+
+
+def test_the_pipeline_run_links_the_stage_runs_and_carries_the_chain(finished):
+    (pipeline,) = finished.runs("tags.kind = 'pipeline'")
+    stages = {r.data.tags["stage"]: r for r in finished.runs("tags.kind = 'stage'")}
+    assert set(stages) == {"baseline", "sparse-train", "prune", "finetune"}
+    for name, run in stages.items():
+        assert pipeline.data.tags[f"run.{name}"] == run.info.run_id
+        assert run.info.run_id in pipeline.data.tags["mlflow.note.content"]
+        assert run.info.status == "FINISHED"
+        assert run.data.params.items() <= pipeline.data.params.items()
+    assert "decay" not in stages["baseline"].data.params, "only declared params are logged"
+    report = json.loads((finished.path / "metrics/evaluate.json").read_text())
+    assert pipeline.data.metrics["finetuned/accuracy"] == report["finetuned"]["accuracy"]
+    assert pipeline.data.metrics["compression"] == report["compression"]
+    (data,) = stages["baseline"].inputs.dataset_inputs
+    assert data.dataset.name == "digits"
+    about = json.loads((finished.path / "data/digits/about.json").read_text())
+    assert about["hash"].startswith(data.dataset.digest)
+
+
+def test_the_curves_in_mlflow_are_those_of_the_history(finished):
+    client = MlflowClient(f"sqlite:///{finished.path / 'mlflow.db'}")
+    (run,) = finished.runs("tags.stage = 'sparse-train'")
+    logged = client.get_metric_history(run.info.run_id, "epoch/val_accuracy")
+    history = pd.read_csv(finished.path / "models/sparse/history.csv")
+    assert [m.value for m in logged] == pytest.approx(list(history.val_accuracy))
+    assert [m.step for m in logged] == list(history.epoch)
+
+
+def test_a_lost_store_is_written_again(project):
+    (project.path / "mlflow.db").unlink()
+    project.run(sys.executable, "-m", "secateur.pipeline.sync", SECATEUR_TRACKING="on")
+    assert len(project.runs()) == 5
+    (pipeline,) = project.runs("tags.kind = 'pipeline'")
+    restored = {r.info.run_id for r in project.runs("tags.restored = 'true'")}
+    assert {v for k, v in pipeline.data.tags.items() if k.startswith("run.")} == restored
+
+
+def test_four_processes_may_start_on_a_fresh_store(unborn):
+    code = "from secateur.pipeline.tracking import Store; assert Store().client is not None"
+    env = unborn.env(SECATEUR_TRACKING="on")
+    started = [
+        subprocess.Popen([sys.executable, "-c", code], cwd=unborn.path, env=env) for _ in range(4)
+    ]
+    assert [p.wait(timeout=600) for p in started] == [0, 0, 0, 0]
+    assert unborn.runs() == []
+
+
+def test_a_dead_tracking_server_costs_seconds_and_a_warning(project, tmp_path):
+    """MLflow alone would try for a quarter of an hour; the limit is there to notice that."""
+    with socket.socket() as silent, socket.socket() as closed:
+        for server in (silent, closed):
+            server.bind(("127.0.0.1", 0))
+        silent.listen()  # takes connections and never answers
+        started = {}
+        for seed, server in enumerate((silent, closed)):
+            uri = f"http://127.0.0.1:{server.getsockname()[1]}"
+            copy = project.copy(tmp_path / f"copy{seed}")
+            copy.params(seed=2 + seed)
+            started[uri] = copy, subprocess.Popen(
+                [sys.executable, "-m", "stages.baseline"],
+                cwd=copy.path, env=copy.env(SECATEUR_TRACKING="on", MLFLOW_TRACKING_URI=uri),
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            )  # fmt: skip
+        for uri, (copy, process) in started.items():
+            log, _ = process.communicate(timeout=300)
+            assert process.returncode == 0, log
+            assert log.count("warning: MLflow") == 1 and uri in log
+            record = json.loads((copy.path / "models/baseline.run.json").read_text())
+            assert record["run_id"] is None

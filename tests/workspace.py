@@ -1,0 +1,139 @@
+"""A working copy of the repository for the tests: real files, real DVC, real MLflow."""
+
+import contextlib
+import io
+import os
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+SHORT = {
+    "baseline": {"epochs": 4},
+    "sparse_train": {"epochs": 6},
+    "finetune": {"epochs": 3},
+    "evaluate": {"latency_repeats": 5},
+}
+STAGES = ["prepare", "baseline", "sparse_train", "prune", "finetune", "evaluate"]
+MODELS = ["baseline", "sparse", "pruned", "finetuned"]
+
+
+def ran(log):
+    """Names of the stages that DVC has run, in their order."""
+    return [line.split("'")[1] for line in log.splitlines() if line.startswith("Running stage")]
+
+
+@dataclass
+class Project:
+    """A working copy in a folder of its own."""
+
+    path: Path
+
+    def run(self, *command, ok=True, timeout=900, **env):
+        """Run a command there; output of both streams together."""
+        result = subprocess.run(
+            command, cwd=self.path, env=self.env(**env), text=True, timeout=timeout,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        if ok is not None:
+            assert (result.returncode == 0) == ok, f"{command}:\n{result.stdout}"
+        return result.stdout
+
+    def env(self, **more):
+        clean = {
+            k: v for k, v in os.environ.items()
+            if not k.startswith(("DVC_", "MLFLOW_", "SECATEUR_", "PYTEST_"))
+        }  # fmt: skip
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        defaults = {"PATH": path, "SECATEUR_TRACKING": "off", "OMP_NUM_THREADS": "1"}
+        return clean | defaults | more
+
+    def dvc(self, *arguments, **options):
+        return self.run("dvc", *arguments, **options)
+
+    def stage(self, name, **options):
+        return self.run(sys.executable, "-m", f"stages.{name}", **options)
+
+    def stage_here(self, name, *arguments, ok=True, **env):
+        """Run a stage as `stage` does, but in this process: for what ends before any training."""
+        output, status = io.StringIO(), None
+        terminate = signal.getsignal(signal.SIGTERM)
+        with (
+            pytest.MonkeyPatch.context() as patch,
+            contextlib.redirect_stdout(output),
+            contextlib.redirect_stderr(output),
+        ):
+            patch.chdir(self.path)
+            wanted = self.env(**env)
+            for key in os.environ.keys() - wanted.keys():
+                patch.delenv(key)
+            for key, value in wanted.items():
+                patch.setenv(key, value)
+            patch.setattr(sys, "argv", [f"stages.{name}", *arguments])
+            try:
+                runpy.run_module(f"stages.{name}", run_name="__main__")
+            except SystemExit as end:
+                status = end.code
+            finally:
+                signal.signal(signal.SIGTERM, terminate)
+        assert (status in (0, None)) == ok, f"{name}: status {status}\n{output.getvalue()}"
+        return output.getvalue()
+
+    def params(self, **changes):
+        """Change params.yaml; `section__key` stands for a nested key."""
+        file = self.path / "params.yaml"
+        params = yaml.safe_load(file.read_text())
+        for key, value in changes.items():
+            *sections, last = key.split("__")
+            table = params
+            for section in sections:
+                table = table[section]
+            table[last] = value
+        file.write_text(yaml.safe_dump(params, sort_keys=False))
+
+    def runs(self, condition=""):
+        """Runs in the project's MLflow store."""
+        from mlflow import MlflowClient
+
+        client = MlflowClient(f"sqlite:///{self.path / 'mlflow.db'}")
+        experiment = client.get_experiment_by_name("secateur")
+        return list(client.search_runs([experiment.experiment_id], condition))
+
+    def model_bytes(self):
+        return {m: (self.path / f"models/{m}/model.safetensors").read_bytes() for m in MODELS}
+
+    def commit(self):
+        self.run("git", "add", "-A")
+        self.run("git", "commit", "-q", "--allow-empty", "-m", "state")
+
+    def copy(self, path):
+        shutil.copytree(self.path, path, symlinks=True)
+        return Project(path)
+
+
+def fresh_project(path):
+    """The repository's files as they are now, with short trainings, as a Git repository."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"],
+        cwd=ROOT, text=True, capture_output=True, check=True,
+    ).stdout.split()  # fmt: skip
+    for name in listed:
+        if (ROOT / name).is_file() and not name.startswith(("tests/", "docs/", "metrics/")):
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, path / name)
+    for lock in (path / "dvc.lock", path / "stages/sensitivity/dvc.lock"):
+        lock.unlink(missing_ok=True)
+    project = Project(path)
+    project.params(**{f"{s}__{k}": v for s, keys in SHORT.items() for k, v in keys.items()})
+    project.run("git", "init", "-q", "-b", "main")
+    project.run("git", "config", "user.name", "tester")
+    project.run("git", "config", "user.email", "tester@localhost")
+    project.commit()
+    return project
