@@ -36,10 +36,10 @@ class Network(nn.Module):
 class Nowhere:
     """A training that is never interrupted."""
 
-    def state(self):
+    def load(self):
         return None
 
-    def keep(self, tensors, info):
+    def save(self, tensors, info):
         return False
 
 
