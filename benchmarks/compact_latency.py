@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.surgery_time import build
 from secateur.base import machine
-from secateur.channels import graph as channels
+from secateur.channels.graph import build_channel_graph
 from secateur.nn import cost
 from secateur.pruning import removal
 from secateur.sparsity import choices
@@ -36,7 +36,7 @@ NETS: dict[str, tuple[str, dict[str, Any]]] = {
 def prune(arch: str, chosen: dict[str, Any], ratio: float, multiple: int) -> removal.Compact:
     """The network without a random fraction `ratio` of the channels of each group."""
     model, image = build(arch, chosen)
-    graph = channels.build_channel_graph(model, image)
+    graph = build_channel_graph(model, image)
     generator = torch.Generator().manual_seed(0)
     pruned = {}
     for group in graph.groups:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from benchmarks.gconv_sizes import NETS, build
 from secateur.base import machine
-from secateur.gconv import export as regroup
+from secateur.gconv.export import export, group_convolution_counts
 from secateur.nn import cost
 from secateur.pruners import gconv
 from secateur.pruning.decision import PruningContext
@@ -34,8 +34,8 @@ def versions(model: nn.Module, image: Tensor, groups: int) -> dict[str, nn.Modul
     decision = gconv.prune(gconv.Settings(groups=groups), PruningContext(model, image))
     masked = copy.deepcopy(model)
     masks.apply(masked, decision.masks)
-    plain = regroup.export(masked, decision.masks, image, fold=False).model
-    folded = regroup.export(masked, decision.masks, image).model
+    plain = export(masked, decision.masks, image, fold=False).model
+    folded = export(masked, decision.masks, image).model
     return {"dense": model, "masked": masked, "indexed": plain, "folded": folded}
 
 
@@ -57,8 +57,7 @@ def rows(
         for name, values in times.items()
     }
     index = {
-        name: int(regroup.group_convolution_counts(model)["index_layers"])
-        for name, model in models.items()
+        name: int(group_convolution_counts(model)["index_layers"]) for name, model in models.items()
     }
     cells = [f"{middle['dense']:.2f}"]
     cells += [f"{middle[n]:.2f} ({ratio[n]:.2f}x)" for n in ("masked", "indexed", "folded")]

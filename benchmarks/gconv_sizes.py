@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from secateur.base import plugin
 from secateur.base.errors import PruningError
-from secateur.gconv import config as groupconfig
+from secateur.gconv.config import PREFIX
 from secateur.nn import cost
 from secateur.pruners import gconv
 from secateur.pruning.decision import PruningContext, PruningDecision
@@ -58,7 +58,7 @@ def divided(model: nn.Module, image: Tensor, **how: Any) -> dict[str, int]:
     chosen = {"groups": None, "permutation": "same"} | how
     decision: PruningDecision = gconv.prune(gconv.Settings(**chosen), PruningContext(model, image))
     entries = json.loads(decision.files["groups.json"])
-    return {name.removeprefix(groupconfig.PREFIX): entry["G"] for name, entry in entries.items()}
+    return {name.removeprefix(PREFIX): entry["G"] for name, entry in entries.items()}
 
 
 def parameters(model: nn.Module, groups: Mapping[str, int]) -> int:

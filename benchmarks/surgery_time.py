@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from secateur.base import plugin, settings
 from secateur.base.machine import hardware
-from secateur.channels import graph as channels
+from secateur.channels.graph import ChannelGraph, build_channel_graph
 from secateur.pruning import removal
 
 BC = {"bottleneck": True, "compression": 0.5}
@@ -64,7 +64,7 @@ def build(arch: str, chosen: dict[str, Any]) -> tuple[nn.Module, Tensor]:
     return model.eval(), torch.randn(1, *shape)
 
 
-def selected(graph: channels.ChannelGraph, ratio: float) -> dict[str, Tensor]:
+def selected(graph: ChannelGraph, ratio: float) -> dict[str, Tensor]:
     """A removable selection of a random fraction `ratio` of every channel group."""
     generator = torch.Generator().manual_seed(0)
     free = [group for group in graph.groups if group.locked is None]
@@ -95,7 +95,7 @@ def measure(arch: str, chosen: dict[str, Any]) -> list[float]:
     """Seconds of graph, selection, remove and remove_dead."""
     model, image = build(arch, chosen)
     gc.collect()  # release the networks of earlier repetitions: a stage has none
-    followed, graph = timed(lambda: channels.build_channel_graph(model, image))
+    followed, graph = timed(lambda: build_channel_graph(model, image))
     fitted, selection = timed(lambda: selected(graph, 0.25))
     removed, compact = timed(lambda: removal.remove(model, selection, image, {}, graph))
     silence(compact.model, 0.25)
