@@ -15,6 +15,9 @@ $(READY): pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
 	@$(BIN)/python -m pip install --quiet --group dev
+	@# the command runs the code that is here: the package itself is never installed
+	@printf '#!/bin/sh\nexec "$${0%%/*}/python" -m secateur "$$@"\n' >$(BIN)/secateur
+	@chmod +x $(BIN)/secateur
 	@# DVC keeps experiments as commits, for which Git needs a name: one for this clone, if none is set
 	@git config user.name >/dev/null || git config user.name "$${USER:-secateur}"
 	@git config user.email >/dev/null || git config user.email "$${USER:-secateur}@localhost"
@@ -41,6 +44,10 @@ ui: $(READY)  ## compare runs at http://127.0.0.1:5000
 	@mlflow ui
 
 sync: $(READY)  ## write runs that MLflow lacks, from the tracked files
-	@python -m secateur.sync
+	@python -m secateur sync
 
-.PHONY: help setup repro test check format ui sync
+docs: $(READY)  ## build the pages and the reference into site/, without network
+	@NO_MKDOCS_2_WARNING=1 mkdocs build --quiet
+	@echo "site/index.html"
+
+.PHONY: help setup repro test check format ui sync docs

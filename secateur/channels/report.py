@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 
 from secateur.channels.groups import ChannelGroup
 
-WIDTH = 100
+WIDTH = 80
 """Characters of a line."""
 
 
