@@ -8,10 +8,11 @@ from filelock import FileLock
 from workspace import Project, fresh_project
 
 LONGEST = [
-    "test_pipeline_queue.py",  # makes what it needs itself, while another worker makes `finished`
-    "test_pipeline_runs.py",
-    "test_pipeline_experiments.py",
+    "test_pipeline_runs.py",  # makes the finished project
+    "test_wiring.py",  # needs none
+    "test_pipeline_queue.py",
     "test_processes.py",
+    "test_pipeline_experiments.py",
     "test_pipeline_tracking.py",
     "test_pipeline_resume.py",
     "test_pipeline_models.py",

@@ -13,15 +13,14 @@ pytestmark = pytest.mark.pipeline
 
 
 def test_killed_stages_end_with_the_same_bytes(project, tmp_path):
-    """kill -9 at random moments of the work; the undisturbed twin has a project of its own."""
-    twin = project.copy(tmp_path / "twin")
-    for copy in (project, twin):
+    """kill -9 at random moments of the work; the undisturbed run has a project of its own."""
+    undisturbed = project.copy(tmp_path / "undisturbed")
+    for copy in (project, undisturbed):
         copy.params(baseline__epochs=400, seed=5)
-    twin.stage("baseline")
-    moments = random.Random(0)
-    state = project.path / ".resume/baseline"
-    before = set(state.glob("*/lock"))
-    for _ in range(4):
+    undisturbed.stage("baseline")
+    moments, kills = random.Random(0), 0
+    for _ in range(3):
+        states = project.saved_states("baseline")
         process = subprocess.Popen(
             [sys.executable, "-m", "stages.baseline"],
             cwd=project.path,
@@ -30,20 +29,19 @@ def test_killed_stages_end_with_the_same_bytes(project, tmp_path):
             text=True,
             start_new_session=True,
         )
-        touched = time.time()
-        while process.poll() is None and not any(
-            lock not in before and lock.stat().st_mtime >= touched - 0.1
-            for lock in state.glob("*/lock")
-        ):
+        while process.poll() is None and project.saved_states("baseline") == states:
             time.sleep(0.02)
-        time.sleep(moments.uniform(0.1, 1.3))
-        assert process.poll() is None, process.communicate()[0]
+        time.sleep(moments.uniform(0, 0.3))
+        if process.poll() is not None:  # a fast machine may be through by now
+            break
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    log = project.stage("baseline")
+        kills += 1
+    assert kills, process.communicate()[0]
+    log = process.communicate()[0] if process.returncode == 0 else project.stage("baseline")
     assert "going on after epoch" in log
     for file in ("model.safetensors", "history.csv"):
-        ours, theirs = (p.path / "models/baseline" / file for p in (project, twin))
+        ours, theirs = (p.path / "models/baseline" / file for p in (project, undisturbed))
         assert ours.read_bytes() == theirs.read_bytes(), file
 
 

@@ -169,28 +169,29 @@ def workers(pid):
     return [w for launcher in children.get(pid, []) for w in children.get(launcher, [])]
 
 
-def test_a_killed_worker_ends_the_stage_and_the_next_run_goes_on(unborn):
-    unborn.params(baseline__epochs=100, baseline__keep="last")
-    unborn.stage("prepare")
-    undisturbed = unborn.copy(unborn.path.parent / "undisturbed")
+def test_a_killed_worker_ends_the_stage_and_the_next_run_goes_on(project, tmp_path):
+    project.params(baseline__epochs=100, baseline__keep="last")
+    undisturbed = project.copy(tmp_path / "undisturbed")
     undisturbed.stage("baseline", SECATEUR_LAUNCH=TWO)
+    (project.path / "models/baseline/model.safetensors").unlink()
     process = subprocess.Popen(
         [sys.executable, "-m", "stages.baseline"],
-        cwd=unborn.path, env=unborn.env(SECATEUR_LAUNCH=TWO), text=True,
+        cwd=project.path, env=project.env(SECATEUR_LAUNCH=TWO), text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
-    deadline = time.monotonic() + 120
-    while not list(unborn.path.glob(".resume/baseline/*/state.safetensors")):
+    states = project.saved_states("baseline")
+    deadline = time.monotonic() + 600
+    while project.saved_states("baseline") == states:
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
         time.sleep(0.02)
     os.kill(workers(process.pid)[1], signal.SIGKILL)
-    log, _ = process.communicate(timeout=120)
+    log, _ = process.communicate(timeout=600)
     assert process.returncode == 1
     assert "error: baseline: a process of" in log.splitlines()[-1]
-    assert not (unborn.path / "models/baseline/model.safetensors").exists()
-    log = unborn.stage("baseline", SECATEUR_LAUNCH=TWO)
+    assert not (project.path / "models/baseline/model.safetensors").exists()
+    log = project.stage("baseline", SECATEUR_LAUNCH=TWO)
     assert "going on after epoch" in log
-    files = [p.path / "models/baseline/model.safetensors" for p in (unborn, undisturbed)]
+    files = [p.path / "models/baseline/model.safetensors" for p in (project, undisturbed)]
     assert files[0].read_bytes() == files[1].read_bytes()
 
 

@@ -109,6 +109,13 @@ class Project:
     def model_bytes(self):
         return {m: (self.path / f"models/{m}/model.safetensors").read_bytes() for m in MODELS}
 
+    def saved_states(self, stage):
+        """When the states of unfinished trainings of a stage were saved, by file."""
+        return {
+            file: file.stat().st_mtime_ns
+            for file in self.path.glob(f".resume/{stage}/*/state.safetensors")
+        }
+
     def commit(self):
         self.run("git", "add", "-A")
         self.run("git", "commit", "-q", "--allow-empty", "-m", "state")
