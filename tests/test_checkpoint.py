@@ -86,7 +86,9 @@ def test_a_network_comes_back_as_it_was(arch, tmp_path):
 
 LOAD_WITHOUT_PRUNING = """
 import sys
+from importlib.util import find_spec
 for name in ("pruning", "gconv", "channels", "pruners", "penalties"):
+    assert find_spec(f"secateur.{name}"), f"there is no {name}"
     sys.modules[f"secateur.{name}"] = None  # importing it is an error
 from pathlib import Path
 import safetensors.torch

@@ -271,7 +271,9 @@ def header(arch, **settings):
 
 WITHOUT = """
 import sys
+from importlib.util import find_spec
 for name in ("gconv", "pruning", "channels", "pruners", "penalties"):
+    assert find_spec(f"secateur.{name}"), f"there is no {name}"
     sys.modules[f"secateur.{name}"] = None  # importing it is an error
 from pathlib import Path
 import safetensors.torch
