@@ -229,9 +229,9 @@ def apply(recipe: Recipe) -> None:
 def command(options: argparse.Namespace) -> None:
     """`secateur recipe`: list the recipes, apply one, or run it and print its table."""
     if options.name is None:
-        known = names()
-        for name in known:
-            console.say(f"{name:{max(map(len, known))}}  {load(name).about}")
+        written = {name: c for name, c in _written().items() if not c.get("base")}
+        for name in sorted(written):
+            console.say(f"{name:{max(map(len, written))}}  {written[name]['about']}")
         return
     recipe = load(options.name)
     if options.apply:

@@ -1,0 +1,163 @@
+"""The command `secateur`: help, subcommands, completion, and whose code runs where."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from secateur import __version__, cli
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = "import sys\nfrom secateur.__main__ import script\nsys.exit(script())\n"
+"""What pip writes as a console script."""
+
+
+def run(*command, cwd=ROOT, **env):
+    return subprocess.run(
+        command, cwd=cwd, env=os.environ | env, text=True, capture_output=True, check=False
+    )
+
+
+def secateur(*arguments, **options):
+    return run(sys.executable, "-m", "secateur", *arguments, **options)
+
+
+def test_help_lists_every_command_and_needs_no_library():
+    code = (
+        "import sys, contextlib\nfrom secateur import cli\n"
+        "with contextlib.suppress(SystemExit): cli.main(['--help'])\n"
+        "with contextlib.suppress(SystemExit): cli.main(['recipe', '--help'])\n"
+        "print({'torch', 'pandas', 'rich', 'yaml', 'pydantic', 'dvc'} & set(sys.modules))"
+    )
+    out = run(sys.executable, "-c", code).stdout
+    assert out.endswith("set()\n")
+    assert all(f"\n    {command.name} " in out for command in cli.COMMANDS)
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS, ids=lambda command: command.name)
+def test_every_command_has_help_and_a_handler(command, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main([command.name, "--help"])
+    assert end.value.code == 0
+    assert f"usage: secateur {command.name}" in capsys.readouterr().out
+    module, _, function = command.handler.partition(":")
+    assert f"def {function}(" in (ROOT / f"{module.replace('.', '/')}.py").read_text()
+
+
+def test_without_a_command_there_is_help(capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main([])
+    assert end.value.code == 0 and "commands:" in capsys.readouterr().out
+
+
+def test_a_command_that_is_not_there_is_told(capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["recipes"])
+    assert end.value.code == 2 and "invalid choice: 'recipes'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["version"], ["--version"]])
+def test_versions_are_printed(arguments, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(arguments)
+    assert __version__ in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+def test_completion_knows_commands_and_options(shell, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["completion", shell])
+    script = capsys.readouterr().out
+    assert all(command.name in script for command in cli.COMMANDS) and "seeds" in script
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+def test_bash_completes_a_command(tmp_path):
+    (tmp_path / "script").write_text(secateur("completion", "bash").stdout)
+    code = (
+        "source ./script; COMP_WORDS=(secateur re); COMP_CWORD=1; COMP_LINE='secateur re'; "
+        '$(complete -p secateur | sed "s/.*-F \\([^ ]*\\).*/\\1/") secateur re secateur; '
+        'echo "${COMPREPLY[@]}"'
+    )
+    done = run("bash", "-c", code, cwd=tmp_path)
+    assert done.stdout == "recipe\n", done.stderr
+
+
+def test_the_modules_of_before_do_what_the_command_does():
+    command = secateur("recipe")
+    assert command.returncode == 0 and "mnist-lenet300-element" in command.stdout
+    assert run(sys.executable, "-m", "secateur.recipe").stdout == command.stdout
+    assert "usage: secateur sync" in run(sys.executable, "-m", "secateur.sync", "--help").stdout
+
+
+def test_a_mistake_is_one_line_and_status_1(tmp_path):
+    wrong = secateur("recipe", "nope")
+    assert wrong.returncode == 1 and wrong.stderr.startswith("error: recipe 'nope'")
+    assert wrong.stderr.count("\n") == 1
+    outside = secateur("recipe", cwd=tmp_path, PYTHONPATH=str(ROOT))
+    assert outside.returncode == 1
+    assert outside.stderr == (
+        "error: no dvc.yaml here; run `secateur recipe` in the root of a project\n"
+    )
+
+
+def test_a_reader_that_stops_early_sees_no_traceback():
+    pipe = f"{sys.executable} -m secateur recipe | head -n 1"
+    done = run("bash", "-c", pipe)
+    assert done.stdout.count("\n") == 1 and not done.stderr
+
+
+def package(folder, version):
+    """A copy of the package that can be told from others by its version."""
+    shutil.copytree(
+        ROOT / "secateur", folder / "secateur", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    file = folder / "secateur/__init__.py"
+    changed = file.read_text().replace(f'"{__version__}"', f'"{version}"')
+    file.write_text(changed)
+
+
+@pytest.fixture
+def places(tmp_path):
+    """An environment with the package installed, and a project with code of its own."""
+    package(tmp_path / "site", "0+installed")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/secateur").write_text(SCRIPT)
+    package(tmp_path / "project", "0+project")
+    (tmp_path / "project/dvc.yaml").write_text("stages: {}\n")
+    (tmp_path / "project/stages").mkdir()
+    (tmp_path / "project/stages/__init__.py").touch()
+    (tmp_path / "project/stages/told.py").write_text(
+        "import secateur\nprint('secateur', secateur.__version__)\n"
+    )
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("-m", "stages.told"),  # as dvc.yaml has it, also in an experiment's temporary copy
+        ("-m", "secateur", "--version"),
+        ("../bin/secateur", "--version"),
+    ],
+)
+def test_in_a_project_its_own_code_runs_although_a_package_is_installed(places, command):
+    installed = {"PYTHONPATH": str(places / "site")}
+    done = run(sys.executable, *command, cwd=places / "project", **installed)
+    assert done.stdout == "secateur 0+project\n", done.stderr
+
+
+def test_elsewhere_the_installed_package_runs(places):
+    done = run(
+        sys.executable, "bin/secateur", "--version", cwd=places, PYTHONPATH=str(places / "site")
+    )
+    assert done.stdout == "secateur 0+installed\n", done.stderr
+
+
+def test_make_puts_a_launcher_beside_python_and_does_not_install_the_package():
+    makefile = (ROOT / "Makefile").read_text()
+    assert "-m secateur" in makefile and "pip install --quiet --group dev" in makefile
+    assert "pip install ." not in makefile and "pip install -e" not in makefile
