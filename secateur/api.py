@@ -151,7 +151,7 @@ def fill(model: nn.Module, found: Checkpoint, file: Path) -> nn.Module:
     try:
         shapes = {name: tensor.shape for name, tensor in found.tensors.items()}
         resizing.resize(model, shapes, found.header.layers)
-        resizing.load(model, found.tensors)
+        resizing.load_state(model, found.tensors)
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         if found.header.shape:
             with torch.inference_mode():  # one image through, so that layers fit each other

@@ -23,7 +23,7 @@ def train_dense(context: runner.TrainingContext) -> runner.StageResult:
     """Train a new network on cross-entropy alone."""
     header = context.header()
     torch.manual_seed(context.params.seed)
-    model = checkpoint.architecture(header, published=True)
+    model = checkpoint.build_architecture(header, pretrained=True)
     preflight.check_network(model, context.data.info)
     fit = context.fit(model, context.params.baseline)
     return runner.trained(model, header, fit)

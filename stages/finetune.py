@@ -16,7 +16,7 @@ from torch import nn
 
 from secateur.base.settings import Finetune
 from secateur.nn import checkpoint, cost
-from secateur.nn.resizing import reset
+from secateur.nn.resizing import reset_parameters
 from secateur.pipeline import console, runner
 from secateur.sparsity import masks
 from secateur.training import budget
@@ -33,10 +33,10 @@ def finetune(context: runner.TrainingContext) -> runner.StageResult:
     model = pruned.model()
     if settings.init == "scratch":
         torch.manual_seed(context.params.seed)
-        reset(model)
+        reset_parameters(model)
     masks.apply(model, pruned.masks)
     if settings.budget == "compute":
-        settings = _by_compute(context, checkpoint.architecture(pruned.header), model)
+        settings = _by_compute(context, checkpoint.build_architecture(pruned.header), model)
     fit = context.fit(model, settings, masks=pruned.masks)
     notes = pruned.header.notes | {"init": settings.init, "epochs": settings.epochs}
     return runner.trained(model, context.header(pruned, **notes), fit, pruned.masks)
@@ -47,7 +47,7 @@ def _by_compute(context: runner.TrainingContext, dense: nn.Module, pruned: nn.Mo
     settings = context.params.finetune
     image = torch.zeros(1, *context.data.info.shape)
     macs = [cost.macs(model, image) for model in (dense, pruned)]
-    longer = budget.stretched(settings, *macs)
+    longer = budget.extend_epochs(settings, *macs)
     if context.engine.is_main:
         console.say(
             f"finetune: {longer.epochs} epochs instead of {settings.epochs}: an image takes "

@@ -2,7 +2,7 @@
 
 import torch
 
-from secateur.nn import resizing as shapes
+from secateur.nn import resizing
 from secateur.pruning import proof, removal
 
 SIDE = 8
@@ -86,8 +86,10 @@ def check(model, graph, selection, batch):
 
 def rebuilt(make, compact):
     fresh, state = build(make, seed=5), compact.model.state_dict()
-    shapes.resize(fresh, {n: t.shape for n, t in state.items()}, shapes.describe(compact.model))
-    shapes.load(fresh, state)
+    resizing.resize(
+        fresh, {n: t.shape for n, t in state.items()}, resizing.describe_layers(compact.model)
+    )
+    resizing.load_state(fresh, state)
     return fresh.eval()
 
 

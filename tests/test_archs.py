@@ -15,8 +15,7 @@ from secateur.base import plugin, settings
 from secateur.base.errors import DataError, SettingsError
 from secateur.base.torchvision_import import import_torchvision
 from secateur.channels import propagation as graph
-from secateur.nn import blocks, checkpoint, cost
-from secateur.nn import resizing as shapes
+from secateur.nn import blocks, checkpoint, cost, resizing
 from secateur.nn.checkpoint import Header
 from secateur.sparsity import masks
 
@@ -26,7 +25,9 @@ CIFAR, IMAGENET = (3, 32, 32), (3, 224, 224)
 def build(arch, classes=10, shape=CIFAR, seed=0, **chosen):
     module = plugin.load("archs", arch)
     torch.manual_seed(seed)
-    return module.build(settings.validate(module.Settings, chosen, f"archs.{arch}"), classes, shape)
+    valid = settings.validate(module.Settings, chosen, f"archs.{arch}")
+    with settings.section(f"archs.{arch}"):
+        return module.build(valid, classes, shape)
 
 
 def sketch(arch, classes=10, shape=CIFAR, **chosen):
@@ -487,7 +488,7 @@ def test_convolutions_start_he_normal_and_so_again_from_scratch(arch, chosen):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(7)
-    shapes.reset(model)
+    resizing.reset_parameters(model)
     for found in (first, standardised(model)):
         assert float(found.std()) == pytest.approx(1, abs=0.05)
         assert float(found.abs().max()) > 2.5  # normal, and not uniform
@@ -506,8 +507,8 @@ def test_a_pruned_network_starts_from_scratch_by_its_own_fan_out():
     for key in ("conv1.weight", "bn1.weight", "bn1.bias", "bn1.running_mean", "bn1.running_var"):
         new[f"layer3.0.{key}"][0] = 16
     new["layer3.0.conv2.weight"][1] = 16
-    shapes.resize(model, new)
-    shapes.reset(model)
+    resizing.resize(model, new)
+    resizing.reset_parameters(model)
     layer = model.get_submodule("layer3.0.conv1")
     assert layer.weight.shape == (16, 32, 3, 3)
     assert float(layer.weight.detach().std()) == pytest.approx(math.sqrt(2 / (9 * 16)), rel=0.05)
@@ -521,13 +522,13 @@ def test_classifiers_with_a_start_of_their_own(arch, deviation):
     for _ in range(2):
         assert float(model.fc.weight.detach().std()) == pytest.approx(deviation, rel=0.05)
         assert not model.fc.bias.any()
-        shapes.reset(model)
+        resizing.reset_parameters(model)
 
 
 def test_reset_draws_layer_by_layer_what_torch_draws():
     one, other = build("lenet5", 10, (1, 28, 28)), build("lenet5", 10, (1, 28, 28), seed=1)
     torch.manual_seed(5)
-    shapes.reset(one)
+    resizing.reset_parameters(one)
     torch.manual_seed(5)
     for layer in masks.layers(other).values():
         layer.reset_parameters()
@@ -538,7 +539,7 @@ def test_reset_refuses_what_it_would_leave_as_it_was():
     model = build("torchvision", 10, (3, 32, 32), name="swin_t")
     before = content(model)
     with pytest.raises(SettingsError, match=r"features\.1\.0\.attn .*ShiftedWindowAttention"):
-        shapes.reset(model)
+        resizing.reset_parameters(model)
     assert content(model) == before
 
 
@@ -565,10 +566,10 @@ def file_of(name):
 
 def test_without_network_published_weights_are_one_clear_error(offline):
     info = header("torchvision", SQUEEZENET, 10, CIFAR)
-    checkpoint.architecture(info)  # a checkpoint is rebuilt without them
-    checkpoint.architecture(header("torchvision", {}, 10, CIFAR), published=True)
+    checkpoint.build_architecture(info)  # a checkpoint is rebuilt without them
+    checkpoint.build_architecture(header("torchvision", {}, 10, CIFAR), pretrained=True)
     with pytest.raises(DataError) as caught:
-        checkpoint.architecture(info, published=True)
+        checkpoint.build_architecture(info, pretrained=True)
     line = str(caught.value)
     assert "\n" not in line
     assert str(offline) in line
@@ -580,7 +581,7 @@ def test_published_weights_are_taken_and_the_classifier_is_ours(offline, classes
     published = build("torchvision", 1000, CIFAR, seed=1, name="squeezenet1_1").state_dict()
     torch.save(published, offline / file_of("squeezenet1_1"))
     torch.manual_seed(2)
-    model = checkpoint.architecture(header("torchvision", SQUEEZENET, classes, CIFAR), True)
+    model = checkpoint.build_architecture(header("torchvision", SQUEEZENET, classes, CIFAR), True)
     torch.manual_seed(2)
     drawn = build("torchvision", classes, CIFAR, seed=2, name="squeezenet1_1").state_dict()
     for name, tensor in model.state_dict().items():
@@ -598,7 +599,7 @@ def test_densenets_of_torchvision_find_their_weights_under_the_old_names(offline
     assert any("norm.1." in key for key in old)
     torch.save(old, offline / file_of("densenet121"))
     chosen = {"name": "densenet121", "weights": "default"}
-    model = checkpoint.architecture(header("torchvision", chosen, 10, CIFAR), True)
+    model = checkpoint.build_architecture(header("torchvision", chosen, 10, CIFAR), True)
     for name, tensor in model.state_dict().items():
         if not name.startswith("classifier."):
             assert torch.equal(tensor, published[name]), name
@@ -609,13 +610,13 @@ def test_published_weights_for_images_of_another_size_are_refused(offline):
     torch.save(published, offline / file_of("vit_b_32"))
     chosen = {"name": "vit_b_32", "weights": "default"}
     with pytest.raises(SettingsError, match=r"encoder\.pos_embedding .* another size"):
-        checkpoint.architecture(header("torchvision", chosen, 1000, CIFAR), True)
+        checkpoint.build_architecture(header("torchvision", chosen, 1000, CIFAR), True)
 
 
 def test_a_damaged_file_of_weights_is_one_clear_error(offline):
     (offline / file_of("squeezenet1_1")).write_bytes(b"not weights")
     with pytest.raises(DataError, match=r"squeezenet1_1 are not in [^\n]*$"):
-        checkpoint.architecture(header("torchvision", SQUEEZENET, 10, CIFAR), True)
+        checkpoint.build_architecture(header("torchvision", SQUEEZENET, 10, CIFAR), True)
 
 
 def test_depths_between_are_named():

@@ -21,8 +21,7 @@ from torch import nn
 from secateur.base import plugin, settings
 from secateur.base.errors import PruningError
 from secateur.channels import graph as channels
-from secateur.nn import checkpoint, cost
-from secateur.nn import resizing as shapes
+from secateur.nn import checkpoint, cost, resizing
 from secateur.nn.checkpoint import Header
 from secateur.nn.layers import ChannelSelect
 from secateur.pruners import network_slimming
@@ -555,7 +554,7 @@ def test_compact_networks_are_pruned_once_more_and_trained(arch, chosen, shape, 
     again = channels.build_channel_graph(compact, batch)
     assert set(locked(again)) == set(locked(found))
     check(compact, again, at_random(again, 5), batch)
-    shapes.reset(compact)
+    resizing.reset_parameters(compact)
     compact.train()(batch).sum().backward()
     assert all(p.grad is not None for p in compact.parameters())
 

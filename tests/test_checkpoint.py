@@ -42,7 +42,7 @@ HEADER = Header(
 
 def network(header=HEADER):
     torch.manual_seed(0)
-    return checkpoint.architecture(header)
+    return checkpoint.build_architecture(header)
 
 
 def half(model):
@@ -366,8 +366,8 @@ def test_a_convolution_that_lost_all_groups_but_one_comes_back_with_one(tmp_path
     dense = nn.Sequential(nn.Conv2d(8, 6, 3, groups=2), nn.ReLU(), nn.Conv2d(6, 3, 1))
     small = nn.Sequential(nn.Conv2d(4, 3, 3), nn.ReLU(), nn.Conv2d(3, 3, 1)).eval()
     state = small.state_dict()
-    resizing.resize(dense, {n: t.shape for n, t in state.items()}, resizing.describe(small))
-    resizing.load(dense, state)
+    resizing.resize(dense, {n: t.shape for n, t in state.items()}, resizing.describe_layers(small))
+    resizing.load_state(dense, state)
     images = torch.rand(2, 4, 5, 5)
     assert dense[0].groups == 1
     assert torch.equal(dense.eval()(images), small(images))

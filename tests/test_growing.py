@@ -12,7 +12,7 @@ from torch import nn
 
 from secateur.base import plugin
 from secateur.base.errors import SettingsError
-from secateur.base.settings import Train, validate
+from secateur.base.settings import Train, section, validate
 from secateur.base.stage import Stage
 from secateur.data import dataset
 from secateur.penalties import _growing as growing
@@ -88,7 +88,8 @@ def fit(model, prepared, how, name="a", watcher=None, penalty=None):
     stage = Stage("sparse-train", None, {"name": name}, {})
     with resume.single_flight(stage, [], lambda: None) as store:
         callbacks = [watcher] if watcher else []
-        return loop.fit(model, prepared, how, 1, store, callbacks, penalty=penalty)
+        with section("sparse_train"):
+            return loop.fit(model, prepared, how, 1, store, callbacks, penalty=penalty)
 
 
 def factors(penalty, model):

@@ -76,7 +76,7 @@ def test_as_many_epochs_as_the_dense_network_has_computed(dense, pruned, limit, 
     given = Finetune(
         epochs=10, schedule="multistep", milestones=[4, 8], warmup=1, budget_limit=limit
     )
-    longer = budget.stretched(given, dense, pruned)
+    longer = budget.extend_epochs(given, dense, pruned)
     assert longer.epochs == epochs
     assert longer.milestones == pytest.approx((0.4 * epochs, 0.8 * epochs))
     assert longer.warmup == pytest.approx(0.1 * epochs)
@@ -84,4 +84,4 @@ def test_as_many_epochs_as_the_dense_network_has_computed(dense, pruned, limit, 
 
 
 def test_no_epochs_stay_none_whatever_the_budget():
-    assert budget.stretched(Finetune(epochs=0), 100, 50).epochs == 0
+    assert budget.extend_epochs(Finetune(epochs=0), 100, 50).epochs == 0

@@ -18,8 +18,7 @@ from secateur.channels import graph as channels
 from secateur.data.dataset import InMemoryImages
 from secateur.gconv import export as regroup
 from secateur.gconv import permutation as permute
-from secateur.nn import checkpoint, cost
-from secateur.nn import resizing as shapes
+from secateur.nn import checkpoint, cost, resizing
 from secateur.nn.checkpoint import Header
 from secateur.nn.layers import IndexedConv2d
 from secateur.pruners import gconv
@@ -220,7 +219,7 @@ def test_new_weights_in_the_found_groups():
     exported = regroup.export(masked, found, images[:1]).model
     before = {name: t.clone() for name, t in exported.state_dict().items()}
     torch.manual_seed(5)
-    shapes.reset(exported)
+    resizing.reset_parameters(exported)
     after = exported.state_dict()
     assert all(
         torch.equal(after[n], t) for n, t in before.items() if n.endswith(("before", "after"))
@@ -299,7 +298,7 @@ def test_the_file_holds_groups_and_permutation_and_needs_no_code_that_pruned(tmp
     assert loaded.header.layers["layer1.1.conv1"]["groups"] == 4
     again = loaded.model()
     assert indexes(again) == indexes(exported) > 0
-    assert shapes.describe(again) == shapes.describe(exported)
+    assert resizing.describe_layers(again) == resizing.describe_layers(exported)
     one, other = tmp_path / "model.safetensors", tmp_path / "again.safetensors"
     checkpoint.save(other, made, again, {})
     assert one.read_bytes() == other.read_bytes()

@@ -2,10 +2,9 @@
 
 A file offers `Settings` (a `base.settings.Strict`) and
 `build(settings, classes, shape) -> nn.Module`, where `shape` is (channels, height, width) of one
-image. Layers are modules that are called as modules, so that torch.fx can follow them, and every
-module that holds weights has `reset_parameters()`. A network whose weights start otherwise than
-torch's layers do has that method too: it draws them in whatever shape the layers have by then, so
-that a pruned network trained from scratch starts like the dense one. A file whose settings can ask
-for published weights offers `publish(settings, model)`, which puts them in; only the first training
-calls it.
+image. Layers are called as modules, so that torch.fx can trace them, and every module with
+parameters has `reset_parameters()`. A network whose initial weights differ from those of torch's
+layers has that method too: it draws weights in the present shape of the layers, so that a pruned
+network trained from scratch starts like the dense one. A file whose settings can demand published
+weights offers `load_pretrained(settings, model)`; only the baseline training calls it.
 """

@@ -15,65 +15,62 @@ from pydantic import Field
 from torch import nn
 from torch.func import functional_call
 
-from secateur.base.errors import DataError, SettingsError
+from secateur.base.errors import ArgumentError, DataError
 from secateur.base.settings import Strict
 from secateur.base.torchvision_import import import_torchvision
 
 
 class Settings(Strict):
-    """Which network, and what its weights are before the first training."""
+    """The network, and its initial weights."""
 
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")] = "resnet18"
-    """As torchvision.models.list_models() has it."""
+    """A name from torchvision.models.list_models()."""
     weights: Literal["none", "default"] = "none"
-    """none: drawn at random. default: the best ones published, without their classifier unless the
-    number of classes is the same. They expect images normalised as ImageNet's are."""
+    """none: random. default: the best published ones, without their classifier unless the number of
+    classes is equal. They expect images with the normalisation of ImageNet."""
 
 
 def build(settings: Settings, classes: int, shape: tuple[int, int, int]) -> nn.Module:
     """The network with random weights and a classifier of its own: logits.
 
-    Raises SettingsError if torchvision has no such network, if images are not in colour, or if
-    they have a size that the network cannot take.
+    Raises ArgumentError if torchvision has no such network, or if it cannot take images of this
+    number of channels or size.
     """
     models = import_torchvision().models
     names = models.list_models(module=models)
     if settings.name not in names:
         close = difflib.get_close_matches(settings.name, names, n=1)
-        raise SettingsError(
-            f"params.yaml: archs.torchvision.name = '{settings.name}': torchvision has no such "
-            "classification network; "
-            + (f"did you mean {close[0]}?" if close else f"there are: {', '.join(names)}")
+        hint = f"did you mean {close[0]}?" if close else f"allowed: {', '.join(names)}"
+        raise ArgumentError(
+            "name", f"torchvision has no such classification network; {hint}", settings.name
         )
     if shape[0] != 3:
-        raise SettingsError(
-            f"params.yaml: arch = 'torchvision': its networks need images of 3 channels, these "
-            f"have {shape[0]}"
+        raise ArgumentError(
+            "arch", f"its networks need images of 3 channels, these have {shape[0]}", "torchvision"
         )
     try:
         model: nn.Module = models.get_model(
             settings.name, weights=None, num_classes=classes, **_options(settings, shape)
         )
-        _pool_plainly(model, _try_out(model, shape))
+        _use_fixed_pooling(model, _trace_shapes(model, shape))
     except (AssertionError, RuntimeError, ValueError) as error:
-        raise SettingsError(
-            f"params.yaml: arch = 'torchvision': {settings.name} cannot take images of "
-            f"{shape[1]}x{shape[2]} pixels: {_short(error)}"
-        ) from None
+        size = f"{shape[1]}x{shape[2]}"
+        message = f"{settings.name} cannot take images of {size} pixels: {_short(error)}"
+        raise ArgumentError("arch", message, "torchvision") from None
     return model
 
 
-def publish(settings: Settings, model: nn.Module) -> None:
-    """Put the published weights into a network from `build`, if the settings ask for them.
+def load_pretrained(settings: Settings, model: nn.Module) -> None:
+    """Load published weights into a network from `build`, if the settings demand them.
 
-    They are looked for where torch.hub keeps them (TORCH_HOME) and downloaded if they are not
-    there; DataError if that fails. SettingsError if they are for images of another size.
+    They are read from the folder of torch.hub (TORCH_HOME) and downloaded if they are not there.
+    Raises DataError if that fails, ArgumentError if they are for images of another size.
     """
     if settings.weights == "none":
         return
     weights = import_torchvision().models.get_model_weights(settings.name).DEFAULT
     try:
-        found: dict[str, torch.Tensor] = weights.get_state_dict(
+        published: dict[str, torch.Tensor] = weights.get_state_dict(
             progress=False, check_hash=True, map_location="cpu", weights_only=True
         )
     except Exception as error:  # no network, no such file, a damaged one: each has its own type
@@ -83,17 +80,21 @@ def publish(settings: Settings, model: nn.Module) -> None:
             f"{weights.url} there, or set archs.torchvision.weights = none"
         ) from None
     if settings.name.startswith("densenet"):  # published under the names of an earlier version
-        found = {re.sub(r"\.(norm|conv)\.(\d)\.", r".\1\2.", key): t for key, t in found.items()}
+        published = {
+            re.sub(r"\.(norm|conv)\.(\d)\.", r".\1\2.", key): t for key, t in published.items()
+        }
     own = model.state_dict()
-    fitting = {key: t for key, t in found.items() if key in own and own[key].shape == t.shape}
-    published = len(weights.meta["categories"])
+    fitting = {key: t for key, t in published.items() if key in own and own[key].shape == t.shape}
+    classes = len(weights.meta["categories"])
     for key in sorted(own.keys() - fitting.keys()):
-        if key in found and found[key].shape == (published, *own[key].shape[1:]):
+        if key in published and published[key].shape == (classes, *own[key].shape[1:]):
             continue  # the classifier, of another number of classes
         if not key.endswith("num_batches_tracked"):
-            raise SettingsError(
-                f"params.yaml: archs.torchvision.weights = default: {key} of {settings.name} does "
-                "not fit what is published; is that for images of another size?"
+            raise ArgumentError(
+                "weights",
+                f"{key} of {settings.name} does not fit the published weights; are they for images "
+                "of another size?",
+                settings.weights,
             )
     own.clear()  # which leaves the version numbers of the modules
     own.update(fitting)
@@ -101,7 +102,7 @@ def publish(settings: Settings, model: nn.Module) -> None:
 
 
 def _options(settings: Settings, shape: tuple[int, int, int]) -> dict[str, Any]:
-    """What some constructors need beside the number of classes."""
+    """Arguments of some constructors beside the number of classes."""
     if settings.name in ("googlenet", "inception_v3"):
         ported = settings.weights == "default"  # from a network that normalises otherwise
         return {"aux_logits": False, "init_weights": True, "transform_input": ported}
@@ -112,10 +113,10 @@ def _options(settings: Settings, shape: tuple[int, int, int]) -> dict[str, Any]:
     return {}
 
 
-def _try_out(model: nn.Module, shape: tuple[int, int, int]) -> tuple[int, int]:
-    """One image through the network without computing anything: only shapes are followed.
+def _trace_shapes(model: nn.Module, shape: tuple[int, int, int]) -> tuple[int, int]:
+    """Run one image through the network on the meta device, which computes shapes only.
 
-    Gives the size of the map that its pooling `avgpool` sees, (0, 0) if it has none.
+    Returns height and width of the input of its pooling `avgpool`, (0, 0) if it has none.
     """
     seen = [(0, 0)]
     pool = getattr(model, "avgpool", nn.Identity())
@@ -130,10 +131,10 @@ def _try_out(model: nn.Module, shape: tuple[int, int, int]) -> tuple[int, int]:
     return int(height), int(width)
 
 
-def _pool_plainly(model: nn.Module, size: tuple[int, int]) -> None:
-    """The pooling of AlexNet and VGG with windows of a fixed size, where that is the same.
+def _use_fixed_pooling(model: nn.Module, size: tuple[int, int]) -> None:
+    """Replace the adaptive pooling of AlexNet and VGG by windows of a fixed size, where equal.
 
-    On GPUs the gradient of the adaptive one has no deterministic algorithm.
+    On GPUs the gradient of the adaptive pooling has no deterministic algorithm.
     """
     pool = getattr(model, "avgpool", None)
     if not isinstance(pool, nn.AdaptiveAvgPool2d) or pool.output_size in (1, (1, 1)):

@@ -238,7 +238,7 @@ def _reorder(
                 _readdress(tensors[name], graph.canonical[select.inputs], group, order)
     for module in model.modules():
         if isinstance(module, ChannelSelect):
-            module.put(module.index)
+            module.set_index(module.index)
     return kept
 
 
@@ -284,7 +284,7 @@ def _convert(model: nn.Module, masks: Masks, name: str, grouping: Grouping, fold
         before = columns if conv.before is None else conv.before[columns]
         after = place if conv.after is None else place[conv.after]
     needed = [None if fold and _counts(index) else index for index in (before, after)]
-    model.set_submodule(name, IndexedConv2d.of(conv, weight, bias, len(out), *needed))
+    model.set_submodule(name, IndexedConv2d.from_conv(conv, weight, bias, len(out), *needed))
 
 
 def _counts(index: Tensor) -> bool:

@@ -1,6 +1,6 @@
-"""What several architectures are made of: residual blocks, stages, their first weights, checks.
+"""Building blocks of architectures: residual blocks, stages, initial weights, checks.
 
-Everything here calls layers as modules, each of them once, so that torch.fx can follow it.
+Layers are called as modules, each of them once, so that torch.fx can trace them.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from secateur.base.errors import SettingsError
+from secateur.base.errors import ArgumentError
 from secateur.base.settings import Strict
 from secateur.nn.layers import ChannelSelect
 
@@ -18,15 +18,15 @@ Block = Literal["basic", "bottleneck"]
 Depth = Annotated[int, Field(ge=8, le=2000)]
 """6n+2 for basic blocks (20, 32, 44, 56, 110, 1202), 9n+2 for bottlenecks (164, 1001)."""
 EXPANSION = 4
-"""Outputs of a bottleneck for each of its inner channels."""
+"""Outputs of a bottleneck per inner channel."""
 
 
 class HeNormal(nn.Sequential):
-    """Layers in a row whose convolutions start as He et al. propose, the rest as torch has it.
+    """Sequence of layers whose convolutions have the initial weights of He et al.
 
-    Normal with variance 2 / fan-out, biases zero. Source: K. He, X. Zhang, S. Ren, J. Sun, Delving
-    deep into rectifiers, ICCV 2015. The fan is that of the weights as they are now, so that a
-    pruned network draws its own.
+    Normal with variance 2 / fan-out, biases zero; other layers are initialised as torch does.
+    Source: K. He, X. Zhang, S. Ren, J. Sun, Delving deep into rectifiers, ICCV 2015. The fan-out is
+    that of the present weights, so that a pruned network draws weights for its own shape.
     """
 
     def __init__(self, *layers: nn.Module, **named: nn.Module) -> None:
@@ -36,7 +36,7 @@ class HeNormal(nn.Sequential):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the weights of all convolutions; the other layers are left as they are."""
+        """Draw the weights of all convolutions; other layers are not changed."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -44,17 +44,17 @@ class HeNormal(nn.Sequential):
                     nn.init.zeros_(module.bias)
 
 
-class WithoutBias(HeNormal):
-    """The same, and the classifier `fc` starts without bias."""
+class HeNormalZeroBias(HeNormal):
+    """HeNormal whose classifier `fc` has an initial bias of zero."""
 
     def reset_parameters(self) -> None:
-        """Draw the weights of all convolutions; the other layers are left as they are."""
+        """Draw the weights of all convolutions, and set the classifier's bias to zero."""
         super().reset_parameters()
         nn.init.zeros_(self.get_parameter("fc.bias"))
 
 
 class Residual(Strict):
-    """Settings of a residual network for small images: layers with weights, kind of block."""
+    """Settings of a residual network for small images: number of weight layers, type of block."""
 
     depth: Depth
     block: Block
@@ -97,7 +97,7 @@ class Basic(nn.Module):
 class Bottleneck(nn.Module):
     """1x1, 3x3 and 1x1 convolution beside a shortcut, ReLU after the sum; the 3x3 has the stride.
 
-    With groups it is the block of ResNeXt. Source as for `Basic`.
+    With groups it is the block of ResNeXt. Source: that of `Basic`.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class Bottleneck(nn.Module):
 class DenseBottleneck(nn.Module):
     """BN-ReLU-1x1 to four times the growth, BN-ReLU-3x3 to the growth, appended to the input.
 
-    With groups, both convolutions have as many. Source: G. Huang, Z. Liu, L. van der Maaten, K.
+    With `groups`, both convolutions are grouped. Source: G. Huang, Z. Liu, L. van der Maaten, K.
     Weinberger, DenseNet, CVPR 2017.
     """
 
@@ -164,7 +164,7 @@ def projection(inputs: int, outputs: int, stride: int) -> nn.Module:
 
 
 def head(width: int, classes: int) -> dict[str, nn.Module]:
-    """What follows the last block: mean over all pixels, `fc`."""
+    """Layers after the last block: global average pooling, classifier `fc`."""
     return {
         "pool": nn.AdaptiveAvgPool2d(1),
         "flatten": nn.Flatten(),
@@ -173,7 +173,7 @@ def head(width: int, classes: int) -> dict[str, nn.Module]:
 
 
 def activated_head(width: int, classes: int) -> dict[str, nn.Module]:
-    """The same behind blocks that do not activate what they hand on: BN-ReLU first."""
+    """`head` for pre-activation blocks, whose output needs BN-ReLU first."""
     norm = {"take": ChannelSelect(range(width)), "bn": nn.BatchNorm2d(width), "relu": nn.ReLU()}
     return norm | head(width, classes)
 
@@ -181,7 +181,7 @@ def activated_head(width: int, classes: int) -> dict[str, nn.Module]:
 def stage(
     count: int, inputs: int, outputs: int, stride: int, block: Callable[[int, int, int], nn.Module]
 ) -> nn.Sequential:
-    """Blocks in a row, each made from inputs, outputs and stride; the first one changes shape."""
+    """`count` blocks in sequence, each built by `block(inputs, outputs, stride)`."""
     rest = (block(outputs, outputs, 1) for _ in range(count - 1))
     return nn.Sequential(block(inputs, outputs, stride), *rest)
 
@@ -196,7 +196,7 @@ def conv1x1(inputs: int, outputs: int, stride: int = 1, groups: int = 1) -> nn.C
     return nn.Conv2d(inputs, outputs, 1, stride, groups=groups, bias=False)
 
 
-def blocks_per_stage(depth: int, layers: int, others: int, what: str) -> int:
+def blocks_per_stage(depth: int, layers: int, others: int, name: str) -> int:
     """Blocks in each stage: the n of `depth` = `layers` * n + `others`.
 
     Raises ValueError naming the depths on either side if there is no such n of at least 1.
@@ -205,15 +205,17 @@ def blocks_per_stage(depth: int, layers: int, others: int, what: str) -> int:
     if rest or n < 1:
         near = [layers * k + others for k in (n, n + 1) if k >= 1]
         allowed = " or ".join(map(str, near))
-        raise ValueError(f"depth = {depth}: {what} need {layers}n+{others}, such as {allowed}")
+        raise ValueError(f"depth = {depth}: {name} need {layers}n+{others}, such as {allowed}")
     return n
 
 
 def require_side(arch: str, shape: tuple[int, int, int], side: int) -> None:
-    """Raise SettingsError if an image is lower or narrower than `side` pixels."""
+    """Raise ArgumentError unless images (channels, height, width) have `side` pixels a side."""
     _, height, width = shape
     if min(height, width) < side:
-        raise SettingsError(
-            f"params.yaml: arch = '{arch}': images of {height}x{width} pixels are too small for "
-            f"it with these settings: {side}x{side} are needed"
+        raise ArgumentError(
+            "arch",
+            f"images of {height}x{width} pixels are too small for it with these settings: "
+            f"{side}x{side} are needed",
+            arch,
         )

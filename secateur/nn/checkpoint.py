@@ -1,9 +1,9 @@
-"""Checkpoints: safetensors with a JSON header, in and out; never a pickle.
+"""Checkpoints: safetensors files with a JSON header, written and read; never a pickle.
 
-Weights and buffers stand under their own names, masks under `mask:<parameter>` as booleans, what
-a penalty has chosen to go under `choice:<parameter>` (sparsity/choices.py). The header says how to
-rebuild the network; its shapes come from the tensors, so that a network that was made smaller loads
-without the code that made it smaller. Equal models are equal bytes.
+Weights and buffers have their own names, boolean masks `mask:<parameter>`, and the weights that a
+penalty has selected for pruning `choice:<parameter>` (sparsity/choices.py). Header and shapes of
+the tensors suffice to rebuild the network, also one that was made smaller. Equal models give equal
+bytes.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from secateur.base import files, plugin, settings
 from secateur.base.errors import CheckpointError
 from secateur.base.machine import versions
-from secateur.nn import resizing as shapes
+from secateur.nn import resizing
 from secateur.sparsity.choices import Choices, fits
 
 FORMAT = 1
@@ -29,7 +29,7 @@ MASK, CHOICE = "mask:", "choice:"
 
 @dataclass(frozen=True)
 class Header:
-    """What is known of a network beside its tensors."""
+    """Description of a network: all but its tensors."""
 
     arch: str
     arch_settings: dict[str, Any]
@@ -38,40 +38,40 @@ class Header:
     """Channels, height and width of one image."""
     mean: list[float]
     std: list[float]
-    """Normalisation by channel that the network expects, of pixels in [0, 1]."""
+    """Mean and standard deviation by channel with which pixels in [0, 1] are normalised."""
     split: str
-    """Hash of the images and of their division into train, val and test."""
+    """Hash of the images and their division into train, val and test."""
     stage: str
     parent: str | None = None
-    """sha256 of the checkpoint it came from."""
+    """sha256 of the checkpoint that the stage started from."""
     notes: dict[str, Any] = field(default_factory=dict)
-    """What the stage found out: asked and reached, proof of equality."""
+    """Results of the stage: requested and reached amounts, proof of equality."""
     versions: dict[str, str] = field(default_factory=versions)
     format: int = FORMAT
     layers: dict[str, dict[str, int]] = field(default_factory=dict)
-    """What the shapes of the tensors do not tell; written by `save`."""
+    """Properties that shapes do not contain, see `resizing.describe_layers`; set by `save`."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A network with its masks, as one file holds it."""
+    """Content of one checkpoint file: a network with its masks."""
 
     header: Header
     tensors: dict[str, Tensor]
     masks: dict[str, Tensor]
     sha256: str = ""
-    """Of the file; empty before it is saved."""
+    """Hash of the file; empty before it is saved."""
     choices: Choices = field(default_factory=dict)
-    """What the penalty has chosen to go, by the weight's parameter name."""
+    """What the penalty has selected for pruning, by the weight's parameter name."""
 
     def model(self) -> nn.Module:
-        """The network, rebuilt from header and shapes, with these weights."""
-        model = architecture(self.header)
+        """Rebuild the network, in eval mode; CheckpointError if the tensors do not fit it."""
+        model = build_architecture(self.header)
         try:
             sizes = {name: tensor.shape for name, tensor in self.tensors.items()}
-            shapes.resize(model, sizes, self.header.layers)
-            shapes.load(model, self.tensors)
-            with torch.inference_mode():  # one image through, so that layers fit each other
+            resizing.resize(model, sizes, self.header.layers)
+            resizing.load_state(model, self.tensors)
+            with torch.inference_mode():  # a forward pass checks that layers fit each other
                 model.eval()(torch.zeros(1, *self.header.shape))
         except (RuntimeError, KeyError, ValueError) as error:
             reason = " ".join(str(error).split())
@@ -82,18 +82,19 @@ class Checkpoint:
         return model
 
 
-def architecture(header: Header, published: bool = False) -> nn.Module:
-    """The unpruned network that the header names, with new weights.
+def build_architecture(header: Header, pretrained: bool = False) -> nn.Module:
+    """The dense network that the header names, with random weights.
 
-    With `published`, weights that the architecture's settings ask for take their place; whoever
-    has weights of his own to load spares himself that.
+    With `pretrained`, published weights are loaded if the architecture's settings demand them.
+    Raises SettingsError if the settings do not fit the images.
     """
     module = plugin.load("archs", header.arch)
     arch = settings.validate(module.Settings, header.arch_settings, f"archs.{header.arch}")
     channels, height, width = header.shape
-    built: nn.Module = module.build(arch, len(header.classes), (channels, height, width))
-    if published and hasattr(module, "publish"):
-        module.publish(arch, built)
+    with settings.section(f"archs.{header.arch}"):
+        built: nn.Module = module.build(arch, len(header.classes), (channels, height, width))
+        if pretrained and hasattr(module, "load_pretrained"):
+            module.load_pretrained(arch, built)
     return built
 
 
@@ -104,9 +105,9 @@ def save(
     masks: dict[str, Tensor],
     choices: Choices | None = None,
 ) -> str:
-    """Write one checkpoint in one step; gives its sha256.
+    """Write a checkpoint atomically and return its sha256.
 
-    Masks that keep everything are left out. Pruned weights are written as positive zeros, so that
+    Masks that prune nothing are left out. Pruned weights are written as positive zeros, so that
     equal models are equal bytes.
     """
     tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
@@ -115,7 +116,7 @@ def save(
         tensors[name] = torch.where(mask, tensors[name], torch.zeros_like(tensors[name]))
     chosen = {CHOICE + name: c.detach().cpu() for name, c in (choices or {}).items()}
     kept = {MASK + name: mask for name, mask in kept.items()}
-    header = replace(header, layers=shapes.describe(model))
+    header = replace(header, layers=resizing.describe_layers(model))
     content = safetensors.torch.save(
         tensors | {name: mark.contiguous() for name, mark in (kept | chosen).items()},
         metadata={"secateur": json.dumps(asdict(header), sort_keys=True)},
@@ -130,7 +131,7 @@ def load(
     arch_settings: dict[str, Any] | None = None,
     split: str | None = None,
 ) -> Checkpoint:
-    """Read and check one checkpoint, and that it is what is asked for, as far as that is given.
+    """Read a checkpoint; with `arch`, `arch_settings` and `split`, check it against them.
 
     Raises CheckpointError for a missing, truncated or foreign file, for a pickle, and for a
     checkpoint of another architecture or of other data.
@@ -156,22 +157,29 @@ def load(
             f"{path}: was trained on other data or another split ({header.split[:12]}) than the "
             f"data that is here ({split[:12]}); run `dvc repro` to train it again"
         )
-    everything = safetensors.torch.load(content)
-    masks = {k.removeprefix(MASK): t for k, t in everything.items() if k.startswith(MASK)}
-    choices = {k.removeprefix(CHOICE): t for k, t in everything.items() if k.startswith(CHOICE)}
-    tensors = {k: t for k, t in everything.items() if not k.startswith((MASK, CHOICE))}
-    strangers = [k for k in masks if k not in tensors or masks[k].shape != tensors[k].shape]
-    strangers += [k for k in masks if masks[k].dtype != torch.bool]
-    if strangers:
-        raise CheckpointError(f"{path}: mask without a tensor of its shape: {strangers[0]}")
-    for name, choice in choices.items():
-        if name not in tensors or not fits(choice, tensors[name]):
-            raise CheckpointError(f"{path}: choice without a tensor that it fits: {name}")
+    tensors, masks, choices = _divide(path, safetensors.torch.load(content))
     return Checkpoint(header, tensors, masks, hashlib.sha256(content).hexdigest(), choices)
 
 
+def _divide(
+    path: Path, stored: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor], Choices]:
+    """Tensors, masks and choices of a file; CheckpointError if they do not fit each other."""
+    masks = {k.removeprefix(MASK): t for k, t in stored.items() if k.startswith(MASK)}
+    choices = {k.removeprefix(CHOICE): t for k, t in stored.items() if k.startswith(CHOICE)}
+    tensors = {k: t for k, t in stored.items() if not k.startswith((MASK, CHOICE))}
+    for name, mask in masks.items():
+        tensor = tensors.get(name)
+        if tensor is None or mask.shape != tensor.shape or mask.dtype != torch.bool:
+            raise CheckpointError(f"{path}: mask without a tensor of its shape: {name}")
+    for name, choice in choices.items():
+        if name not in tensors or not fits(choice, tensors[name]):
+            raise CheckpointError(f"{path}: choice without a tensor that it fits: {name}")
+    return tensors, masks, choices
+
+
 def _header(path: Path, content: bytes) -> Header:
-    """Header of a file that has been found to be a checkpoint of ours."""
+    """Header of a checkpoint; CheckpointError if the file is not one that this version reads."""
     is_json = content[8:9] == b"{"  # safetensors: eight bytes of length, then JSON
     if not is_json and (content[:2] == b"PK" or content[:1] == b"\x80"):
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""What a network costs: parameters, non-zeros, MACs, bytes, latency."""
+"""Cost of a network: parameters, non-zeros, MACs, bytes, latency."""
 
 import gzip
 import statistics
@@ -19,35 +19,36 @@ class LayerCost:
     layer: str
     kind: str
     shape: str
-    """Of the weight: filters x channels x height x width, or outputs x inputs."""
+    """Shape of the weight: filters x channels x height x width, or outputs x inputs."""
     params: int
     nonzero: int
     sparsity: float
-    """Share of the parameters that are zero."""
+    """Fraction of the parameters that are zero."""
     filters: int
     filters_alive: int
-    """Outputs with a weight that is not zero."""
+    """Outputs that have a non-zero weight."""
     channels: int
     channels_alive: int
-    """Inputs that a weight that is not zero reads."""
+    """Inputs that a non-zero weight reads."""
     macs_dense: int
-    """Multiply-accumulates of one image, zeros multiplied like any other weight."""
+    """Multiply-accumulates for one image, zeros included."""
     macs: int
-    """The same without those whose weight is zero."""
+    """Multiply-accumulates for one image without those of zero weights."""
 
 
 @torch.no_grad()
 def layer_costs(model: nn.Module, example: Tensor) -> list[LayerCost]:
     """All convolutions and linear layers in order; `example` is a batch of one image."""
-    found = positions(model, example)
-    return [_layer_cost(name, layer, found[name]) for name, layer in layers(model).items()]
+    positions = output_positions(model, example)
+    return [_layer_cost(name, layer, positions[name]) for name, layer in layers(model).items()]
 
 
 @torch.no_grad()
-def positions(model: nn.Module, example: Tensor) -> dict[str, int]:
-    """How often each convolution and linear layer multiplies its weights for one image.
+def output_positions(model: nn.Module, example: Tensor) -> dict[str, int]:
+    """Number of output positions of each convolution and linear layer for one image.
 
-    `example` is a batch of one image; the model is left in eval mode.
+    Every weight is multiplied once per position. `example` is a batch of one image; the model is
+    left in eval mode.
     """
     found: dict[str, int] = {}
     hooks = [
@@ -86,37 +87,37 @@ def _layer_cost(name: str, layer: nn.Conv2d | nn.Linear, positions: int) -> Laye
 
 
 def macs(model: nn.Module, example: Tensor) -> int:
-    """Multiply-accumulates of one image in kernels that do not skip zeros; see `layer_costs`."""
+    """Multiply-accumulates for one image in kernels that do not skip zeros; see `layer_costs`."""
     return sum(layer.macs_dense for layer in layer_costs(model, example))
 
 
 def parameters(model: nn.Module) -> int:
-    """Entries of all parameters."""
+    """Number of parameters."""
     return sum(p.numel() for p in model.parameters())
 
 
 def weight_bytes(model: nn.Module) -> tuple[int, int]:
-    """Bytes of all parameters and buffers: as they are, and packed by gzip."""
+    """Bytes of all parameters and buffers: uncompressed, and compressed by gzip."""
     raw = b"".join(t.detach().cpu().numpy().tobytes() for t in model.state_dict().values())
     return len(raw), len(gzip.compress(raw, compresslevel=6, mtime=0))
 
 
 @torch.inference_mode()
 def latency(models: Mapping[str, nn.Module], batch: Tensor, repeats: int) -> dict[str, list[float]]:
-    """Milliseconds of each forward pass of `batch`, by model.
+    """Milliseconds of `repeats` forward passes of `batch`, by model.
 
-    The models take turns, so that a machine that slows down slows all of them; the first fifth of
-    the passes warms up and does not count.
+    The models take turns, so that a machine that slows down affects all of them. Further passes, a
+    fifth of `repeats` but at least three, warm up and do not count.
     """
     for model in models.values():
         model.eval()
     taken: dict[str, list[float]] = {name: [] for name in models}
     for turn in range(repeats + max(3, repeats // 5)):
         for name, model in models.items():
-            _settle(batch.device)
+            _synchronize(batch.device)
             start = time.perf_counter()
             model(batch)
-            _settle(batch.device)
+            _synchronize(batch.device)
             taken[name].append((time.perf_counter() - start) * 1e3)
         if turn == max(3, repeats // 5) - 1:
             taken = {name: [] for name in models}
@@ -124,11 +125,11 @@ def latency(models: Mapping[str, nn.Module], batch: Tensor, repeats: int) -> dic
 
 
 def median_and_iqr(values: list[float]) -> tuple[float, float]:
-    """Median, and the distance between the quartiles."""
+    """Median and interquartile range."""
     low, middle, high = statistics.quantiles(values, n=4)
     return middle, high - low
 
 
-def _settle(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type != "cpu":
         torch.accelerator.synchronize(device)

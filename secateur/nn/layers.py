@@ -1,4 +1,4 @@
-"""Layers of our own that surgery knows how to make smaller."""
+"""Layers that channels can be removed from: selection of channels, convolution with indices."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,80 +9,84 @@ from torch.nn import functional
 
 
 class ChannelSelect(nn.Module):
-    """Channels by their number, in any order; zeros where the number is -1.
+    """Selects channels by index, in any order; index -1 gives a channel of zeros.
 
-    A shortcut that widens with zeros is Take([-1, -1, 0, 1, 2, 3, -1, -1]); a channel selection
-    is Take of those that are left. What it takes is its state: a smaller network needs no code
-    that knows how it became smaller. Whoever writes into `index` uses `put`.
+    A shortcut that widens with zeros is ChannelSelect([-1, -1, 0, 1, 2, 3, -1, -1]); after pruning
+    the layer selects the channels that are left. The index is a buffer, so that a smaller network
+    is described by its tensors alone. Change it with `set_index`, not by writing into the buffer.
     """
 
     index: Tensor
+    """int64, (channels of the output,)."""
 
     def __init__(self, index: Sequence[int]) -> None:
         super().__init__()
         self.register_buffer("index", torch.tensor(list(index), dtype=torch.int64))
-        self._note(list(index))
+        self._analyse(list(index))
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, channels, ...) -> (N, len(index), ...)."""
-        return take(x, self.index, self._border, self._zeros)
+        return select_channels(x, self.index, self._padding, self._zeros)
 
-    def put(self, index: Tensor) -> None:
-        """Take these from now on; the buffer stays the same as long as their number does."""
+    def set_index(self, index: Tensor) -> None:
+        """Select these channels from now on; the buffer is reused if the length stays."""
         if index.shape == self.index.shape:
             self.index.copy_(index)
         else:
             self.index = index.to(self.index)
-        self._note(self.index.tolist())
+        self._analyse(self.index.tolist())
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
-        self._note(self.index.tolist())
+        self._analyse(self.index.tolist())
 
-    def _note(self, numbers: list[int]) -> None:
-        """What makes it cheap, looked at once."""
-        self._border = _border(numbers)
-        self._zeros = min(numbers, default=0) < 0
+    def _analyse(self, index: list[int]) -> None:
+        """Note the properties of the index that make the selection cheap."""
+        self._padding = _padding(index)
+        self._zeros = min(index, default=0) < 0
 
     def extra_repr(self) -> str:
-        """How many, and how many of them are zeros."""
+        """Number of output channels, and how many of them are zeros."""
         return f"{self.index.numel()}, zeros={int((self.index < 0).sum())}"
 
 
 @fx.wrap
-def take(x: Tensor, index: Tensor, border: tuple[int, int] | None, zeros: bool) -> Tensor:
-    """Channels of x by index, zeros for -1, if there are `zeros`; `border` is `_border(index)`.
+def select_channels(
+    x: Tensor, index: Tensor, padding: tuple[int, int] | None, zeros: bool
+) -> Tensor:
+    """Channels of `x` by index, zeros for -1; `zeros` says whether the index has any.
 
-    All channels in their order, as dense networks have them, cost nothing, or padding.
+    `padding` is `_padding(index)`: selecting all channels in their order, as dense networks do,
+    costs nothing or a padding.
     """
-    if border is not None and x.shape[1] + sum(border) == len(index):
-        return functional.pad(x, [0, 0] * (x.dim() - 2) + list(border)) if any(border) else x
+    if padding is not None and x.shape[1] + sum(padding) == len(index):
+        return functional.pad(x, [0, 0] * (x.dim() - 2) + list(padding)) if any(padding) else x
     if not zeros:
         return x.index_select(1, index)
     wider = functional.pad(x, [0, 0] * (x.dim() - 2) + [0, 1])  # one more channel, of zeros
     return wider.index_select(1, torch.where(index < 0, x.shape[1], index))
 
 
-def _border(index: list[int]) -> tuple[int, int] | None:
-    """Zeros before and after 0, 1, 2, ...; None if the index is nothing of that kind."""
-    numbers = [n for n in index if n >= 0]
+def _padding(index: list[int]) -> tuple[int, int] | None:
+    """Numbers of -1 before and after 0, 1, 2, ...; None for an index of another form."""
+    channels = [n for n in index if n >= 0]
     before = index.index(0) if 0 in index else 0
-    if numbers and index[before : before + len(numbers)] == list(range(len(numbers))):
-        return before, len(index) - before - len(numbers)
+    if channels and index[before : before + len(channels)] == list(range(len(channels))):
+        return before, len(index) - before - len(channels)
     return None
 
 
 class IndexedConv2d(nn.Conv2d):
-    """A convolution that reads its inputs, or hands on its outputs, in another order.
+    """A convolution that permutes its inputs before, or its outputs after it; either is optional.
 
-    The indices are buffers; either may be missing. With groups it is what a convolution pruned to
-    groups of channels amounts to. Its parameters have the names they have in a plain convolution.
+    With groups this is a convolution that was pruned to groups of channels. The indices are
+    buffers; the parameters have the names that they have in an `nn.Conv2d`.
     """
 
     before: Tensor | None
-    """Input that stands at each position of the convolution."""
+    """int64, (in_channels,): the input channel at each position of the convolution."""
     after: Tensor | None
-    """Output of the convolution that stands at each position behind it."""
+    """int64, (outputs,): the convolution's output channel at each position of the result."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, channels, H, W) -> (N, outputs, H', W')."""
@@ -92,7 +96,7 @@ class IndexedConv2d(nn.Conv2d):
         return x if self.after is None else x.index_select(1, self.after)
 
     @staticmethod
-    def of(
+    def from_conv(
         conv: nn.Conv2d,
         weight: Tensor,
         bias: Tensor | None,
@@ -100,7 +104,7 @@ class IndexedConv2d(nn.Conv2d):
         before: Tensor | None,
         after: Tensor | None,
     ) -> nn.Conv2d:
-        """A convolution like `conv` with these; a plain one if it needs no index."""
+        """A convolution with the options of `conv` and these tensors; plain without indices."""
         plain = before is None and after is None
         made = (nn.Conv2d if plain else IndexedConv2d)(
             weight.shape[1] * groups,
@@ -123,6 +127,6 @@ class IndexedConv2d(nn.Conv2d):
         return made.train(conv.training)
 
     def extra_repr(self) -> str:
-        """As a convolution, and which indices it has."""
+        """The options of the convolution, and which indices it has."""
         ends = [name for name in ("before", "after") if getattr(self, name) is not None]
         return f"{super().extra_repr()}, index={'+'.join(ends)}"

@@ -1,4 +1,4 @@
-"""Make the layers of a network as small as given tensors: how compact networks are rebuilt."""
+"""Give the layers of a network the shapes of given tensors: how compact networks are rebuilt."""
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -15,16 +15,16 @@ def resize(
     shapes: Mapping[str, Sequence[int]],
     layers: Mapping[str, Mapping[str, int]] | None = None,
 ) -> None:
-    """Give every parameter and buffer named in `shapes` that shape, in place.
+    """Give every parameter and buffer the shape that `shapes` has for its name, in place.
 
-    `layers` has what shapes do not tell, as `describe` gives it: a convolution that it does not name
-    has one group. Without it depthwise convolutions get as many groups as they have filters, and
-    other convolutions keep the groups they have.
-    Values of resized tensors are lost. Raises ValueError if a tensor's number of axes differs,
-    or if a parameter of the model is not named.
+    `layers` complements the shapes as `describe_layers` returns it; a convolution that it does not
+    name has one group. With None, depthwise convolutions get as many groups as they have filters,
+    and other convolutions keep their groups.
+    The values of resized tensors are lost. Raises ValueError if a tensor of the model is not named,
+    or has another number of axes.
     """
-    _index(model, layers or {})
-    fresh: dict[int, torch.Tensor] = {}  # what stands in several places still does
+    _insert_indexed(model, layers or {})
+    fresh: dict[int, torch.Tensor] = {}  # a tensor that several modules share stays shared
     tensors: dict[str, torch.Tensor] = {}
     for name, module in model.named_modules():
         for path, old in _named_tensors(name, module):
@@ -39,29 +39,29 @@ def resize(
     if layers is not None:
         convolutions = (name for name, m in model.named_modules() if isinstance(m, nn.Conv2d))
         layers = {name: {"groups": 1, **layers.get(name, {})} for name in convolutions}
-    _place(model, tensors, layers or {})
+    _assign(model, tensors, layers or {})
 
 
-def put(
+def assign(
     model: nn.Module,
     tensors: Mapping[str, torch.Tensor],
     layers: Mapping[str, Mapping[str, int]],
 ) -> None:
-    """Make given tensors the network's own, of other sizes along the same axes, in place.
+    """Replace the network's tensors by given ones with as many axes, without copying, in place.
 
-    `tensors` has all that `state_dict` has; `layers` has new `groups`, as in `resize`. Modules with
-    code of their own that runs when tensors are loaded hear of it.
+    `tensors` has all names of `state_dict`; `layers` has new `groups`, as in `resize`. Modules that
+    override or hook the loading of tensors are loaded as well.
     """
-    _place(model, tensors, layers)
-    if any(map(_listens, model.modules())):  # costs as much as all the rest
-        load(model, tensors, assign=True)
+    _assign(model, tensors, layers)
+    if any(map(_customises_loading, model.modules())):  # takes as long as all the rest
+        load_state(model, tensors, assign=True)
 
 
-def load(model: nn.Module, tensors: Mapping[str, torch.Tensor], assign: bool = False) -> None:
+def load_state(model: nn.Module, tensors: Mapping[str, torch.Tensor], assign: bool = False) -> None:
     """Copy tensors into a network of their shapes; RuntimeError if they do not fit.
 
-    With `assign` they become the network's own, in place of copies. Unlike load_state_dict alone,
-    it also works for modules that ask which version wrote a tensor: it is the present one.
+    With `assign` they replace the network's tensors instead. Unlike `load_state_dict` with a plain
+    dictionary, it gives modules the version of the state that they expect: the present one.
     """
     versions = getattr(model.state_dict(), "_metadata", None)
     state = OrderedDict(tensors)
@@ -69,11 +69,11 @@ def load(model: nn.Module, tensors: Mapping[str, torch.Tensor], assign: bool = F
     model.load_state_dict(state, assign=assign)
 
 
-def describe(model: nn.Module) -> dict[str, dict[str, int]]:
-    """What the shapes of a network's tensors do not tell, by layer.
+def describe_layers(model: nn.Module) -> dict[str, dict[str, int]]:
+    """Properties of layers that do not follow from the shapes of their tensors, by layer name.
 
     Of convolutions: `groups` if there are several, and the lengths of the indices `before` and
-    `after`, if they have them.
+    `after` if they exist (see `layers.IndexedConv2d`).
     """
     found: dict[str, dict[str, int]] = {}
     for name, module in model.named_modules():
@@ -86,8 +86,8 @@ def describe(model: nn.Module) -> dict[str, dict[str, int]]:
     return found
 
 
-def _index(model: nn.Module, layers: Mapping[str, Mapping[str, int]]) -> None:
-    """Put convolutions with indices where `layers` has them, in place; values come later."""
+def _insert_indexed(model: nn.Module, layers: Mapping[str, Mapping[str, int]]) -> None:
+    """Replace convolutions for which `layers` has indices, in place; their values come later."""
     for name, known in layers.items():
         module = model.get_submodule(name) if "before" in known or "after" in known else None
         if isinstance(module, nn.Conv2d) and not isinstance(module, IndexedConv2d):
@@ -101,43 +101,44 @@ def _index(model: nn.Module, layers: Mapping[str, Mapping[str, int]]) -> None:
                 module.weight.detach(),
                 None if module.bias is None else module.bias.detach(),
             )
-            made = IndexedConv2d.of(module, *tensors, module.groups, *indices)
+            made = IndexedConv2d.from_conv(module, *tensors, module.groups, *indices)
             model.set_submodule(name, made)
 
 
-def reset(model: nn.Module) -> None:
-    """New random weights for every layer, in the shape it has now, in place.
+def reset_parameters(model: nn.Module) -> None:
+    """Draw new random weights for every layer, in its present shape, in place.
 
-    Layers draw first, then the modules that hold them, so that a network with a
-    `reset_parameters()` of its own has the last word. Raises SettingsError naming a module that
-    holds parameters and cannot draw them, before anything is changed.
+    Inner modules are reset before those that contain them, so that the `reset_parameters()` of a
+    network overrides those of its layers. Raises SettingsError naming a module that has parameters
+    but no such method, before anything is changed.
     """
     for name, module in model.named_modules():
-        if not _can_draw(module) and next(module.parameters(recurse=False), None) is not None:
+        if not _can_reset(module) and next(module.parameters(recurse=False), None) is not None:
             raise SettingsError(
                 f"cannot draw new weights for {name or 'the network'} "
                 f"({type(module).__name__} has no reset_parameters); finetune.init = scratch "
                 "needs an architecture that can"
             )
-    _draw(model)
+    _reset(model)
 
 
-def _can_draw(module: nn.Module) -> bool:
+def _can_reset(module: nn.Module) -> bool:
     return callable(getattr(module, "reset_parameters", None))
 
 
-def _draw(module: nn.Module) -> None:
+def _reset(module: nn.Module) -> None:
     for child in module.children():
-        _draw(child)
-    if _can_draw(module):
+        _reset(child)
+    if _can_reset(module):
         module.reset_parameters()  # type: ignore[operator]
 
 
-def _place(
+def _assign(
     model: nn.Module,
     tensors: Mapping[str, torch.Tensor],
     layers: Mapping[str, Mapping[str, int]],
 ) -> None:
+    """Set the tensors of every module, and update the sizes that modules note for themselves."""
     for name, module in model.named_modules():
         before = {own: p.shape for own, p in module.named_parameters(recurse=False)}
         changed = False
@@ -146,21 +147,21 @@ def _place(
                 setattr(module, path.removeprefix(f"{name}."), new)
                 changed |= new.shape != old.shape
         if changed:
-            _describe(module, before, layers.get(name, {}))
+            _update_sizes(module, before, layers.get(name, {}))
 
 
-def _listens(module: nn.Module) -> bool:
-    """Whether anybody but torch wants to know when its tensors are loaded."""
-    own = type(module)._load_from_state_dict is not nn.Module._load_from_state_dict
+def _customises_loading(module: nn.Module) -> bool:
+    """Whether a module of a class that is not torch's overrides or hooks the loading of tensors."""
+    overridden = type(module)._load_from_state_dict is not nn.Module._load_from_state_dict
     hooks = module._load_state_dict_pre_hooks or module._load_state_dict_post_hooks
-    return bool(hooks) or (own and not type(module).__module__.startswith("torch.nn."))
+    return bool(hooks) or (overridden and not type(module).__module__.startswith("torch.nn."))
 
 
 def _named_tensors(name: str, module: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """A module's own, with their whole names; not the buffers that checkpoints do not have."""
+    """Parameters and persistent buffers of a module itself, with their full names."""
     own: list[tuple[str, torch.Tensor]] = [*module.named_parameters(recurse=False)]
     for key, buffer in module.named_buffers(recurse=False):
-        if key not in module._non_persistent_buffers_set:  # those stay as the code makes them
+        if key not in module._non_persistent_buffers_set:  # these stay as the code creates them
             own.append((key, buffer))
     return [(f"{name}.{key}" if name else key, tensor) for key, tensor in own]
 
@@ -170,12 +171,13 @@ def _empty(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
     return nn.Parameter(fresh, like.requires_grad) if isinstance(like, nn.Parameter) else fresh
 
 
-def _describe(
+def _update_sizes(
     module: nn.Module, before: Mapping[str, torch.Size], known: Mapping[str, int]
 ) -> None:
-    """Bring a layer's own account of its sizes in line with its tensors.
+    """Set attributes such as `out_channels` to the shapes of the module's tensors.
 
-    `before` has the shapes that its parameters had. Modules that are not torch's keep no account.
+    `before` has the previous shapes of its parameters. Modules that are not torch's are taken to
+    have no such attributes. Raises ValueError for a layer of torch that is not known here.
     """
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape

@@ -136,7 +136,7 @@ def silence(model: nn.Module, selection: Selection, graph: ChannelGraph) -> None
             zero = removed[selected] | removed[graph.canonical[select.outputs]]
             layer = model.get_submodule(name.removesuffix(".index"))
             assert isinstance(layer, ChannelSelect)
-            layer.put(select.index.masked_fill(zero, -1))
+            layer.set_index(select.index.masked_fill(zero, -1))
 
 
 def _set_zero(tensor: Tensor, axis: int, groups: int, entries: Tensor) -> None:
@@ -182,7 +182,7 @@ def _resize(
     # one tensor under several names stays one
     state = {name: own[id(old)] for name, old in copied.state_dict(keep_vars=True).items()}
     groups = {name: {"groups": count} for name, count in plan.groups.items()}
-    resizing.put(copied, state, groups)
+    resizing.assign(copied, state, groups)
     return {name: plan.shrink(name, mask).clone() for name, mask in masks.items()}
 
 

@@ -166,7 +166,7 @@ class _Silent:
             for name, tensor in self.before.items():
                 owner = self.bench.model.get_submodule(name.rpartition(".")[0])
                 if isinstance(owner, ChannelSelect):
-                    owner.put(tensor)
+                    owner.set_index(tensor)
                 else:
                     self.bench.tensors[name].detach().copy_(tensor)
 

@@ -59,7 +59,7 @@ class Left:
         self.subject = subject
         model = subject.model
         place = next(model.parameters()).device
-        self.positions = cost.positions(model, subject.images[:1].to(place))
+        self.positions = cost.output_positions(model, subject.images[:1].to(place))
         self.weights = {f"{n}.weight": layer.weight for n, layer in masks.layers(model).items()}
         self.macs = sum(
             weight.numel() * self.positions[name.removesuffix(".weight")]

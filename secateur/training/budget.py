@@ -1,18 +1,18 @@
-"""How long a small network may train for the computation that a large one takes."""
+"""Training epochs of a pruned network for the computation of the dense one."""
 
 from secateur.base.settings import Finetune
 
 
-def stretched(settings: Finetune, dense: int, pruned: int) -> Finetune:
-    """The same training in as many more epochs as the pruned network needs fewer MACs.
+def extend_epochs(settings: Finetune, dense_macs: int, pruned_macs: int) -> Finetune:
+    """Increase the epochs to the computation that the given epochs take with the dense network.
 
-    `dense` and `pruned` are multiply-accumulates of one image. At most `budget_limit` times the
-    epochs, never fewer than there are; milestones and warm-up keep their place in the course.
-    Source: Scratch-B of Z. Liu et al., Rethinking the value of network pruning, ICLR 2019.
+    The MACs are multiply-accumulates for one image. Epochs are multiplied by their ratio, at least
+    1 and at most `settings.budget_limit`; milestones and warm-up are scaled alike. Source:
+    Scratch-B of Z. Liu et al., Rethinking the value of network pruning, ICLR 2019.
     """
     if not settings.epochs:
         return settings
-    factor = min(max(dense / pruned, 1.0), settings.budget_limit)
+    factor = min(max(dense_macs / pruned_macs, 1.0), settings.budget_limit)
     epochs = round(settings.epochs * factor)
     exact = epochs / settings.epochs
     return settings.model_copy(

@@ -1,10 +1,10 @@
-"""What a training runs on: device, precision and processes, through Lightning Fabric.
+"""Device, precision and processes of a training, through Lightning Fabric.
 
 One process and one device unless the environment has started several: torchrun or SLURM's srun.
 Setting SECATEUR_LAUNCH to the beginning of such a command (`torchrun --nproc-per-node 4`, or
-`srun --ntasks 8 python`) makes a training stage start itself that way, so `dvc repro` needs no
-other command. How many processes there are is no setting: it changes results by rounding alone
-(and the statistics of batch norms, which on several GPUs are taken over all of them).
+`srun --ntasks 8 python`) makes a training stage start itself that way under plain `dvc repro`. The
+number of processes is not a setting: it changes results by rounding alone (and the statistics of
+batch norms, which several GPUs take over all of them).
 """
 
 import contextlib
@@ -23,12 +23,12 @@ from secateur.base.machine import device, processes
 
 T = TypeVar("T")
 
-PATIENCE = timedelta(days=1)
-"""How long processes wait for the first, which may itself be waiting for a twin of the stage."""
+TIMEOUT = timedelta(days=1)
+"""Of waiting for the first process, which may itself wait for a concurrent run of the stage."""
 
 
 class Engine:
-    """The processes of one training, each with its device; a single one as a rule."""
+    """The processes of one training, each with its device; usually there is only one."""
 
     def __init__(self, precision: str = "float32") -> None:
         """Join the processes that the environment has started. `precision`: see `resolve`."""
@@ -38,14 +38,14 @@ class Engine:
         logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
         logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
         self.world, local, nodes = processes()
-        place = device()
-        kind = place.type
+        chosen = device()
+        kind = chosen.type
         options: dict[str, Any] = {"accelerator": kind, "devices": 1}
-        if kind == "cuda" and place.index is not None:  # SECATEUR_DEVICE=cuda:1
-            options["devices"] = [place.index]
+        if kind == "cuda" and chosen.index is not None:  # SECATEUR_DEVICE=cuda:1
+            options["devices"] = [chosen.index]
         if self.world > 1:
             backend = "nccl" if kind == "cuda" else "gloo"
-            strategy = DDPStrategy(process_group_backend=backend, timeout=PATIENCE)
+            strategy = DDPStrategy(process_group_backend=backend, timeout=TIMEOUT)
             options |= {"strategy": strategy, "devices": local, "num_nodes": nodes}
         self.half = resolve(precision) == "bfloat16"
         self._fabric = Fabric(precision="bf16-mixed" if self.half else "32-true", **options)
@@ -55,14 +55,14 @@ class Engine:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process is the one that writes files and reports."""
+        """Whether this is the process that writes files and reports."""
         return self.rank == 0
 
     def prepare(self, model: nn.Module, compiled: bool) -> nn.Module:
-        """What the training calls instead of `model`: same weights, gradients averaged.
+        """Wrap `model` for training: with its weights, gradients averaged over all processes.
 
-        Batch norms of `model` are left alone on a CPU (each process has its own statistics, those
-        of the first are kept). On GPUs they are exchanged for ones that take theirs over all.
+        On several GPUs, batch norms become SyncBatchNorm. On CPUs they stay as they are: each
+        process has its own statistics, and those of the first are kept.
         """
         if self.world > 1 and self.device.type == "cuda":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -70,11 +70,11 @@ class Engine:
         return self._fabric.setup_module(called) if self.world > 1 else called
 
     def autocast(self) -> Any:
-        """Context in which products and convolutions have the precision that was asked for."""
+        """Context in which matrix products and convolutions have the requested precision."""
         return self._fabric.autocast()
 
     def no_sync(self, model: nn.Module, on: bool) -> Any:
-        """Context in which a backward pass does not exchange gradients, if `on`."""
+        """Context in which, if `on`, a backward pass does not exchange gradients."""
         if self.world == 1:
             return contextlib.nullcontext()
         return self._fabric.no_backward_sync(model, enabled=on)  # type: ignore[arg-type]
@@ -86,12 +86,12 @@ class Engine:
         return summed
 
     def broadcast(self, value: T) -> T:
-        """What the first process has, in every process."""
+        """The first process's value, returned in every process."""
         return self._fabric.broadcast(value) if self.world > 1 else value
 
 
 def resolve(precision: str) -> str:
-    """`auto` in words: bfloat16 where the hardware multiplies it faster, else float32.
+    """Replace `auto` by bfloat16 where the hardware multiplies it faster, else by float32.
 
     That is a GPU with bfloat16 of its own, or a CPU with matrix units (AMX).
     """
@@ -105,9 +105,9 @@ def resolve(precision: str) -> str:
 
 
 def relaunch(stage: str) -> bool:
-    """Run the stage in several processes if SECATEUR_LAUNCH asks for it; gives whether it did.
+    """Run the stage in several processes if SECATEUR_LAUNCH is set; returns whether it did.
 
-    Raises SecateurError when one of them fails; what was saved until then is gone on from.
+    Raises SecateurError when one of them fails; the next run resumes from the saved state.
     """
     command = os.environ.get("SECATEUR_LAUNCH", "").strip()
     if not command:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from secateur.base.errors import SettingsError, TrainingError
+from secateur.base.errors import ArgumentError, TrainingError
 from secateur.base.settings import Train
 from secateur.data.batches import Batches
 from secateur.data.dataset import Dataset
@@ -53,7 +53,7 @@ def fit(
     restored (see `determinism`).
 
     Raises TrainingError when the loss is no longer finite, the last good state being kept, and
-    SettingsError before the first step if there are fewer steps than the penalty needs.
+    ArgumentError before the first step if there are fewer steps than the penalty needs.
     """
     engine = engine or Engine(settings.precision)
     with determinism.deterministic(engine.device):
@@ -165,18 +165,22 @@ def _save(
 
 
 def _check_schedule(penalty: Penalty | None, settings: Train, steps_per_epoch: int) -> None:
-    """Raise SettingsError if the schedule of a penalty does not fit into the training."""
+    """Raise ArgumentError if the schedule of a penalty does not fit into the training."""
     if not isinstance(penalty, ScheduledPenalty):
         return
     if penalty.max_steps > settings.epochs * steps_per_epoch:
-        raise SettingsError(
-            f"params.yaml: sparse_train.epochs = {settings.epochs}: the penalty may need "
-            f"{penalty.max_steps:,} steps until it is finished; at {steps_per_epoch:,} steps an "
-            f"epoch that is {math.ceil(penalty.max_steps / steps_per_epoch):,} epochs. It ends by "
-            "itself, so more do no harm"
+        raise ArgumentError(
+            "epochs",
+            f"the penalty may need {penalty.max_steps:,} steps until it is finished; at "
+            f"{steps_per_epoch:,} steps an epoch that is "
+            f"{math.ceil(penalty.max_steps / steps_per_epoch):,} epochs. It ends by itself, so "
+            "more do no harm",
+            settings.epochs,
         )
     if settings.keep != "last":
-        raise SettingsError(
-            f"params.yaml: sparse_train.keep = {settings.keep!r}: a penalty with a schedule of its "
-            "own is complete only at the end of it; keep must be 'last'"
+        raise ArgumentError(
+            "keep",
+            "a penalty with a schedule of its own is complete only at the end of it; keep must be "
+            "'last'",
+            settings.keep,
         )

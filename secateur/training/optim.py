@@ -1,4 +1,4 @@
-"""Optimizer and learning rate, from settings."""
+"""Optimizer and learning rate from settings."""
 
 import math
 
@@ -11,11 +11,11 @@ NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
 
 
 def optimizer(model: nn.Module, settings: Train) -> torch.optim.Optimizer:
-    """The optimizer that the settings name, in its fused form."""
+    """Build the optimizer of the settings, in its fused implementation."""
     lr = settings.lr
     groups = [
         {"params": parameters, "weight_decay": decay}
-        for parameters, decay in _by_decay(model, settings)
+        for parameters, decay in _groups_by_decay(model, settings)
         if parameters
     ]
     if settings.optimizer == "sgd":
@@ -27,37 +27,37 @@ def optimizer(model: nn.Module, settings: Train) -> torch.optim.Optimizer:
     return kind(groups, lr, fused=True)
 
 
-def _by_decay(model: nn.Module, settings: Train) -> list[tuple[list[nn.Parameter], float]]:
-    """Parameters with their weight decay: all with the same, or norms and biases without."""
-    everything = [p for p in model.parameters() if p.requires_grad]
+def _groups_by_decay(model: nn.Module, settings: Train) -> list[tuple[list[nn.Parameter], float]]:
+    """Parameters and their weight decay: one group, or a second one of norms and biases without."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
     if settings.weight_decay_on == "all":
-        return [(everything, settings.weight_decay)]
-    free = {
+        return [(parameters, settings.weight_decay)]
+    exempt = {
         id(parameter)
         for module in model.modules()
         for name, parameter in module.named_parameters(recurse=False)
         if isinstance(module, NORMS) or name == "bias"
     }
     return [
-        ([p for p in everything if id(p) not in free], settings.weight_decay),
-        ([p for p in everything if id(p) in free], 0.0),
+        ([p for p in parameters if id(p) not in exempt], settings.weight_decay),
+        ([p for p in parameters if id(p) in exempt], 0.0),
     ]
 
 
-def rate(settings: Train, step: int, per_epoch: int) -> float:
-    """Learning rate at a step (from 0) of the whole training, `per_epoch` of them an epoch.
+def rate(settings: Train, step: int, steps_per_epoch: int) -> float:
+    """Learning rate at `step`, counted from 0 over all epochs of `steps_per_epoch` steps.
 
-    constant; multistep: times gamma at each milestone; cosine: half a cosine down to 0 after the
-    warm-up (I. Loshchilov and F. Hutter, SGDR, ICLR 2017); one_cycle: half a cosine up from lr / 25
-    over the first 30 % and down to lr / 10,000 (L. Smith and N. Topin, 2019). The warm-up rises
-    in equal steps; none of them has reached zero at the last step.
+    constant; multistep: multiplied by gamma at each milestone; cosine: half a cosine down to 0
+    after the warm-up (I. Loshchilov, F. Hutter, SGDR, ICLR 2017); one_cycle: half a cosine up from
+    lr / 25 over the first 30 % and down to lr / 10,000 (L. Smith, N. Topin, Super-convergence,
+    2019). The warm-up is linear. The rate is above zero at the last step.
     """
     if settings.schedule_by == "epoch":
-        step -= step % per_epoch
-    now, end = step / per_epoch, float(settings.epochs)
+        step -= step % steps_per_epoch
+    now, end = step / steps_per_epoch, float(settings.epochs)
     warm = settings.warmup
     if now < warm:
-        rise = 1.0 if settings.schedule_by == "epoch" else 1.0 / per_epoch
+        rise = 1.0 if settings.schedule_by == "epoch" else 1.0 / steps_per_epoch
         return settings.lr * min(1.0, (now + rise) / warm)
     if settings.schedule == "constant":
         return settings.lr
@@ -72,6 +72,6 @@ def rate(settings: Train, step: int, per_epoch: int) -> float:
     return last + (settings.lr - last) * _half_cosine((now - peak) / (end - peak))
 
 
-def _half_cosine(share: float) -> float:
-    """1 at the beginning, 0 at the end."""
-    return 0.5 * (1 + math.cos(math.pi * share))
+def _half_cosine(progress: float) -> float:
+    """Falls from 1 at `progress` 0 to 0 at `progress` 1."""
+    return 0.5 * (1 + math.cos(math.pi * progress))

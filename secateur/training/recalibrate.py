@@ -1,4 +1,4 @@
-"""Statistics of batch normalisations, measured again: after pruning they are those of before."""
+"""New statistics of batch normalisations; pruning changes what they should be."""
 
 from collections.abc import Iterable
 
@@ -10,11 +10,10 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 @torch.no_grad()
 def recalibrate(model: nn.Module, batches: Iterable[Tensor]) -> int:
-    """Set running means and variances to the average over batches of images, in place.
+    """Set running means and variances to the averages over batches of images, in place.
 
-    Every batch counts alike, so they should be of one size. Nothing else of the model changes, and
-    it is left in eval mode; other layers that behave differently in training do not. Gives the
-    number of normalisations.
+    All batches have equal weight, so they should have one size. Other layers (dropout) stay in eval
+    mode, and so does the model afterwards. Returns the number of normalisations.
     """
     norms = [m for m in model.modules() if isinstance(m, NORMS) and m.track_running_stats]
     momenta = [norm.momentum for norm in norms]
