@@ -14,7 +14,7 @@ from torch import fx, nn
 from secateur.base import plugin, settings
 from secateur.base.errors import DataError, SettingsError
 from secateur.base.torchvision_import import import_torchvision
-from secateur.channels import propagation as graph
+from secateur.channels.trace import trace
 from secateur.nn import blocks, checkpoint, cost, resizing
 from secateur.nn.checkpoint import Header
 from secateur.sparsity import masks
@@ -315,7 +315,7 @@ def test_every_module_is_called_once_and_only_sums_and_concatenations_stand_betw
     if least == COLOUR:
         pytest.skip("as torchvision has it")
     model = build(arch, **chosen)
-    nodes = graph.trace(model).nodes
+    nodes = trace(model).nodes
     called = [str(node.target) for node in nodes if node.op == "call_module"]
     leaves = [n for n, m in model.named_modules() if not list(m.children())]
     assert sorted(called) == sorted(leaves)

@@ -909,7 +909,7 @@ def test_channels_that_cannot_go_are_locked_with_a_reason(make, reason):
 @pytest.mark.parametrize("name", ["input", "head.2"])
 def test_input_and_output_are_locked(name):
     model, batch = build(chain), images()
-    with pytest.raises(PruningError, match=f"channels of {name} cannot be taken away"):
+    with pytest.raises(PruningError, match=f"channels of {name} cannot be removed"):
         removal.remove(model, {name: torch.tensor([0])}, batch)
 
 

@@ -1,265 +1,195 @@
-"""First walk through a network: hands out ids and writes down which tensors hold them."""
+"""The first visitor: makes channel ids and notes which tensors have entries for them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from secateur.base.errors import PruningError
-from secateur.channels.propagation import ZERO, NamedTensor
-
-Kind = Literal["out", "bias", "in", "norm", "statistic", "scale", "index"]
-"""out, in: a layer's weight. bias: a layer's. norm: factor or shift. statistic: running mean or
-variance. scale: any other factor or term. index: what a Take takes."""
-
-
-@dataclass(frozen=True)
-class LayerInfo:
-    """What was learnt about one convolution or linear layer."""
-
-    weight: str
-    bias: str | None
-    inputs: Tensor
-    """Atoms of its inputs."""
-    outputs: Tensor
-    """Atoms of its outputs."""
-    groups: int
-
-    def depthwise(self) -> bool:
-        """Every input has a filter of its own."""
-        return self.groups > 1 and self.groups == len(self.inputs)
-
-
-@dataclass(frozen=True)
-class SelectInfo:
-    """What was learnt about an index buffer."""
-
-    index: Tensor
-    inputs: Tensor
-    outputs: Tensor
-    owns_channels: bool
-    """Positions are channels of their own, which may be zero: a Take."""
-
-
-@dataclass(frozen=True)
-class AxisEntry:
-    """One axis of one tensor, with the atom of each entry."""
-
-    tensor: str
-    axis: int
-    kind: Kind
-    ids: Tensor
-    owner: str
-    groups: int = 1
-
-
-class UnionFind:
-    """Disjoint sets of numbers; the smallest stands for its set."""
-
-    def __init__(self, count: int) -> None:
-        self.parent = list(range(count))
-
-    def find(self, x: int) -> int:
-        """The number that stands for the set of this one."""
-        parent = self.parent
-        while parent[x] != x:
-            parent[x] = parent[parent[x]]
-            x = parent[x]
-        return x
-
-    def canonical(self) -> list[int]:
-        """The number that stands for the set of each."""
-        found: list[int] = []
-        for x, parent in enumerate(self.parent):
-            found.append(x if parent == x else found[parent])  # a parent is smaller
-        return found
-
-    def join(self, a: int, b: int) -> None:
-        """Make one set of two."""
-        a, b = self.find(a), self.find(b)
-        self.parent[max(a, b)] = min(a, b)
+from secateur.channels.ids import ZERO, NamedTensor
+from secateur.channels.records import AxisEntry, Kind, LayerInfo, SelectInfo
+from secateur.channels.union_find import UnionFind
+from secateur.channels.visitor import NormKind
 
 
 class GroupBuilder:
-    """First walk: hands out ids and writes down who holds them."""
+    """A Visitor that unites ids of one channel; `finish` gives every id its canonical one."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.sets = UnionFind(0)
-        self.records: dict[tuple[str, int], AxisEntry] = {}
+        self.axes: dict[tuple[str, int], AxisEntry] = {}
+        """By tensor and axis."""
         self.layers: dict[str, LayerInfo] = {}
         self.selects: dict[str, SelectInfo] = {}
-        self.held: dict[str, tuple[Tensor, int]] = {}
-        self.fixed_atoms: list[Tensor] = []
-        self.locked: list[tuple[Tensor, str]] = []
+        """By index buffer."""
+        self.parameters: dict[str, tuple[Tensor, int]] = {}
+        """Of tensors that are added or multiplied: id of each entry, in the tensor's shape, and the
+        axis along which channels differ, ZERO if there is none."""
+        self.fixed_ids: list[Tensor] = []
+        """In the order in which they were made."""
         self.balances: list[tuple[str, list[Tensor]]] = []
-        self.reasons: dict[int, str] = {}
+        """Where, and the ids of each part."""
         self.canonical = torch.empty(0, dtype=torch.int64)
-        self.padded = torch.empty(0, dtype=torch.bool)
-        """By atom: meets fixed zeros. The last entry is for fixed zeros themselves."""
-        self._padded: list[Tensor] = []
-        self._roots_and_zero = torch.tensor([ZERO])
+        """Canonical id of every id, (ids,)."""
+        self.reasons: dict[int, str] = {}
+        """Canonical id -> why the channel is locked."""
+        self.beside_zeros = torch.empty(0, dtype=torch.bool)
+        """By id: added to fixed zeros. The last entry is for ZERO itself."""
+        self._sets = UnionFind(0)
+        self._locks: list[tuple[Tensor, str]] = []
+        self._beside: list[Tensor] = []
+        self._canonical_and_zero = torch.tensor([ZERO])
         self._used: set[str] = set()
+        self._buffers = {name for name, _ in model.named_buffers()}
+        self._tensors = self._buffers | {name for name, _ in model.named_parameters()}
 
     def _new(self, count: int) -> Tensor:
-        start = len(self.sets.parent)
-        self.sets.parent.extend(range(start, start + count))
-        return torch.arange(start, start + count)
+        fresh = self._sets.add(count)
+        return torch.arange(fresh.start, fresh.stop)
 
-    def _record(
-        self, held: NamedTensor, axis: int, kind: Kind, ids: Tensor, owner: str, groups: int = 1
+    def _note(
+        self, named: NamedTensor, axis: int, kind: Kind, ids: Tensor, owner: str, groups: int = 1
     ) -> None:
-        self._used.add(held.name)
-        key = (held.name, axis)
-        if held.tensor.shape[axis] * (groups if axis == 1 else 1) != len(ids):
-            raise PruningError(
-                f"{held.name} has {held.tensor.shape[axis]} entries for {len(ids)} channels"
-            )
-        if key in self.records:
-            self.meet(self.records[key].ids, ids)
+        """An axis of a tensor has these ids; if it had others, they are the same channels."""
+        self._used.add(named.name)
+        size = named.tensor.shape[axis]
+        if size * (groups if axis == 1 else 1) != len(ids):
+            raise PruningError(f"{named.name} has {size} entries for {len(ids)} channels")
+        if (named.name, axis) in self.axes:
+            self.unify(self.axes[named.name, axis].ids, ids)
         else:
-            self.records[key] = AxisEntry(held.name, axis, kind, ids, owner, groups)
+            entry = AxisEntry(named.name, axis, kind, ids, owner, groups)
+            self.axes[named.name, axis] = entry
 
     def fixed(self, count: int, reason: str) -> Tensor:
         """New ids, locked."""
         ids = self._new(count)
-        self.fixed_atoms.append(ids)
+        self.fixed_ids.append(ids)
         self.lock(ids, reason)
         return ids
 
     def layer(
         self, name: str, weight: NamedTensor, bias: NamedTensor | None, into: Tensor, groups: int
     ) -> Tensor:
-        """New ids for a layer's outputs; the ones it made before if it runs again."""
-        known = self.records.get((weight.name, 0))
-        count = weight.tensor.shape[0]
-        out = known.ids if known else self._new(count)
-        self._record(weight, 0, "out", out, name)
+        """New ids for the outputs; those of the first call if the layer runs again."""
+        known = self.axes.get((weight.name, 0))
+        outputs = known.ids if known else self._new(weight.tensor.shape[0])
+        self._note(weight, 0, "out", outputs, name)
         if bias is not None:
-            self._record(bias, 0, "bias", out, name)
-        layer = LayerInfo(weight.name, bias.name if bias else None, into, out, groups)
-        if layer.depthwise():
-            self._record_through(layer, into)
+            self._note(bias, 0, "bias", outputs, name)
+        layer = LayerInfo(weight.name, bias.name if bias else None, into, outputs, groups)
+        if layer.depthwise():  # its outputs are the same channels as its inputs
+            self.unify(into.repeat_interleave(len(outputs) // groups), outputs)
         else:
-            self._record(weight, 1, "in", into, name, groups)
+            self._note(weight, 1, "in", into, name, groups)
             if groups > 1 and name not in self.layers:
-                for side, ids in (("inputs", into), ("outputs", out)):
-                    parts = list(ids.reshape(groups, -1))
-                    self.balances.append((f"{side} of {name}", parts))
+                for side, ids in (("inputs", into), ("outputs", outputs)):
+                    self.balance(f"{side} of {name}", list(ids.reshape(groups, -1)))
         self.layers.setdefault(name, layer)
-        return out
+        return outputs
 
-    def _record_through(self, layer: LayerInfo, into: Tensor) -> None:
-        """Depthwise: what is read and what is made are the same channels."""
-        self.meet(into.repeat_interleave(len(layer.outputs) // layer.groups), layer.outputs)
+    def norm(self, tensors: Sequence[NamedTensor], kind: NormKind, ids: Tensor) -> None:
+        """Note the tensors."""
+        for named in tensors:
+            self._note(named, 0, kind, ids, named.name.rpartition(".")[0])
 
-    def norm(self, held: Sequence[NamedTensor], kind: str, into: Tensor) -> None:
-        """One entry for each channel."""
-        for one in held:
-            if kind in ("norm", "statistic", "scale"):
-                self._record(one, 0, kind, into, one.name.rpartition(".")[0])  # type: ignore[arg-type]
-
-    def parameter(self, held: NamedTensor) -> Tensor:
-        """New ids for every entry; which axis has the channels is seen in the end."""
-        self._used.add(held.name)
-        if held.name not in self.held:
-            named = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
-            count = held.tensor.numel()
-            ids = self._new(count) if held.name in named else self.fixed(count, "a constant")
-            self.held[held.name] = (ids.reshape(held.tensor.shape), ZERO)
-        return self.held[held.name][0]
+    def parameter(self, named: NamedTensor) -> Tensor:
+        """New ids for every entry; `finish` finds the axis along which channels differ."""
+        self._used.add(named.name)
+        if named.name not in self.parameters:
+            count, own = named.tensor.numel(), named.name in self._tensors
+            ids = self._new(count) if own else self.fixed(count, "a constant")
+            self.parameters[named.name] = (ids.reshape(named.tensor.shape), ZERO)
+        return self.parameters[named.name][0]
 
     def select(self, index: NamedTensor, into: Tensor, owns_channels: bool) -> Tensor:
-        """New ids for the positions of a Take; otherwise the chosen ones go on."""
+        """New ids for positions that are channels of their own, else the selected ids."""
         self._used.add(index.name)
         numbers = index.tensor.detach().cpu()
         if index.name in self.selects:
             before = self.selects[index.name]
-            self.meet(before.inputs, into)
+            self.unify(before.inputs, into)
             return before.outputs
         if owns_channels:
-            out = self._new(len(numbers))
+            outputs = self._new(len(numbers))
         else:
-            out = into[numbers]
-            if index.name not in dict(self.model.named_buffers()):
+            outputs = into[numbers]
+            if index.name not in self._buffers:
                 self.lock(into, f"chosen by {index.name}, which is no buffer")
-        self.selects[index.name] = SelectInfo(numbers, into, out, owns_channels)
-        self._record(index, 0, "index", out, index.name.removesuffix(".index"))
-        return out
+        self.selects[index.name] = SelectInfo(numbers, into, outputs, owns_channels)
+        self._note(index, 0, "index", outputs, index.name.removesuffix(".index"))
+        return outputs
 
-    def meet(self, a: Tensor, b: Tensor) -> None:
-        """Atoms that are added or multiplied are one channel; beside a fixed zero they stay."""
+    def unify(self, a: Tensor, b: Tensor) -> None:
+        """Ids of a pair become one channel; one that is paired with ZERO is locked instead."""
         different = a != b
-        x, y = a[different] - ZERO, b[different] - ZERO
-        base = len(self.sets.parent) - ZERO
+        x, y = a[different] - ZERO, b[different] - ZERO  # from 0, so that a pair is one number
+        base = len(self._sets.parent) - ZERO
         key = (x * base + y).unique()
         pairs = torch.stack((key // base, key % base), dim=1) + ZERO
-        zeros = (pairs == ZERO).any(dim=1)
-        beside = pairs[zeros].amax(dim=1)
+        with_zero = (pairs == ZERO).any(dim=1)
+        beside = pairs[with_zero].amax(dim=1)
         if len(beside):
-            self._padded.append(beside)
+            self._beside.append(beside)
             self.lock(beside, "added to zeros that the code pads with")
-        for x, y in pairs[~zeros].tolist():
-            self.sets.join(x, y)
+        for x, y in pairs[~with_zero].tolist():
+            self._sets.union(x, y)
 
     def lock(self, ids: Tensor, reason: str) -> None:
-        """Remember why they stay."""
-        self.locked.append((ids[ids >= 0].unique(), reason))
+        """Note the reason; where there are several, the first one counts."""
+        self._locks.append((ids[ids >= 0].unique(), reason))
 
     def balance(self, where: str, parts: Sequence[Tensor]) -> None:
-        """Remember the parts."""
+        """Note the parts."""
         self.balances.append((where, list(parts)))
 
-    def close(self) -> None:
-        """Settle what stands for what; PruningError if a layer was never seen."""
-        for name in self._parameters_left():
-            raise PruningError(
-                f"layer {name} never runs in eval mode, so what it reads is unknown; build the "
-                "network without it"
-            )
-        self._hold()
-        self.canonical = torch.tensor(self.sets.canonical())
-        self._roots_and_zero = torch.cat((self.canonical, torch.tensor([ZERO])))  # ZERO is the last
-        self.padded = torch.zeros(len(self.canonical) + 1, dtype=torch.bool)
-        for ids in self._padded:
-            self.padded[ids] = True
-        for ids, reason in self.locked:
-            for root in self.canonical[ids].unique().tolist():
-                self.reasons.setdefault(root, reason)
+    def finish(self) -> None:
+        """Compute canonical ids and reasons for locks, once all nodes have been propagated.
 
-    def root(self, ids: Tensor) -> Tensor:
-        """What stands for each atom; fixed zeros stand for themselves."""
-        return self._roots_and_zero[ids]
+        Raises PruningError naming a layer that never ran.
+        """
+        for name, parameter in self.model.named_parameters():
+            if parameter.numel() > 1 and name not in self._used:
+                raise PruningError(
+                    f"layer {name.rpartition('.')[0]} never runs in eval mode, so its channels are "
+                    "unknown; build the network without it"
+                )
+        self._find_axes()
+        self.canonical = torch.tensor(self._sets.canonical())
+        self._canonical_and_zero = torch.cat((self.canonical, torch.tensor([ZERO])))
+        self.beside_zeros = torch.zeros(len(self.canonical) + 1, dtype=torch.bool)
+        for ids in self._beside:
+            self.beside_zeros[ids] = True
+        for ids, reason in self._locks:
+            for canonical_id in self.canonical[ids].unique().tolist():
+                self.reasons.setdefault(canonical_id, reason)
 
-    def _parameters_left(self) -> list[str]:
-        layers = [n for n, p in self.model.named_parameters() if p.numel() > 1]
-        return [n.rpartition(".")[0] for n in layers if n not in self._used]
+    def canonical_of(self, ids: Tensor) -> Tensor:
+        """The canonical id of each id; ZERO, which is the last index, stays ZERO."""
+        return self._canonical_and_zero[ids]
 
-    def _hold(self) -> None:
-        """Find the axis of every added or multiplied tensor along which channels differ."""
-        for name, (ids, _) in self.held.items():
-            sets: list[int] = [self.sets.find(a) for a in ids.flatten().tolist()]
-            roots = torch.tensor(sets).reshape(ids.shape)
-            if torch.equal(roots, ids):
-                continue  # met nothing
+    def _find_axes(self) -> None:
+        """The axis of every added or multiplied tensor along which channels differ."""
+        for name, (ids, _) in self.parameters.items():
+            sets = [self._sets.find(number) for number in ids.flatten().tolist()]
+            canonical = torch.tensor(sets).reshape(ids.shape)
+            if torch.equal(canonical, ids):
+                continue  # it was combined with no channels
             axes = [
                 axis
                 for axis in range(ids.dim())
-                if bool((roots == _first_along(roots, axis)).all())
+                if bool((canonical == _first_of_other_axes(canonical, axis)).all())
             ]
             if not axes:
                 self.lock(ids.flatten(), f"{name} treats positions of a channel differently")
                 continue
-            line = roots.movedim(axes[0], 0).flatten(1)[:, 0] if roots.dim() > 1 else roots
-            self.held[name] = (ids, axes[0])
-            self.records[name, axes[0]] = AxisEntry(
-                name, axes[0], "scale", line, name.rpartition(".")[0]
-            )
+            axis = axes[0]
+            along = canonical.movedim(axis, 0).flatten(1)[:, 0] if ids.dim() > 1 else canonical
+            self.parameters[name] = (ids, axis)
+            owner = name.rpartition(".")[0]
+            self.axes[name, axis] = AxisEntry(name, axis, "scale", along, owner)
 
 
-def _first_along(roots: Tensor, axis: int) -> Tensor:
-    """The first entry of every other axis, so that only this one is left."""
-    index = [slice(None) if k == axis else slice(0, 1) for k in range(roots.dim())]
-    return roots[tuple(index)]
+def _first_of_other_axes(ids: Tensor, axis: int) -> Tensor:
+    """The first entry along every axis but one; the result has size 1 there."""
+    return ids[tuple(slice(None) if k == axis else slice(0, 1) for k in range(ids.dim()))]

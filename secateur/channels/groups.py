@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from secateur.channels.builder import AxisEntry, Kind
+from secateur.channels.records import AxisEntry, Kind
 
 
 @dataclass(frozen=True)

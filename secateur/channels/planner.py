@@ -1,4 +1,4 @@
-"""Second walk, through the smaller network: what is left of every tensor, if that fits together."""
+"""The second visitor: what removing channels leaves of every tensor, if that fits together."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -7,27 +7,30 @@ import torch
 from torch import Tensor
 
 from secateur.base.errors import PruningError
-from secateur.channels.builder import GroupBuilder, LayerInfo
-from secateur.channels.propagation import ZERO, NamedTensor
+from secateur.channels.builder import GroupBuilder
+from secateur.channels.ids import ZERO, NamedTensor
+from secateur.channels.records import LayerInfo
+from secateur.channels.visitor import NormKind
 
 
 @dataclass
 class ShapePlan:
-    """Which entries of every tensor stay; the result of a check."""
+    """Which entries of every tensor remain, checked by a propagation; indices are int64."""
 
     cuts: dict[str, dict[int, Tensor]] = field(default_factory=dict)
-    """Tensor -> axis -> indices that stay, in their new order."""
+    """Tensor -> axis -> indices that remain, in their new order."""
     columns: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    """Weight of a grouped convolution -> rows (outputs,), and columns of each (outputs, inputs)."""
+    """Weight of a convolution with groups -> rows that remain, (outputs,), and the columns that
+    remain of each, (outputs, inputs of a group)."""
     values: dict[str, Tensor] = field(default_factory=dict)
     """Index buffer -> its new content."""
     groups: dict[str, int] = field(default_factory=dict)
-    """Convolution -> its groups from now on."""
+    """Convolution -> its number of groups after the removal."""
     kept: dict[str, Tensor] = field(default_factory=dict)
-    """Layer -> indices of its outputs that stay, in their new order."""
+    """Layer -> indices of its outputs that remain, in their new order."""
 
     def shrink(self, name: str, tensor: Tensor) -> Tensor:
-        """What stays of a tensor of that name; the tensor itself if all of it does."""
+        """What remains of a tensor of that name; the tensor itself if all of it does."""
         if name in self.columns:
             rows, columns = (index.to(tensor.device) for index in self.columns[name])
             return tensor[rows.unsqueeze(1), columns]
@@ -39,31 +42,31 @@ class ShapePlan:
 
 
 class ShapePlanner:
-    """Second walk, through the smaller network: what every layer finds of what it knew."""
+    """A Visitor that propagates the ids that remain, and notes the positions that they had."""
 
-    def __init__(self, found: GroupBuilder, gone: Tensor) -> None:
-        self.found = found
-        self.left = torch.ones(len(found.canonical) + 1, dtype=torch.bool)  # the last: fixed zeros
-        self.left[gone] = False
+    def __init__(self, built: GroupBuilder, gone: Tensor) -> None:
+        """`gone` has the canonical ids of the channels to remove, int64."""
+        self.built = built
         self.plan = ShapePlan()
-        self._fixed = iter(found.fixed_atoms)
-        self._records = found.records
+        self._remains = torch.ones(len(built.canonical) + 1, dtype=torch.bool)  # the last: ZERO
+        self._remains[gone] = False
+        self._fixed = iter(built.fixed_ids)
 
-    def _stay(self, ids: Tensor) -> Tensor:
-        """Positions whose channel stays."""
-        return self.left[self.found.root(ids)].nonzero().flatten()
+    def _remaining(self, ids: Tensor) -> Tensor:
+        """Positions whose channel remains."""
+        return self._remains[self.built.canonical_of(ids)].nonzero().flatten()
 
     def _match(self, where: str, old: Tensor, new: Tensor) -> Tensor:
-        """The old position of each new one: equal channels in equal order."""
-        stay = self._stay(old)
-        kept, found = self.found.root(old[stay]), self.found.root(new)
+        """The old position of each new id; equal channels match in their order."""
+        positions = self._remaining(old)
+        kept, found = self.built.canonical_of(old[positions]), self.built.canonical_of(new)
         if torch.equal(kept, found):
-            return stay
+            return positions
         by_kept, by_found = kept.argsort(stable=True), found.argsort(stable=True)
         if len(kept) != len(found) or not torch.equal(kept[by_kept], found[by_found]):
             raise PruningError(f"{where} would no longer read the channels that it reads now")
-        index = torch.empty_like(stay)
-        index[by_found] = stay[by_kept]
+        index = torch.empty_like(positions)
+        index[by_found] = positions[by_kept]
         return index
 
     def _cut(self, name: str, axis: int, index: Tensor) -> None:
@@ -72,16 +75,16 @@ class ShapePlanner:
             raise PruningError(f"{name} would be needed in two orders")
 
     def fixed(self, count: int, reason: str) -> Tensor:
-        """The ids of the first walk, in the same order."""
+        """The ids of the first propagation, which came in this order too."""
         return next(self._fixed)
 
     def layer(
         self, name: str, weight: NamedTensor, bias: NamedTensor | None, into: Tensor, groups: int
     ) -> Tensor:
-        """What stays of a layer: columns by what it finds, rows by what is not gone."""
-        layer = self.found.layers[name]
+        """Rows of the weight by the outputs that remain, columns by the inputs that come in."""
+        layer = self.built.layers[name]
         if len(into) == 0:
-            raise PruningError(f"layer {name} would be left without inputs; take away less")
+            raise PruningError(f"layer {name} would be left without inputs; remove fewer")
         if layer.depthwise():
             index = self._match(name, layer.inputs, into)
             each = len(layer.outputs) // layer.groups
@@ -90,7 +93,7 @@ class ShapePlanner:
         elif layer.groups > 1:
             rows = self._grouped(name, layer, into)
         else:
-            rows = self._stay(layer.outputs)
+            rows = self._remaining(layer.outputs)
             self._cut(layer.weight, 1, self._match(name, layer.inputs, into))
         self._cut(layer.weight, 0, rows)
         if bias is not None:
@@ -99,18 +102,18 @@ class ShapePlanner:
         return layer.outputs[rows]
 
     def _grouped(self, name: str, layer: LayerInfo, into: Tensor) -> Tensor:
-        """Groups keep as many inputs and outputs as each other, or go as a whole."""
+        """Groups keep equally many inputs and outputs, or are removed as a whole."""
         inputs, outputs = len(layer.inputs) // layer.groups, len(layer.outputs) // layer.groups
         index = self._match(name, layer.inputs, into)
         owners = index // inputs
         left = owners.unique_consecutive()
-        rows_of = self._stay(layer.outputs)
-        rows = [rows_of[rows_of // outputs == owner] for owner in left]
+        remaining = self._remaining(layer.outputs)
+        rows = [remaining[remaining // outputs == owner] for owner in left]
         counts = {int((owners == owner).sum()) for owner in left}
         even = len(left.unique()) == len(left) and len(counts) == 1
-        if not even or len({len(r) for r in rows}) != 1 or sum(map(len, rows)) != len(rows_of):
+        if not even or len({len(r) for r in rows}) != 1 or sum(map(len, rows)) != len(remaining):
             raise PruningError(
-                f"the {layer.groups} groups of {name} would no longer be of one size; take the "
+                f"the {layer.groups} groups of {name} would no longer be of one size; remove the "
                 "same number of channels from each, or whole groups"
             )
         columns = (index % inputs).reshape(len(left), -1)
@@ -119,49 +122,47 @@ class ShapePlanner:
         self.plan.columns[layer.weight] = (order, columns.repeat_interleave(len(rows[0]), dim=0))
         return order
 
-    def norm(self, held: Sequence[NamedTensor], kind: str, into: Tensor) -> None:
-        """Entries in the order in which the channels come."""
-        known: tuple[Tensor, Tensor] | None = None
-        for one in held:
-            ids = self._records[one.name, 0].ids
-            if known is None or ids is not known[0]:
-                known = ids, self._match(one.name, ids, into)
-            self._cut(one.name, 0, known[1])
+    def norm(self, tensors: Sequence[NamedTensor], kind: NormKind, ids: Tensor) -> None:
+        """Entries in the order in which the channels come in."""
+        known: tuple[Tensor, Tensor] | None = None  # often equal for all tensors
+        for named in tensors:
+            before = self.built.axes[named.name, 0].ids
+            if known is None or before is not known[0]:
+                known = before, self._match(named.name, before, ids)
+            self._cut(named.name, 0, known[1])
 
-    def parameter(self, held: NamedTensor) -> Tensor:
-        """What stays of a tensor that is added or multiplied."""
-        ids, axis = self.found.held[held.name]
+    def parameter(self, named: NamedTensor) -> Tensor:
+        """Ids of the entries that remain."""
+        ids, axis = self.built.parameters[named.name]
         if axis == ZERO:
             return ids
-        line = self._records[held.name, axis].ids
-        index = self._stay(line)
-        self._cut(held.name, axis, index)
+        index = self._remaining(self.built.axes[named.name, axis].ids)
+        self._cut(named.name, axis, index)
         return ids.index_select(axis, index)
 
     def select(self, index: NamedTensor, into: Tensor, owns_channels: bool) -> Tensor:
-        """What stays of an index buffer, and the numbers that it now has to hold."""
-        known = self.found.selects[index.name]
+        """Positions that remain, and where the channels are that they select."""
+        known = self.built.selects[index.name]
         matched = self._match(index.name, known.inputs, into)
-        place = torch.full((len(known.inputs) + 1,), ZERO)  # the last one stands for zeros
-        place[matched] = torch.arange(len(matched))
-        stay = self._stay(known.outputs)
-        values = place[known.index][stay]
-        self._cut(index.name, 0, stay)
-        self.plan.values[index.name] = values
-        return known.outputs[stay]
+        position = torch.full((len(known.inputs) + 1,), ZERO)  # the last one is that of zeros
+        position[matched] = torch.arange(len(matched))
+        remaining = self._remaining(known.outputs)
+        self._cut(index.name, 0, remaining)
+        self.plan.values[index.name] = position[known.index][remaining]
+        return known.outputs[remaining]
 
-    def meet(self, a: Tensor, b: Tensor) -> None:
-        """Only what was one channel before may meet."""
-        x, y = self.found.root(a), self.found.root(b)
-        wrong = (x != y) & ~self._beside_zero(a, b) & ~self._beside_zero(b, a)
+    def unify(self, a: Tensor, b: Tensor) -> None:
+        """A pair must have been one channel before."""
+        x, y = self.built.canonical_of(a), self.built.canonical_of(b)
+        wrong = (x != y) & ~self._was_padding(a, b) & ~self._was_padding(b, a)
         if bool(wrong.any()):
             raise PruningError("would add up channels that do not belong together")
 
-    def _beside_zero(self, a: Tensor, b: Tensor) -> Tensor:
-        return (a == ZERO) & self.found.padded[b]
+    def _was_padding(self, a: Tensor, b: Tensor) -> Tensor:
+        return (a == ZERO) & self.built.beside_zeros[b]
 
     def lock(self, ids: Tensor, reason: str) -> None:
-        """Nothing to do: locked channels are never among those that go."""
+        """Nothing to do: locked channels are never among those that are removed."""
 
     def balance(self, where: str, parts: Sequence[Tensor]) -> None:
-        """Nothing to do: what does not fit is noticed by those who read."""
+        """Nothing to do: the operation that needs the balance checks it."""

@@ -1,8 +1,8 @@
-"""What every layer of a network sees, as far as it is the same for every input.
+"""Values in a network that are the same for every input.
 
-One pass in which NaN stands for "depends on the input". Known values are computed by the layers
-themselves, so that biases, normalisations, activations, pooling and padded borders all count. In a
-product a known zero wins.
+One forward pass in which NaN stands for "depends on the input". Known values are computed by the
+layers themselves, so that biases, normalisations, activations, pooling and padded borders all
+count. In a product a known zero wins.
 """
 
 from dataclasses import dataclass
@@ -12,74 +12,74 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
+from secateur.channels import operators
 from secateur.channels.groups import by_channel
-from secateur.channels.propagation import BATCH_NORMS, ELEMENTWISE, UNARY
 from secateur.nn.layers import ChannelSelect
-
-_WEIGHTED: dict[str, Any] = {"conv2d": functional.conv2d, "linear": functional.linear}
-_HANDS_ON = (nn.ReLU, nn.Identity, nn.Dropout, nn.Dropout2d)  # NaN as well
-_PRODUCTS = ("mul", "mul_", "imul", "multiply")
 
 
 class Constants(fx.Interpreter):
-    """One run of a traced network, of which the inputs of layers are remembered."""
+    """Runs a traced network in this way, and notes the inputs of its layers.
+
+    How operations treat unknown values follows from their properties in `channels.operators`.
+    """
 
     def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
         super().__init__(model, graph=graph)
         self.inputs: dict[str, list[Seen]] = {}
-        """Layer or index buffer -> what it sees at each call."""
+        """Layer or index buffer -> its input at each call."""
         self.result: Any = None
+        """What the network returns."""
         self._names = {id(t): n for n, t in [*model.named_parameters(), *model.named_buffers()]}
 
     @classmethod
     @torch.no_grad()
     def of(cls, model: nn.Module, graph: fx.Graph, example: Tensor) -> "Constants":
         """Run a network in eval mode; of the example only shape, type and device matter."""
-        found = cls(model, graph)
-        found.result = found.run(torch.full_like(example[:1], torch.nan))
-        return found
+        constants = cls(model, graph)
+        constants.result = constants.run(torch.full_like(example[:1], torch.nan))
+        return constants
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """NaN goes through most modules by itself."""
-        module, x = self.fetch_attr(target), args[0]
+        """Most modules return NaN for NaN; where they do not, it is restored."""
+        module, x = self.submodules[target], args[0]
+        operator = operators.find(type(module))
         if isinstance(module, nn.Conv2d):
             return self._through(module._conv_forward, x, module.weight, module.bias)
         if isinstance(module, nn.Linear):
             return self._through(functional.linear, x, module.weight, module.bias)
         if isinstance(module, ChannelSelect):
             self._see(self._names[id(module.index)], x, 1)
-        if isinstance(module, (*BATCH_NORMS, nn.GroupNorm)):
+        if operator.scales_channels:
             if getattr(module, "running_mean", None) is not None:
                 out = super().call_module(target, args, kwargs)
-            else:  # of what it sees
+            else:  # statistics of its input
                 out = torch.full_like(x, torch.nan)
-            return _where_factors_are_zero(out, module.weight, module.bias)
+            return _shift_where_scale_is_zero(out, module.weight, module.bias)
         out = super().call_module(target, args, kwargs)
-        forgets = isinstance(module, ELEMENTWISE) and not isinstance(module, _HANDS_ON)
-        return _unknown_again(x, out) if forgets else out
+        return _restore_nan(x, out) if operator.entrywise and not operator.keeps_nan else out
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """The same for functions, which are also called as methods."""
-        name = getattr(target, "__name__", "")
-        return self._call(name, super().call_function, target, args, kwargs)
+        """Functions, by the properties of their operators."""
+        return self._call(super().call_function, target, args, kwargs)
 
     def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """See call_function."""
-        return self._call(str(target), super().call_method, target, args, kwargs)
+        """Methods, by the properties of their operators."""
+        return self._call(super().call_method, target, args, kwargs)
 
-    def _call(self, name: str, run: Any, target: Any, args: Any, kwargs: Any) -> Any:
-        if name in _WEIGHTED and isinstance(args[0], Tensor):
+    def _call(self, run: Any, target: Any, args: Any, kwargs: Any) -> Any:
+        operator = operators.find(operators.name_of(target))
+        if operator.weighted and isinstance(args[0], Tensor):
             weight = args[1] if len(args) > 1 else kwargs["weight"]
             bias = args[2] if len(args) > 2 else kwargs.get("bias")
             rest = args[3:]
             more = {k: v for k, v in kwargs.items() if k not in ("weight", "bias")}
             return self._through(
-                lambda x, w, b: _WEIGHTED[name](x, w, b, *rest, **more), args[0], weight, bias
+                lambda x, w, b: target(x, w, b, *rest, **more), args[0], weight, bias
             )
         out = run(target, args, kwargs)
-        if name in UNARY and isinstance(args[0], Tensor):
-            return _unknown_again(args[0], out)
-        if name in _PRODUCTS and isinstance(out, Tensor):
+        if operator.entrywise and isinstance(args[0], Tensor):
+            return _restore_nan(args[0], out)
+        if operator.multiplies and isinstance(out, Tensor):
             zero = torch.zeros_like(out, dtype=torch.bool)
             for factor in args[:2]:
                 zero = zero | (torch.as_tensor(factor, device=out.device) == 0)
@@ -178,15 +178,16 @@ def _any(true: Tensor, dim: int) -> Tensor:
     return true.view(torch.uint8).amax(dim=dim, keepdim=True).view(torch.bool)
 
 
-def _where_factors_are_zero(out: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """A normalisation says its shift where its factor is zero, whatever it sees; in place."""
-    if weight is not None and len(none := weight.eq(0).nonzero().flatten()):
+def _shift_where_scale_is_zero(out: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """A normalisation with a scale of zero returns its shift for every input; in place."""
+    if weight is not None and len(zero := weight.eq(0).nonzero().flatten()):
         shift = torch.zeros_like(weight) if bias is None else bias
-        out[:, none] = shift[none].reshape(-1, *[1] * (out.dim() - 2))
+        out[:, zero] = shift[zero].reshape(-1, *[1] * (out.dim() - 2))
     return out
 
 
-def _unknown_again(x: Tensor, out: Any) -> Any:
+def _restore_nan(x: Tensor, out: Any) -> Any:
+    """The result of an entrywise operation, NaN where its input is."""
     if isinstance(out, Tensor) and out.shape == x.shape and out.is_floating_point():
         return out.masked_fill(x.isnan(), torch.nan)
     return out

@@ -1,0 +1,181 @@
+"""The table of operations that are understood: what each does to channels.
+
+A new operation is one entry: its module types, and the names of its functions and methods, with a
+rule. A type without an entry of its own is covered by that of its nearest base class.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx, nn
+
+from secateur.channels.rules import entrywise, layers, norms, shapes, slices
+from secateur.channels.rules.call import Call
+from secateur.nn.layers import ChannelSelect
+
+Key = type[nn.Module] | str
+"""A type of module, or the `__name__` of a function or method."""
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One kind of operation: its rule, and properties that other analyses of a network need."""
+
+    rule: Callable[..., Any]
+    """See rules/__init__.py."""
+    raw: bool = False
+    """The rule gets its first argument as it is; otherwise it gets channel ids, and a parameter or
+    buffer in this place has been replaced by the ids of its entries."""
+    parametric: bool = False
+    """Its other tensors must be parameters or buffers of the network."""
+    weighted: bool = False
+    """A layer that sums over its inputs with weights: convolution, linear."""
+    scales_channels: bool = False
+    """A normalisation that multiplies channels along axis 1 by `weight` and adds `bias`."""
+    entrywise: bool = False
+    """Each entry of the result depends on the entry of one tensor in the same place alone."""
+    keeps_nan: bool = False
+    """NaN stays NaN. (Some entrywise operations return a number for it.)"""
+    combines: bool = False
+    """Each entry of the result depends on the entries of two tensors in the same place."""
+    multiplies: bool = False
+    """A zero in either of two tensors gives zero."""
+    metadata: bool = False
+    """The result is about the tensor's shape or type, not its entries."""
+
+
+def _table(*rows: tuple[Operator, tuple[Key, ...]]) -> dict[Key, Operator]:
+    table = {key: operator for operator, keys in rows for key in keys}
+    assert len(table) == sum(len(keys) for _, keys in rows), "a key stands in two rows"
+    return table
+
+
+OPERATORS: dict[Key, Operator] = _table(
+    # layers
+    (Operator(layers.conv2d_module, weighted=True), (nn.Conv2d,)),
+    (Operator(layers.conv2d, raw=True, parametric=True, weighted=True), ("conv2d",)),
+    (Operator(layers.linear_module, weighted=True), (nn.Linear,)),
+    (Operator(layers.linear, raw=True, parametric=True, weighted=True), ("linear",)),
+    (Operator(layers.channel_select), (ChannelSelect,)),
+    # normalisations, and others that have entries for channels
+    (
+        Operator(norms.batch_norm_module, scales_channels=True),
+        (nn.BatchNorm1d, nn.BatchNorm2d, nn.InstanceNorm2d),
+    ),
+    (Operator(norms.batch_norm, raw=True, parametric=True), ("batch_norm",)),
+    (Operator(norms.layer_norm_module), (nn.LayerNorm,)),
+    (Operator(norms.layer_norm, raw=True, parametric=True), ("layer_norm",)),
+    (Operator(norms.group_norm_module, scales_channels=True), (nn.GroupNorm,)),
+    (Operator(norms.group_norm, raw=True, parametric=True), ("group_norm",)),
+    (Operator(norms.prelu_module), (nn.PReLU,)),
+    (Operator(norms.prelu, raw=True, parametric=True), ("prelu",)),
+    (Operator(norms.softmax_module), (nn.Softmax, nn.LogSoftmax)),
+    (Operator(norms.softmax), ("softmax", "log_softmax")),
+    # one tensor, entry by entry
+    (
+        Operator(entrywise.unchanged_module, entrywise=True, keeps_nan=True),
+        (nn.ReLU, nn.Identity, nn.Dropout, nn.Dropout2d),
+    ),
+    (
+        Operator(entrywise.unchanged_module, entrywise=True),
+        (
+            *(nn.ReLU6, nn.LeakyReLU, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.GELU, nn.SiLU),
+            *(nn.Sigmoid, nn.Tanh, nn.ELU, nn.SELU, nn.CELU, nn.Mish, nn.Softplus, nn.Softsign),
+            *(nn.LogSigmoid, nn.Dropout1d, nn.AlphaDropout),
+        ),
+    ),
+    (
+        Operator(entrywise.unchanged, entrywise=True),
+        (
+            *("relu", "relu_", "relu6", "leaky_relu", "leaky_relu_", "hardtanh", "hardtanh_"),
+            *("hardswish", "hardsigmoid", "gelu", "silu", "sigmoid", "sigmoid_", "tanh", "tanh_"),
+            *("elu", "elu_", "selu", "celu", "mish", "softplus", "softsign", "logsigmoid"),
+            *("dropout", "dropout1d", "dropout2d", "alpha_dropout", "feature_dropout"),
+            *("stochastic_depth", "drop_path", "contiguous", "clone", "detach", "identity"),
+            *("float", "double", "half", "bfloat16", "to", "type_as", "neg", "abs", "exp", "log"),
+            *("sqrt", "rsqrt", "square", "pow", "clamp", "clamp_min", "clamp_max", "clip"),
+            *("zeros_like", "ones_like"),
+        ),
+    ),
+    # two tensors, entry by entry
+    (
+        Operator(entrywise.combine, raw=True, combines=True),
+        (
+            *("add", "add_", "iadd", "sub", "sub_", "isub", "truediv", "div", "div_", "itruediv"),
+            *("maximum", "minimum"),
+        ),
+    ),
+    (
+        Operator(entrywise.combine, raw=True, combines=True, multiplies=True),
+        ("mul", "mul_", "imul", "multiply"),
+    ),
+    # over pixels, or over axes
+    (
+        Operator(entrywise.pool_module),
+        (
+            *(nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d),
+            *(nn.LPPool2d, nn.Upsample, nn.ReflectionPad2d, nn.ReplicationPad2d),
+        ),
+    ),
+    (
+        Operator(entrywise.pool),
+        (
+            *("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d"),
+            *("lp_pool2d", "interpolate"),
+        ),
+    ),
+    (Operator(entrywise.reduce), ("mean", "sum", "amax", "amin")),
+    # shapes
+    (Operator(shapes.reshape), ("view", "reshape")),
+    (Operator(shapes.unflatten), ("unflatten",)),
+    (Operator(shapes.flatten_module), (nn.Flatten,)),
+    (Operator(shapes.flatten), ("flatten",)),
+    (Operator(shapes.permute), ("permute",)),
+    (Operator(shapes.transpose), ("transpose",)),
+    (Operator(shapes.squeeze), ("squeeze",)),
+    (Operator(shapes.unsqueeze), ("unsqueeze",)),
+    (Operator(shapes.expand_as), ("expand_as",)),
+    (Operator(shapes.channel_shuffle_module), (nn.ChannelShuffle,)),
+    (Operator(shapes.channel_shuffle), ("channel_shuffle",)),
+    (Operator(shapes.pad_module), (nn.ZeroPad2d, nn.ZeroPad3d)),
+    (Operator(shapes.pad), ("pad",)),
+    (Operator(shapes.new_zeros), ("new_zeros",)),
+    (Operator(shapes.size, metadata=True), ("size",)),
+    (Operator(shapes.dim, metadata=True), ("dim",)),
+    (Operator(shapes.attribute, metadata=True), ("getattr",)),
+    # along an axis
+    (Operator(slices.cat, raw=True), ("cat", "concat", "concatenate")),
+    (Operator(slices.chunk), ("chunk",)),
+    (Operator(slices.split), ("split",)),
+    (Operator(slices.index_select), ("index_select",)),
+    (Operator(slices.getitem, raw=True), ("getitem",)),
+)
+
+
+def _refuse(call: Call, *_: Any, **__: Any) -> Any:
+    raise call.unknown()
+
+
+UNKNOWN = Operator(_refuse)
+"""For what is not in the table."""
+
+
+def find(key: Key) -> Operator:
+    """The entry for a function's name, or for a type of module or its nearest base; or UNKNOWN."""
+    if isinstance(key, str):
+        return OPERATORS.get(key, UNKNOWN)
+    return next((OPERATORS[base] for base in key.__mro__ if base in OPERATORS), UNKNOWN)
+
+
+def name_of(target: Any) -> str:
+    """The name under which a function or method stands in the table."""
+    return target if isinstance(target, str) else getattr(target, "__name__", str(target))
+
+
+def of_node(node: fx.Node, modules: dict[str, nn.Module]) -> Operator:
+    """The operator of a traced node; UNKNOWN for inputs, outputs and attributes as well."""
+    if node.op == "call_module":
+        return find(type(modules[str(node.target)]))
+    called = node.op in ("call_function", "call_method")
+    return find(name_of(node.target)) if called else UNKNOWN

@@ -1,0 +1,83 @@
+"""One call of an operation, as its rule sees it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.base.errors import PruningError
+from secateur.channels.ids import ZERO, ChannelIds, NamedTensor
+from secateur.channels.visitor import Visitor
+
+Broadcasts = dict[str, tuple[bool, bool]]
+"""Node -> whether its first and its second operand are combined with all channels of the other.
+With a single channel left that can no longer be seen, so later propagations get the first one's."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """A node of the traced network, and what rules need beside its arguments."""
+
+    node: str
+    """Name of the node."""
+    name: str
+    """Of the function or method; of a module its type, with an article."""
+    visitor: Visitor
+    modules: Mapping[str, nn.Module]
+    """Modules of the network by path."""
+    names: Mapping[int, str]
+    """Names of the parameters and buffers by the id() of the tensor."""
+    dtype: torch.dtype
+    """Of the network."""
+    broadcasts: Broadcasts
+
+    def unknown(self) -> PruningError:
+        """The error for arguments that the rule does not cover."""
+        return PruningError(f"do not know what {self.name} does to channels")
+
+    def channels(self, value: Any) -> ChannelIds:
+        """An operand as channel ids; the ids of its entries if it is a parameter or buffer."""
+        if isinstance(value, NamedTensor):
+            return ChannelIds.from_expanded(self.visitor.parameter(value))
+        if not isinstance(value, ChannelIds):
+            raise self.unknown()
+        return value
+
+    def tensor(self, module: nn.Module, key: str) -> NamedTensor | None:
+        """A module's own parameter or buffer, None if it has none; its name is the first one."""
+        value = getattr(module, key, None)
+        if value is None:
+            return None
+        if id(value) not in self.names:
+            raise PruningError(f"its {key} is computed from other tensors")
+        return NamedTensor(self.names[id(value)], value)
+
+    def weight(self, module: nn.Module) -> NamedTensor:
+        """The weight of a module that always has one."""
+        weight = self.tensor(module, "weight")
+        assert weight is not None
+        return weight
+
+    def lock(self, x: ChannelIds, reason: str) -> None:
+        """None of the channels of this tensor can be removed."""
+        self.visitor.lock(x.ids.flatten(), reason)
+
+    def opaque(self, shape: Sequence[int], reason: str) -> ChannelIds:
+        """A tensor whose entries are made of several channels each; it cannot become smaller."""
+        ids = self.visitor.fixed(1, reason)
+        return ChannelIds(ids.reshape([1] * len(shape)), tuple(shape))
+
+    def created(self, value: Any) -> Any:
+        """The result of an operation without channels: zeros, or a tensor that stays as it is."""
+        if not isinstance(value, Tensor) or value.dim() == 0:
+            return value
+        if not bool(value.any()):
+            return zeros(value.shape)
+        return self.opaque(value.shape, "made by the code")
+
+
+def zeros(shape: Sequence[int]) -> ChannelIds:
+    """A tensor of zeros."""
+    return ChannelIds(torch.full([1] * len(shape), ZERO), tuple(shape))

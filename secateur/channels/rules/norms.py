@@ -1,0 +1,102 @@
+"""Operations that normalise or scale: they have entries for channels, or mix channels."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from secateur.channels.ids import ChannelIds, NamedTensor
+from secateur.channels.rules.call import Call
+
+
+def batch_norm(
+    call: Call,
+    x: ChannelIds,
+    running_mean: NamedTensor | None = None,
+    running_var: NamedTensor | None = None,
+    weight: NamedTensor | None = None,
+    bias: NamedTensor | None = None,
+    *_: Any,
+    **__: Any,
+) -> ChannelIds:
+    """Unchanged; every tensor of the normalisation has one entry for each channel."""
+    ids = x.axis_ids(1)
+    call.visitor.norm([t for t in (weight, bias) if t], "norm", ids)
+    call.visitor.norm([t for t in (running_mean, running_var) if t], "statistic", ids)
+    return x
+
+
+def batch_norm_module(call: Call, module: nn.Module, x: ChannelIds) -> ChannelIds:
+    """See batch_norm; instance normalisation as well."""
+    keys = ("running_mean", "running_var", "weight", "bias")
+    return batch_norm(call, x, *(call.tensor(module, key) for key in keys))
+
+
+def layer_norm(
+    call: Call,
+    x: ChannelIds,
+    normalized_shape: Sequence[int],
+    weight: NamedTensor | None = None,
+    bias: NamedTensor | None = None,
+    eps: Any = None,
+) -> ChannelIds:
+    """Unchanged; channels are locked if the mean is over them."""
+    shape = normalized_shape
+    if any(x.varies(len(x.shape) - 1 - k) for k in range(len(shape))):
+        where = f" by {weight.name.removesuffix('.weight')}" if weight else ""
+        call.lock(x, f"normalised together with all channels{where} (LayerNorm)")
+    if len(shape) == 1:
+        call.visitor.norm([t for t in (weight, bias) if t], "norm", x.axis_ids(-1))
+    return x
+
+
+def layer_norm_module(call: Call, module: nn.LayerNorm, x: ChannelIds) -> ChannelIds:
+    """See layer_norm."""
+    tensors = (call.tensor(module, key) for key in ("weight", "bias"))
+    return layer_norm(call, x, module.normalized_shape, *tensors)
+
+
+def group_norm(
+    call: Call,
+    x: ChannelIds,
+    num_groups: int,
+    weight: NamedTensor | None = None,
+    bias: NamedTensor | None = None,
+    eps: Any = None,
+) -> ChannelIds:
+    """Unchanged; channels are locked unless every channel is a group of its own."""
+    name = weight.name.removesuffix(".weight") if weight else ""
+    if num_groups != x.shape[1] or not isinstance(call.modules.get(name), nn.GroupNorm):
+        call.lock(x, f"normalised together with other channels by {name or 'GroupNorm'}")
+    call.visitor.norm([t for t in (weight, bias) if t], "norm", x.axis_ids(1))
+    return x
+
+
+def group_norm_module(call: Call, module: nn.GroupNorm, x: ChannelIds) -> ChannelIds:
+    """See group_norm."""
+    tensors = (call.tensor(module, key) for key in ("weight", "bias"))
+    return group_norm(call, x, module.num_groups, *tensors)
+
+
+def prelu(call: Call, x: ChannelIds, weight: NamedTensor) -> ChannelIds:
+    """Unchanged; a weight with several entries has one for each channel."""
+    if weight.tensor.numel() > 1:
+        call.visitor.norm([weight], "scale", x.axis_ids(1))
+    return x
+
+
+def prelu_module(call: Call, module: nn.PReLU, x: ChannelIds) -> ChannelIds:
+    """See prelu."""
+    return prelu(call, x, call.weight(module))
+
+
+def softmax(call: Call, x: ChannelIds, dim: int | None = None, *_: Any, **__: Any) -> ChannelIds:
+    """Unchanged; channels are locked if the sum is over them."""
+    if dim is None or x.varies(dim):
+        call.lock(x, "weighed against other channels (softmax)")
+    return x
+
+
+def softmax_module(call: Call, module: nn.Softmax, x: ChannelIds) -> ChannelIds:
+    """See softmax."""
+    return softmax(call, x, module.dim)

@@ -1,0 +1,142 @@
+"""Operations that move entries without changing them, and those that read a tensor's shape."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from secateur.base.errors import PruningError
+from secateur.channels.ids import ZERO, ChannelIds, TracedSize
+from secateur.channels.rules.call import Call, zeros
+
+
+def reshape(call: Call, x: ChannelIds, *shape: Any) -> ChannelIds:
+    """Ids move with their entries.
+
+    An axis of a size that the code gives as a number, along which channels differ, cannot become
+    smaller. If another axis can, each position of the former is a part of a balance; otherwise the
+    channels are locked.
+    """
+    sizes = shape[0] if len(shape) == 1 and isinstance(shape[0], tuple | list) else shape
+    out = ChannelIds.from_expanded(x.expanded().reshape(tuple(sizes)))
+    fixed = [
+        axis
+        for axis, size in enumerate(sizes)
+        if out.varies(axis) and size != -1 and not isinstance(size, TracedSize)
+    ]
+    follows = any(out.varies(axis) for axis in range(len(sizes)) if axis not in fixed)
+    if fixed and not follows:
+        call.lock(x, f"{call.node} views them in a shape that stands in the code")
+    elif fixed:
+        parts = out.ids.movedim(fixed, tuple(range(len(fixed))))
+        call.visitor.balance(call.node, list(parts.flatten(0, len(fixed) - 1).flatten(1)))
+    return out
+
+
+def unflatten(call: Call, x: ChannelIds, dim: int, sizes: Sequence[int]) -> ChannelIds:
+    """One axis becomes several."""
+    dim %= len(x.shape)
+    others = [TracedSize(s) for s in x.shape]
+    return reshape(call, x, (*others[:dim], *sizes, *others[dim + 1 :]))
+
+
+def channel_shuffle(call: Call, x: ChannelIds, groups: int) -> ChannelIds:
+    """Channels of `groups` groups are interleaved."""
+    count, size = x.shape[:2]
+    pixels = tuple(map(TracedSize, x.shape[2:]))
+    split = reshape(call, x, (count, groups, TracedSize(size // groups), *pixels))
+    turned = ChannelIds(split.ids.transpose(1, 2), (count, size // groups, groups, *pixels))
+    return reshape(call, turned, (count, TracedSize(size), *pixels))
+
+
+def channel_shuffle_module(call: Call, module: nn.ChannelShuffle, x: ChannelIds) -> ChannelIds:
+    """See channel_shuffle."""
+    return channel_shuffle(call, x, module.groups)
+
+
+def flatten(call: Call, x: ChannelIds, start_dim: int = 0, end_dim: int = -1) -> ChannelIds:
+    """Several axes become one."""
+    return ChannelIds.from_expanded(torch.flatten(x.expanded(), start_dim, end_dim))
+
+
+def flatten_module(call: Call, module: nn.Flatten, x: ChannelIds) -> ChannelIds:
+    """See flatten."""
+    return flatten(call, x, module.start_dim, module.end_dim)
+
+
+def permute(call: Call, x: ChannelIds, *dims: Any) -> ChannelIds:
+    """Axes in another order."""
+    order = dims[0] if isinstance(dims[0], tuple | list) else dims
+    return ChannelIds(x.ids.permute(order), tuple(x.shape[k] for k in order))
+
+
+def transpose(call: Call, x: ChannelIds, dim0: int, dim1: int) -> ChannelIds:
+    """Two axes exchanged."""
+    return ChannelIds.from_expanded(x.expanded().transpose(dim0, dim1))
+
+
+def squeeze(call: Call, x: ChannelIds, *dims: Any) -> ChannelIds:
+    """Without axes of size 1."""
+    return ChannelIds.from_expanded(x.expanded().squeeze(*dims))
+
+
+def unsqueeze(call: Call, x: ChannelIds, dim: int) -> ChannelIds:
+    """With one more axis, of size 1."""
+    return ChannelIds.from_expanded(x.expanded().unsqueeze(dim))
+
+
+def expand_as(call: Call, x: ChannelIds, other: ChannelIds) -> ChannelIds:
+    """Axes of size 1 repeated to the size of another tensor's."""
+    return ChannelIds.from_expanded(x.expanded().expand(other.shape))
+
+
+def pad(
+    call: Call, x: ChannelIds, pad: Sequence[int], mode: str = "constant", value: Any = None
+) -> ChannelIds:
+    """Zeros beside channels get the id ZERO; with anything else beside them they are locked."""
+    ids, shape = x.ids, list(x.shape)
+    for k in range(len(pad) // 2):
+        axis, (before, after) = len(shape) - 1 - k, pad[2 * k : 2 * k + 2]
+        shape[axis] += before + after
+        if not (x.varies(axis) or axis == 1) or before == after == 0:
+            continue
+        if mode != "constant" or value not in (None, 0, 0.0) or min(before, after) < 0:
+            call.lock(x, "padded among the channels with something else than zeros")
+            return call.opaque(shape, "padded among the channels")
+        if ids.shape[axis] == 1:
+            ids = ids.expand([x.shape[i] if i == axis else n for i, n in enumerate(ids.shape)])
+        width = [0, 0] * (ids.dim() - 1 - axis) + [before, after]
+        ids = functional.pad(ids, width, value=ZERO)
+    return ChannelIds(ids, tuple(shape))
+
+
+def pad_module(call: Call, module: nn.ZeroPad2d | nn.ZeroPad3d, x: ChannelIds) -> ChannelIds:
+    """See pad."""
+    return pad(call, x, module.padding)
+
+
+def new_zeros(call: Call, x: ChannelIds, *size: Any, **_: Any) -> ChannelIds:
+    """Zeros in the shape that is given."""
+    return zeros(size[0] if isinstance(size[0], tuple | list) else size)
+
+
+def size(call: Call, x: ChannelIds, dim: int | None = None) -> Any:
+    """Sizes that follow the tensor's."""
+    sizes = tuple(TracedSize(s) for s in x.shape)
+    return sizes if dim is None else sizes[dim]
+
+
+def dim(call: Call, x: ChannelIds) -> int:
+    """The number of axes."""
+    return len(x.shape)
+
+
+def attribute(call: Call, x: ChannelIds, name: str) -> Any:
+    """`getattr`: the shape, and what does not depend on channels."""
+    known = {"shape": tuple(TracedSize(s) for s in x.shape), "ndim": len(x.shape)}
+    known |= {"dtype": call.dtype, "device": torch.device("cpu")}
+    if name not in known:
+        raise PruningError(f"do not know what .{name} does to channels")
+    return known[name]

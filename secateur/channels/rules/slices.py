@@ -1,0 +1,87 @@
+"""Operations that join tensors along an axis, divide them, or select entries."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from secateur.base.errors import PruningError
+from secateur.channels.ids import ChannelIds, NamedTensor, TracedSize
+from secateur.channels.rules.call import Call
+
+
+def cat(call: Call, tensors: Sequence[Any], dim: int = 0, axis: int | None = None) -> ChannelIds:
+    """Ids are joined like their tensors."""
+    if not all(isinstance(t, ChannelIds | NamedTensor) for t in tensors):
+        raise PruningError("joins channels with something that is none")
+    parts = [call.channels(t) for t in tensors]
+    dim = (dim if axis is None else axis) % len(parts[0].shape)
+    ids = []
+    for part in parts:
+        form = [
+            part.shape[k] if k == dim or any(p.varies(k) for p in parts) else 1
+            for k in range(len(part.shape))
+        ]
+        ids.append(part.ids.expand(form))
+    shape = list(parts[0].shape)
+    shape[dim] = sum(p.shape[dim] for p in parts)
+    for part in parts:
+        sizes = enumerate(zip(part.shape, shape, strict=True))
+        if any(one != other for k, (one, other) in sizes if k != dim):
+            raise PruningError(f"sizes {tuple(part.shape)} do not fit")
+    return ChannelIds(torch.cat(ids, dim), tuple(shape))
+
+
+def chunk(call: Call, x: ChannelIds, chunks: int, dim: int = 0) -> list[ChannelIds]:
+    """Channels are divided into equal parts, which have to stay equal."""
+    parts = [ChannelIds.from_expanded(part) for part in x.expanded().chunk(chunks, dim)]
+    if x.varies(dim):
+        call.visitor.balance(call.node, [part.ids.flatten() for part in parts])
+    return parts
+
+
+def split(call: Call, x: ChannelIds, split_size_or_sections: Any, dim: int = 0) -> list[ChannelIds]:
+    """Like chunk if the size was read from a tensor; otherwise channels are locked."""
+    size = split_size_or_sections
+    parts = [ChannelIds.from_expanded(part) for part in x.expanded().split(size, dim)]
+    if x.varies(dim) and isinstance(size, TracedSize):
+        call.visitor.balance(call.node, [part.ids.flatten() for part in parts])
+    elif x.varies(dim):
+        call.lock(x, f"{call.node} splits them where the code says")
+    return parts
+
+
+def index_select(call: Call, x: ChannelIds, dim: int, index: Any) -> ChannelIds:
+    """Entries along one axis by an index; an index buffer is a member of the channels' group."""
+    dim %= len(x.shape)
+    if isinstance(index, NamedTensor) and (x.varies(dim) or x.shape[dim] == 1):
+        ids = call.visitor.select(index, x.axis_ids(dim), owns_channels=False)
+        shape = [len(ids) if k == dim else s for k, s in enumerate(x.shape)]
+        return ChannelIds.along(dim, ids, shape)
+    call.lock(x, "chosen by numbers that stand in the code")
+    numbers = index.tensor if isinstance(index, NamedTensor) else torch.as_tensor(index)
+    return ChannelIds.from_expanded(x.expanded().index_select(dim, numbers.cpu()))
+
+
+def getitem(call: Call, x: Any, index: Any) -> Any:
+    """`x[index]`: one of several tensors, or slices, single entries or an index of one axis."""
+    if isinstance(x, list | tuple):
+        return x[index]
+    x = call.channels(x)
+    parts = list(index) if isinstance(index, tuple) else [index]
+    if Ellipsis in [p for p in parts if not isinstance(p, NamedTensor | list | ChannelIds)]:
+        at = next(k for k, p in enumerate(parts) if p is Ellipsis)
+        missing = len(x.shape) - sum(p is not None for p in parts) + 1
+        parts[at : at + 1] = [slice(None)] * missing
+    axis = 0
+    for part in parts:
+        if part is None:
+            continue
+        if isinstance(part, NamedTensor | list):
+            if sum(isinstance(p, slice) and p == slice(None) for p in parts) != len(parts) - 1:
+                raise PruningError("do not know what this index does to channels")
+            return index_select(call, x, axis, part)
+        if x.varies(axis) and part != slice(None):
+            call.lock(x, f"{call.node} takes some of them, by numbers that stand in the code")
+        axis += 1
+    return ChannelIds.from_expanded(x.expanded()[tuple(parts)])

@@ -1,0 +1,141 @@
+"""Which channels of a selection can be removed, and which lose their purpose along with it.
+
+Channels are given by their canonical ids.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from secateur.channels.groups import ChannelGroup
+from secateur.channels.records import LayerInfo, SelectInfo
+from secateur.channels.union_find import UnionFind
+
+
+@dataclass(frozen=True)
+class BalanceConstraint:
+    """An operation that needs equally many channels in each of several parts."""
+
+    where: str
+    """Node of the traced network, or layer."""
+    parts: tuple[tuple[tuple[str, int], ...], ...]
+    """Channels of each part, as (group, number)."""
+
+
+class Balances:
+    """The balances of a network, and how a selection is made to respect them."""
+
+    def __init__(
+        self,
+        balances: Sequence[tuple[str, Sequence[Tensor]]],
+        canonical: Tensor,
+        layers: Mapping[str, LayerInfo],
+    ) -> None:
+        """`balances` as `GroupBuilder` notes them; `canonical` has the canonical id of every id."""
+        self._balances, self._canonical, self._layers = balances, canonical, layers
+
+    def __bool__(self) -> bool:
+        """Whether there are any."""
+        return bool(self._balances)
+
+    def _known(self, ids: Tensor) -> Tensor:
+        """Canonical ids, without those of fixed zeros."""
+        return self._canonical[ids[ids >= 0]]
+
+    def constraints(self, groups: Sequence[ChannelGroup]) -> tuple[BalanceConstraint, ...]:
+        """With channels as numbers within their groups."""
+        if not self:
+            return ()
+        names = {
+            canonical_id: (group.name, number)
+            for group in groups
+            for number, canonical_id in enumerate(group.ids.tolist())
+        }
+
+        def named(ids: Tensor) -> tuple[tuple[str, int], ...]:
+            return tuple(names[i] for i in self._known(ids).tolist() if i in names)
+
+        return tuple(BalanceConstraint(w, tuple(map(named, ps))) for w, ps in self._balances)
+
+    @cached_property
+    def cells(self) -> list[list[set[int]]]:
+        """For each set of balances that share channels, its finest division into parts."""
+        places: dict[int, list[tuple[int, int]]] = {}  # id -> number of a balance, and of a part
+        merged = UnionFind(len(self._balances))
+        for number, (_, parts) in enumerate(self._balances):
+            for part, ids in enumerate(parts):
+                for canonical_id in self._known(ids).unique().tolist():
+                    if places.get(canonical_id):
+                        merged.union(places[canonical_id][0][0], number)
+                    places.setdefault(canonical_id, []).append((number, part))
+        cells: dict[int, dict[tuple[tuple[int, int], ...], set[int]]] = {}
+        for canonical_id, where in places.items():
+            component = cells.setdefault(merged.find(where[0][0]), {})
+            component.setdefault(tuple(where), set()).add(canonical_id)
+        return [list(component.values()) for component in cells.values()]
+
+    @property
+    def bound(self) -> Tensor:
+        """All channels that need a balance, int64, ascending."""
+        bound = {i for parts in self.cells for part in parts for i in part}
+        return torch.tensor(sorted(bound), dtype=torch.int64)
+
+    def even(self, rank: Mapping[int, int], whole: bool, spare: bool) -> Tensor:
+        """The selected channels without those by which a part would lose more than another.
+
+        `rank` has the selected channels and their places; the first ones stay selected. With
+        `whole`, groups of a convolution that are selected as a whole are removed as a whole; with
+        `spare` no part loses all of its channels.
+        """
+        chosen = set(rank)
+        removed = self._whole_groups(chosen) if whole else set()
+        for parts in self.cells:
+            live = [part - removed for part in parts if part - removed]
+            if not live:
+                continue
+            picked = [sorted(part & chosen, key=rank.__getitem__) for part in live]
+            count = min(len(p) for p in picked)
+            if spare:
+                count = min(count, min(len(part) for part in live) - 1)
+            for channels in picked:
+                chosen -= set(channels[count:])
+        return torch.tensor(sorted(chosen), dtype=torch.int64)
+
+    def _whole_groups(self, chosen: set[int]) -> set[int]:
+        """Channels of groups of convolutions that are selected with all inputs and outputs."""
+        removed: set[int] = set()
+        for layer in self._layers.values():
+            if layer.groups == 1 or layer.depthwise():
+                continue
+            sides = (ids.reshape(layer.groups, -1) for ids in (layer.inputs, layer.outputs))
+            both = [set(self._known(row).tolist()) for row in torch.cat(tuple(sides), dim=1)]
+            full = [row for row in both if row <= chosen]
+            for row in full[: len(both) - 1]:
+                removed |= row
+        return removed
+
+
+def orphans(
+    gone: Tensor, free: Tensor, selects: Mapping[str, SelectInfo], canonical: Tensor
+) -> Tensor:
+    """Free channels of ChannelSelects that select nothing but channels that are gone: bool, (ids,).
+
+    `gone` and `free` are bool, (ids,). A channel that selected an orphan is one too.
+    """
+    lost = gone
+    while True:
+        alive, robbed = torch.zeros_like(lost), torch.zeros_like(lost)
+        for select in selects.values():
+            if select.owns_channels:
+                ids = select.inputs[select.index]
+                known = (select.index >= 0) & (ids >= 0)
+                outputs, selected = canonical[select.outputs[known]], canonical[ids[known]]
+                alive[outputs[~lost[selected]]] = True
+                robbed[outputs[lost[selected]]] = True
+        after = lost | (free & robbed & ~alive)
+        if torch.equal(after, lost):
+            return lost & ~gone
+        lost = after
