@@ -5,6 +5,7 @@ the groups themselves against derivations that do not follow any graph.
 """
 
 import copy
+from collections import OrderedDict
 from types import SimpleNamespace
 
 import pytest
@@ -686,6 +687,41 @@ def test_what_falls_silent_with_a_channel_is_what_the_group_says(make, monkeypat
         for place in sorted({name for name, _ in reads}):  # no reader can be spared
             some = {entry for entry in reads if entry[0] != place}
             assert not makes - already <= silent_entries(without(model, some), batch), place
+
+
+# ---- the groups as text ------------------------------------------------------------------------
+
+
+def test_a_graph_prints_its_groups_with_members_and_reasons():
+    graph = channels.build_channel_graph(build(residual), images())
+    assert str(graph).split("\n") == [
+        "Net, input 3x8x8: 6 groups, 23 of 29 channels removable",
+        "",
+        "group             channels  producers         consumers         norms and scales",
+        "----------------  --------  ----------------  ----------------  ----------------",
+        "stem.0                   6  stem.0, a2.0      a1.0, short,      stem.1, a2.1",
+        "                                              b1.0",
+        "input                    3                    stem.0",
+        "  locked: an input of the network",
+        "a1.0                     4  a1.0              a2.0              a1.1",
+        "short                    8  short, b2.0       head.2            b2.1",
+        "b1.0                     5  b1.0              b2.0              b1.1",
+        "head.2                   3  head.2",
+        "  locked: an output of the network",
+    ]
+
+
+def test_long_names_widen_a_column_of_the_printed_graph():
+    model = nn.Sequential(
+        OrderedDict(a_layer_with_a_long_name=conv(3, 4), and_one_behind_it=conv(4, 2))
+    )
+    lines = str(channels.build_channel_graph(model, torch.zeros(1, 3, 4, 4))).split("\n")
+    assert any(
+        line.split()
+        == ["a_layer_with_a_long_name", "4", "a_layer_with_a_long_name", "and_one_behind_it"]
+        for line in lines
+    )
+    assert lines[3].split() == ["-" * width for width in (24, 8, 24, 24, 16)]
 
 
 # ---- order, names, members ------------------------------------------------------------------

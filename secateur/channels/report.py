@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from secateur.channels.groups import ChannelGroup
 
 COLUMNS = {"group": 16, "channels": 8, "producers": 16, "consumers": 16, "norms and scales": 16}
-"""Titles, and characters of each, 80 with the space between; longer cells are wrapped."""
+"""Titles, and characters of each unless one name is longer; lists of names are wrapped."""
 
 
 def describe(groups: Sequence[ChannelGroup], network: str, shape: Iterable[int]) -> str:
@@ -18,9 +18,15 @@ def describe(groups: Sequence[ChannelGroup], network: str, shape: Iterable[int])
     total = sum(group.size for group in groups)
     size = "x".join(map(str, shape))
     head = f"{network}, input {size}: {len(groups)} groups, {free} of {total} channels removable"
-    lines = [head, "", *_row(list(COLUMNS)), *_row(["-" * width for width in COLUMNS.values()])]
-    for group in groups:
-        lines += _row(_cells(group))
+    cells = [_cells(group) for group in groups]
+    widths = [
+        max([least, *(len(word) for cell in column for word in cell.split())])
+        for least, column in zip(COLUMNS.values(), zip(*cells, strict=True), strict=True)
+    ]
+    rules = ["-" * width for width in widths]
+    lines = [head, "", *_row(tuple(COLUMNS), widths), *_row(rules, widths)]
+    for group, row in zip(groups, cells, strict=True):
+        lines += _row(row, widths)
         if group.locked is not None:
             lines.append(f"  locked: {group.locked}")
     return "\n".join(lines)
@@ -29,21 +35,23 @@ def describe(groups: Sequence[ChannelGroup], network: str, shape: Iterable[int])
 def _cells(group: ChannelGroup) -> list[str]:
     kinds = ("norm", "statistic", "scale")
     tensors = [member.tensor for member in group.members if member.kind in kinds]
-    norms = dict.fromkeys(tensor.rpartition(".")[0] or tensor for tensor in tensors)
-    layers = (group.producers, group.consumers, norms)
-    return [group.name, f"{group.size:>8}", *(", ".join(dict.fromkeys(n)) for n in layers)]
+    norms = [tensor.rpartition(".")[0] or tensor for tensor in tensors]
+    names = (group.producers, group.consumers, norms)
+    return [group.name, str(group.size), *(", ".join(dict.fromkeys(n)) for n in names)]
 
 
-def _row(cells: Sequence[str]) -> list[str]:
-    """Lines of one row, as many as its longest cell needs."""
-    widths = list(COLUMNS.values())
+def _row(cells: Sequence[str], widths: Sequence[int]) -> list[str]:
+    """Lines of one row, as many as its longest cell needs; numbers are aligned to the right."""
     wrapped = [
-        textwrap.wrap(cell, width, break_on_hyphens=False, drop_whitespace=cell != cells[1])
+        textwrap.wrap(cell, width, break_on_hyphens=False) or [""]
         for cell, width in zip(cells, widths, strict=True)
     ]
-    height = max(map(len, wrapped))
-    columns = [cell + [""] * (height - len(cell)) for cell in wrapped]
-    rows = zip(*columns, strict=True)
-    return [
-        "  ".join(f"{t:{w}}" for t, w in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]
+    lines = []
+    for number in range(max(map(len, wrapped))):
+        parts = [lines_of[number] if number < len(lines_of) else "" for lines_of in wrapped]
+        aligned = [
+            f"{part:>{width}}" if part.isdigit() and column == 1 else f"{part:{width}}"
+            for column, (part, width) in enumerate(zip(parts, widths, strict=True))
+        ]
+        lines.append("  ".join(aligned).rstrip())
+    return lines
