@@ -52,6 +52,12 @@ def _sync(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _libraries(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--update", action="store_true", help="write the installed versions into params.yaml"
+    )
+
+
 def _completion(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("shell", choices=("bash", "zsh", "tcsh"))
 
@@ -81,6 +87,15 @@ COMMANDS = (
         _sync,
         "For a store that was lost or could not be reached, another tracking server, or a clone\n"
         "that pulled its models. Runs that the store has are left alone.",
+    ),
+    Command(
+        "libraries",
+        "compare the versions of libraries in params.yaml with those installed",
+        "secateur.pipeline.libraries:command",
+        _libraries,
+        "Results depend on the versions of torch and torchvision, so a stage only runs with those\n"
+        "that params.yaml names. After --update, `dvc status` lists what `dvc repro` will make\n"
+        "again.",
     ),
     Command(
         "completion",

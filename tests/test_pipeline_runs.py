@@ -1,5 +1,7 @@
 """What DVC runs, and what it does not."""
 
+import re
+
 import pytest
 from workspace import STAGES, ran
 
@@ -23,6 +25,14 @@ def test_new_plugins_and_changed_observers_leave_everything_valid(project):
     status = project.dvc("status", "dvc.yaml")
     changed = {line.removesuffix(":") for line in status.splitlines() if line.endswith(":")}
     assert "prune" in changed and not changed & {"prepare", "baseline", "sparse-train"}
+
+
+def test_another_library_version_makes_all_that_depends_on_it_stale(project):
+    project.params(libraries__torch="1.0.0")
+    status = project.dvc("status", "dvc.yaml")
+    stale = {line.rstrip(":") for line in status.splitlines() if re.fullmatch(r"[a-z-]+:", line)}
+    assert stale == {"baseline", "sparse-train", "prune", "finetune", "evaluate"}
+    assert status.count("libraries") == 5
 
 
 def test_experiments_run_only_what_they_change(project):

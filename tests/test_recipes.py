@@ -176,6 +176,12 @@ def test_recipes_that_lead_nowhere_are_told(folder, files, name, line):
         recipe.load(name)
 
 
+def test_a_recipe_does_not_choose_versions_of_libraries(folder):
+    folder(a={"about": "a", "settings": {"libraries": {"torch": "1.0.0"}}})
+    with pytest.raises(SettingsError, match="recipe a: libraries: "):
+        recipe.load("a")
+
+
 def test_the_published_names_are_there():
     wanted = ["greg-resnet56-0.9-greg1", "greg-resnet56-2.55x-greg2", "greg-vgg19-8.84x-greg1",
               "greg-resnet50-3.06x-greg2", "greg-resnet50-weights-greg1", "cifar10-jpeg-resnet20",

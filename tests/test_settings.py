@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pydantic import Field
 
 from secateur.base import plugin, settings
-from secateur.base.errors import SettingsError
+from secateur.base.errors import ArgumentError, SettingsError
 
 ROOT = Path(__file__).resolve().parents[1]
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
@@ -169,6 +169,49 @@ def test_an_unknown_key_is_told_with_the_one_that_was_meant(key, hint, tmp_path)
     line = complaint(changed(key, 1), tmp_path)
     assert line.startswith(f"params.yaml: {key}: unknown key; allowed: ")
     assert hint in line
+
+
+@pytest.mark.parametrize(
+    ("old", "value", "line"),
+    [
+        *[(f"{part}.accumulate", 2,
+           f"{part}.accumulate: renamed; write {part}.accumulate_grad_batches")
+          for part in TRAININGS],
+        *[(f"{section}.groups", "filter", f"{section}.groups: renamed; write {section}.granularity")
+          for section in ("pruners.magnitude", "penalties.greg1", "penalties.greg2")],
+        ("pruners.magnitude.scope", "global",
+         "pruners.magnitude.scope: renamed; write pruners.magnitude.ranking"),
+        *[(f"penalties.network_slimming.{key}", old,
+           f"penalties.network_slimming.{key} = '{old}': renamed; write "
+           f"penalties.network_slimming.coupled: {new}")
+          for key in ("scope", "coupled") for old, new in (("inner", "skip"), ("all", "include"))],
+    ],
+)  # fmt: skip
+def test_a_renamed_key_or_value_is_told_with_the_new_one(old, value, line, tmp_path):
+    assert complaint(changed(old, value), tmp_path) == f"params.yaml: {line}"
+
+
+def test_the_new_names_of_renamed_keys_are_there():
+    for new in settings.RENAMED.values():
+        table = PARAMS
+        for key in new.split("."):
+            table = table[key]
+
+
+@pytest.mark.parametrize("value", ["", "2.x-1", 2.13, None, "latest"])
+def test_a_version_that_is_none_is_refused(value, tmp_path):
+    assert complaint(changed("libraries.torch", value), tmp_path).startswith(
+        f"params.yaml: libraries.torch = {value!r}: "
+    )
+
+
+def test_an_argument_error_gets_the_whole_key_of_its_setting():
+    line = r"^params\.yaml: pruners\.std\.scope = 'x': why$"
+    with pytest.raises(SettingsError, match=line), settings.section("pruners.std"):
+        raise ArgumentError("scope", "why", "x")
+    line = r"^params\.yaml: decay: why$"
+    with pytest.raises(SettingsError, match=line), settings.section("penalties.greg1"):
+        raise ArgumentError("decay", "why")
 
 
 @pytest.mark.parametrize("name", ["magnitude", "network_slimming"])

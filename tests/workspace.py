@@ -127,6 +127,8 @@ class Project:
 
 def fresh_project(path):
     """The repository's files as they are now, with short trainings, as a Git repository."""
+    from secateur.base.machine import library_versions
+
     listed = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard"],
         cwd=ROOT, text=True, capture_output=True, check=True,
@@ -139,6 +141,7 @@ def fresh_project(path):
         lock.unlink(missing_ok=True)
     project = Project(path)
     project.params(**{f"{s}__{k}": v for s, keys in SHORT.items() for k, v in keys.items()})
+    project.params(libraries=library_versions())
     project.run("git", "init", "-q", "-b", "main")
     project.run("git", "config", "user.name", "tester")
     project.run("git", "config", "user.email", "tester@localhost")

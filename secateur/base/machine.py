@@ -62,6 +62,12 @@ def versions() -> dict[str, str]:
     return found
 
 
+def library_versions() -> dict[str, str]:
+    """Installed versions of torch and torchvision, without the build's suffix (+cpu, +cu130)."""
+    found = versions()
+    return {name: found[name].split("+")[0] for name in ("torch", "torchvision") if name in found}
+
+
 def processes() -> tuple[int, int, int]:
     """Processes in all, processes on this machine, machines: as torchrun or srun has set them."""
     environment = os.environ

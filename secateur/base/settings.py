@@ -23,6 +23,20 @@ from secateur.base.errors import ArgumentError, SettingsError
 
 FILE = "params.yaml"
 
+RENAMED = {
+    "baseline.accumulate": "baseline.accumulate_grad_batches",
+    "sparse_train.accumulate": "sparse_train.accumulate_grad_batches",
+    "finetune.accumulate": "finetune.accumulate_grad_batches",
+    "pruners.magnitude.groups": "pruners.magnitude.granularity",
+    "pruners.magnitude.scope": "pruners.magnitude.ranking",
+    "penalties.greg1.groups": "penalties.greg1.granularity",
+    "penalties.greg2.groups": "penalties.greg2.granularity",
+    "penalties.network_slimming.scope": "penalties.network_slimming.coupled",
+}
+"""Key of an earlier version -> the key that replaces it."""
+RENAMED_VALUES = {"penalties.network_slimming.coupled": {"inner": "skip", "all": "include"}}
+"""Key -> value of an earlier version -> the value that replaces it."""
+
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
@@ -184,6 +198,16 @@ class Sensitivity(Strict):
     """Accuracy that a layer may cost in the suggested ratios, as a fraction."""
 
 
+Version = Annotated[str, Field(pattern=r"^\d+(\.\w+)*$")]
+
+
+class Libraries(Strict):
+    """Versions of the libraries that results depend on, without a suffix such as +cpu."""
+
+    torch: Version
+    torchvision: Version
+
+
 class Params(Strict):
     """All of params.yaml. A stage holds one with only the keys that dvc.yaml declares for it."""
 
@@ -204,6 +228,7 @@ class Params(Strict):
     archs: Table
     penalties: Table
     pruners: Table
+    libraries: Libraries
 
     @classmethod
     def declared(cls, raw: Mapping[str, Any]) -> Self:
@@ -340,6 +365,8 @@ def _first_line(error: ValidationError, schema: Any, where: str) -> str:
     location = [str(part) for part in first["loc"]]
     key = ".".join(filter(None, [where, *location]))
     more = f" (and {len(others)} more)" if others else ""
+    if renamed := _renamed(key, first["input"]):
+        return f"{FILE}: {renamed}{more}"
     if first["type"] == "extra_forbidden":
         allowed = sorted(_fields(schema, location[:-1]))
         close = difflib.get_close_matches(location[-1], allowed, n=1)
@@ -354,6 +381,15 @@ def _first_line(error: ValidationError, schema: Any, where: str) -> str:
     if first["type"] == "value_error" and isinstance(first["input"], Mapping):
         return f"{FILE}: {key + '.' if key else ''}{message}{more}"  # about several of its keys
     return f"{FILE}: {key} = {first['input']!r}: {message[0].lower()}{message[1:]}{more}"
+
+
+def _renamed(key: str, value: Any) -> str | None:
+    """What to write instead of a key or value of an earlier version; None if it is none."""
+    new = RENAMED.get(key, key)
+    values = RENAMED_VALUES.get(new, {})
+    if isinstance(value, str) and value in values:
+        return f"{key} = {value!r}: renamed; write {new}: {values[value]}"
+    return None if new == key else f"{key}: renamed; write {new}"
 
 
 def _fields(schema: Any, path: list[str]) -> list[str]:

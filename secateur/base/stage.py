@@ -1,22 +1,25 @@
-"""The running stage as dvc.yaml declares it: its params, its input files, and their fingerprint."""
+"""The running stage as dvc.yaml declares it: params, input files, and their fingerprint."""
 
+import contextlib
 import hashlib
 import json
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pydantic
 import torch
 
-from secateur.base import settings
-from secateur.base.errors import SettingsError
-from secateur.base.machine import device, processes, versions
+from secateur.base import files, settings
+from secateur.base.errors import SecateurError, SettingsError
+from secateur.base.machine import device, library_versions, processes, versions
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What a stage may see, and nothing else of params.yaml."""
+    """What dvc.yaml declares for a stage; it sees nothing else of params.yaml."""
 
     name: str
     params: settings.Params
@@ -26,7 +29,7 @@ class Stage:
     """Declared dependency -> hash of its content, code included."""
 
     def input(self, path: str) -> Path:
-        """The given dependency; an error if dvc.yaml does not declare it or nobody has made it."""
+        """The path of a dependency; raises SettingsError if it is not declared or is missing."""
         if path not in self.inputs:
             raise SettingsError(f"dvc.yaml: stage {self.name} does not declare '{path}' in deps")
         if not Path(path).exists():
@@ -35,7 +38,7 @@ class Stage:
 
     @property
     def fingerprint(self) -> str:
-        """Equal for two runs that must give the same result: params, inputs, code, versions."""
+        """Hash of all that the result depends on: params, inputs, code, versions, device type."""
         key = {
             "stage": self.name,
             "params": self.declared,
@@ -49,15 +52,16 @@ class Stage:
 
 
 def open_stage(name: str, pipeline: str = "dvc.yaml") -> Stage:
-    """Read and validate what `pipeline` declares for `name`; the whole of params.yaml is checked.
+    """Read and validate what the file `pipeline` declares for the stage `name`.
 
-    Raises SettingsError before any work if a value, a key or an input is not as it must be.
+    The whole of params.yaml is checked, and the versions of the libraries if the stage declares
+    them. Raises SettingsError for the first key, value or version that is not allowed.
     """
     from dvc.dependency import ParamsDependency
     from dvc.exceptions import DvcException, NotDvcRepoError
     from dvc.repo import Repo
 
-    settings.check()
+    _check_settings()
     declared: dict[str, Any] = {}
     inputs: dict[str, str] = {}
     try:
@@ -73,7 +77,49 @@ def open_stage(name: str, pipeline: str = "dvc.yaml") -> Stage:
         raise SettingsError(f"dvc.yaml: {error}; run from the root of a DVC project") from None
     except DvcException as error:
         raise SettingsError(f"dvc.yaml: {error}") from None
-    return Stage(name, settings.Params.declared(declared), declared, inputs)
+    params = settings.Params.declared(declared)
+    if "libraries" in declared:
+        _check_libraries(params.libraries)
+    return Stage(name, params, declared, inputs)
+
+
+def _check_settings() -> None:
+    """`settings.check`, unless this content of params.yaml has passed it with this code before.
+
+    The check imports every plug-in, which takes longer than all else that a stage does before its
+    work. What has passed is noted by an empty file under `.resume/settings/` for a week. Stages
+    that start at the same time may both check, and both write the same file.
+    """
+    try:
+        content = Path(settings.FILE).read_bytes()
+    except OSError:
+        content = b""  # `check` raises the error
+    package = Path(settings.__file__).parents[1]
+    parts = [hashlib.sha256(content).hexdigest(), content_hash(package), pydantic.VERSION]
+    key = hashlib.sha256(" ".join(parts).encode()).hexdigest()[:32]
+    folder = project_root() / ".resume" / "settings"
+    if (folder / key).exists():
+        return
+    settings.check()
+    with contextlib.suppress(SecateurError):  # a folder that cannot be written is no reason to stop
+        files.write_text(folder / key, "")
+    for old in folder.glob("*"):
+        with contextlib.suppress(FileNotFoundError):  # another stage removes it too
+            if old.stat().st_mtime < time.time() - 7 * 86_400:
+                old.unlink()
+
+
+def _check_libraries(wanted: settings.Libraries) -> None:
+    """Raise SettingsError if another version is installed than params.yaml names."""
+    installed = library_versions()
+    for name, version in wanted.model_dump().items():
+        found = installed.get(name)
+        if found != version:
+            raise SettingsError(
+                f"params.yaml: libraries.{name} = {version!r}: {found or 'none'} is installed, and "
+                f"results depend on it; install {name}=={version}, or run `secateur libraries "
+                "--update`, after which `dvc status` lists what will be made again"
+            )
 
 
 def content_hash(path: Path) -> str:

@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 from secateur.base.errors import SecateurError, SettingsError
-from secateur.pipeline import console
+from secateur.pipeline import console, params_file
 from secateur.pipeline.record import MODELS
 
 FOLDER = Path("recipes")
@@ -89,7 +89,10 @@ def load(name: str) -> Recipe:
             f"recipe {name!r}: there is none in {FOLDER}/; there are: {close}; "
             "`secateur recipe` lists all"
         )
-    return Recipe(name, written[name]["about"], _settings(name, written, ()))
+    settings = _settings(name, written, ())
+    if "libraries" in settings:
+        raise SettingsError(f"recipe {name}: libraries: a recipe runs with what is installed")
+    return Recipe(name, written[name]["about"], settings)
 
 
 def names() -> list[str]:
@@ -211,18 +214,7 @@ def _words(value: float) -> str:
 
 def apply(recipe: Recipe) -> None:
     """Write the settings into params.yaml; its comments and everything else stay."""
-    from ruamel.yaml import YAML
-
-    file, editor = Path("params.yaml"), YAML()
-    editor.preserve_quotes = True
-    params = editor.load(file)
-    for key, value in changes(recipe.settings, _params()).items():
-        *sections, last = key.split(".")
-        table = params
-        for section in sections:
-            table = table[section]
-        table[last] = value
-    editor.dump(params, file)
+    params_file.update(changes(recipe.settings, _params()))
     console.say(f"params.yaml has the settings of {recipe.name}; `dvc repro` runs them")
 
 

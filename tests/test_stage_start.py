@@ -1,0 +1,92 @@
+"""What happens at a stage's start: settings are checked once, library versions every time."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from secateur.base import machine, plugin
+from secateur.pipeline import params_file
+
+ROOT = Path(__file__).resolve().parents[1]
+IMPORTED = """
+import sys
+from secateur.base import errors, plugin, stage
+try:
+    stage.open_stage("baseline")
+except errors.SettingsError as error:
+    sys.exit(str(error))
+kinds = tuple(f"secateur.{kind}." for kind in plugin.KEYS)
+print(sum(name.startswith(kinds) and "._" not in name for name in sys.modules))
+"""
+PLUGINS = sum(len(plugin.names(kind)) for kind in plugin.KEYS)
+
+
+def imported(project, **options):
+    """Number of plug-ins that opening the stage imports; the error if it fails."""
+    return project.run(sys.executable, "-c", IMPORTED, **options).strip()
+
+
+@pytest.mark.pipeline
+def test_settings_are_checked_once_for_a_content_and_a_code(unborn):
+    assert imported(unborn) == str(PLUGINS)
+    assert imported(unborn) == "0"
+    unborn.params(decay=0.5)
+    assert imported(unborn) == str(PLUGINS)
+    file = unborn.path / "secateur/archs/vgg.py"
+    file.write_text(file.read_text() + "\n# changed\n")
+    assert imported(unborn) == str(PLUGINS)
+    unborn.params(pruners__magnitude__ratios=1.5)  # a pruner that is not in use
+    for _ in range(2):
+        assert "pruners.magnitude.ratios = 1.5" in imported(unborn, ok=False)
+    unborn.params(pruners__magnitude__ratios=0.5)
+    assert imported(unborn) == "0"
+
+
+@pytest.mark.pipeline
+def test_stages_that_start_at_the_same_time_check_the_same_settings(unborn):
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", IMPORTED], cwd=unborn.path, env=unborn.env(),
+            stdout=subprocess.PIPE, text=True,
+        )
+        for _ in range(3)
+    ]  # fmt: skip
+    assert [p.communicate(timeout=300)[0].strip().isdecimal() for p in started] == [True] * 3
+    assert len(list((unborn.path / ".resume/settings").iterdir())) == 1
+
+
+@pytest.mark.pipeline
+def test_a_stage_refuses_other_library_versions_until_they_are_written(unborn):
+    unborn.params(libraries__torch="1.0.0")
+    unborn.stage("prepare")  # the same data with any version
+    log = unborn.stage("baseline", ok=False)
+    (line,) = log.strip().splitlines()
+    here = machine.library_versions()["torch"]
+    assert line.startswith(f"error: params.yaml: libraries.torch = '1.0.0': {here} is installed")
+    assert "install torch==1.0.0" in line and "secateur libraries --update" in line
+    secateur = (sys.executable, "-m", "secateur", "libraries")
+    assert "--update" in unborn.run(*secateur)
+    assert f"libraries.torch: 1.0.0 -> {here}" in unborn.run(*secateur, "--update")
+    assert "--update" not in unborn.run(*secateur)
+    unborn.stage("baseline")
+
+
+def test_versions_are_named_without_the_suffix_of_the_build():
+    assert set(machine.library_versions()) == {"torch", "torchvision"}
+    assert not any("+" in version for version in machine.library_versions().values())
+
+
+def test_changed_values_leave_the_rest_of_params_yaml_as_it_is(tmp_path):
+    path, text = tmp_path / "params.yaml", (ROOT / "params.yaml").read_text()
+    path.write_text(text)
+    params_file.update({"libraries.torch": "9.8.7", "pruners.std.sensitivity": 0.75}, path)
+    changed = [
+        (before, after)
+        for before, after in zip(text.splitlines(), path.read_text().splitlines(), strict=True)
+        if before != after
+    ]
+    (std, new_std), (torch, new_torch) = changed
+    assert new_std == std.replace("0.25 ", "0.75 ") and "#" in new_std
+    assert torch.startswith("  torch: ") and new_torch == "  torch: 9.8.7"
