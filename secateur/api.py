@@ -70,6 +70,8 @@ class Origin:
     """Parameter name -> True where the entry stays; hold them while training on."""
     choices: Choices
     """What the penalty has chosen, for the pruner `chosen`."""
+    sha256: str = ""
+    """Of the file; empty for a network that has not been loaded from one."""
 
 
 @dataclass(frozen=True)
@@ -106,12 +108,12 @@ class PruneResult:
 
 
 def load(path: str | Path, into: nn.Module | None = None) -> nn.Module:
-    """The network that a checkpoint holds, compact and in eval mode, on the CPU.
+    """The network that a checkpoint holds, compact and in eval mode.
 
     `path` is the file, or the folder that has it as model.safetensors. The network is rebuilt from
     the architecture that the file names. A file that names none, as that of a network of your own,
     needs `into`: an instance of the dense network, which is resized to the file's shapes, filled
-    and returned.
+    and returned, on the device where it is.
 
     The network gets three attributes, unless it has them: `classes`, the names of its classes in
     the order of its outputs; `preprocess`, a `Preprocess`; and `origin`, an `Origin`.
@@ -138,7 +140,7 @@ def load(path: str | Path, into: nn.Module | None = None) -> nn.Module:
         model,
         classes=list(header.classes),
         preprocess=Preprocess(tuple(header.mean), tuple(header.std)),
-        origin=Origin(header, found.masks, found.choices),
+        origin=Origin(header, found.masks, found.choices, found.sha256),
     )
     return model.eval()
 
@@ -308,6 +310,7 @@ def _header(
             std=known.std,
             split=known.split,
             stage="prune",
+            parent=origin.sha256 or None,
             notes=known.notes | notes,
         )
     shape = list(images.shape[1:])

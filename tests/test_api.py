@@ -249,6 +249,7 @@ def test_a_model_of_the_pipeline_is_loaded_from_its_folder(folder, tmp_path):
     small = secateur.load(tmp_path / "small.safetensors")
     assert torch.equal(small(images), result.model(images))
     assert small.classes == model.classes and small.origin.header.arch == "lenet300"
+    assert small.origin.header.parent == model.origin.sha256
 
 
 def test_attributes_of_the_network_itself_are_left_alone(net, tmp_path):

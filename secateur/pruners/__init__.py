@@ -9,6 +9,14 @@ by the name of their group and their numbers in it.
 A pruner trains nothing, prints nothing, and leaves the model as it is.
 """
 
-from secateur.base.callable_plugin import callable_plugins
+from typing import TYPE_CHECKING
+
+from secateur.base.callable_plugin import ConfiguredPruner, callable_plugins
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    def __getattr__(name: str) -> Callable[..., ConfiguredPruner]: ...
+
 
 callable_plugins(__name__)
