@@ -2,7 +2,7 @@
 
 Source: A. Krizhevsky, I. Sutskever, G. Hinton, ImageNet classification with deep convolutional
 neural networks, NeurIPS 2012, as bearpaw/pytorch-classification cut it down for 32x32 pixels. For
-ten classes 2,472,266 parameters and 15.0 MMACs. Weights start as torch draws them.
+ten classes 2,472,266 parameters and 15.0 MMACs. Initial weights are torch's.
 """
 
 from collections import OrderedDict

@@ -1,10 +1,10 @@
-"""CondenseNet before it is condensed: a DenseNet whose growth doubles from stage to stage.
+"""CondenseNet before condensation: a DenseNet whose growth rate doubles from stage to stage.
 
 Source: G. Huang, S. Liu, L. van der Maaten, K. Weinberger, CondenseNet, CVPR 2018, in the dense
 form that gconv-prune (R. Zhao, W. Luk, ICCV workshops 2019) trains before it learns the groups:
-all convolutions are ungrouped, unless `groups` says otherwise, and nothing is learnt between
-stages. CondenseNet-86 for 32x32x3 images and ten classes: 1,959,626 parameters (100 classes:
-2,031,716) and 248.18 MMACs.
+all convolutions have one group unless `groups` is set, and no groups are learnt between stages.
+CondenseNet-86 for 32x32x3 images and ten classes: 1,959,626 parameters (100 classes: 2,031,716) and
+248.18 MMACs.
 """
 
 from typing import Annotated, Self
@@ -20,12 +20,12 @@ Stages = Annotated[tuple[Count, ...], Field(min_length=1, max_length=8)]
 
 
 class Settings(Strict):
-    """Dense layers of each stage and the channels that each of them adds there."""
+    """Dense layers per stage, and the channels that each of them adds (growth rate)."""
 
     stages: Stages = (14, 14, 14)
     growth: Stages = (8, 16, 32)
     groups: Count = 1
-    """Of all convolutions but the stem, from the first step of training on."""
+    """Convolution groups of all layers but the stem, from the start of the training."""
 
     @model_validator(mode="after")
     def _groups_divide_every_growth(self) -> Self:
@@ -45,7 +45,7 @@ class Settings(Strict):
 
 
 def build(settings: Settings, classes: int, shape: tuple[int, int, int]) -> nn.Module:
-    """Stem `conv1`, `layer1` and so on with 2x2 mean-pooling between them, `fc`: logits.
+    """Stem `conv1`, `layer1` and so on with 2x2 average pooling between them, `fc`: logits.
 
     Images of at least 2 ** (stages - 1) pixels a side.
     """

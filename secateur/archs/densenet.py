@@ -1,4 +1,4 @@
-"""DenseNet for CIFAR: every layer reads what all layers before it in its stage have made.
+"""DenseNet for CIFAR: every layer reads the outputs of all earlier layers of its stage.
 
 Source: G. Huang, Z. Liu, L. van der Maaten, K. Weinberger, Densely connected convolutional
 networks, CVPR 2017. For 32x32x3 images and ten classes:
@@ -22,7 +22,7 @@ from secateur.nn.layers import ChannelSelect
 
 
 class Settings(Strict):
-    """Layers with weights, channels that each of them adds, and the two savings of the BC form."""
+    """Weight layers, channels that each adds (growth rate), and the two options of the BC form."""
 
     depth: Annotated[int, Field(ge=7, le=2000)] = 40
     """3n+4 for plain layers, 6n+4 with bottlenecks."""
@@ -30,7 +30,7 @@ class Settings(Strict):
     bottleneck: bool = False
     """A 1x1 convolution before each 3x3, and a stem of twice the growth instead of 16."""
     compression: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Share of the channels that the transition between two stages keeps."""
+    """Fraction of the channels that the transition between two stages keeps."""
 
     @model_validator(mode="after")
     def _depth_is_possible(self) -> Self:
@@ -38,7 +38,7 @@ class Settings(Strict):
         return self
 
     def layers_in_a_stage(self) -> int:
-        """The n of the depth; ValueError if there is none."""
+        """The n of `depth`; ValueError if no n gives this depth."""
         if self.bottleneck:
             return blocks.blocks_per_stage(self.depth, 6, 4, "DenseNets with bottlenecks")
         return blocks.blocks_per_stage(self.depth, 3, 4, "plain DenseNets")
@@ -61,7 +61,7 @@ class Plain(nn.Module):
 
 
 def build(settings: Settings, classes: int, shape: tuple[int, int, int]) -> nn.Module:
-    """Stem `conv1`, `layer1` to `layer3` with transitions, mean over all pixels, `fc`: logits.
+    """Stem `conv1`, `layer1` to `layer3` with transitions, global average pooling, `fc`: logits.
 
     Images of at least 4x4 pixels.
     """
@@ -82,7 +82,7 @@ def build(settings: Settings, classes: int, shape: tuple[int, int, int]) -> nn.M
 
 
 def _transition(inputs: int, outputs: int) -> nn.Sequential:
-    """BN-ReLU-1x1, then the mean of each 2x2 pixels."""
+    """BN-ReLU-1x1, then 2x2 average pooling."""
     transition = nn.Sequential()
     transition.add_module("take", ChannelSelect(range(inputs)))
     transition.add_module("bn", nn.BatchNorm2d(inputs))

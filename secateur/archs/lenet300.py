@@ -22,7 +22,7 @@ class Settings(Strict):
 
 
 def build(settings: Settings, classes: int, shape: tuple[int, int, int]) -> nn.Module:
-    """Flatten, then fully connected layers with ReLU between them; gives logits."""
+    """Flatten, then fully connected layers with ReLU between them: logits."""
     widths = [math.prod(shape), *settings.hidden, classes]
     layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
     for number, (inputs, outputs) in enumerate(pairwise(widths), start=1):

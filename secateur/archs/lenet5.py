@@ -26,14 +26,14 @@ def build(settings: Settings, classes: int, shape: tuple[int, int, int]) -> nn.M
     """Twice 5x5 convolution, 2x2 max-pooling, ReLU; then two fully connected layers: logits.
 
     The convolutions have no padding, as in the source, if the image is large enough for both
-    (16 pixels a side); smaller images, such as 8x8, are padded to keep their size. Pooling stands
-    before ReLU, which gives the same result and leaves ReLU a quarter of the work.
+    (16 pixels a side); smaller images, such as 8x8, are padded to keep their size. Pooling precedes
+    ReLU, which gives equal results with a quarter of the computation of ReLU.
     """
     channels, height, width = shape
     first, second = settings.filters
     padding = 0 if min(height, width) >= 16 else 2
 
-    def after(side: int) -> int:
+    def pooled(side: int) -> int:
         for _ in range(2):
             side = (side - 4 + 2 * padding) // 2
         return side
@@ -47,7 +47,7 @@ def build(settings: Settings, classes: int, shape: tuple[int, int, int]) -> nn.M
             pool2=nn.MaxPool2d(2),
             relu2=nn.ReLU(),
             flatten=nn.Flatten(),
-            fc1=nn.Linear(second * after(height) * after(width), settings.hidden),
+            fc1=nn.Linear(second * pooled(height) * pooled(width), settings.hidden),
             relu3=nn.ReLU(),
             fc2=nn.Linear(settings.hidden, classes),
         )

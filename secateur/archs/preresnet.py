@@ -1,4 +1,4 @@
-"""Pre-activation ResNet for CIFAR: BN and ReLU before each convolution, nothing after the sum.
+"""Pre-activation ResNet for CIFAR: BN and ReLU before each convolution, none after the sum.
 
 Source: K. He, X. Zhang, S. Ren, J. Sun, Identity mappings in deep residual networks, ECCV 2016. A
 block that changes the shape has a 1x1 convolution without BN beside it, which reads the raw input,
@@ -16,7 +16,7 @@ from secateur.nn.layers import ChannelSelect
 
 
 class Settings(blocks.Residual):
-    """Layers with weights and kind of block."""
+    """Number of weight layers and type of block."""
 
     depth: blocks.Depth = 164
     block: blocks.Block = "bottleneck"
@@ -70,7 +70,7 @@ class Bottleneck(nn.Module):
 
 
 def build(settings: Settings, classes: int, shape: tuple[int, int, int]) -> nn.Module:
-    """Stem `conv1`, `layer1` to `layer3`, BN-ReLU, mean over all pixels, `fc`: logits.
+    """Stem `conv1`, `layer1` to `layer3`, BN-ReLU, global average pooling, `fc`: logits.
 
     Any image size.
     """

@@ -1,17 +1,17 @@
 """ResNet for CIFAR: three stages of 16, 32 and 64 channels, ReLU after each sum.
 
 Source: K. He, X. Zhang, S. Ren, J. Sun, Deep residual learning for image recognition, CVPR 2016,
-section 4.2. Two networks go by each name, told apart by `shortcut`. For 32x32x3 images and ten
-classes:
+section 4.2. Each name stands for two networks, which differ in `shortcut`. For 32x32x3 images and
+ten classes:
 
     depth, block, shortcut    parameters        MACs     used by
     20,  basic, B                272,474     40.81 M     bearpaw/pytorch-classification, DeepHoyer
     56,  basic, A                853,018    125.49 M     He et al.; GReg (Wang et al., ICLR 2021)
     56,  basic, B                855,770    125.75 M     bearpaw/pytorch-classification
-    110, basic, B              1,730,714    253.15 M     the same; gconv-prune
-    164, bottleneck, B         1,704,154    247.65 M     the same, under the name ResNet-110
+    110, basic, B              1,730,714    253.15 M     bearpaw; gconv-prune
+    164, bottleneck, B         1,704,154    247.65 M     bearpaw, under the name ResNet-110
 
-Every convolution starts He-normal by fan-out, as in bearpaw's and gconv-prune's networks.
+Convolutions have He-normal initial weights by fan-out, as in bearpaw's and gconv-prune's networks.
 """
 
 from typing import Literal
@@ -23,7 +23,7 @@ from secateur.nn.layers import ChannelSelect
 
 
 class Settings(blocks.Residual):
-    """Layers with weights, kind of block, and what stands beside a block that changes the shape."""
+    """Weight layers, type of block, and shortcut of a block that changes the shape."""
 
     depth: blocks.Depth = 56
     block: blocks.Block = "basic"
@@ -33,13 +33,13 @@ class Settings(blocks.Residual):
 
 
 def build(settings: Settings, classes: int, shape: tuple[int, int, int]) -> nn.Module:
-    """Stem `conv1`, `layer1` to `layer3`, mean over all pixels, `fc`: logits. Any image size."""
+    """Stem `conv1`, `layer1` to `layer3`, global average pooling, `fc`: logits. Any image size."""
     count = settings.blocks_in_a_stage()
     expansion = 1 if settings.block == "basic" else blocks.EXPANSION
-    beside = _subsample if settings.shortcut == "A" else blocks.projection
+    make_shortcut = _subsample if settings.shortcut == "A" else blocks.projection
 
     def block(inputs: int, outputs: int, stride: int) -> nn.Module:
-        shortcut = beside(inputs, outputs, stride)
+        shortcut = make_shortcut(inputs, outputs, stride)
         if settings.block == "basic":
             return blocks.Basic(inputs, outputs, stride, shortcut)
         return blocks.Bottleneck(inputs, outputs // expansion, outputs, stride, shortcut)
@@ -56,9 +56,10 @@ def build(settings: Settings, classes: int, shape: tuple[int, int, int]) -> nn.M
 
 
 def _subsample(inputs: int, outputs: int, stride: int) -> nn.Module:
-    """Shortcut A: no weights. Pooling by windows of one pixel is taking every `stride`-th pixel.
+    """Shortcut A, without weights: every `stride`-th pixel, by pooling windows of one pixel.
 
-    What it widens with zeros is a `Take`, so that channels on either side can go by themselves.
+    A ChannelSelect adds the channels of zeros, so that channels on both sides can be pruned
+    independently.
     """
     if inputs == outputs and stride == 1:
         return nn.Identity()

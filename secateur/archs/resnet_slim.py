@@ -2,7 +2,7 @@
 
 Source: K. He, X. Zhang, S. Ren, J. Sun, Deep residual learning for image recognition, CVPR 2016,
 in the form that Network Slimming's followers prune on CIFAR (classifier-pruner). Projections (1x1
-convolution with BN) where the shape changes; weights start as torch draws them. For 32x32x3 images
+convolution with BN) where the shape changes; initial weights are torch's. For 32x32x3 images
 and ten classes:
 
     depth       18            34            50            101           152
@@ -30,13 +30,13 @@ COUNTS: dict[Depth, tuple[int, int, int, int]] = {
 
 
 class Settings(Strict):
-    """Layers with weights."""
+    """Number of weight layers."""
 
     depth: Depth = 18
 
 
 def build(settings: Settings, classes: int, shape: tuple[int, int, int]) -> nn.Module:
-    """Stem `conv1`, `layer1` to `layer4`, mean over all pixels, `fc`: logits. Any image size."""
+    """Stem `conv1`, `layer1` to `layer4`, global average pooling, `fc`: logits. Any image size."""
     basic = settings.depth < 50
     expansion = 1 if basic else blocks.EXPANSION
 

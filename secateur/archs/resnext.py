@@ -1,4 +1,4 @@
-"""ResNeXt for CIFAR: bottlenecks whose 3x3 convolution works in groups.
+"""ResNeXt for CIFAR: bottlenecks with a grouped 3x3 convolution.
 
 Source: S. Xie, R. Girshick, P. Dollár, Z. Tu, K. He, Aggregated residual transformations for deep
 neural networks, CVPR 2017. For 32x32x3 images and ten classes, depth 29 and groups of 64 channels:
@@ -20,16 +20,16 @@ Width = Annotated[int, Field(ge=1)]
 
 
 class Settings(Strict):
-    """Layers with weights, groups and widths; 29, 8 and 64 are ResNeXt-29 8x64d."""
+    """Weight layers, groups and widths; 29, 8 and 64 are ResNeXt-29 8x64d."""
 
     depth: Annotated[int, Field(ge=11, le=2000)] = 29
     """9n+2."""
     cardinality: Width = 8
     """Groups of each 3x3 convolution."""
     base_width: Width = 64
-    """Channels of a group in the first stage; doubled in each that follows."""
+    """Channels of a group in the first stage; doubled in each further stage."""
     widen: Width = 4
-    """Outputs of the first stage in units of 64; doubled in each that follows."""
+    """Outputs of the first stage in units of 64; doubled in each further stage."""
 
     @model_validator(mode="after")
     def _depth_is_possible(self) -> Self:
@@ -37,22 +37,22 @@ class Settings(Strict):
         return self
 
     def blocks_in_a_stage(self) -> int:
-        """The n of the depth; ValueError if there is none."""
+        """The n of `depth`; ValueError if no n gives this depth."""
         return blocks.blocks_per_stage(self.depth, 9, 2, "ResNeXts")
 
 
 class ResNeXt(blocks.HeNormal):
-    """The classifier starts He-normal too, by fan-in, without bias."""
+    """The classifier's initial weights are He-normal too, by fan-in, its bias is zero."""
 
     def reset_parameters(self) -> None:
-        """Draw the weights of convolutions and classifier; BN is left as it is."""
+        """Draw the weights of convolutions and classifier; BN is not changed."""
         super().reset_parameters()
         nn.init.kaiming_normal_(self.get_parameter("fc.weight"))
         nn.init.zeros_(self.get_parameter("fc.bias"))
 
 
 def build(settings: Settings, classes: int, shape: tuple[int, int, int]) -> nn.Module:
-    """Stem `conv1`, `layer1` to `layer3`, mean over all pixels, `fc`: logits. Any image size."""
+    """Stem `conv1`, `layer1` to `layer3`, global average pooling, `fc`: logits. Any image size."""
     count, groups, width = settings.blocks_in_a_stage(), settings.cardinality, 64 * settings.widen
 
     def block(inputs: int, outputs: int, stride: int) -> nn.Module:

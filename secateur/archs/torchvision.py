@@ -2,7 +2,7 @@
 
 Source: torchvision.models, where each network names its paper. ResNet-18 for 224x224x3 images and
 1,000 classes: 11,689,512 parameters and 1.814 GMACs. Modules keep torchvision's names. New weights
-start as torchvision draws them; finetune.init = scratch starts from what torch's layers draw, and
+are drawn as torchvision does; finetune.init = scratch draws those of torch's layers instead, and
 refuses networks with parameters outside of layers (vit, swin, maxvit, convnext).
 """
 

@@ -1,7 +1,7 @@
 """VGG for CIFAR: 3x3 convolutions in five stages, max-pooling between them, one linear layer.
 
 Source: K. Simonyan, A. Zisserman, Very deep convolutional networks for large-scale image
-recognition, ICLR 2015, with the head of 512 inputs that is usual on CIFAR. Several networks go by
+recognition, ICLR 2015, with the head of 512 inputs that is usual on CIFAR. Several networks share
 one name. For 32x32x3 images and ten classes, with BN:
 
     depth                    11           13           16            19
@@ -14,8 +14,8 @@ one name. For 32x32x3 images and ten classes, with BN:
     Torch-Pruning (DepGraph)          false    [1, 2, 3, 5]       20,035,018      511.4 M
 
 The first two differ in how the last 2x2 pixels become one: by their maximum or by their mean.
-Convolutions start He-normal by fan-out without bias, the classifier normal with deviation 0.01
-(bearpaw/pytorch-classification).
+Initial weights of convolutions are He-normal by fan-out, those of the classifier normal with
+standard deviation 0.01; biases are zero (bearpaw/pytorch-classification).
 """
 
 from typing import Annotated, Literal
@@ -38,13 +38,13 @@ COUNTS: dict[Depth, tuple[int, ...]] = {
 
 
 class Settings(Strict):
-    """Layers with weights, BN, biases of the convolutions, and where the image is halved."""
+    """Weight layers, BN, biases of the convolutions, and stages that end in pooling."""
 
     depth: Depth = 19
     batch_norm: bool = True
     bias: bool = True
     pools: tuple[Annotated[int, Field(ge=1, le=5)], ...] = (1, 2, 3, 4, 5)
-    """Stages that end in 2x2 max-pooling; what is left of the image is averaged at the end."""
+    """Stages that end in 2x2 max-pooling; the last feature map is averaged."""
 
     @field_validator("pools")
     @classmethod
@@ -55,17 +55,17 @@ class Settings(Strict):
 
 
 class VGG(blocks.HeNormal):
-    """The classifier starts normal with deviation 0.01, without bias."""
+    """The classifier's initial weights are normal with standard deviation 0.01, its bias zero."""
 
     def reset_parameters(self) -> None:
-        """Draw the weights of convolutions and classifier; BN is left as it is."""
+        """Draw the weights of convolutions and classifier; BN is not changed."""
         super().reset_parameters()
         nn.init.normal_(self.get_parameter("fc.weight"), std=0.01)
         nn.init.zeros_(self.get_parameter("fc.bias"))
 
 
 def build(settings: Settings, classes: int, shape: tuple[int, int, int]) -> nn.Module:
-    """`conv1`, `bn1`, `relu1` and so on, `pool` and number of the stage, mean, `fc`: logits.
+    """`conv1`, `bn1`, `relu1` and so on, `pool<stage>`, global average pooling, `fc`: logits.
 
     Images of at least 2 ** (number of pools) pixels a side.
     """

@@ -15,14 +15,14 @@ from secateur.nn.layers import ChannelSelect
 
 
 class Settings(Strict):
-    """Layers with weights, width and dropout; 28, 10 and 0.3 are WRN-28-10 as published."""
+    """Weight layers, width and dropout; 28, 10 and 0.3 are WRN-28-10 as published."""
 
     depth: Annotated[int, Field(ge=10, le=2000)] = 28
     """6n+4."""
     widen: Annotated[int, Field(ge=1)] = 10
-    """The three stages have 16, 32 and 64 times as many channels."""
+    """Width factor: the three stages have 16, 32 and 64 times as many channels."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.3
-    """Share of the values between the two convolutions of a block that training sets to zero."""
+    """Dropout probability between the two convolutions of a block."""
 
     @model_validator(mode="after")
     def _depth_is_possible(self) -> Self:
@@ -30,11 +30,11 @@ class Settings(Strict):
         return self
 
     def blocks_in_a_stage(self) -> int:
-        """The n of the depth; ValueError if there is none."""
+        """The n of `depth`; ValueError if no n gives this depth."""
         return blocks.blocks_per_stage(self.depth, 6, 4, "wide ResNets")
 
 
-class Same(nn.Module):
+class IdentityBlock(nn.Module):
     """BN-ReLU-3x3, dropout, BN-ReLU-3x3, added to the raw input; the shape stays."""
 
     def __init__(self, channels: int, dropout: float) -> None:
@@ -55,8 +55,8 @@ class Same(nn.Module):
         return x + y
 
 
-class Change(nn.Module):
-    """The same to another shape; the shortcut, a 1x1 convolution, reads behind the first ReLU."""
+class ProjectionBlock(nn.Module):
+    """IdentityBlock to another shape; the shortcut is a 1x1 convolution after the first ReLU."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, dropout: float) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class Change(nn.Module):
 
 
 def build(settings: Settings, classes: int, shape: tuple[int, int, int]) -> nn.Module:
-    """Stem `conv1`, `layer1` to `layer3`, BN-ReLU, mean over all pixels, `fc`: logits.
+    """Stem `conv1`, `layer1` to `layer3`, BN-ReLU, global average pooling, `fc`: logits.
 
     Any image size.
     """
@@ -86,8 +86,8 @@ def build(settings: Settings, classes: int, shape: tuple[int, int, int]) -> nn.M
 
     def block(inputs: int, outputs: int, stride: int) -> nn.Module:
         if inputs == outputs and stride == 1:
-            return Same(inputs, settings.dropout)
-        return Change(inputs, outputs, stride, settings.dropout)
+            return IdentityBlock(inputs, settings.dropout)
+        return ProjectionBlock(inputs, outputs, stride, settings.dropout)
 
     return blocks.HeNormalZeroBias(
         conv1=blocks.conv3x3(shape[0], 16),

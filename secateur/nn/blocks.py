@@ -65,7 +65,7 @@ class Residual(Strict):
         return self
 
     def blocks_in_a_stage(self) -> int:
-        """The n of the depth; ValueError if there is none."""
+        """The n of `depth`; ValueError if no n gives this depth."""
         if self.block == "basic":
             return blocks_per_stage(self.depth, 6, 2, "basic blocks")
         return blocks_per_stage(self.depth, 9, 2, "bottlenecks")

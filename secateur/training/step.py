@@ -12,7 +12,7 @@ from secateur.training.penalty import Penalty
 
 
 class TrainStep:
-    """Updates the weights batch by batch and sums up what an epoch is reported by."""
+    """Updates the weights for one batch after the other, and sums up the metrics of an epoch."""
 
     def __init__(
         self,
