@@ -42,8 +42,9 @@ def prune(arch: str, chosen: dict[str, Any], ratio: float, multiple: int) -> rem
     for group in graph.groups:
         if group.locked is None:
             order = torch.rand(group.size, generator=generator)
-            lost = choices.smallest_choice(order, choices.number_pruned(ratio, group.size))
-            pruned[group.name] = choices.spare(lost, order, multiple=multiple).nonzero().flatten()
+            lost = choices.choose_smallest(order, choices.number_pruned(ratio, group.size))
+            kept = choices.keep_at_least(lost, order, multiple=multiple)
+            pruned[group.name] = kept.nonzero().flatten()
     return removal.remove(model, graph.removable(pruned), image, {}, graph)
 
 

@@ -16,7 +16,13 @@ from torch import Tensor, nn
 
 from secateur.base import plugin
 from secateur.base.callable_plugin import ConfiguredPruner, in_arguments
-from secateur.base.errors import CheckpointError, PruningError, SecateurError, SettingsError
+from secateur.base.errors import (
+    ArgumentError,
+    CheckpointError,
+    PruningError,
+    SecateurError,
+    SettingsError,
+)
 from secateur.base.settings import Export
 from secateur.channels.graph import ChannelGraph, build_channel_graph
 from secateur.nn import checkpoint, cost, resizing
@@ -224,6 +230,8 @@ def prune(
             export=export,
             requested=str(pruner),
         )
+    except ArgumentError as error:
+        raise SettingsError(in_arguments(str(error), pruner.name)) from None
     except SecateurError as error:
         raise type(error)(in_arguments(str(error), pruner.name)) from None
     counts = cost.parameters(dense), masks.nonzero(pruned.model)

@@ -34,7 +34,8 @@ def project(tmp_path, monkeypatch):
 
 def build(name, model, decay=1e-4, **chosen):
     module = plugin.load("penalties", name)
-    return module.build(validate(module.Settings, chosen, f"penalties.{name}"), model, decay)
+    with section(f"penalties.{name}"):
+        return module.build(validate(module.Settings, chosen, f"penalties.{name}"), model, decay)
 
 
 def network(seed=0):
@@ -163,12 +164,12 @@ def test_the_gradient_grows_by_factor_times_weight_and_by_nothing_else():
         for (name, ours), theirs in zip(model.named_parameters(), twin.parameters(), strict=True):
             difference = ours.grad - theirs.grad
             expected = torch.zeros_like(difference)
-            if name in penalty.choice:
-                expected = factor * penalty.choice[name] * ours.detach()
+            if name in penalty.groups.choice:
+                expected = factor * penalty.groups.choice[name] * ours.detach()
                 total += 0.5 * float((expected * ours.detach()).sum())
             torch.testing.assert_close(difference, expected, rtol=1e-4, atol=1e-6)
         assert float(value.detach()) == pytest.approx(total, rel=1e-5)
-    assert set(penalty.choice) == {"0.weight", "3.weight"}
+    assert set(penalty.groups.choice) == {"0.weight", "3.weight"}
 
 
 @pytest.mark.parametrize("groups_", GROUPS)
@@ -184,8 +185,8 @@ def test_a_step_of_sgd_shrinks_what_is_chosen_by_rate_times_factor_and_weight_de
     fit(ours, prepared, how, "greg", penalty=penalty)
     for name, after in ours.named_parameters():
         pulled = plain.get_parameter(name).detach().clone()
-        if name in penalty.choice:
-            pulled -= 0.1 * 2.0 * penalty.choice[name] * start[name]
+        if name in penalty.groups.choice:
+            pulled -= 0.1 * 2.0 * penalty.groups.choice[name] * start[name]
         torch.testing.assert_close(after.detach(), pulled, rtol=1e-4, atol=1e-6)
 
 
@@ -224,7 +225,7 @@ def test_greg1_leaves_what_it_keeps_alone():
         found = factors(penalty, model)
     assert set(found) == {"0.weight", "3.weight"}
     for name, factor in found.items():
-        choice = penalty.choice[name].expand_as(factor)
+        choice = penalty.groups.choice[name].expand_as(factor)
         assert not factor[~choice].any()
         torch.testing.assert_close(factor[choice], torch.full_like(factor[choice], 0.75))
 
@@ -392,7 +393,7 @@ def test_what_is_chosen_shrinks_and_the_network_still_learns():
     penalty = build("greg1", model, decay=0.1, interval=2, ceiling=5.0, stabilise=200, ratios=0.5)
     fit(model, prepared, settings(30, lr=0.05), penalty=penalty)
     for name, choice in penalty.choices().items():
-        size = choices.scores(model.get_parameter(name), "filter")
+        size = choices.magnitude_scores(model.get_parameter(name), "filter")
         assert size[choice].max() < 0.05 * size[~choice].min()
     assert accuracy(model, prepared.test, prepared.info)[0] > 0.8
 
@@ -403,16 +404,18 @@ def test_what_is_chosen_shrinks_and_the_network_still_learns():
 def test_the_trace_has_kept_against_chosen_by_layer():
     model = network()
     penalty = build("greg1", model, decay=0.01, interval=2, ceiling=0.095, stabilise=1000)
-    first = {n: choices.scores(model.get_parameter(n), "filter") for n in penalty.choice}
+    first = {
+        n: choices.magnitude_scores(model.get_parameter(n), "filter") for n in penalty.groups.choice
+    }
     result = fit(model, digits(), settings(300), penalty=penalty)
     rows = penalty.growth_table()
     assert penalty.max_steps == 1019  # 10 updates, from one to the next two steps
     assert [row["step"] for row in rows] == [*range(0, 1019, 3), 1019]
-    assert len(rows) <= growing.POINTS + 1
+    assert len(rows) <= growing.MAX_POINTS + 1
     assert set(rows[0]) == {"step", "factor", "kept", "chosen", "kept 0", "chosen 0", "kept 3",
                             "chosen 3"}  # fmt: skip
     for number in ("0", "3"):
-        size, choice = first[f"{number}.weight"], penalty.choice[f"{number}.weight"]
+        size, choice = first[f"{number}.weight"], penalty.groups.choice[f"{number}.weight"]
         assert rows[0][f"chosen {number}"] == pytest.approx(float(size[choice].mean()))
         assert rows[0][f"kept {number}"] == pytest.approx(float(size[~choice].mean()))
     assert rows[0]["kept"] == pytest.approx((rows[0]["kept 0"] + rows[0]["kept 3"]) / 2)
@@ -556,15 +559,20 @@ def test_a_setting_out_of_range_is_told_by_name(name, key, value, line):
 @pytest.mark.parametrize(
     ("name", "decay", "chosen", "line"),
     [
-        ("greg1", 0.0, {}, r"decay = 0: penalties\.greg1 grows .* greater than 0"),
-        ("greg2", 0.0, {}, r"decay = 0: penalties\.greg2 grows .* greater than 0"),
-        ("greg1", 1e-9, {}, r"decay = 1e-09: penalties\.greg1\.ceiling 1 is out of reach in steps"),
-        ("greg2", 1e-9, {}, r"decay = 1e-09: penalties\.greg2\.ceiling 1 is out of reach"),
+        ("greg1", 0.0, {}, r"decay = 0\.0: penalty greg1 grows .* greater than 0"),
+        ("greg2", 0.0, {}, r"decay = 0\.0: penalty greg2 grows .* greater than 0"),
+        (
+            "greg1",
+            1e-9,
+            {},
+            r"decay = 1e-09: ceiling 1 is out of reach in steps .*\(penalty greg1\)",
+        ),
+        ("greg2", 1e-9, {}, r"decay = 1e-09: ceiling 1 is out of reach .*\(penalty greg2\)"),
         (
             "greg2",
             1e-4,
             {"pick_growth": 1e-11},
-            r"pick_growth = 1e-11: penalties\.greg2\.pick_ceil",
+            r"penalties\.greg2\.pick_growth = 1e-11: pick_ceiling .*",
         ),
         ("greg1", 1e-4, {"ratios": {"6": 0.5}}, "6: there are 3 convolutions and linear layers"),
         ("greg2", 1e-4, {"ratios": {"2": 0.5}}, r"2 = 0.5 is for layer 6, .* are the classes"),
@@ -584,6 +592,6 @@ def test_a_layer_of_two_million_single_weights_starts_at_once():
     for name in METHODS:
         penalty = build(name, model, granularity="weight", ratios=0.827)
         penalty(0).backward()
-        assert sum(penalty.numbers.values()) == math.ceil(0.827 * 2_048_000)
+        assert sum(penalty.groups.numbers.values()) == math.ceil(0.827 * 2_048_000)
     chosen = build("greg1", model, granularity="weight", ratios=0.827).choices()["0.weight"]
     assert int(chosen.sum()) == math.ceil(0.827 * 2_048_000)

@@ -248,7 +248,7 @@ def test_without_strength_there_is_no_penalty_but_the_growing_ones_need_some(nam
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(2, 3))
     chosen = plugin.load("penalties", name).Settings()
     if name in COURSES:
-        with pytest.raises(SettingsError, match=rf"decay = 0: penalties.{name} .* greater than 0"):
+        with pytest.raises(SettingsError, match=rf"decay = 0\.0: penalty {name} .* greater than 0"):
             penalties.build(name, chosen, model, 0.0)
     else:
         assert penalties.build(name, chosen, model, 0.0) is None

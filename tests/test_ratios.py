@@ -13,8 +13,9 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from secateur.base.errors import SettingsError
-from secateur.base.settings import Strict, validate
+from secateur.base.settings import Strict, section, validate
 from secateur.sparsity import choices, ratios
+from secateur.sparsity.layer_ratios import ratios_by_layer
 from secateur.sparsity.ratios import Ratios, Skip
 
 GROUPS = ["filter", "channel", "weight"]
@@ -57,7 +58,8 @@ def plain():
 
 def resolve(model, written, kind="filter", skip=()):
     made = validate(Written, {"ratios": written, "skip": list(skip)}, "penalties.greg1")
-    return ratios.by_layer(model, made.ratios, kind, made.skip, "penalties.greg1")
+    with section("penalties.greg1"):
+        return ratios_by_layer(model, made.ratios, kind, made.skip)
 
 
 def above_zero(found):
@@ -284,9 +286,9 @@ def test_counts_agree_with_whole_numbers(share, number):
 
 def test_what_is_written_comes_back_as_text_that_means_the_same():
     for written in (0.5, [0, 0.75, 0.75, 0.32, 0], "0-1: 0.5, 3: 0.2", {"conv?": 0.25}):
-        rules = ratios.parse(written)
-        assert ratios.parse(str(rules)) == rules
-        assert ratios.parse(yaml.safe_load(yaml.safe_dump({"r": str(rules)}))["r"]) == rules
+        rules = ratios.parse_ratios(written)
+        assert ratios.parse_ratios(str(rules)) == rules
+        assert ratios.parse_ratios(yaml.safe_load(yaml.safe_dump({"r": str(rules)}))["r"]) == rules
 
 
 SCORE = torch.tensor([[3.0, 1.0, 2.0, 1.0, 5.0]])
@@ -315,9 +317,9 @@ def test_a_random_choice_depends_on_its_seed_alone():
 
 def test_scores_are_mean_sizes_with_the_shape_of_a_choice():
     weight = torch.tensor([[[[1.0, -3.0]], [[0.0, 4.0]]]])  # one filter, two channels
-    assert choices.scores(weight, "filter").tolist() == [[[[2.0]]]]
-    assert choices.scores(weight, "channel").tolist() == [[[[2.0]], [[2.0]]]]
-    assert torch.equal(choices.scores(weight, "weight"), weight.abs())
+    assert choices.magnitude_scores(weight, "filter").tolist() == [[[[2.0]]]]
+    assert choices.magnitude_scores(weight, "channel").tolist() == [[[[2.0]], [[2.0]]]]
+    assert torch.equal(choices.magnitude_scores(weight, "weight"), weight.abs())
 
 
 class Calls(TorchFunctionMode):
@@ -334,10 +336,12 @@ def test_two_million_weights_are_chosen_from_at_once():
     layer = nn.Linear(2048, 1000)
     with Calls() as calls:
         choice = choices.choose(
-            choices.scores(layer.weight, "weight"), choices.number_pruned(0.827, 2_048_000)
+            choices.magnitude_scores(layer.weight, "weight"),
+            choices.number_pruned(0.827, 2_048_000),
         )
-        same = choices.smallest_choice(
-            choices.scores(layer.weight, "weight"), choices.number_pruned(0.827, 2_048_000)
+        same = choices.choose_smallest(
+            choices.magnitude_scores(layer.weight, "weight"),
+            choices.number_pruned(0.827, 2_048_000),
         )
     assert choice.sum() == math.ceil(0.827 * 2_048_000)
     assert layer.weight[choice].abs().max() <= layer.weight[~choice].abs().min()

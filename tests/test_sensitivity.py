@@ -49,19 +49,19 @@ def test_trials_give_what_the_masked_network_gives(kind):
     with torch.no_grad():
         model.fc.bias -= model(images).mean(0)  # so that not all images look alike
         labels = model(images).argmax(1)
-    subject = PruningContext(copy.deepcopy(model), images, labels)
-    names = sensitivity.layers(subject)
-    made = sensitivity.trials(subject, names, ["l1", "taylor", "random"], [0.3, 0.8], 1)
+    context = PruningContext(copy.deepcopy(model), images, labels)
+    names = sensitivity.independent_layers(context)
+    made = sensitivity.ablations(context, names, ["l1", "taylor", "random"], [0.3, 0.8], 1)
     assert {(t.layer, t.criterion, t.ratio) for t in made} == {
         (n, c, r) for n in names for c in ("l1", "taylor", "random") for r in (0.3, 0.8)
     }
     parts = zip(images.split(8), labels.split(8), strict=True)
-    before = copy.deepcopy(subject.model.state_dict())
-    bench = sensitivity.Bench(subject)
+    before = copy.deepcopy(context.model.state_dict())
+    runner = sensitivity.AblationRunner(context)
     ticks = []
-    right = bench.right(list(parts), made, lambda: ticks.append(1))
+    right = runner.count_correct(list(parts), made, lambda: ticks.append(1))
     assert len(ticks) == 3 * len(made)
-    assert all(torch.equal(t, before[n]) for n, t in subject.model.state_dict().items())
+    assert all(torch.equal(t, before[n]) for n, t in context.model.state_dict().items())
 
     def count(network):
         with torch.no_grad():
@@ -74,15 +74,15 @@ def test_trials_give_what_the_masked_network_gives(kind):
 
 
 def test_only_what_follows_is_computed_again():
-    bench = sensitivity.Bench(PruningContext(MODELS["resnet"](), torch.randn(2, *SHAPE)))
-    every = len(bench.fx_graph.graph.nodes)
-    subject = PruningContext(bench.model, torch.randn(2, *SHAPE), torch.arange(2))
+    runner = sensitivity.AblationRunner(PruningContext(MODELS["resnet"](), torch.randn(2, *SHAPE)))
+    every = len(runner.fx_graph.graph.nodes)
+    context = PruningContext(runner.model, torch.randn(2, *SHAPE), torch.arange(2))
     late, early = (
-        sensitivity.trials(subject, [name], ["l1"], [0.5], 0)[0].channels
+        sensitivity.ablations(context, [name], ["l1"], [0.5], 0)[0].channels
         for name in ("layer3.0.conv1", "layer1.0.conv1")
     )
-    assert len(bench._later(late)) < len(bench._later(early)) < every
-    assert str(bench._later(late)[0].target) == "layer3.0.conv1"
+    assert len(runner.dependent_nodes(late)) < len(runner.dependent_nodes(early)) < every
+    assert str(runner.dependent_nodes(late)[0].target) == "layer3.0.conv1"
 
 
 @pytest.mark.parametrize(
@@ -95,14 +95,14 @@ def test_only_what_follows_is_computed_again():
     ],
 )
 def test_the_allowed_ratio_ends_before_the_first_drop(rows, least, ratio):
-    assert sensitivity.allowed(rows, least) == ratio
+    assert sensitivity.largest_ratio(rows, least) == ratio
 
 
 def test_all_suggestions_together():
-    subject = PruningContext(MODELS["resnet"](), torch.randn(2, *SHAPE), torch.arange(2))
-    names = sensitivity.layers(subject)
-    made = sensitivity.trials(subject, names, ["l1"], [0.5, 0.75], 0)
-    both = sensitivity.with_ratios(made, {names[0]: 0.5, names[2]: 0.75}, "l1")
+    context = PruningContext(MODELS["resnet"](), torch.randn(2, *SHAPE), torch.arange(2))
+    names = sensitivity.independent_layers(context)
+    made = sensitivity.ablations(context, names, ["l1"], [0.5, 0.75], 0)
+    both = sensitivity.combined(made, {names[0]: 0.5, names[2]: 0.75}, "l1")
     assert {name: len(index) for name, index in both.channels.items()} == {
         "layer1.0.conv1": 8, "layer3.0.conv1": 48,
     }  # fmt: skip

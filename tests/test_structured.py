@@ -11,7 +11,7 @@ from torch import nn
 
 from secateur.base import plugin
 from secateur.base.errors import PruningError, SettingsError
-from secateur.base.settings import validate
+from secateur.base.settings import section, validate
 from secateur.channels import scales
 from secateur.channels.graph import build_channel_graph
 from secateur.nn import cost
@@ -57,7 +57,8 @@ def subject(model, shape=SHAPE, count=8):
 def prune(name, model, shape=SHAPE, **chosen):
     module = plugin.load("pruners", name)
     own = validate(module.Settings, chosen, f"pruners.{name}")
-    return module.prune(own, subject(model, shape))
+    with section(f"pruners.{name}"):
+        return module.prune(own, subject(model, shape))
 
 
 def compacted(model, found, shape=SHAPE):
@@ -317,7 +318,7 @@ def test_masked_equals_compact_and_less_is_left(network, way):
     pruner, chosen = WAYS[way]
     model = zoo(arch, **built)
     found = prune(pruner, model, **chosen)
-    predicted = target.Left(subject(model))(found)
+    predicted = target.RemainingShare(subject(model))(found)
     small = compacted(zoo(arch, **built), found)
     real = shares(zoo(arch, **built), small)
     assert predicted["macs"] == pytest.approx(real["macs"], rel=1e-9)
@@ -381,7 +382,7 @@ def test_vgg_19_has_the_published_sparsity_and_speed_up(ratio, sparsity, speedup
     own = module.Settings(depth=19, bias=False, pools=[1, 2, 3, 4])
     model = module.build(own, 100, shape).eval()
     found = prune("magnitude", model, shape, ratios={"1-15": ratio})
-    left = target.Left(PruningContext(model, torch.zeros(1, *shape)))(found)
+    left = target.RemainingShare(PruningContext(model, torch.zeros(1, *shape)))(found)
     assert 1 / left["macs"] == pytest.approx(speedup, rel=0.03)
     assert 100 * (1 - left["params"]) == pytest.approx(sparsity, abs=0.03)
 
@@ -411,7 +412,7 @@ def test_targets_are_reached(pruner, chosen, wanted, kind):
 
 def test_the_nearest_reachable_value_against_all_of_them():
     model = toy()
-    left = target.Left(subject(model, SHAPE))
+    left = target.RemainingShare(subject(model, SHAPE))
     reachable = [left(slim(model, ratio=k / 100))["params"] for k in range(100)]
     for wanted in (0.6, 0.7, 0.8, 0.95):
         found = slim(model, target={"params": wanted})
@@ -490,12 +491,12 @@ def loop(criterion, weight, gradient, groups):
 @pytest.mark.parametrize("groups", ["filter", "channel", "weight"])
 @pytest.mark.parametrize("criterion", ["l1", "l2", "taylor", "lamp", "geometric_median"])
 def test_criteria_against_loops_over_plain_numbers(criterion, groups):
-    if criterion in criteria.WHOLE and groups == "weight":
+    if criterion in criteria.NOT_FOR_WEIGHTS and groups == "weight":
         pytest.skip("knows no single weights")
     model = chain().double()
     own = subject(model, SHAPE)
     own.images = own.images.double()
-    found = criteria.scores(own, ["3", "8"], groups, criterion, "where")
+    found = criteria.scores(own, ["3", "8"], groups, criterion)
     nn.functional.cross_entropy(model(own.images), own.labels).backward()
     for name, score in found.items():
         weight = model.get_parameter(name)
@@ -512,7 +513,7 @@ def test_taylor_is_the_loss_that_a_filter_would_change():
     own = PruningContext(
         model, torch.randn(8, 3, SIDE, SIDE, dtype=torch.float64), torch.arange(8) % 3
     )
-    score = criteria.scores(own, ["3"], "filter", "taylor", "")["3.weight"].flatten()
+    score = criteria.scores(own, ["3"], "filter", "taylor")["3.weight"].flatten()
     loss = lambda: float(nn.functional.cross_entropy(model(own.images), own.labels))  # noqa: E731
     with torch.no_grad():
         before = loss()
@@ -699,7 +700,7 @@ def test_taylor_without_labels_is_refused():
 def test_what_is_spared_by_hand(score, taken, least, multiple, left):
     chosen = torch.zeros(4, dtype=torch.bool)
     chosen[taken] = True
-    found = choices.spare(chosen, torch.tensor(score), least, multiple)
+    found = choices.keep_at_least(chosen, torch.tensor(score), least, multiple)
     assert (~found).nonzero().flatten().tolist() == left
 
 
@@ -707,7 +708,7 @@ def test_left_counts_zeros_among_single_weights():
     model = chain()
     own = subject(model, SHAPE)
     mask = {"3.weight": torch.rand(5, 6, 3, 3) > 0.3}
-    left = target.Left(own)(PruningDecision(mask, {"0": torch.tensor([1, 4])}))
+    left = target.RemainingShare(own)(PruningDecision(mask, {"0": torch.tensor([1, 4])}))
     stays = int(mask["3.weight"][:, [0, 2, 3, 5]].sum())
     macs = [6 * 27 * 36, 5 * 54 * 16, 15]
     assert left["macs"] == pytest.approx((4 * 27 * 36 + stays * 16 + 15) / sum(macs))

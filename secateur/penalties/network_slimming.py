@@ -7,7 +7,7 @@ derivative is sign(gamma), and 0 at 0. Shifts are left alone.
 
 from torch import Tensor, nn
 
-from secateur.base.errors import SettingsError
+from secateur.base.errors import ArgumentError
 from secateur.base.settings import Strict
 from secateur.channels.scales import Coupled, prunable_norms
 from secateur.penalties._formula import NormPenalty, lasso
@@ -22,15 +22,16 @@ class Settings(Strict):
 
 
 def build(settings: Settings, model: nn.Module, decay: float) -> Penalty:
-    """L1 of the scales in scope, times `decay`.
+    """L1 norm of the covered scales, times `decay`.
 
-    Raises SettingsError if there are none, PruningError if the network cannot be followed (inner).
+    Raises ArgumentError if there are none, PruningError if the network cannot be traced (skip).
     """
     norms = prunable_norms(model, settings.coupled)
     if not norms:
-        raise SettingsError(
-            f"params.yaml: penalties.network_slimming.coupled = {settings.coupled!r}: this network has "
-            "no batch normalisation with scales there"
+        raise ArgumentError(
+            "coupled",
+            "this network has no batch normalisation with scales there",
+            settings.coupled,
         )
     covered: list[Tensor] = [norm.weight for norm in norms.values()]
     return NormPenalty(model, lasso, False, decay, covered)

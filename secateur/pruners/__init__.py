@@ -1,12 +1,16 @@
-"""Pruners, one file each; the file name is the value of `pruner`.
+"""Pruners, one file each; the file name is the value of `pruner` in params.yaml.
 
-A file offers `Settings` (a `base.settings.Strict`) and `prune(settings, subject) -> Decision`; both
-types are in `pruning.decision`. The subject is the network with some images, what the penalty has
-chosen, and on request the groups of channels that live and die together (`channels.graph`). The
-decision is made of masks for single parameters, True where an entry stays, and of whole channels,
-by the name of their group and their numbers in it.
+A file offers `Settings` (a `base.settings.Strict`) and `prune(settings, context) ->
+PruningDecision`; both types are in `pruning.decision`. The context holds the network, some training
+images, the penalty's choice, and, on request, the channel graph. The decision has masks for single
+weights, by parameter name, and whole channels, by the name of their group and their numbers in it.
+A pruner trains nothing, prints nothing, and does not change the model. For a setting that does not
+fit the network it raises `ArgumentError`, which names the setting without the section of
+params.yaml.
 
-A pruner trains nothing, prints nothing, and leaves the model as it is.
+What several pruners need is in the rooms: criteria, targets and sensitivity in `pruning`, ratios
+and choices in `sparsity`, permutations and budgets of groups in `gconv`. Importing this package
+makes every pruner callable: `secateur.pruners.magnitude(ratios=0.5)`.
 """
 
 from typing import TYPE_CHECKING

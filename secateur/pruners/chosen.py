@@ -1,8 +1,8 @@
-"""What the penalty chose goes, exactly that and nothing else.
+"""Prune exactly what the penalty has chosen.
 
-Penalties that choose (greg1, greg2) hand their choice on in the sparse-trained checkpoint: filters,
+Penalties that choose (greg1, greg2) store their choice in the sparse-trained checkpoint: filters,
 channels or single weights, which they have brought close to zero already. Filters and channels are
-taken out of the network wherever no other layer has a say in them.
+removed whole unless they are coupled to other layers.
 """
 
 from secateur.base.errors import PruningError
@@ -11,17 +11,17 @@ from secateur.pruning.decision import PruningContext, PruningDecision, decision_
 
 
 class Settings(Strict):
-    """Nothing to set: the penalty's settings say how much of what goes."""
+    """Nothing to set: what is pruned follows from the settings of the penalty."""
 
 
-def prune(settings: Settings, subject: PruningContext) -> PruningDecision:
-    """What was chosen.
+def prune(settings: Settings, context: PruningContext) -> PruningDecision:
+    """The penalty's choice, as whole channels where these can be removed.
 
-    Raises PruningError if the penalty has made no choice, or one for another network.
+    Raises PruningError if there is no choice, or one for another network.
     """
-    if not subject.choices:
+    if not context.choices:
         raise PruningError(
             "pruner = 'chosen': the sparse-trained network carries no choice; sparse-train it with "
             "a penalty that makes one (greg1 or greg2), or prune with another pruner"
         )
-    return decision_from_choices(subject, subject.choices)
+    return decision_from_choices(context, context.choices)

@@ -14,7 +14,7 @@ from typing import Annotated, Self
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from secateur.base.errors import PruningError, SettingsError
+from secateur.base.errors import ArgumentError, PruningError
 from secateur.base.settings import Strict
 from secateur.gconv import config as groupconfig
 from secateur.gconv import permutation as permute
@@ -86,28 +86,26 @@ class Settings(permute.Search):
         return self
 
 
-def prune(settings: Settings, subject: PruningContext) -> PruningDecision:
+def prune(settings: Settings, context: PruningContext) -> PruningDecision:
     """Masks of all convolutions that get groups; they stay whole kernels.
 
     Raises PruningError or SettingsError if no layer can have groups, if a layer is named that is
     not there, or if a budget cannot be met (by how much).
     """
-    known = groupconfig.convolutions(subject.model)
+    known = groupconfig.convolutions(context.model)
     for name in settings.skip:
         if name not in known:
-            raise SettingsError(
-                f"params.yaml: pruners.gconv.skip = {name!r}: there is no such convolution"
-            )
+            raise ArgumentError("skip", "there is no such convolution", name)
     layers = {n: m for n, m in known.items() if n not in settings.skip}
     if not layers:
         raise PruningError("pruner gconv: the network has no convolution, or all are skipped")
-    criteria = _criteria(settings, subject, layers)
+    criteria = _criteria(settings, context, layers)
     notes: dict[str, float] = {}
     lines: list[str] = []
     if settings.search.max_params is not None or settings.search.max_macs is not None:
-        wanted = _searched(settings, subject, layers, criteria, notes, lines)
+        wanted = _searched(settings, context, layers, criteria, notes, lines)
     else:
-        wanted = _wanted(settings, subject.model, layers)
+        wanted = _wanted(settings, context.model, layers)
     fitting = {n: g for n, g in wanted.items() if g > 1 and g > layers[n].groups}
     dense = [n for n in layers if n not in fitting and layers[n].groups == 1]
     if not fitting and "search_share" in notes:
@@ -136,7 +134,7 @@ def prune(settings: Settings, subject: PruningContext) -> PruningDecision:
         lines.append(f"left dense: {', '.join(dense)}")
     everything = {n: fitting.get(n, m.groups) for n, m in known.items()}
     files = {
-        "groups.json": groupconfig.text(subject.model, everything),
+        "groups.json": groupconfig.text(context.model, everything),
         "groups.csv": _rows(layers, fitting, shares),
     }
     return PruningDecision(masks, notes=notes, lines=tuple(lines), files=files)
@@ -149,9 +147,10 @@ def _wanted(
     if settings.config is not None:
         name = settings.config.removeprefix(f"{FOLDER}/")
         if Path(name).name != name:
-            raise SettingsError(
-                f"params.yaml: pruners.gconv.config = {settings.config!r}: must be a file in the "
-                f"folder {FOLDER}/, which the stage depends on"
+            raise ArgumentError(
+                "config",
+                f"must be a file in the folder {FOLDER}/, which the stage depends on",
+                settings.config,
             )
         return {n: g for n, g in groupconfig.read(FOLDER / name, model).items() if n in layers}
     wanted = {}
@@ -168,7 +167,7 @@ def _wanted(
 
 def _searched(
     settings: Settings,
-    subject: PruningContext,
+    context: PruningContext,
     layers: Mapping[str, nn.Conv2d],
     criteria: Mapping[str, Tensor],
     notes: dict[str, float],
@@ -176,7 +175,7 @@ def _searched(
 ) -> dict[str, int]:
     """Groups of every layer within the budget; what was found, and the uniform choice beside it."""
     within = settings.search
-    table = _table(settings, subject, layers, criteria)
+    table = _table(settings, context, layers, criteria)
     budget = Budget(within.max_params, within.max_macs)
     found = find(table, budget, within.strategy)
     even = uniform(table, budget)
@@ -199,13 +198,13 @@ def _searched(
 
 def _table(
     settings: Settings,
-    subject: PruningContext,
+    context: PruningContext,
     layers: Mapping[str, nn.Conv2d],
     criteria: Mapping[str, Tensor],
 ) -> Table:
     """All numbers of groups that the layers may have, with what each keeps and costs."""
     within, rows = settings.search, {}
-    dense = {row.layer: row for row in cost.layer_costs(subject.model, subject.images[:1])}
+    dense = {row.layer: row for row in cost.layer_costs(context.model, context.images[:1])}
     for name, layer in layers.items():
         parts, size = layer.groups, layer.weight.numel()
         criterion, total = criteria[name], float(criteria[name].sum())
@@ -232,7 +231,7 @@ def _table(
         ]
     weights = sum(layer.weight.numel() for layer in layers.values())
     macs = sum(row.macs_dense for name, row in dense.items() if name not in layers)
-    return Table(rows, cost.parameters(subject.model) - weights, macs)
+    return Table(rows, cost.parameters(context.model) - weights, macs)
 
 
 def _share(criterion: Tensor, found: permute.Grouping, total: float) -> float:
@@ -240,13 +239,13 @@ def _share(criterion: Tensor, found: permute.Grouping, total: float) -> float:
 
 
 def _criteria(
-    settings: Settings, subject: PruningContext, layers: Mapping[str, nn.Conv2d]
+    settings: Settings, context: PruningContext, layers: Mapping[str, nn.Conv2d]
 ) -> dict[str, Tensor]:
     """How much every kernel matters: (outputs, inputs of each part), by layer."""
     if settings.criterion == "magnitude":
         return {name: permute.magnitude(layer.weight) for name, layer in layers.items()}
     weights = [layer.weight for layer in layers.values()]
-    found = gradients(subject, weights)
+    found = gradients(context, weights)
     return {n: permute.taylor(w, g) for n, w, g in zip(layers, weights, found, strict=True)}
 
 

@@ -1,13 +1,13 @@
-"""Magnitude: in each layer, or over all layers, the groups of weights that matter least go.
+"""Magnitude pruning: the least important filters, channels or weights of each layer, or of all.
 
 Source: of filters by L1 norm H. Li, A. Kadav, I. Durdanovic, H. Samet, H. P. Graf, Pruning filters
 for efficient ConvNets, ICLR 2017; of single weights S. Han et al., NeurIPS 2015. Other criteria,
 with their sources, are in pruning/criteria.py.
 
-Filters and channels are taken out of the network whole. Filters that are added to those of other
-layers (residual sums), and inputs that are such a sum, are not for one layer to choose: a ratio for
-one of these by name is an error, and one for all layers passes them over. Inputs that several
-layers read (DenseNet) are masked in the layer that chose them, and go if all of its readers did.
+Filters and channels are removed whole. Filters whose outputs are added to those of other layers
+(residual sums), and inputs that are such a sum, are not for one layer to choose: a ratio for such a
+layer by name is an error, and a ratio for all layers passes over it. Inputs that several layers
+read (DenseNet) are masked in the layer that chose them, and removed if all of their readers did.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from secateur.base.errors import SettingsError
+from secateur.base.errors import ArgumentError
 from secateur.base.settings import Seed, Strict
 from secateur.pruning import criteria
 from secateur.pruning.decision import (
@@ -26,95 +26,93 @@ from secateur.pruning.decision import (
     unprunable_layers,
 )
 from secateur.pruning.target import Target, solve
-from secateur.sparsity import choices as grouping
+from secateur.sparsity import choices
 from secateur.sparsity.choices import Choices, Granularity, Pick
-from secateur.sparsity.ratios import Ratios, Rules, Skip, by_layer, scaled
-
-WHERE = "pruners.magnitude"
+from secateur.sparsity.layer_ratios import ratios_by_layer, scaled
+from secateur.sparsity.ratios import Ratios, Rules, Skip
 
 
 class Settings(Strict):
-    """What goes, by what measure, and how much of it."""
+    """What is pruned, by which criterion, and how much of it."""
 
     granularity: Granularity = "filter"
     """filter: outputs of a layer; channel: inputs of it; weight: single weights."""
     criterion: criteria.Criterion = "l1"
-    """What tells how much a group matters; see pruning/criteria.py."""
+    """How importance is measured; see pruning/criteria.py."""
     pick: Pick = "min"
-    """Which groups go: the least, the most important ones, or any (controls)."""
+    """Which groups are pruned: the least important, the most important, or random ones (the last
+    two are controls)."""
     seed: Seed = 0
     """Of pick: random."""
     ranking: Literal["layer", "global"] = "layer"
     """Groups are compared within their layer, or over all layers that have a ratio above 0."""
     ratios: Ratios = Rules(0.5)
-    """Share of each layer's groups that goes, see sparsity/ratios.py; with ranking global one number."""
+    """Share of each layer's groups that is pruned, see sparsity/ratios.py; one number with ranking
+    global."""
     skip: Skip = ()
-    """Layers that are left alone: names, or stage.block."""
+    """Layers that are not pruned: names, or stage.block."""
     target: Target | None = None
-    """What is to be left of the network; `ratios` then say in what proportions layers lose."""
+    """What is to be left of the network; `ratios` then are the proportions between layers."""
     round_to: Annotated[int, Field(ge=1)] = 1
-    """Filters or channels that stay are brought up to a multiple of this, if there are so many."""
+    """The filters or channels that are kept are a multiple of this; all of them if there are
+    fewer."""
 
     @model_validator(mode="after")
     def _one_number_for_all(self) -> Self:
         if self.ranking == "global" and self.ratios.everywhere is None:
             raise ValueError(
-                "ratios: ranking global compares all layers, so it takes one number; name layers to "
-                "leave alone under skip"
+                "ratios: ranking global compares all layers, so it takes one number; name layers "
+                "to leave alone under skip"
             )
         return self
 
 
-def prune(settings: Settings, subject: PruningContext) -> PruningDecision:
-    """The choice, as whole channels where they can go.
+def prune(settings: Settings, context: PruningContext) -> PruningDecision:
+    """The least important groups, as whole channels where these can be removed.
 
-    Raises SettingsError for ratios or a criterion that do not fit the network, PruningError for a
+    Raises ArgumentError for ratios or a criterion that do not fit the network, PruningError for a
     target that cannot be reached.
     """
     granularity = settings.granularity
-    refused = {} if granularity == "weight" else unprunable_layers(subject.graph, granularity)
-    ratios = by_layer(subject.model, settings.ratios, granularity, settings.skip, WHERE, refused)
+    refused = {} if granularity == "weight" else unprunable_layers(context.graph, granularity)
+    ratios = ratios_by_layer(context.model, settings.ratios, granularity, settings.skip, refused)
     ratios = {name: ratio for name, ratio in ratios.items() if ratio > 0}
-    where = f"{WHERE}.criterion"
-    scores = criteria.scores(subject, list(ratios), granularity, settings.criterion, where)
+    scores = criteria.scores(context, list(ratios), granularity, settings.criterion)
     if not any(score.numel() > 1 for score in scores.values()):
-        raise SettingsError(f"params.yaml: {WHERE}.ratios: no layer has a {granularity} to spare")
-    within = settings.ranking == "layer"
-    picking = grouping.picking_by_layer if within else grouping.picking
-    order = picking(scores, settings.pick, settings.seed)
-    choose = _within_layers(order) if within else _over_all(order)
+        raise ArgumentError("ratios", f"no layer has a {granularity} to spare")
+    pick = choices.pick_scores_by_layer if settings.ranking == "layer" else choices.pick_scores
+    scores = pick(scores, settings.pick, settings.seed)
+
+    choose = _by_layer(scores) if settings.ranking == "layer" else _over_all_layers(scores)
+    multiple = 1 if granularity == "weight" else settings.round_to
 
     def decide(ratios: dict[str, float]) -> PruningDecision:
-        multiple = 1 if granularity == "weight" else settings.round_to
         chosen = {
-            name: grouping.spare(gone, order[name], multiple=multiple)
-            for name, gone in choose(ratios).items()
+            name: choices.keep_at_least(choice, scores[name], multiple=multiple)
+            for name, choice in choose(ratios).items()
         }
         decision = decision_from_choices(
-            subject, {name: gone for name, gone in chosen.items() if gone.any()}
+            context, {name: choice for name, choice in chosen.items() if choice.any()}
         )
-        sizes = {name.removesuffix(".weight"): score.numel() for name, score in order.items()}
-        asked = sum(ratio * sizes[name] for name, ratio in ratios.items())
-        reached = sum(int(gone.sum()) for gone in chosen.values())
-        total = sum(sizes.values())
-        notes = {"ratio_asked": asked / total, "ratio_reached": reached / total}
+        notes = _ratios_reached(ratios, chosen)
         return PruningDecision(decision.masks, decision.channels, notes)
 
     if settings.target is None:
         return decide(ratios)
-    return solve(lambda highest: decide(scaled(ratios, highest)), settings.target, subject).decision
+    return solve(lambda highest: decide(scaled(ratios, highest)), settings.target, context).decision
 
 
 Chooser = Callable[[dict[str, float]], Choices]
-"""Ratios by layer -> what goes."""
+"""Ratios by layer -> groups to prune."""
 
 
-def _within_layers(order: dict[str, Tensor]) -> Chooser:
-    ranks = {name: grouping.ranks({name: score})[name] for name, score in order.items()}
+def _by_layer(scores: dict[str, Tensor]) -> Chooser:
+    """Choose in each layer the share of its groups that its ratio is."""
+    ranks = {name: choices.ranks({name: score})[name] for name, score in scores.items()}
 
     def choose(ratios: dict[str, float]) -> Choices:
         counts = {
-            name: grouping.number_pruned(ratios[name.removesuffix(".weight")], rank.numel())
+            name: choices.number_pruned(ratios[name.removesuffix(".weight")], rank.numel())
             for name, rank in ranks.items()
         }
         return {name: rank < counts[name] for name, rank in ranks.items()}
@@ -122,12 +120,22 @@ def _within_layers(order: dict[str, Tensor]) -> Chooser:
     return choose
 
 
-def _over_all(order: dict[str, Tensor]) -> Chooser:
-    ranks = grouping.ranks(order)
+def _over_all_layers(scores: dict[str, Tensor]) -> Chooser:
+    """Choose a share of all groups together; the ratios of all layers are equal."""
+    ranks = choices.ranks(scores)
     total = sum(rank.numel() for rank in ranks.values())
 
     def choose(ratios: dict[str, float]) -> Choices:
-        count = grouping.number_pruned(next(iter(ratios.values())), total)
+        count = choices.number_pruned(next(iter(ratios.values())), total)
         return {name: rank < count for name, rank in ranks.items()}
 
     return choose
+
+
+def _ratios_reached(ratios: dict[str, float], chosen: Choices) -> dict[str, float]:
+    """The share of all groups that was asked for, and the share that is chosen."""
+    sizes = {name.removesuffix(".weight"): choice.numel() for name, choice in chosen.items()}
+    total = sum(sizes.values())
+    asked = sum(ratio * sizes[name] for name, ratio in ratios.items())
+    reached = sum(int(choice.sum()) for choice in chosen.values())
+    return {"ratio_asked": asked / total, "ratio_reached": reached / total}

@@ -1,10 +1,10 @@
-"""Network Slimming: channels whose batch-normalisation scale is below one threshold for all go.
+"""Network Slimming: prune channels whose batch-normalisation scale is below a global threshold.
 
 Source: Z. Liu, J. Li, Z. Shen, G. Huang, S. Yan, C. Zhang, Learning efficient convolutional
 networks through network slimming, ICCV 2017. The threshold is the value at place
-floor(ratio * number of scales) of all |gamma| in order; what is below it goes. A channel with
-several scales goes only if all of them are below. Channels that some layer reads without a scale in
-between stay: no scale tells whether they matter.
+floor(ratio * number of scales) of all |gamma| in ascending order. A channel with several scales is
+pruned only if all of them are below. A channel that a layer reads without a scale in between is
+kept, because no scale is a measure of its importance.
 """
 
 from decimal import Decimal
@@ -20,103 +20,105 @@ from secateur.base.settings import Strict
 from secateur.channels import scales
 from secateur.pruning.decision import PruningContext, PruningDecision
 from secateur.pruning.target import Target, solve
-from secateur.sparsity.choices import spare
+from secateur.sparsity.choices import keep_at_least
 
 
 class Settings(Strict):
-    """How much goes, and from where."""
+    """How much is pruned, and where."""
 
     ratio: Annotated[float, Field(ge=0, lt=1)] = 0.5
     """Share of the scales that are below the threshold."""
     coupled: Literal["skip", "union"] = "skip"
-    """Channels of residual sums. skip: they stay, and their scales do not count; union: one goes if
-    every layer that is added up agrees."""
+    """Channels of residual sums. skip: they are kept, and their scales do not count; union: one is
+    pruned if its scales are below the threshold in all layers whose outputs are added."""
     keep_at_least: Annotated[float, Field(ge=0, lt=1)] = 0.01
-    """Share of each layer's channels that stays whatever the threshold; never less than one."""
+    """Share of each layer's channels that is kept whatever the threshold; at least one channel."""
     target: Target | None = None
     """What is to be left of the network, in place of a ratio."""
     round_to: Annotated[int, Field(ge=1)] = 1
-    """Channels that stay are brought up to a multiple of this, if there are so many."""
+    """The channels that are kept are a multiple of this; all of them if there are fewer."""
 
 
-def prune(settings: Settings, subject: PruningContext) -> PruningDecision:
-    """Whole channels below the threshold; the notes say what share of the scales that is.
+def prune(settings: Settings, context: PruningContext) -> PruningDecision:
+    """Whole channels with scales below the threshold; the notes have the share of the scales.
 
-    Raises PruningError if no scale decides about a channel, and for a target out of reach.
+    Raises PruningError if no channel that can be pruned has a scale, and for a target that cannot
+    be reached.
     """
-    slimming = _Slimming(settings, subject)
+    slimming = _Slimming(settings, context)
     if settings.target is None:
         return slimming.decide(settings.ratio)
-    return solve(slimming.decide, settings.target, subject).decision
+    return solve(slimming.decide, settings.target, context).decision
 
 
 class _Slimming:
-    """The scales in question, and what goes with which ratio."""
+    """The scales that are compared, and the decision for each ratio."""
 
-    def __init__(self, settings: Settings, subject: PruningContext) -> None:
-        self.settings, self.graph = settings, subject.graph
+    def __init__(self, settings: Settings, context: PruningContext) -> None:
+        self.settings, self.graph = settings, context.graph
         count = len(self.graph.canonical)
         union = settings.coupled == "union"
-        every = scales.norm_scales(subject.model, self.graph.fx_graph)
-        judges = [scale for scale in every if scale.gates and (union or not scale.coupled)]
-        entries = scales.flat_scales(subject.model, self.graph, judges)
-        others = [scale for scale in every if scale not in judges]
-        veto = scales.flat_scales(subject.model, self.graph, others).largest_by_channel(count)
+        every = scales.norm_scales(context.model, self.graph.fx_graph)
+        compared = [scale for scale in every if scale.gates and (union or not scale.coupled)]
+        entries = scales.flat_scales(context.model, self.graph, compared)
+        others = [scale for scale in every if scale not in compared]
+        veto = scales.flat_scales(context.model, self.graph, others).largest_by_channel(count)
         self.score = scales.with_selected_scales(self.graph, entries.largest_by_channel(count))
-        """By root; NaN where no scale decides."""
-        self.free = ~self.score.isnan() & veto.isnan() & self._movable(count, union)
+        """By canonical id: the largest scale of the channel; NaN where it has none."""
+        self.prunable = ~self.score.isnan() & veto.isnan() & self._unlocked(count, union)
+        """By canonical id."""
         known = entries.ids.clamp_min(0)
-        mine = self.free[known] & (entries.ids >= 0)
-        self.scales, self.ids = entries.values[mine], known[mine]
+        own = self.prunable[known] & (entries.ids >= 0)
+        self.scales, self.ids = entries.values[own], known[own]
         if not len(self.scales):
             raise PruningError(
                 "pruner = 'network_slimming': no scale of a batch normalisation decides about a "
                 f"channel that may go (pruners.network_slimming.coupled = {settings.coupled!r})"
             )
 
-    def _movable(self, count: int, union: bool) -> Tensor:
-        """Roots that are not locked, and without `union` those that one layer makes."""
-        movable = torch.zeros(count, dtype=torch.bool)
+    def _unlocked(self, count: int, union: bool) -> Tensor:
+        """Channels that are not locked, and, without `union`, that one layer alone produces."""
+        unlocked = torch.zeros(count, dtype=torch.bool)
         depthwise = {n for n, layer in self.graph.layers.items() if layer.depthwise()}
         for group in self.graph.groups:
-            makers = set(group.producers) - depthwise
-            if group.locked is None and (union or len(makers) == 1):
-                movable[group.ids] = True
-        return movable
+            producers = set(group.producers) - depthwise
+            if group.locked is None and (union or len(producers) == 1):
+                unlocked[group.ids] = True
+        return unlocked
 
     def decide(self, ratio: float) -> PruningDecision:
-        """What goes with this ratio."""
+        """The channels below the threshold that belongs to this ratio."""
         place = floor(Decimal(repr(ratio)) * len(self.scales))
         threshold = self.scales.sort().values[place]
-        gone = self.free & (self.score < threshold)
-        gone = self._spared(gone)
+        below = self._with_enough_kept(self.prunable & (self.score < threshold))
         chosen = {}
-        for name, index in self.graph.selection(gone.nonzero().flatten()).items():
+        for name, index in self.graph.selection(below.nonzero().flatten()).items():
             score = self.score[self.graph.group(name).ids[index]]
             chosen[name] = index[score.argsort(stable=True)]
         channels = self.graph.removable(chosen)
-        left = torch.isin(self.ids, self.graph.ids_of(channels)).sum()
-        reached = float(left) / len(self.scales)
+        pruned = torch.isin(self.ids, self.graph.ids_of(channels)).sum()
         notes = {
             "ratio_asked": ratio,
-            "ratio_reached": reached,
+            "ratio_reached": float(pruned) / len(self.scales),
             "threshold": float(threshold),
             "scales": float(len(self.scales)),
         }
         return PruningDecision({}, channels, notes)
 
-    def _spared(self, gone: Tensor) -> Tensor:
-        """Without the best channels of layers that would lose too many, or end between multiples.
+    def _with_enough_kept(self, chosen: Tensor) -> Tensor:
+        """Keep the best channels of layers that would lose too many, or end between multiples.
 
-        Round all layers, until none brings anything back: those of a sum share channels.
+        Repeated over all layers until nothing changes, since layers of a sum share channels.
         """
-        least = Decimal(repr(self.settings.keep_at_least))
-        gone = gone.clone()
+        share = Decimal(repr(self.settings.keep_at_least))
+        chosen = chosen.clone()
         while True:
-            before = int(gone.sum())
-            for roots in self.graph.output_ids().values():
-                mine = roots.unique()
-                floor_ = max(1, ceil(least * len(mine)))
-                gone[mine] = spare(gone[mine], self.score[mine], floor_, self.settings.round_to)
-            if int(gone.sum()) == before:
-                return gone
+            before = int(chosen.sum())
+            for outputs in self.graph.output_ids().values():
+                ids = outputs.unique()
+                least = max(1, ceil(share * len(ids)))
+                chosen[ids] = keep_at_least(
+                    chosen[ids], self.score[ids], least, self.settings.round_to
+                )
+            if int(chosen.sum()) == before:
+                return chosen

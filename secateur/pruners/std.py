@@ -1,4 +1,4 @@
-"""Threshold in standard deviations: what is small for its own tensor goes.
+"""Threshold in standard deviations: entries that are small for their own tensor are pruned.
 
 Source: the `V` scripts of H. Yang, W. Wen, H. Li, DeepHoyer, ICLR 2020, after S. Han et al.,
 Learning both weights and connections, NeurIPS 2015.
@@ -12,17 +12,18 @@ from secateur.sparsity.masks import Scope, prunable
 
 
 class Settings(Strict):
-    """The threshold and what it is held against."""
+    """The threshold, and what it is applied to."""
 
     sensitivity: NonNegative = 0.25
-    """Smallest absolute value that stays, in standard deviations; 0 prunes nothing."""
+    """Smallest absolute value that is kept, in standard deviations; 0 prunes nothing."""
     scope: Scope = "weights_and_biases"
+    """Parameters that are pruned."""
 
 
-def prune(settings: Settings, subject: PruningContext) -> PruningDecision:
+def prune(settings: Settings, context: PruningContext) -> PruningDecision:
     """Masks of all tensors in scope."""
     masks = {
         name: tensor.detach().abs() >= settings.sensitivity * tensor.detach().std(correction=0)
-        for name, tensor in prunable(subject.model, settings.scope).items()
+        for name, tensor in prunable(context.model, settings.scope).items()
     }
     return PruningDecision(masks)

@@ -1,4 +1,4 @@
-"""Absolute threshold: what is smaller than one value, the same for all tensors, goes.
+"""Absolute threshold: entries smaller than one value for all tensors are pruned.
 
 Source: the `T` scripts of H. Yang, W. Wen, H. Li, DeepHoyer, ICLR 2020.
 Keep w if |w| >= sensitivity.
@@ -10,17 +10,18 @@ from secateur.sparsity.masks import Scope, prunable
 
 
 class Settings(Strict):
-    """The threshold and what it is held against."""
+    """The threshold, and what it is applied to."""
 
     sensitivity: NonNegative = 0.001
-    """Smallest absolute value that stays; 0 prunes nothing."""
+    """Smallest absolute value that is kept; 0 prunes nothing."""
     scope: Scope = "weights_and_biases"
+    """Parameters that are pruned."""
 
 
-def prune(settings: Settings, subject: PruningContext) -> PruningDecision:
+def prune(settings: Settings, context: PruningContext) -> PruningDecision:
     """Masks of all tensors in scope."""
     masks = {
         name: tensor.detach().abs() >= settings.sensitivity
-        for name, tensor in prunable(subject.model, settings.scope).items()
+        for name, tensor in prunable(context.model, settings.scope).items()
     }
     return PruningDecision(masks)

@@ -1,8 +1,8 @@
-"""How much is to be left of a network, in place of a ratio: solved by bisection.
+"""A target for what is left of a network, in place of a ratio, reached by bisection.
 
-`target: {macs: 0.5}` leaves half of the multiply-accumulates of the network that is pruned,
-`target: {params: 0.3}` three tenths of its parameters. Single weights that the decision takes count
-as gone; those that were zero before do not.
+`target: {macs: 0.5}` leaves half of the multiply-accumulates (MACs) of the network that is pruned,
+`target: {params: 0.3}` three tenths of its parameters. Single weights that the decision masks count
+as removed; weights that were zero before do not.
 """
 
 from collections.abc import Callable
@@ -19,17 +19,17 @@ from secateur.nn import cost
 from secateur.pruning.decision import PruningContext, PruningDecision
 from secateur.sparsity import masks
 
-HALVINGS = 30
-CLOSE = 1e-5
-"""A share that is so near to what is wanted is as good as equal."""
-MOST = 1 - 1e-6
+MAX_BISECTIONS = 30
+TOLERANCE = 1e-5
+"""A share this close to the target ends the bisection."""
+HIGHEST_RATIO = 1 - 1e-6
 """The highest ratio that is tried."""
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 
 
 class Target(Strict):
-    """The share of the dense network that is left; one of the two."""
+    """The share of the network that is to be left, of MACs or of parameters."""
 
     macs: Share | None = None
     """Of the multiply-accumulates of convolutions and linear layers."""
@@ -44,22 +44,22 @@ class Target(Strict):
 
     @property
     def wanted(self) -> tuple[str, float]:
-        """Which of them, and how much."""
+        """`macs` or `params`, and the share."""
         if self.macs is not None:
             return "macs", self.macs
         assert self.params is not None
         return "params", self.params
 
 
-class Left:
-    """Tells what a decision leaves of a network, without taking anything out of it."""
+class RemainingShare:
+    """The share of a network that a decision leaves, found without removing anything."""
 
-    def __init__(self, subject: PruningContext) -> None:
-        """Puts one image through."""
-        self.subject = subject
-        model = subject.model
-        place = next(model.parameters()).device
-        self.positions = cost.output_positions(model, subject.images[:1].to(place))
+    def __init__(self, context: PruningContext) -> None:
+        """Runs the network on one image."""
+        self.context = context
+        model = context.model
+        device = next(model.parameters()).device
+        self.positions = cost.output_positions(model, context.images[:1].to(device))
         self.weights = {f"{n}.weight": layer.weight for n, layer in masks.layers(model).items()}
         self.macs = sum(
             weight.numel() * self.positions[name.removesuffix(".weight")]
@@ -73,78 +73,78 @@ class Left:
         kept = self._kept(decision)
         for name, mask in decision.masks.items():
             kept[name] = mask.cpu() & kept[name] if name in kept else mask.cpu()
-        for name, stays in kept.items():
-            parameter = self.subject.model.get_parameter(name)
-            lost = parameter.numel() - int(stays.sum()) * (parameter.numel() // stays.numel())
+        for name, mask in kept.items():
+            parameter = self.context.model.get_parameter(name)
+            lost = parameter.numel() - int(mask.sum()) * (parameter.numel() // mask.numel())
             params -= lost
             if name in self.weights:
                 macs -= lost * self.positions[name.removesuffix(".weight")]
         return {"macs": macs / self.macs, "params": params / self.params}
 
     def _kept(self, decision: PruningDecision) -> dict[str, Tensor]:
-        """Which entries of parameters the channels leave: bool, broadcastable."""
+        """Masks, broadcastable, of the parameters that have members of removed channels."""
         kept: dict[str, Tensor] = {}
         for name, chosen in decision.channels.items():
-            for member in self.subject.graph.group(name).members:
+            for member in self.context.graph.group(name).members:
                 if member.kind in ("statistic", "index"):
                     continue
-                parameter = self.subject.model.get_parameter(member.tensor)
-                stays = torch.ones(parameter.shape[member.axis] * member.groups, dtype=torch.bool)
-                stays[member.index[chosen.cpu()].flatten()] = False
-                part = _spread(stays, parameter, member.axis, member.groups)
+                parameter = self.context.model.get_parameter(member.tensor)
+                entries = torch.ones(parameter.shape[member.axis] * member.groups, dtype=torch.bool)
+                entries[member.index[chosen.cpu()].flatten()] = False
+                mask = _along_axis(entries, parameter, member.axis, member.groups)
                 before = kept.get(member.tensor)
-                kept[member.tensor] = part if before is None else before & part
+                kept[member.tensor] = mask if before is None else before & mask
         return kept
 
 
-def _spread(stays: Tensor, parameter: Tensor, axis: int, parts: int) -> Tensor:
-    """Entries along an axis as they stand in the parameter; see `groups.by_channel` for parts."""
-    if parts > 1:  # inputs over all groups of a convolution: (outputs, inputs of a group)
-        rows = parameter.shape[0] // parts
-        stays = stays.view(parts, 1, -1).expand(parts, rows, -1).reshape(parameter.shape[0], -1)
-        return stays.view(*stays.shape, *[1] * (parameter.dim() - 2))
+def _along_axis(entries: Tensor, parameter: Tensor, axis: int, groups: int) -> Tensor:
+    """Entries of an axis in a shape that broadcasts; for `groups` see `by_channel`."""
+    if groups > 1:  # inputs over all groups of a convolution -> (outputs, inputs of a group)
+        outputs = parameter.shape[0]
+        rows = entries.view(groups, 1, -1).expand(groups, outputs // groups, -1)
+        return rows.reshape(outputs, -1, *[1] * (parameter.dim() - 2))
     shape = [1] * parameter.dim()
     shape[axis] = -1
-    return stays.view(shape)
+    return entries.view(shape)
 
 
 @dataclass(frozen=True)
-class Solved:
-    """The decision that comes nearest to a target."""
+class Solution:
+    """The decision that comes closest to a target."""
 
     decision: PruningDecision
     ratio: float
-    """What it took."""
+    """The ratio that leads to it."""
 
 
 def solve(
-    decide: Callable[[float], PruningDecision], target: Target, subject: PruningContext
-) -> Solved:
-    """The ratio from 0 to 1 whose decision leaves what is nearest to the target.
+    decide: Callable[[float], PruningDecision], target: Target, context: PruningContext
+) -> Solution:
+    """The ratio from 0 to 1 whose decision leaves a share that is closest to the target.
 
-    `decide` takes away no less for a higher ratio. The decision's notes get what was asked and what
-    is reached. Raises PruningError if the highest ratio leaves more than is wanted.
+    `decide` must not remove less for a higher ratio. The notes of the decision get the share asked
+    for and the share reached. Raises PruningError if the highest ratio leaves more than the target.
     """
     kind, wanted = target.wanted
-    left = Left(subject)
-    low, high = (0.0, decide(0.0)), (MOST, decide(MOST))
-    shares = {ratio: left(decision)[kind] for ratio, decision in (low, high)}
-    if shares[MOST] > wanted:
+    remaining = RemainingShare(context)
+    low, high = (0.0, decide(0.0)), (HIGHEST_RATIO, decide(HIGHEST_RATIO))
+    shares = {ratio: remaining(decision)[kind] for ratio, decision in (low, high)}
+    if shares[HIGHEST_RATIO] > wanted:
         raise PruningError(
             f"target.{kind} = {wanted:g} cannot be reached: with the highest ratio that the "
-            f"settings allow, {shares[MOST]:.4f} is left. Prune more layers, or ask for more to be "
-            "left"
+            f"settings allow, {shares[HIGHEST_RATIO]:.4f} is left. Prune more layers, or ask for "
+            "more to be left"
         )
-    best = min((low, high), key=lambda it: abs(shares[it[0]] - wanted))
-    for _ in range(HALVINGS):
-        if abs(shares[best[0]] - wanted) <= CLOSE or shares[low[0]] == shares[high[0]]:
+    best = min((low, high), key=lambda found: abs(shares[found[0]] - wanted))
+    for _ in range(MAX_BISECTIONS):
+        if abs(shares[best[0]] - wanted) <= TOLERANCE or shares[low[0]] == shares[high[0]]:
             break
         middle = (low[0] + high[0]) / 2
         found = (middle, decide(middle))
-        shares[middle] = left(found[1])[kind]
+        shares[middle] = remaining(found[1])[kind]
         if abs(shares[middle] - wanted) < abs(shares[best[0]] - wanted):
             best = found
         low, high = (found, high) if shares[middle] > wanted else (low, found)
     ratio, decision = best
     notes = {f"{kind}_left_asked": wanted, f"{kind}_left_reached": shares[ratio]}
-    return Solved(replace(decision, notes={**decision.notes, **notes}), ratio)
+    return Solution(replace(decision, notes={**decision.notes, **notes}), ratio)

@@ -1,8 +1,11 @@
-"""Groups of weights that go together: filters, channels or single weights; scoring, choosing.
+"""Choices of groups of weights at a granularity (filter, channel or weight): scores and selection.
 
-A choice is a boolean tensor with as many axes as the weight and one entry a group, True where the
-group goes: (filters, 1, 1, 1), (1, channels, 1, 1) or the weight's own shape; for a linear layer
-(outputs, 1), (1, inputs) or its shape. So it says by itself what it is about, and broadcasts.
+A choice is a boolean tensor with as many axes as the weight and one entry for each group, True if
+the group is to be pruned. Its shape tells the granularity, and it broadcasts over the weight:
+
+    filter     (filters, 1, 1, 1), or (outputs, 1) for a linear layer
+    channel    (1, channels, 1, 1), or (1, inputs)
+    weight     the shape of the weight
 """
 
 from collections.abc import Mapping
@@ -17,17 +20,17 @@ from secateur.base.errors import PruningError
 from secateur.sparsity.masks import Masks
 
 Granularity = Literal["filter", "channel", "weight"]
-"""What goes as one: an output of a layer, an input of it, or a single weight."""
+"""What is pruned as one: an output of a layer, an input of a layer, or a single weight."""
 
 Pick = Literal["min", "max", "random"]
-"""Which groups of a layer are chosen: the smallest, the largest, or any."""
+"""Which groups are chosen: those with the lowest scores, with the highest, or random ones."""
 
 Choices = dict[str, Tensor]
 """Weight's parameter name -> its choice."""
 
 
-def scores(weight: Tensor, granularity: Granularity) -> Tensor:
-    """Mean absolute value of every group, with the shape of a choice.
+def magnitude_scores(weight: Tensor, granularity: Granularity) -> Tensor:
+    """Mean absolute value of every group, in the shape of a choice.
 
     Orders the groups of one layer as their L1 norms do.
     """
@@ -39,29 +42,30 @@ def scores(weight: Tensor, granularity: Granularity) -> Tensor:
 
 
 def number_pruned(ratio: float, total: int) -> int:
-    """How many of so many groups a ratio takes: rounded up, and always one fewer than all.
+    """Number of groups that a ratio of `total` groups is: rounded up, and at most all but one.
 
-    Reckons with the decimal number that the user wrote: 0.55 of 100 is 55.
+    Computed with the decimal number that the user wrote: 0.55 of 100 is 55.
     """
     return min(ceil(Decimal(repr(ratio)) * total), total - 1)
 
 
 def choose(score: Tensor, number: int, pick: Pick = "min", seed: int = 0) -> Tensor:
-    """The choice of `number` groups by their scores; of equal ones the first go."""
-    return ranks(picking({"": score}, pick, seed))[""] < number
+    """The choice of `number` groups by their scores; of equal scores, the first are chosen."""
+    return ranks(pick_scores({"": score}, pick, seed))[""] < number
 
 
-def smallest_choice(score: Tensor, number: int) -> Tensor:
-    """The same choice as `choose` makes of scores that differ, without sorting all of them."""
+def choose_smallest(score: Tensor, number: int) -> Tensor:
+    """What `choose` returns for scores that all differ, without sorting all of them."""
     if not number:
         return torch.zeros_like(score, dtype=torch.bool)
     return score <= score.flatten().kthvalue(number).values
 
 
 def ranks(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Place of every group among those of all layers by score; of equal ones the first is lower.
+    """Rank of every group among those of all layers by score; of equal scores, the first is lower.
 
-    A choice of so many groups over all layers is `rank < number`; it may take whole layers.
+    The choice of the `number` lowest groups over all layers is `rank < number`; it may choose all
+    groups of a layer.
     """
     order = torch.cat([score.flatten() for score in scores.values()]).sort(stable=True).indices
     places = torch.empty_like(order)
@@ -69,23 +73,24 @@ def ranks(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return _split(places, scores)
 
 
-def picking(scores: Mapping[str, Tensor], pick: Pick, seed: int) -> dict[str, Tensor]:
-    """Scores by which the lowest go first, whatever is picked; at random over all layers."""
+def pick_scores(scores: Mapping[str, Tensor], pick: Pick, seed: int) -> dict[str, Tensor]:
+    """Scores whose lowest groups are those that `pick` chooses over all layers."""
     if pick == "min":
         return dict(scores)
     if pick == "max":
         return {name: -score for name, score in scores.items()}
     count = sum(score.numel() for score in scores.values())
-    place = next(iter(scores.values())).device
+    device = next(iter(scores.values())).device
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    return _split(order.argsort().to(place), scores)
+    return _split(order.argsort().to(device), scores)
 
 
-def picking_by_layer(scores: Mapping[str, Tensor], pick: Pick, seed: int) -> dict[str, Tensor]:
-    """The same with chance of its own for every layer."""
+def pick_scores_by_layer(scores: Mapping[str, Tensor], pick: Pick, seed: int) -> dict[str, Tensor]:
+    """Scores whose lowest groups are those that `pick` chooses in each layer; every layer has a
+    seed of its own."""
     found: dict[str, Tensor] = {}
     for place, (name, score) in enumerate(scores.items()):
-        found |= picking({name: score}, pick, seed + place)
+        found |= pick_scores({name: score}, pick, seed + place)
     return found
 
 
@@ -95,50 +100,53 @@ def _split(flat: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: part.view(like[name].shape) for name, part in zip(like, parts, strict=True)}
 
 
-def spare(gone: Tensor, score: Tensor, least: int = 1, multiple: int = 1) -> Tensor:
-    """The choice without its best groups, so that at least `least` of the layer's stay.
+def keep_at_least(choice: Tensor, score: Tensor, least: int = 1, multiple: int = 1) -> Tensor:
+    """The choice without its best groups, so that at least `least` of the layer's groups are kept.
 
-    As many more stay as make their number a multiple; all of them if there are fewer. Of equal
-    scores the last are spared.
+    More are kept until their number is a multiple of `multiple`; all of them if there are fewer.
+    Of equal scores, the last are kept.
     """
-    flat = gone.flatten()
-    left = flat.numel() - int(flat.sum())
-    wanted = -(-max(left, least) // multiple) * multiple
-    if wanted == left:
-        return gone
+    flat = choice.flatten()
+    kept = flat.numel() - int(flat.sum())
+    wanted = -(-max(kept, least) // multiple) * multiple
+    if wanted == kept:
+        return choice
     chosen = flat.nonzero().flatten()
     order = chosen[score.flatten()[chosen].argsort(stable=True)]
     flat = flat.clone()
-    flat[order[max(0, len(order) - (wanted - left)) :]] = False
-    return flat.view(gone.shape)
+    flat[order[max(0, len(order) - (wanted - kept)) :]] = False
+    return flat.view(choice.shape)
 
 
-def masks(model: nn.Module, choices: Mapping[str, Tensor]) -> Masks:
-    """What stays of each weight; with a whole output its bias goes too."""
+def masks_from_choices(model: nn.Module, choices: Mapping[str, Tensor]) -> Masks:
+    """Masks of the chosen weights, and of the biases of chosen filters.
+
+    Raises PruningError as `validate_choices` does.
+    """
     validate_choices(model, choices)
     found: Masks = {}
-    for name, gone in choices.items():
+    for name, choice in choices.items():
         weight = model.get_parameter(name)
-        found[name] = (~gone).expand(weight.shape).contiguous()
+        found[name] = (~choice).expand(weight.shape).contiguous()
         layer = model.get_submodule(name.removesuffix(".weight"))
-        if gone.shape[1:].numel() == 1 < weight.shape[1:].numel() and layer.bias is not None:
-            found[f"{name.removesuffix('weight')}bias"] = ~gone.flatten()
+        if choice.shape[1:].numel() == 1 < weight.shape[1:].numel() and layer.bias is not None:
+            found[f"{name.removesuffix('weight')}bias"] = ~choice.flatten()
     return found
 
 
 def validate_choices(model: nn.Module, choices: Mapping[str, Tensor]) -> None:
     """Raise PruningError if a choice does not fit its weight."""
-    for name, gone in choices.items():
+    for name, choice in choices.items():
         weight = model.get_parameter(name)
-        if not fits(gone, weight):
+        if not fits(choice, weight):
             raise PruningError(
-                f"the choice for {name} has shape {tuple(gone.shape)}, the weight "
+                f"the choice for {name} has shape {tuple(choice.shape)}, the weight "
                 f"{tuple(weight.shape)}: it is not about this network"
             )
 
 
 def fits(choice: Tensor, weight: Tensor) -> bool:
-    """Whether this can be a choice for a weight of that shape."""
+    """Whether a tensor can be a choice for a weight."""
     return (
         choice.dtype == torch.bool
         and choice.dim() == weight.dim()

@@ -1,4 +1,4 @@
-"""Which parameters can be pruned; applying, holding and counting masks."""
+"""Masks: which parameters can have one; applying and holding masks, counting non-zeros."""
 
 from collections.abc import Mapping
 from typing import Literal
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from secateur.base.errors import PruningError
 
 Scope = Literal["weights", "weights_and_biases"]
+"""Which parameters of convolutions and linear layers are pruned."""
 Masks = dict[str, Tensor]
 """Parameter name -> boolean tensor of its shape, True where the entry stays."""
 
@@ -21,7 +22,7 @@ def layers(model: nn.Module) -> dict[str, nn.Conv2d | nn.Linear]:
 
 
 def prunable(model: nn.Module, scope: Scope) -> dict[str, nn.Parameter]:
-    """Parameters of convolutions and linear layers, by name: weights, and biases if in scope."""
+    """Parameters in scope of convolutions and linear layers, by name."""
     kinds = ("weight",) if scope == "weights" else ("weight", "bias")
     return {
         f"{name}.{kind}": parameter
@@ -31,30 +32,33 @@ def prunable(model: nn.Module, scope: Scope) -> dict[str, nn.Parameter]:
     }
 
 
-def refuse_empty(model: nn.Module, masks: Mapping[str, Tensor], asked: str) -> None:
-    """Raise PruningError if a layer's weights would all go; `asked` is what the user wanted."""
+def refuse_empty(model: nn.Module, masks: Mapping[str, Tensor], requested: str) -> None:
+    """Raise PruningError if a mask keeps none of a layer's weights.
+
+    `requested` is what the user asked for, for the message.
+    """
     for name, mask in masks.items():
         if name.endswith("weight") and not bool(mask.any()):
             largest = float(model.get_parameter(name).detach().abs().max())
             raise PruningError(
-                f"layer {name.removesuffix('.weight')} would be left empty by {asked}: none of its "
-                f"{mask.numel()} weights stays (the largest is {largest:.3g}); ask for less"
+                f"layer {name.removesuffix('.weight')} would be left empty by {requested}: none of "
+                f"its {mask.numel()} weights stays (the largest is {largest:.3g}); ask for less"
             )
 
 
 @torch.no_grad()
 def apply(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
-    """Set what the masks take away to zero, in place."""
+    """Set all masked entries to zero, in place."""
     for name, mask in masks.items():
         parameter = model.get_parameter(name)
         parameter.masked_fill_(~mask.to(parameter.device), 0.0)
 
 
 def hold(model: nn.Module, masks: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
-    """Keep what is pruned at zero after every step of any optimizer.
+    """Set all masked entries to zero now and after every step of the optimizer.
 
-    Momentum or weight decay may move a pruned entry within a step; it is back at zero before
-    anyone reads it.
+    Momentum or weight decay may move a masked entry within a step; it is zero again before the
+    next forward pass.
     """
     if not masks:
         return
@@ -73,7 +77,7 @@ def hold(model: nn.Module, masks: Mapping[str, Tensor], optimizer: torch.optim.O
 
 
 def nonzero(model: nn.Module) -> int:
-    """Entries of all parameters that are not zero."""
+    """Number of non-zero entries of all parameters."""
     return sum(int(torch.count_nonzero(p)) for p in model.parameters())
 
 

@@ -60,12 +60,12 @@ def measure(context: runner.StageContext) -> tuple[pd.DataFrame, dict[str, Any]]
     if "bn_scale" in how and not norms.scaled_norms(model):
         how.remove("bn_scale")
         console.say("sensitivity: bn_scale is left out: the network has no scales")
-    names = sensitivity.layers(pruning_context)
-    made = sensitivity.trials(pruning_context, names, how, settings.ratios, context.params.seed)
+    names = sensitivity.independent_layers(pruning_context)
+    made = sensitivity.ablations(pruning_context, names, how, settings.ratios, context.params.seed)
     model.to(place)
-    bench = sensitivity.Bench(pruning_context)
+    ablation_runner = sensitivity.AblationRunner(pruning_context)
     wanted = settings.images or len(data.val)
-    size = min(bench.images_at_once(images[:1].to(place)), wanted)
+    size = min(ablation_runner.batch_size(images[:1].to(place)), wanted)
     steps = -(-min(wanted, len(data.val)) // size)
 
     def batches() -> Any:
@@ -77,7 +77,7 @@ def measure(context: runner.StageContext) -> tuple[pd.DataFrame, dict[str, Any]]
             left -= len(labels)
 
     with console.Steps("sensitivity", len(made) * steps) as bar:
-        right = bench.right(batches(), made, bar.tick)
+        right = ablation_runner.count_correct(batches(), made, bar.tick)
     count = min(wanted, len(data.val))
     rows = [
         {"layer": name, "criterion": criterion, "ratio": 0.0, "accuracy": right[0] / count}
@@ -93,8 +93,8 @@ def measure(context: runner.StageContext) -> tuple[pd.DataFrame, dict[str, Any]]
     found = {}
     for criterion in how:
         ratios = suggest(table[table.criterion == criterion], right[0] / count - settings.drop)
-        together = sensitivity.with_ratios(made, ratios, criterion)
-        alive = bench.right(batches(), [together], lambda: None)[1] / count
+        together = sensitivity.combined(made, ratios, criterion)
+        alive = ablation_runner.count_correct(batches(), [together], lambda: None)[1] / count
         found[criterion] = as_params(criterion, ratios, context.params.seed) | {"together": alive}
     return table, found
 
@@ -102,7 +102,7 @@ def measure(context: runner.StageContext) -> tuple[pd.DataFrame, dict[str, Any]]
 def suggest(table: pd.DataFrame, least: float) -> dict[str, float]:
     """Ratio by layer, of those that may lose something."""
     found = {
-        str(name): sensitivity.allowed(zip(rows.ratio, rows.accuracy, strict=True), least)
+        str(name): sensitivity.largest_ratio(zip(rows.ratio, rows.accuracy, strict=True), least)
         for name, rows in table.groupby("layer", sort=False)
     }
     return {name: ratio for name, ratio in found.items() if ratio > 0}
@@ -110,7 +110,7 @@ def suggest(table: pd.DataFrame, least: float) -> dict[str, float]:
 
 def as_params(criterion: str, ratios: dict[str, float], seed: int) -> dict[str, Any]:
     """In the form of params.yaml."""
-    own: dict[str, Any] = {"groups": "filter", "criterion": criterion, "pick": "min"}
+    own: dict[str, Any] = {"granularity": "filter", "criterion": criterion, "pick": "min"}
     if criterion == "random":
         own |= {"criterion": "l1", "pick": "random", "seed": seed}
     own["ratios"] = ", ".join(f"{name}: {ratio:g}" for name, ratio in ratios.items())

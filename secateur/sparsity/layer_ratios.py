@@ -1,0 +1,172 @@
+"""The ratio of each layer of a network, found from ratios and layers to skip as a user wrote them.
+
+Source of stages, numbers and `skip`: the code of H. Wang et al., Neural pruning via growing
+regularization, ICLR 2021.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from secateur.base.errors import ArgumentError
+from secateur.sparsity.choices import Granularity
+from secateur.sparsity.positions import Position, layer_positions
+from secateur.sparsity.ratios import NUMBERS, Rules, Skipped
+
+
+def ratios_by_layer(
+    model: nn.Module,
+    rules: Rules,
+    granularity: Granularity,
+    skip: tuple[Skipped, ...],
+    refused: Mapping[str, str] | None = None,
+) -> dict[str, float]:
+    """Ratio of every convolution and linear layer, by name; 0 where nothing is pruned.
+
+    `refused` is why layers cannot be pruned, by name; by default it follows from their names and
+    positions. Raises ArgumentError (`ratios` or `skip`) for an entry that matches no layer, for a
+    ratio above 0 of a layer that cannot be pruned at this granularity (a single number for all
+    passes over such layers), and if nothing at all would be pruned.
+    """
+    positions = layer_positions(model)
+    names = list(positions)
+    skipped = {name for entry in skip for name in _skipped_layers(entry, positions)}
+    if refused is None:
+        refused = {name: position.refusal(granularity) for name, position in positions.items()}
+    refused = {name: refused.get(name, "") for name in names}
+    given = _given(rules, positions)
+    result: dict[str, float] = {}
+    for name in names:
+        ratio, origin = given[name]
+        if ratio > 0 and name not in skipped and (reason := refused[name]):
+            if origin:
+                raise ArgumentError(
+                    "ratios",
+                    f"{origin} = {ratio:g} is for layer {name}, whose {granularity}s may not be "
+                    f"pruned: {reason}",
+                )
+            ratio = 0.0
+        result[name] = 0.0 if name in skipped else ratio
+    if not any(result.values()):
+        prunable = _shortened(name for name in names if not refused[name])
+        raise ArgumentError(
+            "ratios",
+            "nothing would be pruned; at least one layer that may be needs a ratio above 0 (they "
+            f"are: {prunable})",
+            rules,
+        )
+    return result
+
+
+def scaled(ratios: Mapping[str, float], highest: float) -> dict[str, float]:
+    """The ratios in the same proportions, with the highest of them as given."""
+    most = max(ratios.values())
+    return {name: ratio / most * highest for name, ratio in ratios.items()}
+
+
+def _given(rules: Rules, positions: Mapping[str, Position]) -> dict[str, tuple[float, str]]:
+    """Ratio of each layer, and the entry that gives it; "" for one that is meant for all."""
+    if rules.everywhere is not None:
+        return dict.fromkeys(positions, (rules.everywhere, ""))
+    if rules.stages:
+        return _by_stage(rules.stages, positions)
+    matches: dict[str, list[tuple[int, str, float]]] = {name: [] for name in positions}
+    for pattern, ratio in rules.named:
+        for name in _matching("ratios", pattern, positions):
+            matches[name].append((_specificity(pattern), pattern, ratio))
+    given: dict[str, tuple[float, str]] = {}
+    for name, found in matches.items():
+        most = max((specificity for specificity, _, _ in found), default=0)
+        best = [(ratio, pattern) for specificity, pattern, ratio in found if specificity == most]
+        if len({ratio for ratio, _ in best}) > 1:
+            raise ArgumentError(
+                "ratios",
+                f"{' and '.join(f'{p} = {r:g}' for r, p in best[:2])} are both for layer {name}, "
+                "and neither is more exact; make one of them so",
+            )
+        given[name] = best[0] if best else (0.0, "")
+    return given
+
+
+def _by_stage(
+    ratios: tuple[float, ...], positions: Mapping[str, Position]
+) -> dict[str, tuple[float, str]]:
+    """One ratio a stage; within blocks it is meant for the layers that can be pruned."""
+    stages = {position.stage for position in positions.values()}
+    if None in stages:
+        raise ArgumentError(
+            "ratios",
+            "one ratio a stage needs layers named layer1.0..., layer2.0..., which this network has "
+            "not; give places ('0-4: 0.5') or names",
+        )
+    wanted = max(stage for stage in stages if stage is not None) + 1
+    if len(ratios) != wanted:
+        raise ArgumentError(
+            "ratios",
+            f"{len(ratios)} ratios for {wanted} stages: the stem, layer1 to layer{wanted - 2}, and "
+            "what comes after them",
+        )
+    given: dict[str, tuple[float, str]] = {}
+    for name, position in positions.items():
+        assert position.stage is not None
+        outside = position.block is None or not position.residual
+        given[name] = ratios[position.stage], f"stage {position.stage}" if outside else ""
+    return given
+
+
+def _matching(key: str, pattern: str, positions: Mapping[str, Position]) -> list[str]:
+    """Layers that a name pattern or a range of numbers matches; ArgumentError if there is none."""
+    if match := NUMBERS.fullmatch(pattern):
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last >= len(positions):
+            raise ArgumentError(
+                key,
+                f"{pattern}: there are {len(positions)} convolutions and linear layers, counted "
+                f"from 0 to {len(positions) - 1}",
+            )
+        return list(positions)[first : last + 1]
+    names = [name for name in positions if fnmatchcase(name, pattern)]
+    if not names:
+        listed = _shortened(positions)
+        raise ArgumentError(key, f"{pattern} matches no layer; there are: {listed}")
+    return names
+
+
+def _skipped_layers(entry: Skipped, positions: Mapping[str, Position]) -> list[str]:
+    """The layers that an entry of `skip` names; ArgumentError if there is none."""
+    blocks = any(position.block is not None for position in positions.values())
+    if not blocks or not re.fullmatch(r"\d+(\.\d+){0,2}", entry.text):
+        return _matching("skip", entry.text, positions)
+    wanted = [int(part) for part in entry.text.split(".")]
+
+    def matches(position: Position, numbers: list[int]) -> bool:
+        return [position.stage, position.block, position.conv][: len(numbers)] == numbers
+
+    names = [name for name, position in positions.items() if matches(position, wanted)]
+    if not names:
+        listed = _shortened(positions)
+        raise ArgumentError("skip", f"there is no stage or block {entry}; layers: {listed}")
+    if entry.number and len(wanted) == 2 and wanted[1]:
+        longer = [wanted[0], wanted[1] * 10]
+        if any(matches(position, longer) for position in positions.values()):
+            raise ArgumentError(
+                "skip",
+                f"the number {entry} may mean block {wanted[1]} or {longer[1]} of stage "
+                f"{wanted[0]}; write it in quotes",
+            )
+    return names
+
+
+def _specificity(pattern: str) -> int:
+    """Characters that are not wildcards; numbers are more specific than any name."""
+    if NUMBERS.fullmatch(pattern):
+        return 10**9
+    return len(re.sub(r"\[[^]]*\]|[*?]", "", pattern))
+
+
+def _shortened(names: Iterable[str]) -> str:
+    """The first of many names."""
+    listed = list(names)
+    return ", ".join(listed[:8]) + (f", ... ({len(listed)} in all)" if len(listed) > 8 else "")
