@@ -2,13 +2,16 @@
 
 import ast
 import functools
+import inspect
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 
 from secateur.base import plugin, settings
+from secateur.pipeline import record
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = [
@@ -31,10 +34,19 @@ def module_files(name: str) -> set[str]:
     return {path + ".py"} & set(CODE)
 
 
+def executed(node: ast.AST) -> Iterator[ast.AST]:
+    """The node and all below it, without what stands under `if TYPE_CHECKING:`."""
+    if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+        return
+    yield node
+    for child in ast.iter_child_nodes(node):
+        yield from executed(child)
+
+
 def imports(file: str, root: Path = ROOT) -> set[str]:
     """Files of the project that a file imports, wherever in it the import stands."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse((root / file).read_text())):
+    for node in executed(ast.parse((root / file).read_text())):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 found |= module_files(alias.name)
@@ -151,6 +163,39 @@ def test_costly_outs_are_cached_and_none_persists():
             options = next(iter(out.values())) if isinstance(out, dict) else {}
             assert not options.get("persist")
             assert name in ("evaluate", "sensitivity") or options.get("cache", True)
+
+
+PROTOCOLS = {
+    "datasets": plugin.DatasetPlugin,
+    "archs": plugin.ArchPlugin,
+    "penalties": plugin.PenaltyPlugin,
+    "pruners": plugin.PrunerPlugin,
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [(kind, name) for kind in PROTOCOLS for name in plugin.names(kind)]
+)
+def test_a_plugin_has_what_the_protocol_of_its_kind_says(kind, name):
+    protocol, module = PROTOCOLS[kind], plugin.load(kind, name)
+    assert issubclass(module.Settings, settings.Strict)
+    (function,) = [f for n, f in vars(protocol).items() if inspect.isfunction(f) and n[0] != "_"]
+    own = getattr(module, function.__name__)
+    wanted = [*inspect.signature(function).parameters][1:]
+    assert len(inspect.signature(own).parameters) == len(wanted)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_the_table_of_stages_agrees_with_dvc_yaml(name):
+    """Names, scripts, inputs and models of record.STAGES."""
+    spec, stage = record.STAGES[name], STAGES[name]
+    assert stage["cmd"] == f"python -m stages.{spec.module}"
+    assert (name in WIRING["stages"]) == (spec.pipeline == "dvc.yaml")
+    read = [record.MODELS[maker].folder for maker in spec.inputs]
+    folders = [dep for dep in stage["deps"] if dep.startswith("models/") and "." not in dep]
+    assert folders == read
+    written = [out for out in stage.get("outs", []) if str(out).startswith("models/")]
+    assert written == ([spec.model.folder, str(spec.model.record)] if spec.model else [])
 
 
 def test_every_plugin_has_its_section_in_params_yaml():

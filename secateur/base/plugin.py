@@ -1,13 +1,23 @@
-"""Find a data set, architecture, penalty or pruner: the file name is the registry."""
+"""Find a data set, architecture, penalty or pruner: the file name is the registry.
+
+A plug-in is a module; the protocols below say what each kind of module has. Types of rooms further
+down appear in annotations only: nothing here imports them when it runs.
+"""
 
 import difflib
 import importlib
 import re
 from pathlib import Path
-from types import ModuleType
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args, overload
 
 from secateur.base.errors import SettingsError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from secateur.data.dataset import Images
+    from secateur.pruning.decision import PruningContext, PruningDecision
+    from secateur.training.penalty import Penalty
 
 Kind = Literal["datasets", "archs", "penalties", "pruners"]
 KEYS: dict[Kind, str] = {
@@ -21,13 +31,51 @@ KEYS: dict[Kind, str] = {
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
+class Plugin(Protocol):
+    """What every plug-in has."""
+
+    Settings: Any
+    """Its class of settings, a `settings.Strict`; the section of params.yaml is validated by it."""
+
+
+class DatasetPlugin(Plugin, Protocol):
+    """A module of secateur/datasets."""
+
+    def read(self, settings: Any, root: Path) -> "Images":
+        """Read training and test images; files are looked for under `root`."""
+
+
+class ArchPlugin(Plugin, Protocol):
+    """A module of secateur/archs. One that has published weights also has `publish`."""
+
+    def build(self, settings: Any, classes: int, shape: tuple[int, int, int]) -> "nn.Module":
+        """Build the network with new weights for images of `shape` (C, H, W)."""
+
+
+class PenaltyPlugin(Plugin, Protocol):
+    """A module of secateur/penalties."""
+
+    def build(self, settings: Any, model: "nn.Module", decay: float) -> "Penalty":
+        """Build the penalty of strength `decay` on the weights of `model`."""
+
+
+class PrunerPlugin(Plugin, Protocol):
+    """A module of secateur/pruners."""
+
+    def prune(self, settings: Any, context: "PruningContext") -> "PruningDecision":
+        """Decide which weights or channels are pruned; the network itself is left alone."""
+
+
 def names(kind: Kind) -> list[str]:
-    """All plug-ins of a kind, sorted."""
+    """All plug-ins of a kind, sorted; files that begin with an underscore are shared code."""
     return sorted(p.stem for p in (_PACKAGE / kind).glob("*.py") if not p.stem.startswith("_"))
 
 
 def find(kind: Kind, name: str, key: str | None = None) -> Path:
-    """File of the plug-in; SettingsError with the names there are if there is none."""
+    """File of the plug-in; raises SettingsError with the known names if there is none.
+
+    `key` is the key of params.yaml that the name was read from, if not the usual one.
+    """
     path = _PACKAGE / kind / f"{name}.py"
     if kind not in get_args(Kind) or not re.fullmatch(r"[a-z]\w*", name) or not path.is_file():
         close = difflib.get_close_matches(name, names(kind), n=1)
@@ -39,7 +87,17 @@ def find(kind: Kind, name: str, key: str | None = None) -> Path:
     return path
 
 
-def load(kind: Kind, name: str) -> ModuleType:
+@overload
+def load(kind: Literal["datasets"], name: str) -> DatasetPlugin: ...
+@overload
+def load(kind: Literal["archs"], name: str) -> ArchPlugin: ...
+@overload
+def load(kind: Literal["penalties"], name: str) -> PenaltyPlugin: ...
+@overload
+def load(kind: Literal["pruners"], name: str) -> PrunerPlugin: ...
+@overload
+def load(kind: Kind, name: str) -> Plugin: ...
+def load(kind: Kind, name: str) -> Any:
     """Import the plug-in `secateur/<kind>/<name>.py`, and no other."""
     find(kind, name)
     return importlib.import_module(f"secateur.{kind}.{name}")

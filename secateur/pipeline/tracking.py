@@ -9,9 +9,9 @@ of warning, and the rest of the stage goes untracked.
 
 import contextlib
 import csv
-import fcntl
 import functools
 import hashlib
+import json
 import os
 import re
 import socket
@@ -22,6 +22,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlparse
+
+from filelock import FileLock
 
 from secateur.base.stage import Stage, project_root
 from secateur.pipeline.record import MODELS, STAGES, RunRecord, flat
@@ -67,7 +69,8 @@ class Store:
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        with _quiet_start(), _lock(root / ".mlflow.lock"):  # two first starts destroy a fresh store
+        # two processes that make a fresh store at the same time destroy it
+        with _quiet_start(), FileLock(root / ".mlflow.lock"):
             import mlflow
 
             mlflow.set_tracking_uri(self.uri)
@@ -319,18 +322,15 @@ def _close_run(
 
 
 def _log_dataset(store: Store, run_id: str, dataset: Mapping[str, Any]) -> None:
-    """Name and hash of the data, without the data."""
-    import mlflow.entities
-    from mlflow.data.http_dataset_source import HTTPDatasetSource
-    from mlflow.data.meta_dataset import MetaDataset
+    """Log name and hash of the data, and where DVC keeps it; not the data itself."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
 
-    source = HTTPDatasetSource(f"https://dvc/data/{dataset['name']}")
-    digest = str(dataset["hash"])[:32]
-    meta = MetaDataset(source, name=str(dataset["name"]), digest=digest)
-    entity = meta._to_mlflow_entity()
-    context = mlflow.entities.InputTag("mlflow.data.context", "training")
-    store.client.log_inputs(run_id, datasets=[mlflow.entities.DatasetInput(entity, [context])])
-    store.client.set_tag(run_id, "data.hash", str(dataset["hash"]))
+    name, digest = str(dataset["name"]), str(dataset["hash"])
+    source = json.dumps({"uri": f"data/{name}"})  # relative to the project: DVC restores it there
+    entity = Dataset(name, digest[:32], "local", source)
+    training = DatasetInput(entity, [InputTag("mlflow.data.context", "training")])
+    store.client.log_inputs(run_id, datasets=[training])
+    store.client.set_tag(run_id, "data.hash", digest)
 
 
 def _tags(stage: str) -> dict[str, str]:
@@ -407,13 +407,6 @@ def _knock(uri: str) -> None:
     address = urlparse(uri)
     port = address.port or (443 if address.scheme == "https" else 80)
     socket.create_connection((address.hostname or "", port), timeout=3).close()
-
-
-@contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 @contextlib.contextmanager
