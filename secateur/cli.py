@@ -16,7 +16,7 @@ from typing import NoReturn
 from secateur import __version__
 from secateur.base.errors import SecateurError
 
-LIBRARIES = ("torch", "torchvision", "lightning-fabric", "dvc", "mlflow")
+VERSIONS = ("torch", "torchvision", "lightning-fabric", "dvc", "mlflow")
 """Shown by `secateur version`."""
 
 
@@ -203,7 +203,7 @@ def print_versions(_options: argparse.Namespace) -> None:
     from importlib.metadata import PackageNotFoundError, version
 
     found = {"secateur": __version__, "python": platform.python_version()}
-    for name in LIBRARIES:
+    for name in VERSIONS:
         try:
             found[name] = version(name)
         except PackageNotFoundError:

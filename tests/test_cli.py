@@ -1,6 +1,7 @@
 """The command `secateur`: help, subcommands, completion, and whose code runs where."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -39,18 +40,21 @@ def test_help_lists_every_command_and_needs_no_library():
 
 @pytest.mark.parametrize("command", cli.COMMANDS, ids=lambda command: command.name)
 def test_every_command_has_help_and_a_handler(command, capsys):
-    with pytest.raises(SystemExit) as end:
-        cli.main([command.name, "--help"])
-    assert end.value.code == 0
-    assert f"usage: secateur {command.name}" in capsys.readouterr().out
+    assert f"usage: secateur {command.name}" in printed(capsys, command.name, "--help")
     module, _, function = command.handler.partition(":")
     assert f"def {function}(" in (ROOT / f"{module.replace('.', '/')}.py").read_text()
 
 
 def test_without_a_command_there_is_help(capsys):
+    assert "commands:" in printed(capsys)
+
+
+def printed(capsys, *arguments):
+    """Output of a command that succeeds, run in this process."""
     with pytest.raises(SystemExit) as end:
-        cli.main([])
-    assert end.value.code == 0 and "commands:" in capsys.readouterr().out
+        cli.main(arguments)
+    assert end.value.code == 0
+    return capsys.readouterr().out
 
 
 def test_a_command_that_is_not_there_is_told(capsys):
@@ -61,16 +65,12 @@ def test_a_command_that_is_not_there_is_told(capsys):
 
 @pytest.mark.parametrize("arguments", [["version"], ["--version"]])
 def test_versions_are_printed(arguments, capsys):
-    with pytest.raises(SystemExit):
-        cli.main(arguments)
-    assert __version__ in capsys.readouterr().out
+    assert __version__ in printed(capsys, *arguments)
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
 def test_completion_knows_commands_and_options(shell, capsys):
-    with pytest.raises(SystemExit):
-        cli.main(["completion", shell])
-    script = capsys.readouterr().out
+    script = printed(capsys, "completion", shell)
     assert all(command.name in script for command in cli.COMMANDS) and "seeds" in script
 
 
@@ -86,10 +86,10 @@ def test_bash_completes_a_command(tmp_path):
     assert done.stdout == "recipe\n", done.stderr
 
 
-def test_the_modules_of_before_do_what_the_command_does():
-    command = secateur("recipe")
-    assert command.returncode == 0 and "mnist-lenet300-element" in command.stdout
-    assert run(sys.executable, "-m", "secateur.recipe").stdout == command.stdout
+def test_the_modules_of_before_do_what_the_command_does(capsys):
+    listed = printed(capsys, "recipe")
+    assert "mnist-lenet300-element" in listed
+    assert run(sys.executable, "-m", "secateur.recipe").stdout == listed
     assert "usage: secateur sync" in run(sys.executable, "-m", "secateur.sync", "--help").stdout
 
 
@@ -161,3 +161,17 @@ def test_make_puts_a_launcher_beside_python_and_does_not_install_the_package():
     makefile = (ROOT / "Makefile").read_text()
     assert "-m secateur" in makefile and "pip install --quiet --group dev" in makefile
     assert "pip install ." not in makefile and "pip install -e" not in makefile
+
+
+def test_libraries_lists_written_and_installed_versions(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("params.yaml", "dvc.yaml"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    params = tmp_path / "params.yaml"
+    version = re.search(r"^  torch: (\S+)", params.read_text(), re.MULTILINE)[1]
+    params.write_text(params.read_text().replace(f"torch: {version}", "torch: 1.0.0", 1))
+    shown = printed(capsys, "libraries")
+    assert re.search(rf"^torch +1\.0\.0 +installed: {re.escape(version)}$", shown, re.MULTILINE)
+    done = printed(capsys, "libraries", "--update")
+    assert f"libraries.torch: 1.0.0 -> {version}" in done
+    assert f"torch: {version}" in params.read_text()
