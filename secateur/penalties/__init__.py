@@ -1,7 +1,11 @@
-"""Penalties, one file each; the file name is the value of `penalty`.
+"""Penalties, one file each; the file name is the value of `penalty` in params.yaml.
 
 A file offers `Settings` (a `base.settings.Strict`) and `build(settings, model, decay) -> Penalty`:
-what sparse-train adds to the loss, its strength `decay` included. `penalties._formula` has the two usual
-ones: a formula over single tensors, and one over groups of weights. `penalties._growing` has those that
-run a course of their own and choose what is to go; `training.penalty` says what a `Penalty` is.
+the term that sparse-train adds to the loss, its strength `decay` included. `training.penalty` has
+the protocols. For a setting that does not fit the network, `build` raises `ArgumentError`, which
+names the setting without the section of params.yaml.
+
+Two modules are shared bases, not penalties: `_formula` for penalties in closed form, on single
+tensors or on channels and filters; `_growing` for penalties that run a schedule of their own and
+choose what is to be pruned.
 """

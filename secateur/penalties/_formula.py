@@ -1,8 +1,12 @@
-"""Penalties by formula: a formula by tensor, and one over groups of weights.
+"""Penalties in closed form: a formula for one tensor, summed over all covered tensors.
 
-A penalty is called once a training step and gives a scalar that is added to the loss, its strength
-`decay` included. It covers the weights of convolutions and linear layers (and their biases as an
-option) and sums one value by tensor: no average, no square root of the group size.
+A penalty is called once a training step and returns a scalar that is added to the loss, its
+strength `decay` included. It covers the weights of convolutions and linear layers (and optionally
+their biases). Values of tensors are summed: no average, no square root of the group size.
+
+`ClosedFormPenalty` has a function for the value and one for the gradient. `NormPenalty` is for
+formulas of L1 and L2 norms only, and computes all tensors at once. Formulas of the norms of
+channels and filters use `channel_norms`, `filter_norms` and `scale_groups`.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,17 +15,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secateur.base.settings import Strict
 from secateur.sparsity import masks
 
 Value = Callable[[Tensor], Tensor]
 """A tensor -> its penalty, a scalar."""
 
 Gradient = Callable[[Tensor], Tensor]
-"""A tensor -> the derivative of its penalty, of the tensor's shape, zero where the tensor is."""
+"""A tensor -> the gradient of its penalty, of the tensor's shape, zero where the tensor is zero."""
+
+
+class GroupSettings(Strict):
+    """Settings of a penalty on channels and filters."""
+
+    biases: bool = False
+    """Cover biases too, each entry a group of its own."""
 
 
 class ClosedFormPenalty:
-    """A penalty without memory: `decay` times the sum of one formula over what it covers."""
+    """A penalty without state: `decay` times the sum of one formula over the covered tensors."""
 
     finished = False
 
@@ -34,9 +46,10 @@ class ClosedFormPenalty:
         decay: float,
         covered: Sequence[Tensor] | None = None,
     ) -> None:
-        """Without a `gradient`, autograd differentiates `value`; giving one is faster.
+        """Without `gradient`, autograd differentiates `value`, which is slower.
 
-        `covered` are the tensors, if not weights and `biases` of all layers.
+        `covered` are the tensors; by default the weights of all layers, and with `biases` their
+        biases.
         """
         scope: masks.Scope = "weights_and_biases" if biases else "weights"
         self.covered = list(covered or masks.prunable(model, scope).values())
@@ -54,15 +67,15 @@ class ClosedFormPenalty:
         return total
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Nothing to remember."""
+        """No state."""
         return {}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Nothing to remember."""
+        """No state."""
 
 
 class _Closed(torch.autograd.Function):
-    """Sum of a formula over tensors, with its derivative in closed form: a third of the work."""
+    """Sum of a formula over tensors, with its gradient in closed form: a third of the work."""
 
     @staticmethod
     def forward(ctx: Any, value: Value, gradient: Gradient, *tensors: Tensor) -> Tensor:
@@ -76,18 +89,18 @@ class _Closed(torch.autograd.Function):
 
 
 ByNorms = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
-"""L1 and L2 norms -> the penalty, and a and b of its derivative a * sign(w) + b * w.
+"""L1 and L2 norms -> the penalty, and a and b of its gradient a * sign(w) + b * w.
 
-Works on scalars and, entry by entry, on vectors with one norm for each tensor."""
+Works on scalars and, elementwise, on vectors with one norm for each tensor."""
 
 
 def lasso(l1: Tensor, l2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """sum |w|; derivative sign(w), and 0 at 0."""
+    """sum |w|; gradient sign(w), and 0 at 0."""
     return l1, torch.ones_like(l1), torch.zeros_like(l1)
 
 
 class NormPenalty(ClosedFormPenalty):
-    """A formula that knows a tensor only by its L1 and L2 norms: all tensors at once."""
+    """A formula of the L1 and L2 norms of a tensor, computed for all tensors at once."""
 
     def __init__(
         self,
@@ -106,7 +119,7 @@ class NormPenalty(ClosedFormPenalty):
 
 
 class _ByNorms(torch.autograd.Function):
-    """Sum of a norm formula over tensors, with its derivative in closed form."""
+    """Sum of a norm formula over tensors, with its gradient in closed form."""
 
     @staticmethod
     def forward(ctx: Any, by_norms: ByNorms, *tensors: Tensor) -> Tensor:
@@ -125,7 +138,7 @@ class _ByNorms(torch.autograd.Function):
 
 
 def norm_gradient(by_norms: ByNorms, tensor: Tensor) -> Tensor:
-    """Derivative of a norm formula on one tensor."""
+    """Gradient of a norm formula of one tensor."""
     _, a, b = by_norms(*l1_l2(tensor))
     return tensor.sign().mul_(a).addcmul_(tensor, b)
 
@@ -136,10 +149,9 @@ def l1_l2(tensor: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def channel_norms(weight: Tensor) -> Tensor:
-    """Euclidean norm of each input channel (a layer's column), finite derivative at zero.
+    """L2 norm of each input channel: (filters, channels, ...) or (outputs, inputs) -> (channels,).
 
-    `weight` is (filters, channels, height, width) or (outputs, inputs); gives (channels,). A bias
-    vector is one channel for each entry.
+    Its derivative at zero is finite. Each entry of a bias vector is a channel.
     """
     if weight.dim() == 1:
         return weight.abs()
@@ -147,18 +159,18 @@ def channel_norms(weight: Tensor) -> Tensor:
 
 
 def filter_norms(weight: Tensor) -> Tensor:
-    """Euclidean norm of each filter (a layer's row), finite derivative at zero.
+    """L2 norm of each filter: (filters, channels, ...) or (outputs, inputs) -> (filters,).
 
-    `weight` is (filters, channels, height, width) or (outputs, inputs); gives (filters,). A bias
-    vector has no second grouping: gives an empty tensor.
+    Its derivative at zero is finite. A bias vector has no filters: the result is empty.
     """
     if weight.dim() == 1:
         return weight[:0]
     return _root(weight.square().sum([*range(1, weight.dim())]))
 
 
-def by_groups(weight: Tensor, channels: Tensor, filters: Tensor) -> Tensor:
-    """`weight` times the factor of its channel, (channels,), plus times that of its filter."""
+def scale_groups(weight: Tensor, channels: Tensor, filters: Tensor) -> Tensor:
+    """`weight` times a factor for each channel, (channels,), plus `weight` times one for each
+    filter, (filters,)."""
     if weight.dim() == 1:
         return weight * channels
     kernel = [1] * (weight.dim() - 2)
@@ -168,17 +180,17 @@ def by_groups(weight: Tensor, channels: Tensor, filters: Tensor) -> Tensor:
 
 def _root(squares: Tensor) -> Tensor:
     """Square root whose derivative at zero is zero instead of infinite."""
-    some = squares > 0
-    return torch.where(some, torch.where(some, squares, 1.0).sqrt(), 0.0)
+    positive = squares > 0
+    return torch.where(positive, torch.where(positive, squares, 1.0).sqrt(), 0.0)
 
 
 def inverse(values: Tensor) -> Tensor:
-    """1 / value, and 0 where the value is too small for that."""
+    """1 / value, and 0 where the value counts as zero."""
     return torch.where(values > _floor(values), 1 / values, 0.0)
 
 
 def ratio(above: Tensor, below: Tensor) -> Tensor:
-    """above / below, and 0 where `below` is too small for that."""
+    """above / below, and 0 where `below` counts as zero."""
     floor = _floor(below)
     return torch.where(below > floor, above / below.clamp_min(floor), 0.0)
 

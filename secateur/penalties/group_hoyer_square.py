@@ -2,29 +2,26 @@
 
 Source: Group-HS of H. Yang, W. Wen, H. Li, DeepHoyer, ICLR 2020.
 With A the sum of channel norms, B the sum of filter norms: R(W) = (A^2 + B^2) / sum w^2, between 2
-and channels + filters; derivative 2w (A/a_c + B/b_n - R) / sum w^2, and 0 in a group of zeros.
+and channels + filters; gradient 2w (A/a_c + B/b_n - R) / sum w^2, and 0 in a group of zeros.
 """
 
 import torch
 from torch import Tensor, nn
 
-from secateur.base.settings import Strict
 from secateur.penalties._formula import (
     ClosedFormPenalty,
-    by_groups,
+    GroupSettings,
     channel_norms,
     filter_norms,
     inverse,
     ratio,
+    scale_groups,
 )
 from secateur.training.penalty import Penalty
 
 
-class Settings(Strict):
-    """What it covers."""
-
-    biases: bool = False
-    """Cover biases too, each entry a group of its own."""
+class Settings(GroupSettings):
+    """Whether biases are covered too."""
 
 
 def build(settings: Settings, model: nn.Module, decay: float) -> Penalty:
@@ -43,4 +40,4 @@ def gradient(w: Tensor) -> Tensor:
     a, b, s = channel_norms(w), filter_norms(w), torch.linalg.vector_norm(w)
     over_a, over_b, scale = ratio(a.sum(), s), ratio(b.sum(), s), 2 * inverse(s)
     whole = (over_a.square() + over_b.square()) * inverse(s)
-    return by_groups(w, (over_a * inverse(a) - whole) * scale, over_b * inverse(b) * scale)
+    return scale_groups(w, (over_a * inverse(a) - whole) * scale, over_b * inverse(b) * scale)

@@ -3,27 +3,24 @@
 Source: M. Yuan, Y. Lin, Model selection and estimation in regression with grouped variables,
 JRSS B, 2006; on networks W. Wen et al., Learning structured sparsity, NeurIPS 2016.
 With a_c the norm of input channel c and b_n the norm of filter n: R(W) = sum_c a_c + sum_n b_n;
-derivative w/a_c + w/b_n, and 0 in a group of zeros.
+gradient w/a_c + w/b_n, and 0 in a group of zeros.
 """
 
 from torch import Tensor, nn
 
-from secateur.base.settings import Strict
 from secateur.penalties._formula import (
     ClosedFormPenalty,
-    by_groups,
+    GroupSettings,
     channel_norms,
     filter_norms,
     inverse,
+    scale_groups,
 )
 from secateur.training.penalty import Penalty
 
 
-class Settings(Strict):
-    """What it covers."""
-
-    biases: bool = False
-    """Cover biases too, each entry a group of its own."""
+class Settings(GroupSettings):
+    """Whether biases are covered too."""
 
 
 def build(settings: Settings, model: nn.Module, decay: float) -> Penalty:
@@ -38,4 +35,4 @@ def value(w: Tensor) -> Tensor:
 
 def gradient(w: Tensor) -> Tensor:
     """w / a_c + w / b_n."""
-    return by_groups(w, inverse(channel_norms(w)), inverse(filter_norms(w)))
+    return scale_groups(w, inverse(channel_norms(w)), inverse(filter_norms(w)))

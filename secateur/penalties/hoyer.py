@@ -1,8 +1,8 @@
-"""Hoyer: L1 norm over L2 norm, between 1 (one entry left) and sqrt(n), whatever the scale.
+"""Hoyer: L1 norm over L2 norm; scale-free, between 1 (one non-zero entry) and sqrt(n).
 
 Source: H. Yang, W. Wen, H. Li, DeepHoyer: learning sparser neural network with differentiable
 scale-invariant sparsity measures, ICLR 2020 (after P. Hoyer, JMLR, 2004).
-R(w) = sum|w| / sqrt(sum w^2); derivative sign(w)/S - w * sum|w| / S^3 with S = sqrt(sum w^2).
+R(w) = sum|w| / sqrt(sum w^2); gradient sign(w)/S - w * sum|w| / S^3 with S = sqrt(sum w^2).
 """
 
 from torch import Tensor, nn
@@ -13,10 +13,10 @@ from secateur.training.penalty import Penalty
 
 
 class Settings(Strict):
-    """What it covers."""
+    """Whether biases are covered too."""
 
     biases: bool = False
-    """Cover biases beside the weights."""
+    """Cover the biases of layers, not only their weights."""
 
 
 def build(settings: Settings, model: nn.Module, decay: float) -> Penalty:
@@ -25,7 +25,7 @@ def build(settings: Settings, model: nn.Module, decay: float) -> Penalty:
 
 
 def by_norms(l1: Tensor, l2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """L1 over L2 (0 for zeros); derivative sign(w) / L2 - w * L1 / L2^3."""
+    """L1 over L2 (0 for zeros); gradient sign(w) / L2 - w * L1 / L2^3."""
     scale = inverse(l2)
     return ratio(l1, l2), scale, -ratio(ratio(l1, l2), l2) * scale
 

@@ -1,8 +1,8 @@
-"""Hoyer-Square: squared L1 over squared L2, a differentiable, scale-free count of what is large.
+"""Hoyer-Square: squared L1 over squared L2, a differentiable, scale-free count of large entries.
 
 Source: H. Yang, W. Wen, H. Li, DeepHoyer: learning sparser neural network with differentiable
 scale-invariant sparsity measures, ICLR 2020.
-R(w) = (sum|w|)^2 / sum w^2, between 1 and n. With t = sum w^2 / sum|w|, the derivative is
+R(w) = (sum|w|)^2 / sum w^2, between 1 and n. With t = sum w^2 / sum|w|, the gradient is
 (2/t) * (sign(w) - w/t): entries below t shrink, entries above it grow.
 """
 
@@ -14,10 +14,10 @@ from secateur.training.penalty import Penalty
 
 
 class Settings(Strict):
-    """What it covers."""
+    """Whether biases are covered too."""
 
     biases: bool = False
-    """Cover biases beside the weights."""
+    """Cover the biases of layers, not only their weights."""
 
 
 def build(settings: Settings, model: nn.Module, decay: float) -> Penalty:
@@ -26,7 +26,7 @@ def build(settings: Settings, model: nn.Module, decay: float) -> Penalty:
 
 
 def by_norms(l1: Tensor, l2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(L1 / L2)^2 (0 for zeros); derivative 2s * (sign(w) - s * w), s = sum|w| / sum w^2."""
+    """(L1 / L2)^2 (0 for zeros); gradient 2s * (sign(w) - s * w), s = sum|w| / sum w^2."""
     s = ratio(ratio(l1, l2), l2)
     return ratio(l1, l2).square(), 2 * s, -2 * s * s
 

@@ -1,7 +1,7 @@
 """L1 (lasso): the sum of absolute values.
 
 Source: R. Tibshirani, Regression shrinkage and selection via the lasso, JRSS B, 1996.
-R(w) = sum_i |w_i|; derivative sign(w_i).
+R(w) = sum_i |w_i|; gradient sign(w_i).
 """
 
 from torch import Tensor, nn
@@ -12,10 +12,10 @@ from secateur.training.penalty import Penalty
 
 
 class Settings(Strict):
-    """What it covers."""
+    """Whether biases are covered too."""
 
     biases: bool = False
-    """Cover biases beside the weights."""
+    """Cover the biases of layers, not only their weights."""
 
 
 def build(settings: Settings, model: nn.Module, decay: float) -> Penalty:

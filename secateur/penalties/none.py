@@ -1,4 +1,4 @@
-"""No penalty: sparse-train goes on as plain training, the control of every other penalty."""
+"""No penalty: sparse-train is plain training, the control for all other penalties."""
 
 from torch import nn
 

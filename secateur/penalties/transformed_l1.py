@@ -1,7 +1,7 @@
 """Transformed L1: between counting non-zeros (small a) and L1 (large a).
 
 Source: S. Zhang, J. Xin, Minimization of transformed L1 penalty, Mathematical Programming, 2018.
-R(w) = sum_i (a+1)|w_i| / (a + |w_i|); derivative sign(w) * a(a+1) / (a + |w|)^2.
+R(w) = sum_i (a+1)|w_i| / (a + |w_i|); gradient sign(w) * a(a+1) / (a + |w|)^2.
 """
 
 from torch import Tensor, nn
@@ -12,12 +12,12 @@ from secateur.training.penalty import Penalty
 
 
 class Settings(Strict):
-    """Shape, and what it covers."""
+    """The shape of the function, and whether biases are covered too."""
 
     a: Positive = 1.0
     """Shape: towards 0 it counts non-zeros, towards infinity it is L1."""
     biases: bool = False
-    """Cover biases beside the weights."""
+    """Cover the biases of layers, not only their weights."""
 
 
 def build(settings: Settings, model: nn.Module, decay: float) -> Penalty:

@@ -2,7 +2,7 @@
 
 Source: R. Zhao, W. Luk, Efficient structured pruning and architecture searching for group
 convolution, ICCV workshops 2019. Each convolution keeps the pairs of G groups of its outputs and
-inputs, which are looked for so that the kernels that stay weigh the most (gconv/permutation.py). How
+inputs that keep the most (gconv/permutation.py). How
 many groups a layer gets is set, read from a file, or searched for within a budget
 (gconv/search.py). With prune.export = gconv the masks become group convolutions.
 """
