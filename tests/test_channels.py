@@ -820,7 +820,7 @@ def test_a_compact_network_comes_back_from_its_file(make, tmp_path, monkeypatch)
     compact = removal.remove(model, at_random(graph, 6), batch, {}, graph)
     small = compact.to(torch.float32).model
     checkpoint.save(tmp_path / "m.safetensors", header(), small, {})
-    monkeypatch.setattr(checkpoint, "architecture", lambda _: build(make, 8).float())
+    monkeypatch.setattr(checkpoint, "build_architecture", lambda _: build(make, 8).float())
     again = checkpoint.load(tmp_path / "m.safetensors").model()
     assert difference(small, again, batch.float()) == 0
     second = channels.build_channel_graph(again, batch)  # and can be pruned once more

@@ -17,15 +17,15 @@ from secateur.channels.groups import by_channel
 from secateur.nn.layers import ChannelSelect
 
 
-class Constants(fx.Interpreter):
-    """Runs a traced network in this way, and notes the inputs of its layers.
+class ConstantPropagation(fx.Interpreter):
+    """Runs a traced network with NaN as its input, and notes the inputs of its layers.
 
     How operations treat unknown values follows from their properties in `channels.operators`.
     """
 
     def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
         super().__init__(model, graph=graph)
-        self.inputs: dict[str, list[Seen]] = {}
+        self.inputs: dict[str, list[LayerInput]] = {}
         """Layer or index buffer -> its input at each call."""
         self.result: Any = None
         """What the network returns."""
@@ -33,11 +33,11 @@ class Constants(fx.Interpreter):
 
     @classmethod
     @torch.no_grad()
-    def of(cls, model: nn.Module, graph: fx.Graph, example: Tensor) -> "Constants":
+    def of(cls, model: nn.Module, graph: fx.Graph, example: Tensor) -> "ConstantPropagation":
         """Run a network in eval mode; of the example only shape, type and device matter."""
-        constants = cls(model, graph)
-        constants.result = constants.run(torch.full_like(example[:1], torch.nan))
-        return constants
+        propagation = cls(model, graph)
+        propagation.result = propagation.run(torch.full_like(example[:1], torch.nan))
+        return propagation
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Most modules return NaN for NaN; where they do not, it is restored."""
@@ -48,7 +48,7 @@ class Constants(fx.Interpreter):
         if isinstance(module, nn.Linear):
             return self._through(functional.linear, x, module.weight, module.bias)
         if isinstance(module, ChannelSelect):
-            self._see(self._names[id(module.index)], x, 1)
+            self._note(self._names[id(module.index)], x, 1)
         if operator.scales_channels:
             if getattr(module, "running_mean", None) is not None:
                 out = super().call_module(target, args, kwargs)
@@ -87,95 +87,108 @@ class Constants(fx.Interpreter):
         return out
 
     def _through(self, run: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """A convolution or linear layer; `run(x, weight, bias)` computes it."""
         name = self._names[id(weight)].removesuffix(".weight")
         if weight.dim() == 2:
-            self._see(name, x, -1)
+            self._note(name, x, -1)
             return _through_linear(run, x, weight, bias)
-        return _through_convolution(run, x, self._see(name, x, 1), weight, bias)
+        return _through_convolution(run, x, self._note(name, x, 1), weight, bias)
 
-    def _see(self, name: str, x: Tensor, axis: int) -> "Seen":
-        seen = Seen.of(x, axis)
-        self.inputs.setdefault(name, []).append(seen)
-        return seen
+    def _note(self, name: str, x: Tensor, axis: int) -> "LayerInput":
+        found = LayerInput.of(x, axis)
+        self.inputs.setdefault(name, []).append(found)
+        return found
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What a layer sees of one image, and in short of each channel, bool, (channels,)."""
+class LayerInput:
+    """What is known about the input of a layer, by channel: bool, (channels,)."""
 
-    x: Tensor | None
-    """NaN where it depends on the input; None if nothing is known but zeros."""
+    values: Tensor | None
+    """The input for one image, NaN where it varies; None if only zeros are known."""
     zero: Tensor
-    """Zero everywhere."""
-    known: Tensor
-    """Nowhere dependent on the input."""
-    unknown: Tensor
-    """Everywhere dependent on it."""
+    """Zero in every position."""
+    constant: Tensor
+    """The same for every input of the network, in every position."""
+    varying: Tensor
+    """Dependent on the network's input in every position."""
 
     @classmethod
-    def of(cls, x: Tensor, axis: int) -> "Seen":
-        """With channels along this axis."""
+    def of(cls, x: Tensor, axis: int) -> "LayerInput":
+        """From an input with NaN for what varies; channels are along this axis."""
         rows = by_channel(x, axis)
         high, low = rows.amax(dim=1), rows.amin(dim=1)  # NaN if one entry is
-        zero, known = (high == 0) & (low == 0), ~high.isnan()
-        kept = x if bool((known & ~zero).any()) else None  # maps of all layers are many
+        zero, constant = (high == 0) & (low == 0), ~high.isnan()
+        values = x if bool((constant & ~zero).any()) else None  # all inputs would fill the memory
         least = rows.nan_to_num(nan=torch.inf).amin(dim=1)  # finite if one entry is a number
-        return cls(kept, zero, known, least.isinf())
+        return cls(values, zero, constant, least.isinf())
 
 
 def _through_linear(run: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A sum is unknown where an unknown value has a weight that is not zero."""
-    unknown = x.isnan()
-    out: Tensor = run(x.masked_fill(unknown, 0.0), weight, bias)
-    heard = run(unknown.to(x.dtype), weight.bool().to(x.dtype), None)
-    return out.masked_fill(heard > 0.5, torch.nan)
+    """An output varies where a varying input has a weight that is not zero."""
+    varying = x.isnan()
+    out: Tensor = run(x.masked_fill(varying, 0.0), weight, bias)
+    count = run(varying.to(x.dtype), weight.bool().to(x.dtype), None)
+    return out.masked_fill(count > 0.5, torch.nan)
 
 
 def _through_convolution(
-    run: Any, x: Tensor, seen: Seen, weight: Tensor, bias: Tensor | None
+    run: Any, x: Tensor, found: LayerInput, weight: Tensor, bias: Tensor | None
 ) -> Tensor:
-    """The same; channels of which nothing or everything is known need no sum over channels."""
-    parts = x.shape[1] // weight.shape[1]
+    """As in `_through_linear`, but only channels known in part need a convolution of their own.
 
-    def of(channels: Tensor, weights: Tensor, shift: Tensor | None, holes: bool) -> Tensor:
-        """The sum over some channels of what is known, or of 1 where it is not."""
-        if parts > 1:  # in a group convolution as many of every group: the k-th if any has it
-            channels = channels.reshape(parts, -1).any(dim=0)
-        channels[0] = channels[0] | ~channels.any()  # so that there is a sum at all
-        if not bool(channels.all()):
-            weights = weights[:, channels]
-        values = x[:, channels.repeat(parts)]
-        hole = values.isnan()
-        result: Tensor = run(
-            hole.to(x.dtype) if holes else values.masked_fill(hole, 0.0), weights, shift
-        )
-        return result
-
-    taps = weight.bool()  # not zero; many times as fast as `ne`
-    reads: Tensor | None = None  # more than a half where the sum hears something unknown
-    if bool(seen.unknown.any()):  # heard where any of them is
-        rows = seen.unknown.reshape(parts, 1, -1).expand(-1, len(weight) // parts, -1)
-        heard = taps if bool(rows.all()) else taps & rows.reshape(len(weight), -1, 1, 1)
-        heard = _any(heard, dim=1).to(x.dtype)
-        if bool(heard.all()):  # by all outputs in the same way
-            heard = heard[:parts]
-        reads = run(torch.ones_like(x[:, :parts]), heard, None)
-        if len(heard) < len(weight):
-            reads = reads[:, :1].expand(-1, len(weight), -1, -1)
-    if bool((partly := ~seen.known & ~seen.unknown).any()):
-        more = of(partly, taps.to(x.dtype), None, holes=True)
-        reads = more if reads is None else reads + more
-    says = ~seen.zero & ~seen.unknown
-    if reads is None or bool(says.any()):
-        out = of(says, weight, bias, holes=False)
-        return out if reads is None else out.masked_fill(reads > 0.5, torch.nan)
+    Channels that vary everywhere make an output vary wherever its filter has a weight for one of
+    them, so they need one convolution of ones; constant channels alone are convolved with values.
+    """
+    groups = x.shape[1] // weight.shape[1]
+    nonzero = weight.bool()  # many times as fast as `ne`
+    count: Tensor | None = None  # varying inputs that each output sums over, above 0.5 if any
+    if bool(found.varying.any()):
+        count = _varying_outputs(run, x, found.varying, nonzero)
+    if bool((mixed := ~found.constant & ~found.varying).any()):
+        inputs, columns = _of_channels(x, nonzero.to(x.dtype), mixed, groups)
+        more = run(inputs.isnan().to(x.dtype), columns, None)
+        count = more if count is None else count + more
+    known = ~found.zero & ~found.varying
+    if count is None or bool(known.any()):
+        inputs, columns = _of_channels(x, weight, known, groups)
+        out: Tensor = run(inputs.masked_fill(inputs.isnan(), 0.0), columns, bias)
+        return out if count is None else out.masked_fill(count > 0.5, torch.nan)
     shift = torch.zeros_like(weight[:, 0, 0, 0]) if bias is None else bias
-    return shift[:, None, None].expand_as(reads).masked_fill(reads > 0.5, torch.nan)
+    return shift[:, None, None].expand_as(count).masked_fill(count > 0.5, torch.nan)
 
 
-def _any(true: Tensor, dim: int) -> Tensor:
-    """Of bool; kept as an axis. Many times as fast as `any`."""
-    return true.view(torch.uint8).amax(dim=dim, keepdim=True).view(torch.bool)
+def _varying_outputs(run: Any, x: Tensor, varying: Tensor, nonzero: Tensor) -> Tensor:
+    """Above 0.5 where an output has a weight for a channel that varies everywhere.
+
+    `varying` is bool, (channels,); `nonzero` bool, in the weight's shape.
+    """
+    filters, groups = len(nonzero), x.shape[1] // nonzero.shape[1]
+    rows = varying.reshape(groups, 1, -1).expand(-1, filters // groups, -1)
+    taps = nonzero if bool(rows.all()) else nonzero & rows.reshape(filters, -1, 1, 1)
+    taps = _any(taps, dim=1).to(x.dtype)
+    alike = bool(taps.all())  # all filters give the same result
+    if alike:
+        taps = taps[:groups]
+    count: Tensor = run(torch.ones_like(x[:, :groups]), taps, None)
+    return count[:, :1].expand(-1, filters, -1, -1) if alike and groups < filters else count
+
+
+def _of_channels(x: Tensor, weight: Tensor, channels: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """The input and the weight of a convolution reduced to some channels, bool, (channels,).
+
+    With several groups all keep the k-th channel if one does; where none would be left, the first.
+    """
+    channels = channels.reshape(groups, -1).any(dim=0)
+    channels[0] = channels[0] | ~channels.any()
+    if not bool(channels.all()):
+        weight = weight[:, channels]
+    return x[:, channels.repeat(groups)], weight
+
+
+def _any(x: Tensor, dim: int) -> Tensor:
+    """`x.any(dim, keepdim=True)` for bool, many times as fast."""
+    return x.view(torch.uint8).amax(dim=dim, keepdim=True).view(torch.bool)
 
 
 def _shift_where_scale_is_zero(out: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from secateur.base.errors import PruningError
 from secateur.channels.graph import ChannelGraph
-from secateur.pruning.constants import Constants, Seen
+from secateur.pruning.constants import ConstantPropagation, LayerInput
 from secateur.pruning.folding import ConstantInputs, Folding
 
 
@@ -60,7 +60,7 @@ class DeadChannels:
     def __init__(self, model: nn.Module, graph: ChannelGraph, example: Tensor) -> None:
         """`graph` is the model's; of the batch `example`, shape, type and device matter."""
         self.graph, self.folding = graph, Folding(model, graph)
-        constants = Constants.of(model, graph.fx_graph, example)
+        constants = ConstantPropagation.of(model, graph.fx_graph, example)
         self.consumers = _consumers(graph, self.folding, constants)
         count = len(graph.canonical)
         self.consumer_count = torch.zeros(count + 1, dtype=torch.int64)
@@ -139,7 +139,9 @@ class DeadChannels:
         return next((name for name, ids in outputs if bool(dead[ids].all())), None)
 
 
-def _consumers(graph: ChannelGraph, folding: Folding, constants: Constants) -> list[Consumer]:
+def _consumers(
+    graph: ChannelGraph, folding: Folding, constants: ConstantPropagation
+) -> list[Consumer]:
     """All consumers in the order of execution, layers first."""
     layers = [
         _layer(name, graph, folding, constants.inputs[name])
@@ -154,17 +156,17 @@ def _consumers(graph: ChannelGraph, folding: Folding, constants: Constants) -> l
     return layers + selects
 
 
-def _layer(name: str, graph: ChannelGraph, folding: Folding, seen: list[Seen]) -> Consumer:
-    """A convolution or linear layer; `seen` is what it sees at each of its calls."""
+def _layer(name: str, graph: ChannelGraph, folding: Folding, calls: list[LayerInput]) -> Consumer:
+    """A convolution or linear layer; `calls` has its input at each of its calls."""
     layer = graph.layers[name]
     weight = folding.tensors[layer.weight]
     reads = weight.flatten(2).any(dim=2) if weight.dim() > 2 else weight.bool()
     blocks = reads.reshape(layer.groups, -1, reads.shape[1])
-    zero = torch.stack([call.zero for call in seen]).all(dim=0)
-    constant = seen[0].known & ~zero
+    zero = torch.stack([call.zero for call in calls]).all(dim=0)
+    constant = calls[0].constant & ~zero
     if bool(constant.any()):
         constant &= blocks.any(dim=1).flatten()
-    foldable = folding.foldable(name, seen, constant)
+    foldable = folding.foldable(name, calls, constant)
     return Consumer(
         name,
         _canonical(graph, layer.inputs),
@@ -172,14 +174,14 @@ def _layer(name: str, graph: ChannelGraph, folding: Folding, seen: list[Seen]) -
         _block_reader(blocks),
         (zero | foldable).cpu(),
         foldable.cpu(),
-        seen[0].x,
+        calls[0].values,
     )
 
 
-def _select(name: str, graph: ChannelGraph, seen: list[Seen]) -> Consumer:
+def _select(name: str, graph: ChannelGraph, calls: list[LayerInput]) -> Consumer:
     """The index of a ChannelSelect."""
     select = graph.selects[name]
-    zero = torch.stack([call.zero for call in seen]).all(dim=0).cpu()
+    zero = torch.stack([call.zero for call in calls]).all(dim=0).cpu()
     inputs, outputs = _canonical(graph, select.inputs), _canonical(graph, select.outputs)
     reader = _index_reader(select.index, len(inputs))
     return Consumer(name, inputs, outputs, reader, zero, torch.zeros_like(zero))

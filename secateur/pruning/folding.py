@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from secateur.channels.graph import ChannelGraph
 from secateur.channels.groups import by_channel
-from secateur.pruning.constants import Seen
+from secateur.pruning.constants import LayerInput
 from secateur.sparsity.masks import Masks
 
 
@@ -50,15 +50,15 @@ class Folding:
         self.tensors = dict(model.named_parameters()) | dict(model.named_buffers())
         self.running_means = _running_means(graph)
 
-    def foldable(self, name: str, seen: list[Seen], constant: Tensor) -> Tensor:
+    def foldable(self, name: str, calls: list[LayerInput], constant: Tensor) -> Tensor:
         """Which of a layer's constant inputs, bool, (inputs,), can be folded.
 
-        `seen` is what the layer sees at each of its calls.
+        `calls` has its input at each of its calls.
         """
-        if len(seen) > 1 or (self.layers[name].bias is None and name not in self.running_means):
+        if len(calls) > 1 or (self.layers[name].bias is None and name not in self.running_means):
             return torch.zeros_like(constant)
         foldable = constant.clone()
-        if (values := seen[0].x) is not None:
+        if (values := calls[0].values) is not None:
             for channel in foldable.nonzero().flatten().tolist():
                 foldable[channel] = self._adds_evenly(name, values, channel)
         return foldable
