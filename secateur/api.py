@@ -15,20 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from secateur.base import plugin
-from secateur.base.callable_plugin import ConfiguredPruner, in_arguments
-from secateur.base.errors import (
-    ArgumentError,
-    CheckpointError,
-    PruningError,
-    SecateurError,
-    SettingsError,
-)
+from secateur.base.callable_plugin import ConfiguredPruner, arguments_of
+from secateur.base.errors import CheckpointError, PruningError, SettingsError
 from secateur.base.settings import Export
 from secateur.channels.graph import ChannelGraph, build_channel_graph
 from secateur.nn import checkpoint, cost, resizing
 from secateur.nn.checkpoint import Checkpoint, Header
 from secateur.pruning.apply import PrunedNetwork, apply_decision
-from secateur.pruning.decision import PruningContext, PruningDecision
+from secateur.pruning.decision import PruningContext
 from secateur.sparsity import masks
 from secateur.sparsity.choices import Choices
 from secateur.sparsity.masks import Masks
@@ -216,24 +210,18 @@ def prune(
     origin = getattr(model, "origin", None)
     choices = origin.choices if isinstance(origin, Origin) else {}
     context = PruningContext(dense, images, labels, choices)
-    try:
-        decision: PruningDecision = plugin.load("pruners", pruner.name).prune(
-            pruner.settings, context
-        )
-        earlier = _masks_of(origin, dense)
-        both = {n: m & decision.masks.get(n, m) for n, m in earlier.items()}
-        pruned = apply_decision(
-            dense,
-            replace(decision, masks={**decision.masks, **both}),
-            images,
-            remove_dead=remove_dead,
-            export=export,
-            requested=str(pruner),
-        )
-    except ArgumentError as error:
-        raise SettingsError(in_arguments(str(error), pruner.name)) from None
-    except SecateurError as error:
-        raise type(error)(in_arguments(str(error), pruner.name)) from None
+    with arguments_of(pruner.name):
+        decision = plugin.load("pruners", pruner.name).prune(pruner.settings, context)
+    earlier = _masks_of(origin, dense)
+    both = {n: m & decision.masks.get(n, m) for n, m in earlier.items()}
+    pruned = apply_decision(
+        dense,
+        replace(decision, masks={**decision.masks, **both}),
+        images,
+        remove_dead=remove_dead,
+        export=export,
+        requested=str(pruner),
+    )
     counts = cost.parameters(dense), masks.nonzero(pruned.model)
     header = _header(origin, pruned, pruner, images)
     if isinstance(origin, Origin):

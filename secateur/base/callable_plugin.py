@@ -8,12 +8,14 @@ what is here.
 import importlib
 import inspect
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 from secateur.base import plugin, settings
-from secateur.base.errors import SecateurError
+from secateur.base.errors import SettingsError
 from secateur.base.settings import Strict
 
 
@@ -40,10 +42,10 @@ class CallablePlugin(ModuleType):
         Raises SettingsError naming the argument, its value and what is allowed.
         """
         name = self.__name__.rpartition(".")[2]
-        try:
-            return ConfiguredPruner(name, settings.validate(self.Settings, arguments, ""))
-        except SecateurError as error:
-            raise type(error)(in_arguments(str(error), name)) from None
+        with arguments_of(name):
+            return ConfiguredPruner(
+                name, settings.validate(self.Settings, arguments, f"pruners.{name}")
+            )
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -78,9 +80,15 @@ def callable_plugins(package: str) -> None:
     sys.modules[package].__class__ = PluginPackage
 
 
-def in_arguments(message: str, name: str) -> str:
-    """An error message about params.yaml in terms of the arguments of plug-in `name`."""
-    text = message.removeprefix("params.yaml: ").removeprefix(f"pruner = '{name}': ")
-    text = text.removeprefix(f"pruner {name}: ").replace("params.yaml: ", "")
-    text = text.replace(f"pruners.{name}.", "").replace("unknown key", "unknown argument")
-    return text if f"({name})" in text else f"{text} ({name})"
+@contextmanager
+def arguments_of(name: str) -> Iterator[None]:
+    """Name the argument of the pruner in a SettingsError raised inside, not the key of params.yaml.
+
+    The counterpart of `settings.section`.
+    """
+    try:
+        yield
+    except SettingsError as error:
+        text = str(error).removeprefix(f"{settings.FILE}: ").replace(f"pruners.{name}.", "")
+        text = text.replace("unknown key", "unknown argument")
+        raise SettingsError(f"{text} ({name})") from None
