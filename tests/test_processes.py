@@ -21,7 +21,7 @@ import yaml
 from workspace import ROOT
 
 from secateur.base import plugin
-from secateur.data import dataset
+from secateur.data.batches import first_images
 
 pytestmark = pytest.mark.pipeline
 
@@ -77,7 +77,7 @@ def test_a_step_of_two_processes_is_that_of_one_within_rounding(case, steps_of_t
     monkeypatch.setenv("SECATEUR_DEVICE", "cpu")
     count, _ = case
     before, data = one_step.network(), one_step.digits(count)
-    images = dataset.sample(data.train, data.info, count)
+    images = first_images(data.train, data.info, count)
     model, row = one_step.step(*case)
     alone = model.state_dict()
     together, row_of_two = steps_of_two[case, 0]
@@ -107,7 +107,7 @@ def test_a_step_of_two_processes_is_that_of_one_within_rounding(case, steps_of_t
         assert abs(shown["train_accuracy"] * count - right) <= unsure
         # a mean of n numbers: n additions
         assert abs(shown["train_loss"] - loss) <= (count + 8) * EPS * loss + rounding(logits)
-        val = dataset.sample(data.val, data.info, len(data.val))
+        val = first_images(data.val, data.info, len(data.val))
         of_val = torch.func.functional_call(before, weights, (val,))
         right_of_val, unsure_of_val = right_and_unsure(of_val, data.val.labels)
         assert abs(shown["val_accuracy"] * len(val) - right_of_val) <= unsure_of_val
