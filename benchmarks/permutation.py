@@ -17,7 +17,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from secateur.gconv.permutation import Floats, Ints, Search, group
+from secateur.gconv.permutation import Floats, Ints, PermutationSettings, find_grouping
 
 
 def direct(criterion: Floats, groups: int, iters: int) -> tuple[Ints, Ints, float]:
@@ -49,14 +49,14 @@ def measure(
 ) -> tuple[list[float], list[float], float]:
     """Seconds of the direct implementation and of Secateur's, by repetition, and the ratio of the
     criterion that their groupings keep, the larger divided by the smaller."""
-    values, search = matrix.numpy(), Search(sort_iters=iters)
+    values, search = matrix.numpy(), PermutationSettings(sort_iters=iters)
     theirs, ours = [], []
     for _ in range(turns):
         start = time.perf_counter()
         *_, direct_kept = direct(values, groups, iters)
         theirs.append(time.perf_counter() - start)
         start = time.perf_counter()
-        found = group(matrix, groups, search)
+        found = find_grouping(matrix, groups, search)
         ours.append(time.perf_counter() - start)
     kept = found.kept(matrix)
     return theirs, ours, max(kept, direct_kept) / min(kept, direct_kept)

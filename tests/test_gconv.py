@@ -11,8 +11,7 @@ from torch import nn
 
 from secateur.base import plugin
 from secateur.base.errors import PruningError, SettingsError
-from secateur.gconv import config as groupconfig
-from secateur.gconv import permutation as permute
+from secateur.gconv import config, permutation
 from secateur.nn import cost
 from secateur.pruners import gconv
 from secateur.pruning.decision import PruningContext
@@ -45,7 +44,7 @@ def prune(model, **chosen):
 def groups_of(decision):
     """Groups by layer, read back from the masks."""
     return {
-        name.removesuffix(".weight"): permute.from_mask(mask).groups
+        name.removesuffix(".weight"): permutation.grouping_from_mask(mask).groups
         for name, mask in decision.masks.items()
     }
 
@@ -62,7 +61,7 @@ def inside(tmp_path, monkeypatch):
 def test_every_layer_whose_channels_divide_gets_that_many_groups(groups):
     model = small()
     decision = prune(model, groups=groups)
-    convolutions = groupconfig.convolutions(model)
+    convolutions = config.convolutions(model)
     assert groups_of(decision) == {n: groups for n in convolutions if n != "conv1"}
     assert decision.notes["dense_layers"] == 1
     assert "left dense: conv1" in decision.lines
@@ -129,7 +128,7 @@ def test_taylor_is_the_gradient_times_the_weight():
     for name, mask in decision.masks.items():
         weight = copied.get_parameter(name)
         criterion = (weight * weight.grad).detach().abs().sum(dim=(2, 3)).double()
-        expected = permute.group(criterion, 2, permute.Search())
+        expected = permutation.find_grouping(criterion, 2, permutation.PermutationSettings())
         assert torch.equal(mask[:, :, 0, 0], expected.mask())
     without = PruningContext(model, one.images)
     with pytest.raises(PruningError, match="needs images with labels"):
@@ -179,11 +178,13 @@ def test_groups_that_are_there_are_divided_further():
     )
     assert set(decision.masks) == {"0.weight"}  # depthwise cannot be divided
     mask = decision.masks["0.weight"][:, :, 0, 0]
-    whole = permute.expand_groups(mask, 2)
-    assert permute.from_mask(whole).groups == 4
-    assert torch.equal(permute.extract_groups(whole, 2), mask)
-    upper = permute.magnitude(model[0].weight)[:16]
-    assert torch.equal(mask[:16], permute.group(upper, 2, permute.Search()).mask())
+    whole = permutation.expand_groups(mask, 2)
+    assert permutation.grouping_from_mask(whole).groups == 4
+    assert torch.equal(permutation.extract_groups(whole, 2), mask)
+    upper = permutation.kernel_magnitudes(model[0].weight)[:16]
+    assert torch.equal(
+        mask[:16], permutation.find_grouping(upper, 2, permutation.PermutationSettings()).mask()
+    )
 
 
 # ---- files -----------------------------------------------------------------------------------
@@ -214,7 +215,7 @@ def test_what_is_written_can_be_read(inside):
     assert groups_of(again) == groups_of(first)
     assert again.files["groups.json"] == first.files["groups.json"]
     entries = json.loads(first.files["groups.json"])
-    assert list(entries) == [f"module.{name}" for name in groupconfig.convolutions(model)]
+    assert list(entries) == [f"module.{name}" for name in config.convolutions(model)]
     assert entries["module.layer1.0.conv3"] == entry(4, 64, 16) | {
         "id": 1 + [n for n, _ in model.named_modules()].index("layer1.0.conv3")
     }
@@ -308,7 +309,10 @@ def test_the_search_counts_as_the_project_does_and_meets_the_budget(strategy, ki
     assert grouped_cost(model, uniform.masks) == even
     for mask in decision.masks.values():
         assert (
-            min(permute.from_mask(mask).outputs.shape[1], permute.from_mask(mask).inputs.shape[1])
+            min(
+                permutation.grouping_from_mask(mask).outputs.shape[1],
+                permutation.grouping_from_mask(mask).inputs.shape[1],
+            )
             >= 4
         )
 

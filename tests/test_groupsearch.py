@@ -11,15 +11,14 @@ from hypothesis import strategies as st
 
 from secateur.base import plugin
 from secateur.base.errors import PruningError
-from secateur.gconv import permutation as permute
-from secateur.gconv import search as groupsearch
-from secateur.gconv.search import Budget, Candidate, Table
+from secateur.gconv import permutation, search
+from secateur.gconv.search import Budget, Candidate, SearchSpace
 from secateur.sparsity.masks import layers
 
 
 def table(params=0, macs=0, **shares):
     """Layers of 1,000 weights, 10 MACs each, with these shares for 1, 2, 4 ... groups."""
-    return Table(
+    return SearchSpace(
         {
             name: [Candidate(2**k, s, 1000 // 2**k, 10_000 // 2**k) for k, s in enumerate(values)]
             for name, values in shares.items()
@@ -32,20 +31,20 @@ def table(params=0, macs=0, **shares):
 def brute_force(problem, budget):
     """The largest objective of all choices that meet the budget, or None."""
     states = [
-        problem.state(dict(zip(problem.layers, choice, strict=True)))
+        problem.assignment(dict(zip(problem.layers, choice, strict=True)))
         for choice in itertools.product(*problem.layers.values())
     ]
     return max((s.share for s in states if not budget.excess(s)), default=None)
 
 
 def test_candidates_divide_both_sides():
-    assert groupsearch.candidates(16, 24) == [1, 2, 4, 8]
-    assert groupsearch.candidates(3, 16) == [1]
-    assert groupsearch.candidates(16, 24, least=4) == [1, 2, 4]
-    assert groupsearch.candidates(16, 24, most=3) == [1, 2]
-    assert groupsearch.candidates(8, 8) == [1, 2, 4]
-    assert groupsearch.candidates(8, 8, depthwise=True) == [1, 2, 4, 8]
-    assert groupsearch.candidates(16, 8) == [1, 2, 4, 8]  # one input for two outputs
+    assert search.candidates(16, 24) == [1, 2, 4, 8]
+    assert search.candidates(3, 16) == [1]
+    assert search.candidates(16, 24, least=4) == [1, 2, 4]
+    assert search.candidates(16, 24, most=3) == [1, 2]
+    assert search.candidates(8, 8) == [1, 2, 4]
+    assert search.candidates(8, 8, depthwise=True) == [1, 2, 4, 8]
+    assert search.candidates(16, 8) == [1, 2, 4, 8]  # one input for two outputs
 
 
 def test_local_search_by_hand():
@@ -56,40 +55,40 @@ def test_local_search_by_hand():
         1249: {"a": 2, "b": 4}, 1250: {"a": 1, "b": 4}, 1500: {"a": 1, "b": 2},
         2000: {"a": 1, "b": 1},
     }.items():  # fmt: skip
-        assert groupsearch.max_cost(problem, Budget(most)).groups == groups, most
+        assert search.max_cost(problem, Budget(most)).groups == groups, most
 
 
 def test_knapsack_by_hand():
     problem = table(a=(1.0, 0.6, 0.3), b=(1.0, 0.7, 0.5))
     # 1000: both at 2 groups keep 1.3; a at 1 and b at 4 would be 1250.
-    state = groupsearch.knapsack(problem, Budget(1000))
+    state = search.knapsack(problem, Budget(1000))
     assert state.groups == {"a": 2, "b": 2}
     assert (state.share, state.params) == (pytest.approx(0.65), 1000)
 
 
 def test_what_is_not_grouped_counts_too():
     problem = table(params=70, macs=7, a=(1.0, 0.6))
-    assert groupsearch.knapsack(problem, Budget(1069)).groups == {"a": 2}
-    assert groupsearch.knapsack(problem, Budget(1070)).groups == {"a": 1}
-    assert groupsearch.max_cost(problem, Budget(macs=10_006)).groups == {"a": 2}
-    assert groupsearch.max_cost(problem, Budget(macs=10_007)).groups == {"a": 1}
+    assert search.knapsack(problem, Budget(1069)).groups == {"a": 2}
+    assert search.knapsack(problem, Budget(1070)).groups == {"a": 1}
+    assert search.max_cost(problem, Budget(macs=10_006)).groups == {"a": 2}
+    assert search.max_cost(problem, Budget(macs=10_007)).groups == {"a": 1}
 
 
 @pytest.mark.parametrize("strategy", ["knapsack", "max_cost"])
 def test_a_budget_that_cannot_be_met_says_by_how_much(strategy):
     problem = table(params=70, a=(1.0, 0.6), b=(1.0,))
     with pytest.raises(PruningError, match=r"max_params = 1,500 is exceeded by 70 \(the least is"):
-        groupsearch.search(problem, Budget(1500), strategy)
+        search.search(problem, Budget(1500), strategy)
     both = r"exceeded by 1 .* and max_macs = 1 is exceeded by 14,999"
     with pytest.raises(PruningError, match=both):
-        groupsearch.search(problem, Budget(1569, 1), strategy)
+        search.search(problem, Budget(1569, 1), strategy)
 
 
 def test_uniform_takes_the_fewest_groups_that_fit():
     problem = table(a=(1.0, 0.6, 0.3), b=(1.0, 0.7))
-    assert groupsearch.uniform(problem, Budget(2000)).groups == {"a": 1, "b": 1}
-    assert groupsearch.uniform(problem, Budget(1999)).groups == {"a": 2, "b": 2}
-    assert groupsearch.uniform(problem, Budget(999)) is None  # 4 groups leave b dense
+    assert search.uniform(problem, Budget(2000)).groups == {"a": 1, "b": 1}
+    assert search.uniform(problem, Budget(1999)).groups == {"a": 2, "b": 2}
+    assert search.uniform(problem, Budget(999)) is None  # 4 groups leave b dense
 
 
 @st.composite
@@ -105,8 +104,8 @@ def problems(draw):
             Candidate(g, s, size // g, size // g * positions)
             for g, s in zip(groups, shares, strict=False)
         ]
-    problem = Table(rows, draw(st.integers(0, 500)), draw(st.integers(0, 500)))
-    dense = problem.state({n: o[0] for n, o in rows.items()})
+    problem = SearchSpace(rows, draw(st.integers(0, 500)), draw(st.integers(0, 500)))
+    dense = problem.assignment({n: o[0] for n, o in rows.items()})
     kinds = draw(st.sampled_from(["params", "macs", "both"]))
     share = draw(st.floats(0.05, 1.1))
     params = int(dense.params * share) if kinds != "macs" else None
@@ -122,11 +121,11 @@ def test_never_over_the_budget_and_knapsack_is_the_best_there_is(given):
     if most is None:
         for strategy in ("knapsack", "max_cost"):
             with pytest.raises(PruningError, match="the budget cannot be met"):
-                groupsearch.search(problem, budget, strategy)
+                search.search(problem, budget, strategy)
         return
-    exact = groupsearch.knapsack(problem, budget)
-    local = groupsearch.max_cost(problem, budget)
-    even = groupsearch.uniform(problem, budget)
+    exact = search.knapsack(problem, budget)
+    local = search.max_cost(problem, budget)
+    even = search.uniform(problem, budget)
     for state in (exact, local, even):
         assert state is None or not budget.excess(state)
     assert exact.share == pytest.approx(most, abs=1e-6)
@@ -136,18 +135,19 @@ def test_never_over_the_budget_and_knapsack_is_the_best_there_is(given):
 def of_network(model, least=1):
     """The table of a network's convolutions by magnitude, MACs left out."""
     rows = {}
+    default = permutation.PermutationSettings()
     for name, layer in layers(model).items():
         if isinstance(layer, torch.nn.Linear):
             continue
-        criterion = permute.magnitude(layer.weight)
+        criterion = permutation.kernel_magnitudes(layer.weight)
         whole, size = float(criterion.sum()), layer.weight.numel()
         rows[name] = [
-            Candidate(g, permute.group(criterion, g, permute.Search()).kept(criterion) / whole,
+            Candidate(g, permutation.find_grouping(criterion, g, default).kept(criterion) / whole,
                       size // g, size // g)
-            for g in groupsearch.candidates(*layer.weight.shape[:2], least=least, most=64)
+            for g in search.candidates(*layer.weight.shape[:2], least=least, most=64)
         ]  # fmt: skip
     rest = sum(p.numel() for p in model.parameters()) - sum(o[0].params for o in rows.values())
-    return Table(rows, rest)
+    return SearchSpace(rows, rest)
 
 
 def test_preresnet164_is_searched_exactly():
@@ -157,7 +157,7 @@ def test_preresnet164_is_searched_exactly():
     start = time.monotonic()
     problem = of_network(model, least=8)
     budget = Budget(1_440_000)
-    local, exact = groupsearch.max_cost(problem, budget), groupsearch.knapsack(problem, budget)
+    local, exact = search.max_cost(problem, budget), search.knapsack(problem, budget)
     assert time.monotonic() - start < 600  # seconds; every combination would take for ever
     assert exact.share >= local.share
     # the gap to the budget of the exact search is smaller than any step could use

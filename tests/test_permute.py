@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 
 from benchmarks.permutation import direct
 from secateur.base.errors import PruningError
-from secateur.gconv import permutation as permute
-from secateur.gconv.permutation import Search
+from secateur.gconv import permutation
+from secateur.gconv.permutation import PermutationSettings
 
 SANITY = torch.tensor([[9.0, 1, 8, 2], [1, 7, 2, 6], [8, 2, 9, 1], [2, 6, 1, 7]])
 
 
 def kept(matrix, groups, **how):
-    return permute.group(matrix, groups, Search(**how)).kept(matrix)
+    return permutation.find_grouping(matrix, groups, PermutationSettings(**how)).kept(matrix)
 
 
 def best(matrix):
@@ -57,18 +57,18 @@ def test_magnitude_is_the_norm_of_each_kernel():
     weight = torch.zeros(2, 1, 2, 2)
     weight[0, 0] = torch.tensor([[3.0, 0.0], [0.0, -4.0]])
     weight[1, 0, 0, 0] = -2.0
-    assert permute.magnitude(weight).tolist() == [[5.0], [2.0]]
+    assert permutation.kernel_magnitudes(weight).tolist() == [[5.0], [2.0]]
 
 
 def test_taylor_is_the_sum_of_weight_times_gradient():
     weight = torch.tensor([[[[1.0, -2.0]]], [[[3.0, 0.0]]]])
     gradient = torch.tensor([[[[0.5, 0.5]]], [[[-1.0, 9.0]]]])
-    assert permute.taylor(weight, gradient).tolist() == [[1.5], [3.0]]
+    assert permutation.kernel_taylor(weight, gradient).tolist() == [[1.5], [3.0]]
 
 
 def test_the_published_example():
     assert kept(SANITY, 2, permutation="same") == 36
-    found = permute.group(SANITY, 2, Search())
+    found = permutation.find_grouping(SANITY, 2, PermutationSettings())
     assert found.kept(SANITY) == 60
     assert found.outputs.tolist() == found.inputs.tolist() == [[0, 2], [1, 3]]
     mask = [[1, 0, 1, 0], [0, 1, 0, 1], [1, 0, 1, 0], [0, 1, 0, 1]]
@@ -79,7 +79,7 @@ def test_one_round_by_hand():
     # Last two rows: columns sum up to 10, 8, 10, 8: from the smallest, 1, 3, 0, 2.
     # Columns 0 and 2: rows sum up to 17, 3, 17, 3: from the smallest, 1, 3, 0, 2.
     order = np.arange(4)
-    rows, columns = permute.sort_groups(SANITY.double().numpy(), 2, 1, order, order)
+    rows, columns = permutation.sort_groups(SANITY.double().numpy(), 2, 1, order, order)
     assert rows.tolist() == columns.tolist() == [1, 3, 0, 2]
 
 
@@ -87,15 +87,15 @@ def test_the_second_round_looks_at_the_new_rows():
     # Round 1: row 2 says columns 0, 1, 2; column 2 says rows 0, 1, 2.
     matrix = np.array([[9.0, 0.0, 1.0], [0.0, 5.0, 2.0], [1.0, 2.0, 3.0]])
     order = np.arange(3)
-    rows, columns = permute.sort_groups(matrix, 3, 1, order, order)
+    rows, columns = permutation.sort_groups(matrix, 3, 1, order, order)
     assert (rows.tolist(), columns.tolist()) == ([0, 1, 2], [0, 1, 2])
     # Round 1: row 1 says columns 0, 1; column 1 (8, 6) says rows 1, 0.
     # Round 2: row 0 (9, 8) says columns 1, 0; column 0 (9, 5) says rows 1, 0: group 1 is (0, 0).
     matrix = np.array([[9.0, 8.0], [5.0, 6.0]])
     order = np.arange(2)
-    rows, columns = permute.sort_groups(matrix, 2, 1, order, order)
+    rows, columns = permutation.sort_groups(matrix, 2, 1, order, order)
     assert (rows.tolist(), columns.tolist()) == ([1, 0], [0, 1])
-    rows, columns = permute.sort_groups(matrix, 2, 2, order, order)
+    rows, columns = permutation.sort_groups(matrix, 2, 2, order, order)
     assert (rows.tolist(), columns.tolist()) == ([1, 0], [1, 0])
 
 
@@ -106,7 +106,9 @@ def test_no_round_leaves_the_order():
 
 def test_sort_puts_channels_together_by_their_sums():
     matrix = torch.tensor([[9.0, 0, 9, 0], [0, 1, 0, 1], [9, 0, 9, 0], [0, 1, 0, 1]])
-    assert permute.group(matrix, 2, Search(permutation="sort")).outputs.tolist() == [[0, 2], [1, 3]]
+    assert permutation.find_grouping(
+        matrix, 2, PermutationSettings(permutation="sort")
+    ).outputs.tolist() == [[0, 2], [1, 3]]
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (96, 32), (32, 96)])
@@ -115,7 +117,7 @@ def test_sort_puts_channels_together_by_their_sums():
 def test_grps_equals_a_direct_implementation_of_the_heuristic(shape, groups, iters):
     matrix = drawn("gauss1x1", *shape, seed=groups).double()
     rows, columns, amount = direct(matrix.numpy(), groups, iters)
-    found = permute.group(matrix, groups, Search(sort_iters=iters))
+    found = permutation.find_grouping(matrix, groups, PermutationSettings(sort_iters=iters))
     assert found.kept(matrix) == pytest.approx(amount, rel=1e-12)
     blocks = zip(rows.reshape(groups, -1), columns.reshape(groups, -1), strict=True)
     assert {(tuple(sorted(r)), tuple(sorted(c))) for r, c in blocks} == {
@@ -170,29 +172,27 @@ def test_distance_from_the_best_of_all():
     high=st.integers(1, 4),
     wide=st.integers(1, 4),
     seed=st.integers(0, 10_000),
-    permutation=st.sampled_from(["grps", "sort", "same"]),
+    kind=st.sampled_from(["grps", "sort", "same"]),
 )
-def test_every_channel_has_one_group_and_refining_never_loses(
-    groups, high, wide, seed, permutation
-):
+def test_every_channel_has_one_group_and_refining_never_loses(groups, high, wide, seed, kind):
     torch.manual_seed(seed)
     matrix = torch.rand(groups * high, groups * wide, dtype=torch.float64)
-    plain = permute.group(matrix, groups, Search(permutation=permutation))
+    plain = permutation.find_grouping(matrix, groups, PermutationSettings(permutation=kind))
     assert sorted(plain.outputs.flatten().tolist()) == list(range(groups * high))
     assert sorted(plain.inputs.flatten().tolist()) == list(range(groups * wide))
     mask = plain.mask()
     assert (mask.sum(dim=0) == high).all() and (mask.sum(dim=1) == wide).all()
     assert plain.kept(matrix) == pytest.approx(float(matrix[mask].sum()))
     for refine in ("swap", "assignment"):
-        refined = kept(matrix, groups, permutation=permutation, refine=refine)
+        refined = kept(matrix, groups, permutation=kind, refine=refine)
         assert refined >= plain.kept(matrix) - 1e-12
-        again = kept(matrix, groups, permutation=permutation, refine=refine, restarts=2)
+        again = kept(matrix, groups, permutation=kind, refine=refine, restarts=2)
         assert again >= refined - 1e-12
 
 
 def test_swap_ends_where_no_pair_helps():
     matrix = drawn("lognormal", 12, 12, 3).double()
-    found = permute.group(matrix, 3, Search(refine="swap"))
+    found = permutation.find_grouping(matrix, 3, PermutationSettings(refine="swap"))
     rows = torch.empty(12, dtype=torch.int64)
     columns = rows.clone()
     rows[found.outputs] = columns[found.inputs] = torch.arange(3).unsqueeze(1).expand(3, 4)
@@ -216,26 +216,26 @@ def test_as_many_groups_as_channels_is_the_best_matching():
 def test_a_scale_does_not_matter():
     matrix = drawn("lognormal", 24, 36, 5).double()
     for how in ({}, {"refine": "swap"}, {"refine": "assignment", "restarts": 2}):
-        small = permute.group(matrix * 1e-9, 4, Search(**how))
-        large = permute.group(matrix, 4, Search(**how))
+        small = permutation.find_grouping(matrix * 1e-9, 4, PermutationSettings(**how))
+        large = permutation.find_grouping(matrix, 4, PermutationSettings(**how))
         assert torch.equal(small.mask(), large.mask())
 
 
 def test_what_cannot_be_grouped_is_refused():
     with pytest.raises(PruningError, match="6 x 4 channels in 4 groups"):
-        permute.group(torch.rand(6, 4), 4, Search())
+        permutation.find_grouping(torch.rand(6, 4), 4, PermutationSettings())
     with pytest.raises(PruningError, match="not finite"):
-        permute.group(torch.full((2, 2), torch.nan), 2, Search())
+        permutation.find_grouping(torch.full((2, 2), torch.nan), 2, PermutationSettings())
     with pytest.raises(PruningError, match="matrix"):
-        permute.group(torch.rand(2, 2, 2), 2, Search())
+        permutation.find_grouping(torch.rand(2, 2, 2), 2, PermutationSettings())
 
 
 def test_groups_are_read_back_from_a_mask():
     matrix = drawn("lognormal", 24, 36, 7)
-    found = permute.group(matrix, 4, Search())
+    found = permutation.find_grouping(matrix, 4, PermutationSettings())
     kernels = found.mask()[:, :, None, None].expand(-1, -1, 3, 3)
     for mask in (found.mask(), kernels):
-        again = permute.from_mask(mask)
+        again = permutation.grouping_from_mask(mask)
         assert torch.equal(again.outputs, found.outputs) and torch.equal(again.inputs, found.inputs)
 
 
@@ -249,10 +249,10 @@ def test_groups_are_read_back_from_a_mask():
     ],
 )
 def test_other_masks_have_no_groups(mask):
-    assert permute.from_mask(torch.tensor(mask).bool()) is None
+    assert permutation.grouping_from_mask(torch.tensor(mask).bool()) is None
 
 
 def test_a_kernel_with_holes_has_no_groups():
     mask = torch.eye(2).bool()[:, :, None, None].repeat(1, 1, 3, 3)
     mask[0, 0, 1, 1] = False
-    assert permute.from_mask(mask) is None
+    assert permutation.grouping_from_mask(mask) is None

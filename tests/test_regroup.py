@@ -16,8 +16,7 @@ from secateur.base import plugin
 from secateur.base.errors import PruningError
 from secateur.channels import graph as channels
 from secateur.data.dataset import InMemoryImages
-from secateur.gconv import export as regroup
-from secateur.gconv import permutation as permute
+from secateur.gconv import export, permutation
 from secateur.nn import checkpoint, cost, resizing
 from secateur.nn.checkpoint import Header
 from secateur.nn.layers import IndexedConv2d
@@ -84,15 +83,15 @@ def difference(one, other, images):
 
 
 def indexes(model):
-    return int(regroup.group_convolution_counts(model)["index_layers"])
+    return int(export.group_convolution_counts(model)["index_layers"])
 
 
 @pytest.mark.parametrize("name", ZOO)
 def test_the_zoo_computes_what_it_computed_with_masks(name):
     model, images, groups = build(**ZOO[name])
     masked, found = pruned(model, images, groups=groups)
-    plain = regroup.export(masked, found, images[:1], fold=False)
-    folded = regroup.export(masked, found, images[:1])
+    plain = export.export(masked, found, images[:1], fold=False)
+    folded = export.export(masked, found, images[:1])
     assert plain.groups == folded.groups and not plain.left
     assert {f"{layer}.weight" for layer in folded.groups} == set(found)
     assert not folded.masks
@@ -106,7 +105,7 @@ def test_the_zoo_computes_what_it_computed_with_masks(name):
     for exported in (plain.model, folded.model):
         assert difference(masked, exported, images) < 1e-5
     wide = copy.deepcopy(masked).double()
-    exact = regroup.export(wide, found, images[:1].double())
+    exact = export.export(wide, found, images[:1].double())
     assert difference(wide, exact.model, images.double()) < 1e-12
 
 
@@ -121,7 +120,7 @@ def test_one_layer_is_exact(mode, bias):
     images = torch.randint(-9, 9, (2, 12, 11, 13)).float()
     masked, found = pruned(nn.Sequential(conv), images, groups=3)
     for fold in (True, False):
-        exported = regroup.export(masked, found, images, fold).model
+        exported = export.export(masked, found, images, fold).model
         assert exported[0].weight.shape == (18, 4, 3, 3)
         assert torch.equal(exported(images), masked(images))
         assert not torch.equal(masked(images), conv(images))
@@ -136,7 +135,7 @@ def test_numbers_of_groups_by_hand():
     found = {"0.weight": mask[:, :, None, None]}
     masked = nn.Sequential(conv)
     masks.apply(masked, found)
-    made = regroup.export(masked, found, torch.zeros(1, 4, 2, 2)).model[0]
+    made = export.export(masked, found, torch.zeros(1, 4, 2, 2)).model[0]
     assert made.before.tolist() == [0, 3, 1, 2]
     assert made.after.tolist() == [0, 2, 1, 3]
     assert made.weight.flatten(1).tolist() == [[1, 4], [9, 12], [6, 7], [14, 15]]
@@ -147,9 +146,9 @@ def test_a_chain_needs_one_index_between_two_layers():
     torch.manual_seed(0)
     model, images = nn.Sequential(*layers, nn.Conv2d(16, 5, 1)).eval(), torch.randn(2, 3, 12, 12)
     masked, found = pruned(model, images, groups=4)
-    exported = regroup.export(masked, found, images).model
+    exported = export.export(masked, found, images).model
     # 0 and 3 are dense and take any order, so that only what 1 hands to 2 needs an index.
-    assert set(regroup.export(masked, found, images).groups) == {"1", "2"}
+    assert set(export.export(masked, found, images).groups) == {"1", "2"}
     assert indexes(exported) == 1
     assert difference(masked, exported, images) < 1e-5
 
@@ -157,7 +156,7 @@ def test_a_chain_needs_one_index_between_two_layers():
 def test_neighbours_need_no_index_in_a_chain():
     model, images, _ = build(**ZOO["vgg"])
     masked, found = pruned(model, images, groups=4, permutation="same")
-    exported = regroup.export(masked, found, images[:1])
+    exported = export.export(masked, found, images[:1])
     assert indexes(exported.model) == 0
     assert not any(isinstance(m, IndexedConv2d) for m in exported.model.modules())
     assert difference(masked, exported.model, images) < 1e-5
@@ -175,7 +174,7 @@ def test_masks_and_norms_move_with_the_channels():
     found = {"3.weight": found["3.weight"], "0.weight": torch.rand(8, 3, 3, 3) < 0.7}
     found |= {"3.bias": torch.arange(8) % 3 > 0}
     masks.apply(model, found)
-    exported = regroup.export(model, found, images)
+    exported = export.export(model, found, images)
     assert exported.left == ("0",) and exported.groups == {"3": 2}
     assert set(exported.masks) == {"0.weight", "3.bias"}
     for name, mask in exported.masks.items():
@@ -190,9 +189,9 @@ def test_masks_and_norms_move_with_the_channels():
 def test_groups_that_were_there_and_were_exported_are_exported_again():
     model, images, _ = build(**ZOO["condensenet"])
     masked, found = pruned(model, images, groups=2)
-    first = regroup.export(masked, found, images[:1]).model
+    first = export.export(masked, found, images[:1]).model
     again, more = pruned(first, images, groups=4)
-    second = regroup.export(again, more, images[:1]).model
+    second = export.export(again, more, images[:1]).model
     assert difference(again, second, images) < 1e-5
     dense = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.in_channels > 3]
     grouped = [m for m in second.modules() if isinstance(m, nn.Conv2d) and m.groups == 4]
@@ -202,7 +201,7 @@ def test_groups_that_were_there_and_were_exported_are_exported_again():
 def test_a_step_of_training_is_the_same_step():
     _, masked, found, images = small()
     masked, images = masked.double(), images.double()
-    exported = regroup.export(masked, found, images[:1]).model
+    exported = export.export(masked, found, images[:1]).model
     for model, held in ((masked, found), (exported, {})):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
         masks.hold(model, held, optimizer)
@@ -216,7 +215,7 @@ def test_a_step_of_training_is_the_same_step():
 
 def test_new_weights_in_the_found_groups():
     _, masked, found, images = small()
-    exported = regroup.export(masked, found, images[:1]).model
+    exported = export.export(masked, found, images[:1]).model
     before = {name: t.clone() for name, t in exported.state_dict().items()}
     torch.manual_seed(5)
     resizing.reset_parameters(exported)
@@ -237,7 +236,7 @@ def test_dead_channels_go_from_an_exported_network():
     model, images, _ = build(**ZOO["resnet-b"])
     dead = "layer1.0.conv1"
     masked, found = pruned(model, images, groups=2)
-    grouping = permute.from_mask(found["layer1.0.conv2.weight"])
+    grouping = permutation.grouping_from_mask(found["layer1.0.conv2.weight"])
     gone = grouping.inputs[:, 0]  # one input of each group of the reader
     with torch.no_grad():
         masked.get_parameter(f"{dead}.weight")[gone] = 0
@@ -255,7 +254,7 @@ def test_dead_channels_go_from_an_exported_network():
 def test_channels_can_be_followed_and_taken_out_of_an_exported_network(name):
     model, images, _ = build(**ZOO[name])
     masked, found = pruned(model, images, groups=2)
-    exported = regroup.export(masked.double(), found, images[:1].double()).model
+    exported = export.export(masked.double(), found, images[:1].double()).model
     network = channels.build_channel_graph(exported, images)
     wanted = {g.name: torch.arange(0, g.size, 3) for g in network.groups if g.locked is None}
     selection = network.removable(wanted)
@@ -285,7 +284,7 @@ safetensors.torch.save_file({"logits": logits.detach()}, "logits.safetensors")
 
 def test_the_file_holds_groups_and_permutation_and_needs_no_code_that_pruned(tmp_path):
     _, masked, found, images = small()
-    exported = regroup.export(masked, found, images[:1]).model
+    exported = export.export(masked, found, images[:1]).model
     made = header("preresnet", depth=20)
     checkpoint.save(tmp_path / "model.safetensors", made, exported, {})
     safetensors.torch.save_file({"images": images}, tmp_path / "images.safetensors")
@@ -351,7 +350,7 @@ def test_the_stage_exports_and_proves(dead, monkeypatch, capsys):
 
 def test_a_wrong_export_is_noticed(monkeypatch):
     model, images, _ = build(**ZOO["preresnet"])
-    convert = regroup._convert
+    convert = export._convert
 
     def wrong(network, held, name, *rest):
         convert(network, held, name, *rest)
@@ -359,7 +358,7 @@ def test_a_wrong_export_is_noticed(monkeypatch):
             made = network.get_submodule(name)
             made.weight.data = made.weight.data.roll(1, 0)
 
-    monkeypatch.setattr(regroup, "_convert", wrong)
+    monkeypatch.setattr(export, "_convert", wrong)
     with pytest.raises(PruningError, match=r"layer layer2\.1\.conv2 differs by"):
         run_stage(
             model, images, lambda _, s: gconv.prune(gconv.Settings(groups=4), s), monkeypatch,

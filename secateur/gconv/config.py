@@ -1,4 +1,4 @@
-"""Files that say how many groups each convolution gets, in the form that gconv-prune has.
+"""Files with the number of groups of each convolution, in the format of gconv-prune.
 
 A JSON object: module name, with or without `module.` before it, -> {"G": groups, "F": outputs,
 "C": inputs, "id": place among the modules}. Layers that are not named stay as they are.
@@ -16,7 +16,7 @@ from secateur.base.errors import SettingsError
 
 PREFIX = "module."
 SHORTCUTS = (".shortcut", ".shortcut.conv")
-"""What `.downsample.0` of other collections of networks may be called here."""
+"""Names in this package's architectures for what torchvision calls `.downsample.0`."""
 
 
 def convolutions(model: nn.Module) -> dict[str, nn.Conv2d]:
@@ -25,10 +25,10 @@ def convolutions(model: nn.Module) -> dict[str, nn.Conv2d]:
 
 
 def read(path: Path, model: nn.Module) -> dict[str, int]:
-    """Groups of every convolution that the file names; checked against the network.
+    """Groups of every convolution that the file names, validated against the network.
 
-    An entry that asks for one group and names no layer is passed over: it asks for nothing. Raises
-    SettingsError naming the file and the entry that does not fit.
+    An entry with one group for a layer that does not exist is ignored. Raises SettingsError naming
+    the file and the entry that does not fit.
     """
     known = convolutions(model)
     found: dict[str, int] = {}
@@ -55,8 +55,8 @@ def read(path: Path, model: nn.Module) -> dict[str, int]:
     return found
 
 
-def text(model: nn.Module, groups: Mapping[str, int]) -> str:
-    """The content of such a file, for the named convolutions of a network."""
+def to_json(model: nn.Module, groups: Mapping[str, int]) -> str:
+    """The content of such a file for the convolutions of a network that `groups` names."""
     place = {name: 1 + k for k, (name, _) in enumerate(model.named_modules())}  # after `module`
     entries = {
         PREFIX + name: {
@@ -92,13 +92,13 @@ def _sizes(where: str, entry: Any) -> tuple[int, int, int]:
         if not isinstance(value, int) or isinstance(value, bool):
             raise SettingsError(f"{where}: {key} = {value!r}: a whole number is needed")
         if value < 1:
-            what = "; the file is a form that nobody has filled in" if value == -1 else ""
+            what = "; the file is a form that has not been filled in" if value == -1 else ""
             raise SettingsError(f"{where}: {key} = {value}: must be at least 1{what}")
     return entry["G"], entry["F"], entry["C"]
 
 
 def _known(name: str, known: Mapping[str, nn.Conv2d]) -> str | None:
-    """What the network calls the layer."""
+    """The network's name for the layer; None if it has no such convolution."""
     stem = name.removesuffix(".downsample.0")
     others = [stem + ending for ending in SHORTCUTS] if stem != name else []
     return next((n for n in (name, *others) if n in known), None)

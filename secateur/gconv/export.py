@@ -1,10 +1,10 @@
-"""Masks made of groups become group convolutions: the export of pruner gconv.
+"""Export masks made of groups of channels as group convolutions (for the pruner gconv).
 
-A convolution whose mask leaves G groups of outputs and inputs is a group convolution between two
-permutations of channels. The order of channels is free wherever no code counts them, so that most
-permutations need not be computed: the channels of a network are put into an order in which groups
-stand together, in all tensors that have entries for them, and an index is left only where several
-layers would need different orders. What is exported computes what the masked network computes.
+A convolution whose mask keeps G groups of outputs and inputs is a group convolution between two
+permutations of channels. The order of channels is free unless an operation depends on it, so that
+most permutations need not be computed: the channels of the network are reordered such that groups
+are contiguous, in all tensors that have entries for them, and an index is left only where several
+layers need different orders. The exported network computes what the masked network computes.
 """
 
 import copy
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from secateur.base.errors import PruningError
 from secateur.channels.graph import ChannelGraph, build_channel_graph
 from secateur.channels.groups import ChannelGroup
-from secateur.gconv.permutation import Grouping, expand_groups, from_mask
+from secateur.gconv.permutation import Grouping, expand_groups, grouping_from_mask
 from secateur.nn.layers import ChannelSelect, IndexedConv2d
 from secateur.sparsity.masks import Masks
 
@@ -28,21 +28,21 @@ class Exported:
 
     model: nn.Module
     masks: Masks
-    """Those that are left, in the new order of the channels."""
+    """The remaining masks, in the new order of the channels."""
     groups: dict[str, int]
     """Exported convolution -> its groups."""
     left: tuple[str, ...]
-    """Convolutions with masks that are not made of groups; they are as they were."""
+    """Convolutions with masks that are not made of groups; they are unchanged."""
     kept: dict[str, Tensor] = field(default_factory=dict)
-    """Layer -> its outputs in their new order, where that is another one."""
+    """Layer -> its outputs in their new order, if the order has changed."""
 
 
 def export(model: nn.Module, masks: Masks, example: Tensor, fold: bool = True) -> Exported:
     """The network with group convolutions; `model` itself is left alone.
 
-    What the masks take away must be zero already. `example` is a batch of inputs, of which the
-    shape matters. Without `fold` every exported convolution has both indices. Raises PruningError
-    if no mask is made of groups.
+    Masked weights must be zero already. `example` is a batch of inputs, of which the shape
+    matters. Without `fold`, channels are not reordered and every exported convolution has both
+    indices. Raises PruningError if no mask is made of groups.
     """
     model = copy.deepcopy(model).eval()
     masks = {name: mask.clone() for name, mask in masks.items()}
@@ -55,7 +55,7 @@ def export(model: nn.Module, masks: Masks, example: Tensor, fold: bool = True) -
     kept: dict[str, Tensor] = {}
     if fold:
         graph = build_channel_graph(model, example)
-        orders = _Orders(graph, found).chosen
+        orders = _ChannelOrders(graph, found).chosen
         kept = _reorder(model, masks, graph, orders)
         found, _ = _groupings(model, masks)
     for name in found:
@@ -65,7 +65,7 @@ def export(model: nn.Module, masks: Masks, example: Tensor, fold: bool = True) -
 
 
 def group_convolution_counts(model: nn.Module) -> dict[str, float]:
-    """How many convolutions of a network have groups, and how many index layers there are."""
+    """Number of convolutions of a network that have groups, and of index layers."""
     modules = list(model.modules())
     indexed = [m for m in modules if isinstance(m, IndexedConv2d)]
     indices = [index for m in indexed for index in (m.before, m.after) if index is not None]
@@ -80,7 +80,7 @@ def group_convolution_counts(model: nn.Module) -> dict[str, float]:
 def _groupings(
     model: nn.Module, masks: Mapping[str, Tensor]
 ) -> tuple[dict[str, Grouping], list[str]]:
-    """Groups of every convolution that has some, and convolutions with other masks."""
+    """Groupings by convolution, and names of convolutions whose masks are not made of groups."""
     found: dict[str, Grouping] = {}
     left: list[str] = []
     names = [id(p) for _, p in model.named_parameters(remove_duplicate=False)]
@@ -92,7 +92,7 @@ def _groupings(
         if names.count(id(module.weight)) == 1 and bool(
             (mask == mask.flatten(2)[:, :, 0][:, :, None, None]).all()
         ):
-            grouping = from_mask(expand_groups(mask[:, :, 0, 0].cpu(), module.groups))
+            grouping = grouping_from_mask(expand_groups(mask[:, :, 0, 0].cpu(), module.groups))
         if grouping is None:
             left.append(name)
         else:
@@ -101,33 +101,36 @@ def _groupings(
 
 
 @dataclass(frozen=True)
-class _Wish:
-    """One end of a convolution, all of whose channels are one group of the network's."""
+class _Side:
+    """The inputs or outputs of a convolution, if they are all the channels of one channel group."""
 
     layer: str
     label: Tensor
-    """Number of the convolution's group that each channel is in, (channels,)."""
+    """Number of the convolution's group that each channel belongs to, (channels,)."""
     place: Tensor
-    """Channel that stands at each position, (channels,)."""
+    """Channel at each position, (channels,)."""
 
-    def line(self, order: Tensor) -> Tensor:
-        """Groups along the positions once the channels are in this order."""
+    def labels(self, order: Tensor) -> Tensor:
+        """Groups along the positions when the channels are in this order."""
         return self.label[order[self.place]]
 
-    def blocks(self, order: Tensor) -> tuple[int, ...] | None:
-        """The groups one after the other if each stands together, else None."""
+    def sequence(self, order: Tensor) -> tuple[int, ...] | None:
+        """The sequence of the groups if each of them is contiguous in this order, else None."""
         count = int(self.label.max()) + 1
-        rows = self.line(order).reshape(count, -1)
+        rows = self.labels(order).reshape(count, -1)
         if bool((rows != rows[:, :1]).any()):
             return None
         return tuple(rows[:, 0].tolist())
 
     def order(self, sequence: tuple[int, ...] | None) -> Tensor:
-        """An order of the channels in which the groups stand together, in this sequence."""
+        """An order of the channels in which the groups are contiguous and have this sequence.
+
+        Without one, in the sequence of their first channels.
+        """
         count = int(self.label.max()) + 1
         rank = torch.arange(count)
         now = self.label[self.place]
-        if sequence is None:  # as they come
+        if sequence is None:
             first = [int((now == k).nonzero()[0]) for k in range(count)]
             sequence = tuple(sorted(range(count), key=first.__getitem__))
         rank[list(sequence)] = torch.arange(count)
@@ -137,47 +140,51 @@ class _Wish:
         return order
 
 
-class _Orders:
-    """An order for each group of channels in which as many ends as possible stand together."""
+class _ChannelOrders:
+    """For each channel group, an order with contiguous groups at as many sides as possible."""
 
     def __init__(self, graph: ChannelGraph, groupings: Mapping[str, Grouping]) -> None:
         self.graph, self.groupings = graph, groupings
         self.sequences: dict[str, tuple[int, ...]] = {}
-        """Convolution -> the sequence of its groups, once an end of it has one."""
+        """Convolution -> the sequence of its groups, once one of its sides has one."""
         self.chosen: dict[str, Tensor] = {}
-        """Group of channels -> its order: the channel that comes to each channel's place."""
+        """Channel group -> its order: the channel that moves to each channel's place."""
         fixed = _fixed(graph)
         for group in graph.groups:
             if group.name not in fixed:
                 self._choose(group)
 
     def _choose(self, group: ChannelGroup) -> None:
-        wishes = list(self._wishes(group))
-        if not wishes:
+        sides = list(self._sides(group))
+        if not sides:
             return
-        same = torch.arange(group.size)
-        best, most = same, self._satisfied(wishes, same)
-        for wish in wishes:
-            order = wish.order(self.sequences.get(wish.layer))
-            met = self._satisfied(wishes, order)
+        unchanged = torch.arange(group.size)
+        best, most = unchanged, self._contiguous(sides, unchanged)
+        for side in sides:
+            order = side.order(self.sequences.get(side.layer))
+            met = self._contiguous(sides, order)
             if len(met) > len(most):
                 best, most = order, met
-        self.sequences |= {wishes[k].layer: sequence for k, sequence in most.items()}
-        if not torch.equal(best, same):
+        self.sequences |= {sides[k].layer: sequence for k, sequence in most.items()}
+        if not torch.equal(best, unchanged):
             self.chosen[group.name] = best
 
-    def _satisfied(self, wishes: list[_Wish], order: Tensor) -> dict[int, tuple[int, ...]]:
-        """Wishes that this order meets, by number, with the sequence of the groups."""
+    def _contiguous(self, sides: list[_Side], order: Tensor) -> dict[int, tuple[int, ...]]:
+        """Sides, by number, with contiguous groups in this order, and the sequence of the groups.
+
+        Both sides of a convolution need the same sequence.
+        """
         met: dict[int, tuple[int, ...]] = {}
         known = dict(self.sequences)
-        for number, wish in enumerate(wishes):
-            blocks = wish.blocks(order)
-            if blocks is not None and known.setdefault(wish.layer, blocks) == blocks:
-                met[number] = blocks
+        for number, side in enumerate(sides):
+            sequence = side.sequence(order)
+            if sequence is not None and known.setdefault(side.layer, sequence) == sequence:
+                met[number] = sequence
         return met
 
-    def _wishes(self, group: ChannelGroup) -> Iterable[_Wish]:
-        channel = {root: k for k, root in enumerate(group.ids.tolist())}
+    def _sides(self, group: ChannelGroup) -> Iterable[_Side]:
+        """The sides of convolutions with groups that are this channel group."""
+        number = {channel_id: k for k, channel_id in enumerate(group.ids.tolist())}
         for name, grouping in self.groupings.items():
             layer = self.graph.layers.get(name)
             if layer is None:
@@ -188,26 +195,25 @@ class _Orders:
             ):
                 if len(ids) != group.size or bool((ids < 0).any()):
                     continue
-                roots = self.graph.canonical[ids].tolist()
-                if set(roots) != set(channel):
+                channels = self.graph.canonical[ids].tolist()
+                if set(channels) != set(number):
                     continue
-                place = torch.tensor([channel[root] for root in roots])
+                place = torch.tensor([number[channel_id] for channel_id in channels])
                 label = torch.empty_like(place)
                 label[place[members]] = torch.arange(len(members)).unsqueeze(1)
-                yield _Wish(name, label, place)
+                yield _Side(name, label, place)
 
 
 def _fixed(graph: ChannelGraph) -> set[str]:
-    """Groups of channels whose order matters to something else than the layers' weights."""
+    """Channel groups whose order must not change."""
     fixed = {g.name for g in graph.groups if g.locked is not None}
     fixed |= {g.name for g in graph.groups if any(member.groups > 1 for member in g.members)}
     fixed |= {name for b in graph.balances for part in b.parts for name, _ in part}
     for select in graph.selects.values():
-        roots = graph.canonical[select.inputs[select.inputs >= 0]]
-        if select.owns_channels and len(roots.unique()) < len(
-            roots
-        ):  # where a number leads is not told
-            fixed |= {g.name for g in graph.groups if bool(torch.isin(g.ids, roots).any())}
+        channels = graph.canonical[select.inputs[select.inputs >= 0]]
+        repeated = len(channels.unique()) < len(channels)
+        if select.owns_channels and repeated:  # the index cannot be rewritten
+            fixed |= {g.name for g in graph.groups if bool(torch.isin(g.ids, channels).any())}
     return fixed
 
 
@@ -215,7 +221,7 @@ def _fixed(graph: ChannelGraph) -> set[str]:
 def _reorder(
     model: nn.Module, masks: Masks, graph: ChannelGraph, orders: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Put channels into these orders, in place; gives the new order of the layers' outputs."""
+    """Put channels into these orders, in place; returns the new order of the layers' outputs."""
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     owner = {layer.weight: name for name, layer in graph.layers.items()}
     shared = {name for name, select in graph.selects.items() if not select.owns_channels}
@@ -235,7 +241,7 @@ def _reorder(
                 _move(now, 0, there, here)
         for name, select in graph.selects.items():
             if select.owns_channels:
-                _readdress(tensors[name], graph.canonical[select.inputs], group, order)
+                _rewrite_index(tensors[name], graph.canonical[select.inputs], group, order)
     for module in model.modules():
         if isinstance(module, ChannelSelect):
             module.set_index(module.index)
@@ -248,10 +254,10 @@ def _move(tensor: Tensor, axis: int, there: Tensor, here: Tensor) -> None:
     tensor.index_copy_(axis, there, tensor.index_select(axis, here))
 
 
-def _readdress(index: Tensor, roots: Tensor, group: ChannelGroup, order: Tensor) -> None:
-    """Let an index find the channels of a group where they are now."""
-    position = {root: k for k, root in enumerate(roots.tolist())}
-    moved = torch.arange(len(roots))
+def _rewrite_index(index: Tensor, channels: Tensor, group: ChannelGroup, order: Tensor) -> None:
+    """Rewrite an index for the new places of a group's channels, in place."""
+    position = {channel_id: k for k, channel_id in enumerate(channels.tolist())}
+    moved = torch.arange(len(channels))
     for place, channel in enumerate(order.tolist()):
         was, now = int(group.ids[channel]), int(group.ids[place])
         if was in position:
@@ -262,11 +268,11 @@ def _readdress(index: Tensor, roots: Tensor, group: ChannelGroup, order: Tensor)
 
 @torch.no_grad()
 def _convert(model: nn.Module, masks: Masks, name: str, grouping: Grouping, fold: bool) -> None:
-    """Put a group convolution in the place of a masked one."""
+    """Replace a masked convolution by a group convolution."""
     conv = model.get_submodule(name)
     assert isinstance(conv, nn.Conv2d)
     out, into = grouping.outputs, grouping.inputs
-    if not _counts(into.flatten()):  # numbered by inputs; those need an index anyhow
+    if not _is_identity(into.flatten()):  # inputs need an index anyway
         by_output = out[:, 0].argsort()
         out, into = out[by_output], into[by_output]
     device = conv.weight.device
@@ -283,10 +289,10 @@ def _convert(model: nn.Module, masks: Masks, name: str, grouping: Grouping, fold
     if isinstance(conv, IndexedConv2d):
         before = columns if conv.before is None else conv.before[columns]
         after = place if conv.after is None else place[conv.after]
-    needed = [None if fold and _counts(index) else index for index in (before, after)]
+    needed = [None if fold and _is_identity(index) else index for index in (before, after)]
     model.set_submodule(name, IndexedConv2d.from_conv(conv, weight, bias, len(out), *needed))
 
 
-def _counts(index: Tensor) -> bool:
-    """Whether it is 0, 1, 2 and so on."""
+def _is_identity(index: Tensor) -> bool:
+    """Whether an index is 0, 1, 2 and so on."""
     return torch.equal(index, torch.arange(len(index), device=index.device))

@@ -1,14 +1,14 @@
-"""Channels of a convolution divided into groups, so that the groups keep as much as possible.
+"""Groups of the channels of one convolution that keep as much importance as possible.
 
-Given how much every (output, input) pair of a convolution matters, find groups of outputs and
-groups of inputs, all of one size, so that the pairs within matching groups add up to much. What
-lies outside of them can then be pruned; what is left is a group convolution between two
-permutations.
+Given the importance of every kernel, that is of every (output, input) pair, find groups of outputs
+and groups of inputs, all of equal size, so that the sum over the pairs within matching groups is
+large. Kernels outside of the groups can then be pruned; what is left is a group convolution between
+two permutations.
 
 Source: R. Zhao, W. Luk, Efficient structured pruning and architecture searching for group
-convolution, ICCV workshops 2019: the criterion, the heuristic by sorting (`grps`, with `sort_iters`
-rounds for each group), and the assignment of groups to each other. Restarts and refinements are not
-part of it.
+convolution, ICCV workshops 2019: the importance, the heuristic by sorting (`grps`, with
+`sort_iters` rounds for each group), and the assignment of groups to each other. Restarts and
+refinements are not part of it.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,8 @@ from torch import Tensor
 from secateur.base.errors import PruningError
 from secateur.base.settings import Strict
 
-Criterion = Literal["magnitude", "taylor"]
+Importance = Literal["magnitude", "taylor"]
+"""How the importance of a kernel is measured."""
 Permutation = Literal["grps", "sort", "same"]
 Refine = Literal["none", "swap", "assignment"]
 Floats = NDArray[np.float64]
@@ -33,32 +34,32 @@ Ints = NDArray[np.int64]
 _GAIN = 1e-9  # smallest improvement worth a move, of the mean entry
 
 
-class Search(Strict):
-    """How the groups of one layer are looked for."""
+class PermutationSettings(Strict):
+    """How the groups of one layer are found."""
 
     permutation: Permutation = "grps"
-    """grps: the paper's heuristic | sort: channels by their sums | same: in the order they have."""
+    """grps: the paper's heuristic | sort: channels by their sums | same: in their present order."""
     sort_iters: Annotated[int, Field(ge=0, le=1000)] = 10
-    """Rounds for each group of grps, the N_S of the paper; it ends earlier where nothing moves."""
+    """Rounds for each group of grps, the N_S of the paper; fewer if the order no longer changes."""
     refine: Refine = "none"
-    """Afterwards, never for the worse. swap: exchange the best pair of channels, again and again |
-    assignment: all outputs at once, exactly, for the inputs as they are, then the reverse."""
+    """Improvement of the result. swap: exchange the best pair of channels, repeatedly | assignment:
+    all outputs at once, exactly, for fixed inputs, then the reverse."""
     restarts: Annotated[int, Field(ge=0, le=1000)] = 0
-    """Further searches from random orders of the channels; the best one counts."""
+    """Further searches from random orders of the channels; the best result is taken."""
 
 
 @dataclass(frozen=True)
 class Grouping:
-    """Groups of outputs and of inputs; those of one number belong together."""
+    """Groups of outputs and of inputs; those with the same number belong together."""
 
     outputs: Tensor
-    """int64, (groups, outputs of each), rising."""
+    """int64, (groups, outputs of each), ascending."""
     inputs: Tensor
-    """int64, (groups, inputs of each), rising; groups are numbered by their smallest input."""
+    """int64, (groups, inputs of each), ascending; groups are numbered by their smallest input."""
 
     @property
     def groups(self) -> int:
-        """How many."""
+        """Number of groups."""
         return len(self.outputs)
 
     def mask(self) -> Tensor:
@@ -67,71 +68,71 @@ class Grouping:
         mask[self.outputs.unsqueeze(2), self.inputs.unsqueeze(1)] = True
         return mask
 
-    def kept(self, criterion: Tensor) -> float:
-        """Sum of a criterion (outputs, inputs) within the groups."""
-        return float(criterion.double()[self.outputs.unsqueeze(2), self.inputs.unsqueeze(1)].sum())
+    def kept(self, importance: Tensor) -> float:
+        """Sum of the importance, (outputs, inputs), within the groups."""
+        return float(importance.double()[self.outputs.unsqueeze(2), self.inputs.unsqueeze(1)].sum())
 
 
-def magnitude(weight: Tensor) -> Tensor:
+def kernel_magnitudes(weight: Tensor) -> Tensor:
     """Frobenius norm of each kernel: (outputs, inputs, ...) -> (outputs, inputs)."""
     return weight.detach().flatten(2).double().norm(dim=2)
 
 
-def taylor(weight: Tensor, gradient: Tensor) -> Tensor:
+def kernel_taylor(weight: Tensor, gradient: Tensor) -> Tensor:
     """Sum over each kernel of |gradient of the loss x weight|: (outputs, inputs).
 
-    That is, to first order, a bound of what the loss changes by without the kernel.
+    To first order, an upper bound of the change of the loss without the kernel.
     """
     return (weight.detach() * gradient).abs().flatten(2).double().sum(dim=2)
 
 
 def divides(outputs: int, inputs: int, groups: int) -> bool:
-    """Whether both channel counts can be divided by so many groups."""
+    """Whether both numbers of channels are multiples of the number of groups."""
     return groups >= 1 and outputs % groups == 0 and inputs % groups == 0
 
 
-def group(criterion: Tensor, groups: int, search: Search) -> Grouping:
-    """The best grouping found of a criterion (outputs, inputs), not negative.
+def find_grouping(importance: Tensor, groups: int, settings: PermutationSettings) -> Grouping:
+    """The best grouping found for an importance (outputs, inputs), which is not negative.
 
-    Raises PruningError if the channels do not divide or the criterion is no matrix of numbers.
+    Raises PruningError if the channels do not divide, or unless it is a matrix of finite numbers.
     """
-    if criterion.dim() != 2:
-        raise PruningError(f"a criterion is a matrix, not of {criterion.dim()} axes")
-    if not divides(criterion.shape[0], criterion.shape[1], groups):
-        raise PruningError(f"{' x '.join(map(str, criterion.shape))} channels in {groups} groups")
-    values: Floats = criterion.detach().cpu().double().numpy()
+    if importance.dim() != 2:
+        raise PruningError(f"importance must be a matrix, not of {importance.dim()} axes")
+    if not divides(importance.shape[0], importance.shape[1], groups):
+        raise PruningError(f"{' x '.join(map(str, importance.shape))} channels in {groups} groups")
+    values: Floats = importance.detach().cpu().double().numpy()
     if not np.isfinite(values).all():
-        raise PruningError("a criterion that is not finite: the weights or gradients are damaged")
-    best = _from(values, groups, search, None)
-    chance = np.random.default_rng(0)
-    for _ in range(search.restarts):
-        start = chance.permutation(values.shape[0]), chance.permutation(values.shape[1])
-        found = _from(values, groups, search, start)
+        raise PruningError("importance is not finite: the weights or gradients are damaged")
+    best = _search_from(values, groups, settings, None)
+    generator = np.random.default_rng(0)
+    for _ in range(settings.restarts):
+        start = generator.permutation(values.shape[0]), generator.permutation(values.shape[1])
+        found = _search_from(values, groups, settings, start)
         if found[0] > best[0]:
             best = found
-    return _named(*best[1:])
+    return _numbered(*best[1:])
 
 
-def _from(
-    values: Floats, groups: int, search: Search, start: tuple[Ints, Ints] | None
+def _search_from(
+    values: Floats, groups: int, settings: PermutationSettings, start: tuple[Ints, Ints] | None
 ) -> tuple[float, Ints, Ints]:
-    """What is kept, the group of every output and that of every input, from one order."""
+    """Importance kept, group of every output and of every input, starting from one order."""
     rows, columns = start or (np.arange(values.shape[0]), np.arange(values.shape[1]))
-    if search.permutation == "sort":
+    if settings.permutation == "sort":
         rows, columns = _sorted(values, rows, columns)
-    elif search.permutation == "grps" and groups > 1:
-        rows, columns = sort_groups(values, groups, search.sort_iters, rows, columns)
-    row_group, column_group = _matched(values, groups, rows, columns)
-    if search.refine == "swap":
+    elif settings.permutation == "grps" and groups > 1:
+        rows, columns = sort_groups(values, groups, settings.sort_iters, rows, columns)
+    row_group, column_group = _match_groups(values, groups, rows, columns)
+    if settings.refine == "swap":
         _swap(values, groups, row_group, column_group)
-    elif search.refine == "assignment":
+    elif settings.refine == "assignment":
         row_group, column_group = _assign(values, groups, row_group, column_group)
     kept = float(values[row_group[:, None] == column_group[None, :]].sum())
     return kept, row_group, column_group
 
 
 def _sorted(values: Floats, rows: Ints, columns: Ints) -> tuple[Ints, Ints]:
-    """Both by their sums, rising."""
+    """Rows and columns by their sums, ascending."""
     by_row = np.argsort(values.sum(axis=1)[rows], kind="stable")
     by_column = np.argsort(values.sum(axis=0)[columns], kind="stable")
     return rows[by_row], columns[by_column]
@@ -140,15 +141,15 @@ def _sorted(values: Floats, rows: Ints, columns: Ints) -> tuple[Ints, Ints]:
 def sort_groups(
     values: Floats, groups: int, rounds: int, rows: Ints, columns: Ints
 ) -> tuple[Ints, Ints]:
-    """The paper's heuristic: new orders of rows and columns, the last group found first.
+    """The paper's heuristic: new orders of rows and columns; the last group is found first.
 
-    For the last group, in turns: columns by their sums over its rows, then rows by their sums over
-    its columns, both rising, so that it has the largest; then the same for what is left. Only the
-    sums are computed, nothing is moved, and a group that has come to rest is left.
+    For the last group, alternately: columns by their sums over its rows, then rows by their sums
+    over its columns, both ascending, so that it gets the largest; then again without that group.
+    Only sums are computed, no matrix is permuted, and a group that no longer changes is final.
     """
     rows, columns = rows.copy(), columns.copy()
     high, wide = len(rows) // groups, len(columns) // groups
-    turned = np.ascontiguousarray(values.T)
+    transposed = np.ascontiguousarray(values.T)
     for left in range(groups, 0, -1):
         active_rows, active_columns = rows[: high * left], columns[: wide * left]
         before = None
@@ -159,14 +160,14 @@ def sort_groups(
             if before is not None and np.array_equal(chosen, before):
                 break
             before = chosen
-            key = turned[chosen].sum(axis=0)[active_rows]
+            key = transposed[chosen].sum(axis=0)[active_rows]
             active_rows = active_rows[np.argsort(key, kind="stable")]
         rows[: high * left], columns[: wide * left] = active_rows, active_columns
     return rows, columns
 
 
-def _matched(values: Floats, groups: int, rows: Ints, columns: Ints) -> tuple[Ints, Ints]:
-    """Cut both orders into groups and match them so that most is kept (Hungarian method)."""
+def _match_groups(values: Floats, groups: int, rows: Ints, columns: Ints) -> tuple[Ints, Ints]:
+    """Divide both orders into groups and match them by the Hungarian method."""
     blocks = values[rows][:, columns].reshape(groups, -1, groups, len(columns) // groups)
     first, second = linear_sum_assignment(blocks.sum(axis=(1, 3)), maximize=True)
     row_group, column_group = np.empty(len(rows), np.int64), np.empty(len(columns), np.int64)
@@ -175,35 +176,35 @@ def _matched(values: Floats, groups: int, rows: Ints, columns: Ints) -> tuple[In
     return row_group, column_group
 
 
-def _sums(values: Floats, groups: int, column_group: Ints) -> Floats:
-    """What every row keeps in each group: (rows, groups)."""
+def _sums_by_group(values: Floats, groups: int, column_group: Ints) -> Floats:
+    """Sum of every row over the columns of each group: (rows, groups)."""
     order = np.argsort(column_group, kind="stable")
     shaped: Floats = values[:, order].reshape(len(values), groups, -1).sum(axis=2)
     return shaped
 
 
 def _swap(values: Floats, groups: int, row_group: Ints, column_group: Ints) -> None:
-    """Exchange the best pair of rows until none is left, then columns, until nothing moves."""
-    turned, least = np.ascontiguousarray(values.T), _GAIN * max(float(values.mean()), 1e-300)
+    """Exchange the best pair of rows until none gains, then of columns, until nothing changes."""
+    transposed, least = np.ascontiguousarray(values.T), _GAIN * max(float(values.mean()), 1e-300)
     while True:
-        moved = _swap_side(_sums(values, groups, column_group), row_group, least)
-        moved += _swap_side(_sums(turned, groups, row_group), column_group, least)
+        moved = _swap_side(_sums_by_group(values, groups, column_group), row_group, least)
+        moved += _swap_side(_sums_by_group(transposed, groups, row_group), column_group, least)
         if not moved:
             return
 
 
 def _swap_side(sums: Floats, group: Ints, least: float) -> int:
-    """Best swaps of one side, in place; `sums` is what each channel keeps in each group."""
+    """Best swaps of one side, in place; returns their number. `sums` is (channels, groups)."""
     lines = np.arange(len(group))
-    there = sums[:, group]  # what the row would keep in the place of each other row
+    swapped = sums[:, group]  # sum of the row in the group of each other row
     own = sums[lines, group]
     for moved in range(len(group) ** 2):
-        gain = there + there.T - own[:, None] - own[None, :]
+        gain = swapped + swapped.T - own[:, None] - own[None, :]
         a, b = divmod(int(gain.argmax()), len(group))
         if gain[a, b] <= least:
             return moved
         group[a], group[b] = group[b], group[a]
-        there[:, [a, b]] = there[:, [b, a]]
+        swapped[:, [a, b]] = swapped[:, [b, a]]
         own[[a, b]] = sums[[a, b], group[[a, b]]]
     return len(group) ** 2
 
@@ -211,21 +212,21 @@ def _swap_side(sums: Floats, group: Ints, least: float) -> int:
 def _assign(values: Floats, groups: int, row_group: Ints, column_group: Ints) -> tuple[Ints, Ints]:
     """Best rows for the columns, best columns for the rows, until nothing is gained.
 
-    And once more with the columns first: the two ways end in different places.
+    Then once more from the columns; the better of the two results is taken.
     """
-    turned = np.ascontiguousarray(values.T)
-    by_row, rows, columns = _alternate(values, turned, groups, column_group)
-    by_column, *other = _alternate(turned, values, groups, row_group)
+    transposed = np.ascontiguousarray(values.T)
+    by_row, rows, columns = _alternate(values, transposed, groups, column_group)
+    by_column, *other = _alternate(transposed, values, groups, row_group)
     return (rows, columns) if by_row >= by_column else (other[1], other[0])
 
 
 def _alternate(
-    values: Floats, turned: Floats, groups: int, second: Ints
+    values: Floats, transposed: Floats, groups: int, second: Ints
 ) -> tuple[float, Ints, Ints]:
     least, kept = _GAIN * max(float(values.mean()), 1e-300), -np.inf
     while True:
-        first = _balanced(_sums(values, groups, second))
-        sums = _sums(turned, groups, first)
+        first = _balanced(_sums_by_group(values, groups, second))
+        sums = _sums_by_group(transposed, groups, first)
         second = _balanced(sums)
         now = float(sums[np.arange(len(second)), second].sum())
         if now <= kept + least:
@@ -234,17 +235,17 @@ def _alternate(
 
 
 def _balanced(sums: Floats) -> Ints:
-    """Groups of one size for all rows, so that most is kept: every group has a seat for each."""
+    """Groups of equal size for all rows with the largest sum, as a linear assignment problem."""
     count, groups = sums.shape
     size = count // groups
-    rows, seats = linear_sum_assignment(np.repeat(sums, size, axis=1), maximize=True)
+    rows, places = linear_sum_assignment(np.repeat(sums, size, axis=1), maximize=True)
     group = np.empty(count, np.int64)
-    group[rows] = seats // size
+    group[rows] = places // size
     return group
 
 
-def _named(row_group: Ints, column_group: Ints) -> Grouping:
-    """Groups in the order of their smallest inputs, channels rising."""
+def _numbered(row_group: Ints, column_group: Ints) -> Grouping:
+    """Groups in the order of their smallest inputs, channels ascending."""
     groups = int(row_group.max()) + 1
     out = np.argsort(row_group, kind="stable").reshape(groups, -1)
     into = np.argsort(column_group, kind="stable").reshape(groups, -1)
@@ -257,9 +258,9 @@ def _tensor(index: Ints) -> Tensor:
 
 
 def expand_groups(matrix: Tensor, parts: int) -> Tensor:
-    """What a convolution with groups has for each of its pairs, among all pairs.
+    """A matrix of the kernels of a convolution with groups (`parts`) -> a matrix of all pairs.
 
-    (outputs, inputs of each part) -> (outputs, inputs), zeros or False where there is no weight.
+    (outputs, inputs of each part) -> (outputs, inputs), zeros or False where there is no kernel.
     """
     blocks = matrix.reshape(parts, -1, matrix.shape[1])
     whole = blocks.new_zeros(parts, blocks.shape[1], parts, matrix.shape[1])
@@ -269,30 +270,32 @@ def expand_groups(matrix: Tensor, parts: int) -> Tensor:
 
 
 def extract_groups(matrix: Tensor, parts: int) -> Tensor:
-    """The reverse of `expand_groups`: (outputs, inputs) -> (outputs, inputs of each part)."""
+    """The inverse of `expand_groups`: (outputs, inputs) -> (outputs, inputs of each part)."""
     index = torch.arange(parts)
     blocks = matrix.reshape(parts, len(matrix) // parts, parts, -1)
     return blocks[index, :, index].reshape(len(matrix), -1)
 
 
-def group_parts(criterion: Tensor, parts: int, groups: int, search: Search) -> Grouping:
-    """The same for a convolution that has groups already: each of its parts is divided further.
+def find_grouping_within(
+    importance: Tensor, parts: int, groups: int, settings: PermutationSettings
+) -> Grouping:
+    """The best grouping found for a convolution with groups (`parts`), each of which is divided.
 
-    `criterion` is (outputs, inputs of each part). Raises PruningError as `group` does.
+    `importance` is (outputs, inputs of each part). Raises PruningError as `find_grouping` does.
     """
     if groups % parts:
         raise PruningError(f"{groups} groups cannot be made of {parts}")
-    high, wide = len(criterion) // parts, criterion.shape[1]
-    found = [group(block, groups // parts, search) for block in criterion.split(high)]
+    high, wide = len(importance) // parts, importance.shape[1]
+    found = [find_grouping(block, groups // parts, settings) for block in importance.split(high)]
     out = torch.cat([g.outputs + k * high for k, g in enumerate(found)])
     return Grouping(out, torch.cat([g.inputs + k * wide for k, g in enumerate(found)]))
 
 
-def from_mask(mask: Tensor) -> Grouping | None:
-    """The groups of a mask (outputs, inputs, ...), or None if it is not made of groups alone.
+def grouping_from_mask(mask: Tensor) -> Grouping | None:
+    """The groups of a mask (outputs, inputs, ...), or None if it is not made of groups.
 
-    Every kernel must be there as a whole or not at all, outputs that share an input must share all
-    of them, and the groups must be of one size. A single group of everything is none.
+    It is if every kernel is masked as a whole or not at all, if outputs that share an input share
+    all their inputs, and if there are at least two groups, of equal size.
     """
     flat = mask.detach().cpu().reshape(*mask.shape[:2], -1)
     if not bool((flat == flat[:, :, :1]).all()):
@@ -305,4 +308,4 @@ def from_mask(mask: Tensor) -> Grouping | None:
     sizes: list[Any] = [row_group.bincount(), column_group.bincount(minlength=groups)]
     if any(bool((size != size[0]).any()) for size in sizes):
         return None
-    return _named(row_group.numpy(), column_group.numpy())
+    return _numbered(row_group.numpy(), column_group.numpy())

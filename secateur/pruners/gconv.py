@@ -1,13 +1,14 @@
-"""Group convolutions: what lies outside the best groups of outputs and inputs goes.
+"""Group convolutions: prune kernels outside of the best groups of outputs and inputs.
 
 Source: R. Zhao, W. Luk, Efficient structured pruning and architecture searching for group
-convolution, ICCV workshops 2019. Each convolution keeps the pairs of G groups of its outputs and
-inputs that keep the most (gconv/permutation.py). How
-many groups a layer gets is set, read from a file, or searched for within a budget
-(gconv/search.py). With prune.export = gconv the masks become group convolutions.
+convolution, ICCV workshops 2019. Each convolution keeps the kernels within G matching groups of its
+outputs and inputs, found so that these kernels have as much importance as possible
+(gconv/permutation.py). The number of groups of a layer is set, read from a file, or searched for
+within a budget (gconv/search.py). With prune.export = gconv the masks become group convolutions.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Self
 
@@ -16,11 +17,8 @@ from torch import Tensor, nn
 
 from secateur.base.errors import ArgumentError, PruningError
 from secateur.base.settings import Strict
-from secateur.gconv import config as groupconfig
-from secateur.gconv import permutation as permute
-from secateur.gconv.search import Budget, Candidate, State, Strategy, Table, uniform
-from secateur.gconv.search import candidates as numbers
-from secateur.gconv.search import search as find
+from secateur.gconv import config, permutation, search
+from secateur.gconv.search import Assignment, Budget, Candidate, SearchSpace, Strategy
 from secateur.nn import cost
 from secateur.pruning.criteria import gradients
 from secateur.pruning.decision import PruningContext, PruningDecision
@@ -29,22 +27,22 @@ FOLDER = Path("recipes/groups")
 Count = Annotated[int, Field(ge=1)]
 
 
-class Within(Strict):
-    """The budget of the whole network, and which numbers of groups a layer may have."""
+class SearchSettings(Strict):
+    """The budget of the whole network, and the numbers of groups that a layer may have."""
 
     max_params: Count | None = None
     max_macs: Count | None = None
     """Multiply-accumulates of one image."""
     strategy: Strategy = "knapsack"
-    """knapsack: the best choice there is | max_cost: the paper's local search."""
+    """knapsack: the optimum | max_cost: the paper's local search."""
     min_channels_per_group: Count = 1
-    """On either side of a layer."""
+    """Of outputs and of inputs."""
     max_groups: Count = 64
     depthwise: bool = False
     """Whether a layer may have as many groups as inputs and outputs."""
 
     def __str__(self) -> str:
-        """The budget, and how it is used."""
+        """The budget and the strategy."""
         if self.max_params is None and self.max_macs is None:
             return "off"
         limits = {"max_params": self.max_params, "max_macs": self.max_macs}
@@ -52,21 +50,22 @@ class Within(Strict):
         return f"{' and '.join(given)} by {self.strategy}"
 
 
-class Settings(permute.Search):
-    """How many groups: one of groups, channels_per_group, config and search; and which."""
+class Settings(permutation.PermutationSettings):
+    """The number of groups, by one of groups, channels_per_group, config and search; and how the
+    groups are found."""
 
     groups: Annotated[int, Field(ge=2)] | None = 4
-    """The same number for every layer whose channels divide; the others stay dense."""
+    """One number for every layer whose channels it divides; the others stay dense."""
     channels_per_group: Count | None = None
     """Channels of a group on the wider side of a layer."""
     config: str | None = None
-    """A file in recipes/groups/, in the form of gconv/config.py."""
-    search: Within = Within()
+    """A file in recipes/groups/, in the format of gconv/config.py."""
+    search: SearchSettings = SearchSettings()
     """In use if it has a budget."""
-    criterion: permute.Criterion = "magnitude"
-    """magnitude: norm of each kernel | taylor: gradient times weight, over the batch at hand."""
+    criterion: permutation.Importance = "magnitude"
+    """Importance of a kernel. magnitude: its norm | taylor: |gradient * weight|, summed."""
     skip: tuple[str, ...] = ()
-    """Convolutions left alone, by name."""
+    """Convolutions that are not pruned, by name."""
 
     @model_validator(mode="after")
     def _one_way(self) -> Self:
@@ -87,63 +86,96 @@ class Settings(permute.Search):
 
 
 def prune(settings: Settings, context: PruningContext) -> PruningDecision:
-    """Masks of all convolutions that get groups; they stay whole kernels.
+    """Masks of all convolutions that get groups; kernels are masked as a whole.
 
-    Raises PruningError or SettingsError if no layer can have groups, if a layer is named that is
-    not there, or if a budget cannot be met (by how much).
+    Raises PruningError if no layer can have groups or if a budget cannot be met (with the excess),
+    ArgumentError or SettingsError if a layer is named that does not exist.
     """
-    known = groupconfig.convolutions(context.model)
-    for name in settings.skip:
-        if name not in known:
-            raise ArgumentError("skip", "there is no such convolution", name)
-    layers = {n: m for n, m in known.items() if n not in settings.skip}
-    if not layers:
-        raise PruningError("pruner gconv: the network has no convolution, or all are skipped")
-    criteria = _criteria(settings, context, layers)
-    notes: dict[str, float] = {}
-    lines: list[str] = []
+    convolutions = config.convolutions(context.model)
+    layers = _prunable(settings, convolutions)
+    importance = _importance(settings, context, layers)
+    report = _Report()
     if settings.search.max_params is not None or settings.search.max_macs is not None:
-        wanted = _searched(settings, context, layers, criteria, notes, lines)
+        wanted = _searched(settings, context, layers, importance, report)
     else:
-        wanted = _wanted(settings, context.model, layers)
-    fitting = {n: g for n, g in wanted.items() if g > 1 and g > layers[n].groups}
-    dense = [n for n in layers if n not in fitting and layers[n].groups == 1]
-    if not fitting and "search_share" in notes:
-        raise PruningError(f"the network meets the budget as it is: {lines[0]}")
-    if not fitting:
+        wanted = _given(settings, context.model, layers)
+    groups = {n: g for n, g in wanted.items() if g > 1 and g > layers[n].groups}
+    if not groups and "search_share" in report.notes:
+        raise PruningError(f"the network meets the budget as it is: {report.lines[0]}")
+    if not groups:
         raise PruningError(f"no convolution can have groups as asked: {_asked(settings)}")
     masks, shares = {}, {}
-    for name, groups in fitting.items():
-        layer, criterion = layers[name], criteria[name]
-        found = permute.group_parts(criterion, layer.groups, groups, settings)
-        whole = permute.extract_groups(found.mask(), layer.groups)
-        masks[f"{name}.weight"] = whole[:, :, None, None].expand(layer.weight.shape).contiguous()
-        total = float(criterion.sum())
-        shares[name] = _share(permute.expand_groups(criterion, layer.groups), found, total)
-    notes |= {
-        "grouped_layers": float(len(fitting)),
-        "dense_layers": float(len(dense)),
-        "kept_share": sum(shares.values()) / len(shares),
-        "kept_share_least": min(shares.values()),
-    }
-    lines.append(
-        f"{len(fitting)} convolutions in groups keep {notes['kept_share']:.1%} of their "
-        f"{settings.criterion} on average, at least {notes['kept_share_least']:.1%}"
-    )
-    if dense:
-        lines.append(f"left dense: {', '.join(dense)}")
-    everything = {n: fitting.get(n, m.groups) for n, m in known.items()}
+    for name, number in groups.items():
+        layer, scores = layers[name], importance[name]
+        found = permutation.find_grouping_within(scores, layer.groups, number, settings)
+        mask = permutation.extract_groups(found.mask(), layer.groups)
+        masks[f"{name}.weight"] = mask[:, :, None, None].expand(layer.weight.shape).contiguous()
+        total = float(scores.sum())
+        shares[name] = _share(permutation.expand_groups(scores, layer.groups), found, total)
+    dense = [n for n in layers if n not in groups and layers[n].groups == 1]
+    report.add_shares(settings, shares, dense)
+    everything = {n: groups.get(n, conv.groups) for n, conv in convolutions.items()}
     files = {
-        "groups.json": groupconfig.text(context.model, everything),
-        "groups.csv": _rows(layers, fitting, shares),
+        "groups.json": config.to_json(context.model, everything),
+        "groups.csv": _csv(layers, groups, shares),
     }
-    return PruningDecision(masks, notes=notes, lines=tuple(lines), files=files)
+    return PruningDecision(masks, notes=report.notes, lines=tuple(report.lines), files=files)
 
 
-def _wanted(
-    settings: Settings, model: nn.Module, layers: Mapping[str, nn.Conv2d]
-) -> dict[str, int]:
-    """Groups of every layer as set or as the file says; 1 where the channels do not divide."""
+@dataclass
+class _Report:
+    """Figures and lines of a decision, as they are found."""
+
+    notes: dict[str, float] = field(default_factory=dict)
+    lines: list[str] = field(default_factory=list)
+
+    def add_search(self, strategy: str, found: Assignment, even: Assignment | None) -> None:
+        """The assignment found, and beside it the smallest one with equal numbers of groups."""
+        for name, assignment in {"search": found, "uniform": even}.items():
+            if assignment is not None:
+                self.notes |= {
+                    f"{name}_share": assignment.share,
+                    f"{name}_params": float(assignment.params),
+                    f"{name}_macs": float(assignment.macs),
+                }
+        self.lines.append(f"{strategy}: {_described(found)}")
+        if even is None:
+            self.lines.append("no number of groups, the same in all layers, meets the budget")
+        else:
+            groups = max(even.groups.values())
+            self.notes["uniform_groups"] = float(groups)
+            self.lines.append(f"the same number of groups everywhere, {groups}: {_described(even)}")
+
+    def add_shares(self, settings: Settings, shares: Mapping[str, float], dense: list[str]) -> None:
+        """Shares of the importance that layers with groups keep, and layers that stay dense."""
+        mean, least = sum(shares.values()) / len(shares), min(shares.values())
+        self.notes |= {
+            "grouped_layers": float(len(shares)),
+            "dense_layers": float(len(dense)),
+            "kept_share": mean,
+            "kept_share_least": least,
+        }
+        self.lines.append(
+            f"{len(shares)} convolutions in groups keep {mean:.1%} of their {settings.criterion} "
+            f"on average, at least {least:.1%}"
+        )
+        if dense:
+            self.lines.append(f"left dense: {', '.join(dense)}")
+
+
+def _prunable(settings: Settings, convolutions: Mapping[str, nn.Conv2d]) -> dict[str, nn.Conv2d]:
+    """The convolutions that are not skipped."""
+    for name in settings.skip:
+        if name not in convolutions:
+            raise ArgumentError("skip", "there is no such convolution", name)
+    layers = {n: conv for n, conv in convolutions.items() if n not in settings.skip}
+    if not layers:
+        raise PruningError("pruner gconv: the network has no convolution, or all are skipped")
+    return layers
+
+
+def _given(settings: Settings, model: nn.Module, layers: Mapping[str, nn.Conv2d]) -> dict[str, int]:
+    """Groups of every layer by settings or file; 1 where they do not divide the channels."""
     if settings.config is not None:
         name = settings.config.removeprefix(f"{FOLDER}/")
         if Path(name).name != name:
@@ -152,7 +184,7 @@ def _wanted(
                 f"must be a file in the folder {FOLDER}/, which the stage depends on",
                 settings.config,
             )
-        return {n: g for n, g in groupconfig.read(FOLDER / name, model).items() if n in layers}
+        return {n: g for n, g in config.read(FOLDER / name, model).items() if n in layers}
     wanted = {}
     for name, layer in layers.items():
         channels = layer.out_channels, layer.in_channels
@@ -160,7 +192,7 @@ def _wanted(
         if settings.channels_per_group is not None:
             groups, rest = divmod(max(channels), settings.channels_per_group)
             groups = groups if groups and not rest else 1
-        fits = permute.divides(*channels, groups) and groups % layer.groups == 0
+        fits = permutation.divides(*channels, groups) and groups % layer.groups == 0
         wanted[name] = groups if fits else 1
     return wanted
 
@@ -169,90 +201,75 @@ def _searched(
     settings: Settings,
     context: PruningContext,
     layers: Mapping[str, nn.Conv2d],
-    criteria: Mapping[str, Tensor],
-    notes: dict[str, float],
-    lines: list[str],
+    importance: Mapping[str, Tensor],
+    report: _Report,
 ) -> dict[str, int]:
-    """Groups of every layer within the budget; what was found, and the uniform choice beside it."""
-    within = settings.search
-    table = _table(settings, context, layers, criteria)
-    budget = Budget(within.max_params, within.max_macs)
-    found = find(table, budget, within.strategy)
-    even = uniform(table, budget)
-    for name, state in {"search": found, "uniform": even}.items():
-        if state is not None:
-            notes |= {
-                f"{name}_share": state.share,
-                f"{name}_params": float(state.params),
-                f"{name}_macs": float(state.macs),
-            }
-    lines.append(f"{within.strategy}: {_says(found)}")
-    if even is None:
-        lines.append("no number of groups, the same in all layers, meets the budget")
-    else:
-        groups = max(even.groups.values())
-        notes["uniform_groups"] = float(groups)
-        lines.append(f"the same number of groups everywhere, {groups}: {_says(even)}")
+    """Groups of every layer within the budget."""
+    space = _search_space(settings, context, layers, importance)
+    budget = Budget(settings.search.max_params, settings.search.max_macs)
+    found = search.search(space, budget, settings.search.strategy)
+    report.add_search(settings.search.strategy, found, search.uniform(space, budget))
     return found.groups
 
 
-def _table(
+def _search_space(
     settings: Settings,
     context: PruningContext,
     layers: Mapping[str, nn.Conv2d],
-    criteria: Mapping[str, Tensor],
-) -> Table:
-    """All numbers of groups that the layers may have, with what each keeps and costs."""
-    within, rows = settings.search, {}
+    importance: Mapping[str, Tensor],
+) -> SearchSpace:
+    """All numbers of groups that the layers may have, with the share kept and the cost of each."""
+    limits, rows = settings.search, {}
     dense = {row.layer: row for row in cost.layer_costs(context.model, context.images[:1])}
     for name, layer in layers.items():
         parts, size = layer.groups, layer.weight.numel()
-        criterion, total = criteria[name], float(criteria[name].sum())
-        options = [
-            groups
-            for groups in numbers(
-                layer.out_channels,
-                layer.in_channels,
-                within.min_channels_per_group,
-                within.max_groups,
-                within.depthwise,
-            )
-            if groups % parts == 0
-        ]
-        full = permute.expand_groups(criterion, parts)
+        scores, total = importance[name], float(importance[name].sum())
+        numbers = search.candidates(
+            layer.out_channels,
+            layer.in_channels,
+            limits.min_channels_per_group,
+            limits.max_groups,
+            limits.depthwise,
+        )
+        expanded = permutation.expand_groups(scores, parts)
         rows[name] = [
             Candidate(
                 groups,
-                _share(full, permute.group_parts(criterion, parts, groups, settings), total),
+                _share(
+                    expanded,
+                    permutation.find_grouping_within(scores, parts, groups, settings),
+                    total,
+                ),
                 size * parts // groups,
                 dense[name].macs_dense * parts // groups,
             )
-            for groups in options or [parts]
+            for groups in [g for g in numbers if g % parts == 0] or [parts]
         ]
     weights = sum(layer.weight.numel() for layer in layers.values())
     macs = sum(row.macs_dense for name, row in dense.items() if name not in layers)
-    return Table(rows, cost.parameters(context.model) - weights, macs)
+    return SearchSpace(rows, cost.parameters(context.model) - weights, macs)
 
 
-def _share(criterion: Tensor, found: permute.Grouping, total: float) -> float:
-    return found.kept(criterion) / total if total else 1.0
+def _share(importance: Tensor, found: permutation.Grouping, total: float) -> float:
+    """Share of the importance within the groups."""
+    return found.kept(importance) / total if total else 1.0
 
 
-def _criteria(
+def _importance(
     settings: Settings, context: PruningContext, layers: Mapping[str, nn.Conv2d]
 ) -> dict[str, Tensor]:
-    """How much every kernel matters: (outputs, inputs of each part), by layer."""
+    """Importance of every kernel by layer: (outputs, inputs of each group)."""
     if settings.criterion == "magnitude":
-        return {name: permute.magnitude(layer.weight) for name, layer in layers.items()}
+        return {n: permutation.kernel_magnitudes(layer.weight) for n, layer in layers.items()}
     weights = [layer.weight for layer in layers.values()]
-    found = gradients(context, weights)
-    return {n: permute.taylor(w, g) for n, w, g in zip(layers, weights, found, strict=True)}
+    pairs = zip(weights, gradients(context, weights), strict=True)
+    return {n: permutation.kernel_taylor(w, g) for n, (w, g) in zip(layers, pairs, strict=True)}
 
 
-def _rows(
+def _csv(
     layers: Mapping[str, nn.Conv2d], groups: Mapping[str, int], shares: Mapping[str, float]
 ) -> str:
-    """One line a layer: what became of it."""
+    """One line for each layer: channels, groups, and the share of the importance that is kept."""
     rows = ["layer,outputs,inputs,groups,kept_share"]
     for name, layer in layers.items():
         sizes = f"{layer.out_channels},{layer.in_channels},{groups.get(name, layer.groups)}"
@@ -260,8 +277,8 @@ def _rows(
     return "\n".join(rows) + "\n"
 
 
-def _says(state: State) -> str:
-    return f"{state.params:,} parameters, {state.macs:,} MACs, {state.share:.2%} kept on average"
+def _described(found: Assignment) -> str:
+    return f"{found.params:,} parameters, {found.macs:,} MACs, {found.share:.2%} kept on average"
 
 
 def _asked(settings: Settings) -> str:
