@@ -1,7 +1,7 @@
 """Channel groups and their removal: the compact network computes what the masked one does.
 
-Small networks, one for each way in which channels can hang together; torchvision's networks; and
-the groups themselves against derivations that do not follow any graph.
+Small networks, one for each way in which channels can depend on each other; torchvision's networks;
+and the groups themselves against derivations that use no graph.
 """
 
 import copy
@@ -31,6 +31,8 @@ from torch.nn import functional
 from secateur.base.errors import PruningError
 from secateur.base.torchvision_import import import_torchvision
 from secateur.channels import graph as channels
+from secateur.channels import operators
+from secateur.channels.rules import elementwise
 from secateur.data.dataset import InMemoryImages
 from secateur.nn import checkpoint
 from secateur.nn.layers import ChannelSelect
@@ -579,7 +581,7 @@ def test_torchvisions_networks(name):
     assert difference(masked.float(), single.model, batch.float()) < 1e-4
 
 
-def test_a_network_in_training_mode_is_followed_as_in_eval_mode_and_left_in_training_mode():
+def test_a_network_in_training_mode_is_traced_in_eval_mode_and_left_in_training_mode():
     model = vision("resnet18")().train()
     channels.build_channel_graph(model, images(1, 64).float())
     assert all(module.training for module in model.modules())
@@ -613,7 +615,7 @@ def test_layers_of_the_sums_of_residual_networks(name, sums):
     }
 
 
-# ---- the groups, derived without following anything --------------------------------------------
+# ---- the groups, derived without a graph -------------------------------------------------------
 
 
 def silent_entries(model, batch):
@@ -728,7 +730,7 @@ def test_long_names_widen_a_column_of_the_printed_graph():
 
 
 @pytest.mark.parametrize("make", SMALL)
-def test_slots_of_all_groups_cover_every_tensor_once(make):
+def test_members_of_all_groups_cover_every_tensor_once(make):
     model = build(make)
     graph = channels.build_channel_graph(model, images())
     seen = {}
@@ -763,7 +765,7 @@ def test_the_same_network_gives_the_same_groups():
         assert all(torch.equal(s.index, t.index) for s, t in zip(a.members, b.members, strict=True))
 
 
-def test_entries_of_a_slot_by_hand():
+def test_entries_of_a_member_by_hand():
     model = build(viewed)
     graph = channels.build_channel_graph(model, images())
     group = free(graph)[0]
@@ -775,23 +777,23 @@ def test_entries_of_a_slot_by_hand():
     assert torch.equal(made[2], model.a[0].weight[2].flatten())
 
 
-# ---- take, masks, checkpoints, decisions -------------------------------------------------------
+# ---- index, masks, checkpoints, decisions -------------------------------------------------------
 
 
-def test_take_by_hand():
+def test_channel_select_by_hand():
     x = torch.arange(12.0).reshape(1, 3, 2, 2)
     out = ChannelSelect([2, -1, 0])(x)
     assert torch.equal(out[:, 0], x[:, 2]) and torch.equal(out[:, 2], x[:, 0])
     assert not out[:, 1].any()
 
 
-def test_channels_of_a_take_go_on_either_side():
+def test_channels_before_and_behind_a_channel_select_are_removed_independently():
     model, batch = build(taken), images()
     graph = channels.build_channel_graph(model, batch)
     name = {source: g.name for g in graph.groups for source in g.producers}
     chosen = {name["stem.0"]: torch.tensor([1]), name["b.0"]: torch.tensor([0, 2, 8])}
     _, compact = check(model, graph, chosen, batch)
-    # 0 of the stem was at 2 and is not taken any more; 1 is gone, so zeros stand at 3
+    # channel 0 of the stem was selected at 2, which is removed; channel 1 is removed: zeros at 3
     assert compact.model.take.index.tolist() == [-1, -1, 1, 2, -1, -1]
     assert not [g for g in graph.groups if g.locked and g.producers and g.name != "head.2"]
 
@@ -901,6 +903,36 @@ def transposed():
 def test_what_is_not_understood_is_named(make, named):
     with pytest.raises(PruningError, match=named):
         channels.build_channel_graph(build(make), images())
+
+
+def sine():
+    return Net(lambda n, x: n.b(torch.sin(n.a(x))), a=cbr(3, 6), b=conv(6, 4))
+
+
+def test_a_new_operation_is_one_entry_in_the_table(monkeypatch):
+    """For the graph, and for dead channels: the constant sin(0.5) is folded."""
+    model, batch = build(sine), images()
+    with pytest.raises(PruningError, match="do not know what sin does to channels"):
+        channels.build_channel_graph(model, batch)
+    entry = operators.Operator(elementwise.unchanged, elementwise=True)
+    monkeypatch.setitem(operators.OPERATORS, "sin", entry)
+    graph = channels.build_channel_graph(model, batch)
+    check(model, graph, at_random(graph, 1), batch)
+    model.b.padding = (0, 0)  # a padded border would not be constant
+    with torch.no_grad():
+        model.a[1].weight[2], model.a[1].bias[2] = 0, 0.5
+    compact = removal.remove_dead(model, {}, batch)
+    assert compact.model.a[0].weight.shape[0] == 5
+    assert difference(model, compact.model, batch) < 1e-9
+
+
+def test_a_module_without_an_entry_has_that_of_its_nearest_base():
+    class Own(nn.ReLU6):
+        pass
+
+    table = operators.OPERATORS
+    assert operators.find(Own) is table[nn.ReLU6]
+    assert operators.find(nn.Bilinear) is operators.UNKNOWN is operators.find("cumsum")
 
 
 def hard_coded():

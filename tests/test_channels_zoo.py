@@ -1,4 +1,4 @@
-"""Channels of every architecture: which may go, and that what is left computes the same.
+"""Channels of every architecture: which can be removed, and that the rest computes the same.
 
 Small forms of all of them in the everyday run, the networks of the literature where `slow` is asked
 for (`pytest -m slow`).
@@ -130,13 +130,13 @@ def test_only_the_image_and_the_classes_are_locked(arch, chosen, shape):
     sizes = {name: layer.weight.shape[0] for name, layer in masks.layers(model).items()}
     made = {n: found.canonical[layer.outputs] for n, layer in found.layers.items()}
     everything = torch.cat([group.ids for group in free(found)])
-    for name, roots in made.items():
-        assert len(roots.unique()) == sizes[name]
-        assert bool(torch.isin(roots, everything).all()) == (name != last)
+    for name, ids in made.items():
+        assert len(ids.unique()) == sizes[name]
+        assert bool(torch.isin(ids, everything).all()) == (name != last)
 
 
 def streams(found, layer):
-    """Sources of the group that a layer belongs to, and its size."""
+    """Producers of the group that a layer belongs to, and its size."""
     group = next(g for g in found.groups if layer in g.producers)
     return set(group.producers), group.size
 
@@ -394,7 +394,7 @@ def proved(arch, chosen, shape, seed, model, found, selection):
 FOUND = {}
 
 
-def followed(arch, chosen, shape):
+def graph_of(arch, chosen, shape):
     """A network with random weights and its channels, made once."""
     key = json.dumps([arch, chosen, shape])
     if key not in FOUND:
@@ -405,7 +405,7 @@ def followed(arch, chosen, shape):
 
 @small
 def test_masked_equals_compact_once(arch, chosen, shape):
-    model, found = followed(arch, chosen, shape)
+    model, found = graph_of(arch, chosen, shape)
     randomise(model, 11)
     proved(arch, chosen, shape, 11, model, found, at_random(found, 11))
 
@@ -414,7 +414,7 @@ def test_masked_equals_compact_once(arch, chosen, shape):
 @given(seed=st.integers(0, 10**6))
 @examples(max_examples=10, deadline=None, derandomize=True)
 def test_masked_equals_compact(arch, chosen, shape, seed):
-    model, found = followed(arch, chosen, shape)
+    model, found = graph_of(arch, chosen, shape)
     randomise(model, seed)
     proved(arch, chosen, shape, seed, model, found, at_random(found, seed))
 
@@ -424,14 +424,14 @@ def test_masked_equals_compact(arch, chosen, shape, seed):
 @given(seed=st.integers(0, 10**6))
 @examples(max_examples=150, deadline=None, derandomize=True)
 def test_masked_equals_compact_many_times(arch, chosen, shape, seed):
-    model, found = followed(arch, chosen, shape)
+    model, found = graph_of(arch, chosen, shape)
     randomise(model, seed)
     proved(arch, chosen, shape, seed, model, found, at_random(found, seed))
 
 
 @narrow
 def test_every_group_alone(arch, chosen, shape):
-    model, found = followed(arch, chosen, shape)
+    model, found = graph_of(arch, chosen, shape)
     randomise(model, 1)
     batch = pictures(shape)
     bound = {name for b in found.balances for part in b.parts for name, _ in part}
@@ -458,7 +458,7 @@ def test_dead_channels_go_and_nothing_changes(arch, chosen, shape, seed):
 
 
 def without_dead_channels(arch, chosen, shape, seed):
-    _, found = followed(arch, chosen, shape)
+    _, found = graph_of(arch, chosen, shape)
     model, batch = graph(arch, chosen, shape, seed), pictures(shape, seed=seed)
     mask = weights_at_random(model, found, seed)
     masks.apply(model, mask)
@@ -485,7 +485,7 @@ def assert_idle(model, shape, error):
 
 @small
 def test_what_was_masked_by_channels_is_found_dead(arch, chosen, shape):
-    model, found = followed(arch, chosen, shape)
+    model, found = graph_of(arch, chosen, shape)
     randomise(model, 2)
     batch = pictures(shape)
     selection = at_random(found, 3)
@@ -523,7 +523,7 @@ print(json.dumps(used))
 
 def test_compact_networks_come_back_without_the_code_that_pruned_them(tmp_path):
     for number, (arch, chosen, shape) in enumerate(SMALL):
-        model, found = followed(arch, chosen, shape)
+        model, found = graph_of(arch, chosen, shape)
         randomise(model, number)
         compact = removal.remove(model, at_random(found, number), pictures(shape), {}, found)
         small = compact.to(torch.float32).model
@@ -547,7 +547,7 @@ def test_compact_networks_come_back_without_the_code_that_pruned_them(tmp_path):
 
 @small
 def test_compact_networks_are_pruned_once_more_and_trained(arch, chosen, shape, tmp_path):
-    model, found = followed(arch, chosen, shape)
+    model, found = graph_of(arch, chosen, shape)
     randomise(model, 4)
     batch = pictures(shape, 4)
     compact = removal.remove(model, at_random(found, 4), batch, {}, found).model

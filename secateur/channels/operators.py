@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from secateur.channels.rules import entrywise, layers, norms, shapes, slices
+from secateur.channels.rules import elementwise, layers, norms, shapes, slices
 from secateur.channels.rules.call import Call
 from secateur.nn.layers import ChannelSelect
 
@@ -33,10 +33,10 @@ class Operator:
     """A layer that sums over its inputs with weights: convolution, linear."""
     scales_channels: bool = False
     """A normalisation that multiplies channels along axis 1 by `weight` and adds `bias`."""
-    entrywise: bool = False
+    elementwise: bool = False
     """Each entry of the result depends on the entry of one tensor in the same place alone."""
     keeps_nan: bool = False
-    """NaN stays NaN. (Some entrywise operations return a number for it.)"""
+    """NaN stays NaN. (Some elementwise operations return a number for it.)"""
     combines: bool = False
     """Each entry of the result depends on the entries of two tensors in the same place."""
     multiplies: bool = False
@@ -74,11 +74,11 @@ OPERATORS: dict[Key, Operator] = _table(
     (Operator(norms.softmax), ("softmax", "log_softmax")),
     # one tensor, entry by entry
     (
-        Operator(entrywise.unchanged_module, entrywise=True, keeps_nan=True),
+        Operator(elementwise.unchanged_module, elementwise=True, keeps_nan=True),
         (nn.ReLU, nn.Identity, nn.Dropout, nn.Dropout2d),
     ),
     (
-        Operator(entrywise.unchanged_module, entrywise=True),
+        Operator(elementwise.unchanged_module, elementwise=True),
         (
             *(nn.ReLU6, nn.LeakyReLU, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.GELU, nn.SiLU),
             *(nn.Sigmoid, nn.Tanh, nn.ELU, nn.SELU, nn.CELU, nn.Mish, nn.Softplus, nn.Softsign),
@@ -86,7 +86,7 @@ OPERATORS: dict[Key, Operator] = _table(
         ),
     ),
     (
-        Operator(entrywise.unchanged, entrywise=True),
+        Operator(elementwise.unchanged, elementwise=True),
         (
             *("relu", "relu_", "relu6", "leaky_relu", "leaky_relu_", "hardtanh", "hardtanh_"),
             *("hardswish", "hardsigmoid", "gelu", "silu", "sigmoid", "sigmoid_", "tanh", "tanh_"),
@@ -100,32 +100,32 @@ OPERATORS: dict[Key, Operator] = _table(
     ),
     # two tensors, entry by entry
     (
-        Operator(entrywise.combine, raw=True, combines=True),
+        Operator(elementwise.combine, raw=True, combines=True),
         (
             *("add", "add_", "iadd", "sub", "sub_", "isub", "truediv", "div", "div_", "itruediv"),
             *("maximum", "minimum"),
         ),
     ),
     (
-        Operator(entrywise.combine, raw=True, combines=True, multiplies=True),
+        Operator(elementwise.combine, raw=True, combines=True, multiplies=True),
         ("mul", "mul_", "imul", "multiply"),
     ),
     # over pixels, or over axes
     (
-        Operator(entrywise.pool_module),
+        Operator(elementwise.pool_module),
         (
             *(nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d),
             *(nn.LPPool2d, nn.Upsample, nn.ReflectionPad2d, nn.ReplicationPad2d),
         ),
     ),
     (
-        Operator(entrywise.pool),
+        Operator(elementwise.pool),
         (
             *("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d"),
             *("lp_pool2d", "interpolate"),
         ),
     ),
-    (Operator(entrywise.reduce), ("mean", "sum", "amax", "amin")),
+    (Operator(elementwise.reduce), ("mean", "sum", "amax", "amin")),
     # shapes
     (Operator(shapes.reshape), ("view", "reshape")),
     (Operator(shapes.unflatten), ("unflatten",)),

@@ -56,7 +56,7 @@ class ConstantPropagation(fx.Interpreter):
                 out = torch.full_like(x, torch.nan)
             return _shift_where_scale_is_zero(out, module.weight, module.bias)
         out = super().call_module(target, args, kwargs)
-        return _restore_nan(x, out) if operator.entrywise and not operator.keeps_nan else out
+        return _restore_nan(x, out) if operator.elementwise and not operator.keeps_nan else out
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Functions, by the properties of their operators."""
@@ -77,7 +77,7 @@ class ConstantPropagation(fx.Interpreter):
                 lambda x, w, b: target(x, w, b, *rest, **more), args[0], weight, bias
             )
         out = run(target, args, kwargs)
-        if operator.entrywise and isinstance(args[0], Tensor):
+        if operator.elementwise and isinstance(args[0], Tensor):
             return _restore_nan(args[0], out)
         if operator.multiplies and isinstance(out, Tensor):
             zero = torch.zeros_like(out, dtype=torch.bool)
@@ -200,7 +200,7 @@ def _shift_where_scale_is_zero(out: Tensor, weight: Tensor | None, bias: Tensor 
 
 
 def _restore_nan(x: Tensor, out: Any) -> Any:
-    """The result of an entrywise operation, NaN where its input is."""
+    """The result of an elementwise operation, NaN where its input is."""
     if isinstance(out, Tensor) and out.shape == x.shape and out.is_floating_point():
         return out.masked_fill(x.isnan(), torch.nan)
     return out

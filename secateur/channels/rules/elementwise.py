@@ -1,4 +1,4 @@
-"""Operations that keep every entry in its place, and those that reduce axes."""
+"""Elementwise operations, pooling, and those that reduce axes."""
 
 from collections.abc import Callable
 from typing import Any
