@@ -52,14 +52,15 @@ def prune(context: runner.StageContext) -> runner.StageResult:
     console.reached(decision.notes)
     for line in decision.lines:
         console.say(f"prune: {line}")
-    pruned = apply_decision(
-        model,
-        decision,
-        images,
-        remove_dead=params.prune.remove_dead,
-        export=params.prune.export,
-        requested=asked,
-    )
+    with section("prune"):
+        pruned = apply_decision(
+            model,
+            decision,
+            images,
+            remove_dead=params.prune.remove_dead,
+            export=params.prune.export,
+            requested=asked,
+        )
     outputs = _outputs(model, pruned.model)
     console.outputs(list(outputs.itertuples(index=False, name=None)))
     metrics = {**decision.notes, **pruned.differences}

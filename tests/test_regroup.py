@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from secateur.base import plugin
-from secateur.base.errors import PruningError
+from secateur.base.errors import PruningError, SettingsError
 from secateur.channels import graph as channels
 from secateur.data.dataset import InMemoryImages
 from secateur.gconv import export, permutation
@@ -369,7 +369,9 @@ def test_a_wrong_export_is_noticed(monkeypatch):
 def test_nothing_to_export_is_an_error(monkeypatch):
     model, images, _ = build(**ZOO["preresnet"])
     scattered = {"conv1.weight": torch.rand(16, 3, 3, 3) < 0.5}
-    with pytest.raises(PruningError, match=r"prune\.export = gconv: no convolution's mask is made"):
+    with pytest.raises(
+        SettingsError, match=r"params\.yaml: prune\.export = 'gconv': no convolution's mask is made"
+    ):
         run_stage(
             model, images, lambda *_: PruningDecision(scattered), monkeypatch,
             remove_dead=True, recalibrate=0, export="gconv",

@@ -182,13 +182,19 @@ class Evaluate(Strict):
 
 
 Ratio = Annotated[float, Field(gt=0, lt=1)]
-Judge = Literal["l1", "l2", "geometric_median", "taylor", "lamp", "bn_scale", "random"]
+SensitivityCriterion = Literal[
+    "l1", "l2", "geometric_median", "taylor", "lamp", "bn_scale", "random"
+]
 
 
 class Sensitivity(Strict):
     """What the pipeline in stages/sensitivity tries."""
 
-    criteria: Annotated[tuple[Judge, ...], Field(min_length=1)] = ("l1", "bn_scale", "random")
+    criteria: Annotated[tuple[SensitivityCriterion, ...], Field(min_length=1)] = (
+        "l1",
+        "bn_scale",
+        "random",
+    )
     """Which outputs of a layer go first; bn_scale is left out where there are no scales."""
     ratios: Annotated[tuple[Ratio, ...], Field(min_length=1)] = (0.25, 0.5, 0.75)
     """Shares of a layer's outputs that are taken."""

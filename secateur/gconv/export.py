@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from secateur.base.errors import PruningError
+from secateur.base.errors import ArgumentError
 from secateur.channels.graph import ChannelGraph, build_channel_graph
 from secateur.channels.groups import ChannelGroup
 from secateur.gconv.permutation import Grouping, expand_groups, grouping_from_mask
@@ -42,15 +42,16 @@ def export(model: nn.Module, masks: Masks, example: Tensor, fold: bool = True) -
 
     Masked weights must be zero already. `example` is a batch of inputs, of which the shape
     matters. Without `fold`, channels are not reordered and every exported convolution has both
-    indices. Raises PruningError if no mask is made of groups.
+    indices. Raises ArgumentError if no mask is made of groups.
     """
     model = copy.deepcopy(model).eval()
     masks = {name: mask.clone() for name, mask in masks.items()}
     found, left = _groupings(model, masks)
     if not found:
-        raise PruningError(
-            "prune.export = gconv: no convolution's mask is made of groups of one size; prune with "
-            "pruner = gconv"
+        raise ArgumentError(
+            "export",
+            "no convolution's mask is made of groups of one size; prune with the pruner gconv",
+            "gconv",
         )
     kept: dict[str, Tensor] = {}
     if fold:

@@ -20,7 +20,7 @@ class PrunedNetwork:
 
     model: nn.Module
     masks: Masks
-    """Parameter name -> True where the entry stays; of what is left after the removal."""
+    """Parameter name -> True where the entry is kept; in the shapes after the removal."""
     differences: Mapping[str, float] = field(default_factory=dict)
     """`difference_float64` and `difference_float32`: largest difference of the outputs over the
     largest output. Empty if nothing was removed: the network then is the masked one."""
@@ -48,7 +48,8 @@ def apply_decision(
     network is compared to the masked one on `images`, (N, C, H, W), in float64 and in float32.
 
     Raises PruningError if a layer would be left empty (`requested` then names what the user asked
-    for), if the network cannot be traced, or if the two networks differ.
+    for), if the network cannot be traced, or if the two networks differ; ArgumentError (`export`)
+    if there is nothing to export.
     """
     masks.refuse_empty(model, decision.masks, requested)
     images = images.to(next(model.parameters()).device)

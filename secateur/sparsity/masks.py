@@ -11,7 +11,7 @@ from secateur.base.errors import PruningError
 Scope = Literal["weights", "weights_and_biases"]
 """Which parameters of convolutions and linear layers are pruned."""
 Masks = dict[str, Tensor]
-"""Parameter name -> boolean tensor of its shape, True where the entry stays."""
+"""Parameter name -> boolean tensor of its shape, True where the entry is kept."""
 
 LAYERS = (nn.Conv2d, nn.Linear)
 
