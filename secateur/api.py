@@ -197,10 +197,11 @@ def prune(
 
     `images` (N, C, H, W) are some training images as the network gets them, normalised; with
     `labels` (N,), int64, for criteria that look at the loss (taylor). Weights are set to zero, and
-    channels removed, as the pruner decides. With `remove_dead`, channels that no longer matter to
-    the output are removed too. `export="gconv"` turns masks made of groups of channels into group
-    convolutions. The compact network is compared to the masked one on `images`, in float64 and in
-    float32, before it is returned; `model` is left as it is.
+    channels removed, as the pruner decides; masks that the network was loaded with stay in force.
+    With `remove_dead`, channels that no longer matter to the output are removed too.
+    `export="gconv"` turns masks made of groups of channels into group convolutions. The compact
+    network is compared to the masked one on `images`, in float64 and in float32, before it is
+    returned; `model` is left as it is.
 
     Raises SettingsError naming the argument that does not fit the network, and PruningError if the
     network cannot be traced, if a layer would be left empty, or if the two networks differ.
@@ -240,9 +241,9 @@ def prune(
 def save(result: PruneResult, path: str | Path) -> None:
     """Write a pruned network as one safetensors file, which `load` reads.
 
-    The weights are those that `result.model` has now, so that one that was trained on is saved as
-    it is; what the masks take away is written as zeros. Raises SecateurError if the file cannot be
-    written.
+    The weights are those that `result.model` has now: a network that was finetuned in between is
+    saved as it is. Masked weights are written as zeros. Raises TypeError for anything but a
+    PruneResult, and SecateurError if the file cannot be written.
     """
     if not isinstance(result, PruneResult):
         raise TypeError(f"result: a {type(result).__name__}; what `prune` returned is needed")
@@ -269,7 +270,7 @@ def _check_batch(images: Tensor) -> None:
 def _check_prune(
     model: nn.Module, images: Tensor, pruner: Any, labels: Tensor | None, export: str
 ) -> None:
-    """Raise SettingsError naming the first argument that cannot be meant."""
+    """Raise SettingsError or PruningError naming the first argument that is not valid."""
     _check_batch(images)
     if not isinstance(pruner, ConfiguredPruner):
         raise SettingsError(
