@@ -38,7 +38,7 @@ class Exported:
 
 
 def export(model: nn.Module, masks: Masks, example: Tensor, fold: bool = True) -> Exported:
-    """The network with group convolutions; `model` itself is left alone.
+    """The network with group convolutions; `model` itself is not changed.
 
     Masked weights must be zero already. `example` is a batch of inputs, of which the shape
     matters. Without `fold`, channels are not reordered and every exported convolution has both

@@ -2,7 +2,7 @@
 
 Source: Z. Liu, J. Li, Z. Shen, G. Huang, S. Yan, C. Zhang, Learning efficient convolutional
 networks through network slimming, ICCV 2017, equation 1. R = sum |gamma| over the scales; its
-gradient is sign(gamma), and 0 at 0. Shifts are left alone.
+gradient is sign(gamma), and 0 at 0. Shifts are not covered.
 """
 
 from torch import Tensor, nn

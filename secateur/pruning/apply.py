@@ -40,7 +40,7 @@ def apply_decision(
     export: Export = "none",
     requested: str = "this decision",
 ) -> PrunedNetwork:
-    """The network as the decision leaves it, in eval mode; `model` itself is left alone.
+    """The network as the decision leaves it, in eval mode; `model` itself is not changed.
 
     Weights are set to zero by the decision's masks, and its channels are removed. With
     `remove_dead`, so are the channels that are dead after that; `export` says what becomes of masks

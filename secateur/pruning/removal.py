@@ -51,7 +51,7 @@ def remove(
     masks: Masks | None = None,
     graph: ChannelGraph | None = None,
 ) -> Compact:
-    """The network without the selected channels; `model` itself is left alone.
+    """The network without the selected channels; `model` itself is not changed.
 
     It computes what the result of `mask` computes. `example` is a batch of inputs, of which the
     shape matters; with `graph`, the model's, it is not traced again. Raises PruningError if the
@@ -65,7 +65,7 @@ def remove(
 
 
 def remove_dead(model: nn.Module, masks: Masks, example: Tensor) -> Compact:
-    """The network without its dead channels; `model` itself is left alone.
+    """The network without its dead channels; `model` itself is not changed.
 
     `example` is a batch of inputs, of which the shape matters. One channel of a dead layer is kept
     as long as the network's output depends on its input. Raises PruningError naming the first layer

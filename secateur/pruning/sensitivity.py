@@ -43,7 +43,7 @@ def independent_layers(context: PruningContext) -> list[str]:
     refused = unprunable_layers(context.graph, "filter")
     found = [name for name in context.graph.layers if name not in refused]
     if not found:
-        raise PruningError("no layer of this network may lose outputs for itself")
+        raise PruningError("no layer of this network has outputs that can be pruned on their own")
     return found
 
 
