@@ -10,6 +10,7 @@ A killed training, run again, goes on where it was and ends with the same bytes.
 
 import torch
 
+from secateur.base.settings import section
 from secateur.nn import checkpoint
 from secateur.pipeline import console, preflight, runner
 
@@ -23,7 +24,8 @@ def train_dense(context: runner.TrainingContext) -> runner.StageResult:
     """Train a new network on cross-entropy alone."""
     header = context.header()
     torch.manual_seed(context.params.seed)
-    model = checkpoint.build_architecture(header, pretrained=True)
+    with section(f"archs.{header.arch}"):
+        model = checkpoint.build_architecture(header, pretrained=True)
     preflight.check_network(model, context.data.info)
     fit = context.fit(model, context.params.baseline)
     return runner.trained(model, header, fit)

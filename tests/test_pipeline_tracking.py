@@ -42,7 +42,7 @@ def test_the_curves_in_mlflow_are_those_of_the_history(finished):
 
 def test_a_lost_store_is_written_again(project):
     (project.path / "mlflow.db").unlink()
-    project.run(sys.executable, "-m", "secateur.pipeline.sync", SECATEUR_TRACKING="on")
+    project.run(sys.executable, "-m", "secateur.sync", SECATEUR_TRACKING="on")
     assert len(project.runs()) == 5
     (pipeline,) = project.runs("tags.kind = 'pipeline'")
     restored = {r.info.run_id for r in project.runs("tags.restored = 'true'")}

@@ -182,7 +182,7 @@ def test_a_plugin_has_what_the_protocol_of_its_kind_says(kind, name):
     (function,) = [f for n, f in vars(protocol).items() if inspect.isfunction(f) and n[0] != "_"]
     own = getattr(module, function.__name__)
     wanted = [*inspect.signature(function).parameters][1:]
-    assert len(inspect.signature(own).parameters) == len(wanted)
+    assert list(inspect.signature(own).parameters) == wanted
 
 
 @pytest.mark.parametrize("name", STAGES)

@@ -1,6 +1,6 @@
-"""What the user sees while a stage works: help, progress, one-line errors, the closing table.
+"""Output of the stages for the user: help, progress, one-line errors, the closing table.
 
-An observer, like `track`: no result depends on it, and dvc.yaml does not name it.
+An observer, like `tracking`: no result depends on it, and dvc.yaml does not name it.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from secateur.base.errors import SecateurError
+from secateur.base.errors import ArgumentError, SecateurError
 from secateur.pipeline.record import MODELS
 from secateur.training.callbacks import Callback, Row
 
@@ -33,6 +33,8 @@ def main(work: Callable[[], None], stage: str, about: str | None) -> NoReturn:
     signal.signal(signal.SIGTERM, _terminated)
     try:
         work()
+    except ArgumentError as error:
+        fail(f"params.yaml: {error}")
     except SecateurError as error:
         fail(str(error))
     except KeyboardInterrupt:
@@ -41,14 +43,14 @@ def main(work: Callable[[], None], stage: str, about: str | None) -> NoReturn:
 
 
 def fail(message: str, status: int = 1) -> NoReturn:
-    """Say what is wrong in one line and exit."""
+    """Print the message as one line on stderr and exit with this status."""
     sys.stdout.flush()
     print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(status)
 
 
 def say(message: str) -> None:
-    """One line for the user."""
+    """Print one line."""
     print(message, flush=True)
 
 
@@ -122,12 +124,12 @@ class Training(Callback):
             self.words += f", kept over chosen {min(ratios):.3g} to {max(ratios):.3g}"
 
     def close(self) -> None:
-        """The training is over, well or not."""
+        """Stop the bar, whether the training succeeded or not."""
         if self.bar is not None and self.task is not None:
             self.bar.stop()
 
     def finish(self, rows: Sequence[Row], picked: int) -> None:
-        """Sum the training up in one line."""
+        """Print the summary of the training in one line."""
         if self.bar is not None and self.task is not None:
             done = len(rows) * self.steps
             self.bar.update(self.task, completed=done, total=done, words=self.words)
@@ -145,7 +147,7 @@ class Training(Callback):
 
 
 class Steps:
-    """Progress of anything else: a live bar on a terminal, a line every few seconds elsewhere."""
+    """Progress of other work: a live bar on a terminal, a line every few seconds elsewhere."""
 
     def __init__(self, stage: str, total: int) -> None:
         self.stage, self.total, self.done = stage, total, 0
@@ -185,27 +187,27 @@ class Steps:
 
 
 def waiting(stage: str) -> None:
-    """Tell that another process does this very work."""
-    say(f"{stage}: another process is making this very model; waiting for it")
+    """Print that another process is doing the same work."""
+    say(f"{stage}: another process is making the same model; waiting for it")
 
 
 def taken(stage: str) -> None:
-    """Tell that finished work was taken over."""
+    """Print that the result of earlier work is used."""
     say(f"{stage}: made before with the same settings and inputs; taken over")
 
 
 def reached(notes: Mapping[str, float]) -> None:
-    """What a pruner says about its decision: what was asked, and what is reached."""
+    """Print what was asked of a pruner and what its decision reaches."""
     for key, asked in notes.items():
         name = key.removesuffix("_asked")
         if name == key or (got := notes.get(f"{name}_reached")) is None:
             continue
-        words = f"prune: {name.replace('_', ' ')}: asked {asked:.4f}, reached {got:.4f}"
-        say(words + ("" if abs(got - asked) < 5e-5 else ", which is not the same"))
+        line = f"prune: {name.replace('_', ' ')}: asked {asked:.4f}, reached {got:.4f}"
+        say(line + ("" if abs(got - asked) < 5e-5 else ", which is not the same"))
 
 
 def outputs(rows: Sequence[tuple[str, int, int]]) -> None:
-    """A table of how many outputs each layer had, and how many are left."""
+    """Print a table of the outputs of each layer, before and after pruning."""
     table = Table(box=None, pad_edge=False)
     for heading in ("layer", "outputs", "left", ""):
         table.add_column(heading, justify="left" if heading in ("layer", "") else "right")
@@ -218,7 +220,7 @@ _PHASES = ("picking", "growing", "stabilising", "finished")
 
 
 def summary(report: Mapping[str, Any], asked: str, store: str | None) -> None:
-    """The closing table: every model of the chain, what was asked, what was reached."""
+    """Print the closing table: every model of the chain, what was asked, what was reached."""
     about = f"{report['arch']} on {report['dataset']}, seed {report['seed']}"
     table = Table(title=about, title_justify="left", title_style="bold")
     for heading in ("model", "test accuracy", "non-zero", "of params", "MACs left", "latency ms"):

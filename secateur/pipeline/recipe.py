@@ -47,7 +47,7 @@ class Recipe:
 
     @property
     def overrides(self) -> list[str]:
-        """As `dvc exp run` takes them."""
+        """The settings as arguments of `dvc exp run`."""
         parts = []
         for key, value in changes(self.settings, _params()).items():
             if isinstance(value, Mapping):
@@ -81,7 +81,7 @@ def _params() -> dict[str, Any]:
 
 
 def load(name: str) -> Recipe:
-    """The recipe of this name; SettingsError with the names there are if there is none."""
+    """Read a recipe; raises SettingsError with similar names if there is none of this name."""
     written = _written()
     if name not in written or written[name].get("base"):
         close = ", ".join(difflib.get_close_matches(name, names(), n=5)) or "none of a similar name"
@@ -148,7 +148,7 @@ def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any
 
 
 def run(recipe: Recipe, seeds: Sequence[int]) -> list[dict[str, Any]]:
-    """One experiment a seed; gives their reports, with the seconds of every stage."""
+    """Run one experiment per seed; returns their reports, with the seconds of every stage."""
     reports = []
     for seed in seeds:
         name = f"{recipe.name}-seed{seed}"
@@ -173,7 +173,7 @@ def _report(experiment: str) -> dict[str, Any]:
 
 
 def show(recipe: Recipe, seeds: Sequence[int], reports: Sequence[dict[str, Any]]) -> None:
-    """A table with one row a seed, mean and sample deviation below."""
+    """Print a table with one row per seed, and mean and sample standard deviation below."""
     columns = {
         "dense error %": lambda r: 100 * (1 - r["baseline"]["accuracy"]),
         "error %": lambda r: 100 * (1 - r["finetuned"]["accuracy"]),
@@ -207,7 +207,7 @@ def _alive(report: dict[str, Any]) -> str:
 
 
 def _words(value: float) -> str:
-    """About four figures, thousands set apart."""
+    """Format with about four significant digits, and separators of thousands."""
     digits = 3 - math.floor(math.log10(abs(value))) if value else 2
     return f"{value:,.{min(max(digits, 0), 2)}f}"
 

@@ -48,7 +48,7 @@ def command(options: argparse.Namespace) -> None:
 
 
 def sources(everything: bool) -> Iterator[Source]:
-    """The workspace, then every experiment whose records can be had from cache or remote."""
+    """The workspace, then every experiment whose records are in the cache or the remote."""
     from dvc.api import DVCFileSystem
     from dvc.repo import Repo
 
@@ -71,7 +71,7 @@ def sources(everything: bool) -> Iterator[Source]:
 
 
 def write(store: tracking.Store, source: Source) -> int:
-    """Restore the stage runs of one source, then its pipeline run; gives how many were missing."""
+    """Restore the stage runs of a source, then its pipeline run; returns how many were missing."""
     where = source.name or "workspace"
     records: dict[str, RunRecord] = {}
     ids: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""MLflow: an observer; nothing that a result depends on.
+"""MLflow: an observer; no result depends on it.
 
 One run for every stage that really ran, with the params that dvc.yaml declares for it, and one
 `pipeline` run for every result, with the params and metrics of the whole chain and links to its
@@ -36,7 +36,7 @@ R = TypeVar("R")
 
 
 class Store:
-    """A connection to MLflow that can fail at any moment without anyone being hurt."""
+    """A connection to MLflow; when it fails, the stage goes on without it."""
 
     def __init__(self) -> None:
         self.uri: str | None = None
@@ -46,7 +46,7 @@ class Store:
             self.attempt(self._connect)
 
     def attempt(self, action: Callable[[], R]) -> R | None:
-        """Do it, or warn once and stay silent from then on."""
+        """Call `action` and return its result; on an error warn, and use MLflow no more."""
         try:
             return action()
         except Exception as error:  # whatever MLflow throws, the stage goes on
@@ -91,7 +91,7 @@ class Store:
         return list(self.client.search_runs([self.experiment], condition))
 
     def knows(self, run_id: str | None) -> bool:
-        """Whether this very run is in this store."""
+        """Whether the run is in this store, and not deleted."""
         if run_id is None:
             return False
         try:
@@ -102,7 +102,7 @@ class Store:
             raise
 
     def log(self, run_id: str, metrics: Sequence[Any] = (), params: Sequence[Any] = ()) -> None:
-        """Any number of metrics and params in as few calls as MLflow allows."""
+        """Log any number of metrics and params in as few calls as MLflow allows."""
         metrics = list(metrics)
         for start in range(0, max(len(metrics), 1), 1000):
             batch = metrics[start : start + 1000]
@@ -121,7 +121,7 @@ class Run(Callback):
         self.rows: list[tuple[Row, float]] = []
 
     def open(self, run_id: str | None, dataset: Mapping[str, Any]) -> None:
-        """Take an interrupted run up again, or begin one."""
+        """Resume the run `run_id` if this store has it, or begin one."""
         if self.store.client is None:
             return
         if run_id and self.store.attempt(lambda: self.store.knows(run_id)):
@@ -153,7 +153,7 @@ class Run(Callback):
             self.store.attempt(lambda: self.store.log(str(self.id), _metrics(rows)))
 
     def close(self, metrics: Mapping[str, float], model: str, sha256: str) -> str | None:
-        """End the run well; gives the id of the model's entry in MLflow, if there is one."""
+        """End the run as finished; returns the id of its model in MLflow, None if not tracked."""
         self.on_state_saved()
         if self.id is None or self.store.client is None:
             return None
@@ -162,7 +162,7 @@ class Run(Callback):
         )
 
     def fail(self) -> None:
-        """End the run badly."""
+        """End the run as failed."""
         self.on_state_saved()
         if self.id is not None and self.store.client is not None:
             self.store.attempt(lambda: self.store.client.set_terminated(self.id, "FAILED"))
@@ -176,7 +176,7 @@ def pipeline(
     store: Store | None = None,
     experiment_name: str | None = None,
 ) -> str | None:
-    """Write the run of the whole chain, once for each chain; gives its id.
+    """Write the run of the whole chain, once for each chain; returns its id.
 
     Stage runs that this store does not know (another clone made them, or it could not be reached
     at the time) are restored from the records first.
@@ -235,7 +235,7 @@ def _pipeline(
 
 
 def pipeline_key(records: Mapping[str, RunRecord]) -> str:
-    """Equal for the same pieces of work in the same order."""
+    """Hash of the identities of all records, in their order."""
     identities = " ".join(record.identity for record in records.values())
     return hashlib.sha256(identities.encode()).hexdigest()[:32]
 
@@ -249,9 +249,9 @@ def find_pipeline(store: Store, records: Mapping[str, RunRecord]) -> str | None:
 def restore(
     store: Store, record: RunRecord, rows: Sequence[Row], upstream: Mapping[str, str]
 ) -> tuple[str, bool]:
-    """The run of this record in this store; made from the record if there is none.
+    """Find the run of this record in the store, or make it from the record.
 
-    Gives its id, and whether it had to be made.
+    Returns its id, and whether it was made.
     """
     if store.knows(record.run_id):
         return str(record.run_id), False
@@ -303,7 +303,7 @@ def _key(name: str) -> str:
 def _close_run(
     store: Store, run_id: str, stage: str, metrics: Mapping[str, float], model: str, sha256: str
 ) -> str:
-    """Final metrics, and the checkpoint as a model that DVC holds; gives the model's id."""
+    """Log final metrics and the checkpoint as a model that DVC holds; returns the model's id."""
     import mlflow
     from mlflow.entities import LoggedModelOutput, Metric
 
@@ -334,7 +334,7 @@ def _log_dataset(store: Store, run_id: str, dataset: Mapping[str, Any]) -> None:
 
 
 def _tags(stage: str) -> dict[str, str]:
-    """What is known of the surroundings."""
+    """Tags of a stage: its script, the commit, and what DVC says in the environment."""
     tags = {
         "kind": "stage",
         "stage": stage,
@@ -354,7 +354,7 @@ def _commit() -> str:
 
 
 def _name(params: Mapping[str, Any]) -> str:
-    """A name by which people know the chain in a table of runs."""
+    """Name of the chain in a table of runs: penalty, pruner, seed, network and data."""
     pruner = params.get("pruner", "")
     own = {key.removeprefix(f"pruners.{pruner}."): value for key, value in params.items()}
     amounts = [own[key] for key in ("sensitivity", "ratio", "ratios", "groups") if key in own]
@@ -366,7 +366,7 @@ def _name(params: Mapping[str, Any]) -> str:
 
 
 def _note(store: Store, ids: Mapping[str, str], report: Mapping[str, Any]) -> str:
-    """Markdown for the run's page: the result in words and links to the stage runs."""
+    """Markdown for the page of the run: the result, and links to the stage runs."""
     finetuned, baseline = report["finetuned"], report["baseline"]
     runs = f"#/experiments/{store.experiment}/runs"
     links = " · ".join(f"[{name}]({runs}/{run_id})" for name, run_id in ids.items())
@@ -377,7 +377,7 @@ def _note(store: Store, ids: Mapping[str, str], report: Mapping[str, Any]) -> st
 
 
 def _add_name(store: Store, run_id: str, name: str | None) -> None:
-    """Add a DVC experiment's name to those under which this result is known."""
+    """Add the name of a DVC experiment to the tag that lists those with this result."""
     if not name:
         return
     tags = store.client.get_run(run_id).data.tags
@@ -403,7 +403,7 @@ def _number(value: Any) -> bool:
 
 
 def _knock(uri: str) -> None:
-    """Find out within seconds whether anybody listens."""
+    """Raise OSError within seconds if no server listens at `uri`."""
     address = urlparse(uri)
     port = address.port or (443 if address.scheme == "https" else 80)
     socket.create_connection((address.hostname or "", port), timeout=3).close()
@@ -411,7 +411,7 @@ def _knock(uri: str) -> None:
 
 @contextlib.contextmanager
 def _quiet_start() -> Iterator[None]:
-    """Without the lines that MLflow and alembic print while they make a fresh store."""
+    """Suppress the lines that MLflow and alembic print while they make a fresh store."""
     import logging
 
     previous = logging.root.manager.disable
