@@ -51,10 +51,14 @@ class Propagation(fx.Interpreter):
         return super().run(*args, **options)
 
     def run_node(self, n: fx.Node) -> Any:
-        """Errors of any type become a PruningError that names the node."""
+        """Errors of any type become a PruningError that names the node.
+
+        Without the traces that fx keeps for each node, which cost as much as most rules.
+        """
         self._node = n.name
         try:
-            return super().run_node(n)
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            return getattr(self, n.op)(n.target, args, kwargs)
         except PruningError as error:
             raise PruningError(f"{_place(n)}: {error}") from None
         except Exception as error:  # sizes that do not fit, arguments that no rule expects

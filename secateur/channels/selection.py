@@ -77,7 +77,7 @@ class Balances:
             component.setdefault(tuple(where), set()).add(canonical_id)
         return [list(component.values()) for component in cells.values()]
 
-    @property
+    @cached_property
     def bound(self) -> Tensor:
         """All channels that need a balance, int64, ascending."""
         bound = {i for parts in self.cells for part in parts for i in part}
