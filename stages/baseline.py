@@ -1,11 +1,11 @@
 """baseline: train the dense network.
 
 Reads   data/<dataset>.
-Writes  models/baseline/model.safetensors, history.csv (one row an epoch) and scales.csv (how many
-        scales of batch normalisations have which size), and models/baseline.run.json, which says
-        which run made them.
+Writes  models/baseline/model.safetensors, history.csv (one row per epoch) and scales.csv (histogram
+        of the scales of batch normalisations), and models/baseline.run.json, which names the run
+        that made them.
 
-A killed training, run again, goes on where it was and ends with the same bytes.
+A killed training, run again, resumes from its last saved epoch and ends with the same bytes.
 """
 
 import torch

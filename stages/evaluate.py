@@ -1,6 +1,6 @@
 """evaluate: accuracy, parameters, MACs, size and latency of every model of the chain.
 
-Reads   data/<dataset> (its test images, which no other stage has looked at), models/baseline,
+Reads   data/<dataset> (its test images, which no other stage reads), models/baseline,
         models/sparse, models/pruned, models/finetuned and their *.run.json.
 Writes  metrics/evaluate.json and metrics/layers.csv (one row for each layer of each model), and
         the pipeline run in MLflow.
@@ -78,7 +78,7 @@ def measure(context: runner.StageContext) -> tuple[dict[str, Any], pd.DataFrame]
 
 
 def _sizes(model: nn.Module, costs: Sequence[LayerCost], dense: nn.Module) -> dict[str, Any]:
-    """Counts over all layers of a model, and what is missing of the dense one."""
+    """Counts over all layers of a model, and its sparsity relative to the dense one."""
     size, packed = cost.weight_bytes(model)
     nonzero = sum(layer.nonzero for layer in costs)
     alive = sum(layer.filters_alive * layer.channels_alive for layer in costs)

@@ -1,14 +1,14 @@
-"""finetune: train the pruned network on; what was pruned stays exactly zero.
+"""finetune: continue training the pruned network; pruned weights stay exactly zero.
 
 Reads   data/<dataset>, models/pruned.
-Writes  models/finetuned/model.safetensors with its masks, history.csv (one row an epoch) and
-        scales.csv (how many scales of batch normalisations have which size), and
-        models/finetuned.run.json, which says which run made them.
+Writes  models/finetuned/model.safetensors with its masks, history.csv (one row per epoch) and
+        scales.csv (histogram of the scales of batch normalisations), and
+        models/finetuned.run.json, which names the run that made them.
 
-With finetune.init: scratch, the pruned shape is trained from new weights: the control that shows
-what the inherited weights are worth. With finetune.budget: compute it trains for as much
-computation as the given epochs of the dense network. A killed training, run again, goes on where it
-was.
+With finetune.init: scratch, the pruned architecture is trained from new weights: the control
+that shows what the inherited weights contribute. With finetune.budget: compute it trains for as
+much computation as the given epochs take for the dense network. A killed training, run again,
+resumes from its last saved epoch.
 """
 
 import torch
@@ -43,7 +43,7 @@ def finetune(context: runner.TrainingContext) -> runner.StageResult:
 
 
 def _by_compute(context: runner.TrainingContext, dense: nn.Module, pruned: nn.Module) -> Finetune:
-    """Settings with as many epochs as cost what the given ones cost for the dense network."""
+    """Settings whose epochs cost what the given ones cost for the dense network."""
     settings = context.params.finetune
     image = torch.zeros(1, *context.data.info.shape)
     macs = [cost.macs(model, image) for model in (dense, pruned)]

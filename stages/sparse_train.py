@@ -1,12 +1,12 @@
-"""sparse-train: train on from the dense network with a penalty added to the loss.
+"""sparse-train: continue training the dense network with a penalty added to the loss.
 
 Reads   data/<dataset>, models/baseline.
-Writes  models/sparse/model.safetensors, history.csv (one row an epoch) and scales.csv (how many
-        scales of batch normalisations have which size), and models/sparse.run.json, which says
-        which run made them. A penalty that runs a course of its own leaves its choice in the model
-        and its course in growth.csv, which is empty otherwise.
+Writes  models/sparse/model.safetensors, history.csv (one row per epoch) and scales.csv (histogram
+        of the scales of batch normalisations), and models/sparse.run.json, which names the run that
+        made them. A penalty with a schedule of its own stores its choice in the model and the
+        growth of its factors in growth.csv, which has no rows otherwise.
 
-A killed training, run again, goes on where it was and ends with the same bytes.
+A killed training, run again, resumes from its last saved epoch and ends with the same bytes.
 """
 
 from dataclasses import replace

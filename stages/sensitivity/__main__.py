@@ -1,4 +1,4 @@
-"""sensitivity: what the dense network loses on val when one layer loses outputs.
+"""sensitivity: accuracy of the dense network on val after pruning outputs of one layer at a time.
 
 Reads   data/<dataset> (its val images), models/baseline.
 Writes  metrics/sensitivity.csv (accuracy on val by layer, criterion and ratio) and
@@ -6,7 +6,7 @@ Writes  metrics/sensitivity.csv (accuracy on val by layer, criterion and ratio) 
         params.yaml takes them).
 
 Run it by `dvc repro stages/sensitivity/dvc.yaml`. It trains nothing; section `sensitivity` of
-params.yaml says which criteria and ratios are tried.
+params.yaml lists the criteria and ratios that are tried.
 """
 
 from pathlib import Path
@@ -17,6 +17,7 @@ import yaml
 
 from secateur.base import files, machine
 from secateur.base.errors import SettingsError
+from secateur.base.settings import section
 from secateur.data.batches import example_batch, sequential_batches
 from secateur.nn import norms
 from secateur.pipeline import console, runner
@@ -47,7 +48,7 @@ def main() -> None:
 
 
 def measure(context: runner.StageContext) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """A row for every trial, and the suggestion of every criterion."""
+    """One row per layer, criterion and ratio, and the suggested ratios by criterion."""
     settings, data, place = context.params.sensitivity, context.data, machine.device()
     if not len(data.val):
         raise SettingsError(
@@ -61,7 +62,10 @@ def measure(context: runner.StageContext) -> tuple[pd.DataFrame, dict[str, Any]]
         how.remove("bn_scale")
         console.say("sensitivity: bn_scale is left out: the network has no scales")
     names = sensitivity.independent_layers(pruning_context)
-    made = sensitivity.ablations(pruning_context, names, how, settings.ratios, context.params.seed)
+    with section("sensitivity"):
+        made = sensitivity.ablations(
+            pruning_context, names, how, settings.ratios, context.params.seed
+        )
     model.to(place)
     ablation_runner = sensitivity.AblationRunner(pruning_context)
     wanted = settings.images or len(data.val)
@@ -100,7 +104,7 @@ def measure(context: runner.StageContext) -> tuple[pd.DataFrame, dict[str, Any]]
 
 
 def suggest(table: pd.DataFrame, least: float) -> dict[str, float]:
-    """Ratio by layer, of those that may lose something."""
+    """The highest ratio of each layer that keeps this accuracy; layers without one are left out."""
     found = {
         str(name): sensitivity.largest_ratio(zip(rows.ratio, rows.accuracy, strict=True), least)
         for name, rows in table.groupby("layer", sort=False)
@@ -109,7 +113,7 @@ def suggest(table: pd.DataFrame, least: float) -> dict[str, float]:
 
 
 def as_params(criterion: str, ratios: dict[str, float], seed: int) -> dict[str, Any]:
-    """In the form of params.yaml."""
+    """The suggestion as `pruner` and `pruners.magnitude` of params.yaml."""
     own: dict[str, Any] = {"granularity": "filter", "criterion": criterion, "pick": "min"}
     if criterion == "random":
         own |= {"criterion": "l1", "pick": "random", "seed": seed}
