@@ -19,7 +19,7 @@ from secateur.base.callable_plugin import ConfiguredPruner, arguments_of
 from secateur.base.errors import CheckpointError, PruningError, SettingsError
 from secateur.base.settings import Export
 from secateur.channels.graph import ChannelGraph, build_channel_graph
-from secateur.nn import checkpoint, cost, resizing
+from secateur.nn import checkpoint, cost
 from secateur.nn.checkpoint import Checkpoint, Header
 from secateur.pruning.apply import PrunedNetwork, apply_decision
 from secateur.pruning.decision import PruningContext
@@ -150,20 +150,8 @@ def fill(model: nn.Module, found: Checkpoint, file: Path) -> nn.Module:
 
     Raises CheckpointError if a tensor has no place, or one of the network's is not in the file.
     """
-    try:
-        shapes = {name: tensor.shape for name, tensor in found.tensors.items()}
-        resizing.resize(model, shapes, found.header.layers)
-        resizing.load_state(model, found.tensors)
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        if found.header.shape:
-            with torch.inference_mode():  # one image through, so that layers fit each other
-                model.eval()(torch.zeros(1, *found.header.shape, device=device))
-    except (RuntimeError, KeyError, ValueError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(
-            f"{file}: its tensors do not fit into = {type(model).__name__}: {reason}"
-        ) from None
-    return model
+    message = f"{file}: its tensors do not fit into = {type(model).__name__}"
+    return found.fill(model, message)
 
 
 def _attach(model: nn.Module, **attributes: object) -> None:

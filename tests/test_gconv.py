@@ -253,7 +253,7 @@ def test_a_file_that_does_not_fit_is_refused(inside, content, message):
 
 
 def test_a_file_must_be_there_and_in_its_folder(inside):
-    with pytest.raises(SettingsError, match=r"recipes/groups/none\.json: no such file"):
+    with pytest.raises(SettingsError, match=r"recipes/groups/none\.json: missing"):
         prune(small(), config="none.json")
     with pytest.raises(SettingsError, match="must be a file in the folder recipes/groups/"):
         prune(small(), config="../params.json")

@@ -1,5 +1,44 @@
 """Errors that the user can correct, each shown as one line and a non-zero exit status."""
 
+import reprlib
+
+
+def cut(text: str, limit: int = 100) -> str:
+    """The text in one line, cut with an ellipsis if it is longer than `limit` characters."""
+    text = " ".join(text[: 4 * limit].split()) if len(text) > limit or "\n" in text else text
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
+
+
+def shorten(value: object, limit: int = 100) -> str:
+    """`repr` of a value for a message, cut with an ellipsis at about `limit` characters.
+
+    Nothing large is formatted on the way, neither a long text nor a number of thousands of digits.
+    """
+    return cut(_Brief(limit).repr(value), limit)
+
+
+class _Brief(reprlib.Repr):
+    """A `repr` whose cost is limited; equal to `repr` for small values."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self.maxlevel = 4
+        self.maxlist = self.maxtuple = self.maxdict = self.maxset = self.maxfrozenset = 12
+        self.maxstring = self.maxother = limit
+
+    def repr_int(self, value: int, _level: int) -> str:
+        """The digits, or their number if there are many."""
+        digits = value.bit_length() * 0.30103
+        return repr(value) if digits < 60 else f"a number of about {digits:.0f} digits"
+
+    def repr_dict(self, value: dict[object, object], level: int) -> str:
+        """In the order of the keys as they were inserted."""
+        if level <= 0 and value:
+            return "{...}"
+        pairs = list(value.items())[: self.maxdict]
+        parts = [f"{self.repr1(k, level - 1)}: {self.repr1(v, level - 1)}" for k, v in pairs]
+        return f"{{{', '.join([*parts, *(['...'] if len(value) > len(pairs) else [])])}}}"
+
 
 class SecateurError(Exception):
     """Something outside the code is wrong; the message says what, where and what is allowed."""
@@ -18,7 +57,7 @@ class ArgumentError(SettingsError):
 
     def __init__(self, key: str, message: str, value: object = ...) -> None:
         """`key`: the argument's name (dotted for a field of it); `value`: left out if not given."""
-        shown = "" if value is ... else f" = {value!r}"
+        shown = "" if value is ... else f" = {shorten(value)}"
         super().__init__(f"{key}{shown}: {message}")
         self.key = key
 
@@ -29,6 +68,10 @@ class DataError(SecateurError):
 
 class CheckpointError(SecateurError):
     """A file that is not a checkpoint of Secateur, or not the one that this stage needs."""
+
+
+class StateError(SecateurError):
+    """Saved state of a training that is damaged, or belongs to another training."""
 
 
 class TrainingError(SecateurError):

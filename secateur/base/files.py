@@ -1,12 +1,71 @@
-"""Writing files so that a reader sees the old content or the new one, never half of it."""
+"""Reading ordinary files only, and writing them in one step: the old content or the new one."""
 
 import contextlib
 import os
+import stat
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from secateur.base.errors import SecateurError
+
+MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+"""Bytes of the machine; a file that is read as a whole must be smaller."""
+
+
+def file_size(path: Path, error: type[SecateurError], cure: str = "") -> int:
+    """Bytes of an ordinary file; raises `error` if it is missing, or is no ordinary file.
+
+    Folders, devices and FIFOs are refused without being opened, which might never return.
+    `cure` is added to the message about a missing file.
+    """
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        dangling = " (a link to a file that does not exist)" if path.is_symlink() else ""
+        raise error(f"{path}: missing{dangling}{cure}") from None
+    except (OSError, ValueError) as reason:
+        raise error(f"{path}: cannot be read: {_reason(reason)}") from None
+    if not stat.S_ISREG(found.st_mode):
+        raise error(f"{path}: cannot be read: not an ordinary file but {_kind(found.st_mode)}")
+    return found.st_size
+
+
+def is_folder(path: Path, error: type[SecateurError]) -> bool:
+    """Whether there is a folder of this path; raises `error` if that cannot be seen."""
+    try:
+        return path.is_dir()
+    except OSError as reason:
+        raise error(f"{path}: cannot be read: {_reason(reason)}") from None
+
+
+def read_bytes(
+    path: Path, error: type[SecateurError], limit: int | None = None, cure: str = ""
+) -> bytes:
+    """Content of an ordinary file of at most `limit` bytes, by default what memory can hold.
+
+    Raises `error`, naming the file, for everything else.
+    """
+    limit = MEMORY if limit is None else limit
+    size = file_size(path, error, cure)
+    if size > limit:
+        raise error(f"{path}: {size:,} bytes; at most {limit:,} are read")
+    try:
+        with path.open("rb") as file:
+            return file.read(limit)
+    except (OSError, MemoryError) as reason:
+        raise error(f"{path}: cannot be read: {_reason(reason)}") from None
+
+
+def _reason(error: Exception) -> str:
+    """What the operating system reports, in words."""
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+def _kind(mode: int) -> str:
+    """What a file is that is not an ordinary one."""
+    kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
+    return kinds.get(stat.S_IFMT(mode), "a device")
 
 
 def write_bytes(path: Path, content: bytes) -> None:

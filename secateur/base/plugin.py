@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args, overload
 
-from secateur.base.errors import SettingsError
+from secateur.base.errors import SettingsError, cut
 
 if TYPE_CHECKING:
     from torch import nn
@@ -77,11 +77,14 @@ def find(kind: Kind, name: str, key: str | None = None) -> Path:
     `key` is the key of params.yaml that the name was read from, if not the usual one.
     """
     path = _PACKAGE / kind / f"{name}.py"
-    if kind not in get_args(Kind) or not re.fullmatch(r"[a-z]\w*", name) or not path.is_file():
+    is_name = kind in get_args(Kind) and re.fullmatch(r"[a-z]\w{,63}", name, re.ASCII)
+    if not is_name or not path.is_file():
+        name = cut(name, 60)
         close = difflib.get_close_matches(name, names(kind), n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
         raise SettingsError(
-            f"params.yaml: {key or KEYS[kind]} = {name!r}: there is no secateur/{kind}/{name}.py; "
+            f"params.yaml: {cut(key or KEYS[kind], 80)} = {name!r}: there is no "
+            f"secateur/{kind}/{name}.py; "
             f"there are: {', '.join(names(kind))}{hint}"
         )
     return path

@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -19,7 +18,8 @@ from pydantic import (
 )
 
 from secateur.base import plugin
-from secateur.base.errors import ArgumentError, SettingsError
+from secateur.base.documents import read_yaml
+from secateur.base.errors import ArgumentError, SettingsError, cut, shorten
 
 FILE = "params.yaml"
 
@@ -40,7 +40,7 @@ RENAMED_VALUES = {"penalties.network_slimming.coupled": {"inner": "skip", "all":
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
-Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=64)]
 Table = dict[str, dict[str, Any]]
 T = TypeVar("T", bound=BaseModel)
 
@@ -259,34 +259,12 @@ class Params(Strict):
         return validate(plugin.load(kind, name).Settings, table.get(name) or {}, f"{kind}.{name}")
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML in which a key that stands twice is a mistake, as it is for DVC."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """The table; YAMLError if it has a key twice."""
-        lines: dict[str, int] = {}
-        for key, _ in node.value:
-            line = key.start_mark.line + 1
-            if key.value != "<<" and lines.setdefault(str(key.value), line) != line:
-                first = lines[str(key.value)]
-                raise yaml.YAMLError(f"{key.value} is there twice, in lines {first} and {line}")
-        return super().construct_mapping(node, deep)
-
-
 def read(path: Path | str = FILE) -> Params:
     """Read the whole file; the sections of plug-ins are not validated.
 
     Raises SettingsError naming the key, the value and what is allowed.
     """
-    try:
-        raw = yaml.load(Path(path).read_text(), _Loader)
-    except FileNotFoundError:
-        raise SettingsError(f"{path}: no such file; run from the project's root") from None
-    except OSError as error:
-        raise SettingsError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).replace('in "<unicode string>", ', "").split())
-        raise SettingsError(f"{path}: not valid YAML: {reason}") from None
+    raw = read_yaml(Path(path), SettingsError, "; run from the project's root")
     if not isinstance(raw, dict):
         raise SettingsError(f"{path}: must be a table of settings")
     return validate(Params, _filled(raw), "")
@@ -368,7 +346,7 @@ def _first_line(error: ValidationError, schema: Any, where: str) -> str:
     """The first mistake in words: file, dotted key, value, what is allowed."""
     first, *others = error.errors(include_url=False)
     others = [other for other in others if other["type"] != "too_short"]  # for its wrong items
-    location = [str(part) for part in first["loc"]]
+    location = [cut(str(part), 60) for part in first["loc"]]
     key = ".".join(filter(None, [where, *location]))
     more = f" (and {len(others)} more)" if others else ""
     if renamed := _renamed(key, first["input"]):
@@ -380,13 +358,13 @@ def _first_line(error: ValidationError, schema: Any, where: str) -> str:
         return f"{FILE}: {key}: unknown key; allowed: {', '.join(allowed)}{hint}{more}"
     if first["type"] == "missing":
         return f"{FILE}: {key}: missing{more}"
-    message = first["msg"].removeprefix("Value error, ")
+    message = cut(first["msg"].removeprefix("Value error, "), 300)
     for part, words in _WORDS.items():
         if part in first["type"]:
             message = words
     if first["type"] == "value_error" and isinstance(first["input"], Mapping):
         return f"{FILE}: {key + '.' if key else ''}{message}{more}"  # about several of its keys
-    return f"{FILE}: {key} = {first['input']!r}: {message[0].lower()}{message[1:]}{more}"
+    return f"{FILE}: {key} = {shorten(first['input'])}: {message[:1].lower()}{message[1:]}{more}"
 
 
 def _renamed(key: str, value: Any) -> str | None:

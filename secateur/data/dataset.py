@@ -6,24 +6,29 @@ files (`image_files.ImageFileList`). Both give the same batches for the same see
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import safetensors
 import safetensors.torch
 import torch
+from pydantic import ConfigDict, Field, TypeAdapter
 from torch import Tensor
 
-from secateur.base import files
-from secateur.base.errors import DataError
+from secateur.base import files, tensor_files
+from secateur.base.documents import read_json, validated
+from secateur.base.errors import DataError, cut
+from secateur.base.tensor_files import MAX_PIXELS, ClassName, Finite, Positive, Shape
 from secateur.data import image_files
 from secateur.data.augment import Augment, FileAugment
 from secateur.data.image_files import ImageFileList
 
-FILE = "images.safetensors"
+FILE, ABOUT = "images.safetensors", "about.json"
+SPLITS = ("train", "val", "test")
 
 
 @dataclass(frozen=True)
@@ -92,17 +97,19 @@ class Images:
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """Description of a prepared data set."""
+    """Description of a prepared data set. Annotations are the schema of the file."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     name: str
-    classes: list[str]
-    shape: list[int]
+    classes: Annotated[list[ClassName], Field(min_length=1)]
+    shape: Annotated[Shape, Field(min_length=3, max_length=3)]
     """Channels, height and width of an image."""
-    mean: list[float]
-    std: list[float]
+    mean: list[Finite]
+    std: list[Positive]
     hash: str
     """sha256 of images, labels and their division."""
-    counts: dict[str, int]
+    counts: dict[str, Annotated[int, Field(ge=0, strict=True)]]
     """Images of each split."""
     augment: FileAugment = field(default_factory=FileAugment)
 
@@ -110,10 +117,19 @@ class DatasetInfo:
         """The description as plain values."""
         return asdict(self) | {"augment": self.augment.model_dump()}
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "DatasetInfo":
-        """The description from what `to_dict` returned."""
-        return cls(**values | {"augment": FileAugment(**values["augment"])})
+
+@dataclass(frozen=True)
+class _Header:
+    """Header of the file of a prepared data set."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    about: DatasetInfo
+    listing: image_files.ListingHeader | None = None
+    """Of images that stay in their files."""
+
+
+_HEADER = TypeAdapter(_Header)
 
 
 @dataclass(frozen=True)
@@ -134,12 +150,7 @@ def prepare(name: str, images: Images, validation: float, seed: int) -> Dataset:
     training image or too few for val, or a label has no name.
     """
     classes, labels = list(images.classes), images.train.labels.numpy()
-    labels_of_splits = [
-        part.labels.numpy() for part in (images.train, images.test, images.val) if part
-    ]
-    everything = np.concatenate(labels_of_splits)
-    if everything.min() < 0 or everything.max() >= len(classes):
-        raise DataError(f"{name}: labels beyond the {len(classes)} classes")
+    _check_images(name, images)
     counts = np.bincount(labels, minlength=len(classes))
     if empty := [c for c, n in zip(classes, counts, strict=True) if n == 0]:
         raise DataError(f"{name}: no training image of class {empty[0]!r}")
@@ -163,6 +174,27 @@ def prepare(name: str, images: Images, validation: float, seed: int) -> Dataset:
         augment=FileAugment(**images.augment.model_dump()),
     )
     return Dataset(info, **splits)
+
+
+def _check_images(name: str, images: Images) -> None:
+    """DataError if a split is empty, its shape differs, or a label is missing or has no name."""
+    shape, classes = images.train.shape, len(images.classes)
+    for key, split in (("train", images.train), ("test", images.test), ("val", images.val)):
+        if split is None:
+            continue
+        if not len(split):
+            raise DataError(f"{name}: no images in {key}")
+        if isinstance(split, InMemoryImages) and len(split.images) != len(split.labels):
+            raise DataError(
+                f"{name}: {key} has {len(split.images):,} images and {len(split.labels):,} labels"
+            )
+        if split.shape != shape:
+            sizes = ("x".join(map(str, s)) for s in (split.shape, shape))
+            raise DataError(
+                f"{name}: images of {key} are {' where those of train are '.join(sizes)}"
+            )
+        if not 0 <= int(split.labels.min()) <= int(split.labels.max()) < classes:
+            raise DataError(f"{name}: labels beyond the {classes} classes in {key}")
 
 
 def _stratified_split(
@@ -191,48 +223,91 @@ def save(folder: Path, dataset: Dataset) -> None:
     tensors: dict[str, Tensor] = {}
     header: dict[str, Any] = {"about": dataset.info.to_dict()}
     for key, split in splits.items():
-        if isinstance(split, InMemoryImages):
-            part = {"images": split.pixels, "labels": split.labels.contiguous()}
-        else:
-            part = split.tensors()
+        if isinstance(split, ImageFileList):
             header["listing"] = split.header()
-        tensors |= {f"{key}.{name}": tensor for name, tensor in part.items()}
+        tensors |= {f"{key}.{name}": tensor for name, tensor in _tensors(split).items()}
     files.write(folder / FILE, lambda path: _write(path, tensors, header))
-    files.write_text(folder / "about.json", json.dumps(dataset.info.to_dict(), indent=2) + "\n")
+    files.write_text(folder / ABOUT, json.dumps(dataset.info.to_dict(), indent=2) + "\n")
 
 
 def load(folder: Path) -> Dataset:
     """Read a prepared data set, whether its images are in memory or in files.
 
-    Raises DataError if it is missing, damaged or was not written by `save`, or if the folder of its
-    files does not exist.
+    Raises DataError if it is missing, damaged, only half of it is there, or it was not written by
+    `save`, or if the folder of its files does not exist.
     """
-    path = folder / FILE
-    if not path.exists():
-        raise DataError(f"{path}: missing; run `dvc repro prepare` to make it")
-    parts: dict[str, dict[str, Tensor]] = {"train": {}, "val": {}, "test": {}}
+    path, cure = folder / FILE, "; run `dvc repro prepare` to make it"
+    stored = tensor_files.map_file(
+        path, DataError, cure=cure, otherwise="not a prepared data set: "
+    )
+    if not isinstance(stored.header, dict):
+        raise DataError(
+            f"{path}: not a prepared data set: safetensors, but not written by Secateur"
+        )
+    header = validated(_HEADER, stored.header, f"{path}: not a prepared data set", DataError)
+    if read_json(folder / ABOUT, DataError, cure) != stored.header["about"]:
+        raise DataError(
+            f"{folder / ABOUT}: does not describe {FILE} beside it: one of them is from another "
+            "run; run `dvc repro -f prepare`"
+        )
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            header = json.loads(file.metadata()["secateur"])
-            info = DatasetInfo.from_dict(header["about"])
-            for key in file.keys():  # noqa: SIM118
-                split, name = key.split(".")
-                parts[split][name] = file.get_tensor(key)
-        if "listing" in header:
-            listed = header["listing"]
-            splits: dict[str, Split] = {
-                k: image_files.from_tensors(listed, p) for k, p in parts.items()
-            }
-        else:
-            splits = {
-                k: InMemoryImages.from_pixels(p["images"], p["labels"]) for k, p in parts.items()
-            }
-    except Exception as error:  # safetensors' own exception types differ between versions
-        raise DataError(f"{path}: not a prepared data set: {error}") from None
-    dataset = Dataset(info, **splits)
+        _check_info(header.about)
+        splits = {key: _restore(header, stored.tensors, key) for key in SPLITS}
+        if len(stored.tensors) != sum(len(_tensors(split)) for split in splits.values()):
+            raise ValueError("it has tensors of no use")
+        for key, split in splits.items():
+            _check_split(header.about, key, split)
+    except (ValueError, KeyError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise DataError(f"{path}: not a prepared data set: {cut(reason, 300)}") from None
+    dataset = Dataset(header.about, **splits)
     if isinstance(dataset.train, ImageFileList):
         dataset.train.check_folder()
     return dataset
+
+
+def _check_info(info: DatasetInfo) -> None:
+    """ValueError if fields that are right one by one do not fit each other."""
+    channels, means, deviations = info.shape[0], len(info.mean), len(info.std)
+    if means not in (1, channels) or deviations != means:
+        raise ValueError(f"{means} values in mean and {deviations} in std for {channels} channels")
+    if math.prod(info.shape) > MAX_PIXELS:
+        raise ValueError(f"shape = {info.shape}: images of more than {MAX_PIXELS:,} values")
+    if set(info.counts) != set(SPLITS) or not info.counts["train"] or not info.counts["test"]:
+        raise ValueError(f"counts = {info.counts}: train and test need images")
+
+
+def _tensors(split: Split) -> dict[str, Tensor]:
+    """What is stored of a split."""
+    if isinstance(split, InMemoryImages):
+        return {"images": split.pixels, "labels": split.labels.contiguous()}
+    return split.tensors()
+
+
+def _restore(header: "_Header", tensors: dict[str, Tensor], key: str) -> Split:
+    """A split from its tensors; ValueError or KeyError if they are not those of one."""
+    prefix = f"{key}."
+    part = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+    if header.listing is not None:
+        return image_files.from_tensors(header.listing, part)
+    pixels, labels = part["images"], part["labels"]
+    if pixels.dtype != torch.uint8 or pixels.dim() != 4:
+        raise ValueError(f"{key}: images are not uint8 with four axes")
+    return InMemoryImages.from_pixels(pixels, labels)
+
+
+def _check_split(info: DatasetInfo, key: str, split: Split) -> None:
+    """ValueError if images, labels and description do not fit each other."""
+    count, labels = info.counts[key], split.labels
+    if labels.dtype != torch.int64 or labels.shape != (count,):
+        raise ValueError(f"{key}: {count:,} images are declared; labels {tuple(labels.shape)}")
+    if isinstance(split, InMemoryImages) and len(split.images) != count:
+        raise ValueError(f"{key}: {len(split.images):,} images, {count:,} labels")
+    if split.shape != info.shape:
+        raise ValueError(f"{key}: images of {split.shape}, {info.shape} are declared")
+    if count and not 0 <= int(labels.min()) <= int(labels.max()) < len(info.classes):
+        wrong = labels[(labels < 0) | (labels >= len(info.classes))][0]
+        raise ValueError(f"{key}: label {wrong} of {len(info.classes)} classes")
 
 
 def _write(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:

@@ -7,14 +7,16 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
+from pydantic import ConfigDict, Field
 from torch import Tensor
 
-from secateur.base.errors import DataError
+from secateur.base import files
+from secateur.base.errors import DataError, shorten
 from secateur.base.stage import raw_folder
 from secateur.data.augment import random_resized_crop
 
@@ -22,6 +24,9 @@ GREY_MODES = {"1", "L", "LA"}
 """Pillow's modes of images without colour."""
 DEEP_MODES = {"I", "F"}
 """First letters of Pillow's modes of more than 8 bits per channel."""
+
+
+Side = Annotated[int, Field(ge=1, le=2**16, strict=True)]
 
 
 class PackedNames:
@@ -49,11 +54,13 @@ class PackedNames:
 class ImageView:
     """How a file becomes an image of a fixed shape."""
 
-    channels: int
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    channels: Side
     """1: converted to grey; 3: to red, green and blue. Transparency is dropped."""
-    height: int
-    width: int
-    resize: int | None
+    height: Side
+    width: Side
+    resize: Side | None
     """Pixels of the shorter side before the centre is cropped; None: neither resize nor crop."""
 
     @property
@@ -148,24 +155,70 @@ class ImageFileList:
         return {"folder": self.folder, "view": asdict(self.view)}
 
 
-def from_tensors(header: dict[str, Any], part: dict[str, Tensor]) -> ImageFileList:
+@dataclass(frozen=True)
+class ListingHeader:
+    """What `ImageFileList.header` returns; annotations are the schema of the file."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    folder: str
+    view: ImageView
+
+
+def from_tensors(header: ListingHeader, part: dict[str, Tensor]) -> ImageFileList:
     """The list from its `header` and `tensors`; ValueError if they do not fit each other."""
-    view = ImageView(**header["view"])
+    types = {key: str(tensor.dtype).removeprefix("torch.") for key, tensor in part.items()}
+    if types != TYPES:
+        raise ValueError(f"its lists are {types}, must be {TYPES}")
     names = PackedNames(part["names"], part["ends"])
-    count = len(names)
-    if {len(part[key]) for key in ("labels", "sizes", "digests")} != {count}:
+    count = len(part["labels"]) if part["labels"].dim() == 1 else -1
+    digest = part["digests"].shape[1:]
+    if any(part[key].shape != (count,) for key in ("ends", "sizes")) or names.text.dim() != 1:
         raise ValueError("its lists differ in length")
-    if count and int(names.ends[-1]) != len(names.text):
-        raise ValueError("its file names are incomplete")
+    if part["digests"].shape[:1] != (count,) or digest not in ((0,), (32,)):
+        raise ValueError("its hashes are not one for each file")
+    _check_names(names)
+    if header.view.channels not in (1, 3):
+        raise ValueError(f"channels = {header.view.channels}: must be 1 or 3")
+    if Path(header.folder).is_absolute() or {"..", ""} & set(header.folder.split("/")):
+        raise ValueError(f"folder = {shorten(header.folder)}: must be a path below the raw data")
+    if count and int(part["sizes"].min()) < 0:
+        raise ValueError("a file has a negative size")
     return ImageFileList(
         raw_folder(),
-        header["folder"],
+        header.folder,
         names,
         part["labels"],
         part["sizes"],
         part["digests"],
-        view,
+        header.view,
     )
+
+
+TYPES = {
+    "names": "uint8",
+    "ends": "int64",
+    "labels": "int64",
+    "sizes": "int64",
+    "digests": "uint8",
+}
+"""Of the tensors of a list of files."""
+
+
+def _check_names(names: PackedNames) -> None:
+    """ValueError if names are empty or lead out of their folder; fast for a million of them."""
+    text, ends = names.text.numpy(), names.ends.numpy()
+    starts = np.concatenate([np.zeros(1, np.int64), ends])[:-1]
+    if np.any(ends <= starts) or np.any(ends < 0) or (ends[-1] if len(ends) else 0) != len(text):
+        raise ValueError("its file names are incomplete")
+    content = text.tobytes()
+    absolute = bool(len(text)) and bool(np.any(text[starts] == ord("/")))
+    if absolute or b"\0" in content:
+        raise ValueError("it has a file name that is no path in its folder")
+    if b".." in content:
+        bounds = zip(starts.tolist(), ends.tolist(), strict=True)
+        if any(b".." in content[a:b].split(b"/") for a, b in bounds):
+            raise ValueError("it has a file name that leads out of its folder")
 
 
 @contextlib.contextmanager
@@ -174,16 +227,14 @@ def open_image(path: Path, size: int | None = None) -> Iterator[Image.Image]:
 
     Any error, also while the image is decoded inside the context, becomes a DataError of one line.
     """
+    found = files.file_size(path, DataError, "; SECATEUR_DATA names the folder it is under")
+    if size is not None and found != size:
+        raise DataError(f"{path}: changed since `prepare`; run `dvc repro -f prepare`")
     try:
-        with path.open("rb") as file:
-            if size is not None and os.fstat(file.fileno()).st_size != size:
-                raise DataError(f"{path}: changed since `prepare`; run `dvc repro -f prepare`")
-            with Image.open(file) as image:
-                yield image
+        with path.open("rb") as file, Image.open(file) as image:
+            yield image
     except DataError:
         raise
-    except FileNotFoundError:
-        raise DataError(f"{path}: missing; SECATEUR_DATA names the folder it is under") from None
     except Exception as error:  # Pillow's readers raise many types, SyntaxError among them
         reason = " ".join(str(error).split())[:120] or type(error).__name__
         if isinstance(error, UnidentifiedImageError):

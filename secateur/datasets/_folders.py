@@ -7,6 +7,7 @@ bytes of the names, so that the result depends neither on the file system nor on
 
 import hashlib
 import os
+import stat
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +22,8 @@ from rich.console import Console
 from rich.progress import Progress
 
 from secateur.base import machine
-from secateur.base.errors import DataError
+from secateur.base.errors import DataError, cut
+from secateur.base.files import file_size, is_folder
 from secateur.data.dataset import InMemoryImages
 from secateur.data.image_files import GREY_MODES, ImageFileList, ImageView, PackedNames, open_image
 
@@ -31,6 +33,9 @@ IMAGE_SUFFIXES = {
 """Suffixes of image files, in lower case."""
 IGNORED_SUFFIXES = {".txt", ".md", ".csv", ".tsv", ".json", ".xml", ".yaml", ".yml", ".ini", ".db"}
 """Suffixes of files that are ignored, as hidden files are; any other suffix is an error."""
+
+MAX_DEPTH = 32
+"""Folders within a class's folder."""
 
 T = TypeVar("T")
 
@@ -87,7 +92,7 @@ def scan(base: Path, folder: str, splits: Mapping[str, str]) -> ImageFolder:
     image nor ignored, or an image lies outside the class folders.
     """
     root = base / folder
-    if not root.is_dir():
+    if not is_folder(root, DataError):
         raise DataError(
             f"{root}: no such folder; it is to hold {splits['train']}/<class>/ and "
             f"{splits['test']}/<class>/ with images. SECATEUR_DATA names the folder that holds "
@@ -97,7 +102,7 @@ def scan(base: Path, folder: str, splits: Mapping[str, str]) -> ImageFolder:
     found = {}
     for split, name in splits.items():
         here = root / name
-        if not here.is_dir():
+        if not is_folder(here, DataError):
             if split == "val":
                 continue
             raise DataError(f"{here}: no such folder; it is to hold <class>/ with images")
@@ -198,11 +203,28 @@ def _entries(folder: Path) -> list[os.DirEntry[bytes]]:
 
 def _is_class(entry: os.DirEntry[bytes]) -> bool:
     """Whether an entry of a split is a class folder; DataError for an image or unknown file."""
-    if entry.is_dir():
+    if _size(entry) is None:
         return True
     if _is_image(entry):
         raise DataError(f"{os.fsdecode(entry.path)}: an image outside of the class folders")
     return False
+
+
+def _size(entry: os.DirEntry[bytes]) -> int | None:
+    """Bytes of a file, None for a folder; DataError for what is neither, such as a FIFO.
+
+    A link to a folder that the link is in is refused too: it has no end.
+    """
+    path = os.fsdecode(entry.path)
+    try:
+        if not stat.S_ISDIR(entry.stat().st_mode):
+            return file_size(Path(path), DataError)
+        if entry.is_symlink() and Path(path).resolve() in Path(path).absolute().parents:
+            raise DataError(f"{path}: a link to a folder that it is in")
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{path}: cannot be read: {reason}") from None
+    return None
 
 
 def _is_image(entry: os.DirEntry[bytes]) -> bool:
@@ -219,7 +241,7 @@ def _is_image(entry: os.DirEntry[bytes]) -> bool:
 
 def _class_images(folder: Path, name: bytes) -> list[tuple[bytes, int]]:
     """Paths below the split's folder and sizes of a class's images; DataError if there are none."""
-    if not folder.is_dir():
+    if not is_folder(folder, DataError):
         raise DataError(f"{folder}: no such folder; every class needs images in every split")
     found = list(_walk(folder, name))
     if not found:
@@ -231,14 +253,14 @@ def _walk(folder: Path, name: bytes) -> Iterator[tuple[bytes, int]]:
     """Paths and sizes of the images in a folder and in the folders below it."""
     for entry in _entries(folder):
         below = name + b"/" + entry.name
-        try:
-            if entry.is_dir():
-                yield from _walk(folder / os.fsdecode(entry.name), below)
-            elif _is_image(entry):
-                yield below, entry.stat().st_size
-        except OSError as error:
-            path = os.fsdecode(entry.path)
-            raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
+        size = _size(entry)
+        if size is None:
+            if below.count(b"/") > MAX_DEPTH:
+                path = cut(os.fsdecode(entry.path))
+                raise DataError(f"{path}: folders within folders, more than {MAX_DEPTH} deep")
+            yield from _walk(folder / os.fsdecode(entry.name), below)
+        elif _is_image(entry):
+            yield below, size
 
 
 def _map(

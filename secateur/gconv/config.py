@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from secateur.base.errors import SettingsError
+from secateur.base.documents import read_json
+from secateur.base.errors import SettingsError, cut, shorten
 
 PREFIX = "module."
 SHORTCUTS = (".shortcut", ".shortcut.conv")
@@ -32,9 +33,10 @@ def read(path: Path, model: nn.Module) -> dict[str, int]:
     """
     known = convolutions(model)
     found: dict[str, int] = {}
-    for key, entry in _entries(path).items():
+    for layer_name, entry in _entries(path).items():
+        key = cut(layer_name)
         groups, outputs, inputs = _sizes(f"{path}: {key}", entry)
-        name = _known(key.removeprefix(PREFIX), known)
+        name = _known(layer_name.removeprefix(PREFIX), known)
         if name is None:
             if groups == 1:
                 continue
@@ -44,12 +46,14 @@ def read(path: Path, model: nn.Module) -> dict[str, int]:
         layer = known[name]
         if (layer.out_channels, layer.in_channels) != (outputs, inputs):
             raise SettingsError(
-                f"{path}: {key}: F = {outputs}, C = {inputs}, but {name} has {layer.out_channels} "
-                f"outputs and {layer.in_channels} inputs: the file is for another network"
+                f"{path}: {key}: F = {shorten(outputs)}, C = {shorten(inputs)}, but {name} has "
+                f"{layer.out_channels} outputs and {layer.in_channels} inputs: the file is for "
+                "another network"
             )
         if outputs % groups or inputs % groups:
             raise SettingsError(
-                f"{path}: {key}: G = {groups} does not divide F = {outputs} and C = {inputs}"
+                f"{path}: {key}: G = {shorten(groups)} does not divide F = {outputs} and "
+                f"C = {inputs}"
             )
         found[name] = groups
     return found
@@ -72,12 +76,7 @@ def to_json(model: nn.Module, groups: Mapping[str, int]) -> str:
 
 
 def _entries(path: Path) -> dict[str, Any]:
-    try:
-        entries = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise SettingsError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        raise SettingsError(f"{path}: cannot be read as JSON: {error}") from None
+    entries = read_json(path, SettingsError)
     if not isinstance(entries, dict):
         raise SettingsError(f"{path}: must be an object of layers, not a {type(entries).__name__}")
     return entries
@@ -90,10 +89,10 @@ def _sizes(where: str, entry: Any) -> tuple[int, int, int]:
     for key in ("G", "F", "C"):
         value = entry.get(key)
         if not isinstance(value, int) or isinstance(value, bool):
-            raise SettingsError(f"{where}: {key} = {value!r}: a whole number is needed")
+            raise SettingsError(f"{where}: {key} = {shorten(value)}: a whole number is needed")
         if value < 1:
             what = "; the file is a form that has not been filled in" if value == -1 else ""
-            raise SettingsError(f"{where}: {key} = {value}: must be at least 1{what}")
+            raise SettingsError(f"{where}: {key} = {shorten(value)}: must be at least 1{what}")
     return entry["G"], entry["F"], entry["C"]
 
 

@@ -8,36 +8,45 @@ bytes.
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import safetensors
 import safetensors.torch
 import torch
+from pydantic import ConfigDict, Field, TypeAdapter
 from torch import Tensor, nn
 
-from secateur.base import files, plugin, settings
-from secateur.base.errors import CheckpointError
+from secateur.base import files, plugin, settings, tensor_files
+from secateur.base.documents import validated
+from secateur.base.errors import CheckpointError, SecateurError, cut, shorten
 from secateur.base.machine import versions
+from secateur.base.tensor_files import MAX_PIXELS, ClassName, Finite, Positive, Shape
 from secateur.nn import resizing
 from secateur.sparsity.choices import Choices, fits
 
 FORMAT = 1
 MASK, CHOICE = "mask:", "choice:"
 
+LayerKey = Annotated[str, Field(pattern="^(groups|before|after)$")]
+Count = Annotated[int, Field(ge=1, lt=2**31, strict=True)]
+
 
 @dataclass(frozen=True)
 class Header:
-    """Description of a network: all but its tensors."""
+    """Description of a network: all but its tensors. Annotations are the schema of the file."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     arch: str
+    """Empty for a network that is not one of secateur/archs; it may lack classes, mean and std."""
     arch_settings: dict[str, Any]
-    classes: list[str]
-    shape: list[int]
+    classes: list[ClassName]
+    shape: Shape
     """Channels, height and width of one image."""
-    mean: list[float]
-    std: list[float]
+    mean: list[Finite]
+    std: list[Positive]
     """Mean and standard deviation by channel with which pixels in [0, 1] are normalised."""
     split: str
     """Hash of the images and their division into train, val and test."""
@@ -48,7 +57,7 @@ class Header:
     """Results of the stage: requested and reached amounts, proof of equality."""
     versions: dict[str, str] = field(default_factory=versions)
     format: int = FORMAT
-    layers: dict[str, dict[str, int]] = field(default_factory=dict)
+    layers: dict[str, dict[LayerKey, Count]] = field(default_factory=dict)
     """Properties that shapes do not contain, see `resizing.describe_layers`; set by `save`."""
 
 
@@ -66,20 +75,51 @@ class Checkpoint:
 
     def model(self) -> nn.Module:
         """Rebuild the network, in eval mode; CheckpointError if the tensors do not fit it."""
-        model = build_architecture(self.header)
+        where = f"checkpoint of stage {cut(self.header.stage)}: "
         try:
+            model = build_architecture(self.header)
+        except SecateurError as error:
+            raise CheckpointError(f"{where}{error}") from None
+        return self.fill(model, f"{where}its tensors do not fit architecture '{self.header.arch}'")
+
+    def fill(self, model: nn.Module, message: str) -> nn.Module:
+        """Resize a dense network to the shapes of the tensors and load them, in place.
+
+        The network is in eval mode afterwards. Raises CheckpointError, `message` and the reason, if
+        a tensor has no place, is missing, or does not fit.
+        """
+        try:
+            _check_indices(self.header, self.tensors)
             sizes = {name: tensor.shape for name, tensor in self.tensors.items()}
             resizing.resize(model, sizes, self.header.layers)
+            _check_types(model, self.tensors)
             resizing.load_state(model, self.tensors)
-            with torch.inference_mode():  # a forward pass checks that layers fit each other
-                model.eval()(torch.zeros(1, *self.header.shape))
-        except (RuntimeError, KeyError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise CheckpointError(
-                f"checkpoint of stage {self.header.stage}: its tensors do not fit architecture "
-                f"'{self.header.arch}': {reason[:300]}"
-            ) from None
-        return model
+            if self.header.shape:
+                device = next((p.device for p in model.parameters()), torch.device("cpu"))
+                with torch.inference_mode():  # a forward pass checks that layers fit each other
+                    model.eval()(torch.zeros(1, *self.header.shape, device=device))
+        except Exception as error:  # whatever the code of a network raises on foreign tensors
+            reason = cut(str(error) or type(error).__name__, 300)
+            raise CheckpointError(f"{message}: {reason}") from error
+        return model.eval()
+
+
+def _check_indices(header: Header, tensors: dict[str, Tensor]) -> None:
+    """ValueError unless the indices of the header's layers are tensors of that length."""
+    for name, known in header.layers.items():
+        for end in {"before", "after"} & set(known):
+            index = tensors.get(f"{name}.{end}")
+            if index is None or index.shape != (known[end],):
+                raise ValueError(f"{cut(name)}: no index of length {known[end]:,} {end} the layer")
+
+
+def _check_types(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """ValueError if a tensor is not of the network's type; floating-point types are converted."""
+    for name, own in model.state_dict().items():
+        found = tensors[name]
+        floating = own.is_floating_point() and found.is_floating_point()
+        if found.dtype != own.dtype and not floating:
+            raise ValueError(f"{name} holds {found.dtype}, needs {own.dtype}")
 
 
 def build_architecture(header: Header, pretrained: bool = False) -> nn.Module:
@@ -136,29 +176,24 @@ def load(
     Raises CheckpointError for a missing, truncated or foreign file, for a pickle, and for a
     checkpoint of another architecture or of other data.
     """
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: missing; run `dvc repro` to make it") from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
-    header = _header(path, content)
+    found = tensor_files.read(path, CheckpointError, cure="; run `dvc repro` to make it")
+    header = _header(path, found.header)
     if arch is not None and header.arch != arch:
         raise CheckpointError(
-            f"{path}: holds architecture '{header.arch}', params ask for '{arch}'"
+            f"{path}: holds architecture '{cut(header.arch)}', params ask for '{arch}'"
         )
     if arch_settings is not None and header.arch_settings != arch_settings:
         raise CheckpointError(
-            f"{path}: holds a '{header.arch}' with {header.arch_settings}, params.yaml has "
-            f"archs.{header.arch} = {arch_settings}"
+            f"{path}: holds a '{header.arch}' with {shorten(header.arch_settings)}, params.yaml "
+            f"has archs.{header.arch} = {shorten(arch_settings)}"
         )
     if split is not None and header.split != split:
         raise CheckpointError(
-            f"{path}: was trained on other data or another split ({header.split[:12]}) than the "
-            f"data that is here ({split[:12]}); run `dvc repro` to train it again"
+            f"{path}: was trained on other data or another split ({cut(header.split, 13)[:12]}) "
+            f"than the data that is here ({split[:12]}); run `dvc repro` to train it again"
         )
-    tensors, masks, choices = _divide(path, safetensors.torch.load(content))
-    return Checkpoint(header, tensors, masks, hashlib.sha256(content).hexdigest(), choices)
+    tensors, masks, choices = _divide(path, found.tensors)
+    return Checkpoint(header, tensors, masks, found.sha256, choices)
 
 
 def _divide(
@@ -171,35 +206,42 @@ def _divide(
     for name, mask in masks.items():
         tensor = tensors.get(name)
         if tensor is None or mask.shape != tensor.shape or mask.dtype != torch.bool:
-            raise CheckpointError(f"{path}: mask without a tensor of its shape: {name}")
+            raise CheckpointError(f"{path}: mask without a tensor of its shape: {cut(name)}")
     for name, choice in choices.items():
         if name not in tensors or not fits(choice, tensors[name]):
-            raise CheckpointError(f"{path}: choice without a tensor that it fits: {name}")
+            raise CheckpointError(f"{path}: choice without a tensor that it fits: {cut(name)}")
     return tensors, masks, choices
 
 
-def _header(path: Path, content: bytes) -> Header:
-    """Header of a checkpoint; CheckpointError if the file is not one that this version reads."""
-    is_json = content[8:9] == b"{"  # safetensors: eight bytes of length, then JSON
-    if not is_json and (content[:2] == b"PK" or content[:1] == b"\x80"):
-        raise CheckpointError(
-            f"{path}: a pickle (torch.save), not a checkpoint; pickles can run code and are never "
-            "loaded. Save the weights with safetensors instead"
-        )
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-    except Exception as error:  # its own exception types differ between versions
-        raise CheckpointError(
-            f"{path}: not a whole safetensors file ({len(content)} bytes; truncated or foreign): "
-            f"{error}"
-        ) from None
-    try:
-        header = Header(**json.loads(metadata["secateur"]))
-    except KeyError:
-        raise CheckpointError(f"{path}: safetensors, but not written by Secateur") from None
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: its header cannot be read: {error}") from None
-    if header.format != FORMAT:
-        raise CheckpointError(f"{path}: format {header.format}; this version reads {FORMAT}")
+def _header(path: Path, plain: Any) -> Header:
+    """The header from its plain values; CheckpointError if this version does not read it."""
+    if plain is None:
+        raise CheckpointError(f"{path}: safetensors, but not written by Secateur")
+    if isinstance(plain, dict) and plain.get("format", FORMAT) != FORMAT:
+        found = shorten(plain["format"])
+        raise CheckpointError(f"{path}: format {found}; this version reads {FORMAT}")
+    header = validated(_HEADER, plain, f"{path}: its header cannot be read", CheckpointError)
+    problem = _problem(header)
+    if problem:
+        raise CheckpointError(f"{path}: its header cannot be read: {problem}")
     return header
+
+
+_HEADER = TypeAdapter(Header)
+
+
+def _problem(header: Header) -> str | None:
+    """What is wrong with fields that are right one by one."""
+    if math.prod(header.shape) > MAX_PIXELS:
+        return f"shape = {header.shape}: images of more than {MAX_PIXELS:,} values"
+    if len(header.mean) != len(header.std):
+        return f"{len(header.mean)} values in mean, {len(header.std)} in std"
+    if not header.arch:
+        return None
+    if not header.classes:
+        return "classes = []: at least one is needed"
+    if len(header.shape) != 3:
+        return f"shape = {header.shape}: channels, height and width are needed"
+    if len(header.mean) not in (1, header.shape[0]):
+        return f"{len(header.mean)} values in mean for {header.shape[0]} channels"
+    return None

@@ -18,7 +18,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from secateur.base.errors import ArgumentError
+from secateur.base.errors import ArgumentError, cut
 from secateur.base.settings import Positive, Strict
 from secateur.sparsity import choices, masks
 from secateur.sparsity.choices import Choices, Granularity
@@ -261,7 +261,16 @@ class GrowingPenalty:
         }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore what `state_dict` returned."""
+        """Restore what `state_dict` returned; ValueError if it is the state of another network."""
+        for name, own in self.state_dict().items():
+            found = state.get(name)
+            if not name.startswith(("record.", "choice/")) and (
+                found is None or found.shape != own.shape or found.dtype != own.dtype
+            ):
+                raise ValueError(f"penalty: {name} does not fit")
+        chosen = {n.removeprefix("choice/") for n in state if n.startswith("choice/")}
+        if unknown := sorted(chosen - set(self.groups.names)):
+            raise ValueError(f"penalty: no weight {cut(unknown[0])}")
         self.phase, self.since, self.steps, self.updates = map(int, state["clock"].tolist())
         self.factor, self.kept_factor = state["factor"].clone(), state["others"].clone()
         self.average, self.active = state["average"].clone(), state["active"].clone()

@@ -3,10 +3,13 @@
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field, TypeAdapter
 
 from secateur.base import files
-from secateur.base.errors import SecateurError
+from secateur.base.documents import MAX_BYTES, parse_json, validated
+from secateur.base.errors import SecateurError, cut, shorten
 
 
 @dataclass(frozen=True)
@@ -91,13 +94,18 @@ MODELS = {name: spec.model for name, spec in STAGES.items() if spec.model is not
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One training or pruning that really ran; DVC restores it together with its model."""
+    """One training or pruning that really ran; DVC restores it together with its model.
+
+    Annotations are the schema of the file.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     stage: str
     fingerprint: str
     params: dict[str, Any]
     """As dvc.yaml declares them for the stage."""
-    metrics: dict[str, float]
+    metrics: dict[str, Annotated[float, Field(strict=True)]]
     """Of the model that was kept."""
     model: str
     """Path of the checkpoint."""
@@ -105,7 +113,7 @@ class RunRecord:
     """Of the checkpoint."""
     dataset: dict[str, Any]
     """Name, hash, and number of images in each part."""
-    seconds: float
+    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True)]
     """Wall time of the work, over all attempts."""
     hardware: str
     run_id: str | None = None
@@ -128,17 +136,25 @@ def save(path: Path, record: RunRecord) -> None:
 
 def load(path: Path) -> RunRecord:
     """Read a record; raises SecateurError if the file is missing or is not a record."""
+    cure = "; run `dvc repro` to make it"
+    return parse(files.read_bytes(path, SecateurError, MAX_BYTES, cure), str(path))
+
+
+def parse(content: bytes, where: str) -> RunRecord:
+    """The record in the content of a file; raises SecateurError, beginning with `where`."""
     try:
-        return from_json(path.read_text())
-    except FileNotFoundError:
-        raise SecateurError(f"{path}: missing; run `dvc repro` to make it") from None
-    except (ValueError, TypeError) as error:
-        raise SecateurError(f"{path}: not a run record: {error}") from None
+        plain = parse_json(content)
+    except ValueError as error:
+        raise SecateurError(f"{where}: not a run record: {cut(str(error), 200)}") from None
+    record = validated(_RECORD, plain, f"{where}: not a run record", SecateurError)
+    if record.stage not in MODELS:
+        raise SecateurError(f"{where}: not a run record: stage = {shorten(record.stage)}: unknown")
+    if not all(isinstance(record.dataset.get(key), str) for key in ("name", "hash")):
+        raise SecateurError(f"{where}: not a run record: dataset: name or hash is missing")
+    return record
 
 
-def from_json(text: str) -> RunRecord:
-    """Parse a record; raises ValueError or TypeError if it is not one."""
-    return RunRecord(**json.loads(text))
+_RECORD = TypeAdapter(RunRecord)
 
 
 def flat(tree: dict[str, Any], separator: str = ".", prefix: str = "") -> dict[str, Any]:

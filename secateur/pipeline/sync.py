@@ -83,7 +83,7 @@ def write(store: tracking.Store, source: Source) -> int:
             if content is None:
                 console.say(f"{where}: {model.record} is not here (`dvc pull` may bring it)")
                 return written
-            records[stage] = record.from_json(content.decode())
+            records[stage] = record.parse(content, str(model.record))
             histories[stage] = Path(scratch) / f"{stage}.csv"
             history = source.files.get(str(model.history))
             if history is not None:

@@ -1,13 +1,14 @@
 """fit: the one training loop."""
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from secateur.base.errors import ArgumentError, TrainingError
+from secateur.base.errors import ArgumentError, StateError, TrainingError
 from secateur.base.settings import Train
 from secateur.data.batches import Batches
 from secateur.data.dataset import Dataset
@@ -64,8 +65,7 @@ def fit(
         batches = _batches(data, settings, seed, engine)
         try:
             _check_schedule(penalty, settings, len(batches))
-            if (saved := engine.broadcast(store.load())) is not None:
-                state.load_state_dict(*saved)
+            _resume(state, store, engine)
             step = TrainStep(model, optimizer, penalty, settings, engine, len(batches))
             for callback in callbacks:
                 callback.on_train_start(settings.epochs, len(batches), state.history)
@@ -101,6 +101,18 @@ def _batches(data: Dataset, settings: Train, seed: int, engine: Engine) -> Batch
         rank=engine.rank,
         world=engine.world,
     )
+
+
+def _resume(state: TrainingState, store: StateStore, engine: Engine) -> None:
+    """Restore the saved state, if there is one that fits; otherwise the training starts anew."""
+    saved = engine.broadcast(store.load())
+    if saved is None:
+        return
+    try:
+        state.load_state_dict(*saved)
+    except StateError as error:
+        if engine.is_main:
+            print(f"warning: {error}; training starts again", file=sys.stderr, flush=True)
 
 
 def _train_epoch(

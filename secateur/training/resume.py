@@ -12,18 +12,23 @@ import fcntl
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Annotated, Any, Literal, TextIO
 
-import safetensors
 import safetensors.torch
+from pydantic import Field, TypeAdapter
 from torch import Tensor
 
-from secateur.base import files
+from secateur.base import files, tensor_files
+from secateur.base.documents import read_json, validated
+from secateur.base.errors import StateError
 from secateur.base.stage import Stage, project_root
 
+STATE, NOTES = "state.safetensors", "notes.json"
 KEEP_DAYS = 1.0
 """Finished outs and abandoned state are deleted when they have not changed for this long."""
 
@@ -55,17 +60,28 @@ class ResumeStore:
         for out in self.outs:
             files.copy_tree(Path(out), self.folder / "done" / out)
         files.write_text(self.folder / "done" / "complete", "")
-        for leftover in ("state.safetensors", "notes.json"):
+        for leftover in (STATE, NOTES):
             (self.folder / leftover).unlink(missing_ok=True)
 
-    def note(self, key: str, value: Any = None) -> Any:
+    def note(self, key: Literal["run_id", "seconds"], value: Any = None) -> Any:
         """Write a small value beside the state if one is given; returns the value of the key."""
-        path = self.folder / "notes.json"
-        notes = json.loads(path.read_text()) if path.exists() else {}
+        notes = self._notes()
         if value is not None and notes.get(key) != value:
-            files.write_text(path, json.dumps(notes | {key: value}))
+            files.write_text(self.folder / NOTES, json.dumps({**notes, key: value}))
             return value
         return notes.get(key)
+
+    def _notes(self) -> dict[str, Any]:
+        """The notes that were written; those of a damaged file are discarded with a warning."""
+        path = self.folder / NOTES
+        if not os.path.lexists(path):
+            return {}
+        try:
+            notes = validated(_NOTES, read_json(path, StateError), str(path), StateError)
+        except StateError as error:
+            _discard(path, error)
+            return {}
+        return {key: value for key, value in asdict(notes).items() if value is not None}
 
     def save(self, tensors: Mapping[str, Tensor], info: dict[str, Any]) -> bool:
         """Copy the state after an epoch to memory; returns whether it was also written to disk.
@@ -89,19 +105,48 @@ class ResumeStore:
         content = safetensors.torch.save(
             {name: t.contiguous() for name, t in tensors.items()}, {"secateur": json.dumps(info)}
         )
-        files.write_bytes(self.folder / "state.safetensors", content)
+        files.write_bytes(self.folder / STATE, content)
         self._unwritten = None
         self._last_write = time.monotonic()
         self._write_seconds = self._last_write - start
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """The state that an interrupted process has written, if any."""
-        path = self.folder / "state.safetensors"
-        if not path.exists():
+        """The state that an interrupted process has written, if any.
+
+        A file that is damaged is discarded with a warning.
+        """
+        path = self.folder / STATE
+        if not os.path.lexists(path):
             return None
-        with safetensors.safe_open(path, framework="pt") as file:
-            info = json.loads(file.metadata()["secateur"])
-            return {name: file.get_tensor(name) for name in file.keys()}, info  # noqa: SIM118
+        try:
+            stored = tensor_files.read(path, StateError)
+            if not isinstance(stored.header, dict):
+                raise StateError(f"{path}: not a state that Secateur has written")
+        except StateError as error:
+            _discard(path, error)
+            return None
+        return stored.tensors, stored.header
+
+
+@dataclass(frozen=True)
+class _Notes:
+    """Schema of the notes."""
+
+    run_id: str | None = None
+    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True)] | None = None
+
+
+_NOTES = TypeAdapter(_Notes)
+
+
+def _discard(path: Path, error: StateError) -> None:
+    """Delete what cannot be read, and warn that its content is computed again."""
+    print(f"warning: {error}; discarded, its work is done again", file=sys.stderr, flush=True)
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

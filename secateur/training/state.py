@@ -1,11 +1,15 @@
 """The state of a training between two epochs: recorded, saved, restored."""
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Annotated, Any, Protocol
 
 import torch
+from pydantic import ConfigDict, Field, TypeAdapter
 from torch import Tensor, nn
 
+from secateur.base.documents import validated
+from secateur.base.errors import StateError, cut
 from secateur.training.callbacks import Row
 from secateur.training.penalty import Penalty
 
@@ -64,26 +68,94 @@ class TrainingState:
         return tensors, {"history": self.history, "best": self.best_epoch}
 
     def load_state_dict(self, tensors: dict[str, Tensor], info: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
-        self.model.load_state_dict(_with_prefix(tensors, "model/"))
+        """Restore what `state_dict` returned.
+
+        Raises StateError, and leaves everything as it was, if the state does not fit.
+        """
+        own, own_info = self.state_dict()
+        before = {name: tensor.detach().clone() for name, tensor in own.items()}
+        try:
+            self._load(tensors, info)
+        except Exception as error:  # whatever torch or a penalty raises on foreign tensors
+            self._load(before, own_info)
+            reason = cut(str(error) or type(error).__name__, 200)
+            raise StateError(f"the saved state does not fit this training: {reason}") from error
+
+    def _load(self, tensors: dict[str, Tensor], info: dict[str, Any]) -> None:
+        """Restore a state; ValueError and others if it does not fit, half of it then loaded."""
+        course = validated(_COURSE, info, "history", StateError)
+        course.check()
+        kinds = {name.split("/")[0] for name in tensors}
+        if unknown := kinds - {"model", "best", "optimizer", "penalty"}:
+            raise ValueError(f"tensors of {sorted(unknown)[0]}")
+        weights, best = _with_prefix(tensors, "model/"), _with_prefix(tensors, "best/")
+        own = self.model.state_dict()
+        for found in (weights, best) if course.best else (weights,):
+            _check_like(own, found)
+        if best and not course.best:
+            raise ValueError("weights of a best epoch that there is not")
+        self.model.load_state_dict(weights)
         device = next(self.model.parameters()).device
-        self.best_weights = {n: t.to(device) for n, t in _with_prefix(tensors, "best/").items()}
+        self.best_weights = {n: t.to(device) for n, t in best.items()}
         self._load_optimizer(_with_prefix(tensors, "optimizer/"))
         if self.penalty is not None:
             self.penalty.load_state_dict(_with_prefix(tensors, "penalty/"))
-        self.history, self.best_epoch = list(info["history"]), int(info["best"])
+        self.history, self.best_epoch = list(course.history), course.best
 
     def _load_optimizer(self, tensors: dict[str, Tensor]) -> None:
         state: dict[int, dict[str, Tensor]] = {}
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         for name, tensor in tensors.items():
             index, key = name.split("/")
-            like = parameters[int(index)]
+            like = parameters[range(len(parameters)).index(int(index))]
+            if tensor.shape not in (like.shape, ()) or not tensor.is_floating_point():
+                raise ValueError(f"optimizer: {cut(name)} is {tensor.dtype} {tuple(tensor.shape)}")
             if tensor.shape == like.shape:  # fused optimizers need the parameter's memory layout
                 tensor = torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
             state.setdefault(int(index), {})[key] = tensor.detach()
+        if len({frozenset(values) for values in state.values()} - self._optimizer_keys()):
+            raise ValueError("optimizer: not the tensors of this optimizer")
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+    def _optimizer_keys(self) -> set[frozenset[str]]:
+        """The sets of tensors that the optimizer may keep for a parameter."""
+        if isinstance(self.optimizer, torch.optim.SGD):
+            return {frozenset({"momentum_buffer"})}
+        return {frozenset({"step", "exp_avg", "exp_avg_sq"})}
+
+
+@dataclass(frozen=True)
+class _Course:
+    """Plain values of a state. Annotations are their schema."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    history: list[dict[str, Annotated[float, Field(allow_inf_nan=False, strict=True)]]]
+    best: Annotated[int, Field(ge=0, strict=True)]
+
+    def check(self) -> None:
+        """ValueError if epochs are missing, or the best one is none of them."""
+        if [row.get("epoch") for row in self.history] != [*range(1, len(self.history) + 1)]:
+            raise ValueError("its epochs are not numbered from 1")
+        if any(row.keys() != self.history[0].keys() for row in self.history):
+            raise ValueError("its epochs differ in their values")
+        if self.best > len(self.history):
+            raise ValueError(f"best = {self.best} of {len(self.history)} epochs")
+        if self.best and not {"val_accuracy", "val_loss"} <= self.history[0].keys():
+            raise ValueError("its epochs have no values on val")
+
+
+_COURSE = TypeAdapter(_Course)
+
+
+def _check_like(own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    """ValueError unless names, shapes and types are those of the network."""
+    if wrong := sorted(own.keys() ^ found.keys()):
+        raise ValueError(f"{cut(wrong[0])} is missing or of no use")
+    for name, tensor in own.items():
+        if tensor.shape != found[name].shape or tensor.dtype != found[name].dtype:
+            raise ValueError(f"{name} is {found[name].dtype} {tuple(found[name].shape)}")
 
 
 def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -1,0 +1,133 @@
+"""Read JSON and YAML of limited size and depth, and validate values against a schema."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from secateur.base import files
+from secateur.base.errors import SecateurError, cut, shorten
+
+MAX_BYTES = 2**20
+"""Of a file that people write: params.yaml, recipes, configurations of groups."""
+MAX_DEPTH = 32
+"""Nested tables and lists."""
+MAX_VALUES = 100_000
+"""Of a YAML file, counting what an alias stands for wherever it is used."""
+
+T = TypeVar("T")
+
+_TOKEN = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[{]|[\]}]', re.DOTALL)
+"""A string or a bracket of JSON."""
+
+
+def read_json(path: Path, error: type[SecateurError], cure: str = "") -> Any:
+    """The value in a JSON file; raises `error` naming the file if it cannot be read.
+
+    `cure` is added to the message about a missing file.
+    """
+    try:
+        return parse_json(files.read_bytes(path, error, MAX_BYTES, cure))
+    except ValueError as reason:
+        raise error(f"{path}: cannot be read as JSON: {cut(str(reason), 200)}") from None
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text; ValueError if it is malformed, too deep or has a key twice.
+
+    NaN and infinity are accepted, as `json` writes them.
+    """
+    if isinstance(text, bytes):
+        text = text.decode()
+    depth = 0
+    for token in _TOKEN.finditer(text):
+        first = token[0][0]
+        depth += (first in "[{") - (first in "]}")
+        if depth > MAX_DEPTH:
+            raise ValueError(f"nested more than {MAX_DEPTH} deep")
+    return json.loads(text, object_pairs_hook=_object)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"key {shorten(twice)} occurs twice")
+    return found
+
+
+def read_yaml(path: Path, error: type[SecateurError], cure: str = "") -> Any:
+    """The value in a YAML file; raises `error` naming the file if it cannot be read.
+
+    `cure` is added to the message about a missing file.
+    """
+    content = files.read_bytes(path, error, MAX_BYTES, cure)
+    try:
+        value = yaml.load(content.decode(), _Loader)
+        _check_size(value)
+    except Exception as reason:  # beside YAMLError: ValueError, KeyError, AttributeError, ...
+        words = " ".join(str(reason).replace('in "<unicode string>", ', "").split())
+        if isinstance(reason, RecursionError):
+            words = f"nested more than {MAX_DEPTH} deep"
+        text = cut(words or type(reason).__name__, 200)
+        raise error(f"{path}: not valid YAML: {text}") from None
+    return value
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key that occurs twice is a mistake, as it is for DVC."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The table; YAMLError if it has a key twice."""
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            name = str(key.value)
+            if name != "<<" and name in lines:
+                raise yaml.YAMLError(
+                    f"{cut(name)} is there twice, in lines {lines[name]} and {line}"
+                )
+            lines[name] = line
+        return super().construct_mapping(node, deep)
+
+
+def _check_size(value: Any) -> None:
+    """ValueError for values that are nested too deeply, too many, or contain themselves."""
+    level, count = [value], 0
+    for _ in range(MAX_DEPTH + 1):
+        inner: list[Any] = []
+        for item in level:
+            if isinstance(item, dict):
+                inner += [*item.keys(), *item.values()]
+            elif isinstance(item, list | tuple | set):
+                inner += item
+            if count + len(inner) > MAX_VALUES:
+                raise ValueError(f"more than {MAX_VALUES:,} values")
+        count += len(inner)
+        level = inner
+    if level:
+        raise ValueError(f"nested more than {MAX_DEPTH} deep")
+
+
+def validated(adapter: TypeAdapter[T], value: Any, where: str, error: type[SecateurError]) -> T:
+    """The value as the type of `adapter`; raises `error` naming the first field that is wrong."""
+    try:
+        if not isinstance(value, dict):
+            raise error(f"{where}: {shorten(value)} in place of a table")
+        return adapter.validate_python(value)
+    except ValidationError as reason:
+        first, *others = reason.errors(include_url=False)
+        key = ".".join(shorten(part, 40).strip("'") for part in first["loc"]) or "its content"
+        more = f" (and {len(others)} more)" if others else ""
+        message = first["msg"].removeprefix("Value error, ")
+        if first["type"] in ("missing", "missing_argument"):
+            text = f"{key}: missing"
+        elif first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+            text = f"{key}: unknown"
+        else:
+            text = f"{key} = {shorten(first['input'])}: {message[:1].lower()}{message[1:]}"
+        raise error(f"{where}: {cut(text, 300)}{more}") from None
