@@ -3,29 +3,54 @@ VENV   ?= .venv
 PYTHON ?= python3
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
-export PATH := $(CURDIR)/$(BIN):$(PATH)
+export PATH := $(if $(filter /%,$(VENV)),,$(CURDIR)/)$(BIN):$(PATH)
+# exact versions with hashes: as constraints, so that of the packages in the lock only those are
+# installed that this platform and this build of torch need
+LOCKED := --require-hashes --constraint requirements.lock --build-constraint requirements.lock
 
 .DEFAULT_GOAL := help
 
 help:  ## list these targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1|/' | column -t -s '|'
 
-$(READY): pyproject.toml
+$(READY): pyproject.toml requirements.lock
 	@echo "setting up $(VENV) (a minute or two, once)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
-	@$(BIN)/python -m pip install --quiet --group dev
+	@# first the locked pip, by its own lines of the lock: an older one knows neither groups nor $(LOCKED)
+	@sed -n '/^pip==/,/[^\\]$$/p' requirements.lock >$(VENV)/locked.txt
+	@$(BIN)/python -m pip install --quiet --require-hashes --requirement $(VENV)/locked.txt
+	@# then torch, if it is in a folder of wheels (PIP_FIND_LINKS): pip knows the hash of a file there
+	@# only after opening it, and would prefer the build of PyPI
+	@sed -n '/^torch==/,/[^\\]$$/p' requirements.lock >$(VENV)/locked.txt
+	@$(BIN)/python -m pip install --quiet --no-index --no-deps --require-hashes \
+	  --requirement $(VENV)/locked.txt 2>$(VENV)/locked.log || true
+	@$(BIN)/python -m pip install --quiet $(LOCKED) --group dev
 	@# the command runs the code that is here: the package itself is never installed
 	@printf '#!/bin/sh\nexec "$${0%%/*}/python" -m secateur "$$@"\n' >$(BIN)/secateur
 	@chmod +x $(BIN)/secateur
-	@# DVC keeps experiments as commits, for which Git needs a name: one for this clone, if none is set
-	@git config user.name >/dev/null || git config user.name "$${USER:-secateur}"
-	@git config user.email >/dev/null || git config user.email "$${USER:-secateur}@localhost"
 	@touch $@
 
-setup: $(READY)  ## make .venv with everything that is needed
+setup: $(READY) git  ## make .venv with everything that is needed
 
-repro: $(READY)  ## run the pipelines: what has changed, and nothing else
+# DVC keeps experiments as commits, for which Git needs a name: one for this clone, if none is set.
+# Without a repository (an unpacked archive) DVC must be told not to look for one.
+git: $(READY)
+	@if test -e .git; then \
+	  git config user.name >/dev/null || git config user.name "$${USER:-secateur}"; \
+	  git config user.email >/dev/null || git config user.email "$${USER:-secateur}@localhost"; \
+	  ! grep -qs no_scm .dvc/config.local || dvc config --local --unset core.no_scm; \
+	elif ! grep -qs no_scm .dvc/config.local; then \
+	  dvc config --local core.no_scm true; \
+	  echo "no Git repository here: pipelines run; for experiments and tests: git init && make setup"; \
+	fi
+
+lock: ## write requirements.lock after a change of pyproject.toml; versions stay where they can
+	@$(PYTHON) tools/lock.py
+
+upgrade: ## write requirements.lock with the newest versions that pyproject.toml allows
+	@$(PYTHON) tools/lock.py --upgrade
+
+repro: $(READY) git  ## run the pipelines: what has changed, and nothing else
 	@dvc repro --all-pipelines
 
 test: $(READY)  ## run the tests, a process for every processor
@@ -50,4 +75,4 @@ docs: $(READY)  ## build the pages and the reference into site/, without network
 	@NO_MKDOCS_2_WARNING=1 mkdocs build --quiet
 	@echo "site/index.html"
 
-.PHONY: help setup repro test check format ui sync docs
+.PHONY: help setup git lock upgrade repro test check format ui sync docs

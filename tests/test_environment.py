@@ -1,0 +1,125 @@
+"""The environment: what the lock holds, and where `make` looks for the programs that it runs."""
+
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+LOCK = (ROOT / "requirements.lock").read_text()
+ENTRY = re.compile(
+    r"^(\S+)==(\S+)(?: ; .+)? \\\n((?:    --hash=sha256:[0-9a-f]{64}(?: \\)?\n)+)", re.M
+)
+
+
+def named(group):
+    """Requirements of a dependency group and of the groups in it."""
+    found = []
+    for entry in PROJECT["dependency-groups"][group]:
+        found += named(entry["include-group"]) if isinstance(entry, dict) else [Requirement(entry)]
+    return found
+
+
+def locked(name):
+    """Versions of a package in the lock: several if they depend on Python's version."""
+    return [match[2] for match in ENTRY.finditer(LOCK) if match[1] == canonicalize_name(name)]
+
+
+@pytest.mark.parametrize("needed", named("dev"), ids=str)
+def test_every_package_that_a_group_names_is_in_the_lock(needed):
+    assert locked(needed.name)
+    assert all(needed.specifier.contains(version) for version in locked(needed.name))
+
+
+def test_the_package_runs_with_what_is_locked():
+    extra = PROJECT["project"]["optional-dependencies"]
+    for text in [*PROJECT["project"]["dependencies"], *extra["pipeline"], *extra["torchvision"]]:
+        needed = Requirement(text)
+        assert locked(needed.name)
+        assert all(needed.specifier.contains(version) for version in locked(needed.name))
+
+
+def test_results_are_of_the_versions_that_are_locked():
+    libraries = yaml.safe_load((ROOT / "params.yaml").read_text())["libraries"]
+    assert {name: [version] for name, version in libraries.items()} == {
+        name: locked(name) for name in libraries
+    }
+
+
+def test_the_lock_has_a_version_and_hashes_for_everything_and_nothing_else():
+    rest = ENTRY.sub("", LOCK).splitlines()
+    assert all(re.fullmatch(r" *#( +(via )?[\w.:()-]+)?( .*)?", line) for line in rest)
+    assert not re.search(r"://|/\w|find-links|index-url", LOCK)
+
+
+def test_builds_that_pypi_lacks_are_in_the_lock():
+    for requirement, hashes in PROJECT["tool"]["secateur"]["hashes"].items():
+        entry = next(m for m in ENTRY.finditer(LOCK) if f"{m[1]}=={m[2]}" == requirement)
+        assert all(f"--hash={value}" in entry[3] for value in hashes)
+
+
+def test_a_build_of_another_version_than_the_locked_one_is_refused():
+    add_hashes = runpy.run_path(str(ROOT / "tools/lock.py"))["add_hashes"]
+    with pytest.raises(SystemExit, match=r"builds of torch==1\.0, but the lock has torch==2"):
+        add_hashes(LOCK, {"torch==1.0": ["sha256:0"]})
+    with pytest.raises(SystemExit, match=r"builds of nothing==1\.0, but the lock has no nothing"):
+        add_hashes(LOCK, {"nothing==1.0": ["sha256:0"]})
+
+
+def test_every_supported_python_is_stated_and_tested():
+    prefix = "Programming Language :: Python :: "
+    stated = [c.removeprefix(prefix) for c in PROJECT["project"]["classifiers"] if prefix in c]
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
+    assert workflow["jobs"]["ci"]["strategy"]["matrix"]["python-version"] == stated[1:]
+    assert PROJECT["project"]["requires-python"] == f">={stated[1]}"
+    assert f"Python {stated[1]} to {stated[-1]}" in (ROOT / "README.md").read_text()
+
+
+@pytest.fixture
+def make(tmp_path):
+    """Run `make repro` in a folder with an environment that is ready; its dvc shows how it ran."""
+    for name in ("Makefile", "pyproject.toml", "requirements.lock"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / ".dvc").mkdir()
+
+    def run(folder):
+        dvc = tmp_path / folder / "bin/dvc"
+        dvc.parent.mkdir(parents=True, exist_ok=True)
+        real = Path(sys.executable).parent / "dvc"
+        dvc.write_text(f'#!/bin/sh\ncase $1 in repro) echo "$0 $@" ;; *) {real} "$@" ;; esac\n')
+        dvc.chmod(0o755)
+        (tmp_path / folder / ".ready").touch()
+        command = ["make", "repro", f"VENV={folder}"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    return run
+
+
+@pytest.mark.parametrize("place", ["", "elsewhere/"])
+def test_make_runs_the_environments_programs_wherever_it_is(place, make, tmp_path):
+    if place:
+        place = str(tmp_path / place) + "/"
+    assert (
+        make(f"{place}.venv")[-1] == f"{place or f'{tmp_path}/'}.venv/bin/dvc repro --all-pipelines"
+    )
+
+
+def test_an_archive_without_git_runs_and_a_repository_made_later_is_used(make, tmp_path):
+    assert make(".venv")[0].startswith("no Git repository here: pipelines run; ")
+    config = tmp_path / ".dvc/config.local"
+    assert "no_scm = true" in config.read_text()
+    assert len(make(".venv")) == 1  # told once
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+    assert len(make(".venv")) == 1
+    assert "no_scm" not in config.read_text()
