@@ -52,7 +52,7 @@ def read_bytes(
         raise error(f"{path}: {size:,} bytes; at most {limit:,} are read")
     try:
         with path.open("rb") as file:
-            return file.read(limit)
+            return file.read(size)  # what is appended in the meantime is left out
     except (OSError, MemoryError) as reason:
         raise error(f"{path}: cannot be read: {_reason(reason)}") from None
 

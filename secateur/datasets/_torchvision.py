@@ -19,6 +19,8 @@ from secateur.datasets._normalisation import Normalisation, normalisation
 
 IMAGES, LABELS = 0x803, 0x801
 """First four bytes of an idx file: unsigned bytes along three axes, or along one."""
+MAX_BYTES = 2**28
+"""Of a file of CIFAR: the largest has 155 MB."""
 SIDE = 28
 """Height and width of the images of all data sets in this format."""
 
@@ -105,7 +107,8 @@ def _check_file(name: str, path: Path, md5: str) -> None:
     """Raise DataError unless the file exists and has this checksum."""
     if not os.path.lexists(path):
         raise DataError(f"{name}: {path}: missing; delete {path.parent} to have it made anew")
-    file_size(path, DataError)
+    if file_size(path, DataError) > MAX_BYTES:
+        raise DataError(f"{name}: {path}: damaged: not the published file (by its size)")
     try:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False))

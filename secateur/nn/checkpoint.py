@@ -97,7 +97,10 @@ class Checkpoint:
             if self.header.shape:
                 device = next((p.device for p in model.parameters()), torch.device("cpu"))
                 with torch.inference_mode():  # a forward pass checks that layers fit each other
-                    model.eval()(torch.zeros(1, *self.header.shape, device=device))
+                    outputs = model.eval()(torch.zeros(1, *self.header.shape, device=device))
+                classes = len(self.header.classes)
+                if classes and outputs.shape != (1, classes):
+                    raise ValueError(f"{outputs.shape[-1]} outputs for {classes} classes")
         except Exception as error:  # whatever the code of a network raises on foreign tensors
             reason = cut(str(error) or type(error).__name__, 300)
             raise CheckpointError(f"{message}: {reason}") from error

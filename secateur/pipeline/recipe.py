@@ -21,20 +21,43 @@ import re
 import statistics
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import yaml
+from pydantic import ConfigDict, JsonValue, TypeAdapter
 from rich.console import Console
 from rich.table import Table
 
-from secateur.base.errors import SecateurError, SettingsError
+from secateur.base.documents import read_yaml, validated
+from secateur.base.errors import SecateurError, SettingsError, cut, shorten
 from secateur.pipeline import console, params_file
 from secateur.pipeline.record import MODELS
 
 FOLDER = Path("recipes")
+
+
+MAX_COMBINATIONS = 10_000
+"""Recipes of one table."""
+
+
+@dataclass(frozen=True)
+class _File:
+    """Content of a recipe's file, or of one combination of its table."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    about: str
+    settings: dict[str, JsonValue] = field(default_factory=dict)
+    name: str | None = None
+    base: bool = False
+    extends: str | None = None
+    table: dict[str, dict[str | int | float, dict[str, JsonValue]]] = field(default_factory=dict)
+
+
+_FILE = TypeAdapter(_File)
 
 
 @dataclass(frozen=True)
@@ -76,65 +99,77 @@ def changes(
 
 
 def _params() -> dict[str, Any]:
-    content: dict[str, Any] = yaml.safe_load(Path("params.yaml").read_text())
+    content = read_yaml(Path("params.yaml"), SettingsError)
+    if not isinstance(content, dict):
+        raise SettingsError("params.yaml: must be a table of settings")
     return content
 
 
 def load(name: str) -> Recipe:
     """Read a recipe; raises SettingsError with similar names if there is none of this name."""
     written = _written()
-    if name not in written or written[name].get("base"):
+    if name not in written or written[name].base:
         close = ", ".join(difflib.get_close_matches(name, names(), n=5)) or "none of a similar name"
         raise SettingsError(
-            f"recipe {name!r}: there is none in {FOLDER}/; there are: {close}; "
+            f"recipe {shorten(name)}: there is none in {FOLDER}/; there are: {close}; "
             "`secateur recipe` lists all"
         )
     settings = _settings(name, written, ())
     if "libraries" in settings:
         raise SettingsError(f"recipe {name}: libraries: a recipe runs with what is installed")
-    return Recipe(name, written[name]["about"], settings)
+    return Recipe(name, written[name].about, settings)
 
 
 def names() -> list[str]:
     """All recipes that can be run, sorted."""
-    return sorted(name for name, content in _written().items() if not content.get("base"))
+    return sorted(name for name, content in _written().items() if not content.base)
 
 
-def _written() -> dict[str, dict[str, Any]]:
-    """Name -> what is written under it, over all files.
+def _written() -> dict[str, _File]:
+    """Name -> what is written under it, over all files; SettingsError naming one that is wrong.
 
     A file is one recipe of its own name: `about` and `settings`, with `extends` on top of those of
     another one, with `base: true` for others to extend only. Or it has a `table` too, with settings
     for every value of every axis: then it is as many recipes as there are combinations, and `name`
     and `about` have the axes in braces.
     """
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, _File] = {}
     for path in sorted(FOLDER.glob("*.yaml")):
-        content = yaml.safe_load(path.read_text())
-        table = content.get("table", {})
-        for values in itertools.product(*(axis.items() for axis in table.values())):
-            place = {axis: str(value) for axis, (value, _) in zip(table, values, strict=True)}
-            name = content.get("name", path.stem).format_map(place)
+        content = validated(_FILE, read_yaml(path, SettingsError), str(path), SettingsError)
+        if math.prod(len(axis) for axis in content.table.values()) > MAX_COMBINATIONS:
+            raise SettingsError(f"{path}: table: more than {MAX_COMBINATIONS:,} combinations")
+        for values in itertools.product(*(axis.items() for axis in content.table.values())):
+            place = {axis: str(v) for axis, (v, _) in zip(content.table, values, strict=True)}
+            name = _fill(content.name or path.stem, place, path)
             if name in found:
-                raise SettingsError(f"{path}: there is another recipe named {name}")
-            settings = content.get("settings", {})
+                raise SettingsError(f"{path}: there is another recipe named {cut(name)}")
+            settings = content.settings
             for _, own in values:
                 settings = _merged(settings, own)
-            about = content["about"].format_map(place)
-            found[name] = content | {"about": about, "settings": settings}
+            about = _fill(content.about, place, path)
+            found[name] = replace(content, about=about, settings=settings)
     return found
 
 
-def _settings(
-    name: str, written: Mapping[str, dict[str, Any]], seen: tuple[str, ...]
-) -> dict[str, Any]:
+def _fill(text: str, place: Mapping[str, str], path: Path) -> str:
+    """The text with the values of the axes in place of their names in braces."""
+
+    def value(match: re.Match[str]) -> str:
+        if match[1] not in place:
+            raise SettingsError(f"{path}: {cut(match[0])}: table has no such axis")
+        return place[match[1]]
+
+    return re.sub(r"\{([^{}]*)\}", value, text)
+
+
+def _settings(name: str, written: Mapping[str, _File], seen: tuple[str, ...]) -> dict[str, Any]:
     """The settings of a recipe on top of those that it extends."""
-    below = written[name].get("extends")
+    below = written[name].extends
     if below is None:
-        return dict(written[name]["settings"])
+        return dict(written[name].settings)
     if below not in written or below in (*seen, name):
-        raise SettingsError(f"recipe {name}: extends {below}, which is no other recipe")
-    return _merged(_settings(below, written, (*seen, name)), written[name]["settings"])
+        raise SettingsError(f"recipe {cut(name)}: extends {cut(below)}, which is no other recipe")
+    return _merged(_settings(below, written, (*seen, name)), written[name].settings)
 
 
 def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -221,9 +256,9 @@ def apply(recipe: Recipe) -> None:
 def command(options: argparse.Namespace) -> None:
     """`secateur recipe`: list the recipes, apply one, or run it and print its table."""
     if options.name is None:
-        written = {name: c for name, c in _written().items() if not c.get("base")}
+        written = {name: c for name, c in _written().items() if not c.base}
         for name in sorted(written):
-            console.say(f"{name:{max(map(len, written))}}  {written[name]['about']}")
+            console.say(f"{name:{max(map(len, written))}}  {written[name].about}")
         return
     recipe = load(options.name)
     if options.apply:

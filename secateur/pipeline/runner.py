@@ -11,7 +11,7 @@ import pandas as pd
 from torch import Tensor, nn
 
 from secateur.base import files, machine
-from secateur.base.errors import SecateurError
+from secateur.base.errors import CheckpointError, SecateurError, cut
 from secateur.base.settings import Params, Train, section
 from secateur.base.stage import Stage, open_stage
 from secateur.data import dataset
@@ -140,7 +140,25 @@ def open_context(name: str) -> StageContext:
     for maker in spec.inputs:
         path = stage.input(MODELS[maker].folder) / "model.safetensors"
         upstream[maker] = checkpoint.load(path, params.arch, arch_settings, data.info.hash)
+        _check_record(path, upstream[maker], MODELS[maker].record)
     return StageContext(stage, data, upstream)
+
+
+def _check_record(path: Path, found: Checkpoint, path_of_record: Path) -> None:
+    """Raise CheckpointError if the file is not the one that its run record names.
+
+    Without a record nothing is compared: stages do not depend on it, so that run ids never make a
+    training stale. The hash is known from loading.
+    """
+    if not path_of_record.exists():
+        return
+    named = record.load(path_of_record).sha256
+    if named != found.sha256:
+        raise CheckpointError(
+            f"{path}: changed since it was made: its sha256 is {found.sha256[:12]}, in "
+            f"{path_of_record} it is {cut(named, 13)[:12]}; restore both by `dvc checkout`, or "
+            "make them again by `dvc repro`"
+        )
 
 
 def make(name: str, produce: Callable[[StageContext], StageResult]) -> None:
