@@ -21,6 +21,7 @@ from secateur.data.batches import first_images
 from secateur.nn import cost
 from secateur.nn.cost import LayerCost
 from secateur.pipeline import console, record, runner, tracking
+from secateur.pipeline.mlflow_store import Store
 from secateur.pipeline.record import MODELS
 from secateur.sparsity import masks
 from secateur.training.evaluation import accuracy
@@ -35,11 +36,11 @@ def main() -> None:
         stage: record.load(context.stage.input(str(MODELS[stage].record)))
         for stage in context.upstream
     }
+    histories = {stage: tracking.read_history(MODELS[stage].history) for stage in records}
     report, layers = measure(context)
     files.write_text(REPORT, json.dumps(report, indent=2) + "\n")
     files.write_text(LAYERS, layers.to_csv(index=False))
-    histories = {stage: MODELS[stage].history for stage in records}
-    store = tracking.Store()
+    store = Store()
     run_id = tracking.pipeline(records, histories, report, [REPORT, LAYERS], store)
     console.summary(report, asked(records, report), store.uri if run_id else None)
 

@@ -2,6 +2,7 @@
 
 import math
 import re
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 import yaml
 from torch import nn
 
+from secateur import cli
 from secateur.base import plugin, settings
 from secateur.base.errors import SettingsError
 from secateur.pipeline import recipe
@@ -174,6 +176,96 @@ def test_recipes_that_lead_nowhere_are_told(folder, files, name, line):
     folder(**files)
     with pytest.raises(SettingsError, match=line):
         recipe.load(name)
+
+
+GOOD = "about: a good one\nsettings: {seed: 7}\n"
+BAD = {
+    "not YAML": ("about: [\n", "not valid YAML"),
+    "empty": ("", "None in place of a table"),
+    "a list": ("- a\n- b\n", "in place of a table"),
+    "a number": ("3\n", "3 in place of a table"),
+    "bytes": (b"\xff\xfe\x00", "not valid YAML"),
+    "no about": ("settings: {}\n", "about: missing"),
+    "about a list": ("about: [1]\nsettings: {}\n", "about = [1]"),
+    "settings a list": ("about: b\nsettings: [1]\n", "settings = [1]"),
+    "unknown key": ("about: b\nsetings: {}\n", "setings: unknown"),
+    "a key twice": ("about: b\nabout: c\nsettings: {}\n", "about is there twice"),
+    "unknown braces": ("about: '{net}'\nname: x\nsettings: {}\n", "'{net}' is no axis"),
+    "open brace": ("about: 'a {'\nsettings: {}\n", "about: '{' is no axis"),
+    "format": ("about: 'a {x:>999999999}'\ntable: {x: {1: {}}}\n", "is no axis of the table (x)"),
+    "attribute": ("about: '{x.y}'\ntable: {x: {1: {}}}\n", "'{x.y}' is no axis"),
+    "table a list": ("about: b\ntable: {x: [1, 2]}\n", "table.x = [1, 2]"),
+    "axis of numbers": ("about: b\ntable: {x: {1: 2}}\n", "table.x.1 = 2"),
+    "many": (
+        "about: b\ntable:\n"
+        + "".join(f"  x{n}: {{1: {{}}, 2: {{}}, 3: {{}}, 4: {{}}}}\n" for n in range(9)),
+        "262,144 combinations",
+    ),
+    "a path as name": ("about: b\nname: ../../x\nsettings: {}\n", "name = '../../x'"),
+    "name twice": ("about: b\nname: x\ntable: {y: {1: {}, 2: {}}}\n", "another recipe named x"),
+    "name of another": ("about: b\nname: good\nsettings: {}\n", "another recipe named good"),
+    "extends nothing": ("about: b\nextends: nothing\n", "extends nothing, which is no other"),
+    "nested": ("about: b\nsettings: " + "[" * 3000 + "]" * 3000, "nested more than"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_damaged_file_is_named_after_the_list_of_the_others(case, folder, tmp_path, capsys):
+    content, words = BAD[case]
+    (tmp_path / "also.yaml").write_text(GOOD)
+    (tmp_path / "good.yaml").write_text(GOOD)
+    bad = tmp_path / "bad.yaml"
+    bad.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(SettingsError) as caught:
+        recipe.command(Namespace(name=None))
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+    place = {"extends nothing": "recipe bad", "name of another": "good.yaml"}.get(case, str(bad))
+    assert place in str(caught.value)
+    assert len(str(caught.value)) < 500
+    listed = capsys.readouterr().out.splitlines()
+    assert any(line.split()[0] == "also" and line.endswith("a good one") for line in listed)
+    assert recipe.load("also").settings == {"seed": 7}
+    with pytest.raises(SettingsError, match=r"bad|another recipe named good"):
+        recipe.load("good" if case == "name of another" else "bad")
+
+
+def test_several_damaged_files_get_a_line_each(folder, tmp_path, capsys):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.yaml").write_text("[")
+    (tmp_path / "c.yaml").mkdir()
+    (tmp_path / "good.yaml").write_text(GOOD)
+    with pytest.raises(SystemExit) as end, pytest.MonkeyPatch.context() as patch:
+        (tmp_path / "project").mkdir()
+        (tmp_path / "project" / "dvc.yaml").touch()
+        patch.chdir(tmp_path / "project")
+        cli.main(["recipe"])
+    assert end.value.code == 1
+    output = capsys.readouterr()
+    assert output.out.split() == ["good", "a", "good", "one"]
+    errors = [line for line in output.err.splitlines() if "error: " in line]
+    assert len(errors) == len(output.err.splitlines()) == 3
+
+
+@pytest.mark.parametrize("content", [None, "", "[1, 2]", "a: [", "a: 1\na: 2\n"], ids=repr)
+def test_params_that_cannot_be_read_are_told_before_a_recipe_runs(content, folder, tmp_path):
+    (tmp_path / "good.yaml").write_text(GOOD)
+    if content is not None:
+        (tmp_path / "params.yaml").write_text(content)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        for apply in (True, False):
+            with pytest.raises(SettingsError, match=r"^params\.yaml: "):
+                recipe.command(Namespace(name="good", apply=apply, seeds=[1]))
+
+
+def test_every_file_is_read_once(monkeypatch):
+    read = []
+    whole = recipe.read_yaml
+    monkeypatch.setattr(
+        recipe, "read_yaml", lambda path, error: read.append(path) or whole(path, error)
+    )
+    recipe.command(Namespace(name=None))
+    assert sorted(read) == sorted(recipe.FOLDER.glob("*.yaml"))
 
 
 def test_a_recipe_does_not_choose_versions_of_libraries(folder):

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import safetensors.torch
 import torch
 
 from secateur.base.errors import SecateurError
@@ -129,6 +130,150 @@ def test_work_is_not_done_while_its_outs_are_half_kept(project):
         with pytest.raises((OSError, SecateurError), match=r"toy\.run\.json"):
             store.finish()
         assert not store.complete
+
+
+def whole_state(folder):
+    store = ResumeStore(folder, [])
+    store.save(tensors(), INFO)
+    store.flush()
+    return (folder / "state.safetensors").read_bytes()
+
+
+def forged(folder, name, value):
+    """The state of this work with another value of a tensor, and the digest as it was."""
+    with safetensors.safe_open(folder / "state.safetensors", "pt") as file:
+        found, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+    return safetensors.torch.save(found | {name: value}, metadata)
+
+
+DAMAGED = {
+    "truncated": lambda folder, whole: whole[: len(whole) // 2],
+    "without its end": lambda folder, whole: whole[:-1],
+    "empty": lambda folder, whole: b"",
+    "junk": lambda folder, whole: bytes(range(256)) * 40,
+    "zeros": lambda folder, whole: bytes(len(whole)),
+    "pickle": lambda folder, whole: b"\x80\x02}q\x00.",
+    "foreign": lambda folder, whole: safetensors.torch.save({"x": torch.ones(3)}),
+    "of other work": lambda folder, whole: whole_state(Path("other")),
+    "one bit": lambda folder, whole: whole[:-2] + bytes([whole[-2] ^ 1]) + whole[-1:],
+    "other shape": lambda folder, whole: forged(folder, "weights", torch.ones(4, 3)),
+    "another tensor": lambda folder, whole: forged(folder, "more", torch.ones(1)),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_a_damaged_state_is_discarded_with_one_line(case, capsys):
+    folder = Path("folder")
+    whole = whole_state(folder)
+    assert ResumeStore(folder, []).load() is not None
+    (folder / "state.safetensors").write_bytes(DAMAGED[case](folder, whole))
+    store = ResumeStore(folder, [])
+    assert store.load() is None
+    line = capsys.readouterr().err
+    assert line.startswith("warning: folder/state.safetensors: ") and line.count("\n") == 1
+    assert "discarded" in line and not (folder / "state.safetensors").exists()
+    assert store.load() is None and capsys.readouterr().err == ""
+    whole_state(folder)
+    assert ResumeStore(folder, []).load()[1] == INFO
+
+
+@pytest.mark.parametrize("what", ["folder", "fifo", "link"])
+@pytest.mark.parametrize("name", ["state.safetensors", "notes.json"])
+def test_what_is_no_file_is_discarded_too(name, what, capsys):
+    path = Path("folder") / name
+    path.parent.mkdir()
+    {"folder": path.mkdir, "fifo": lambda: os.mkfifo(path), "link": lambda: path.symlink_to("no")}[
+        what
+    ]()
+    store = ResumeStore(Path("folder"), [])
+    assert store.load() is None and store.note("run_id") is None
+    assert capsys.readouterr().err.count("\n") == 1
+    assert store.note("run_id", "abc") == "abc"
+    whole_state(Path("folder"))
+    assert ResumeStore(Path("folder"), []).load() is not None
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"[]", b"[1, 2]", b"3", b"{", b"\xff\x00", b'{"run_id": 3}', b'{"seconds": "long"}',
+     b'{"seconds": NaN}', b'{"seconds": -1}', b'{"seconds": true}', b"[" * 90_000],
+)  # fmt: skip
+def test_damaged_notes_are_discarded_with_one_line(content, capsys):
+    Path("folder").mkdir()
+    Path("folder/notes.json").write_bytes(content)
+    store = ResumeStore(Path("folder"), [])
+    assert store.note("run_id") is None
+    line = capsys.readouterr().err
+    assert line.startswith("warning: folder/notes.json: ") and line.count("\n") == 1
+    assert store.note("seconds", 2.0) == 2.0
+    assert json.loads(Path("folder/notes.json").read_text()) == {"seconds": 2.0}
+
+
+def lose(done):
+    shutil.rmtree(done / "models")
+
+
+OUTS_LOST = {
+    "all": lose,
+    "one": lambda done: (done / "models/toy.run.json").unlink(),
+    "half of one": lambda done: (done / "models/toy/model").write_text("ma"),
+    "a file more": lambda done: (done / "models/toy/more").write_text(""),
+    "a file for a folder": lambda done: (lose(done), (done / "models").write_text("")),
+    "list empty": lambda done: (done / "complete").write_text(""),
+    "list junk": lambda done: (done / "complete").write_bytes(b"\xff"),
+    "list of nothing": lambda done: (done / "complete").write_text("{}"),
+    "list a folder": lambda done: ((done / "complete").unlink(), (done / "complete").mkdir()),
+}
+
+
+@pytest.mark.parametrize("case", OUTS_LOST)
+def test_finished_outs_that_are_not_whole_are_discarded_with_one_line(case, capsys):
+    with single_flight(stage(), OUTS, nobody) as store:
+        write_outs("made")
+        store.finish()
+    OUTS_LOST[case](store.folder / "done")
+    with single_flight(stage(), OUTS, nobody) as store:
+        assert not store.complete
+        line = capsys.readouterr().err
+        assert line.startswith("warning: ") and line.count("\n") == 1 and "discarded" in line
+        assert not (store.folder / "done").exists()
+        write_outs("made")
+        store.finish()
+        assert store.complete
+
+
+@pytest.mark.parametrize("place", [".", "baseline", "fingerprint", "lock", "done"])
+def test_what_lies_in_the_way_is_removed_or_renamed(place, project, capsys):
+    root = project / ".resume"
+    folder = root / "baseline" / stage().fingerprint
+    path = {".": root, "baseline": folder.parent, "fingerprint": folder}.get(place, folder / place)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.mkdir() if place == "lock" else path.write_text("not ours")
+    with single_flight(stage(), OUTS, nobody) as store:
+        assert not store.complete
+        write_outs("made")
+        store.finish()
+        assert store.complete
+    line = capsys.readouterr().err
+    assert line.startswith("warning: ") and line.count("\n") == 1
+    kept = [path.read_text() for path in project.glob(".resume.*")]
+    assert kept == (["not ours"] if place == "." else [])
+
+
+def test_it_is_known_whether_a_process_works_on_a_fingerprint():
+    fingerprint = stage().fingerprint
+    with resume.unused("baseline", fingerprint) as free:
+        assert free, "there is no folder of it"
+    with another_process(worker) as (pipe, process):
+        assert told(pipe) == "working"
+        with resume.unused("baseline", fingerprint) as free:
+            assert not free
+        os.kill(process.pid, signal.SIGKILL)
+        process.join(600)
+        with resume.unused("baseline", fingerprint) as free:
+            assert free
+    with single_flight(stage(), OUTS, nobody), resume.unused("baseline", fingerprint) as free:
+        assert not free, "this process works on it"
 
 
 def test_notes_are_remembered_one_by_one():

@@ -18,7 +18,10 @@ ROOMS = [
     "base", "sparsity", "nn", "data", "training", "channels", "gconv", "pruning", "pipeline",
 ]  # fmt: skip
 """Top to bottom: a room imports only from those before it."""
-OBSERVERS = {f"secateur/pipeline/{name}.py" for name in ("tracking", "console", "preflight")}
+OBSERVERS = {
+    f"secateur/pipeline/{name}.py"
+    for name in ("tracking", "mlflow_store", "mlflow_file", "console", "preflight")
+}
 """No result depends on them."""
 WIRING = yaml.safe_load((ROOT / "dvc.yaml").read_text())
 APART = yaml.safe_load((ROOT / "stages/sensitivity/dvc.yaml").read_text())

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import sqlite3
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +78,11 @@ def open_stage(name: str, pipeline: str = "dvc.yaml") -> Stage:
         raise SettingsError(f"dvc.yaml: {error}; run from the root of a DVC project") from None
     except DvcException as error:
         raise SettingsError(f"dvc.yaml: {error}") from None
+    except sqlite3.Error as error:
+        raise SecateurError(
+            f"DVC cannot use the database in which it remembers hashes of files: {error}; is the "
+            "disk full, or the size of files limited?"
+        ) from None
     params = settings.Params.declared(declared)
     if "libraries" in declared:
         _check_libraries(params.libraries)

@@ -20,14 +20,14 @@ import math
 import re
 import statistics
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import yaml
-from pydantic import ConfigDict, JsonValue, TypeAdapter
+from pydantic import BaseModel, ConfigDict, JsonValue, TypeAdapter
 from rich.console import Console
 from rich.table import Table
 
@@ -37,27 +37,8 @@ from secateur.pipeline import console, params_file
 from secateur.pipeline.record import MODELS
 
 FOLDER = Path("recipes")
-
-
-MAX_COMBINATIONS = 10_000
-"""Recipes of one table."""
-
-
-@dataclass(frozen=True)
-class _File:
-    """Content of a recipe's file, or of one combination of its table."""
-
-    __pydantic_config__ = ConfigDict(extra="forbid")
-
-    about: str
-    settings: dict[str, JsonValue] = field(default_factory=dict)
-    name: str | None = None
-    base: bool = False
-    extends: str | None = None
-    table: dict[str, dict[str | int | float, dict[str, JsonValue]]] = field(default_factory=dict)
-
-
-_FILE = TypeAdapter(_File)
+MAX_RECIPES = 10_000
+"""Of one file."""
 
 
 @dataclass(frozen=True)
@@ -101,75 +82,137 @@ def changes(
 def _params() -> dict[str, Any]:
     content = read_yaml(Path("params.yaml"), SettingsError)
     if not isinstance(content, dict):
-        raise SettingsError("params.yaml: must be a table of settings")
+        raise SettingsError(f"params.yaml: {shorten(content)} in place of a table of settings")
     return content
 
 
 def load(name: str) -> Recipe:
-    """Read a recipe; raises SettingsError with similar names if there is none of this name."""
-    written = _written()
-    if name not in written or written[name].base:
-        close = ", ".join(difflib.get_close_matches(name, names(), n=5)) or "none of a similar name"
+    """The recipe of this name; SettingsError with the names there are if there is none."""
+    library = _read_all()
+    if name not in library.names:
+        close = difflib.get_close_matches(name, library.names, n=5)
+        unread = "".join(f"; {error}" for error in library.errors)
         raise SettingsError(
-            f"recipe {shorten(name)}: there is none in {FOLDER}/; there are: {close}; "
-            "`secateur recipe` lists all"
+            f"recipe {shorten(name)}: there is none in {FOLDER}/; there are: "
+            f"{', '.join(close) or 'none of a similar name'}; `secateur recipe` lists all{unread}"
         )
-    settings = _settings(name, written, ())
+    settings = library.settings(name)
     if "libraries" in settings:
         raise SettingsError(f"recipe {name}: libraries: a recipe runs with what is installed")
-    return Recipe(name, written[name].about, settings)
+    return Recipe(name, library.written[name].about, settings)
 
 
 def names() -> list[str]:
     """All recipes that can be run, sorted."""
-    return sorted(name for name, content in _written().items() if not content.base)
+    return _read_all().names
 
 
-def _written() -> dict[str, _File]:
-    """Name -> what is written under it, over all files; SettingsError naming one that is wrong.
+class _Written(BaseModel):
+    """What is written under a name.
 
     A file is one recipe of its own name: `about` and `settings`, with `extends` on top of those of
     another one, with `base: true` for others to extend only. Or it has a `table` too, with settings
     for every value of every axis: then it is as many recipes as there are combinations, and `name`
     and `about` have the axes in braces.
     """
-    found: dict[str, _File] = {}
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    about: str
+    settings: dict[str, JsonValue] = {}
+    extends: str | None = None
+    base: bool = False
+    name: str | None = None
+    table: dict[str, dict[str | int | float, dict[str, JsonValue]]] = {}
+
+
+_WRITTEN = TypeAdapter(_Written)
+
+
+@dataclass(frozen=True)
+class _Library:
+    """All recipes of the folder; each file is read once."""
+
+    written: dict[str, _Written]
+    """By name, with the values of the axes filled in."""
+    errors: list[str]
+    """One line for every file that is damaged; its recipes are left out."""
+
+    @property
+    def names(self) -> list[str]:
+        """All recipes that can be run, sorted."""
+        return sorted(name for name, found in self.written.items() if not found.base)
+
+    def settings(self, name: str) -> dict[str, Any]:
+        """The settings of a recipe on top of those that it extends; SettingsError for a circle."""
+        chain = [name]
+        while (below := self.written[chain[-1]].extends) is not None:
+            if below not in self.written or below in chain:
+                raise SettingsError(
+                    f"recipe {chain[-1]}: extends {cut(below)}, which is no other recipe"
+                )
+            chain.append(below)
+        settings: dict[str, Any] = {}
+        for each in reversed(chain):
+            settings = _merged(settings, self.written[each].settings)
+        return settings
+
+
+def _read_all() -> _Library:
+    """The recipes of all files, and what is wrong with the others."""
+    library, seen = _Library({}, []), set[str]()
     for path in sorted(FOLDER.glob("*.yaml")):
-        content = validated(_FILE, read_yaml(path, SettingsError), str(path), SettingsError)
-        if math.prod(len(axis) for axis in content.table.values()) > MAX_COMBINATIONS:
-            raise SettingsError(f"{path}: table: more than {MAX_COMBINATIONS:,} combinations")
-        for values in itertools.product(*(axis.items() for axis in content.table.values())):
-            place = {axis: str(v) for axis, (v, _) in zip(content.table, values, strict=True)}
-            name = _fill(content.name or path.stem, place, path)
-            if name in found:
-                raise SettingsError(f"{path}: there is another recipe named {cut(name)}")
-            settings = content.settings
-            for _, own in values:
-                settings = _merged(settings, own)
-            about = _fill(content.about, place, path)
-            found[name] = replace(content, about=about, settings=settings)
+        try:
+            found = _read(path)
+        except SettingsError as error:
+            library.errors.append(str(error))
+            continue
+        for name, recipe in found.items():
+            if name in seen:  # which of them is meant cannot be known
+                library.written.pop(name, None)
+                library.errors.append(f"{path}: there is another recipe named {name}")
+            else:
+                library.written[name] = recipe
+        seen |= found.keys()
+    return library
+
+
+def _read(path: Path) -> dict[str, _Written]:
+    """The recipes of one file by name; SettingsError if it is damaged."""
+    content: _Written = validated(
+        _WRITTEN, read_yaml(path, SettingsError), str(path), SettingsError
+    )
+    count = math.prod(len(axis) for axis in content.table.values())
+    if count > MAX_RECIPES:
+        raise SettingsError(f"{path}: table: {count:,} combinations; at most {MAX_RECIPES:,}")
+    found: dict[str, _Written] = {}
+    for values in itertools.product(*(axis.items() for axis in content.table.values())):
+        filled = {axis: str(value) for axis, (value, _) in zip(content.table, values, strict=True)}
+        name = _filled(content.name or path.stem, filled, f"{path}: name")
+        if not re.fullmatch(r"[\w.-]+", name):
+            raise SettingsError(
+                f"{path}: name = {shorten(name)}: letters, digits, '.', '-' and '_' are allowed"
+            )
+        if name in found:
+            raise SettingsError(f"{path}: there is another recipe named {name}")
+        settings = content.settings
+        for _, own in values:
+            settings = _merged(settings, own)
+        about = _filled(content.about, filled, f"{path}: about")
+        found[name] = content.model_copy(update={"about": about, "settings": settings})
     return found
 
 
-def _fill(text: str, place: Mapping[str, str], path: Path) -> str:
-    """The text with the values of the axes in place of their names in braces."""
+def _filled(text: str, values: Mapping[str, str], where: str) -> str:
+    """The text with `{axis}` replaced by its value; SettingsError for other braces."""
 
     def value(match: re.Match[str]) -> str:
-        if match[1] not in place:
-            raise SettingsError(f"{path}: {cut(match[0])}: table has no such axis")
-        return place[match[1]]
+        if match[1] not in values:
+            known = ", ".join(values) or "none"
+            raise SettingsError(f"{where}: {shorten(match[0])} is no axis of the table ({known})")
+        return values[match[1]]
 
-    return re.sub(r"\{([^{}]*)\}", value, text)
-
-
-def _settings(name: str, written: Mapping[str, _File], seen: tuple[str, ...]) -> dict[str, Any]:
-    """The settings of a recipe on top of those that it extends."""
-    below = written[name].extends
-    if below is None:
-        return dict(written[name].settings)
-    if below not in written or below in (*seen, name):
-        raise SettingsError(f"recipe {cut(name)}: extends {cut(below)}, which is no other recipe")
-    return _merged(_settings(below, written, (*seen, name)), written[name].settings)
+    return re.sub(r"\{([^{}]*)\}|[{}]", value, text)
 
 
 def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -184,11 +227,11 @@ def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any
 
 def run(recipe: Recipe, seeds: Sequence[int]) -> list[dict[str, Any]]:
     """Run one experiment per seed; returns their reports, with the seconds of every stage."""
-    reports = []
+    overrides, reports = recipe.overrides, []
     for seed in seeds:
         name = f"{recipe.name}-seed{seed}"
         subprocess.run(["dvc", "exp", "remove", "-q", name], capture_output=True, check=False)
-        command = ["dvc", "exp", "run", "--temp", "-n", name, *recipe.overrides, "-S"]
+        command = ["dvc", "exp", "run", "--temp", "-n", name, *overrides, "-S"]
         if subprocess.run([*command, f"seed={seed}"], check=False).returncode:
             raise SecateurError(f"recipe {recipe.name}: seed {seed} failed (see above)")
         reports.append(_report(name))
@@ -237,6 +280,8 @@ def show(recipe: Recipe, seeds: Sequence[int], reports: Sequence[dict[str, Any]]
 
 def _alive(report: dict[str, Any]) -> str:
     """Outputs of every layer of the finetuned network that are alive."""
+    import pandas as pd
+
     layers = pd.read_csv(io.StringIO(report["layers"]))
     return "-".join(map(str, layers[layers.model == "finetuned"].filters_alive))
 
@@ -256,12 +301,28 @@ def apply(recipe: Recipe) -> None:
 def command(options: argparse.Namespace) -> None:
     """`secateur recipe`: list the recipes, apply one, or run it and print its table."""
     if options.name is None:
-        written = {name: c for name, c in _written().items() if not c.base}
-        for name in sorted(written):
-            console.say(f"{name:{max(map(len, written))}}  {written[name].about}")
+        _list()
         return
     recipe = load(options.name)
     if options.apply:
         apply(recipe)
     else:
         show(recipe, options.seeds, run(recipe, options.seeds))
+
+
+def _list() -> None:
+    """Print a line for each recipe, and an error for each file that is damaged."""
+    library = _read_all()
+    errors = list(library.errors)
+    width = max(map(len, library.names), default=0)
+    for name in library.names:
+        try:
+            library.settings(name)
+        except SettingsError as error:
+            errors.append(str(error))
+        else:
+            console.say(f"{name:{width}}  {library.written[name].about}")
+    for message in errors[:-1]:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    if errors:
+        raise SettingsError(errors[-1])

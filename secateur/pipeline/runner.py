@@ -11,7 +11,7 @@ import pandas as pd
 from torch import Tensor, nn
 
 from secateur.base import files, machine
-from secateur.base.errors import CheckpointError, SecateurError, cut
+from secateur.base.errors import CheckpointError, cut
 from secateur.base.settings import Params, Train, section
 from secateur.base.stage import Stage, open_stage
 from secateur.data import dataset
@@ -19,6 +19,7 @@ from secateur.data.dataset import Dataset
 from secateur.nn import checkpoint, norms
 from secateur.nn.checkpoint import Checkpoint, Header
 from secateur.pipeline import console, record, tracking
+from secateur.pipeline.mlflow_store import Store
 from secateur.pipeline.record import MODELS, STAGES
 from secateur.sparsity.choices import Choices
 from secateur.sparsity.masks import Masks
@@ -212,9 +213,10 @@ def _once(
     model = MODELS[name]
     outs = [model.folder, str(model.record)]
     with resume.single_flight(context.stage, outs, lambda: console.waiting(name)) as store:
+        complete = store.complete
         if engine is not None:
-            engine.broadcast(store.complete)
-        if store.complete:
+            engine.broadcast(complete)
+        if complete:
             store.restore_outs()
             console.taken(name)
             return
@@ -223,8 +225,12 @@ def _once(
         gc.freeze()  # what the imports made lives as long as the process: nothing to collect there
         try:
             result = produce(store, [run, clock])
-        except SecateurError:
-            run.fail()
+        except Exception:
+            run.end("FAILED")
+            raise
+        except BaseException:  # Ctrl-C, SIGTERM: the state first, which is worth more than a status
+            store.flush()
+            run.end("KILLED")
             raise
         _write(context, result, run, clock.total())
         store.finish()
@@ -272,7 +278,7 @@ def _open_run(context: StageContext, store: resume.ResumeStore) -> tracking.Run:
     for maker in context.upstream:
         path = MODELS[maker].record  # only for the link, so it may be missing
         upstream[maker] = record.load(path) if path.exists() else None
-    run = tracking.Run(tracking.Store(), context.stage, upstream)
+    run = tracking.Run(Store(), context.stage, upstream)
     info = context.data.info
     run.open(store.note("run_id"), {"name": info.name, "hash": info.hash})
     store.note("run_id", run.id)

@@ -8,17 +8,23 @@ experiment of the repository; what is there already is left alone.
 """
 
 import argparse
-import io
-import json
+import contextlib
+import os
+import sqlite3
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from secateur.base.errors import SecateurError
+from secateur.base import files
+from secateur.base.documents import parse_json
+from secateur.base.errors import SecateurError, cut
 from secateur.pipeline import console, record, tracking
+from secateur.pipeline.mlflow_store import Store, tracking_on
 from secateur.pipeline.record import MODELS, RunRecord
+from secateur.training.callbacks import Row
 
 REPORT, LAYERS = "metrics/evaluate.json", "metrics/layers.csv"
 
@@ -34,78 +40,117 @@ class Source:
 
 
 def command(options: argparse.Namespace) -> None:
-    """`secateur sync`: restore runs and pipeline runs from every source."""
-    store = tracking.Store()
-    if store.client is None:
-        console.fail("MLflow cannot be reached, or SECATEUR_TRACKING is off")
-    written = 0
+    """`secateur sync`: restore runs and pipeline runs from every source.
+
+    A damaged source does not keep the others from being written; SecateurError at the end names it.
+    """
+    if not tracking_on():
+        raise SecateurError("SECATEUR_TRACKING is off, so there is nothing to write into")
+    store = Store(strict=True)
+    written, errors = 0, []
     for source in sources(options.all):
         try:
             written += write(store, source)
         except SecateurError as error:
-            console.say(f"{source.name or 'workspace'}: {error}")
+            if store.client is None:  # not the source but MLflow
+                raise
+            errors.append(f"{source.name or 'workspace'}: {error}")
     console.say(f"{written} runs written; the store is {store.uri}")
+    for message in errors[:-1]:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    if errors:
+        raise SecateurError(errors[-1])
 
 
 def sources(everything: bool) -> Iterator[Source]:
     """The workspace, then every experiment whose records are in the cache or the remote."""
-    from dvc.api import DVCFileSystem
-    from dvc.repo import Repo
-
     wanted = [REPORT, LAYERS]
     wanted += [str(path) for model in MODELS.values() for path in (model.record, model.history)]
-    yield Source(None, {p: Path(p).read_bytes() for p in wanted if Path(p).exists()})
+    there = [Path(path) for path in wanted if os.path.lexists(path)]
+    yield Source(None, {str(path): files.read_bytes(path, SecateurError) for path in there})
     if not everything:
         return
-    with Repo() as repo:
-        found = repo.experiments.ls(all_commits=True)
-    for name, revision in [pair for pairs in found.values() for pair in pairs]:
-        tree = DVCFileSystem(rev=revision or name)
-        files: dict[str, bytes] = {}
-        for path in wanted:
-            try:
-                files[path] = tree.read_bytes(path)
-            except (FileNotFoundError, OSError):  # never pushed, or collected
-                continue
-        yield Source(name, files)
+    from dvc.api import DVCFileSystem
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+
+    try:
+        with Repo() as repo:
+            found = repo.experiments.ls(all_commits=True)
+        for name, revision in [pair for pairs in found.values() for pair in pairs]:
+            tree = DVCFileSystem(rev=revision or name)
+            contents: dict[str, bytes] = {}
+            for path in wanted:
+                with contextlib.suppress(FileNotFoundError, OSError):  # never pushed, or collected
+                    contents[path] = tree.read_bytes(path)
+            yield Source(name, contents)
+    except (DvcException, sqlite3.Error) as error:
+        raise SecateurError(f"DVC cannot read its experiments: {error}") from None
 
 
-def write(store: tracking.Store, source: Source) -> int:
+def write(store: Store, source: Source) -> int:
     """Restore the stage runs of a source, then its pipeline run; returns how many were missing."""
     where = source.name or "workspace"
     records: dict[str, RunRecord] = {}
+    histories: dict[str, list[Row]] = {}
+    for stage, model in MODELS.items():
+        content = source.files.get(str(model.record))
+        if content is None:
+            console.say(f"{where}: {model.record} is not here (`dvc pull` may bring it)")
+            break
+        records[stage] = record.parse(content, str(model.record))
+        history = source.files.get(str(model.history))
+        if history is not None:
+            histories[stage] = tracking.parse_history(history, str(model.history))
+    written = store.attempt(lambda: _write_runs(store, where, records, histories)) or 0
+    if len(records) < len(MODELS):
+        return written
+    if REPORT not in source.files:
+        console.say(f"{where}: {REPORT} is not here; `dvc repro` makes it and its run")
+        return written
+    report = _parse_report(source.files[REPORT])
+    with tempfile.TemporaryDirectory() as scratch:
+        artifacts = []
+        for path in (REPORT, LAYERS):
+            if path in source.files:
+                artifacts.append(Path(scratch) / Path(path).name)
+                artifacts[-1].write_bytes(source.files[path])
+        known = store.attempt(lambda: tracking.find_pipeline(store, records))
+        run_id = tracking.pipeline(records, histories, report, artifacts, store, source.name)
+    if run_id and not known:
+        written += 1
+        console.say(f"{where}: pipeline run written as {run_id}")
+    return written
+
+
+def _write_runs(
+    store: Store,
+    where: str,
+    records: Mapping[str, RunRecord],
+    histories: Mapping[str, list[Row]],
+) -> int:
+    """Restore the runs of these stages, in their order; returns how many were missing."""
     ids: dict[str, str] = {}
     written = 0
-    with tempfile.TemporaryDirectory() as scratch:
-        histories: dict[str, Path] = {}
-        for stage, model in MODELS.items():
-            content = source.files.get(str(model.record))
-            if content is None:
-                console.say(f"{where}: {model.record} is not here (`dvc pull` may bring it)")
-                return written
-            records[stage] = record.parse(content, str(model.record))
-            histories[stage] = Path(scratch) / f"{stage}.csv"
-            history = source.files.get(str(model.history))
-            if history is not None:
-                histories[stage].write_bytes(history)
-            rows = tracking.read_history(histories[stage])
-            links = {maker: ids[maker] for maker in records[stage].upstream if maker in ids}
-            ids[stage], made = tracking.restore(store, records[stage], rows, links)
+    with store.lock:
+        for stage, found in records.items():
+            links = {maker: ids[maker] for maker in found.upstream if maker in ids}
+            ids[stage], made = tracking.restore(store, found, histories.get(stage, []), links)
             if made:
                 written += 1
                 console.say(f"{where}: {stage} restored as {ids[stage]}")
-        if REPORT not in source.files:
-            console.say(f"{where}: {REPORT} is not here; `dvc repro` makes it and its run")
-            return written
-        report: dict[str, Any] = json.load(io.BytesIO(source.files[REPORT]))
-        files = []
-        for path in (REPORT, LAYERS):
-            if path in source.files:
-                files.append(Path(scratch) / Path(path).name)
-                files[-1].write_bytes(source.files[path])
-        known = tracking.find_pipeline(store, records)
-        run_id = tracking.pipeline(records, histories, report, files, store, source.name)
-        if run_id and not known:
-            written += 1
-            console.say(f"{where}: pipeline run written as {run_id}")
     return written
+
+
+def _parse_report(content: bytes) -> dict[str, Any]:
+    """The report of evaluate; SecateurError if it is not one."""
+    try:
+        report = parse_json(content)
+        rows = [report[model.key] for model in MODELS.values()]
+        numbers = [row["accuracy"] for row in rows] + [report[key] for key in tracking.HEADLINES]
+        if not all(isinstance(number, int | float) for number in numbers):
+            raise ValueError("a value that is not a number")
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else error
+        raise SecateurError(f"{REPORT}: not a report of evaluate: {cut(str(reason))}") from None
+    return report

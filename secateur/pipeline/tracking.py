@@ -3,110 +3,30 @@
 One run for every stage that really ran, with the params that dvc.yaml declares for it, and one
 `pipeline` run for every result, with the params and metrics of the whole chain and links to its
 stage runs. DVC's files are the truth: whatever is missing here can be written again from them
-(`python -m secateur.sync`). Nothing in this file may stop a stage: the first failure is one line
-of warning, and the rest of the stage goes untracked.
+(`secateur sync`). Nothing in this file may stop a stage: the first failure is one line of warning,
+and the rest of the stage goes untracked.
 """
 
-import contextlib
 import csv
 import functools
 import hashlib
+import io
 import json
 import os
 import re
-import socket
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
-from urllib.parse import urlparse
+from typing import Any
 
-from filelock import FileLock
-
-from secateur.base.stage import Stage, project_root
+from secateur.base.errors import SecateurError, cut
+from secateur.base.stage import Stage
+from secateur.pipeline.mlflow_store import Store, clone_tags
 from secateur.pipeline.record import MODELS, STAGES, RunRecord, flat
 from secateur.training.callbacks import Callback, Row
 
-EXPERIMENT = "secateur"
 HEADLINES = ("compression", "theoretical_speedup", "measured_speedup")
-
-R = TypeVar("R")
-
-
-class Store:
-    """A connection to MLflow; when it fails, the stage goes on without it."""
-
-    def __init__(self) -> None:
-        self.uri: str | None = None
-        self.client: Any = None
-        self.experiment = ""
-        if os.environ.get("SECATEUR_TRACKING", "on").lower() not in ("off", "0", "false", "no"):
-            self.attempt(self._connect)
-
-    def attempt(self, action: Callable[[], R]) -> R | None:
-        """Call `action` and return its result; on an error warn, and use MLflow no more."""
-        try:
-            return action()
-        except Exception as error:  # whatever MLflow throws, the stage goes on
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
-            print(
-                f"warning: MLflow ({self.uri}) failed, the rest of this stage goes untracked "
-                f"(`make sync` makes up for it later): {reason}",
-                file=sys.stderr,
-                flush=True,
-            )
-            self.client = None
-            return None
-
-    def _connect(self) -> None:
-        root = project_root()
-        self.uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root / 'mlflow.db'}"
-        remote = urlparse(self.uri).scheme in ("http", "https")
-        if remote:
-            _knock(self.uri)
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        # two processes that make a fresh store at the same time destroy it
-        with _quiet_start(), FileLock(root / ".mlflow.lock"):
-            import mlflow
-
-            mlflow.set_tracking_uri(self.uri)
-            client = mlflow.MlflowClient(self.uri)
-            name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
-            found = client.get_experiment_by_name(name)
-            # named outright, else it lies wherever the first stage happened to run
-            place = None if remote else (root / "mlruns" / name).as_uri()
-            self.experiment = (
-                found.experiment_id
-                if found
-                else client.create_experiment(name, artifact_location=place)
-            )
-        self.client = client
-
-    def runs(self, condition: str) -> list[Any]:
-        """Runs of the experiment that match an MLflow filter."""
-        return list(self.client.search_runs([self.experiment], condition))
-
-    def knows(self, run_id: str | None) -> bool:
-        """Whether the run is in this store, and not deleted."""
-        if run_id is None:
-            return False
-        try:
-            return self.client.get_run(run_id).info.lifecycle_stage == "active"
-        except Exception as error:
-            if "RESOURCE_DOES_NOT_EXIST" in str(getattr(error, "error_code", error)):
-                return False
-            raise
-
-    def log(self, run_id: str, metrics: Sequence[Any] = (), params: Sequence[Any] = ()) -> None:
-        """Log any number of metrics and params in as few calls as MLflow allows."""
-        metrics = list(metrics)
-        for start in range(0, max(len(metrics), 1), 1000):
-            batch = metrics[start : start + 1000]
-            self.client.log_batch(run_id, metrics=batch, params=params if start == 0 else ())
 
 
 class Run(Callback):
@@ -124,10 +44,16 @@ class Run(Callback):
         """Resume the run `run_id` if this store has it, or begin one."""
         if self.store.client is None:
             return
-        if run_id and self.store.attempt(lambda: self.store.knows(run_id)):
-            self.id = run_id
-        elif self.store.client is not None:
-            self.id = self.store.attempt(lambda: self._create(dataset))
+        self.id = self.store.attempt(lambda: self._resume(run_id) or self._create(dataset))
+
+    def _resume(self, run_id: str | None) -> str | None:
+        """Set an interrupted run to RUNNING again; None if this store does not have it."""
+        status = self.store.status(run_id)
+        if status is None:
+            return None
+        if status != "RUNNING":
+            self.store.client.update_run(run_id, "RUNNING")
+        return run_id
 
     def _create(self, dataset: Mapping[str, Any]) -> str:
         links = {f"upstream.{name}": r.run_id for name, r in self.upstream.items() if r.run_id}
@@ -141,6 +67,21 @@ class Run(Callback):
 
             self.store.client.log_inputs(run_id, models=[LoggedModelInput(i) for i in inputs])
         return run_id
+
+    def on_train_start(self, epochs: int, steps_per_epoch: int, history: Sequence[Row]) -> None:
+        """Log the epochs that were saved, but not sent before the process was killed."""
+        if self.id is None or not history or self.store.client is None:
+            return
+
+        def log_missing() -> None:
+            logged = self.store.client.get_metric_history(self.id, "epoch/train_loss")
+            steps = {metric.step for metric in logged}
+            now = time.time()
+            rows = [(row, now) for row in history if int(row["epoch"]) not in steps]
+            if rows:
+                self.store.log(str(self.id), _metrics(rows))
+
+        self.store.attempt(log_missing)
 
     def on_epoch_end(self, row: Row) -> None:
         """Remember an epoch."""
@@ -161,16 +102,16 @@ class Run(Callback):
             lambda: _close_run(self.store, str(self.id), self.stage.name, metrics, model, sha256)
         )
 
-    def fail(self) -> None:
-        """End the run as failed."""
+    def end(self, status: str) -> None:
+        """End the run as FAILED, or as KILLED; the process that resumes it takes it up again."""
         self.on_state_saved()
         if self.id is not None and self.store.client is not None:
-            self.store.attempt(lambda: self.store.client.set_terminated(self.id, "FAILED"))
+            self.store.attempt(lambda: self.store.client.set_terminated(self.id, status))
 
 
 def pipeline(
     records: Mapping[str, RunRecord],
-    histories: Mapping[str, Path],
+    histories: Mapping[str, Sequence[Row]],
     report: Mapping[str, Any],
     files: Sequence[Path],
     store: Store | None = None,
@@ -182,27 +123,26 @@ def pipeline(
     at the time) are restored from the records first.
     """
     store = store or Store()
-    if store.client is None:
-        return None
-    return store.attempt(
-        lambda: _pipeline(store, records, histories, report, files, experiment_name)
-    )
+
+    def write() -> str:
+        with store.lock:
+            return _pipeline(store, records, histories, report, files, experiment_name)
+
+    return None if store.client is None else store.attempt(write)
 
 
 def _pipeline(
     store: Store,
     records: Mapping[str, RunRecord],
-    histories: Mapping[str, Path],
+    histories: Mapping[str, Sequence[Row]],
     report: Mapping[str, Any],
     files: Sequence[Path],
     experiment_name: str | None,
 ) -> str:
     ids: dict[str, str] = {}
     for name, record in records.items():
-        rows = read_history(histories[name]) if name in histories else []
-        ids[name], _ = restore(
-            store, record, rows, {k: ids[k] for k in record.upstream if k in ids}
-        )
+        links = {maker: ids[maker] for maker in record.upstream if maker in ids}
+        ids[name], _ = restore(store, record, histories.get(name, ()), links)
     params: dict[str, Any] = {}
     for record in records.values():
         params |= flat(record.params)
@@ -249,14 +189,17 @@ def find_pipeline(store: Store, records: Mapping[str, RunRecord]) -> str | None:
 def restore(
     store: Store, record: RunRecord, rows: Sequence[Row], upstream: Mapping[str, str]
 ) -> tuple[str, bool]:
-    """Find the run of this record in the store, or make it from the record.
+    """Find the run of this record in the store, or make it from the record; under `store.lock`.
 
-    Returns its id, and whether it was made.
+    Returns its id, and whether it was made. A restored run that is not finished was left by a
+    process that was killed while it wrote it, and is made anew.
     """
-    if store.knows(record.run_id):
+    if store.status(record.run_id) is not None:
         return str(record.run_id), False
-    if found := store.runs(f"tags.`origin.run_id` = '{record.identity}'"):
-        return str(found[0].info.run_id), False
+    for run in store.runs(f"tags.`origin.run_id` = '{record.identity}'"):
+        if run.info.status == "FINISHED":
+            return str(run.info.run_id), False
+        store.client.delete_run(run.info.run_id)
     tags = _tags(record.stage) | {
         "restored": "true",
         "origin.run_id": record.identity,
@@ -272,10 +215,20 @@ def restore(
 
 def read_history(path: Path) -> list[Row]:
     """The rows of a history.csv; none if there is no such file."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as lines:
-        return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(lines)]
+    return parse_history(path.read_bytes(), str(path)) if path.is_file() else []
+
+
+def parse_history(content: bytes, where: str) -> list[Row]:
+    """The rows in the content of a history.csv; raises SecateurError, beginning with `where`."""
+    try:
+        lines = csv.DictReader(io.StringIO(content.decode(), newline=""), strict=True)
+        rows = [{key: float(value) for key, value in row.items() if value} for row in lines]
+        if [row["epoch"] for row in rows] != [*range(1, len(rows) + 1)]:
+            raise ValueError("its rows are not the epochs 1, 2, ...")
+    except (ValueError, TypeError, KeyError, csv.Error) as error:
+        reason = f"no column {error}" if isinstance(error, KeyError) else error
+        raise SecateurError(f"{where}: not a table of epochs: {cut(str(reason))}") from None
+    return rows
 
 
 def _create_run(
@@ -343,6 +296,7 @@ def _tags(stage: str) -> dict[str, str]:
         "dvc.exp_baseline_rev": os.environ.get("DVC_EXP_BASELINE_REV", ""),
         "mlflow.source.name": f"stages/{STAGES[stage].module}.py",
         "mlflow.source.git.commit": _commit(),
+        **clone_tags(),
     }
     return {key: value for key, value in tags.items() if value}
 
@@ -400,23 +354,3 @@ def _metrics(rows: Sequence[tuple[Row, float]]) -> list[Any]:
 
 def _number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _knock(uri: str) -> None:
-    """Raise OSError within seconds if no server listens at `uri`."""
-    address = urlparse(uri)
-    port = address.port or (443 if address.scheme == "https" else 80)
-    socket.create_connection((address.hostname or "", port), timeout=3).close()
-
-
-@contextlib.contextmanager
-def _quiet_start() -> Iterator[None]:
-    """Suppress the lines that MLflow and alembic print while they make a fresh store."""
-    import logging
-
-    previous = logging.root.manager.disable
-    logging.disable(logging.INFO)
-    try:
-        yield
-    finally:
-        logging.disable(previous)

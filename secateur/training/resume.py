@@ -5,10 +5,14 @@ experiment's temporary copy), under a lock that is released when the process die
 covers params, inputs, code and versions, so that equal fingerprints mean equal results. A finished
 stage keeps a copy of its outs there for a day: a concurrent process that waited for the lock takes
 them over instead of training.
+
+State and outs carry a hash of their content. Whatever is damaged there is reported in one line and
+discarded: it only saves time, and the stage starts again without it.
 """
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -20,13 +24,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TextIO
 
 import safetensors.torch
+import torch
 from pydantic import Field, TypeAdapter
 from torch import Tensor
 
 from secateur.base import files, tensor_files
 from secateur.base.documents import read_json, validated
-from secateur.base.errors import StateError
-from secateur.base.stage import Stage, project_root
+from secateur.base.errors import SecateurError, StateError
+from secateur.base.stage import Stage, content_hash, project_root
 
 STATE, NOTES = "state.safetensors", "notes.json"
 KEEP_DAYS = 1.0
@@ -47,8 +52,18 @@ class ResumeStore:
 
     @property
     def complete(self) -> bool:
-        """Whether a process has finished this stage; its outs can be restored."""
-        return (self.folder / "done" / "complete").exists()
+        """Whether a process has finished this stage and its outs are whole; damaged ones go."""
+        done = self.folder / "done"
+        if not os.path.lexists(done / "complete"):
+            return False
+        try:
+            hashes = read_json(done / "complete", StateError)
+            if hashes != {out: content_hash(done / out) for out in self.outs}:
+                raise StateError(f"{done}: not the outs that were kept here")
+        except (StateError, OSError) as error:
+            _discard(done, error)
+            return False
+        return True
 
     def restore_outs(self) -> None:
         """Copy the finished outs into the workspace."""
@@ -57,9 +72,13 @@ class ResumeStore:
 
     def finish(self) -> None:
         """Keep a copy of the outs for concurrent processes, and delete state and notes."""
+        done = self.folder / "done"
+        if os.path.lexists(done) and not done.is_dir():
+            _discard(done, StateError(f"{done}: not a folder"))
         for out in self.outs:
-            files.copy_tree(Path(out), self.folder / "done" / out)
-        files.write_text(self.folder / "done" / "complete", "")
+            files.copy_tree(Path(out), done / out)
+        hashes = {out: content_hash(done / out) for out in self.outs}
+        files.write_text(done / "complete", json.dumps(hashes))
         for leftover in (STATE, NOTES):
             (self.folder / leftover).unlink(missing_ok=True)
 
@@ -102,9 +121,9 @@ class ResumeStore:
             return
         start = time.monotonic()
         tensors, info = self._unwritten
-        content = safetensors.torch.save(
-            {name: t.contiguous() for name, t in tensors.items()}, {"secateur": json.dumps(info)}
-        )
+        header = {"info": info, "sha256": self._digest(tensors, info)}
+        contiguous = {name: t.contiguous() for name, t in tensors.items()}
+        content = safetensors.torch.save(contiguous, {tensor_files.KEY: json.dumps(header)})
         files.write_bytes(self.folder / STATE, content)
         self._unwritten = None
         self._last_write = time.monotonic()
@@ -120,12 +139,26 @@ class ResumeStore:
             return None
         try:
             stored = tensor_files.read(path, StateError)
-            if not isinstance(stored.header, dict):
+            header = stored.header if isinstance(stored.header, dict) else {}
+            info = header.get("info")
+            if not isinstance(info, dict):
                 raise StateError(f"{path}: not a state that Secateur has written")
+            if header.get("sha256") != self._digest(stored.tensors, info):
+                raise StateError(f"{path}: not the state that was written here")
         except StateError as error:
             _discard(path, error)
             return None
-        return stored.tensors, stored.header
+        return stored.tensors, info
+
+    def _digest(self, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> str:
+        """sha256 of a state, and of the fingerprint that it belongs to."""
+        text = json.dumps(info, sort_keys=True)
+        found = hashlib.sha256(f"{self.folder.name}\n{text}".encode())
+        for name, tensor in sorted(tensors.items()):
+            found.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+            if tensor.numel():
+                found.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return found.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -139,7 +172,7 @@ class _Notes:
 _NOTES = TypeAdapter(_Notes)
 
 
-def _discard(path: Path, error: StateError) -> None:
+def _discard(path: Path, error: Exception) -> None:
     """Delete what cannot be read, and warn that its content is computed again."""
     print(f"warning: {error}; discarded, its work is done again", file=sys.stderr, flush=True)
     if path.is_dir() and not path.is_symlink():
@@ -160,6 +193,7 @@ def single_flight(
     """
     root = project_root() / ".resume"
     folder = root / stage.name / stage.fingerprint
+    _clear_way(root, folder)
     with contextlib.closing(_lock(folder, on_wait)):
         _delete_old(root, keep=folder)
         store = ResumeStore(folder, outs)
@@ -168,6 +202,42 @@ def single_flight(
         except BaseException:
             store.flush()
             raise
+
+
+@contextlib.contextmanager
+def unused(stage: str, fingerprint: str) -> Iterator[bool]:
+    """Whether no process works on this fingerprint; if so, none begins before the context ends."""
+    path = project_root() / ".resume" / stage / fingerprint / "lock"
+    if not path.is_file():
+        yield True
+        return
+    with path.open() as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+def _clear_way(root: Path, folder: Path) -> None:
+    """Remove what lies in the place of a folder or of the lock file.
+
+    A foreign file named `.resume` is renamed, since it is not ours to delete.
+    """
+    if os.path.lexists(root) and not root.is_dir():
+        kept = root.with_name(f"{root.name}.{time.time_ns()}")
+        try:
+            root.rename(kept)
+        except OSError as error:
+            raise SecateurError(f"{root}: not a folder; it cannot be renamed: {error}") from None
+        print(f"warning: {root}: not a folder; renamed to {kept.name}", file=sys.stderr, flush=True)
+    for path in (folder.parent, folder):
+        if os.path.lexists(path) and not path.is_dir():
+            _discard(path, StateError(f"{path}: not a folder"))
+    lock = folder / "lock"
+    if os.path.lexists(lock) and not lock.is_file():
+        _discard(lock, StateError(f"{lock}: not an ordinary file"))
 
 
 def _lock(folder: Path, on_wait: Callable[[], None]) -> TextIO:
@@ -194,7 +264,7 @@ def _delete_old(root: Path, keep: Path) -> None:
         with contextlib.suppress(
             BlockingIOError, FileNotFoundError
         ):  # or a concurrent process deletes it
-            if folder == keep or _last_change(folder) > limit:
+            if folder == keep or _last_change(folder) > limit or not lock_file.is_file():
                 continue
             with lock_file.open() as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

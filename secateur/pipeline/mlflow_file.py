@@ -1,0 +1,140 @@
+"""The SQLite file of an MLflow store: created whole or not at all, kept aside if it is damaged.
+
+MLflow creates a store in place by some seventy migrations. A process that is killed among them
+leaves a file that MLflow can neither complete nor open. Here the store is created in a temporary
+folder and appears under its name when it is whole. Callers hold the lock of the project's store.
+"""
+
+import contextlib
+import os
+import shutil
+import sqlite3
+import stat
+import tempfile
+import time
+from pathlib import Path
+from urllib.parse import quote
+
+EMPTY, UNFINISHED = "empty", "unfinished (the process that created it was killed)"
+"""Faults of a store that another program may be creating at this moment."""
+SETTLE_SECONDS = 10.0
+"""A file with such a fault is judged when it has not changed for this long."""
+COMPANIONS = ("-journal", "-wal", "-shm")
+"""Endings of the files in which SQLite keeps what belongs to a database."""
+
+
+def local_file(uri: str) -> Path | None:
+    """The file of a store in SQLite; None for any other store, and for one in memory."""
+    from sqlalchemy.engine import make_url
+
+    if not uri.startswith("sqlite"):
+        return None
+    name = make_url(uri).database
+    if not name or name == ":memory:" or name.startswith("file:"):
+        return None
+    return Path(name).resolve()
+
+
+def create(path: Path, experiment: str, artifacts: str | None) -> None:
+    """Create a store that has the experiment; nothing happens if `path` exists by then."""
+    from mlflow import MlflowClient
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for killed in path.parent.glob(f".{path.name}.new-*"):
+        shutil.rmtree(killed, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.new-", dir=path.parent))
+    try:
+        whole = folder / path.name
+        client = MlflowClient(f"sqlite:///{whole}")
+        client.create_experiment(experiment, artifact_location=artifacts)
+        _remove_companions(path)
+        _install(whole, path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def fault(path: Path, thorough: bool = False) -> str | None:
+    """Why the store cannot be opened, in a few words; None if it is whole.
+
+    A store that another program may be creating is observed until it has settled. `thorough` also
+    looks for damage within the file, in time proportional to its size. Raises sqlite3.Error for
+    what is no damage: a lock, missing permissions, an error of the disk.
+    """
+    while (found := _fault(path, thorough)) in (EMPTY, UNFINISHED):
+        if settled(path):
+            break
+        time.sleep(0.1)
+    return found
+
+
+def settled(path: Path) -> bool:
+    """Whether no program has changed the store lately."""
+    return not 0 <= time.time() - path.stat().st_mtime < SETTLE_SECONDS
+
+
+def keep_aside(path: Path) -> Path:
+    """Rename the store, with what SQLite keeps beside it; returns the new path."""
+    name = f"{path.name}.broken-{time.strftime('%Y%m%d-%H%M%S')}"
+    target, number = path.with_name(name), 1
+    while os.path.lexists(target):
+        number += 1
+        target = path.with_name(f"{name}-{number}")
+    path.rename(target)
+    for ending in COMPANIONS:
+        with contextlib.suppress(FileNotFoundError):
+            path.with_name(path.name + ending).rename(target.with_name(target.name + ending))
+    return target
+
+
+def _install(whole: Path, path: Path) -> None:
+    """Give the store its name, unless another program has created one meanwhile."""
+    try:
+        os.link(whole, path)
+    except FileExistsError:
+        return
+    except OSError:  # a file system without hard links
+        whole.rename(path)
+
+
+def _remove_companions(path: Path) -> None:
+    """Remove the journals of a deleted database: SQLite would apply them to the new one."""
+    for ending in COMPANIONS:
+        path.with_name(path.name + ending).unlink(missing_ok=True)
+
+
+def _fault(path: Path, thorough: bool) -> str | None:
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        return "a folder" if stat.S_ISDIR(found.st_mode) else "not an ordinary file"
+    if found.st_size == 0:
+        return EMPTY
+    with path.open("rb") as file:
+        header = file.read(100)
+    if not header.startswith(b"SQLite format 3\0"):
+        return "not an SQLite database"
+    page = int.from_bytes(header[16:18], "big")
+    pages = int.from_bytes(header[28:32], "big") if header[24:28] == header[92:96] else 0
+    beside = any(path.with_name(path.name + ending).exists() for ending in COMPANIONS)
+    if not beside and found.st_size < pages * (65_536 if page == 1 else page):
+        return f"truncated ({found.st_size:,} bytes)"
+    return _content_fault(path, thorough)
+
+
+def _content_fault(path: Path, thorough: bool) -> str | None:
+    """MLflow adds the first experiment when all migrations are done."""
+    address = f"file:{quote(str(path))}?mode=rw"
+    try:
+        with contextlib.closing(sqlite3.connect(address, uri=True, timeout=20)) as database:
+            (experiments,) = database.execute("SELECT count(*) FROM experiments").fetchone()
+            if thorough:
+                (words,) = database.execute("PRAGMA quick_check(1)").fetchone()
+                if words != "ok":
+                    return f"damaged ({' '.join(str(words).split())[:100]})"
+    except sqlite3.DatabaseError as error:
+        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
+        if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+            return f"damaged ({error})"
+        if code != sqlite3.SQLITE_ERROR:
+            raise
+        return UNFINISHED  # no table of this name
+    return None if experiments else UNFINISHED

@@ -1,0 +1,250 @@
+"""The connection to MLflow's store, which may fail at any moment without stopping a stage.
+
+The project's own store is `mlflow.db`. One that is damaged is kept aside under another name and
+replaced by a new one, since DVC's files hold all that was in it (see `secateur sync`). A store that
+is locked, or that another version of MLflow has created, is left as it is.
+"""
+
+import contextlib
+import hashlib
+import logging
+import os
+import re
+import socket
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlparse
+
+from filelock import FileLock, Timeout
+
+from secateur.base.errors import SecateurError
+from secateur.base.stage import project_root
+from secateur.pipeline import mlflow_file
+from secateur.pipeline.record import STAGES
+from secateur.training import resume
+
+EXPERIMENT = "secateur"
+LOCK_SECONDS = 120.0
+"""Creating a store takes a few seconds; a process that holds the lock for longer is stuck."""
+
+R = TypeVar("R")
+
+
+class Store:
+    """A connection to MLflow; when it fails, the stage goes on without it."""
+
+    def __init__(self, strict: bool = False) -> None:
+        """Connect; `strict`: for `secateur sync`, which cannot go on without MLflow.
+
+        A strict store raises SecateurError for a failure, and looks for damage in the whole file.
+        """
+        self.strict = strict
+        self.uri: str | None = None
+        self.client: Any = None
+        self.experiment = ""
+        self.lock = FileLock(project_root() / ".mlflow.lock", timeout=LOCK_SECONDS)
+        """Held while a store, a restored run or a pipeline run is written."""
+        if tracking_on():
+            self.attempt(self._connect)
+
+    def attempt(self, action: Callable[[], R]) -> R | None:
+        """Call `action` and return its result; on an error warn, and use MLflow no more."""
+        try:
+            return action()
+        except Exception as error:  # whatever MLflow throws, the stage goes on
+            self.client = None
+            if self.strict and isinstance(error, SecateurError):
+                raise
+            reason = _explain(error)
+            if self.strict:
+                raise SecateurError(f"MLflow ({self.uri}): {reason}") from None
+            _warn(
+                f"MLflow ({self.uri}) failed, the rest of this stage goes untracked "
+                f"(`make sync` makes up for it later): {reason}"
+            )
+            return None
+
+    def _connect(self) -> None:
+        self.uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{_own_file()}"
+        remote = urlparse(self.uri).scheme in ("http", "https")
+        if remote:
+            _knock(self.uri)
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
+        # named outright, else it lies wherever the first stage happened to run
+        place = None if remote else (project_root() / "mlruns" / name).as_uri()
+        file = mlflow_file.local_file(self.uri)
+        with _quiet_start(), self.lock:
+            if file is not None:
+                self._prepare(file, name, place)
+            try:
+                self._open(self.uri, name, place)
+            except Exception as error:
+                migrated = file is not None and _half_migrated(error) and mlflow_file.settled(file)
+                if file is None or not migrated or not self._replace(file, str(error)):
+                    raise
+                mlflow_file.create(file, name, place)
+                # by another spelling: MLflow keeps connections to the renamed file open
+                self._open(f"sqlite:///{file.parent}/./{file.name}", name, place)
+            end_abandoned(self)
+
+    def _prepare(self, file: Path, experiment: str, place: str | None) -> None:
+        """Create the store if there is none, or none that can be opened."""
+        if os.path.lexists(file):
+            found = mlflow_file.fault(file, thorough=self.strict)
+            if found is None:
+                return
+            if not self._replace(file, found):
+                raise SecateurError(f"{file} is {found}; move it away, or name another store")
+        mlflow_file.create(file, experiment, place)
+
+    def _replace(self, file: Path, found: str) -> bool:
+        """Keep a damaged store aside if it is the project's own; returns whether it is."""
+        if file != _own_file().resolve():
+            return False
+        kept = mlflow_file.keep_aside(file)
+        cure = "" if self.strict else "; `make sync` writes into it what DVC has"
+        _warn(
+            f"MLflow's store {file} cannot be opened: {_one_line(found)}. It is kept as "
+            f"{kept.name}, and a new one is made{cure}"
+        )
+        return True
+
+    def _open(self, uri: str, name: str, place: str | None) -> None:
+        import mlflow
+
+        # it would print a traceback for an error of the disk, which `attempt` reports in one line
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+        mlflow.set_tracking_uri(uri)
+        client = mlflow.MlflowClient(uri)
+        found = client.get_experiment_by_name(name)
+        self.experiment = (
+            found.experiment_id
+            if found
+            else client.create_experiment(name, artifact_location=place)
+        )
+        self.client = client
+
+    def runs(self, condition: str) -> list[Any]:
+        """Runs of the experiment that match an MLflow filter."""
+        return list(self.client.search_runs([self.experiment], condition))
+
+    def status(self, run_id: str | None) -> str | None:
+        """Status of a run, such as RUNNING; None if it is not in this store, or deleted."""
+        if run_id is None:
+            return None
+        try:
+            info = self.client.get_run(run_id).info
+        except Exception as error:
+            if "RESOURCE_DOES_NOT_EXIST" in str(getattr(error, "error_code", error)):
+                return None
+            raise
+        return str(info.status) if info.lifecycle_stage == "active" else None
+
+    def log(self, run_id: str, metrics: Sequence[Any] = (), params: Sequence[Any] = ()) -> None:
+        """Log any number of metrics and params in as few calls as MLflow allows."""
+        metrics = list(metrics)
+        for start in range(0, max(len(metrics), 1), 1000):
+            batch = metrics[start : start + 1000]
+            self.client.log_batch(run_id, metrics=batch, params=params if start == 0 else ())
+
+
+def tracking_on() -> bool:
+    """Whether SECATEUR_TRACKING leaves tracking on."""
+    return os.environ.get("SECATEUR_TRACKING", "on").lower() not in ("off", "0", "false", "no")
+
+
+def clone_tags() -> dict[str, str]:
+    """Tags that name this clone and its machine.
+
+    A copy of a clone has another inode and is another clone; machines made from one image have
+    equal paths and inodes, and differ by their names.
+    """
+    root = project_root().resolve()
+    clone = hashlib.sha256(f"{root} {root.stat().st_ino}".encode()).hexdigest()[:16]
+    return {"clone": clone, "host": socket.gethostname()}
+
+
+def end_abandoned(store: Store) -> None:
+    """End the runs of this clone whose process was killed as KILLED; the caller holds `store.lock`.
+
+    A stage holds the lock of its fingerprint as long as it lives, and is taken for killed if that
+    lock is free. Whoever resumes it sets its run to RUNNING again. Restored runs and pipeline runs
+    are only written under `store.lock`.
+    """
+    tags = clone_tags()
+    condition = f"attributes.status = 'RUNNING' and tags.clone = '{tags['clone']}'"
+    if mlflow_file.local_file(store.uri or "") != _own_file().resolve():
+        condition += f" and tags.host = '{tags['host']}'"
+    for run in store.runs(condition):
+        stage, fingerprint = run.data.tags.get("stage"), run.data.tags.get("fingerprint", "")
+        of_a_stage = run.data.tags.get("kind") == "stage" and "restored" not in run.data.tags
+        if of_a_stage and (stage not in STAGES or not re.fullmatch("[0-9a-f]+", fingerprint)):
+            continue
+        unused = resume.unused(str(stage), fingerprint) if of_a_stage else _always()
+        with unused as killed:
+            if killed and store.status(run.info.run_id) == "RUNNING":
+                store.client.set_terminated(run.info.run_id, "KILLED")
+
+
+@contextlib.contextmanager
+def _always() -> Iterator[bool]:
+    yield True
+
+
+def _own_file() -> Path:
+    return project_root() / "mlflow.db"
+
+
+def _half_migrated(error: Exception) -> bool:
+    """Whether MLflow has found tables of one version and the number of another."""
+    words = ("already exists", "duplicate column", "no such table", "no such column")
+    return "sqlite3.OperationalError" in str(error) and any(w in str(error) for w in words)
+
+
+def _explain(error: Exception) -> str:
+    """What went wrong, and what the user can do if MLflow does not tell."""
+    text = str(error)
+    if isinstance(error, Timeout):
+        return f"another process has held {error.lock_file} for {LOCK_SECONDS:.0f} s; end it"
+    if "database is locked" in text:
+        return "its database is locked by another process; end that, and nothing is lost"
+    if "Can't locate revision" in text or "out-of-date database schema" in text:
+        return (
+            "its database was created by another version of MLflow; install that version, or "
+            "copy the database and run `mlflow db upgrade` on it"
+        )
+    if "malformed" in text or "not a database" in text:
+        return f"{_one_line(text)}; `make sync` keeps a damaged store aside and makes a new one"
+    return _one_line(text) or type(error).__name__
+
+
+def _one_line(text: str) -> str:
+    """Without line breaks, the SQL statement and the link that SQLAlchemy adds."""
+    return " ".join(re.split(r"\[SQL:|\(Background on this error", text)[0].split())[:200]
+
+
+def _warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def _knock(uri: str) -> None:
+    """Raise OSError within seconds if no server accepts connections at this address."""
+    address = urlparse(uri)
+    port = address.port or (443 if address.scheme == "https" else 80)
+    socket.create_connection((address.hostname or "", port), timeout=3).close()
+
+
+@contextlib.contextmanager
+def _quiet_start() -> Iterator[None]:
+    """Without the lines that MLflow and alembic print while they make a fresh store."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.INFO)
+    try:
+        yield
+    finally:
+        logging.disable(previous)
