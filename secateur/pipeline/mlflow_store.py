@@ -81,10 +81,11 @@ class Store:
         with _quiet_start(), self.lock:
             if file is not None:
                 self._prepare(file, name, place)
+            calm = file is not None and mlflow_file.settled(file)
             try:
                 self._open(self.uri, name, place)
             except Exception as error:
-                migrated = file is not None and _half_migrated(error) and mlflow_file.settled(file)
+                migrated = calm and _half_migrated(error)
                 if file is None or not migrated or not self._replace(file, str(error)):
                     raise
                 mlflow_file.create(file, name, place)

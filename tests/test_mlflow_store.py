@@ -1,0 +1,373 @@
+"""MLflow's store: made whole or not at all, kept aside when it is damaged, left alone otherwise."""
+
+import contextlib
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from secateur.base.errors import SecateurError
+from secateur.base.stage import Stage
+from secateur.pipeline import mlflow_file, mlflow_store, tracking
+from secateur.pipeline.mlflow_store import Store
+from secateur.training.resume import single_flight
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A whole store with one run, in a project of its own."""
+    folder = tmp_path_factory.mktemp("made")
+    with pytest.MonkeyPatch.context() as patch:
+        enter(patch, folder)
+        store = Store(strict=True)
+        run = store.client.create_run(store.experiment, run_name="kept")
+        store.client.set_terminated(run.info.run_id)
+    assert names(folder) == ["mlflow.db"]
+    return folder / "mlflow.db"
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """An empty project."""
+    enter(monkeypatch, tmp_path)
+    return tmp_path
+
+
+def enter(patch, folder):
+    patch.chdir(folder)
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "SECATEUR_TRACKING"):
+        patch.delenv(name, raising=False)
+    patch.setenv("DVC_ROOT", str(folder))
+
+
+def process(folder, code, **env):
+    """A Python process with the project's code in this folder."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "PYTEST_"))}
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        env=clean | {"PYTHONPATH": str(ROOT), "DVC_ROOT": str(folder)} | env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def names(folder):
+    """What lies in the folder, without the lock."""
+    return sorted(path.name for path in folder.iterdir() if path.name != ".mlflow.lock")
+
+
+def runs(path):
+    """Names of the runs in a store, read by SQLite alone."""
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        return [name for (name,) in database.execute("SELECT name FROM runs")]
+
+
+def old(path):
+    """Let the last change be long ago: what is being made at this moment is waited for."""
+    then = time.time() - 60
+    os.utime(path, (then, then))
+
+
+FIRST = "from secateur.pipeline.mlflow_store import Store; assert Store().client is not None"
+
+
+def test_a_process_killed_while_it_makes_the_store_leaves_none(project):
+    making = process(project, FIRST)
+    while not any(p.stat().st_size > 300_000 for p in project.glob(".mlflow.db.new-*/mlflow.db")):
+        assert making.poll() is None, making.communicate()[0]
+        time.sleep(0.001)
+    making.kill()
+    making.wait()
+    assert not (project / "mlflow.db").exists()
+    store = Store(strict=True)
+    assert store.runs("") == []
+    assert names(project) == ["mlflow.db"]
+
+
+def half_made(path):
+    """What MLflow itself leaves if it is killed while it makes a store."""
+    code = (
+        "from mlflow import MlflowClient; MlflowClient('sqlite:///mlflow.db').search_experiments()"
+    )
+    making = process(path.parent, code)
+    while not path.exists() or path.stat().st_size < 190_000:
+        assert making.poll() is None
+        time.sleep(0.001)
+    making.kill()
+    making.wait()
+
+
+def tables_of_another_program(path):
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        database.execute("CREATE TABLE runs (x)")
+        database.commit()
+
+
+def half_migrated(path, made):
+    """A store with runs, whose last migrations were undone by half."""
+    shutil.copy(made, path)
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        database.execute("UPDATE alembic_version SET version_num = '867495a8f9d4'")
+        database.execute("DROP TABLE issues")
+        database.commit()
+
+
+DAMAGED = {
+    "half made": lambda path, made: half_made(path),
+    "empty": lambda path, made: path.touch(),
+    "junk": lambda path, made: path.write_bytes(bytes(range(256)) * 100),
+    "zeros": lambda path, made: path.write_bytes(bytes(40_000)),
+    "text": lambda path, made: path.write_text("mlflow"),
+    "only a header": lambda path, made: path.write_bytes(made.read_bytes()[:100]),
+    "truncated": lambda path, made: path.write_bytes(made.read_bytes()[: 4096 * 30]),
+    "a page of junk": lambda path, made: path.write_bytes(
+        made.read_bytes()[:50] + bytes(4046) + made.read_bytes()[4096:]
+    ),
+    "other tables": lambda path, made: tables_of_another_program(path),
+    "half migrated": half_migrated,
+    "a folder": lambda path, made: path.mkdir(),
+    "a fifo": lambda path, made: os.mkfifo(path),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_a_damaged_store_is_kept_aside_and_replaced(case, project, made, capfd):
+    path = project / "mlflow.db"
+    DAMAGED[case](path, made)
+    before = path.read_bytes() if path.is_file() else None
+    old(path)
+    store = Store()
+    assert store.client is not None
+    assert store.runs("") == []
+    output = capfd.readouterr()
+    (line,) = [line for line in output.err.splitlines() if "warning" in line]
+    (kept,) = project.glob("mlflow.db.broken-*")
+    assert str(path) in line and kept.name in line and "`make sync`" in line
+    assert "Traceback" not in output.err + output.out
+    if before is not None and case not in ("half made", "half migrated"):  # SQLite rolls back
+        assert kept.read_bytes() == before
+    if case == "half migrated":
+        assert runs(kept) == ["kept"]
+    assert names(project) == sorted(["mlflow.db", kept.name])
+    assert Store().client is not None
+    assert capfd.readouterr().err == ""
+
+
+def test_a_second_damaged_store_is_kept_under_another_name(project):
+    for _ in range(3):
+        (project / "mlflow.db").write_text("junk")
+        mlflow_file.keep_aside(project / "mlflow.db")
+    assert len(list(project.glob("mlflow.db.broken-*"))) == 3
+
+
+def test_damage_deep_in_the_file_is_found_by_sync(project, made, capfd):
+    content = bytearray(made.read_bytes())
+    content[4096 * 40 : -4096 * 20] = b"\xaa" * (len(content) - 4096 * 60)
+    (project / "mlflow.db").write_bytes(content)
+    store = Store(strict=True)
+    assert store.runs("") == []
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "damaged" in line and "make sync" not in line
+    assert next(project.glob("mlflow.db.broken-*")).read_bytes() == content
+
+
+def test_a_journal_of_a_deleted_store_does_not_spoil_the_new_one(project, made):
+    for ending in mlflow_file.COMPANIONS:
+        (project / f"mlflow.db{ending}").write_bytes(made.read_bytes()[:5000])
+    assert Store().client is not None
+    assert mlflow_file.fault(project / "mlflow.db", thorough=True) is None
+    assert names(project) == ["mlflow.db"]
+
+
+def test_a_store_that_another_program_is_making_is_waited_for(project, made):
+    path = project / "mlflow.db"
+    code = (
+        "from mlflow import MlflowClient; MlflowClient('sqlite:///mlflow.db').search_experiments()"
+    )
+    making = process(project, code)
+    while not path.exists():
+        assert making.poll() is None
+        time.sleep(0.001)
+    store = Store()
+    assert making.wait() == 0
+    assert store.client is not None
+    assert names(project) == ["mlflow.db"]
+
+
+def newer(database):
+    database.execute("UPDATE alembic_version SET version_num = 'ffffffffffff'")
+
+
+def older(database):
+    database.execute("UPDATE alembic_version SET version_num = 'b7e4c1a90f23'")
+
+
+@pytest.mark.parametrize("version", [newer, older])
+def test_a_store_of_another_version_of_mlflow_is_left_as_it_is(version, project, made, capfd):
+    path = shutil.copy(made, project / "mlflow.db")
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        version(database)
+        database.commit()
+    before = path.read_bytes()
+    assert Store().client is None
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "another version of MLflow" in line and "mlflow db upgrade" in line
+    assert path.read_bytes() == before
+    assert names(project) == ["mlflow.db"]
+    with pytest.raises(SecateurError, match="another version of MLflow"):
+        Store(strict=True)
+
+
+def test_a_locked_store_is_left_as_it_is(project, made, capfd):
+    path = shutil.copy(made, project / "mlflow.db")
+    code = (
+        "import sqlite3, time; d = sqlite3.connect('mlflow.db', isolation_level=None);"
+        "d.execute('BEGIN EXCLUSIVE'); print('locked', flush=True); time.sleep(3600)"
+    )
+    holder = process(project, code)
+    assert holder.stdout.readline() == "locked\n"
+    try:
+        assert Store().client is None
+    finally:
+        holder.kill()
+        holder.wait()
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "locked by another process" in line
+    assert names(project) == ["mlflow.db"]
+    assert Store().client is not None
+    assert runs(path) == ["kept"]
+
+
+def test_a_damaged_store_named_by_the_user_is_left_as_it_is(project, monkeypatch, capfd):
+    other = project / "other.db"
+    other.write_text("junk")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{other}")
+    assert Store().client is None
+    (line,) = capfd.readouterr().err.splitlines()
+    assert str(other) in line and "not an SQLite database; move it away" in line
+    assert names(project) == ["other.db"]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{project}/new.db")
+    assert Store().client is not None, "but a new one is made"
+
+
+@pytest.mark.parametrize("size", [10_000, 300_000, 2_000_000])
+def test_a_limit_on_the_size_of_files_gives_one_line_and_nothing_half_made(size, project, made):
+    whole = size == 2_000_000
+    code = (
+        "import os, resource;"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}));"
+        "from secateur.pipeline.mlflow_store import Store; s = Store();"
+        "from mlflow.entities import Metric;"
+        "m = [Metric('x', float(n), 0, n) for n in range(30000)];"
+        "s.client and s.attempt(lambda: s.log(s.client.create_run(s.experiment).info.run_id, m));"
+        "print('end', s.client is None)"
+    )
+    output = process(project, code).communicate()[0]
+    assert output.splitlines()[-1] == "end True", output
+    assert len(output.splitlines()) == 2 and output.startswith("warning: MLflow"), output
+    assert names(project) == (["mlflow.db"] if whole else [])
+    assert Store(strict=True).client is not None
+
+
+RUNNING = """
+import sys, time
+from secateur.base.stage import Stage
+from secateur.pipeline import tracking
+from secateur.pipeline.mlflow_store import Store
+from secateur.training.resume import single_flight
+stage = Stage("baseline", None, {"seed": int(sys.argv[1])}, {})
+with single_flight(stage, [], lambda: None) as work:
+    run = tracking.Run(Store(strict=True), stage, {})
+    run.open(work.note("run_id"), {"name": "toy", "hash": "00"})
+    work.note("run_id", run.id)
+    print(run.id, flush=True)
+    time.sleep(3600)
+"""
+
+
+def training(folder, seed=1):
+    """A process that has begun a run of a stage, and the run's id."""
+    begun = process(folder, RUNNING.replace("int(sys.argv[1])", str(seed)))
+    return begun, begun.stdout.readline().strip()
+
+
+def status(store, run_id):
+    return store.client.get_run(run_id).info.status
+
+
+def test_a_run_whose_process_was_killed_is_ended_by_the_next_and_resumed_as_the_same(project):
+    killed, first = training(project, seed=1)
+    alive, second = training(project, seed=2)
+    try:
+        killed.send_signal(signal.SIGKILL)
+        killed.wait()
+        store = Store(strict=True)
+        assert status(store, first) == "KILLED"
+        assert status(store, second) == "RUNNING", "its process lives"
+        again, resumed = training(project, seed=1)
+        assert resumed == first
+        assert status(store, first) == "RUNNING"
+        Store(strict=True)
+        assert status(store, first) == "RUNNING"
+        again.kill()
+        again.wait()
+        shutil.rmtree(
+            project / ".resume" / "baseline" / Stage("baseline", None, {"seed": 1}, {}).fingerprint
+        )
+        Store(strict=True)
+        assert status(store, first) == "KILLED", "also when its state was deleted"
+    finally:
+        alive.kill()
+        alive.wait()
+
+
+def test_runs_of_other_clones_and_machines_are_left_alone(project, monkeypatch):
+    store = Store(strict=True)
+    own = mlflow_store.clone_tags()
+    stage = {"kind": "stage", "stage": "baseline", "fingerprint": "ab" * 16}
+
+    def begin(**tags):
+        return store.client.create_run(store.experiment, tags=stage | own | tags).info.run_id
+
+    here, clone, host = begin(), begin(clone="another"), begin(host="another")
+    untagged = store.client.create_run(store.experiment).info.run_id
+    shared = project / "shared.db"
+    shutil.copy(project / "mlflow.db", shared)
+    Store(strict=True)
+    assert [status(store, r) for r in (here, clone, host, untagged)] == [
+        "KILLED", "RUNNING", "KILLED", "RUNNING",
+    ], "this project's own store has no runs of other machines"  # fmt: skip
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{shared}")
+    store = Store(strict=True)
+    assert [status(store, r) for r in (here, clone, host, untagged)] == [
+        "KILLED", "RUNNING", "RUNNING", "RUNNING",
+    ]  # fmt: skip
+
+
+def test_epochs_that_were_saved_but_not_sent_are_sent_by_the_process_that_resumes(project):
+    stage = Stage("baseline", None, {"seed": 1}, {})
+    rows = [{"epoch": n, "train_loss": 1 / n} for n in (1, 2, 3)]
+    run = tracking.Run(Store(strict=True), stage, {})
+    run.open(None, {"name": "toy", "hash": "00"})
+    run.on_epoch_end(rows[0])
+    run.on_state_saved()
+    run.end("KILLED")
+    again = tracking.Run(Store(strict=True), stage, {})
+    again.open(run.id, {"name": "toy", "hash": "00"})
+    assert again.id == run.id
+    again.on_train_start(9, 1, rows)
+    history = again.store.client.get_metric_history(run.id, "epoch/train_loss")
+    assert [metric.step for metric in history] == [1, 2, 3]
+    with single_flight(stage, [], lambda: None):
+        Store(strict=True)
+        assert status(again.store, run.id) == "RUNNING", "this process holds its lock"
