@@ -15,7 +15,7 @@ from pathlib import Path
 from secateur.base import plugin, stage
 from secateur.base.settings import section
 from secateur.data import dataset
-from secateur.pipeline import console
+from secateur.pipeline import console, preflight
 
 
 def main() -> None:
@@ -27,8 +27,9 @@ def main() -> None:
     if images.val is not None:
         console.say("prepare: the data set's own val is used; data.validation is not applied")
     prepared = dataset.prepare(name, images, params.data.validation, params.data.seed)
-    dataset.save(Path("data") / name, prepared)
     info = prepared.info
+    preflight.check_settings(info)
+    dataset.save(Path("data") / name, prepared)
     counts = ", ".join(f"{count:,} {part}" for part, count in info.counts.items())
     shape = "x".join(map(str, info.shape))
     console.say(

@@ -10,7 +10,7 @@ from torch import nn
 from secateur.base import plugin
 from secateur.base.errors import SettingsError
 from secateur.data.dataset import DatasetInfo
-from secateur.pipeline.preflight import check_network
+from secateur.pipeline.preflight import check_network, check_settings
 
 PARAMS = yaml.safe_load(Path("params.yaml").read_text())
 INFO = DatasetInfo("made up", ["a", "b"], (1, 8, 8), [0.0], [1.0], "", {})
@@ -69,3 +69,27 @@ def test_what_may_fit_passes_and_nothing_changes(changes, network):
     assert torch.equal(nn.utils.parameters_to_vector(model.parameters()), before)
     assert torch.equal(torch.get_rng_state(), random)
     assert model.training and all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        (
+            {"arch": "torchvision"},
+            r"^params\.yaml: arch = 'torchvision': its networks need images of",
+        ),
+        ({"penalty": "greg1", "penalties__greg1__skip": "conv9"}, "skip: conv9 matches no layer"),
+        ({"pruner": "magnitude", "pruners__magnitude__ratios": "layer9: 0.5"}, "layer9"),
+    ],
+)
+def test_what_does_not_fit_the_images_is_refused_before_they_are_written(changes, line, network):
+    network(**{"arch": "lenet5"} | changes)
+    random = torch.get_rng_state()
+    with pytest.raises(SettingsError, match=line):
+        check_settings(INFO)
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_what_fits_the_images_passes(network):
+    network(arch="lenet5", penalty="greg1", penalties__greg1__skip="conv1")
+    check_settings(INFO)

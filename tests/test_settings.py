@@ -355,3 +355,22 @@ def test_only_files_of_their_folder_are_plugins(kind):
     for name in ("", ".", "../base/plugin", "__init__", "nonsense", "os"):
         with pytest.raises(SettingsError, match=f"{plugin.KEYS[kind]} = "):
             plugin.load(kind, name)
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("seed: " + "1" * 5001, "params.yaml: not valid YAML: "),
+        ("arch: " + "a" * 300, "params.yaml: "),
+        ("x: " + "[" * 2000 + "]" * 2000, "params.yaml: not valid YAML: nested "),
+        ("x: " + "{a: " * 2000 + "1" + "}" * 2000, "params.yaml: not valid YAML: nested "),
+    ],
+)
+def test_a_value_of_excessive_length_is_told_in_a_short_line(text, line, tmp_path):
+    told = complaint(text, tmp_path).removeprefix(f"{tmp_path}/")
+    assert told.startswith(line) and len(told) < 300
+
+
+def test_a_network_that_torchvision_lacks_is_told_although_it_is_not_in_use(tmp_path):
+    line = complaint(changed("archs.torchvision.name", "resnet19"), tmp_path)
+    assert line.startswith("params.yaml: archs.torchvision.name = 'resnet19': torchvision has no ")

@@ -11,7 +11,7 @@ import re
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from torch import nn
 from torch.func import functional_call
 
@@ -20,10 +20,23 @@ from secateur.base.settings import Strict
 from secateur.base.torchvision_import import import_torchvision
 
 
+def _known(name: str) -> str:
+    """The name; ValueError unless it is that of a classification network."""
+    if name == "resnet18":  # the usual one, accepted without the second that the import takes
+        return name
+    models = import_torchvision().models
+    names = models.list_models(module=models)
+    if name not in names:
+        close = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"allowed: {', '.join(names)}"
+        raise ValueError(f"torchvision has no such classification network; {hint}")
+    return name
+
+
 class Settings(Strict):
     """The network, and its initial weights."""
 
-    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")] = "resnet18"
+    name: Annotated[str, Field(max_length=64), AfterValidator(_known)] = "resnet18"
     """A name from torchvision.models.list_models()."""
     weights: Literal["none", "default"] = "none"
     """none: random. default: the best published ones, without their classifier unless the number of
@@ -33,17 +46,9 @@ class Settings(Strict):
 def build(settings: Settings, classes: int, shape: tuple[int, int, int]) -> nn.Module:
     """The network with random weights and a classifier of its own: logits.
 
-    Raises ArgumentError if torchvision has no such network, or if it cannot take images of this
-    number of channels or size.
+    Raises ArgumentError if it cannot take images of this number of channels or size.
     """
     models = import_torchvision().models
-    names = models.list_models(module=models)
-    if settings.name not in names:
-        close = difflib.get_close_matches(settings.name, names, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"allowed: {', '.join(names)}"
-        raise ArgumentError(
-            "name", f"torchvision has no such classification network; {hint}", settings.name
-        )
     if shape[0] != 3:
         raise ArgumentError(
             "arch", f"its networks need images of 3 channels, these have {shape[0]}", "torchvision"

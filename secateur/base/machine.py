@@ -3,23 +3,29 @@
 import contextlib
 import os
 import platform
+import re
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from secateur.base.errors import SettingsError
+from secateur.base.errors import SettingsError, cut, shorten
+
+DEVICES = ("cpu", "cuda", "mps")
+"""Types of devices that trainings run on."""
 
 
 def device() -> torch.device:
-    """The GPU if there is one, else the CPU; SECATEUR_DEVICE (cpu, cuda, mps, ...) overrides."""
+    """The GPU if there is one, else the CPU; SECATEUR_DEVICE (cpu, cuda, mps) overrides."""
     wanted = os.environ.get("SECATEUR_DEVICE")
     if not wanted:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    where = f"SECATEUR_DEVICE = {shorten(wanted)}: "
     try:
-        torch.empty(0, device=wanted)
+        found = torch.empty(0, device=wanted).device
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise SettingsError(f"SECATEUR_DEVICE = {wanted!r}: not usable here: {reason}") from None
+        raise SettingsError(f"{where}not usable here: {cut(str(error).splitlines()[0])}") from None
+    if found.type not in DEVICES:
+        raise SettingsError(f"{where}nothing is computed there; allowed: {', '.join(DEVICES)}")
     return torch.device(wanted)
 
 
@@ -48,8 +54,8 @@ def workers(world: int = 1) -> int:
         usable = getattr(os, "sched_getaffinity", None)  # Linux: what a container leaves us
         count = len(usable(0)) if usable else os.cpu_count() or 1
         return max(1, min(count, 16) // world)
-    if not wanted.isdecimal() or int(wanted) > 512:
-        raise SettingsError(f"SECATEUR_WORKERS = {wanted!r}: a whole number from 0 to 512")
+    if not re.fullmatch("[0-9]{1,3}", wanted) or int(wanted) > 512:
+        raise SettingsError(f"SECATEUR_WORKERS = {shorten(wanted)}: a whole number from 0 to 512")
     return int(wanted)
 
 
@@ -69,11 +75,38 @@ def library_versions() -> dict[str, str]:
 
 
 def processes() -> tuple[int, int, int]:
-    """Processes in all, processes on this machine, machines: as torchrun or srun has set them."""
-    environment = os.environ
-    if "TORCHELASTIC_RUN_ID" in environment:
-        world, local = int(environment["WORLD_SIZE"]), int(environment["LOCAL_WORLD_SIZE"])
+    """Processes in all, processes on this machine, machines: as torchrun or srun has set them.
+
+    Raises SettingsError for a variable of theirs that is missing or is not the number it must be.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        world, local = _number("WORLD_SIZE"), _number("LOCAL_WORLD_SIZE")
+        for name, count in (("RANK", world), ("LOCAL_RANK", local)):
+            _number(name, 0, count - 1)
+        _check_multiple("WORLD_SIZE", world, "LOCAL_WORLD_SIZE", local)
         return world, local, world // local
-    world = int(environment.get("SLURM_STEP_NUM_TASKS", 1))  # set within srun, not by sbatch
-    nodes = int(environment.get("SLURM_STEP_NUM_NODES", 1))
+    for name in ("SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID"):
+        if name in os.environ:  # Fabric reads them, also outside of srun
+            _number(name, 0)
+    if "SLURM_STEP_NUM_TASKS" not in os.environ:  # set within srun, not by sbatch
+        return 1, 1, 1
+    world = _number("SLURM_STEP_NUM_TASKS")
+    nodes = _number("SLURM_STEP_NUM_NODES") if "SLURM_STEP_NUM_NODES" in os.environ else 1
+    _check_multiple("SLURM_STEP_NUM_TASKS", world, "SLURM_STEP_NUM_NODES", nodes)
     return world, world // nodes, nodes
+
+
+def _number(name: str, least: int = 1, most: int = 10**6) -> int:
+    """The whole number in an environment variable; SettingsError unless it is within the bounds."""
+    text = os.environ.get(name, "")
+    if not re.fullmatch("[0-9]{1,7}", text) or not least <= int(text) <= most:
+        raise SettingsError(
+            f"{name} = {shorten(text)}: a whole number from {least} to {most} is needed, as "
+            f"{'srun' if name.startswith('SLURM') else 'torchrun'} sets it"
+        )
+    return int(text)
+
+
+def _check_multiple(name: str, count: int, by: str, divisor: int) -> None:
+    if count % divisor:
+        raise SettingsError(f"{name} = {count}: must be a multiple of {by} = {divisor}")

@@ -55,14 +55,17 @@ class Stage:
 def open_stage(name: str, pipeline: str = "dvc.yaml") -> Stage:
     """Read and validate what the file `pipeline` declares for the stage `name`.
 
-    The whole of params.yaml is checked, and the versions of the libraries if the stage declares
-    them. Raises SettingsError for the first key, value or version that is not allowed.
+    The whole of params.yaml is checked, the environment variables that say where the work runs, and
+    the versions of the libraries if the stage declares them. Raises SettingsError for the first
+    key, value or version that is not allowed.
     """
     from dvc.dependency import ParamsDependency
     from dvc.exceptions import DvcException, NotDvcRepoError
     from dvc.repo import Repo
 
     _check_settings()
+    device()  # raises if SECATEUR_DEVICE cannot be used
+    processes()  # likewise for the variables of torchrun and srun
     declared: dict[str, Any] = {}
     inputs: dict[str, str] = {}
     try:

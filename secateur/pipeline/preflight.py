@@ -1,4 +1,4 @@
-"""Check before a training that the stages after it will accept the network.
+"""Check before data are written, and before a training, that later stages accept the network.
 
 A ratio for a layer that does not exist would otherwise be found by the stage that reads it, after
 hours of training. No result depends on this module.
@@ -15,6 +15,20 @@ from secateur.data.dataset import DatasetInfo
 from secateur.pruning.decision import PruningContext
 from secateur.training import penalty as penalties
 from secateur.training.penalty import ScheduledPenalty
+
+
+def check_settings(info: DatasetInfo) -> None:
+    """Raise SettingsError if architecture, penalty or pruner of params.yaml do not fit the images.
+
+    The architecture is built for these images, then checked by `check_network`. Nothing that it
+    downloads is needed, and the state of the random number generator is not changed.
+    """
+    params = settings.read()
+    with torch.random.fork_rng(devices=[]), settings.section(f"archs.{params.arch}"):
+        build = plugin.load("archs", params.arch).build
+        channels, height, width = info.shape
+        model = build(params.chosen("archs"), len(info.classes), (channels, height, width))
+    check_network(model, info)
 
 
 def check_network(model: nn.Module, info: DatasetInfo) -> None:

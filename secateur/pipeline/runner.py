@@ -133,7 +133,6 @@ def open_context(name: str) -> StageContext:
     """
     spec = STAGES[name]
     stage = open_stage(name, spec.pipeline)
-    machine.device()  # raises if SECATEUR_DEVICE cannot be used
     params = stage.params
     data = dataset.load(stage.input(f"data/{params.dataset}"))
     arch_settings = params.archs.get(params.arch) or {}
