@@ -23,6 +23,7 @@ from typing import Any
 import hostile
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import yaml
 from hypothesis import HealthCheck, given
@@ -559,6 +560,98 @@ def test_whatever_stands_in_the_place_of_a_file_or_folder_is_no_crash_and_no_han
             hostile.KINDS[kind](path)
             with ordinary_user() if kind == "unreadable" else contextlib.nullcontext():
                 outcome(name, folder)
+
+
+def header_with(**fields):
+    """Change fields of our header in a checkpoint or prepared data set."""
+
+    def change(folder):
+        path = next(folder.glob("*.safetensors"))
+        header, data = hostile.parts_of(path.read_bytes())
+        ours = json.loads(header["__metadata__"]["secateur"])
+        target = ours.get("about", ours)
+        for key, value in fields.items():
+            target[key] = hostile.Raw(value) if isinstance(value, str) else value
+        header["__metadata__"]["secateur"] = hostile.written(ours)
+        path.write_bytes(hostile.joined(json.dumps(header), data))
+        if "about" in ours and not any(isinstance(v, str) for v in fields.values()):
+            (folder / "about.json").write_text(json.dumps(target))
+
+    return change
+
+
+def tensor_of(name, make):
+    """Another tensor under a name."""
+
+    def change(folder):
+        path = next(folder.glob("*.safetensors"))
+        header, _ = hostile.parts_of(path.read_bytes())
+        tensors = safetensors.torch.load(path.read_bytes())
+        tensors[name] = make(tensors[name])
+        safetensors.torch.save_file(tensors, path, header["__metadata__"])
+
+    return change
+
+
+def idx_with(part, count, labels, side=28):
+    def change(folder):
+        pixels = np.zeros((count, side, side), dtype=np.uint8)
+        write_idx(folder / "MNIST" / "raw", part, pixels, [i % 10 for i in range(labels)])
+
+    return change
+
+
+def of_file(name, change):
+    return lambda folder: change(folder / name)
+
+
+REFUSED = [
+    ("checkpoint", header_with(classes=[]), "classes = .*at least one"),
+    ("checkpoint", header_with(classes='"abc"'), "classes = 'abc'"),
+    ("checkpoint", header_with(classes=10), "classes = 10"),
+    ("checkpoint", header_with(classes=["a", "b"]), "3 outputs for 2 classes"),
+    ("checkpoint", header_with(shape=[1, 10**9, 10**9]), "shape.1 = 1000000000"),
+    ("checkpoint", header_with(shape=[1, 2**20, 2**20]), "more than 134,217,728 values"),
+    ("checkpoint", header_with(mean="[NaN]"), "mean.0 = nan"),
+    ("checkpoint", header_with(std=[0]), "std.0 = 0"),
+    ("checkpoint", header_with(layers={"conv2": {"groups": 0}}), "layers.conv2.groups = 0"),
+    ("checkpoint", header_with(layers={"nothing": {"before": 3}}), "no index of length 3"),
+    ("checkpoint", header_with(notes="[" * 100_000), "nested more than 32 deep"),
+    ("checkpoint", header_with(arch_settings={"filters": [4, 6], "hidden": 10**12}), "memory"),
+    ("checkpoint", tensor_of("fc1.weight", torch.Tensor.long), "fc1.weight holds torch.int64"),
+    ("checkpoint", tensor_of("fc1.weight", torch.Tensor.bool), "bool"),
+    (
+        "prepared data in memory",
+        tensor_of("train.labels", lambda t: torch.full_like(t, 99)),
+        "label 99 of 3",
+    ),
+    ("prepared data in memory", tensor_of("train.labels", lambda t: t - 1), "label -1 of 3"),
+    ("prepared data in memory", tensor_of("train.labels", lambda t: t[:-1]), "train: 9 images"),
+    ("prepared data in memory", header_with(counts={"train": 9, "val": 3, "test": 1}), "test: 1"),
+    ("prepared data in memory", header_with(mean="[NaN]"), "about.mean.0 = nan"),
+    ("prepared data in memory", header_with(std=[0]), "std.0 = 0"),
+    ("prepared data in memory", of_file("about.json", Path.unlink), "about.json: missing"),
+    ("prepared data in memory", of_file("about.json", hostile.as_fifo), "about.json: .*a FIFO"),
+    ("idx", idx_with("train", 20, 19), "19 labels, where train-images-idx3-ubyte has 20 images"),
+    ("idx", idx_with("train", 10, 60), "60 labels, where train-images-idx3-ubyte has 10 images"),
+    ("idx", idx_with("t10k", 10, 10, side=27), "images of 27x27 pixels; they must be 28x28"),
+    ("idx", idx_with("train", 20, 20, side=1), "images of 1x1 pixels; they must be 28x28"),
+    ("image folder", of_file("images/train/ant/x.png", hostile.as_fifo), "x.png: .* a FIFO"),
+    ("image folder", of_file("images/train/ant/x.png", hostile.as_link("..")), "that it is in"),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "reason"), REFUSED)
+def test_what_was_accepted_once_is_refused_in_one_line(name, change, reason, valid):
+    def read(folder):
+        found = READERS[name].read(folder)
+        return found.model() if name == "checkpoint" else found
+
+    with copy_of(valid[name]) as folder:
+        change(folder)
+        with hostile.limits(), pytest.raises(SecateurError, match=reason) as caught:
+            read(folder)
+        assert "\n" not in str(caught.value)
 
 
 def test_the_outcomes_are_printed_if_asked_for(capsys):

@@ -73,6 +73,8 @@ def read_yaml(path: Path, error: type[SecateurError], cure: str = "") -> Any:
         words = " ".join(str(reason).replace('in "<unicode string>", ', "").split())
         if isinstance(reason, RecursionError):
             words = f"nested more than {MAX_DEPTH} deep"
+        elif not isinstance(reason, yaml.YAMLError | ValueError):
+            words = f"a value that its type does not allow: {words}"
         text = cut(words or type(reason).__name__, 200)
         raise error(f"{path}: not valid YAML: {text}") from None
     return value

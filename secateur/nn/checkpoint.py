@@ -9,6 +9,7 @@ bytes.
 import hashlib
 import json
 import math
+import re
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,6 +29,9 @@ from secateur.sparsity.choices import Choices, fits
 
 FORMAT = 1
 MASK, CHOICE = "mask:", "choice:"
+
+LARGE_SETTING = 256
+"""Widths, depths and sides of images up to here are built without counting their bytes first."""
 
 LayerKey = Annotated[str, Field(pattern="^(groups|before|after)$")]
 Count = Annotated[int, Field(ge=1, lt=2**31, strict=True)]
@@ -77,9 +81,10 @@ class Checkpoint:
         """Rebuild the network, in eval mode; CheckpointError if the tensors do not fit it."""
         where = f"checkpoint of stage {cut(self.header.stage)}: "
         try:
+            _check_memory(self.header)
             model = build_architecture(self.header)
-        except SecateurError as error:
-            raise CheckpointError(f"{where}{error}") from None
+        except (SecateurError, RuntimeError, ValueError, MemoryError) as error:
+            raise CheckpointError(f"{where}{cut(str(error), 300)}") from None
         return self.fill(model, f"{where}its tensors do not fit architecture '{self.header.arch}'")
 
     def fill(self, model: nn.Module, message: str) -> nn.Module:
@@ -105,6 +110,28 @@ class Checkpoint:
             reason = cut(str(error) or type(error).__name__, 300)
             raise CheckpointError(f"{message}: {reason}") from error
         return model.eval()
+
+
+def _check_memory(header: Header) -> None:
+    """CheckpointError if the dense network has more bytes than half of the machine's memory.
+
+    It is built without tensors, which may take longer than building it, so only if a setting is
+    large enough to matter. A network whose code needs values of tensors is not counted.
+    """
+    numbers = re.findall(r"\d+", repr([header.arch_settings, header.shape]))
+    if all(len(number) < 9 and int(number) <= LARGE_SETTING for number in numbers):
+        return
+    try:
+        with torch.device("meta"):
+            dense = build_architecture(header)
+    except (RuntimeError, NotImplementedError):
+        return
+    size = sum(t.numel() * t.element_size() for t in dense.state_dict().values())
+    if size > files.MEMORY // 2:
+        raise CheckpointError(
+            f"the dense network has {size / 2**30:,.0f} GiB, more than half of this machine's "
+            "memory"
+        )
 
 
 def _check_indices(header: Header, tensors: dict[str, Tensor]) -> None:
