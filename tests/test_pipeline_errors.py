@@ -1,5 +1,7 @@
 """Help, and one clear line for a mistake; most in this process, some as commands."""
 
+import hashlib
+import json
 import sys
 
 import numpy as np
@@ -35,6 +37,22 @@ def test_bad_settings_get_one_clear_line_before_any_work(finished, tmp_path, cas
     assert len(log.strip().splitlines()) == 1 and log.startswith("error: ")
     assert all(word in log for word in words), log
     assert project.model_bytes() == finished.model_bytes()
+
+
+def test_a_model_file_with_one_changed_bit_is_not_used(project):
+    checkpoint = project.path / "models/baseline/model.safetensors"
+    content = bytearray(checkpoint.read_bytes())
+    content[-2] ^= 0x40
+    checkpoint.unlink()
+    checkpoint.write_bytes(content)
+    log = project.stage_here("sparse_train", ok=False)
+    assert len(log.strip().splitlines()) == 1, log
+    record = json.loads((project.path / "models/baseline.run.json").read_text())
+    hashes = [hashlib.sha256(content).hexdigest()[:12], record["sha256"][:12]]
+    words = ["models/baseline/model.safetensors", "models/baseline.run.json", "`dvc checkout`"]
+    assert all(word in log for word in [*hashes, *words]), log
+    (project.path / "models/baseline.run.json").unlink()
+    assert "sparse-train: epoch" in project.stage_here("sparse_train")  # it is no dependency
 
 
 def test_bad_files_get_one_clear_line(project):
