@@ -16,6 +16,7 @@ from secateur.base.errors import SecateurError
 from secateur.base.stage import Stage
 from secateur.pipeline import mlflow_file, mlflow_store, tracking
 from secateur.pipeline.mlflow_store import Store
+from secateur.pipeline.record import RunRecord
 from secateur.training.resume import single_flight
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -371,3 +372,38 @@ def test_epochs_that_were_saved_but_not_sent_are_sent_by_the_process_that_resume
     with single_flight(stage, [], lambda: None):
         Store(strict=True)
         assert status(again.store, run.id) == "RUNNING", "this process holds its lock"
+
+
+def test_a_run_that_was_closed_and_killed_then_has_its_model_once(project):
+    stage = Stage("baseline", None, {"seed": 1}, {})
+    ids = set()
+    for _ in range(2):
+        run = tracking.Run(Store(strict=True), stage, {})
+        run.open(next(iter(ids), (None,))[0], {"name": "toy", "hash": "00"})
+        ids.add((run.id, run.close({"accuracy": 1.0}, "models/toy/model", "ab")))
+    assert len(ids) == 1
+    found = run.store.client.get_run(run.id)
+    assert found.info.status == "FINISHED"
+    assert len(found.outputs.model_outputs) == 1
+
+
+def record(**changes):
+    given = {
+        "stage": "baseline", "fingerprint": "ab" * 16, "params": {"seed": 1},
+        "metrics": {"loss": 1.0}, "model": "models/toy/model", "sha256": "ab",
+        "dataset": {"name": "toy", "hash": "00"}, "seconds": 1.0, "hardware": "", "run_id": "lost",
+    }  # fmt: skip
+    return RunRecord(**given | changes)
+
+
+def test_a_restored_run_that_was_left_half_written_is_made_anew(project):
+    store = Store(strict=True)
+    rows = [{"epoch": 1.0, "train_loss": 0.5}]
+    half, _ = tracking.restore(store, record(), rows, {})
+    store.client.update_run(half, "RUNNING")
+    store = Store(strict=True)
+    assert status(store, half) == "KILLED", "whoever writes a restored run holds the store's lock"
+    whole, made = tracking.restore(store, record(), rows, {})
+    assert made and whole != half
+    assert [run.info.run_id for run in store.runs("")] == [whole]
+    assert tracking.restore(store, record(), rows, {}) == (whole, False)

@@ -262,14 +262,20 @@ def _close_run(
 
     now = int(time.time() * 1000)
     store.log(run_id, [Metric(k, float(v), now, 0) for k, v in metrics.items()])
-    entry = mlflow.create_external_model(
-        name=stage,
-        source_run_id=run_id,
-        model_type=MODELS[stage].kind,
-        tags={"dvc.path": model, "sha256": sha256},
-        experiment_id=store.experiment,
-    )
-    store.client.log_outputs(run_id, [LoggedModelOutput(entry.model_id, 0)])
+    condition = f"source_run_id = '{run_id}'"  # a process may have been killed after these lines
+    found = list(store.client.search_logged_models([store.experiment], condition))
+    entry = next((m for m in found if m.tags.get("sha256") == sha256), None)
+    if entry is None:
+        entry = mlflow.create_external_model(
+            name=stage,
+            source_run_id=run_id,
+            model_type=MODELS[stage].kind,
+            tags={"dvc.path": model, "sha256": sha256},
+            experiment_id=store.experiment,
+        )
+    known = store.client.get_run(run_id).outputs
+    if known is None or entry.model_id not in [m.model_id for m in known.model_outputs]:
+        store.client.log_outputs(run_id, [LoggedModelOutput(entry.model_id, 0)])
     store.client.set_terminated(run_id, "FINISHED")
     return str(entry.model_id)
 
