@@ -79,6 +79,13 @@ def test_bad_files_get_one_clear_line(project):
     assert "holds architecture 'lenet300'" in log
 
 
+def test_a_limit_on_the_size_of_files_that_stops_dvc_gives_one_clear_line(project):
+    command = f"ulimit -f 3; exec {sys.executable} -m stages.prepare"
+    log = project.run("bash", "-c", command, ok=False)
+    assert len(log.strip().splitlines()) == 1, log
+    assert log.startswith("error: DVC cannot use the database") and "disk full" in log
+
+
 def test_missing_data_says_where_it_looked(project, tmp_path):
     project.params(dataset="mnist")
     log = project.stage_here("prepare", ok=False, SECATEUR_DATA=str(tmp_path / "nothing"))

@@ -45,6 +45,34 @@ def test_killed_stages_end_with_the_same_bytes(project, tmp_path):
         assert ours.read_bytes() == theirs.read_bytes(), file
 
 
+def test_a_damaged_state_and_notes_start_the_stage_again(project, tmp_path):
+    undisturbed = project.copy(tmp_path / "undisturbed")
+    for copy in (project, undisturbed):
+        copy.params(baseline__epochs=200, seed=6)
+    undisturbed.stage("baseline")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "stages.baseline"],
+        cwd=project.path,
+        env=project.env(),
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while process.poll() is None and not project.saved_states("baseline"):
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    (state,) = project.saved_states("baseline")
+    state.write_bytes(state.read_bytes()[:1000])
+    (state.parent / "notes.json").write_text("[]")
+    log = project.stage("baseline")
+    warnings = [line for line in log.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == 2 and all("discarded" in line for line in warnings), log
+    assert "going on after" not in log and "Traceback" not in log
+    file = "models/baseline/model.safetensors"
+    assert (project.path / file).read_bytes() == (undisturbed.path / file).read_bytes()
+
+
 def test_twins_train_once(project):
     project.params(seed=7, baseline__epochs=60)
     started = [

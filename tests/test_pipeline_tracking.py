@@ -40,13 +40,42 @@ def test_the_curves_in_mlflow_are_those_of_the_history(finished):
     assert [m.step for m in logged] == list(history.epoch)
 
 
-def test_a_lost_store_is_written_again(project):
-    (project.path / "mlflow.db").unlink()
-    project.run(sys.executable, "-m", "secateur.sync", SECATEUR_TRACKING="on")
+@pytest.mark.parametrize("damage", ["lost", "junk", "truncated"])
+def test_a_lost_store_is_written_again(damage, project):
+    store = project.path / "mlflow.db"
+    content = {"lost": b"", "junk": b"junk", "truncated": store.read_bytes()[:80_000]}[damage]
+    store.unlink()
+    if content:
+        store.write_bytes(content)
+    log = project.run(sys.executable, "-m", "secateur.sync", SECATEUR_TRACKING="on")
     assert len(project.runs()) == 5
     (pipeline,) = project.runs("tags.kind = 'pipeline'")
     restored = {r.info.run_id for r in project.runs("tags.restored = 'true'")}
     assert {v for k, v in pipeline.data.tags.items() if k.startswith("run.")} == restored
+    kept = [path.read_bytes() for path in project.path.glob("mlflow.db.broken-*")]
+    assert kept == ([content] if content else [])
+    assert log.count("warning: ") == len(kept)
+
+
+def test_a_damaged_file_is_named_by_sync_and_changes_nothing(project):
+    before = {run.info.run_id for run in project.runs()}
+    cases = {
+        "models/sparse.run.json": b"{",
+        "models/pruned.run.json": b"[1, 2]",
+        "models/sparse/history.csv": b"epoch,train_loss\n1,junk\n",
+        "metrics/evaluate.json": b'{"baseline": 3}',
+    }
+    for name, content in cases.items():
+        path = project.path / name
+        whole = path.read_bytes()
+        path.unlink()
+        path.write_bytes(content)
+        command = [sys.executable, "-m", "secateur", "sync"]
+        log = project.run(*command, ok=False, SECATEUR_TRACKING="on")
+        (line,) = [line for line in log.splitlines() if "error: " in line]
+        assert name in line and "Traceback" not in log
+        path.write_bytes(whole)
+    assert {run.info.run_id for run in project.runs()} == before
 
 
 def test_four_processes_may_start_on_a_fresh_store(unborn):

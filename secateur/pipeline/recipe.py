@@ -18,6 +18,7 @@ import itertools
 import json
 import math
 import re
+import sqlite3
 import statistics
 import subprocess
 import sys
@@ -33,7 +34,7 @@ from rich.table import Table
 
 from secateur.base.documents import read_yaml, validated
 from secateur.base.errors import SecateurError, SettingsError, cut, shorten
-from secateur.pipeline import console, params_file
+from secateur.pipeline import console, params_file, record
 from secateur.pipeline.record import MODELS
 
 FOLDER = Path("recipes")
@@ -241,12 +242,17 @@ def run(recipe: Recipe, seeds: Sequence[int]) -> list[dict[str, Any]]:
 def _report(experiment: str) -> dict[str, Any]:
     """What evaluate wrote in an experiment, and how long its stages took."""
     from dvc.api import DVCFileSystem
+    from dvc.exceptions import DvcException
 
-    tree = DVCFileSystem(rev=experiment)
-    report: dict[str, Any] = json.loads(tree.read_bytes("metrics/evaluate.json"))
-    report["layers"] = tree.read_bytes("metrics/layers.csv").decode()
-    records = {s: json.loads(tree.read_bytes(str(m.record))) for s, m in MODELS.items()}
-    report["seconds"] = {stage: record["seconds"] for stage, record in records.items()}
+    try:
+        tree = DVCFileSystem(rev=experiment)
+        report: dict[str, Any] = json.loads(tree.read_bytes("metrics/evaluate.json"))
+        report["layers"] = tree.read_bytes("metrics/layers.csv").decode()
+        contents = {stage: tree.read_bytes(str(model.record)) for stage, model in MODELS.items()}
+    except (DvcException, OSError, ValueError, sqlite3.Error) as error:
+        raise SecateurError(f"experiment {experiment}: {cut(str(error), 200)}") from None
+    records = {s: record.parse(content, str(MODELS[s].record)) for s, content in contents.items()}
+    report["seconds"] = {stage: found.seconds for stage, found in records.items()}
     return report
 
 
