@@ -82,6 +82,7 @@ def check_store(project):
     path = project.path / "mlflow.db"
     assert mlflow_file.fault(path, thorough=True) is None
     assert not list(project.path.glob("mlflow.db.broken-*"))
+    assert not list(project.path.glob(".mlflow.db.new-*"))
     runs = project.runs()
     assert {run.info.status for run in runs} <= {"FINISHED", "KILLED"}
     finished = {run.data.tags["stage"]: run for run in runs if run.info.status == "FINISHED"}

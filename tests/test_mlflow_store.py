@@ -190,6 +190,15 @@ def test_a_journal_of_a_deleted_store_does_not_spoil_the_new_one(project, made):
     assert names(project) == ["mlflow.db"]
 
 
+def test_what_a_killed_process_has_left_beside_a_whole_store_is_removed(project, made):
+    (project / ".mlflow.db.new-abc").mkdir()
+    shutil.copy(made, project / "mlflow.db")
+    os.link(project / "mlflow.db", project / ".mlflow.db.new-abc" / "mlflow.db")
+    assert Store(strict=True).client is not None
+    assert names(project) == ["mlflow.db"]
+    assert runs(project / "mlflow.db") == ["kept"]
+
+
 def test_a_store_that_another_program_is_making_is_waited_for(project, made):
     path = project / "mlflow.db"
     code = (

@@ -40,8 +40,6 @@ def create(path: Path, experiment: str, artifacts: str | None) -> None:
     from mlflow import MlflowClient
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    for killed in path.parent.glob(f".{path.name}.new-*"):
-        shutil.rmtree(killed, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.new-", dir=path.parent))
     try:
         whole = folder / path.name
@@ -50,6 +48,12 @@ def create(path: Path, experiment: str, artifacts: str | None) -> None:
         _remove_companions(path)
         _install(whole, path)
     finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_unfinished(path: Path) -> None:
+    """Remove what processes have left that were killed while they created the store."""
+    for folder in path.parent.glob(f".{path.name}.new-*"):
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -95,6 +95,7 @@ class Store:
 
     def _prepare(self, file: Path, experiment: str, place: str | None) -> None:
         """Create the store if there is none, or none that can be opened."""
+        mlflow_file.remove_unfinished(file)
         if os.path.lexists(file):
             found = mlflow_file.fault(file, thorough=self.strict)
             if found is None:
