@@ -1,8 +1,8 @@
 """Import torchvision, also beside a torch whose build lacks its compiled operators."""
 
+import sys
 from typing import Any
 
-import torch
 from torch import library as operators
 
 _KEEP: list[operators.Library] = []  # the operators go when it is collected
@@ -13,18 +13,19 @@ def import_torchvision() -> Any:
 
     torchvision registers shape functions for its compiled operators on import and fails if those
     operators are missing, as they are when its registry build stands beside a CPU-only torch.
-    Declaring the two that it looks for is enough: nothing here calls them.
+    Declaring the two that it looks for is enough: nothing here calls them. They are declared only
+    after a failed import, since torch ends the process if an operator is declared twice.
     """
     try:
-        torch.ops.torchvision.nms  # noqa: B018
-    except (AttributeError, RuntimeError):
-        try:
+        import torchvision
+    except RuntimeError:
+        for name in [n for n in sys.modules if n.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]  # what the failed import has left
+        if not _KEEP:
             library = operators.Library("torchvision", "DEF")
             library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
             library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
             _KEEP.append(library)
-        except RuntimeError:
-            pass  # declared by someone else in the meantime
-    import torchvision
+        import torchvision
 
     return torchvision
