@@ -9,7 +9,7 @@ bytes.
 import hashlib
 import json
 import math
-import re
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -118,13 +118,12 @@ def _check_memory(header: Header) -> None:
     It is built without tensors, which may take longer than building it, so only if a setting is
     large enough to matter. A network whose code needs values of tensors is not counted.
     """
-    numbers = re.findall(r"\d+", repr([header.arch_settings, header.shape]))
-    if all(len(number) < 9 and int(number) <= LARGE_SETTING for number in numbers):
+    if all(number <= LARGE_SETTING for number in _numbers([header.arch_settings, header.shape])):
         return
     try:
         with torch.device("meta"):
             dense = build_architecture(header)
-    except (RuntimeError, NotImplementedError):
+    except (SecateurError, RuntimeError, NotImplementedError):
         return
     size = sum(t.numel() * t.element_size() for t in dense.state_dict().values())
     if size > files.MEMORY // 2:
@@ -132,6 +131,17 @@ def _check_memory(header: Header) -> None:
             f"the dense network has {size / 2**30:,.0f} GiB, more than half of this machine's "
             "memory"
         )
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    """All numbers in nested tables and lists; text, such as a network's name, holds none."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from _numbers(item)
+    elif isinstance(value, int | float):
+        yield value
 
 
 def _check_indices(header: Header, tensors: dict[str, Tensor]) -> None:
