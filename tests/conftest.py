@@ -9,9 +9,8 @@ from workspace import Project, fresh_project
 
 LONGEST = [
     "test_pipeline_runs.py",  # makes the finished project
-    "test_wiring.py",  # needs none
+    "test_processes.py",  # needs none
     "test_pipeline_queue.py",
-    "test_processes.py",
     "test_pipeline_experiments.py",
     "test_pipeline_tracking.py",
     "test_pipeline_resume.py",
