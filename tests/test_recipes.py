@@ -259,6 +259,7 @@ def test_params_that_cannot_be_read_are_told_before_a_recipe_runs(content, folde
 
 
 def test_every_file_is_read_once(monkeypatch):
+    recipe._read_once.cache_clear()
     read = []
     whole = recipe.read_yaml
     monkeypatch.setattr(

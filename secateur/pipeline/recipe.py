@@ -13,6 +13,7 @@ clean one: `git checkout params.yaml`.
 
 import argparse
 import difflib
+import functools
 import io
 import itertools
 import json
@@ -164,7 +165,7 @@ def _read_all() -> _Library:
     library, seen = _Library({}, []), set[str]()
     for path in sorted(FOLDER.glob("*.yaml")):
         try:
-            found = _read(path)
+            found = _read_changed(path)
         except SettingsError as error:
             library.errors.append(str(error))
             continue
@@ -176,6 +177,20 @@ def _read_all() -> _Library:
                 library.written[name] = recipe
         seen |= found.keys()
     return library
+
+
+def _read_changed(path: Path) -> dict[str, _Written]:
+    """The recipes of one file by name, read again only if the file has changed since."""
+    try:
+        state = path.stat()
+    except OSError:
+        return _read(path)
+    return _read_once(path, Path.cwd(), (state.st_ino, state.st_mtime_ns, state.st_size))
+
+
+@functools.lru_cache(maxsize=1000)
+def _read_once(path: Path, _folder: Path, _state: tuple[int, int, int]) -> dict[str, _Written]:
+    return _read(path)
 
 
 def _read(path: Path) -> dict[str, _Written]:
