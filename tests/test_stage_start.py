@@ -58,12 +58,12 @@ def test_stages_that_start_at_the_same_time_check_the_same_settings(unborn):
 
 
 @pytest.mark.pipeline
-def test_a_stage_refuses_other_library_versions_until_they_are_written(unborn):
+def test_a_stage_refuses_other_installed_versions_until_they_are_written(unborn):
     unborn.params(libraries__torch="1.0.0")
     unborn.stage("prepare")  # the same data with any version
     log = unborn.stage("baseline", ok=False)
     (line,) = log.strip().splitlines()
-    here = machine.library_versions()["torch"]
+    here = machine.installed_versions()["torch"]
     assert line.startswith(f"error: params.yaml: libraries.torch = '1.0.0': {here} is installed")
     assert "install torch==1.0.0" in line and "secateur libraries --update" in line
     secateur = (sys.executable, "-m", "secateur", "libraries")
@@ -74,8 +74,8 @@ def test_a_stage_refuses_other_library_versions_until_they_are_written(unborn):
 
 
 def test_versions_are_named_without_the_suffix_of_the_build():
-    assert set(machine.library_versions()) == {"torch", "torchvision"}
-    assert not any("+" in version for version in machine.library_versions().values())
+    assert set(machine.installed_versions()) == {"torch", "torchvision"}
+    assert not any("+" in version for version in machine.installed_versions().values())
 
 
 def test_changed_values_leave_the_rest_of_params_yaml_as_it_is(tmp_path):

@@ -127,7 +127,7 @@ class Project:
 
 def fresh_project(path):
     """The repository's files as they are now, with short trainings, as a Git repository."""
-    from secateur.base.machine import library_versions
+    from secateur.base.machine import installed_versions
 
     listed = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard"],
@@ -141,7 +141,7 @@ def fresh_project(path):
         lock.unlink(missing_ok=True)
     project = Project(path)
     project.params(**{f"{s}__{k}": v for s, keys in SHORT.items() for k, v in keys.items()})
-    project.params(libraries=library_versions())
+    project.params(libraries=installed_versions())
     project.run("git", "init", "-q", "-b", "main")
     project.run("git", "config", "user.name", "tester")
     project.run("git", "config", "user.email", "tester@localhost")

@@ -68,7 +68,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def library_versions() -> dict[str, str]:
+def installed_versions() -> dict[str, str]:
     """Installed versions of torch and torchvision, without the build's suffix (+cpu, +cu130)."""
     found = versions()
     return {name: found[name].split("+")[0] for name in ("torch", "torchvision") if name in found}

@@ -15,7 +15,7 @@ import torch
 
 from secateur.base import files, settings
 from secateur.base.errors import SecateurError, SettingsError
-from secateur.base.machine import device, library_versions, processes, versions
+from secateur.base.machine import device, installed_versions, processes, versions
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def _check_settings() -> None:
 
 def _check_libraries(wanted: settings.Libraries) -> None:
     """Raise SettingsError if another version is installed than params.yaml names."""
-    installed = library_versions()
+    installed = installed_versions()
     for name, version in wanted.model_dump().items():
         found = installed.get(name)
         if found != version:

@@ -14,7 +14,7 @@ from secateur.pipeline import console, params_file
 
 def command(options: argparse.Namespace) -> None:
     """Print both versions of every library, or write the installed ones into params.yaml."""
-    installed = machine.library_versions()
+    installed = machine.installed_versions()
     written = settings.read().libraries.model_dump()
     different = [name for name in written if written[name] != installed.get(name)]
     if not options.update or not different:
