@@ -15,7 +15,8 @@ from secateur.pipeline import record
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = [
-    "base", "sparsity", "nn", "data", "training", "channels", "gconv", "pruning", "pipeline",
+    "base", "sparsity", "nn", "data", "training", "channels", "gconv", "pruning", "deploy",
+    "pipeline",
 ]  # fmt: skip
 """Top to bottom: a room imports only from those before it."""
 OBSERVERS = {

@@ -1,0 +1,24 @@
+"""Packages that only some work needs, imported when that work begins."""
+
+import importlib
+from typing import Any
+
+from secateur.base.errors import SecateurError
+
+
+def load(module: str, purpose: str) -> Any:
+    """Import an optional package; `purpose` says what it is needed for, as in "to run .onnx files".
+
+    Raises SecateurError with the command that installs the package if it is not installed. A
+    package that is installed and cannot be imported raises whatever it raises.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        package = module.partition(".")[0]
+        if error.name != package:
+            raise
+        raise SecateurError(
+            f"{package} is needed {purpose} and is not installed; "
+            f"`pip install {package}` installs it"
+        ) from None

@@ -1,0 +1,1 @@
+"""Exported networks: files that other runtimes read, run and timed where they will be used."""

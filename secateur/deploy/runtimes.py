@@ -1,0 +1,145 @@
+"""Exported files opened in the runtimes that will run them: torch, ONNX Runtime, OpenVINO.
+
+All compute in float32 on the CPU. OpenVINO would use bfloat16 where the processor has it, and pin
+its threads to cores that other processes may be using, so both are switched off: the runtimes are
+compared at equal precision, on a machine that is rarely theirs alone.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from secateur.base import files, optional
+from secateur.base.errors import SecateurError, cut
+
+Runner = Callable[[NDArray[Any]], NDArray[np.float32]]
+"""Images (count, channels, height, width), float32 and normalised unless the file normalises them
+itself, to logits (count, classes)."""
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """One engine, and the kind of files it opens."""
+
+    name: str
+    title: str
+    suffix: str
+    open: Callable[[Path, int], Runner]
+    """Path and number of threads, 0 for all -> runner."""
+
+
+def open_model(path: Path, runtime: str | None = None, threads: int = 0) -> Runner:
+    """Open an exported file for inference.
+
+    `runtime` is a key of RUNTIMES, by default the first that opens files of this suffix; `threads`
+    is a number of threads, 0 for as many as the runtime takes by itself. Raises SecateurError,
+    naming the file, if it is missing, is of another kind, or cannot be opened, and SecateurError
+    with the command to install it if the runtime is missing.
+    """
+    able = [r for r in RUNTIMES.values() if r.suffix == path.suffix]
+    if runtime is not None:
+        able = [r for r in able if r.name == runtime]
+    if not able:
+        kinds = " | ".join(f"{r.name} ({r.suffix})" for r in RUNTIMES.values())
+        raise SecateurError(f"{path}: no file for {runtime or 'any runtime'}; there are {kinds}")
+    files.file_size(path, SecateurError)
+    return able[0].open(path, threads)
+
+
+@contextlib.contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Let torch compute with `count` threads (0: with as many as now) inside, and as before after.
+
+    The number belongs to the whole process. To change it for every pass would start and stop
+    threads within the measured time, so a runner of torch changes nothing if it is right already.
+    """
+    before = torch.get_num_threads()
+    if count in (0, before):
+        yield
+        return
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _open_torch(path: Path, threads: int) -> Runner:
+    """A program of torch.export (.pt2)."""
+    try:
+        program = torch.export.load(path)
+    except Exception as error:  # whatever the archive's reader raises for a foreign file
+        raise _unreadable(path, error) from None
+    model = program.module()
+
+    @torch.inference_mode()
+    def run(images: NDArray[Any]) -> NDArray[np.float32]:
+        with torch_threads(threads):
+            logits: NDArray[np.float32] = model(torch.from_numpy(images)).numpy()
+        return logits
+
+    return run
+
+
+def _open_onnxruntime(path: Path, threads: int) -> Runner:
+    """An ONNX file in ONNX Runtime, on the CPU."""
+    engine = optional.load("onnxruntime", "to run .onnx files")
+    options = engine.SessionOptions()
+    options.intra_op_num_threads = threads  # 0: its own choice, one per physical core
+    options.inter_op_num_threads = 1  # these networks are one operation after the other
+    options.log_severity_level = 3  # errors only
+    # its threads would go on waiting actively after a pass, and slow whatever runs next
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    try:
+        session = engine.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise _unreadable(path, error) from None
+    name = session.get_inputs()[0].name
+
+    def run(images: NDArray[Any]) -> NDArray[np.float32]:
+        logits: NDArray[np.float32] = session.run(None, {name: images})[0]
+        return logits
+
+    return run
+
+
+def _open_openvino(path: Path, threads: int) -> Runner:
+    """An ONNX file in OpenVINO, on the CPU."""
+    engine = optional.load("openvino", "to run .onnx files in OpenVINO")
+    options = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": "f32",
+        "ENABLE_CPU_PINNING": False,
+        **({"INFERENCE_NUM_THREADS": threads} if threads else {}),
+    }
+    try:
+        request = engine.Core().compile_model(path, "CPU", options).create_infer_request()
+    except Exception as error:
+        raise _unreadable(path, error) from None
+
+    def run(images: NDArray[Any]) -> NDArray[np.float32]:
+        logits: NDArray[np.float32] = request.infer([images])[0]
+        return logits
+
+    return run
+
+
+def _unreadable(path: Path, error: Exception) -> SecateurError:
+    reason = cut(str(error) or type(error).__name__, 200)
+    return SecateurError(f"{path}: cannot be opened: {reason}")
+
+
+RUNTIMES = {
+    runtime.name: runtime
+    for runtime in (
+        Runtime("torch", "torch", ".pt2", _open_torch),
+        Runtime("onnxruntime", "ONNX Runtime", ".onnx", _open_onnxruntime),
+        Runtime("openvino", "OpenVINO", ".onnx", _open_openvino),
+    )
+}
