@@ -308,6 +308,7 @@ WAYS = {
         "magnitude",
         {"ratios": 0.5, "ranking": "global", "round_to": 4, "criterion": "taylor"},
     ),
+    "groups": ("magnitude", {"granularity": "group", "ratios": 0.5, "ranking": "global"}),
 }
 
 

@@ -183,7 +183,7 @@ class Evaluate(Strict):
 
 Ratio = Annotated[float, Field(gt=0, lt=1)]
 SensitivityCriterion = Literal[
-    "l1", "l2", "geometric_median", "taylor", "lamp", "bn_scale", "random"
+    "l1", "l2", "geometric_median", "taylor", "fisher", "wanda", "lamp", "bn_scale", "random"
 ]
 
 

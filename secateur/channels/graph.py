@@ -18,7 +18,13 @@ from secateur.channels.planner import ShapePlan, ShapePlanner
 from secateur.channels.propagation import Propagation
 from secateur.channels.records import LayerInfo, SelectInfo
 from secateur.channels.report import describe
-from secateur.channels.selection import BalanceConstraint, Balances, orphans
+from secateur.channels.selection import (
+    BalanceConstraint,
+    Balances,
+    RemovalUnits,
+    orphans,
+    removal_units,
+)
 from secateur.channels.trace import trace
 
 Selection = Mapping[str, Tensor]
@@ -91,6 +97,11 @@ class ChannelGraph:
         among = self._among(ids)
         chosen = {g.name: among[g.ids].nonzero().flatten() for g in self.groups}
         return {name: index for name, index in chosen.items() if len(index)}
+
+    def units(self, scores: Tensor) -> tuple[list[RemovalUnits], dict[str, str]]:
+        """All channels that may go, in units that no balance forbids to remove one by one; and
+        groups without any, with the reason. `scores` (ids,) is the importance of each channel."""
+        return removal_units(self.groups, self._balances.cells if self._balances else [], scores)
 
     def plan(self, selection: Selection) -> ShapePlan:
         """What removing these channels leaves of every tensor.

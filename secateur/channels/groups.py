@@ -27,6 +27,11 @@ class Member:
         rows = by_channel(tensor, self.axis, self.groups)
         return rows[self.index.to(tensor.device)].flatten(1)
 
+    def sums(self, values: Tensor) -> Tensor:
+        """Sum of each channel's entries in a tensor of this member's shape: (channels,)."""
+        along = by_channel(values, self.axis, self.groups).sum(1)
+        return along[self.index.to(values.device)].sum(1)
+
 
 @dataclass(frozen=True)
 class ChannelGroup:
@@ -46,6 +51,17 @@ class ChannelGroup:
     """Why none of the channels can be removed; None if they can."""
     ids: Tensor
     """int64, (channels,): canonical ids."""
+
+    @property
+    def weights(self) -> tuple[Member, ...]:
+        """Members whose size tells how much the network makes of a channel: filters of the layers
+        that produce it, weights that consume it, and scales of normalisations on the way."""
+        return tuple(
+            member
+            for member in self.members
+            if member.kind in ("out", "in")
+            or (member.kind == "norm" and member.tensor.endswith("weight"))
+        )
 
 
 def by_channel(tensor: Tensor, axis: int, groups: int = 1) -> Tensor:

@@ -25,6 +25,19 @@ class BalanceConstraint:
     """Channels of each part, as (group, number)."""
 
 
+@dataclass(frozen=True)
+class RemovalUnits:
+    """Channels in units that can be removed one by one, each unit as a whole.
+
+    A unit is a single channel; or, where parts need a balance, a channel of each part.
+    """
+
+    groups: tuple[str, ...]
+    """Channel groups that the channels are of."""
+    ids: Tensor
+    """int64, (units, channels): canonical ids, the least important unit first in a balance."""
+
+
 class Balances:
     """The balances of a network, and how a selection is made to respect them."""
 
@@ -116,6 +129,41 @@ class Balances:
             for row in full[: len(both) - 1]:
                 removed |= row
         return removed
+
+
+def removal_units(
+    groups: Sequence[ChannelGroup], cells: Sequence[Sequence[set[int]]], scores: Tensor
+) -> tuple[list[RemovalUnits], dict[str, str]]:
+    """All channels that may go, in units; and groups without any, with the reason, by name.
+
+    `cells` are those of `Balances`, `scores` the importance of each channel by canonical id. The
+    channels of a part are matched with those of the other parts in the order of their scores, so
+    that the least important channels of all parts go first.
+    """
+    refused = {group.name: group.locked for group in groups if group.locked is not None}
+    owner = {i: group for group in groups for i in group.ids.tolist()}
+    bound: dict[str, list[RemovalUnits]] = {}  # by the first group
+    taken: set[int] = set()
+    for parts in cells:
+        channels = sorted(set().union(*parts))
+        owners = list(dict.fromkeys(owner[i].name for i in channels if i in owner))
+        taken |= set(channels)
+        locked = next((refused[name] for name in owners if name in refused), None)
+        if locked is not None:
+            for name in owners:
+                refused.setdefault(name, f"in balance with channels that are locked: {locked}")
+            continue
+        ordered = [sorted(part, key=lambda i: (float(scores[i]), i)) for part in parts]
+        columns = list(zip(*ordered, strict=False))  # of unequal parts, the rest stays
+        found = RemovalUnits(tuple(owners), torch.tensor(columns, dtype=torch.int64))
+        bound.setdefault(owners[0], []).append(found)
+    units: list[RemovalUnits] = []
+    for group in groups:
+        units += bound.get(group.name, [])
+        alone = [i for i in group.ids.tolist() if i not in taken]
+        if alone and group.locked is None:
+            units.append(RemovalUnits((group.name,), torch.tensor(alone).unsqueeze(1)))
+    return units, refused
 
 
 def orphans(

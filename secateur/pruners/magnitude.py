@@ -8,9 +8,14 @@ Filters and channels are removed whole. Filters whose outputs are added to those
 (residual sums), and inputs that are such a sum, are not for one layer to choose: a ratio for such a
 layer by name is an error, and a ratio for all layers passes over it. Inputs that several layers
 read (DenseNet) are masked in the layer that chose them, and removed if all of their readers did.
+
+Granularity group: channels with all that is coupled to them, wherever that is, scored as
+pruning/group_scores.py says, so that residual sums, depthwise convolutions and squeeze-excite
+products are pruned too.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -18,37 +23,45 @@ from torch import Tensor
 
 from secateur.base.errors import ArgumentError
 from secateur.base.settings import Seed, Strict
-from secateur.pruning import criteria
+from secateur.pruning import criteria, group_scores
 from secateur.pruning.decision import (
     PruningContext,
     PruningDecision,
     decision_from_choices,
     unprunable_layers,
 )
+from secateur.pruning.group_scores import GroupRanking, Normalisation, Ranking, Reduction
 from secateur.pruning.target import Target, solve
 from secateur.sparsity import choices
 from secateur.sparsity.choices import Choices, Granularity, Pick
-from secateur.sparsity.layer_ratios import ratios_by_layer, scaled
+from secateur.sparsity.layer_ratios import ratios_by_group, ratios_by_layer, scaled
 from secateur.sparsity.ratios import Ratios, Rules, Skip
 
 
 class Settings(Strict):
     """What is pruned, by which criterion, and how much of it."""
 
-    granularity: Granularity = "filter"
-    """filter: outputs of a layer; channel: inputs of it; weight: single weights."""
+    granularity: Granularity | Literal["group"] = "filter"
+    """filter: outputs of a layer; channel: inputs of it; weight: single weights; group: channels
+    with all that is coupled to them."""
     criterion: criteria.Criterion = "l1"
-    """How importance is measured; see pruning/criteria.py."""
+    """How importance is measured; see pruning/criteria.py, for groups pruning/group_scores.py."""
+    reduce: Reduction | None = None
+    """Of granularity group: how what a channel is worth in each of its tensors becomes one score;
+    null: mean."""
+    normalise: Normalisation | None = None
+    """Of granularity group: what makes scores of different groups compare; null: mean."""
     pick: Pick = "min"
     """Which groups are pruned: the least important, the most important, or random ones (the last
     two are controls)."""
     seed: Seed = 0
     """Of pick: random."""
-    ranking: Literal["layer", "global"] = "layer"
-    """Groups are compared within their layer, or over all layers that have a ratio above 0."""
+    ranking: Ranking = "layer"
+    """layer: within a layer (of granularity group: within a channel group); global: over all that
+    have a ratio above 0; isomorphic: over channel groups of equal structure."""
     ratios: Ratios = Rules(0.5)
     """Share of each layer's groups that is pruned, see sparsity/ratios.py; one number with ranking
-    global."""
+    global or isomorphic."""
     skip: Skip = ()
     """Layers that are not pruned: names, or stage.block."""
     target: Target | None = None
@@ -56,15 +69,37 @@ class Settings(Strict):
     round_to: Annotated[int, Field(ge=1)] = 1
     """The filters or channels that are kept are a multiple of this; all of them if there are
     fewer."""
+    keep_at_least: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Share of each layer, or channel group, that is kept whatever the ranking. null: a quarter
+    where channel groups are compared with each other, else one filter, channel or weight."""
 
     @model_validator(mode="after")
     def _one_number_for_all(self) -> Self:
-        if self.ranking == "global" and self.ratios.everywhere is None:
+        if self.ranking != "layer" and self.ratios.everywhere is None:
             raise ValueError(
-                "ratios: ranking global compares all layers, so it takes one number; name layers "
-                "to leave alone under skip"
+                f"ratios: ranking {self.ranking} compares all layers, so it takes one number; name "
+                "layers to leave alone under skip"
             )
         return self
+
+    @model_validator(mode="after")
+    def _only_of_groups(self) -> Self:
+        if self.granularity != "group":
+            for key in ("reduce", "normalise"):
+                if getattr(self, key) is not None:
+                    raise ValueError(f"{key}: needs granularity: group, which has several tensors")
+            if self.ranking == "isomorphic":
+                raise ValueError("ranking: isomorphic needs granularity: group")
+        elif self.criterion == "lamp":
+            raise ValueError("criterion: lamp of a group is criterion: l2 with normalise: lamp")
+        return self
+
+    @property
+    def least(self) -> float:
+        """The share that is kept at least."""
+        if self.keep_at_least is not None:
+            return self.keep_at_least
+        return 0.25 if self.granularity == "group" and self.ranking != "layer" else 0.0
 
 
 def prune(settings: Settings, context: PruningContext) -> PruningDecision:
@@ -74,6 +109,8 @@ def prune(settings: Settings, context: PruningContext) -> PruningDecision:
     target that cannot be reached.
     """
     granularity = settings.granularity
+    if granularity == "group":
+        return _prune_groups(settings, context)
     refused = {} if granularity == "weight" else unprunable_layers(context.graph, granularity)
     ratios = ratios_by_layer(context.model, settings.ratios, granularity, settings.skip, refused)
     ratios = {name: ratio for name, ratio in ratios.items() if ratio > 0}
@@ -88,7 +125,9 @@ def prune(settings: Settings, context: PruningContext) -> PruningDecision:
 
     def decide(ratios: dict[str, float]) -> PruningDecision:
         chosen = {
-            name: choices.keep_at_least(choice, scores[name], multiple=multiple)
+            name: choices.keep_at_least(
+                choice, scores[name], choices.number_kept(settings.least, choice.numel()), multiple
+            )
             for name, choice in choose(ratios).items()
         }
         decision = decision_from_choices(
@@ -100,6 +139,44 @@ def prune(settings: Settings, context: PruningContext) -> PruningDecision:
     if settings.target is None:
         return decide(ratios)
     return solve(lambda highest: decide(scaled(ratios, highest)), settings.target, context).decision
+
+
+def _prune_groups(settings: Settings, context: PruningContext) -> PruningDecision:
+    """The least important channels with all that is coupled to them."""
+    graph = context.graph
+    groups, refused = group_scores.score_groups(
+        context, settings.criterion, settings.reduce or "mean", settings.normalise or "mean"
+    )
+    layers = {group.name: group.producers for group in graph.groups}
+    by_name = ratios_by_group(context.model, settings.ratios, settings.skip, layers, refused)
+    ratios = [min(by_name[name] for name in group.groups) for group in groups]
+    chosen = [number for number, ratio in enumerate(ratios) if ratio > 0]
+    if not any(len(groups[number].units) > 1 for number in chosen):
+        raise ArgumentError("ratios", "no group has a channel to spare")
+    pick = choices.pick_scores_by_layer if settings.ranking == "layer" else choices.pick_scores
+    scores = pick({str(n): groups[n].scores for n in chosen}, settings.pick, settings.seed)
+    ranked = GroupRanking(
+        tuple(replace(groups[number], scores=scores[str(number)]) for number in chosen),
+        tuple(ratios[number] for number in chosen),
+        settings.ranking,
+        settings.least,
+        settings.round_to,
+    )
+    total = sum(group.units.numel() for group in ranked.groups)
+
+    def decide(ranked: GroupRanking) -> PruningDecision:
+        channels = graph.removable(ranked.selection(graph))
+        pairs = zip(ranked.ratios, ranked.groups, strict=True)
+        asked = sum(ratio * group.units.numel() for ratio, group in pairs)
+        reached = sum(len(index) for index in channels.values())
+        notes = {"ratio_asked": asked / total, "ratio_reached": reached / total}
+        return PruningDecision({}, channels, notes)
+
+    if settings.target is None:
+        return decide(ranked)
+    return solve(
+        lambda highest: decide(ranked.with_highest(highest)), settings.target, context
+    ).decision
 
 
 Chooser = Callable[[dict[str, float]], Choices]

@@ -12,6 +12,15 @@ group's weights, not sums, so that groups of different layers compare. With w a 
     taylor             (sum of w * dL/dw)^2, with the cross-entropy L of some images: to first
                        order, the squared change of the loss without the group. P. Molchanov et
                        al., Importance estimation for neural network pruning, CVPR 2019, equation 8.
+    fisher             mean of h * w^2 / 2, with the mean over some images of (dL/dw)^2 in place of
+                       the curvature h: the increase of the loss without the weights, to second
+                       order and one by one. Y. LeCun et al., Optimal brain damage, NeurIPS 1989;
+                       with Fisher information for h L. Theis et al., Faster gaze prediction with
+                       dense networks and Fisher pruning, 2018. L is that of the true labels.
+    wanda              mean of |w| * ||x||, with ||x|| the Euclidean norm over some images and all
+                       positions of the input channel that w is multiplied by. M. Sun et al., A
+                       simple and effective pruning approach for large language models, ICLR 2024,
+                       for single weights, compared within an output; here within a layer.
     lamp               squared norm over the sum of the squared norms in the layer that are not
                        smaller. J. Lee et al., Layer-adaptive sparsity for the magnitude-based
                        pruning, ICLR 2021, equation 3, for single weights; here for groups too.
@@ -20,19 +29,21 @@ group's weights, not sums, so that groups of different layers compare. With w a 
                        convolutional networks through network slimming, ICCV 2017.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from secateur.base.errors import ArgumentError, PruningError
 from secateur.channels import scales
 from secateur.pruning.decision import PruningContext
+from secateur.sparsity import masks
 from secateur.sparsity.choices import Granularity, magnitude_scores
 
-Criterion = Literal["l1", "l2", "geometric_median", "taylor", "lamp", "bn_scale"]
+Criterion = Literal["l1", "l2", "geometric_median", "taylor", "fisher", "wanda", "lamp", "bn_scale"]
 NOT_FOR_WEIGHTS = ("geometric_median", "bn_scale")
 """Criteria that are not defined for single weights."""
 
@@ -57,6 +68,9 @@ def scores(
         return _bn_scale(context, weights, granularity)
     if criterion == "taylor":
         return _taylor(context, weights, granularity)
+    if criterion in ("fisher", "wanda"):
+        by_entry = {"fisher": loss_increases, "wanda": input_products}[criterion](context, weights)
+        return {name: magnitude_scores(entry, granularity) for name, entry in by_entry.items()}
     of_weight = {"l1": _l1, "l2": _l2, "geometric_median": _distance, "lamp": _lamp}[criterion]
     return {name: of_weight(weight.detach(), granularity) for name, weight in weights.items()}
 
@@ -92,15 +106,86 @@ def gradients(context: PruningContext, weights: Sequence[Tensor]) -> tuple[Tenso
     """
     if not len(context.labels):
         raise PruningError("criterion taylor needs images with labels")
-    training = context.model.training
-    device = next(context.model.parameters()).device
+    with _evaluated(context.model), torch.enable_grad():
+        return _gradients(context, weights, slice(None))
+
+
+def loss_increases(context: PruningContext, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """h * w^2 / 2 of every entry of these parameters, with h the mean of the squared gradients of
+    the cross-entropy of single images.
+
+    Raises PruningError if the images have no labels.
+    """
+    if not len(context.labels):
+        raise PruningError("criterion fisher needs images with labels")
+    squares = [torch.zeros_like(weight, requires_grad=False) for weight in weights.values()]
+    with _evaluated(context.model), torch.enable_grad():
+        for number in range(len(context.labels)):
+            one = _gradients(context, list(weights.values()), slice(number, number + 1))
+            for square, gradient in zip(squares, one, strict=True):
+                square.addcmul_(gradient, gradient)
+    scale = 0.5 / len(context.labels)
+    return {
+        name: scale * square * weight.detach().square()
+        for (name, weight), square in zip(weights.items(), squares, strict=True)
+    }
+
+
+def input_products(context: PruningContext, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """|w| * ||x|| of every entry of the weights among these parameters that are of a convolution or
+    a linear layer, with ||x|| the norm of the input channel over all images and positions."""
+    layers = {f"{name}.weight": layer for name, layer in masks.layers(context.model).items()}
+    layers = {name: layer for name, layer in layers.items() if name in weights}
+    squares: dict[str, Tensor] = {}
+
+    def add(name: str, inputs: Tensor) -> None:
+        channels = 1 if isinstance(layers[name], nn.Conv2d) else inputs.dim() - 1
+        square = inputs.square().sum([a for a in range(inputs.dim()) if a != channels])
+        squares[name] = squares[name] + square if name in squares else square
+
+    hooks = [
+        layer.register_forward_pre_hook(lambda _m, inputs, n=name: add(n, inputs[0]))
+        for name, layer in layers.items()
+    ]
     try:
-        with torch.enable_grad():
-            logits = context.model.eval()(context.images.to(device))
-            loss = F.cross_entropy(logits, context.labels.to(device))
-            return torch.autograd.grad(loss, list(weights))
+        with _evaluated(context.model), torch.no_grad():
+            context.model(context.images.to(next(context.model.parameters()).device))
     finally:
-        context.model.train(training)
+        for hook in hooks:
+            hook.remove()
+    return {
+        name: weights[name].detach().abs() * _by_column(squares[name].sqrt(), layer)
+        for name, layer in layers.items()
+    }
+
+
+def _by_column(norms: Tensor, layer: nn.Conv2d | nn.Linear) -> Tensor:
+    """Norms of a layer's input channels, broadcastable to its weight."""
+    if isinstance(layer, nn.Linear):
+        return norms
+    rows = norms.view(layer.groups, 1, -1)
+    rows = rows.expand(layer.groups, layer.out_channels // layer.groups, -1)
+    return rows.reshape(layer.out_channels, -1, 1, 1)
+
+
+def _gradients(
+    context: PruningContext, weights: Sequence[Tensor], images: slice
+) -> tuple[Tensor, ...]:
+    device = next(context.model.parameters()).device
+    logits = context.model(context.images[images].to(device))
+    loss = F.cross_entropy(logits, context.labels[images].to(device))
+    return torch.autograd.grad(loss, list(weights))
+
+
+@contextmanager
+def _evaluated(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode, and afterwards in the mode that it was in."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 def _taylor(

@@ -49,6 +49,11 @@ def number_pruned(ratio: float, total: int) -> int:
     return min(ceil(Decimal(repr(ratio)) * total), total - 1)
 
 
+def number_kept(share: float, total: int) -> int:
+    """Number of groups that a share of `total` groups is: rounded up, and at least one."""
+    return max(1, ceil(Decimal(repr(share)) * total))
+
+
 def choose(score: Tensor, number: int, pick: Pick = "min", seed: int = 0) -> Tensor:
     """The choice of `number` groups by their scores; of equal scores, the first are chosen."""
     return ranks(pick_scores({"": score}, pick, seed))[""] < number

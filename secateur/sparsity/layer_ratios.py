@@ -5,7 +5,7 @@ regularization, ICLR 2021.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -60,6 +60,60 @@ def ratios_by_layer(
     return result
 
 
+def ratios_by_group(
+    model: nn.Module,
+    rules: Rules,
+    skip: tuple[Skipped, ...],
+    groups: Mapping[str, Sequence[str]],
+    refused: Mapping[str, str],
+) -> dict[str, float]:
+    """Ratio of every group of coupled channels, by name; 0 where nothing is pruned.
+
+    `groups` are the layers whose outputs the channels of a group are, `refused` is why groups
+    cannot be pruned, by name. A group has the ratio that is given for one of its layers, or for its
+    own name; of one ratio a stage, the lowest of its layers' stages. Raises ArgumentError as
+    `ratios_by_layer` does, and if layers of one group are given different ratios.
+    """
+    positions = layer_positions(model)
+    skipped = {name for entry in skip for name in _skipped_layers(entry, positions)}
+    named = [name for name, layers in groups.items() if layers]
+    given = _named(rules, positions, named) if rules.named else _given(rules, positions)
+    result: dict[str, float] = {}
+    for group, layers in groups.items():
+        known = [given[name] for name in dict.fromkeys(layers) if name in given]
+        if rules.named:
+            own = given.get(group, (0.0, "")) if group not in positions else (0.0, "")
+            known = [own] if own[1] else [found for found in known if found[1]]
+            if len({ratio for ratio, _ in known}) > 1:
+                raise ArgumentError(
+                    "ratios",
+                    f"{' and '.join(f'{p} = {r:g}' for r, p in sorted(set(known))[:2])} are for "
+                    f"layers whose channels can only be removed together ({_shortened(layers)}); "
+                    "give one ratio",
+                )
+        ratio, origin = min(known, default=(0.0, ""))
+        if skipped.intersection(layers):
+            ratio = 0.0
+        if ratio > 0 and group in refused:
+            if rules.named:
+                raise ArgumentError(
+                    "ratios",
+                    f"{origin} = {ratio:g} is for the channels of {group}, which may not be "
+                    f"pruned: {refused[group]}",
+                )
+            ratio = 0.0
+        result[group] = ratio
+    if not any(result.values()):
+        prunable = _shortened(name for name in groups if name not in refused)
+        raise ArgumentError(
+            "ratios",
+            "nothing would be pruned; at least one group that may be needs a ratio above 0 (they "
+            f"are: {prunable})",
+            rules,
+        )
+    return result
+
+
 def scaled(ratios: Mapping[str, float], highest: float) -> dict[str, float]:
     """The ratios in the same proportions, with the highest of them as given."""
     most = max(ratios.values())
@@ -72,9 +126,19 @@ def _given(rules: Rules, positions: Mapping[str, Position]) -> dict[str, tuple[f
         return dict.fromkeys(positions, (rules.everywhere, ""))
     if rules.stages:
         return _by_stage(rules.stages, positions)
-    matches: dict[str, list[tuple[int, str, float]]] = {name: [] for name in positions}
+    return _named(rules, positions)
+
+
+def _named(
+    rules: Rules, positions: Mapping[str, Position], others: Iterable[str] = ()
+) -> dict[str, tuple[float, str]]:
+    """Ratio of each layer by patterns, and the pattern that gives it; "" where none does.
+
+    `others` are further names that a pattern may be for.
+    """
+    matches: dict[str, list[tuple[int, str, float]]] = {n: [] for n in (*positions, *others)}
     for pattern, ratio in rules.named:
-        for name in _matching("ratios", pattern, positions):
+        for name in _matching("ratios", pattern, positions, others):
             matches[name].append((_specificity(pattern), pattern, ratio))
     given: dict[str, tuple[float, str]] = {}
     for name, found in matches.items():
@@ -116,7 +180,9 @@ def _by_stage(
     return given
 
 
-def _matching(key: str, pattern: str, positions: Mapping[str, Position]) -> list[str]:
+def _matching(
+    key: str, pattern: str, positions: Mapping[str, Position], others: Iterable[str] = ()
+) -> list[str]:
     """Layers that a name pattern or a range of numbers matches; ArgumentError if there is none."""
     if match := NUMBERS.fullmatch(pattern):
         first, last = int(match[1]), int(match[2] or match[1])
@@ -127,7 +193,7 @@ def _matching(key: str, pattern: str, positions: Mapping[str, Position]) -> list
                 f"from 0 to {len(positions) - 1}",
             )
         return list(positions)[first : last + 1]
-    names = [name for name in positions if fnmatchcase(name, pattern)]
+    names = [name for name in {**positions, **dict.fromkeys(others)} if fnmatchcase(name, pattern)]
     if not names:
         listed = _shortened(positions)
         raise ArgumentError(key, f"{pattern} matches no layer; there are: {listed}")

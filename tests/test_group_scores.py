@@ -1,0 +1,395 @@
+"""Whole channel groups: scores by hand, selections against brute force, networks cut by them."""
+
+import itertools
+from decimal import Decimal
+from math import ceil
+
+import pytest
+import torch
+from torch import nn
+
+from secateur.base import plugin
+from secateur.base.errors import PruningError, SettingsError
+from secateur.base.settings import section, validate
+from secateur.channels.graph import build_channel_graph
+from secateur.nn import cost
+from secateur.pruning import criteria, group_scores, removal
+from secateur.pruning.decision import PruningContext
+from secateur.pruning.group_scores import GroupRanking, score_groups
+from secateur.sparsity import masks
+
+SIDE = 6
+
+
+class Residual(nn.Module):
+    """A stem, and blocks of 1x1 convolutions whose outputs are added to it."""
+
+    def __init__(self, width=2, inner=(3,)):
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(1, width, 1, bias=False), nn.BatchNorm2d(width)
+        self.first = nn.ModuleList(nn.Conv2d(width, n, 1, bias=False) for n in inner)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(n) for n in inner)
+        self.second = nn.ModuleList(nn.Conv2d(n, width, 1, bias=False) for n in inner)
+        self.fc = nn.Linear(width, 2)
+
+    def forward(self, x):
+        x = torch.relu(self.norm(self.stem(x)))
+        for first, norm, second in zip(self.first, self.norms, self.second, strict=True):
+            x = x + second(torch.relu(norm(first(x))))
+        return self.fc(x.mean((2, 3)))
+
+
+def by_hand():
+    """Shares of |w| in the sum's two channels: stem 1 2, norm .5 3, first 3 5, second 4 4, fc 2 6;
+    in the block's three: first 1 3 4, norm 1 2 1, second 1 4 3."""
+    model = Residual().eval()
+    weights = {
+        "stem": [[1.0], [-2.0]], "first.0": [[1.0, 0], [2, -1], [0, 4]],
+        "second.0": [[1.0, -1, 2], [0, 3, 1]], "fc": [[2.0, 1], [0, -5]],
+        "norm": [0.5, 3.0], "norms.0": [1.0, 2, -1],
+    }  # fmt: skip
+    for name, values in weights.items():
+        own = model.get_parameter(f"{name}.weight")
+        own.data = torch.tensor(values).view(own.shape)
+    return model
+
+
+def context(model, channels=1, count=3):
+    chance = torch.Generator().manual_seed(0)
+    images = torch.randn(count, channels, SIDE, SIDE, generator=chance)
+    return PruningContext(model.eval(), images, torch.arange(count) % 2)
+
+
+def scores(model, criterion="l1", reduction="mean", normalisation="none", channels=1):
+    found, refused = score_groups(context(model, channels), criterion, reduction, normalisation)
+    return {group.groups[0]: group.scores.tolist() for group in found}, refused
+
+
+def prune(model, channels=1, **chosen):
+    module = plugin.load("pruners", "magnitude")
+    given = {"granularity": "group", **chosen}
+    settings = validate(module.Settings, given, "pruners.magnitude")
+    with section("pruners.magnitude"):
+        return module.prune(settings, context(model, channels))
+
+
+def gone(found):
+    return {name: sorted(index.tolist()) for name, index in found.channels.items()}
+
+
+# ---- scores --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("reduction", "stem", "block"),
+    [
+        ("sum", [10.5, 20], [3, 9, 8]),
+        ("mean", [2.1, 4], [1, 3, 8 / 3]),
+        ("max", [4, 6], [1, 4, 4]),
+        ("prod", [12, 720], [1, 24, 12]),
+    ],
+)
+def test_reductions_by_hand(reduction, stem, block):
+    found, refused = scores(by_hand(), reduction=reduction)
+    assert found == {"stem": pytest.approx(stem), "first.0": pytest.approx(block)}
+    assert refused == {"input": "an input of the network", "fc": "an output of the network"}
+
+
+@pytest.mark.parametrize(
+    ("normalisation", "stem"),
+    [
+        ("sum", [2.1 / 6.1, 4 / 6.1]),
+        ("mean", [2.1 / 3.05, 4 / 3.05]),
+        ("max", [2.1 / 4, 1]),
+        ("standard", [-1, 1]),
+        ("lamp", [2.1 / 6.1, 1]),
+    ],
+)
+def test_normalisations_by_hand(normalisation, stem):
+    assert scores(by_hand(), normalisation=normalisation)[0]["stem"] == pytest.approx(stem)
+
+
+@pytest.mark.parametrize("normalisation", ["sum", "mean", "max", "standard", "lamp"])
+def test_a_group_of_zeros_has_scores_of_zero(normalisation):
+    model = by_hand()
+    for parameter in (model.first[0].weight, model.norms[0].weight, model.second[0].weight):
+        parameter.data.zero_()
+    assert scores(model, normalisation=normalisation)[0]["first.0"] == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("criterion", "block"),
+    [
+        ("l2", [(1 + 1 + 1) / 3, (5 + 4 + 10) / 3, (16 + 1 + 5) / 3]),
+        ("bn_scale", [1, 2, 1]),
+        # rows of first (1 0) (2 -1) (0 4), columns of second (1 0) (-1 3) (2 1)
+        (
+            "geometric_median",
+            [
+                (2**0.5 + 17**0.5 + 13**0.5 + 2**0.5) / 6,
+                (2**0.5 + 29**0.5 + 13**0.5 + 13**0.5) / 6,
+                (17**0.5 + 29**0.5 + 2**0.5 + 13**0.5) / 6,
+            ],
+        ),
+    ],
+)
+def test_criteria_by_hand(criterion, block):
+    assert scores(by_hand(), criterion)[0]["first.0"] == pytest.approx(block)
+
+
+def loss_gradient(model, subject, name, images):
+    model.zero_grad()
+    logits = model(subject.images[images])
+    nn.functional.cross_entropy(logits, subject.labels[images]).backward()
+    return model.get_parameter(name).grad
+
+
+def test_taylor_and_fisher_are_made_of_gradients_of_all_and_of_single_images():
+    model = by_hand()
+    subject = context(model)
+    names = ["first.0.weight", "norms.0.weight", "second.0.weight"]
+    taylor, fisher = torch.zeros(3), torch.zeros(3)
+    for name in names:
+        weight = model.get_parameter(name).detach().flatten(1) if "norms" not in name else None
+        axis = 0 if "second" in name else 1
+        gradient = loss_gradient(model, subject, name, slice(None))
+        if weight is None:
+            weight = model.get_parameter(name).detach()
+            taylor += (weight * gradient).square() / 3
+            squares = [loss_gradient(model, subject, name, [i]).square() for i in range(3)]
+            fisher += weight.square() * sum(squares) / 3 / 2 / 3
+        else:
+            taylor += (weight * gradient.flatten(1)).sum(axis).square() / 3
+            squares = [loss_gradient(model, subject, name, [i]).flatten(1) ** 2 for i in range(3)]
+            fisher += (weight**2 * sum(squares) / 3 / 2).sum(axis) / 3
+    assert scores(model, "taylor")[0]["first.0"] == pytest.approx(taylor.tolist(), rel=1e-4)
+    assert scores(model, "fisher")[0]["first.0"] == pytest.approx(fisher.tolist(), rel=1e-4)
+
+
+class Grouped(nn.Module):
+    """A convolution with two groups between two others."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Conv2d(1, 6, 1)
+        self.b = nn.Conv2d(6, 4, 3, groups=2)
+        self.c, self.fc = nn.Conv2d(4, 5, 1), nn.Linear(5, 2)
+
+    def forward(self, x):
+        return self.fc(self.c(torch.relu(self.b(torch.relu(self.a(x))))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("granularity", ["filter", "channel", "weight"])
+def test_wanda_and_fisher_of_single_layers_by_their_definitions(granularity):
+    torch.manual_seed(1)
+    model = Grouped()
+    subject = context(model)
+    seen = {}
+    hooks = [
+        layer.register_forward_hook(lambda _m, x, _y, n=name: seen.update({n: x[0].detach()}))
+        for name, layer in masks.layers(model).items()
+    ]
+    with torch.no_grad():
+        model(subject.images)
+    for hook in hooks:
+        hook.remove()
+    found = criteria.scores(subject, ["a", "b", "fc"], granularity, "wanda")
+    fisher = criteria.scores(subject, ["b"], granularity, "fisher")["b.weight"]
+    squares = [loss_gradient(model, subject, "b.weight", [i]) ** 2 for i in range(3)]
+    increase = model.b.weight.detach() ** 2 * sum(squares) / 3 / 2
+    products = {"b.weight": torch.zeros_like(model.b.weight)}
+    for row, column in itertools.product(range(4), range(3)):
+        entry = seen["b"][:, 3 * (row // 2) + column].norm()
+        products["b.weight"][row, column] = model.b.weight[row, column].detach().abs() * entry
+    products["fc.weight"] = model.fc.weight.detach().abs() * seen["fc"].norm(dim=0)
+    products["a.weight"] = model.a.weight.detach().abs() * seen["a"].norm()
+    for name, product in {**products, "fisher": increase}.items():
+        axis = {"filter": 0, "channel": 1}.get(granularity)
+        if axis is not None:
+            others = [a for a in range(product.dim()) if a != axis]
+            product = product.mean(others, keepdim=True)
+        own = fisher if name == "fisher" else found[name]
+        torch.testing.assert_close(own, product, rtol=1e-5, atol=1e-9)
+
+
+def test_wanda_of_a_group_counts_layers_and_fisher_needs_labels():
+    model = Residual(2, (3,))
+    found, _ = scores(model, "wanda")
+    subject = context(model)
+    with torch.no_grad():
+        x = torch.relu(model.norm(model.stem(subject.images)))
+        y = torch.relu(model.norms[0](model.first[0](x)))
+    into, out = (t.transpose(0, 1).flatten(1).norm(dim=1) for t in (x, y))
+    first = (model.first[0].weight.detach().flatten(1).abs() * into).sum(1)
+    second = (model.second[0].weight.detach().flatten(1).abs() * out).sum(0)
+    assert found["first.0"] == pytest.approx(((first + second) / 2).tolist(), rel=1e-5)
+    with pytest.raises(PruningError, match="fisher needs images with labels"):
+        score_groups(PruningContext(model, subject.images), "fisher")
+
+
+def test_a_group_without_what_the_criterion_needs_is_refused_with_the_reason():
+    found, refused = scores(Grouped(), "bn_scale")
+    assert not found
+    assert refused["c"] == "nothing in it has a bn_scale"
+    with pytest.raises(SettingsError, match=r"criterion: lamp of a group is criterion: l2"):
+        prune(by_hand(), criterion="lamp")
+
+
+# ---- selections ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ranking", "chosen", "wanted"),
+    [  # normalised: stem .689 1.311, block .45 1.35 1.2; plain: 2.1 4, 1 3 2.667
+        ("layer", {"ratios": 0.5}, {"stem": [0], "first.0": [0, 2]}),
+        ("global", {"ratios": 0.4, "keep_at_least": 0}, {"stem": [0], "first.0": [0]}),
+        ("global", {"ratios": 0.6, "keep_at_least": 0}, {"stem": [0], "first.0": [0, 2]}),
+        ("global", {"ratios": 0.7, "keep_at_least": 0}, {"stem": [0], "first.0": [0, 2]}),
+        ("global", {"ratios": 0.7, "keep_at_least": 0.5}, {"stem": [0], "first.0": [0]}),
+        ("isomorphic", {"ratios": 0.4}, {"stem": [0], "first.0": [0, 2]}),
+        ("global", {"ratios": 0.4, "pick": "max"}, {"stem": [1], "first.0": [1]}),
+        ("layer", {"ratios": {"stem": 0.5}}, {"stem": [0]}),
+        ("layer", {"ratios": {"second.0": 0.5}}, {"stem": [0]}),
+        ("layer", {"ratios": 0.5, "skip": ["second.*"]}, {"first.0": [0, 2]}),
+        ("layer", {"ratios": 0.9, "round_to": 2}, {"first.0": [0]}),
+    ],
+)
+def test_selections_by_hand(ranking, chosen, wanted):
+    found = prune(by_hand(), ranking=ranking, **chosen)
+    assert gone(found) == wanted
+    alone = isinstance(chosen.get("ratios"), dict) or "skip" in chosen
+    among = sum({"stem": 2, "first.0": 3}[name] for name in wanted) if alone else 5
+    assert found.notes["ratio_reached"] == sum(map(len, wanted.values())) / among
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("ranking", ["layer", "global", "isomorphic"])
+def test_rankings_against_brute_force(ranking, seed):
+    """Of all selections of as many units, the chosen one has the lowest total score."""
+    chance = torch.Generator().manual_seed(seed)
+    sizes, kinds = [4, 3, 5], [("a",), ("b",), ("a",)]
+    groups, start = [], 0
+    for size, kind in zip(sizes, kinds, strict=True):
+        units = torch.arange(start, start + size).unsqueeze(1)
+        score = torch.rand(size, generator=chance, dtype=torch.float64)
+        groups.append(group_scores.ScoredGroup((str(start),), units, score, kind))
+        start += size
+    ratio = 0.1 + 0.8 * float(torch.rand((), generator=chance))
+    together = {"layer": [[0], [1], [2]], "global": [[0, 1, 2]], "isomorphic": [[0, 2], [1]]}
+    wanted = set()
+    for numbers in together[ranking]:
+        pool = {}
+        for group in (groups[number] for number in numbers):
+            pool |= dict(zip(group.units[:, 0].tolist(), group.scores.tolist(), strict=True))
+        count = min(ceil(Decimal(repr(ratio)) * len(pool)), len(pool) - 1)
+        best = min(itertools.combinations(pool, count), key=lambda c: sum(map(pool.get, c)))
+        wanted |= set(best)
+    for group in groups:  # one stays: the best
+        own = group.units[:, 0].tolist()
+        if wanted.issuperset(own):
+            wanted.discard(own[int(group.scores.argmax())])
+    ranked = GroupRanking(tuple(groups), (ratio,) * 3, ranking)
+    chosen = zip(groups, ranked.chosen(), strict=True)
+    assert {i for group, own in chosen for i in group.units[own, 0].tolist()} == wanted
+
+
+def test_isomorphic_groups_are_those_of_equal_structure():
+    model = Residual(4, (3, 5))
+    found, _ = score_groups(context(model), "l1")
+    structures = {group.groups[0]: group.structure for group in found}
+    assert structures["first.0"] == structures["first.1"] != structures["stem"]
+    assert structures["first.0"] == ("out Conv2d", "norm BatchNorm2d", "in Conv2d")
+
+
+def test_parts_of_a_balance_lose_their_least_important_channels_in_pairs():
+    torch.manual_seed(3)
+    model = Grouped()
+    found, _ = scores(model, "l1", "sum")
+    assert len(found["a"]) == 3 and len(found["b"]) == 2, "of 6 and 4, in two parts"
+    decided = prune(model, reduce="sum", ratios=0.5)
+    a, b, c = (model.get_parameter(f"{n}.weight").detach().abs() for n in "abc")
+    of_a = a.flatten(1).sum(1) + b.view(2, 2, 3, 9).sum((1, 3)).flatten()
+    of_b = b.flatten(1).sum(1) + c.flatten(1).sum(0)
+    lowest = lambda s, n: [int(i) for i in s.sort().indices[:n]]  # noqa: E731
+    wanted_a = [*lowest(of_a[:3], 2), *(3 + i for i in lowest(of_a[3:], 2))]
+    wanted_b = [*lowest(of_b[:2], 1), *(2 + i for i in lowest(of_b[2:], 1))]
+    assert {n: i for n, i in gone(decided).items() if n != "c"} == {
+        "a": sorted(wanted_a), "b": sorted(wanted_b),
+    }  # fmt: skip
+    batch = torch.randn(3, 1, SIDE, SIDE, dtype=torch.float64)
+    model = model.double()
+    small = removal.remove(model, decided.channels, batch).model
+    assert small.b.weight.shape == (2, 1, 3, 3) and small.b.groups == 2
+    masked = removal.mask(model, decided.channels, batch)
+    with torch.no_grad():
+        assert float((small(batch) - masked(batch)).abs().max()) <= 1e-9
+
+
+class Excited(nn.Module):
+    """An inverted residual block with a depthwise convolution and squeeze-excite, and its sum."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(1, 8, 3, padding=1)
+        self.expand, self.bn1 = nn.Conv2d(8, 16, 1, bias=False), nn.BatchNorm2d(16)
+        self.depthwise = nn.Conv2d(16, 16, 3, padding=1, groups=16, bias=False)
+        self.fc1, self.fc2 = nn.Conv2d(16, 4, 1), nn.Conv2d(4, 16, 1)
+        self.project, self.fc = nn.Conv2d(16, 8, 1, bias=False), nn.Linear(8, 2)
+
+    def forward(self, x):
+        x = torch.relu(self.stem(x))
+        y = self.depthwise(torch.relu(self.bn1(self.expand(x))))
+        y = y * torch.sigmoid(self.fc2(torch.relu(self.fc1(y.mean((2, 3), keepdim=True)))))
+        return self.fc((x + self.project(y)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("ranking", ["layer", "global", "isomorphic"])
+@pytest.mark.parametrize("wanted", [{"macs": 0.5}, {"params": 0.4}])
+def test_a_target_is_reached_through_sums_products_and_depthwise_convolutions(ranking, wanted):
+    torch.manual_seed(2)
+    model = Excited()
+    found = prune(model, ranking=ranking, criterion="l2", target=wanted, keep_at_least=0.25)
+    small = removal.remove(model, found.channels, torch.zeros(1, 1, SIDE, SIDE)).model
+    image = torch.zeros(1, 1, SIDE, SIDE)
+    left = {
+        "macs": cost.macs(small, image) / cost.macs(model, image),
+        "params": cost.parameters(small) / cost.parameters(model),
+    }
+    (kind, share), = wanted.items()  # fmt: skip
+    assert found.notes[f"{kind}_left_reached"] == pytest.approx(left[kind], rel=1e-9)
+    assert left[kind] == pytest.approx(share, abs=0.06), "a step is a channel of the block"
+    for name, layer in masks.layers(model).items():
+        assert small.get_submodule(name).weight.shape[0] >= layer.weight.shape[0] / 4, name
+
+
+@pytest.mark.parametrize(
+    ("chosen", "line"),
+    [
+        ({"ratios": {"fc": 0.5}}, r"fc = 0\.5 is for the channels of fc, .*an output of"),
+        ({"ratios": {"stem": 0.5, "second.0": 0.2}}, "can only be removed together .stem, second"),
+        ({"ratios": {"con*": 0.5}}, r"con\* matches no layer"),
+        ({"ratios": 0}, r"nothing would be pruned; at least one group .*: stem, first\.0"),
+        ({"ranking": "isomorphic", "ratios": {"stem": 0.5}}, "ranking isomorphic compares all"),
+        ({"granularity": "filter", "reduce": "max"}, "reduce: needs granularity: group"),
+        ({"granularity": "filter", "ranking": "isomorphic"}, "isomorphic needs granularity: group"),
+        ({"keep_at_least": 1}, "keep_at_least = 1"),
+    ],
+)
+def test_mistakes_are_one_line(chosen, line):
+    with pytest.raises(SettingsError, match=line) as caught:
+        prune(by_hand(), **chosen)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_group_name_is_a_ratio_s_name_where_a_layer_makes_several_groups():
+    class Split(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(1, 6, 1), nn.Conv2d(2, 3, 1), nn.Conv2d(4, 3, 1)
+
+        def forward(self, x):
+            x = self.a(x)
+            return self.b(x[:, :2]).mean((2, 3)) + self.c(x[:, 2:]).mean((2, 3))
+
+    names = [g.name for g in build_channel_graph(Split().eval(), torch.zeros(1, 1, 4, 4)).groups]
+    assert {"a", "a#2"} <= set(names)
