@@ -10,13 +10,12 @@ channels of every group up to a multiple, like `pruners.magnitude.round_to`.
 """
 
 import argparse
-import statistics
 from typing import Any
 
 import torch
 
 from benchmarks.surgery_time import build
-from secateur.base import machine
+from secateur.base import machine, timing
 from secateur.channels.graph import build_channel_graph
 from secateur.nn import cost
 from secateur.pruning import removal
@@ -75,11 +74,10 @@ def main() -> None:
         for size in options.batch:
             times = cost.latency(models, image.repeat(size, 1, 1, 1), options.repeats)
             for key, values in list(times.items())[1:]:
-                ratios = [d / t for d, t in zip(times["dense"], values, strict=True)]
-                speedup = statistics.median(ratios)
+                speedup = timing.speedup(times["dense"], values)
                 efficiency = speedup / theoretical[key]
                 print(
-                    f"| {name} | {key} | {size} | {cost.median_and_iqr(times['dense'])[0]:.1f} | "
+                    f"| {name} | {key} | {size} | {timing.median_and_iqr(times['dense'])[0]:.1f} | "
                     f"{theoretical[key]:.2f}x | {speedup:.2f}x | {efficiency:.2f} |",
                     flush=True,
                 )

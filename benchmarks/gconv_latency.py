@@ -11,14 +11,13 @@ networks are timed alternately on one batch. A ratio below 1 is slower than the 
 
 import argparse
 import copy
-import statistics
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.gconv_sizes import NETS, build
-from secateur.base import machine
+from secateur.base import machine, timing
 from secateur.gconv.export import export, group_convolution_counts
 from secateur.nn import cost
 from secateur.pruners import gconv
@@ -51,11 +50,8 @@ def rows(
 ) -> str:
     """One row of the table: milliseconds, and the speed-up of each version over dense."""
     times = cost.latency(models, batch, repeats)
-    middle = {name: cost.median_and_iqr(values)[0] for name, values in times.items()}
-    ratio = {
-        name: statistics.median(d / t for d, t in zip(times["dense"], values, strict=True))
-        for name, values in times.items()
-    }
+    middle = {name: timing.median_and_iqr(values)[0] for name, values in times.items()}
+    ratio = {name: timing.speedup(times["dense"], values) for name, values in times.items()}
     index = {
         name: int(group_convolution_counts(model)["index_layers"]) for name, model in models.items()
     }

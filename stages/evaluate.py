@@ -10,13 +10,12 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import pandas as pd
 from torch import nn
 
-from secateur.base import files, machine
+from secateur.base import files, machine, timing
 from secateur.data.batches import first_images
 from secateur.nn import cost
 from secateur.nn.cost import LayerCost
@@ -60,16 +59,16 @@ def measure(context: runner.StageContext) -> tuple[dict[str, Any], pd.DataFrame]
         rows[name] |= _sizes(model, costs[name], models["baseline"])
     times = cost.latency(models, batch, params.evaluate.latency_repeats)
     for name in models:
-        rows[name]["latency_ms"], rows[name]["latency_iqr_ms"] = cost.median_and_iqr(times[name])
+        middle, spread = timing.median_and_iqr(times[name])
+        rows[name] |= {"latency_ms": middle, "latency_iqr_ms": spread}
     dense, final = rows["baseline"], rows["finetuned"]
-    pairs = zip(times["baseline"], times["finetuned"], strict=True)
     report = {
         "dataset": params.dataset,
         "arch": params.arch,
         "seed": params.seed,
         "compression": dense["params"] / final["nonzero"],
         "theoretical_speedup": dense["macs_dense"] / final["macs"],
-        "measured_speedup": median(before / after for before, after in pairs),
+        "measured_speedup": timing.speedup(times["baseline"], times["finetuned"]),
         "latency_batch": len(batch),
         "hardware": machine.hardware(),
         "pruning": context.upstream["prune"].header.notes,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from secateur.base import plugin
+from secateur.base import plugin, timing
 from secateur.nn import cost
 from secateur.pruning import removal
 from secateur.sparsity import masks
@@ -157,11 +157,11 @@ def test_latency_gives_every_model_as_many_times_in_turns_after_a_warm_up(repeat
     assert len(turns) > 2 * repeats
     assert turns == [("fast", False), ("slow", False)] * (len(turns) // 2)
     assert all(value >= 10 for value in times["slow"])
-    fast, slow = (cost.median_and_iqr(times[name])[0] for name in ("fast", "slow"))
+    fast, slow = (timing.median_and_iqr(times[name])[0] for name in ("fast", "slow"))
     assert 0 < fast < slow < 60_000  # milliseconds
 
 
 def test_the_spread_is_median_and_distance_of_the_quartiles():
-    middle, distance = cost.median_and_iqr([1.0, 2, 3, 4, 5, 6, 7])
+    middle, distance = timing.median_and_iqr([1.0, 2, 3, 4, 5, 6, 7])
     assert (middle, distance) == (4, 4)  # quartiles 2 and 6
-    assert cost.median_and_iqr([5.0] * 4) == (5, 0)
+    assert timing.median_and_iqr([5.0] * 4) == (5, 0)

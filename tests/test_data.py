@@ -24,7 +24,13 @@ from secateur.base.errors import DataError, SettingsError
 from secateur.base.torchvision_import import import_torchvision
 from secateur.data import augment, dataset, image_files
 from secateur.data.augment import Augment, FileAugment
-from secateur.data.batches import Batches, Normalise, first_images, sequential_batches
+from secateur.data.batches import (
+    Batches,
+    Normalise,
+    first_images,
+    sequential_batches,
+    spread_images,
+)
 from secateur.data.dataset import DatasetInfo, Images, InMemoryImages
 from secateur.data.image_files import ImageFileList
 
@@ -477,6 +483,9 @@ def test_in_order_gives_every_image_once_unmoved(world):
         assert torch.cat([labels for _, labels in chunks]).tolist() == [i % 3 for i in mine]
     assert torch.equal(first_images(test, info, 5), normalise(test.images[:5]))
     assert len(first_images(test, info, 1000)) == 40
+    assert torch.equal(spread_images(test, info, 5), normalise(test.images[::8]))
+    assert torch.equal(spread_images(test, info, 27)[-2:], normalise(test.images[[37, 38]]))
+    assert torch.equal(spread_images(test, info, 1000), first_images(test, info, 1000))
 
 
 def test_large_images_are_evaluated_a_few_at_a_time():
@@ -623,6 +632,9 @@ def test_kept_in_memory_or_in_files_evaluation_and_training_see_the_same(picture
         assert same(one, other)
     assert torch.equal(
         first_images(kept.train, kept.info, 5), first_images(listed.train, listed.info, 5)
+    )
+    assert torch.equal(
+        spread_images(kept.train, kept.info, 3), spread_images(listed.train, listed.info, 3)
     )
 
 

@@ -44,6 +44,12 @@ def _cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
+def processors() -> int:
+    """Processors that this process may use."""
+    usable = getattr(os, "sched_getaffinity", None)  # Linux: what a container leaves us
+    return len(usable(0)) if usable else os.cpu_count() or 1
+
+
 def workers(world: int = 1) -> int:
     """Processes that decode pictures; SECATEUR_WORKERS overrides, 0 being none but this one.
 
@@ -51,9 +57,7 @@ def workers(world: int = 1) -> int:
     """
     wanted = os.environ.get("SECATEUR_WORKERS")
     if not wanted:
-        usable = getattr(os, "sched_getaffinity", None)  # Linux: what a container leaves us
-        count = len(usable(0)) if usable else os.cpu_count() or 1
-        return max(1, min(count, 16) // world)
+        return max(1, min(processors(), 16) // world)
     if not re.fullmatch("[0-9]{1,3}", wanted) or int(wanted) > 512:
         raise SettingsError(f"SECATEUR_WORKERS = {shorten(wanted)}: a whole number from 0 to 512")
     return int(wanted)

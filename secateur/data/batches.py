@@ -122,11 +122,24 @@ def first_images(split: Split, info: DatasetInfo, count: int) -> Tensor:
 
     On the CPU; image files are decoded in this process.
     """
+    return _images(split, info, torch.arange(min(count, len(split))))
+
+
+def spread_images(split: Split, info: DatasetInfo, count: int) -> Tensor:
+    """As `first_images`, but `count` images at equal distances over the whole split.
+
+    Of folders of images, which are in the order of their classes, the first show one class alone.
+    """
+    count = min(count, len(split))
+    return _images(split, info, torch.arange(count) * len(split) // max(count, 1))
+
+
+def _images(split: Split, info: DatasetInfo, indices: Tensor) -> Tensor:
+    """Images by their positions in the split, normalised, on the CPU."""
     if isinstance(split, InMemoryImages):
-        pixels = split.pixels[:count]
+        pixels = split.pixels[indices]
     else:
-        decoded = [split.decode(index) for index in range(min(count, len(split)))]
-        pixels = torch.from_numpy(np.stack(decoded))
+        pixels = torch.from_numpy(np.stack([split.decode(int(index)) for index in indices]))
     return Normalise(info.mean, info.std, _CPU)(channels_first(pixels))
 
 

@@ -41,15 +41,21 @@ def open_model(path: Path, runtime: str | None = None, threads: int = 0) -> Runn
     is a number of threads, 0 for as many as the runtime takes by itself. Raises SecateurError,
     naming the file, if it is missing, is of another kind, or cannot be opened, and SecateurError
     with the command to install it if the runtime is missing.
+
+    A .pt2 file is a program, and may run any code once it is opened: open those alone that you
+    trust. An .onnx file is data.
     """
-    able = [r for r in RUNTIMES.values() if r.suffix == path.suffix]
-    if runtime is not None:
-        able = [r for r in able if r.name == runtime]
+    able = [name for name in for_file(path) if runtime in (None, name)]
     if not able:
         kinds = " | ".join(f"{r.name} ({r.suffix})" for r in RUNTIMES.values())
         raise SecateurError(f"{path}: no file for {runtime or 'any runtime'}; there are {kinds}")
     files.file_size(path, SecateurError)
-    return able[0].open(path, threads)
+    return RUNTIMES[able[0]].open(path, threads)
+
+
+def for_file(path: Path) -> list[str]:
+    """Names of the runtimes that open files of this suffix, in the order of RUNTIMES."""
+    return [runtime.name for runtime in RUNTIMES.values() if runtime.suffix == path.suffix]
 
 
 @contextlib.contextmanager

@@ -1,14 +1,14 @@
 """Cost of a network: parameters, non-zeros, MACs, bytes, latency."""
 
 import gzip
-import statistics
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from secateur.base import timing
 from secateur.sparsity.masks import layers
 
 
@@ -104,30 +104,15 @@ def weight_bytes(model: nn.Module) -> tuple[int, int]:
 
 @torch.inference_mode()
 def latency(models: Mapping[str, nn.Module], batch: Tensor, repeats: int) -> dict[str, list[float]]:
-    """Milliseconds of `repeats` forward passes of `batch`, by model.
+    """Milliseconds of `repeats` forward passes of `batch`, by model; see `timing.take_turns`."""
 
-    The models take turns, so that a machine that slows down affects all of them. Further passes, a
-    fifth of `repeats` but at least three, warm up and do not count.
-    """
-    for model in models.values():
-        model.eval()
-    taken: dict[str, list[float]] = {name: [] for name in models}
-    for turn in range(repeats + max(3, repeats // 5)):
-        for name, model in models.items():
-            _synchronize(batch.device)
-            start = time.perf_counter()
-            model(batch)
-            _synchronize(batch.device)
-            taken[name].append((time.perf_counter() - start) * 1e3)
-        if turn == max(3, repeats // 5) - 1:
-            taken = {name: [] for name in models}
-    return taken
+    def forward(model: nn.Module) -> None:
+        model(batch)
+        _synchronize(batch.device)
 
-
-def median_and_iqr(values: list[float]) -> tuple[float, float]:
-    """Median and interquartile range."""
-    low, middle, high = statistics.quantiles(values, n=4)
-    return middle, high - low
+    _synchronize(batch.device)
+    passes = {name: partial(forward, model.eval()) for name, model in models.items()}
+    return timing.take_turns(passes, repeats)
 
 
 def _synchronize(device: torch.device) -> None:

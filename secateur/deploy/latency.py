@@ -1,0 +1,76 @@
+"""Latency of exported networks where they will run: by runtime, threads and images per pass."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from secateur.base import machine, timing
+from secateur.deploy import runtimes
+
+
+@dataclass(frozen=True)
+class Latency:
+    """One network in one runtime."""
+
+    model: str
+    runtime: str
+    threads: int
+    batch: int
+    """Images per pass."""
+    latency_ms: float
+    """Median over the passes."""
+    latency_iqr_ms: float
+    """Distance between the quartiles."""
+
+
+def thread_counts() -> list[int]:
+    """One thread, and as many as there are processors, if that is more than one."""
+    return sorted({1, machine.processors()})
+
+
+def measure(
+    exported: Mapping[str, Sequence[Path]],
+    images: NDArray[np.float32],
+    *,
+    engines: Sequence[str],
+    threads: Sequence[int],
+    batches: Sequence[int],
+    repeats: int,
+    on_group: Callable[[str], object] = lambda _what: None,
+) -> list[Latency]:
+    """Time every file of every network in each of the `engines` (keys of RUNTIMES) that opens it.
+
+    All networks and runtimes take turns, with one number of threads and one number of images per
+    pass at a time; `on_group` is told which before it begins. An untimed pass precedes each timed
+    one, as if the network were the only one in use. `images` has the shape (count, channels,
+    height, width) and is repeated if a pass takes more. Raises SecateurError for a runtime that is
+    not installed or cannot open a file.
+    """
+    rows: list[Latency] = []
+    for count in threads:
+        with runtimes.torch_threads(count):
+            opened = {
+                (model, engine): runtimes.open_model(path, engine, count)
+                for model, paths in exported.items()
+                for path in paths
+                for engine in runtimes.for_file(path)
+                if engine in engines
+            }
+            for batch in batches:
+                on_group(f"{count} thread{'s'[: count != 1]}, batch {batch}")
+                some = images_of(images, batch)
+                passes = {key: partial(run, some) for key, run in opened.items()}
+                for (model, engine), taken in timing.take_turns(passes, repeats, 1).items():
+                    middle, spread = timing.median_and_iqr(taken)
+                    rows.append(Latency(model, engine, count, batch, middle, spread))
+    return rows
+
+
+def images_of(images: NDArray[Any], count: int) -> NDArray[Any]:
+    """The first `count` images, from the beginning again if there are fewer; contiguous."""
+    return np.ascontiguousarray(images[np.arange(count) % len(images)])

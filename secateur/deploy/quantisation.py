@@ -1,0 +1,89 @@
+"""int8: static quantisation of an ONNX file after training, calibrated on training images.
+
+The result is an ONNX file with pairs of QuantizeLinear and DequantizeLinear (QDQ), which ONNX
+Runtime and OpenVINO replace by integer kernels. Weights are rounded by output channel, activations
+by tensor (R. Krishnamoorthi, Quantizing deep convolutional networks for efficient inference, arXiv
+1806.08342, 2018).
+
+Activations are unsigned: with signed ones, which have zero points, ONNX Runtime's kernels for x86
+are slower than float32, and OpenVINO refuses some networks and computes others wrongly. Weights
+use seven of the eight bits, since processors without integer dot products (VNNI) add two products
+in 16 bits, which would overflow.
+"""
+
+import contextlib
+import logging
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from secateur.base import files, optional
+from secateur.base.errors import SecateurError, cut
+
+CALIBRATION_BATCH = 64
+"""Images that pass through the network at a time while the ranges are measured."""
+
+
+def quantise(source: Path, target: Path, images: NDArray[np.float32]) -> None:
+    """Write the int8 version of the float32 network in `source` to `target`, in one step.
+
+    `images`, training images of shape (count, channels, height, width) as the network takes them,
+    measure the range of every activation: its smallest and its largest value. The file's metadata
+    are copied. Raises SecateurError if the file cannot be quantised, and SecateurError with the
+    command to install it if onnx or onnxruntime is missing.
+    """
+    onnx = optional.load("onnx", "to quantise .onnx files")
+    engine = optional.load("onnxruntime.quantization", "to quantise .onnx files")
+    shapes = optional.load("onnxruntime.quantization.shape_inference", "to quantise .onnx files")
+    parts = np.array_split(images, -(-len(images) // CALIBRATION_BATCH))
+    with tempfile.TemporaryDirectory() as scratch, _without_advice():
+        prepared, quantised = Path(scratch, "prepared.onnx"), Path(scratch, "int8.onnx")
+        try:
+            shapes.quant_pre_process(source, prepared, skip_symbolic_shape=True)
+            engine.quantize_static(
+                prepared,
+                quantised,
+                _Reader(onnx.load(prepared).graph.input[0].name, parts),
+                quant_format=engine.QuantFormat.QDQ,
+                per_channel=True,
+                reduce_range=True,  # seven bits
+                activation_type=engine.QuantType.QUInt8,
+                weight_type=engine.QuantType.QInt8,
+                calibrate_method=engine.CalibrationMethod.MinMax,
+            )
+            model = onnx.load(quantised)
+        except (
+            Exception
+        ) as error:  # whatever the quantiser raises for a network that it cannot take
+            reason = cut(str(error) or type(error).__name__, 200)
+            raise SecateurError(f"{source}: cannot be quantised: {reason}") from None
+        del model.metadata_props[:]
+        model.metadata_props.extend(onnx.load(source).metadata_props)
+        files.write_bytes(target, model.SerializeToString())
+
+
+class _Reader:
+    """Batches of images as ONNX Runtime's calibration asks for them, one after the other."""
+
+    def __init__(self, name: str, parts: Sequence[NDArray[np.float32]]) -> None:
+        self.name, self.parts = name, iter(parts)
+
+    def get_next(self) -> dict[str, NDArray[Any]] | None:
+        """The next batch by the name of the network's input; None at the end."""
+        part = next(self.parts, None)
+        return None if part is None else {self.name: part}
+
+
+@contextlib.contextmanager
+def _without_advice() -> Iterator[None]:
+    """Without the warnings in which the quantiser advises what has been done already."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(previous)
