@@ -344,7 +344,7 @@ class Excited(nn.Module):
 
 
 @pytest.mark.parametrize("ranking", ["layer", "global", "isomorphic"])
-@pytest.mark.parametrize("wanted", [{"macs": 0.5}, {"params": 0.4}])
+@pytest.mark.parametrize("wanted", [{"macs": 0.5}, {"params": 0.4}, {"bytes": 0.5}])
 def test_a_target_is_reached_through_sums_products_and_depthwise_convolutions(ranking, wanted):
     torch.manual_seed(2)
     model = Excited()
@@ -354,6 +354,7 @@ def test_a_target_is_reached_through_sums_products_and_depthwise_convolutions(ra
     left = {
         "macs": cost.macs(small, image) / cost.macs(model, image),
         "params": cost.parameters(small) / cost.parameters(model),
+        "bytes": cost.weight_bytes(small)[0] / cost.weight_bytes(model)[0],
     }
     (kind, share), = wanted.items()  # fmt: skip
     assert found.notes[f"{kind}_left_reached"] == pytest.approx(left[kind], rel=1e-9)

@@ -80,7 +80,12 @@ def shares(model, small, shape=SHAPE):
     image = torch.zeros(1, *shape, dtype=torch.float64)
     macs = [sum(c.macs for c in cost.layer_costs(m.double(), image)) for m in (small, model)]
     sizes = [masks.nonzero(small), sum(p.numel() for p in model.parameters())]
-    return {"macs": macs[0] / macs[1], "params": sizes[0] / sizes[1]}
+    stored = [
+        sum(t.numel() * (4 if t.is_floating_point() else 8) for t in m.state_dict().values())
+        for m in (small, model)
+    ]
+    pairs = {"macs": macs, "params": sizes, "bytes": stored}
+    return {kind: after / before for kind, (after, before) in pairs.items()}
 
 
 # ---- scales --------------------------------------------------------------------------------------
@@ -324,6 +329,7 @@ def test_masked_equals_compact_and_less_is_left(network, way):
     real = shares(zoo(arch, **built), small)
     assert predicted["macs"] == pytest.approx(real["macs"], rel=1e-9)
     assert predicted["params"] == pytest.approx(real["params"], rel=1e-9)
+    assert predicted["bytes"] == pytest.approx(real["bytes"], rel=1e-9)
     assert real["params"] < 1
     for name, layer in masks.layers(small).items():
         assert layer.weight.numel(), name
@@ -437,7 +443,7 @@ def test_a_target_out_of_reach_is_told_with_what_can_be_reached(pruner):
 
 @pytest.mark.parametrize("written", [{}, {"macs": 0.5, "params": 0.5}])
 def test_a_target_is_one_of_two(written):
-    with pytest.raises(SettingsError, match="one of macs and params is needed"):
+    with pytest.raises(SettingsError, match="one of macs, params and bytes is needed"):
         prune("magnitude", toy(), SHAPE, target=written)
 
 

@@ -2,7 +2,8 @@
 
 `target: {macs: 0.5}` leaves half of the multiply-accumulates (MACs) of the network that is pruned,
 `target: {params: 0.3}` three tenths of its parameters. Single weights that the decision masks count
-as removed; weights that were zero before do not.
+as removed; weights that were zero before do not. `target: {bytes: 0.3}` leaves three tenths of the
+bytes of all parameters and buffers, of which masked weights take as many as others.
 """
 
 from collections.abc import Callable
@@ -29,26 +30,30 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 
 
 class Target(Strict):
-    """The share of the network that is to be left, of MACs or of parameters."""
+    """The share of the network that is to be left, of MACs, of parameters or of bytes."""
 
     macs: Share | None = None
     """Of the multiply-accumulates of convolutions and linear layers."""
     params: Share | None = None
     """Of all parameters."""
+    bytes: Share | None = None
+    """Of the parameters and buffers as a checkpoint stores them, masked weights included."""
 
     @model_validator(mode="after")
     def _one_of_them(self) -> Self:
-        if (self.macs is None) == (self.params is None):
-            raise ValueError("macs: one of macs and params is needed, the share that is left")
+        if len(self._given) != 1:
+            raise ValueError("macs: one of macs, params and bytes is needed, the share that is left")
         return self
 
     @property
+    def _given(self) -> list[tuple[str, float]]:
+        shares = {"macs": self.macs, "params": self.params, "bytes": self.bytes}
+        return [(kind, share) for kind, share in shares.items() if share is not None]
+
+    @property
     def wanted(self) -> tuple[str, float]:
-        """`macs` or `params`, and the share."""
-        if self.macs is not None:
-            return "macs", self.macs
-        assert self.params is not None
-        return "params", self.params
+        """`macs`, `params` or `bytes`, and the share."""
+        return self._given[0]
 
 
 class RemainingShare:
@@ -66,32 +71,46 @@ class RemainingShare:
             for name, weight in self.weights.items()
         )
         self.params = cost.parameters(model)
+        self.parameters = dict(model.named_parameters())
+        stored = model.state_dict(keep_vars=True)
+        names = {id(tensor): name for name, tensor in reversed(stored.items())}  # the first name
+        self.tensors: dict[str, Tensor] = {name: stored[name] for name in names.values()}
+        self.bytes = sum(t.numel() * t.element_size() for t in self.tensors.values())
 
     def __call__(self, decision: PruningDecision) -> dict[str, float]:
-        """Shares of `macs` and `params` that are left."""
-        macs, params = self.macs, self.params
+        """Shares of `macs`, `params` and `bytes` that are left."""
+        macs, params, size = self.macs, self.params, self.bytes
         kept = self._kept(decision)
+        for name, mask in kept.items():
+            size -= self._lost(name, mask) * self.tensors[name].element_size()
         for name, mask in decision.masks.items():
             kept[name] = mask.cpu() & kept[name] if name in kept else mask.cpu()
         for name, mask in kept.items():
-            parameter = self.context.model.get_parameter(name)
-            lost = parameter.numel() - int(mask.sum()) * (parameter.numel() // mask.numel())
+            if name not in self.parameters:
+                continue
+            lost = self._lost(name, mask)
             params -= lost
             if name in self.weights:
                 macs -= lost * self.positions[name.removesuffix(".weight")]
-        return {"macs": macs / self.macs, "params": params / self.params}
+        shares = {"macs": macs / self.macs, "params": params / self.params}
+        return shares | {"bytes": size / self.bytes}
+
+    def _lost(self, name: str, mask: Tensor) -> int:
+        """Number of entries of a tensor for which a mask is False."""
+        count = self.tensors[name].numel()
+        return count - int(mask.sum()) * (count // mask.numel())
 
     def _kept(self, decision: PruningDecision) -> dict[str, Tensor]:
-        """Masks, broadcastable, of the parameters that have members of removed channels."""
+        """Masks, broadcastable, of the tensors that have members of removed channels."""
         kept: dict[str, Tensor] = {}
         for name, chosen in decision.channels.items():
             for member in self.context.graph.group(name).members:
-                if member.kind in ("statistic", "index"):
+                tensor = self.tensors.get(member.tensor)
+                if tensor is None:  # a buffer that checkpoints do not hold
                     continue
-                parameter = self.context.model.get_parameter(member.tensor)
-                entries = torch.ones(parameter.shape[member.axis] * member.groups, dtype=torch.bool)
+                entries = torch.ones(tensor.shape[member.axis] * member.groups, dtype=torch.bool)
                 entries[member.index[chosen.cpu()].flatten()] = False
-                mask = _along_axis(entries, parameter, member.axis, member.groups)
+                mask = _along_axis(entries, tensor, member.axis, member.groups)
                 before = kept.get(member.tensor)
                 kept[member.tensor] = mask if before is None else before & mask
         return kept
