@@ -14,7 +14,7 @@ from secateur.base.settings import section, validate
 from secateur.channels.graph import build_channel_graph
 from secateur.nn import cost
 from secateur.pruning import criteria, group_scores, removal
-from secateur.pruning.decision import PruningContext
+from secateur.pruning.decision import PruningContext, unprunable_layers
 from secateur.pruning.group_scores import GroupRanking, score_groups
 from secateur.sparsity import masks
 
@@ -380,6 +380,25 @@ def test_mistakes_are_one_line(chosen, line):
     with pytest.raises(SettingsError, match=line) as caught:
         prune(by_hand(), **chosen)
     assert "\n" not in str(caught.value)
+
+
+def test_which_layers_may_not_choose_alone_is_told_with_the_true_reason():
+    subject = context(Excited())
+    reasons = unprunable_layers(subject.graph, "filter")
+    assert {name: reason.partition(";")[0] for name, reason in reasons.items()} == {
+        "stem": "its outputs are part of a residual sum",
+        "expand": "its outputs are part of a squeeze-excite product",
+        "depthwise": "a depthwise convolution, whose outputs go with its inputs",
+        "fc2": "its outputs are part of a squeeze-excite product",
+        "project": "its outputs are part of a residual sum",
+        "fc": "its outputs are locked: an output of the network",
+    }
+    assert reasons["stem"].endswith(
+        "granularity group removes such channels from all layers at once"
+    )
+    assert "\n  coupled by: a squeeze-excite product, a depthwise convolution\n" in str(
+        subject.graph
+    )
 
 
 def test_a_group_name_is_a_ratio_s_name_where_a_layer_makes_several_groups():

@@ -35,6 +35,8 @@ class GroupBuilder:
         """Canonical id -> why the channel is locked."""
         self.beside_zeros = torch.empty(0, dtype=torch.bool)
         """By id: added to fixed zeros. The last entry is for ZERO itself."""
+        self.couplings: list[tuple[Tensor, str]] = []
+        """Ids where results of several layers meet, and how they do."""
         self._sets = UnionFind(0)
         self._locks: list[tuple[Tensor, str]] = []
         self._beside: list[Tensor] = []
@@ -134,6 +136,10 @@ class GroupBuilder:
             self.lock(beside, "added to zeros that the code pads with")
         for x, y in pairs[~with_zero].tolist():
             self._sets.union(x, y)
+
+    def couple(self, ids: Tensor, how: str) -> None:
+        """Note the operation."""
+        self.couplings.append((ids[ids >= 0].unique(), how))
 
     def lock(self, ids: Tensor, reason: str) -> None:
         """Note the reason; where there are several, the first one counts."""

@@ -56,13 +56,29 @@ class ChannelGraph:
         self.groups: tuple[ChannelGroup, ...] = tuple(
             group_channels(axes, self.canonical, self._built.reasons)
         )
+        self.couplings: dict[str, tuple[str, ...]] = self._couplings()
+        """Group -> how the results of its producers are coupled, if there are several."""
         self._by_name = {group.name: group for group in self.groups}
         self._balances = Balances(self._built.balances, self.canonical, self.layers)
         self.balances: tuple[BalanceConstraint, ...] = self._balances.constraints(self.groups)
 
     def __str__(self) -> str:
         """Groups, their members, and why some are locked; see channels/report.py."""
-        return describe(self.groups, type(self.model).__name__, self.shape)
+        return describe(self.groups, type(self.model).__name__, self.shape, self.couplings)
+
+    def _couplings(self) -> dict[str, tuple[str, ...]]:
+        meeting: dict[int, dict[str, None]] = {}  # canonical id -> where results meet, in order
+        for ids, how in self._built.couplings:
+            for canonical_id in self.canonical[ids].unique().tolist():
+                meeting.setdefault(canonical_id, {})[how] = None
+        found = {}
+        for group in self.groups:
+            together = list(meeting.get(int(group.ids[0]), {}))
+            if any(n in self.layers and self.layers[n].depthwise() for n in group.producers):
+                together.append("a depthwise convolution")
+            if len(set(group.producers)) > 1 and together:
+                found[group.name] = tuple(together)
+        return found
 
     def group(self, name: str) -> ChannelGroup:
         """The group of that name; PruningError if there is none."""

@@ -101,14 +101,11 @@ OPERATORS: dict[Key, Operator] = _table(
     # two tensors, entry by entry
     (
         Operator(elementwise.combine, raw=True, combines=True),
-        (
-            *("add", "add_", "iadd", "sub", "sub_", "isub", "truediv", "div", "div_", "itruediv"),
-            *("maximum", "minimum"),
-        ),
+        (*elementwise.SUMS, "truediv", "div", "div_", "itruediv", "maximum", "minimum"),
     ),
     (
         Operator(elementwise.combine, raw=True, combines=True, multiplies=True),
-        ("mul", "mul_", "imul", "multiply"),
+        elementwise.PRODUCTS,
     ),
     # over pixels, or over axes
     (

@@ -161,6 +161,9 @@ class ShapePlanner:
     def _was_padding(self, a: Tensor, b: Tensor) -> Tensor:
         return (a == ZERO) & self.built.beside_zeros[b]
 
+    def couple(self, ids: Tensor, how: str) -> None:
+        """Nothing to do: noted once."""
+
     def lock(self, ids: Tensor, reason: str) -> None:
         """Nothing to do: locked channels are never among those that are removed."""
 

@@ -1,7 +1,7 @@
 """A channel graph as a table: its groups, their members, and why some are locked."""
 
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from secateur.channels.groups import ChannelGroup
 
@@ -9,10 +9,16 @@ COLUMNS = {"group": 16, "channels": 8, "producers": 16, "consumers": 16, "norms 
 """Titles, and characters of each unless one name is longer; lists of names are wrapped."""
 
 
-def describe(groups: Sequence[ChannelGroup], network: str, shape: Iterable[int]) -> str:
+def describe(
+    groups: Sequence[ChannelGroup],
+    network: str,
+    shape: Iterable[int],
+    couplings: Mapping[str, Sequence[str]],
+) -> str:
     """A summary, then a table with a row for each group, in the order of execution.
 
-    `shape` is that of one input. The reason of a locked group stands below its row.
+    `shape` is that of one input. Below the row of a group stand, by `couplings`, how the results of
+    its producers are coupled, and the reason why it is locked, if it is.
     """
     free = sum(group.size for group in groups if group.locked is None)
     total = sum(group.size for group in groups)
@@ -27,6 +33,8 @@ def describe(groups: Sequence[ChannelGroup], network: str, shape: Iterable[int])
     lines = [head, "", *_row(tuple(COLUMNS), widths), *_row(rules, widths)]
     for group, row in zip(groups, cells, strict=True):
         lines += _row(row, widths)
+        if group.name in couplings:
+            lines.append(f"  coupled by: {', '.join(couplings[group.name])}")
         if group.locked is not None:
             lines.append(f"  locked: {group.locked}")
     return "\n".join(lines)

@@ -38,6 +38,10 @@ class Visitor(Protocol):
     def unify(self, a: Tensor, b: Tensor) -> None:
         """Entries with these ids are added or multiplied, pair by pair."""
 
+    def couple(self, ids: Tensor, how: str) -> None:
+        """Channels with these ids are where results of several layers meet, for instance in a
+        sum."""
+
     def lock(self, ids: Tensor, reason: str) -> None:
         """Channels with these ids cannot be removed."""
 

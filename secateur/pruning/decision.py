@@ -15,6 +15,7 @@ from secateur.sparsity.masks import Masks
 
 Side = Literal["outputs", "inputs"]
 """A side of a layer: its filters are its outputs, its channels are its inputs."""
+COUPLED = "granularity group removes such channels from all layers at once"
 
 
 @dataclass(frozen=True)
@@ -117,8 +118,8 @@ def _chosen_ids(graph: ChannelGraph, name: str, choice: Tensor) -> Tensor:
 def unprunable_layers(graph: ChannelGraph, granularity: Granularity) -> dict[str, str]:
     """Layers whose filters or channels cannot be pruned on their own, with the reason.
 
-    Filters that are added to others', or locked; channels that are sums, or locked; both of grouped
-    convolutions. Single weights can always be pruned.
+    Filters that are coupled to others' (by a sum, a product), or locked; channels that several
+    layers produce, or locked; both of grouped convolutions. Single weights can always be pruned.
     """
     if granularity == "weight":
         return {}
@@ -133,16 +134,23 @@ def unprunable_layers(graph: ChannelGraph, granularity: Granularity) -> dict[str
     for group in graph.groups:
         if group.locked is not None:
             locks |= dict.fromkeys(group.ids.tolist(), group.locked)
+    how: dict[int, str] = {}  # by canonical id
+    for group in graph.groups:
+        coupled = [c for c in graph.couplings.get(group.name, ()) if "depthwise" not in c]
+        how |= dict.fromkeys(group.ids.tolist(), " and of ".join(coupled) or "several layers")
     found: dict[str, str] = {}
     side: Side = "outputs" if granularity == "filter" else "inputs"
     for name, layer in graph.layers.items():
         ids = getattr(layer, side)
         ids = graph.canonical[ids[ids >= 0]]
         reason = next((locks[channel] for channel in ids.tolist() if channel in locks), None)
-        if layer.groups > 1:
-            found[name] = "a grouped convolution"
+        if layer.depthwise():
+            found[name] = f"a depthwise convolution, whose outputs go with its inputs; {COUPLED}"
+        elif layer.groups > 1:
+            found[name] = f"a grouped convolution, whose groups stay of one size; {COUPLED}"
         elif bool((producers[ids] > 1).any()):
-            found[name] = f"its {side} are part of a residual sum"
+            shared = int(ids[producers[ids] > 1][0])
+            found[name] = f"its {side} are part of {how.get(shared, 'several layers')}; {COUPLED}"
         elif reason is not None:
             found[name] = f"its {side} are locked: {reason}"
     return found

@@ -42,7 +42,9 @@ class Target(Strict):
     @model_validator(mode="after")
     def _one_of_them(self) -> Self:
         if len(self._given) != 1:
-            raise ValueError("macs: one of macs, params and bytes is needed, the share that is left")
+            raise ValueError(
+                "macs: one of macs, params and bytes is needed, the share that is left"
+            )
         return self
 
     @property

@@ -11,6 +11,9 @@ from secateur.base.errors import PruningError
 from secateur.channels.ids import ChannelIds, NamedTensor
 from secateur.channels.rules.call import Call
 
+SUMS = ("add", "add_", "iadd", "sub", "sub_", "isub")
+PRODUCTS = ("mul", "mul_", "imul", "multiply")
+
 
 def unchanged(call: Call, x: ChannelIds, *_: Any, **__: Any) -> ChannelIds:
     """For functions of every entry by itself."""
@@ -52,8 +55,20 @@ def combine(call: Call, a: Any, b: Any, *_: Any, **__: Any) -> Any:
         x, y = y, x
     x, y = torch.broadcast_tensors(x, y)
     call.visitor.unify(x.flatten(), y.flatten())
+    if isinstance(a, ChannelIds) and isinstance(b, ChannelIds):
+        call.visitor.couple(x.flatten(), _meeting(call, a, b))
     ids = torch.where(x >= 0, x, y)
     return ChannelIds(ChannelIds.from_expanded(ids).ids, tuple(shape))
+
+
+def _meeting(call: Call, a: ChannelIds, b: ChannelIds) -> str:
+    """What it is called when two results meet in this operation."""
+    if call.name in SUMS:
+        return "a residual sum"
+    if call.name not in PRODUCTS:
+        return f"the operation {call.name}"
+    positions = [any(size > 1 for size in v.shape[2:]) for v in (a, b)]
+    return "a product" if positions[0] == positions[1] else "a squeeze-excite product"
 
 
 def pool(call: Call, x: ChannelIds, *options: Any, **more: Any) -> ChannelIds:
