@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import stat
 import tempfile
 from collections.abc import Callable
@@ -112,3 +113,33 @@ def write(path: Path, fill: Callable[[Path], object]) -> None:
         if temporary is not None:
             with contextlib.suppress(OSError):
                 temporary.unlink()
+
+
+def write_folder(path: Path, fill: Callable[[Path], object]) -> None:
+    """Replace the folder `path` by the one that `fill` fills, an empty one beside it at first.
+
+    If `fill` raises, or the process is killed meanwhile, what was there before stays. Whoever is
+    killed while the folders change places leaves none: never one that is half old, half new.
+    Raises SecateurError if it cannot be written.
+    """
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        new = temporary / "new"
+        new.mkdir()
+        fill(new)
+        for file in new.rglob("*"):
+            if file.is_file():
+                file.chmod(0o644)
+                with file.open("rb") as opened:
+                    os.fsync(opened.fileno())
+        if path.exists():
+            path.replace(temporary / "old")
+        new.replace(path)
+    except OSError as error:
+        reason = error.strerror or error
+        raise SecateurError(f"{path}: cannot be written: {reason}; nothing was changed") from None
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)

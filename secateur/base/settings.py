@@ -204,6 +204,14 @@ class Sensitivity(Strict):
     """Accuracy that a layer may cost in the suggested ratios, as a fraction."""
 
 
+class ExportedFiles(Strict):
+    """What the pipeline in stages/export writes."""
+
+    preprocessing: Literal["outside", "inside"] = "outside"
+    """outside: the files take normalised images. inside: they take pixels from 0 to 255, as
+    float32, and normalise them."""
+
+
 Version = Annotated[str, Field(pattern=r"^\d+(\.\w+)*$")]
 
 
@@ -230,6 +238,7 @@ class Params(Strict):
     finetune: Finetune
     evaluate: Evaluate
     sensitivity: Sensitivity
+    export: ExportedFiles
     datasets: Table
     archs: Table
     penalties: Table

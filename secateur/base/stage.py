@@ -1,10 +1,12 @@
 """The running stage as dvc.yaml declares it: params, input files, and their fingerprint."""
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
 import sqlite3
+import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,6 +143,17 @@ def content_hash(path: Path) -> str:
     files = sorted(p for p in path.rglob("*") if p.is_file() and "__pycache__" not in p.parts)
     parts = [f"{p.relative_to(path).as_posix()} {content_hash(p)}" for p in files]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+@functools.cache
+def revision() -> str | None:
+    """The Git commit that is checked out; None without Git or a repository."""
+    command = ["git", "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def project_root() -> Path:

@@ -84,6 +84,11 @@ STAGES = {
         ),
         StageSpec("evaluate", inputs=("baseline", "sparse-train", "prune", "finetune")),
         StageSpec("sensitivity", inputs=("baseline",), pipeline="stages/sensitivity/dvc.yaml"),
+        StageSpec(
+            "export",
+            inputs=("baseline", "prune", "finetune"),
+            pipeline="stages/export/dvc.yaml",
+        ),
     )
 }
 """All stages by name, in the order in which they run."""
@@ -120,6 +125,10 @@ class RunRecord:
     """MLflow run; None if it was not tracked."""
     model_id: str | None = None
     tracking_uri: str | None = None
+    experiment: str | None = None
+    """DVC experiment in which it ran, if it was one."""
+    revision: str | None = None
+    """Git commit that was checked out; None without a repository."""
     upstream: dict[str, str] = field(default_factory=dict)
     """Stage -> sha256 of the checkpoint that this one was made from."""
 

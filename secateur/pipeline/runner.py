@@ -1,6 +1,7 @@
 """Run a stage that makes a model: once for each fingerprint, observed, saved and recorded."""
 
 import gc
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from secateur.base import files, machine
 from secateur.base.errors import CheckpointError, cut
 from secateur.base.settings import Params, Train, section
-from secateur.base.stage import Stage, open_stage
+from secateur.base.stage import Stage, open_stage, revision
 from secateur.data import dataset
 from secateur.data.dataset import Dataset
 from secateur.nn import checkpoint, norms
@@ -266,6 +267,8 @@ def _write(context: StageContext, result: StageResult, run: tracking.Run, second
         run_id=run.id,
         model_id=model_id,
         tracking_uri=run.store.uri if run.id else None,
+        experiment=os.environ.get("DVC_EXP_NAME") or None,
+        revision=revision(),
         upstream={maker: found.sha256 for maker, found in context.upstream.items()},
     )
     record.save(model.record, made)

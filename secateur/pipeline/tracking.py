@@ -8,20 +8,18 @@ and the rest of the stage goes untracked.
 """
 
 import csv
-import functools
 import hashlib
 import io
 import json
 import os
 import re
-import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from secateur.base.errors import SecateurError, cut
-from secateur.base.stage import Stage
+from secateur.base.stage import Stage, revision
 from secateur.pipeline.mlflow_store import Store, clone_tags
 from secateur.pipeline.record import MODELS, STAGES, RunRecord, flat
 from secateur.training.callbacks import Callback, Row
@@ -301,16 +299,10 @@ def _tags(stage: str) -> dict[str, str]:
         "dvc.exp_name": os.environ.get("DVC_EXP_NAME", ""),
         "dvc.exp_baseline_rev": os.environ.get("DVC_EXP_BASELINE_REV", ""),
         "mlflow.source.name": f"stages/{STAGES[stage].module}.py",
-        "mlflow.source.git.commit": _commit(),
+        "mlflow.source.git.commit": revision() or "",
         **clone_tags(),
     }
     return {key: value for key, value in tags.items() if value}
-
-
-@functools.cache
-def _commit() -> str:
-    command = ["git", "rev-parse", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def _name(params: Mapping[str, Any]) -> str:

@@ -1,0 +1,128 @@
+"""What an exported file says about itself: classes, normalisation, and where it comes from."""
+
+import json
+import zipfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ConfigDict, TypeAdapter
+
+from secateur import __version__
+from secateur.base import files, optional
+from secateur.base.documents import parse_json, validated
+from secateur.base.errors import CheckpointError, cut
+from secateur.base.tensor_files import ClassName, Finite, Positive, Shape
+from secateur.nn.checkpoint import Header
+
+PT2_FILE = "secateur.json"
+"""Name of the metadata in a .pt2 archive, below `extra/`."""
+MAX_JSON = 2**25
+"""Bytes of metadata that are read: 32 MiB."""
+
+Preprocessing = Literal["outside", "inside"]
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """Description of an exported file. Annotations are the schema; there are no times in it."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    classes: list[ClassName]
+    """Names in the order of the logits."""
+    shape: Shape
+    """Channels, height and width of an image."""
+    mean: list[Finite]
+    std: list[Positive]
+    """Mean and standard deviation by channel, or one for all, of pixels in [0, 1]."""
+    preprocessing: Preprocessing
+    """outside: the input is (pixel / 255 - mean) / std; inside: pixels from 0 to 255, as float32.
+    """
+    sha256: str
+    """Of the safetensors file that the network comes from."""
+    arch: str
+    split: str
+    """Hash of the images and their division into train, val and test."""
+    fingerprint: str = ""
+    """Of the work that made the safetensors file, as its run record has it."""
+    experiment: str = ""
+    """DVC experiment in which the safetensors file was made."""
+    revision: str = ""
+    """Git commit on which it was made."""
+    secateur: str = __version__
+
+    def to_json(self) -> str:
+        """One object."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+    def to_text(self) -> dict[str, str]:
+        """Key -> text, in alphabetic order; lists as JSON."""
+        plain = {k: v if isinstance(v, str) else json.dumps(v) for k, v in asdict(self).items()}
+        return dict(sorted(plain.items()))
+
+
+_METADATA = TypeAdapter(Metadata)
+
+
+def from_header(
+    header: Header, sha256: str, preprocessing: Preprocessing, **origin: str
+) -> Metadata:
+    """Metadata of the network of a checkpoint; `origin` has what its run record says."""
+    return Metadata(
+        classes=header.classes,
+        shape=header.shape,
+        mean=header.mean,
+        std=header.std,
+        preprocessing=preprocessing,
+        sha256=sha256,
+        arch=header.arch,
+        split=header.split,
+        **origin,
+    )
+
+
+def read(path: Path) -> Metadata:
+    """Metadata of an .onnx or .pt2 file.
+
+    Raises CheckpointError, naming the file, if it is missing or was not written by Secateur.
+    """
+    files.file_size(path, CheckpointError)
+    plain = _from_pt2(path) if path.suffix == ".pt2" else _from_onnx(path)
+    if plain is None:
+        raise CheckpointError(f"{path}: no metadata of Secateur in it; it was exported otherwise")
+    return validated(_METADATA, plain, f"{path}: its metadata cannot be read", CheckpointError)
+
+
+def _from_pt2(path: Path) -> Any:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [n for n in archive.namelist() if n.endswith(f"/extra/{PT2_FILE}")]
+            if not names:
+                return None
+            if archive.getinfo(names[0]).file_size > MAX_JSON:
+                raise ValueError("metadata of more than 32 MiB")
+            return parse_json(archive.read(names[0]))
+    except (zipfile.BadZipFile, ValueError, OSError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: cannot be opened: {cut(str(error), 200)}") from None
+
+
+def _from_onnx(path: Path) -> Any:
+    engine = optional.load("onnxruntime", "to read .onnx files")
+    options = engine.SessionOptions()
+    options.log_severity_level = 4
+    options.graph_optimization_level = engine.GraphOptimizationLevel.ORT_DISABLE_ALL
+    try:
+        session = engine.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        found = dict(session.get_modelmeta().custom_metadata_map)
+    except Exception as error:  # ONNX Runtime's own types
+        raise CheckpointError(f"{path}: cannot be opened: {cut(str(error), 200)}") from None
+    if "secateur" not in found:
+        return None
+    try:
+        lists = {
+            key: parse_json(found[key].encode()) for key in ("classes", "shape", "mean", "std")
+        }
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"{path}: its metadata cannot be read: {error}") from None
+    return found | lists
