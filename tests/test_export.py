@@ -1,21 +1,11 @@
 """Exported files: equal to the network for every architecture, equal in bytes, free of pickles."""
 
-import io
-import json
-import math
-import zipfile
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
 from test_channels_zoo import SMALL, graph
-from torch import nn
 
-from secateur.base import files
-from secateur.base.errors import SecateurError
 from secateur.data.dataset import DatasetInfo, InMemoryImages
-from secateur.deploy import export, metadata, parity
+from secateur.deploy import export, parity
 from secateur.deploy.metadata import Metadata
 from secateur.deploy.runtimes import open_model
 
