@@ -53,8 +53,9 @@ upgrade: ## write requirements.lock with the newest versions that pyproject.toml
 repro: $(READY) git  ## run the pipelines: what has changed, and nothing else
 	@dvc repro --all-pipelines
 
+# hundreds of processes start in the tests, and a second of each goes into compiling what is not kept
 test: $(READY)  ## run the tests, a process for every processor
-	@OMP_NUM_THREADS=1 python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+	@PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 check: $(READY)  ## lint, format and types
 	@ruff check .

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import dataclass
+from importlib.util import cache_from_source
 from pathlib import Path
 
 import pytest
@@ -49,7 +50,7 @@ class Project:
     def env(self, **more):
         clean = {
             k: v for k, v in os.environ.items()
-            if not k.startswith(("DVC_", "MLFLOW_", "SECATEUR_", "PYTEST_"))
+            if not k.startswith(("DVC_", "MLFLOW_", "SECATEUR_", "PYTEST_", "PYTHONDONTWRITE"))
         }  # fmt: skip
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         defaults = {"PATH": path, "SECATEUR_TRACKING": "off", "OMP_NUM_THREADS": "1"}
@@ -133,10 +134,11 @@ def fresh_project(path):
         ["git", "ls-files", "-co", "--exclude-standard"],
         cwd=ROOT, text=True, capture_output=True, check=True,
     ).stdout.split()  # fmt: skip
-    for name in listed:
+    compiled = [cache_from_source(name) for name in listed if name.endswith(".py")]
+    for name in [*listed, *compiled]:
         if (ROOT / name).is_file() and not name.startswith(("tests/", "docs/", "metrics/")):
             (path / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, path / name)
+            shutil.copy2(ROOT / name, path / name)  # with the time that is noted in compiled code
     for lock in (path / "dvc.lock", path / "stages/sensitivity/dvc.lock"):
         lock.unlink(missing_ok=True)
     project = Project(path)
