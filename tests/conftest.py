@@ -4,8 +4,9 @@ import os
 import shutil
 
 import pytest
+import warm
 from filelock import FileLock
-from workspace import Project, fresh_project
+from workspace import PROGRAMS, Project, fresh_project
 
 LONGEST = [
     "test_pipeline_runs.py",  # makes the finished project
@@ -26,7 +27,17 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory):
+def programs(tmp_path_factory):
+    """Let `python` and `dvc` of the projects start warm: one server for all workers."""
+    workers = "PYTEST_XDIST_WORKER" in os.environ
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if workers else base) / "warm"
+    owner = os.getppid() if workers else os.getpid()
+    PROGRAMS.update(warm.start(folder, Project(folder).env(), owner))
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, programs):
     """A project whose pipeline has run once, with MLflow. Read it, or copy it; never change it.
 
     Made once for all workers of pytest-xdist; the others wait for the one that makes it.
@@ -53,7 +64,7 @@ def project(finished, tmp_path):
 
 
 @pytest.fixture
-def unborn(tmp_path):
+def unborn(tmp_path, programs):
     """A project in which nothing has run."""
     (tmp_path / "unborn").mkdir()
     return fresh_project(tmp_path / "unborn")

@@ -103,7 +103,7 @@ def test_a_diverging_loss_stops_and_keeps_the_last_good_state(project):
 
 
 def test_the_commands_themselves_help_and_refuse(project):
-    text = project.run(sys.executable, "-m", "stages.baseline", "--help")
+    text = project.run("python", "-m", "stages.baseline", "--help")
     assert "Reads" in text and "Writes" in text
     project.params(decay=-1e-4)
     log = project.stage("baseline", ok=False)

@@ -1,7 +1,6 @@
 """Models that are reused elsewhere, trained anew, and the pipeline of sensitivity."""
 
 import json
-import sys
 from collections import Counter
 
 import pandas as pd
@@ -24,10 +23,10 @@ def test_a_second_clone_reuses_models_and_shows_the_whole_chain(finished, tmp_pa
     log = second.dvc("repro", SECATEUR_TRACKING="on")
     assert set(ran(log)) <= {"evaluate"}
     assert second.model_bytes() == first.model_bytes()
-    second.run(sys.executable, "-m", "secateur.sync", SECATEUR_TRACKING="on")
+    second.run("python", "-m", "secateur.sync", SECATEUR_TRACKING="on")
     kinds = Counter(r.data.tags["stage"] for r in second.runs())
     assert kinds == {"baseline": 1, "sparse-train": 1, "prune": 1, "finetune": 1, "evaluate": 1}
-    again = second.run(sys.executable, "-m", "secateur.sync", SECATEUR_TRACKING="on")
+    again = second.run("python", "-m", "secateur.sync", SECATEUR_TRACKING="on")
     assert "0 runs written" in again
 
 

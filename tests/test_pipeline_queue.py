@@ -27,10 +27,10 @@ def wait_for_queue(project):
         if "Queued" not in status and "Running" not in status:
             break
         without_workers = without_workers + 1 if "0 active, 0 idle" in status else 0
-        if without_workers == 6:  # workers may leave before the queue is empty
+        if without_workers == 15:  # workers may leave before the queue is empty
             start_workers(project)
             without_workers = 0
-        time.sleep(5)  # asking costs a second of a processor
+        time.sleep(2)
     return status
 
 

@@ -77,7 +77,7 @@ def test_twins_train_once(project):
     project.params(seed=7, baseline__epochs=60)
     started = [
         subprocess.Popen(
-            [sys.executable, "-m", "stages.baseline"],
+            ["python", "-m", "stages.baseline"],
             cwd=project.path,
             env=project.env(),
             stdout=subprocess.PIPE,

@@ -3,7 +3,6 @@
 import json
 import socket
 import subprocess
-import sys
 
 import pandas as pd
 import pytest
@@ -47,7 +46,7 @@ def test_a_lost_store_is_written_again(damage, project):
     store.unlink()
     if content:
         store.write_bytes(content)
-    log = project.run(sys.executable, "-m", "secateur.sync", SECATEUR_TRACKING="on")
+    log = project.run("python", "-m", "secateur.sync", SECATEUR_TRACKING="on")
     assert len(project.runs()) == 5
     (pipeline,) = project.runs("tags.kind = 'pipeline'")
     restored = {r.info.run_id for r in project.runs("tags.restored = 'true'")}
@@ -70,7 +69,7 @@ def test_a_damaged_file_is_named_by_sync_and_changes_nothing(project):
         whole = path.read_bytes()
         path.unlink()
         path.write_bytes(content)
-        command = [sys.executable, "-m", "secateur", "sync"]
+        command = ["python", "-m", "secateur", "sync"]
         log = project.run(*command, ok=False, SECATEUR_TRACKING="on")
         (line,) = [line for line in log.splitlines() if "error: " in line]
         assert name in line and "Traceback" not in log
@@ -81,9 +80,8 @@ def test_a_damaged_file_is_named_by_sync_and_changes_nothing(project):
 def test_four_processes_may_start_on_a_fresh_store(unborn):
     code = "from secateur.pipeline.tracking import Store; assert Store().client is not None"
     env = unborn.env(SECATEUR_TRACKING="on")
-    started = [
-        subprocess.Popen([sys.executable, "-c", code], cwd=unborn.path, env=env) for _ in range(4)
-    ]
+    command = ["python", "-c", code]
+    started = [subprocess.Popen(command, cwd=unborn.path, env=env) for _ in range(4)]
     assert [p.wait(timeout=600) for p in started] == [0, 0, 0, 0]
     assert unborn.runs() == []
 
@@ -100,7 +98,7 @@ def test_a_dead_tracking_server_costs_seconds_and_a_warning(project, tmp_path):
             copy = project.copy(tmp_path / f"copy{seed}")
             copy.params(seed=2 + seed)
             started[uri] = copy, subprocess.Popen(
-                [sys.executable, "-m", "stages.baseline"],
+                ["python", "-m", "stages.baseline"],
                 cwd=copy.path, env=copy.env(SECATEUR_TRACKING="on", MLFLOW_TRACKING_URI=uri),
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             )  # fmt: skip

@@ -25,7 +25,7 @@ PLUGINS = sum(len(plugin.names(kind)) for kind in plugin.KEYS)
 
 def imported(project, **options):
     """Number of plug-ins that opening the stage imports; the error if it fails."""
-    return project.run(sys.executable, "-c", IMPORTED, **options).strip()
+    return project.run("python", "-c", IMPORTED, **options).strip()
 
 
 @pytest.mark.pipeline
@@ -48,7 +48,7 @@ def test_settings_are_checked_once_for_a_content_and_a_code(unborn):
 def test_stages_that_start_at_the_same_time_check_the_same_settings(unborn):
     started = [
         subprocess.Popen(
-            [sys.executable, "-c", IMPORTED], cwd=unborn.path, env=unborn.env(),
+            ["python", "-c", IMPORTED], cwd=unborn.path, env=unborn.env(),
             stdout=subprocess.PIPE, text=True,
         )
         for _ in range(3)

@@ -24,6 +24,8 @@ SHORT = {
 }
 STAGES = ["prepare", "baseline", "sparse_train", "prune", "finetune", "evaluate"]
 MODELS = ["baseline", "sparse", "pruned", "finetuned"]
+PROGRAMS: dict[str, str] = {}
+"""Variables with which `python` and `dvc` start warm (tests/warm); set by conftest.py."""
 
 
 def ran(log):
@@ -54,13 +56,13 @@ class Project:
         }  # fmt: skip
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         defaults = {"PATH": path, "SECATEUR_TRACKING": "off", "OMP_NUM_THREADS": "1"}
-        return clean | defaults | more
+        return clean | defaults | PROGRAMS | more
 
     def dvc(self, *arguments, **options):
         return self.run("dvc", *arguments, **options)
 
     def stage(self, name, **options):
-        return self.run(sys.executable, "-m", f"stages.{name}", **options)
+        return self.run("python", "-m", f"stages.{name}", **options)
 
     def stage_here(self, name, *arguments, ok=True, **env):
         """Run a stage as `stage` does, but in this process: for what ends before any training."""

@@ -1,0 +1,79 @@
+"""`python` and `dvc` on the tests' PATH: they let the server of server.py run what it can.
+
+Everything else, and whatever needs another environment from the start of the process on, is run by
+the real programs.
+"""
+
+import json
+import os
+import resource
+import signal
+import socket
+import struct
+import sys
+
+EARLY = (
+    "OMP_", "GOMP_", "KMP_", "MKL_", "ATEN_", "ONEDNN_", "DNNL_", "MALLOC_", "LD_", "PYTHON",
+    "CUDA_", "TORCH_", "OPENBLAS_", "NUMEXPR_",
+)  # fmt: skip
+"""Beginnings of the variables that Python or a library reads while it is being loaded."""
+
+
+def early(environment: dict[str, str]) -> dict[str, str]:
+    """The part of an environment that a process cannot change any more once it runs."""
+    return {k: v for k, v in environment.items() if k.startswith(EARLY)}
+
+
+def limits() -> list[list[int]]:
+    """The limits of this process: a forked process has those of the server."""
+    kinds = (resource.RLIMIT_FSIZE, resource.RLIMIT_AS, resource.RLIMIT_NOFILE, resource.RLIMIT_CPU)
+    return [list(resource.getrlimit(kind)) for kind in kinds]
+
+
+def run_real(name: str) -> None:
+    """Become the program itself."""
+    program = sys.executable if name == "python" else sys.executable.removesuffix("python") + name
+    os.execv(program, [program, *sys.argv[1:]])
+
+
+def main() -> None:
+    """Send the request, pass signals on, and end as the forked process ends."""
+    name = sys.argv[0].rpartition("/")[2]
+    modules = ("stages.", "secateur")
+    module = sys.argv[2] if sys.argv[1:2] == ["-m"] and len(sys.argv) > 2 else ""
+    path = os.environ.get("WARM_SERVER", "")
+    code = sys.argv[1:2] == ["-c"]
+    ours = name == "dvc" or code or module.startswith(modules)
+    if not ours or not os.access(path, os.F_OK):
+        run_real(name)
+    with open(path + ".json") as file:  # noqa: PTH123  pathlib takes as long as all of this
+        if json.load(file) != [early(dict(os.environ)), limits()]:
+            run_real(name)
+    request = {
+        "command": [name, *sys.argv[1:]],
+        "folder": os.getcwd(),  # noqa: PTH109
+        "environment": dict(os.environ),
+        "umask": os.umask(0),
+    }
+    os.umask(request["umask"])
+    content = json.dumps(request).encode()
+    server = socket.socket(socket.AF_UNIX)
+    server.connect(path)
+    blocked = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+    signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
+    socket.send_fds(server, [struct.pack("i", len(content))], [0, 1, 2])
+    server.sendall(content)
+    (pid,) = struct.unpack("i", server.recv(4))
+    for number in blocked:
+        signal.signal(number, lambda number, _: os.kill(pid, number))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, blocked)
+    answer = server.recv(4)
+    (status,) = struct.unpack("i", answer) if answer else (1,)
+    if status < 0:
+        signal.signal(-status, signal.SIG_DFL)
+        os.kill(os.getpid(), -status)
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""Forks processes in which the libraries are imported already, for the pipeline tests.
+
+    python server.py SOCKET OWNER
+
+A stage needs half a second for its own imports, and several for those of torch, MLflow, DVC and
+pandas; the tests start hundreds of stages. This server imports the libraries, but none of the
+project's code, and forks a process for each request of `client.py`, which then runs what `python -m
+<module>`, `python -c <code>` or `dvc` would run, with the caller's arguments, environment, folder
+and streams. It ends when the process OWNER has ended.
+"""
+
+import contextlib
+import gc
+import importlib
+import json
+import os
+import runpy
+import select
+import signal
+import socket
+import struct
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from client import early, limits
+
+ROOT = Path(__file__).resolve().parents[2]
+LIBRARIES = [
+    "dvc.cli",
+    "dvc.commands.repro",
+    "dvc.repo",
+    "dvc.repo.experiments.executor.local",
+    "dvc.stage.run",
+    "filelock",
+    "lightning_fabric",
+    "mlflow",
+    "mlflow.store.tracking.sqlalchemy_store",
+    "pandas",
+    "rich.progress",
+    "safetensors.torch",
+    "scipy.optimize",
+    "sklearn.datasets",
+    "torch.fx",
+]
+"""What stages and the commands of DVC import; torch and torchvision come before them."""
+
+
+def import_libraries() -> None:
+    """Import torch as the stages do, forget the project's own modules, and import the rest."""
+    sys.path.insert(0, str(ROOT))
+    from secateur.base.allocator import tune_process
+
+    tune_process()
+    from secateur.base import torchvision_import  # noqa: F401  declares operators if need be
+
+    sys.path.remove(str(ROOT))
+    for name in [name for name in sys.modules if name.split(".")[0] == "secateur"]:
+        del sys.modules[name]
+
+    for name in LIBRARIES:
+        importlib.import_module(name)
+
+
+def serve(path: str, owner: int) -> tuple[list[str], str]:
+    """Answer requests until the owner has ended; in a forked process, returns what it is to run."""
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(path + ".new")
+    listener.listen(64)
+    os.rename(path + ".new", path)  # noqa: PTH104
+    wake_read, wake_write = os.pipe()
+    for end in (wake_read, wake_write):
+        os.set_blocking(end, False)
+    signal.set_wakeup_fd(wake_write)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    running: dict[int, socket.socket] = {}
+    while True:
+        ready, _, _ = select.select([listener, wake_read, *running.values()], [], [], 2)
+        if not ready and not _alive(owner):
+            for pid in running:
+                _kill(pid)
+            os._exit(0)
+        for source in ready:
+            if source is listener:
+                connection, _ = listener.accept()
+                request, streams = receive(connection)
+                pid = os.fork()
+                if pid == 0:
+                    listener.close()
+                    for other in running.values():
+                        other.close()
+                    connection.close()
+                    return become(request, streams)
+                for stream in streams:
+                    os.close(stream)
+                connection.sendall(struct.pack("i", pid))
+                running[pid] = connection
+            elif source is wake_read:
+                with contextlib.suppress(BlockingIOError):
+                    os.read(wake_read, 4096)
+                reap(running)
+            elif source in running.values():  # the client has ended before its process
+                pid = next(p for p, connection in running.items() if connection is source)
+                _kill(pid)
+                running.pop(pid).close()
+
+
+def receive(connection: socket.socket) -> tuple[dict, list[int]]:
+    """Read a request: its length, its three streams, its JSON."""
+    head, streams, _, _ = socket.recv_fds(connection, 4, 3)
+    (size,) = struct.unpack("i", head)
+    content = b""
+    while len(content) < size:
+        content += connection.recv(size - len(content))
+    return json.loads(content), list(streams)
+
+
+def reap(running: dict[int, socket.socket]) -> None:
+    """Tell the clients whose processes have ended how these ended."""
+    while True:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if pid == 0:
+            return
+        if connection := running.pop(pid, None):
+            with contextlib.suppress(OSError):
+                connection.sendall(struct.pack("i", os.waitstatus_to_exitcode(status)))
+            connection.close()
+
+
+def become(request: dict, streams: list[int]) -> tuple[list[str], str]:
+    """Take over streams, folder and environment of the client; returns command and first path."""
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    os.setpgid(0, 0)
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+        os.close(stream)
+    os.umask(request["umask"])
+    os.chdir(request["folder"])
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    return request["command"], request["folder"]
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
+
+
+def main() -> NoReturn:
+    """Import, serve, and in each forked process run the command as Python itself would."""
+    path, owner = sys.argv[1], int(sys.argv[2])
+    Path(path + ".json").write_text(json.dumps([early(dict(os.environ)), limits()]))
+    import_libraries()
+    gc.collect()
+    gc.freeze()
+    command, folder = serve(path, owner)
+    sys.path.pop(0)
+    if command[0] == "dvc":
+        from dvc.cli import main as dvc
+
+        sys.argv = [str(Path(sys.executable).parent / "dvc"), *command[1:]]
+        sys.exit(dvc())
+    sys.path.insert(0, folder)
+    if command[1] == "-c":
+        sys.argv = ["-c", *command[3:]]
+        exec(compile(command[2], "<string>", "exec"), {"__name__": "__main__"})
+        sys.exit()
+    sys.argv = command[2:]
+    runpy.run_module(command[2], run_name="__main__", alter_sys=True)
+    sys.exit()
+
+
+if __name__ == "__main__":
+    main()
