@@ -2,7 +2,10 @@
 VENV   ?= .venv
 PYTHON ?= python3
 BIN    := $(VENV)/bin
-READY  := $(VENV)/.ready
+# one stamp for each dependency group of pyproject.toml that has been installed
+RUN    := $(VENV)/.ready-run
+EXPORT := $(VENV)/.ready-export
+READY  := $(VENV)/.ready-dev
 export PATH := $(if $(filter /%,$(VENV)),,$(CURDIR)/)$(BIN):$(PATH)
 # exact versions with hashes: as constraints, so that of the packages in the lock only those are
 # installed that this platform and this build of torch need
@@ -13,7 +16,7 @@ LOCKED := --require-hashes --constraint requirements.lock --build-constraint req
 help:  ## list these targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1|/' | column -t -s '|'
 
-$(READY): pyproject.toml requirements.lock
+$(RUN): pyproject.toml requirements.lock
 	@echo "setting up $(VENV) (a minute or two, once)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@# first the locked pip, by its own lines of the lock: an older one knows neither groups nor $(LOCKED)
@@ -24,17 +27,22 @@ $(READY): pyproject.toml requirements.lock
 	@sed -n '/^torch==/,/[^\\]$$/p' requirements.lock >$(VENV)/locked.txt
 	@$(BIN)/python -m pip install --quiet --no-index --no-deps --require-hashes \
 	  --requirement $(VENV)/locked.txt 2>$(VENV)/locked.log || true
-	@$(BIN)/python -m pip install --quiet $(LOCKED) --group dev
+	@$(BIN)/python -m pip install --quiet $(LOCKED) --group run
 	@# the command runs the code that is here: the package itself is never installed
 	@printf '#!/bin/sh\nexec "$${0%%/*}/python" -m secateur "$$@"\n' >$(BIN)/secateur
 	@chmod +x $(BIN)/secateur
+	@touch $@
+
+$(VENV)/.ready-%: $(RUN)
+	@echo "installing group $* into $(VENV)"
+	@$(BIN)/python -m pip install --quiet $(LOCKED) --group $*
 	@touch $@
 
 setup: $(READY) git  ## make .venv with everything that is needed
 
 # DVC keeps experiments as commits, for which Git needs a name: one for this clone, if none is set.
 # Without a repository (an unpacked archive) DVC must be told not to look for one.
-git: $(READY)
+git: $(RUN)
 	@if test -e .git; then \
 	  git config user.name >/dev/null || git config user.name "$${USER:-secateur}"; \
 	  git config user.email >/dev/null || git config user.email "$${USER:-secateur}@localhost"; \
@@ -50,8 +58,11 @@ lock: ## write requirements.lock after a change of pyproject.toml; versions stay
 upgrade: ## write requirements.lock with the newest versions that pyproject.toml allows
 	@$(PYTHON) tools/lock.py --upgrade
 
-repro: $(READY) git  ## run the pipelines: what has changed, and nothing else
-	@dvc repro --all-pipelines
+repro: $(RUN) git  ## run the pipelines: what has changed, and nothing else
+	@dvc repro dvc.yaml stages/sensitivity/dvc.yaml
+
+export: $(EXPORT) git  ## write the finetuned network for other runtimes: models/export
+	@dvc repro stages/export/dvc.yaml
 
 # hundreds of processes start in the tests, and a second of each goes into compiling what is not kept
 test: $(READY)  ## run the tests, a process for every processor
@@ -66,14 +77,14 @@ format: $(READY)  ## put the code into the project's format
 	@ruff check --fix .
 	@ruff format .
 
-ui: $(READY)  ## compare runs at http://127.0.0.1:5000
+ui: $(RUN)  ## compare runs at http://127.0.0.1:5000
 	@mlflow ui
 
-sync: $(READY)  ## write runs that MLflow lacks, from the tracked files
+sync: $(RUN)  ## write runs that MLflow lacks, from the tracked files
 	@python -m secateur sync
 
 docs: $(READY)  ## build the pages and the reference into site/, without network
 	@NO_MKDOCS_2_WARNING=1 mkdocs build --quiet
 	@echo "site/index.html"
 
-.PHONY: help setup git lock upgrade repro test check format ui sync docs
+.PHONY: help setup git lock upgrade repro export test check format ui sync docs

@@ -43,7 +43,10 @@ def test_every_package_that_a_group_names_is_in_the_lock(needed):
 
 def test_the_package_runs_with_what_is_locked():
     extra = PROJECT["project"]["optional-dependencies"]
-    for text in [*PROJECT["project"]["dependencies"], *extra["pipeline"], *extra["torchvision"]]:
+    for text in [
+        *PROJECT["project"]["dependencies"],
+        *(r for some in extra.values() for r in some),
+    ]:
         needed = Requirement(text)
         assert locked(needed.name)
         assert all(needed.specifier.contains(version) for version in locked(needed.name))
@@ -87,19 +90,27 @@ def test_every_supported_python_is_stated_and_tested():
 
 @pytest.fixture
 def make(tmp_path):
-    """Run `make repro` in a folder with an environment that is ready; its dvc shows how it ran."""
+    """Run `make` in a folder whose environment has group `run`; its dvc and pip show how they ran.
+
+    Group `run` alone: what needs another one installs it first.
+    """
     for name in ("Makefile", "pyproject.toml", "requirements.lock"):
         shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / ".dvc").mkdir()
 
-    def run(folder):
+    def run(folder, target="repro"):
         dvc = tmp_path / folder / "bin/dvc"
         dvc.parent.mkdir(parents=True, exist_ok=True)
         real = Path(sys.executable).parent / "dvc"
         dvc.write_text(f'#!/bin/sh\ncase $1 in repro) echo "$0 $@" ;; *) {real} "$@" ;; esac\n')
         dvc.chmod(0o755)
-        (tmp_path / folder / ".ready").touch()
-        command = ["make", "repro", f"VENV={folder}"]
+        python = dvc.with_name("python")
+        python.write_text('#!/bin/sh\necho "pip $*"\n')
+        python.chmod(0o755)
+        ready = tmp_path / folder / ".ready-run"
+        if not ready.exists():
+            ready.touch()
+        command = ["make", target, f"VENV={folder}"]
         # the make that runs these tests would make this one a part of itself
         env = {name: value for name, value in os.environ.items() if "MAKE" not in name}
         env.pop("MFLAGS", None)
@@ -114,9 +125,26 @@ def make(tmp_path):
 def test_make_runs_the_environments_programs_wherever_it_is(place, make, tmp_path):
     if place:
         place = str(tmp_path / place) + "/"
-    assert (
-        make(f"{place}.venv")[-1] == f"{place or f'{tmp_path}/'}.venv/bin/dvc repro --all-pipelines"
-    )
+    dvc = f"{place or f'{tmp_path}/'}.venv/bin/dvc"
+    assert make(f"{place}.venv")[-1] == f"{dvc} repro dvc.yaml stages/sensitivity/dvc.yaml"
+    assert make(f"{place}.venv", "export")[-1] == f"{dvc} repro stages/export/dvc.yaml"
+
+
+def test_the_first_run_needs_no_group_but_its_own(make):
+    """The stamp of `run` is there, so whatever pip installs is another group's."""
+    assert not [line for line in make(".venv") if line.startswith("pip")]
+    (line,) = [line for line in make(".venv", "export") if line.startswith("pip")]
+    assert line.endswith("--group export") and "--require-hashes" in line
+    assert not [line for line in make(".venv", "export") if line.startswith("pip")], "once"
+
+
+def test_the_packages_of_export_are_in_no_group_of_the_first_run():
+    names = {needed.name for needed in named("export")}
+    assert names == {
+        Requirement(r).name for r in PROJECT["project"]["optional-dependencies"]["export"]
+    }
+    assert names and not names & {needed.name for needed in named("run")}
+    assert names <= {needed.name for needed in named("dev")}, "or the tests could not run"
 
 
 def test_an_archive_without_git_runs_and_a_repository_made_later_is_used(make, tmp_path):
