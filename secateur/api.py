@@ -23,7 +23,6 @@ from secateur.nn import checkpoint, cost
 from secateur.nn.checkpoint import Checkpoint, Header
 from secateur.pruning.apply import PrunedNetwork, apply_decision
 from secateur.pruning.decision import PruningContext
-from secateur.sparsity import masks
 from secateur.sparsity.choices import Choices
 from secateur.sparsity.masks import Masks
 
@@ -211,7 +210,7 @@ def prune(
         export=export,
         requested=str(pruner),
     )
-    counts = cost.parameters(dense), masks.nonzero(pruned.model)
+    counts = cost.parameters(dense), cost.nonzero(pruned.model, pruned.masks)
     header = _header(origin, pruned, pruner, images)
     if isinstance(origin, Origin):
         _attach(pruned.model, origin=Origin(header, dict(pruned.masks), {}))

@@ -22,7 +22,7 @@ from secateur.nn.cost import LayerCost
 from secateur.pipeline import console, record, runner, tracking
 from secateur.pipeline.mlflow_store import Store
 from secateur.pipeline.record import MODELS
-from secateur.sparsity import masks
+from secateur.sparsity.masks import Masks, layers
 from secateur.training.evaluation import accuracy
 
 REPORT, LAYERS = Path("metrics/evaluate.json"), Path("metrics/layers.csv")
@@ -49,14 +49,15 @@ def measure(context: runner.StageContext) -> tuple[dict[str, Any], pd.DataFrame]
     params, test, info = context.params, context.data.test, context.data.info
     device = machine.device()
     models = {MODELS[stage].key: found.model() for stage, found in context.upstream.items()}
+    masks = {MODELS[stage].key: found.masks for stage, found in context.upstream.items()}
     batch = first_images(test, info, params.evaluate.latency_batch).to(device)
     rows: dict[str, dict[str, Any]] = {}
     costs: dict[str, list[LayerCost]] = {}
     for name, model in models.items():
         correct, loss = accuracy(model.to(device), test, info)
-        costs[name] = cost.layer_costs(model, batch[:1])
+        costs[name] = cost.layer_costs(model, batch[:1], masks[name])
         rows[name] = {"accuracy": correct, "loss": loss}
-        rows[name] |= _sizes(model, costs[name], models["baseline"])
+        rows[name] |= _sizes(model, masks[name], costs[name], models["baseline"])
     times = cost.latency(models, batch, params.evaluate.latency_repeats)
     for name in models:
         middle, spread = timing.median_and_iqr(times[name])
@@ -66,7 +67,9 @@ def measure(context: runner.StageContext) -> tuple[dict[str, Any], pd.DataFrame]
         "dataset": params.dataset,
         "arch": params.arch,
         "seed": params.seed,
-        "compression": dense["params"] / final["nonzero"],
+        "compression": cost.compression(
+            models["baseline"], models["finetuned"], masks["finetuned"]
+        ),
         "theoretical_speedup": dense["macs_dense"] / final["macs"],
         "measured_speedup": timing.speedup(times["baseline"], times["finetuned"]),
         "latency_batch": len(batch),
@@ -77,10 +80,12 @@ def measure(context: runner.StageContext) -> tuple[dict[str, Any], pd.DataFrame]
     return report, _layers(costs)
 
 
-def _sizes(model: nn.Module, costs: Sequence[LayerCost], dense: nn.Module) -> dict[str, Any]:
-    """Counts over all layers of a model, and its sparsity relative to the dense one."""
+def _sizes(
+    model: nn.Module, masks: Masks, costs: Sequence[LayerCost], dense: nn.Module
+) -> dict[str, Any]:
+    """Counts of a whole model, and its sparsity relative to the dense one."""
     size, packed = cost.weight_bytes(model)
-    nonzero = sum(layer.nonzero for layer in costs)
+    nonzero = cost.nonzero(model, masks)
     alive = sum(layer.filters_alive * layer.channels_alive for layer in costs)
     return {
         "params": cost.parameters(model),
@@ -100,8 +105,8 @@ def _layers(costs: Mapping[str, Sequence[LayerCost]]) -> pd.DataFrame:
     """One row for each layer of each model; sparsity also relative to the layer's dense weight."""
     dense = {layer.layer: layer.params for layer in costs["baseline"]}
     rows = []
-    for model, layers in costs.items():
-        for layer in layers:
+    for model, found in costs.items():
+        for layer in found:
             sparsity = 1 - layer.nonzero / dense[layer.layer]
             rows.append({"model": model, **asdict(layer), "sparsity_of_dense": sparsity})
     return pd.DataFrame(rows)
@@ -115,7 +120,7 @@ def asked(records: dict[str, record.RunRecord], report: dict[str, Any]) -> str:
 
 def _kernels(model: nn.Module) -> int:
     """Outputs times inputs, summed over all layers."""
-    return sum(m.weight.shape[0] * m.weight.shape[1] for m in masks.layers(model).values())
+    return sum(m.weight.shape[0] * m.weight.shape[1] for m in layers(model).values())
 
 
 if __name__ == "__main__":

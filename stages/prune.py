@@ -49,7 +49,8 @@ def prune(context: runner.StageContext) -> runner.StageResult:
         network = PruningContext(model, images, labels, sparse.choices)
         decision = plugin.load("pruners", params.pruner).prune(settings, network)
     asked = ", ".join([params.pruner, *(f"{k} {v}" for k, v in settings if v is not None)])
-    console.reached(decision.notes)
+    weights = getattr(settings, "granularity", None) == "weight"
+    console.reached(decision.notes, "weights" if weights else "channels")
     for line in decision.lines:
         console.say(f"prune: {line}")
     with section("prune"):
@@ -64,7 +65,7 @@ def prune(context: runner.StageContext) -> runner.StageResult:
     outputs = _outputs(model, pruned.model)
     console.outputs(list(outputs.itertuples(index=False, name=None)))
     metrics = {**decision.notes, **pruned.differences}
-    metrics |= _measure(context, pruned, cost.parameters(model), asked)
+    metrics |= _measure(context, pruned, model, asked)
     metrics["removed_outputs"] = float((outputs.outputs - outputs.outputs_left).sum())
     return runner.StageResult(
         pruned.model,
@@ -77,9 +78,9 @@ def prune(context: runner.StageContext) -> runner.StageResult:
 
 
 def _measure(
-    context: runner.StageContext, pruned: PrunedNetwork, before: int, asked: str
+    context: runner.StageContext, pruned: PrunedNetwork, dense: nn.Module, asked: str
 ) -> dict[str, float]:
-    """Recalibrate if the params say so, and count what is left of `before` parameters."""
+    """Recalibrate if the params say so, and count what is left of the dense network."""
     settings = context.params.prune
     metrics: dict[str, float] = {}
     if settings.export == "gconv":
@@ -90,11 +91,11 @@ def _measure(
         )
     if settings.recalibrate:
         metrics |= measure_again(context, pruned.model, settings.recalibrate)
-    metrics["nonzero"] = float(masks.nonzero(pruned.model))
-    metrics["compression"] = before / metrics["nonzero"]
+    metrics["nonzero"] = float(cost.nonzero(pruned.model, pruned.masks))
+    metrics["compression"] = cost.compression(dense, pruned.model, pruned.masks)
     console.say(
-        f"prune: {asked}: {int(metrics['nonzero']):,} of {before:,} parameters left "
-        f"({metrics['compression']:.1f}x)"
+        f"prune: {asked}: {int(metrics['nonzero']):,} of {cost.parameters(dense):,} parameters "
+        f"left ({metrics['compression']:.1f}x)"
     )
     return metrics
 

@@ -57,14 +57,15 @@ def test_a_sparse_linear_layer_by_hand():
     layer = nn.Linear(4, 3)
     layer.weight.data = torch.tensor([[1.0, 0, 0, 0], [0, 0, 0, 0], [2, 0, 3, 0]])
     layer.bias.data = torch.tensor([0.0, 5, 0])
-    (row,) = cost.layer_costs(nn.Sequential(layer), torch.rand(1, 4))
+    held = {"0.bias": torch.tensor([True, True, False])}
+    (row,) = cost.layer_costs(nn.Sequential(layer), torch.rand(1, 4), held)
     assert row == cost.LayerCost(
         layer="0",
         kind="linear",
         shape="3x4",
         params=15,
-        nonzero=4,
-        sparsity=1 - 4 / 15,
+        nonzero=5,  # three weights, and two biases, one of which happens to be zero
+        sparsity=1 - 5 / 15,
         filters=3,
         filters_alive=2,
         channels=4,
@@ -165,3 +166,4 @@ def test_the_spread_is_median_and_distance_of_the_quartiles():
     middle, distance = timing.median_and_iqr([1.0, 2, 3, 4, 5, 6, 7])
     assert (middle, distance) == (4, 4)  # quartiles 2 and 6
     assert timing.median_and_iqr([5.0] * 4) == (5, 0)
+    assert timing.median_and_iqr([5.0]) == (5, 0)

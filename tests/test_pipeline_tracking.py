@@ -7,6 +7,7 @@ import subprocess
 import pandas as pd
 import pytest
 from mlflow import MlflowClient
+from workspace import MODELS
 
 pytestmark = pytest.mark.pipeline
 
@@ -28,6 +29,23 @@ def test_the_pipeline_run_links_the_stage_runs_and_carries_the_chain(finished):
     assert data.dataset.name == "digits"
     about = json.loads((finished.path / "data/digits/about.json").read_text())
     assert about["hash"].startswith(data.dataset.digest)
+    (tested,) = pipeline.inputs.dataset_inputs
+    assert (tested.dataset.name, tested.tags[0].value) == ("digits test", "testing")
+    assert json.loads(tested.dataset.profile) == {"num_rows": about["counts"]["test"]}
+
+
+def seconds_in(project, *stages):
+    records = (project.path / f"models/{stage}.run.json" for stage in stages)
+    return sum(json.loads(record.read_text())["seconds"] for record in records)
+
+
+def duration(run):
+    return (run.info.end_time - run.info.start_time) / 1000
+
+
+def test_the_pipeline_run_takes_as_long_as_its_chain(finished):
+    (pipeline,) = finished.runs("tags.kind = 'pipeline'")
+    assert duration(pipeline) == pytest.approx(seconds_in(finished, *MODELS), abs=1e-3)
 
 
 def test_the_curves_in_mlflow_are_those_of_the_history(finished):
@@ -50,6 +68,9 @@ def test_a_lost_store_is_written_again(damage, project):
     assert len(project.runs()) == 5
     (pipeline,) = project.runs("tags.kind = 'pipeline'")
     restored = {r.info.run_id for r in project.runs("tags.restored = 'true'")}
+    assert duration(pipeline) == pytest.approx(seconds_in(project, *MODELS), abs=1e-3)
+    (sparse,) = project.runs("tags.stage = 'sparse-train'")
+    assert duration(sparse) == pytest.approx(seconds_in(project, "sparse"), abs=10)
     assert {v for k, v in pipeline.data.tags.items() if k.startswith("run.")} == restored
     kept = [path.read_bytes() for path in project.path.glob("mlflow.db.broken-*")]
     assert kept == ([content] if content else [])

@@ -356,4 +356,3 @@ def test_apply_zeroes_what_goes_and_leaves_the_rest_bit_for_bit():
     assert model[0].weight.tolist() == [[1, 0, 3]]
     assert not model[0].weight.signbit().any()
     assert model[0].bias.tolist() == [4]
-    assert masks.nonzero(model) == 3

@@ -79,7 +79,8 @@ def shares(model, small, shape=SHAPE):
     """MACs and parameters of the small network over those of the other, counted on both."""
     image = torch.zeros(1, *shape, dtype=torch.float64)
     macs = [sum(c.macs for c in cost.layer_costs(m.double(), image)) for m in (small, model)]
-    sizes = [masks.nonzero(small), sum(p.numel() for p in model.parameters())]
+    sizes = [sum(int(p.count_nonzero()) for p in small.parameters())]
+    sizes.append(sum(p.numel() for p in model.parameters()))
     stored = [
         sum(t.numel() * (4 if t.is_floating_point() else 8) for t in m.state_dict().values())
         for m in (small, model)

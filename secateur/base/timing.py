@@ -31,7 +31,9 @@ def take_turns(
 
 
 def median_and_iqr(values: Sequence[float]) -> tuple[float, float]:
-    """Median and interquartile range."""
+    """Median and interquartile range; the range of a single value is 0."""
+    if len(values) == 1:
+        return values[0], 0.0
     low, middle, high = statistics.quantiles(values, n=4)
     return middle, high - low
 

@@ -1,9 +1,10 @@
-"""Cost of a network: parameters, non-zeros, MACs, bytes, latency."""
+"""Cost of a network: parameters, non-zeros, compression, MACs, bytes, latency."""
 
 import gzip
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +23,9 @@ class LayerCost:
     """Shape of the weight: filters x channels x height x width, or outputs x inputs."""
     params: int
     nonzero: int
+    """Parameters that are not pruned; see `nonzero`."""
     sparsity: float
-    """Fraction of the parameters that are zero."""
+    """Fraction of the parameters that are pruned."""
     filters: int
     filters_alive: int
     """Outputs that have a non-zero weight."""
@@ -37,10 +39,17 @@ class LayerCost:
 
 
 @torch.no_grad()
-def layer_costs(model: nn.Module, example: Tensor) -> list[LayerCost]:
-    """All convolutions and linear layers in order; `example` is a batch of one image."""
+def layer_costs(
+    model: nn.Module, example: Tensor, masks: Mapping[str, Tensor] = MappingProxyType({})
+) -> list[LayerCost]:
+    """All convolutions and linear layers in order.
+
+    `example` is a batch of one image; `masks` are those of the model, by parameter name.
+    """
     positions = output_positions(model, example)
-    return [_layer_cost(name, layer, positions[name]) for name, layer in layers(model).items()]
+    return [
+        _layer_cost(name, layer, positions[name], masks) for name, layer in layers(model).items()
+    ]
 
 
 @torch.no_grad()
@@ -65,18 +74,25 @@ def output_positions(model: nn.Module, example: Tensor) -> dict[str, int]:
     return found
 
 
-def _layer_cost(name: str, layer: nn.Conv2d | nn.Linear, positions: int) -> LayerCost:
+def _layer_cost(
+    name: str, layer: nn.Conv2d | nn.Linear, positions: int, masks: Mapping[str, Tensor]
+) -> LayerCost:
     weight = layer.weight.detach()
     alive = weight.flatten(2).any(dim=2) if weight.dim() == 4 else weight != 0
-    params = sum(p.numel() for p in layer.parameters())
-    nonzero = sum(int(torch.count_nonzero(p)) for p in layer.parameters())
+    params = parameters(layer)
+    own = {
+        key: masks[f"{name}.{key}"]
+        for key, _ in layer.named_parameters()
+        if f"{name}.{key}" in masks
+    }
+    left = nonzero(layer, own)
     return LayerCost(
         layer=name,
         kind=type(layer).__name__.lower(),
         shape="x".join(map(str, weight.shape)),
         params=params,
-        nonzero=nonzero,
-        sparsity=1 - nonzero / params,
+        nonzero=left,
+        sparsity=1 - left / params,
         filters=weight.shape[0],
         filters_alive=int(alive.any(dim=1).sum()),
         channels=weight.shape[1],
@@ -92,8 +108,34 @@ def macs(model: nn.Module, example: Tensor) -> int:
 
 
 def parameters(model: nn.Module) -> int:
-    """Number of parameters."""
+    """Number of parameters, scales and shifts of norms included; buffers are none."""
     return sum(p.numel() for p in model.parameters())
+
+
+@torch.no_grad()
+def nonzero(model: nn.Module, masks: Mapping[str, Tensor]) -> int:
+    """Number of parameters that are not pruned, scales and shifts of norms included.
+
+    A weight of a convolution or linear layer is pruned if it is zero. Any other parameter is pruned
+    only if `masks` (by parameter name, True where the entry is kept) hold it at zero: biases and
+    shifts of norms start at zero in a new network, and zero is a value like any other for them.
+    """
+    weights = {id(layer.weight) for layer in layers(model).values()}
+    count = 0
+    for name, parameter in model.named_parameters():
+        if id(parameter) in weights:
+            count += int(torch.count_nonzero(parameter))
+        else:
+            count += int(masks[name].sum()) if name in masks else parameter.numel()
+    return count
+
+
+def compression(dense: nn.Module, model: nn.Module, masks: Mapping[str, Tensor]) -> float:
+    """Parameters of the dense network over those of `model` that are not pruned (see `nonzero`).
+
+    The dense network itself has a compression of 1.
+    """
+    return parameters(dense) / nonzero(model, masks)
 
 
 def weight_bytes(model: nn.Module) -> tuple[int, int]:

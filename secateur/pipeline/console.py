@@ -196,14 +196,14 @@ def taken(stage: str) -> None:
     say(f"{stage}: made before with the same settings and inputs; taken over")
 
 
-def reached(notes: Mapping[str, float]) -> None:
-    """Print what was asked of a pruner and what its decision reaches."""
+def reached(notes: Mapping[str, float], unit: str = "channels") -> None:
+    """Print what was asked of a pruner, and what it reaches with whole `unit`."""
     for key, asked in notes.items():
         name = key.removesuffix("_asked")
         if name == key or (got := notes.get(f"{name}_reached")) is None:
             continue
         line = f"prune: {name.replace('_', ' ')}: asked {asked:.4f}, reached {got:.4f}"
-        say(line + ("" if abs(got - asked) < 5e-5 else ", which is not the same"))
+        say(line + ("" if abs(got - asked) < 5e-5 else f", the nearest that whole {unit} allow"))
 
 
 def outputs(rows: Sequence[tuple[str, int, int]]) -> None:

@@ -282,7 +282,7 @@ def _open_run(context: StageContext, store: resume.ResumeStore) -> tracking.Run:
         upstream[maker] = record.load(path) if path.exists() else None
     run = tracking.Run(Store(), context.stage, upstream)
     info = context.data.info
-    run.open(store.note("run_id"), {"name": info.name, "hash": info.hash})
+    run.open(store.note("run_id"), {"name": info.name, "hash": info.hash, **info.counts})
     store.note("run_id", run.id)
     return run
 

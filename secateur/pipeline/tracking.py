@@ -16,7 +16,7 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from secateur.base.errors import SecateurError, cut
 from secateur.base.stage import Stage, revision
@@ -117,8 +117,10 @@ def pipeline(
 ) -> str | None:
     """Write the run of the whole chain, once for each chain; returns its id.
 
-    Stage runs that this store does not know (another clone made them, or it could not be reached
-    at the time) are restored from the records first.
+    Its duration is that of the chain's work, the sum over its stages, whenever that was done and
+    whichever models came from the cache; it ends when it is written. Stage runs that this store
+    does not know (another clone made them, or it could not be reached at the time) are restored
+    from the records first.
     """
     store = store or Store()
 
@@ -146,10 +148,11 @@ def _pipeline(
         params |= flat(record.params)
     key = pipeline_key(records)
     run_id = find_pipeline(store, records) or ""
+    seconds = sum(record.seconds for record in records.values())
     if not run_id:
         tags = _tags("evaluate") | {"kind": "pipeline", "pipeline.key": key}
-        run_id = _create_run(store, "evaluate", key, tags, params, name=_name(params))
-        _log_dataset(store, run_id, next(iter(records.values())).dataset)
+        run_id = _create_run(store, "evaluate", key, tags, params, seconds, _name(params))
+        _log_dataset(store, run_id, next(iter(records.values())).dataset, "test")
     from mlflow.entities import LoggedModelInput, Metric
 
     now = int(time.time() * 1000)
@@ -157,8 +160,8 @@ def _pipeline(
     chain = {key: value for key, value in report.items() if isinstance(value, dict)}
     numbers = {"accuracy": report["finetuned"]["accuracy"], **results, **flat(chain, "/")}
     numbers = {key: value for key, value in numbers.items() if _number(value)}
-    seconds = {f"{name}/seconds": record.seconds for name, record in records.items()}
-    store.log(run_id, [Metric(k, float(v), now, 0) for k, v in (numbers | seconds).items()])
+    numbers |= {f"{name}/seconds": record.seconds for name, record in records.items()}
+    store.log(run_id, [Metric(k, float(v), now, 0) for k, v in numbers.items()])
     for name, stage_id in ids.items():
         store.client.set_tag(run_id, f"run.{name}", stage_id)
     models = [r.model_id for n, r in records.items() if r.model_id and ids[n] == r.run_id]
@@ -168,7 +171,8 @@ def _pipeline(
     store.client.set_tag(run_id, "mlflow.note.content", _note(store, ids, report))
     for file in files:
         store.client.log_artifact(run_id, str(file))
-    store.client.set_terminated(run_id, "FINISHED")
+    began = store.client.get_run(run_id).info.start_time
+    store.client.set_terminated(run_id, "FINISHED", end_time=began + round(1000 * seconds))
     return run_id
 
 
@@ -204,7 +208,9 @@ def restore(
         "fingerprint": record.fingerprint,
     }
     tags |= {f"upstream.{name}": run_id for name, run_id in upstream.items()}
-    run_id = _create_run(store, record.stage, record.fingerprint, tags, flat(record.params))
+    run_id = _create_run(
+        store, record.stage, record.fingerprint, tags, flat(record.params), record.seconds
+    )
     _log_dataset(store, run_id, record.dataset)
     store.log(run_id, _metrics([(row, time.time()) for row in rows]))
     _close_run(store, run_id, record.stage, record.metrics, record.model, record.sha256)
@@ -235,12 +241,17 @@ def _create_run(
     key: str,
     tags: Mapping[str, str],
     params: Mapping[str, Any],
+    seconds: float = 0.0,
     name: str | None = None,
 ) -> str:
+    """A new run, of work that has taken this many seconds so far."""
     from mlflow.entities import Param
 
     run = store.client.create_run(
-        store.experiment, tags=dict(tags), run_name=name or f"{stage}-{key[:8]}"
+        store.experiment,
+        start_time=int(1000 * (time.time() - seconds)),
+        tags=dict(tags),
+        run_name=name or f"{stage}-{key[:8]}",
     )
     store.log(run.info.run_id, params=[Param(_key(k), str(v)) for k, v in params.items()])
     return str(run.info.run_id)
@@ -278,15 +289,24 @@ def _close_run(
     return str(entry.model_id)
 
 
-def _log_dataset(store: Store, run_id: str, dataset: Mapping[str, Any]) -> None:
-    """Log name and hash of the data, and where DVC keeps it; not the data itself."""
+def _log_dataset(
+    store: Store, run_id: str, dataset: Mapping[str, Any], part: Literal["train", "test"] = "train"
+) -> None:
+    """Log name and hash of the data, and where DVC keeps it; not the data itself.
+
+    MLflow shows the training images under the data set's name, and the test images as
+    "<name> test"; the hash is that of the whole data set.
+    """
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
     name, digest = str(dataset["name"]), str(dataset["hash"])
     source = json.dumps({"uri": f"data/{name}"})  # relative to the project: DVC restores it there
-    entity = Dataset(name, digest[:32], "local", source)
-    training = DatasetInput(entity, [InputTag("mlflow.data.context", "training")])
-    store.client.log_inputs(run_id, datasets=[training])
+    shown = name if part == "train" else f"{name} {part}"
+    profile = json.dumps({"num_rows": dataset[part]}) if part in dataset else None
+    entity = Dataset(shown, digest[:32], "local", source, profile=profile)
+    context = {"train": "training", "test": "testing"}[part]
+    used = DatasetInput(entity, [InputTag("mlflow.data.context", context)])
+    store.client.log_inputs(run_id, datasets=[used])
     store.client.set_tag(run_id, "data.hash", digest)
 
 

@@ -1,4 +1,4 @@
-"""Masks: which parameters can have one; applying and holding masks, counting non-zeros."""
+"""Masks: which parameters can have one; applying and holding masks."""
 
 from collections.abc import Mapping
 from typing import Literal
@@ -74,11 +74,6 @@ def hold(model: nn.Module, masks: Mapping[str, Tensor], optimizer: torch.optim.O
 
     optimizer.register_step_post_hook(to_zero)
     to_zero()
-
-
-def nonzero(model: nn.Module) -> int:
-    """Number of non-zero entries of all parameters."""
-    return sum(int(torch.count_nonzero(p)) for p in model.parameters())
 
 
 def _format(tensor: Tensor) -> torch.memory_format:
