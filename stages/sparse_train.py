@@ -36,7 +36,9 @@ def train_sparse(context: runner.TrainingContext) -> runner.StageResult:
         preflight.check_network(model, context.data.info)
     with section(f"penalties.{params.penalty}"):
         chosen = params.chosen("penalties")
-        penalty = penalties.build(params.penalty, chosen, model, params.decay)
+        penalty = penalties.build(
+            params.penalty, chosen, model, params.decay, context.data.info.shape
+        )
     fit = context.fit(model, params.sparse_train, penalty=penalty)
     header = context.header(dense, penalty=params.penalty, decay=params.decay)
     result = runner.trained(model, header, fit)

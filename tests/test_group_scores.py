@@ -11,7 +11,6 @@ from torch import nn
 from secateur.base import plugin
 from secateur.base.errors import PruningError, SettingsError
 from secateur.base.settings import section, validate
-from secateur.channels.graph import build_channel_graph
 from secateur.nn import cost
 from secateur.pruning import criteria, group_scores, removal
 from secateur.pruning.decision import PruningContext, unprunable_layers
@@ -399,17 +398,3 @@ def test_which_layers_may_not_choose_alone_is_told_with_the_true_reason():
     assert "\n  coupled by: a squeeze-excite product, a depthwise convolution\n" in str(
         subject.graph
     )
-
-
-def test_a_group_name_is_a_ratio_s_name_where_a_layer_makes_several_groups():
-    class Split(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b, self.c = nn.Conv2d(1, 6, 1), nn.Conv2d(2, 3, 1), nn.Conv2d(4, 3, 1)
-
-        def forward(self, x):
-            x = self.a(x)
-            return self.b(x[:, :2]).mean((2, 3)) + self.c(x[:, 2:]).mean((2, 3))
-
-    names = [g.name for g in build_channel_graph(Split().eval(), torch.zeros(1, 1, 4, 4)).groups]
-    assert {"a", "a#2"} <= set(names)

@@ -15,7 +15,10 @@ from secateur.base.errors import SettingsError
 from secateur.base.settings import Train, section, validate
 from secateur.base.stage import Stage
 from secateur.data import dataset
+from secateur.nn.layers import ChannelSelect
 from secateur.penalties import _growing as growing
+from secateur.pruning import removal
+from secateur.pruning.decision import PruningContext
 from secateur.sparsity import choices
 from secateur.training import loop, resume
 from secateur.training.callbacks import Callback
@@ -595,3 +598,140 @@ def test_a_layer_of_two_million_single_weights_starts_at_once():
         assert sum(penalty.groups.numbers.values()) == math.ceil(0.827 * 2_048_000)
     chosen = build("greg1", model, granularity="weight", ratios=0.827).choices()["0.weight"]
     assert int(chosen.sum()) == math.ceil(0.827 * 2_048_000)
+
+
+# whole channel groups
+
+
+class Summed(nn.Module):
+    """A residual sum of three, one of them a selection of channels, and a depthwise convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(1, 4, 1), nn.BatchNorm2d(4)
+        self.deep, self.up = nn.Conv2d(4, 4, 3, padding=1, groups=4), nn.Conv2d(4, 6, 1)
+        self.select = ChannelSelect(torch.tensor([-1, 0, 1, 2, 3, -1]))
+        self.inner, self.back = nn.Conv2d(6, 5, 1), nn.Conv2d(5, 6, 1)
+        self.fc = nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = self.norm(self.stem(x))
+        x = self.up(torch.relu(self.deep(x))) + self.select(x)
+        x = x + self.back(torch.relu(self.inner(x)))
+        return self.fc(x.mean((2, 3)))
+
+
+def summed(seed=3):
+    torch.manual_seed(seed)
+    model = Summed().eval()
+    model.norm.weight.data.uniform_(0.5, 1.5)
+    return model
+
+
+def grow(name, model, decay=0.5, **chosen):
+    module = plugin.load("penalties", name)
+    given = {"granularity": "group", **chosen}
+    with section(f"penalties.{name}"):
+        own = validate(module.Settings, given, f"penalties.{name}")
+        return module.build(own, model, decay, (1, 5, 5))
+
+
+def coupled_means(model):
+    """Mean |w| of what is coupled to each channel of the stem, of the sum, and of the block."""
+    w = {n: p.detach().abs() for n, p in model.named_parameters()}
+    parts = {
+        "stem": [w["stem.weight"], w["norm.weight"], w["deep.weight"],
+                 w["up.weight"].transpose(0, 1)],
+        "up": [w["up.weight"], w["inner.weight"].transpose(0, 1), w["back.weight"],
+               w["fc.weight"].T],
+        "inner": [w["inner.weight"], w["back.weight"].transpose(0, 1)],
+    }  # fmt: skip
+    return {
+        name: torch.cat([t.reshape(len(own[0]), -1) for t in own], dim=1).mean(1)
+        for name, own in parts.items()
+    }
+
+
+def lowest(scores, number):
+    return set(scores.sort().indices[:number].tolist())
+
+
+def test_groups_are_chosen_and_penalised_in_all_layers_that_hold_them():
+    model = summed()
+    penalty = grow("greg1", model, ratios=0.5)
+    chosen = {n: lowest(s, math.ceil(len(s) / 2)) for n, s in coupled_means(model).items()}
+    found = {
+        name: {int(penalty.groups.coupled.number[i]) for i in ids[penalty.groups.choice[name]]}
+        for name, ids in penalty.groups.channels.items()
+    }
+    starts = {"stem": 0, "up": 4, "inner": 10}  # numbers over all groups, in their order
+    assert found == {n: {starts[n] + c for c in own} for n, own in chosen.items()}
+    own = factors(penalty, model)
+    near = {n: torch.tensor([0.5 * (c in chosen[n]) for c in range(len(s))])
+            for n, s in coupled_means(model).items()}  # fmt: skip
+    wanted = {
+        "stem.weight": near["stem"].view(-1, 1, 1, 1),
+        "norm.weight": near["stem"],
+        "up.weight": near["up"].view(-1, 1, 1, 1) + near["stem"].view(1, -1, 1, 1),
+        "inner.weight": near["inner"].view(-1, 1, 1, 1) + near["up"].view(1, -1, 1, 1),
+        "fc.weight": near["up"].view(1, -1),
+    }
+    for name, factor in wanted.items():
+        torch.testing.assert_close(own[name], factor.expand_as(own[name]), rtol=1e-5, atol=1e-7)
+    kept, gone = penalty.groups.magnitudes()
+    for place, (name, scores) in enumerate(coupled_means(model).items()):
+        is_chosen = torch.tensor([c in chosen[name] for c in range(len(scores))])
+        assert float(gone[place]) == pytest.approx(float(scores[is_chosen].mean()), rel=1e-5)
+        assert float(kept[place]) == pytest.approx(float(scores[~is_chosen].mean()), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_was_chosen_as_groups_is_removed_whole_from_its_checkpoint(name, tmp_path):
+    model = summed()
+    given = {"pick_ceiling": 0.4, "pick_growth": 0.2} if name == "greg2" else {}
+    penalty = grow(name, model, ratios=0.5, interval=1, **given)
+    for step in range(4):
+        penalty(step)
+    assert penalty.groups.choice and penalty.metrics()["picked"] == 3
+    stored = penalty.choices()
+    assert set(stored) == {
+        "stem.weight", "up.weight", "select.index", "inner.weight", "back.weight",
+    }  # fmt: skip
+    assert all(choices.fits(choice, model.state_dict()[n]) for n, choice in stored.items())
+    other = grow(name, summed(), ratios=0.5, interval=1, **given)
+    other.load_state_dict(penalty.state_dict())
+    assert all(torch.equal(c, stored[n]) for n, c in other.choices().items())
+    batch = torch.randn(3, 1, 5, 5)
+    subject = PruningContext(model, batch, choices=stored)
+    decided = plugin.load("pruners", "chosen").prune(None, subject)
+    assert not decided.masks
+    assert {n: len(i) for n, i in decided.channels.items()} == {"stem": 2, "up": 3, "inner": 3}
+    model, batch = model.double(), batch.double()
+    small = removal.remove(model, decided.channels, batch).model
+    with torch.no_grad():
+        masked = removal.mask(model, decided.channels, batch)(batch)
+        assert float((small(batch) - masked).abs().max()) <= 1e-9
+
+
+def test_a_part_of_a_group_s_layers_that_chose_removes_nothing():
+    model = summed()
+    penalty = grow("greg1", model, ratios={"up": 0.5})
+    stored = penalty.choices()
+    assert set(stored) == {"up.weight", "select.index", "back.weight"}
+    for missing in stored:
+        some = {n: c for n, c in stored.items() if n != missing}
+        subject = PruningContext(model, torch.zeros(1, 1, 5, 5), choices=some)
+        assert not plugin.load("pruners", "chosen").prune(None, subject).channels
+
+
+def test_balanced_parts_grow_in_pairs_and_a_group_needs_the_shape_of_an_image():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 6, 1), nn.Conv2d(6, 4, 1, groups=2), nn.Flatten(),
+                          nn.Linear(100, 3)).eval()  # fmt: skip
+    penalty = grow("greg1", model, ratios=0.5)
+    stored = penalty.choices()
+    assert stored["0.weight"].flatten().view(2, 3).sum(1).tolist() == [2, 2]
+    assert stored["1.weight"].flatten().view(2, 2).sum(1).tolist() == [1, 1]
+    module = plugin.load("penalties", "greg1")
+    with pytest.raises(SettingsError, match="the shape of an image is needed"):
+        module.build(module.Settings(granularity="group"), model, 0.1)

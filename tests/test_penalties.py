@@ -253,3 +253,101 @@ def test_without_strength_there_is_no_penalty_but_the_growing_ones_need_some(nam
     else:
         assert penalties.build(name, chosen, model, 0.0) is None
     assert (penalties.build(name, chosen, model, 0.1) is None) == (name == "none")
+
+
+# ---- other groups ------------------------------------------------------------------------------
+
+GROUPED = ["group_lasso", "group_hoyer", "group_hoyer_square"]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", GROUPED)
+def test_with_grouping_position_every_kernel_position_has_groups_of_its_own(name, shape):
+    module = plugin.load("penalties", name)
+    w = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    flat = w.view(*shape[:2], -1).numpy() if len(shape) > 1 else None
+    if flat is None:
+        a, b = abs(w.numpy()).sum(), 0
+    else:
+        places = range(flat.shape[2])
+        a, b = (
+            sum(float(np.linalg.norm(flat[..., k], axis=axis).sum()) for k in places)
+            for axis in (0, 1)
+        )
+    s = float(w.norm())
+    wanted = {
+        "group_lasso": a + b,
+        "group_hoyer": (a + b) / s,
+        "group_hoyer_square": (a**2 + b**2) / s**2,
+    }[name]
+    assert float(module.value(w, True)) == pytest.approx(wanted, rel=1e-12)
+    v = w.clone().requires_grad_()
+    module.value(v, True).backward()
+    torch.testing.assert_close(module.gradient(w, True), v.grad, rtol=1e-9, atol=1e-12)
+
+
+class Coupled(nn.Module):
+    """A residual sum, a depthwise and a grouped convolution, and a linear layer over pixels."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(1, 4, 1), nn.BatchNorm2d(4)
+        self.deep, self.back = nn.Conv2d(4, 4, 3, padding=1, groups=4), nn.Conv2d(4, 4, 1)
+        self.split, self.fc = nn.Conv2d(4, 6, 1, groups=2), nn.Linear(24, 3)
+
+    def forward(self, x):
+        x = self.norm(self.stem(x))
+        x = x + self.back(self.deep(x))
+        return self.fc(self.split(x).flatten(1))
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_with_grouping_coupled_a_group_is_all_that_a_channel_has_in_any_layer(name):
+    torch.manual_seed(0)
+    model = Coupled().double()
+    model.norm.weight.data.uniform_(0.5, 1.5)
+    one = plugin.load("penalties", name)
+    penalty = one.build(one.Settings(grouping="coupled"), model, 0.3, (1, 2, 2))
+    value = penalty(0)
+    value.backward()
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    w = dict(model.named_parameters())
+    sums = [  # of the sum's channels, and of those that go over pixels to fc
+        torch.cat((
+            w["stem.weight"][c].flatten(), w["norm.weight"][c].view(1),
+            w["deep.weight"][c].flatten(), w["back.weight"][c].flatten(),
+            w["back.weight"][:, c].flatten(),
+            w["split.weight"][3 * (c // 2) : 3 * (c // 2) + 3, c % 2].flatten(),
+        )).norm() for c in range(4)
+    ]  # fmt: skip
+    ends = [
+        torch.cat((w["split.weight"][c].flatten(),
+                   w["fc.weight"][:, 4 * c : 4 * c + 4].flatten())).norm()
+        for c in range(6)
+    ]  # fmt: skip
+    total = 0.0
+    for norms in (torch.stack(sums), torch.stack(ends)):
+        a, s = norms.sum(), norms.square().sum().sqrt()
+        total = total + {"group_lasso": a, "group_hoyer": a / s}.get(name, (a / s) ** 2)
+    (0.3 * total).backward()
+    assert float(value.detach()) == pytest.approx(float(0.3 * total.detach()), rel=1e-12)
+    wanted = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    layers = ("stem", "norm", "deep", "back", "split", "fc")
+    assert set(found) == set(wanted) == {f"{layer}.weight" for layer in layers}
+    for tensor, gradient in wanted.items():
+        torch.testing.assert_close(found[tensor], gradient, rtol=1e-9, atol=1e-12)
+
+
+def test_a_coupled_group_of_zeros_has_no_gradient_and_biases_do_not_count():
+    model = Coupled()
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    module = plugin.load("penalties", "group_hoyer_square")
+    penalty = module.build(module.Settings(grouping="coupled"), model, 1.0, (1, 2, 2))
+    value = penalty(0)
+    value.backward()
+    assert float(value.detach()) == 0
+    assert all(not p.grad.any() for p in model.parameters() if p.grad is not None)
+    with pytest.raises(ValueError, match="biases: are not covered with grouping: coupled"):
+        module.Settings(grouping="coupled", biases=True)

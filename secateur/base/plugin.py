@@ -56,7 +56,11 @@ class PenaltyPlugin(Plugin, Protocol):
     """A module of secateur/penalties."""
 
     def build(self, settings: Any, model: "nn.Module", decay: float) -> "Penalty":
-        """Build the penalty of strength `decay` on the weights of `model`."""
+        """Build the penalty of strength `decay` on the weights of `model`.
+
+        A penalty that follows channels through the network takes a fourth parameter, `shape`: that
+        of an image, (channels, height, width).
+        """
 
 
 class PrunerPlugin(Plugin, Protocol):

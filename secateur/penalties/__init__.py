@@ -3,7 +3,8 @@
 A file offers `Settings` (a `base.settings.Strict`) and `build(settings, model, decay) -> Penalty`:
 the term that sparse-train adds to the loss, its strength `decay` included. `training.penalty` has
 the protocols. For a setting that does not fit the network, `build` raises `ArgumentError`, which
-names the setting without the section of params.yaml.
+names the setting without the section of params.yaml. A `build` with a fourth parameter `shape` gets
+that of an image, which following channels through the network needs.
 
 Two modules are shared bases, not penalties: `_formula` for penalties in closed form, on single
 tensors or on channels and filters; `_growing` for penalties that run a schedule of their own and

@@ -10,8 +10,9 @@ The schedule of a training: picking (greg2 only), growing, then stabilising unde
 longer change, for exactly as many steps as the settings say; then it is finished.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -20,9 +21,10 @@ from torch import Tensor, nn
 
 from secateur.base.errors import ArgumentError, cut
 from secateur.base.settings import Positive, Strict
+from secateur.penalties._formula import CoupledWeights
 from secateur.sparsity import choices, masks
 from secateur.sparsity.choices import Choices, Granularity
-from secateur.sparsity.layer_ratios import ratios_by_layer
+from secateur.sparsity.layer_ratios import ratios_by_group, ratios_by_layer
 from secateur.sparsity.ratios import Ratios, Rules, Skip
 
 PICKING, GROWING, STABILISING, FINISHED = range(4)
@@ -34,10 +36,11 @@ class GrowthSettings(Strict):
     """What is pruned, how fast the factors grow, and when they stop. Defaults: the source's, for
     CIFAR."""
 
-    granularity: Granularity = "filter"
-    """filter: outputs of a layer; channel: inputs of it; weight: single weights."""
+    granularity: Granularity | Literal["group"] = "filter"
+    """filter: outputs of a layer; channel: inputs of it; weight: single weights; group: channels
+    with all that is coupled to them in any layer."""
     ratios: Ratios = Rules(0.5)
-    """Share of each layer that is pruned; see sparsity/ratios.py."""
+    """Share of each layer, or channel group, that is pruned; see sparsity/ratios.py."""
     skip: Skip = ()
     """Layers that are not pruned: names, or stage.block."""
     interval: Annotated[int, Field(ge=1)] = 10
@@ -57,10 +60,12 @@ class PrunedGroups:
     Layers are those that lose at least one group, in order; tensors have one entry for each.
     """
 
-    def __init__(self, model: nn.Module, settings: GrowthSettings) -> None:
+    def __init__(
+        self, model: nn.Module, settings: GrowthSettings, granularity: Granularity
+    ) -> None:
         """Raises ArgumentError for ratios that do not fit the network."""
-        self.granularity = settings.granularity
-        ratios = ratios_by_layer(model, settings.ratios, settings.granularity, settings.skip)
+        self.granularity = granularity
+        ratios = ratios_by_layer(model, settings.ratios, granularity, settings.skip)
         weights = {f"{name}.weight": layer.weight for name, layer in masks.layers(model).items()}
         self.numbers = {
             name: number
@@ -134,9 +139,141 @@ class PrunedGroups:
             expanded.append(by_group)
         return expanded
 
+    def as_choices(self) -> Choices:
+        """What is chosen, on the CPU, by the weight's parameter name."""
+        return {name: choice.cpu() for name, choice in self.choice.items()}
+
     def _number(self, weight: Tensor, ratio: float) -> int:
         sizes = {"filter": weight.shape[0], "channel": weight.shape[1], "weight": weight.numel()}
         return choices.number_pruned(ratio, sizes[self.granularity])
+
+
+class PrunedChannels:
+    """The channels that are to be pruned with all that is coupled to them; as `PrunedGroups`.
+
+    The place of a layer is taken by a channel group, or by several that need a balance.
+    """
+
+    def __init__(
+        self, model: nn.Module, settings: GrowthSettings, shape: Sequence[int] | None
+    ) -> None:
+        """`shape` is that of one image. Raises ArgumentError for ratios that do not fit the
+        network, PruningError if the network cannot be traced."""
+        self.coupled = CoupledWeights(model, shape)
+        graph = self.coupled.graph
+        layers = {group.name: group.producers for group in graph.groups}
+        units, refused = graph.units(torch.zeros(len(graph.canonical)))
+        ratios = ratios_by_group(model, settings.ratios, settings.skip, layers, refused)
+        self.numbers: dict[str, int] = {}
+        """Name of the first group -> number of units, each a channel or one of every part."""
+        self.channels: dict[str, Tensor] = {}
+        """The channels that are chosen from, by canonical id, (channels,)."""
+        self._names: dict[int, str] = {}  # by place among the graph's units
+        for place, unit in enumerate(units):
+            ratio = min(ratios[name] for name in unit.groups)
+            number = choices.number_pruned(ratio, len(unit.ids)) if len(unit.ids) > 1 else 0
+            if number:
+                first = unit.groups[0]
+                name = first if first not in self.numbers else f"{first}, {place}"
+                self._names[place] = name
+                self.numbers[name], self.channels[name] = number, unit.ids.flatten()
+        if not self.numbers:
+            raise ArgumentError("ratios", "no group has a channel to spare")
+        self.names = list(self.numbers)
+        self.weights = list(self.coupled.weights.values())
+        self.choice: Choices = {}
+        """By name, one entry for each of the channels; empty until they are chosen."""
+        ones = self.coupled.sums(torch.ones_like)
+        self._sizes = ones.detach().cpu()  # weights of each channel
+
+    def choose(self, pick: choices.Pick = "min", seed: int = 0) -> None:
+        """Choose by the mean magnitude of the channels' weights as they are now."""
+        self.choice = self._chosen(pick, seed)
+
+    def smallest(self) -> Choices:
+        """The choice by the mean magnitude of the channels' weights as they are now."""
+        return self._chosen("min", 0)
+
+    def magnitudes(self) -> tuple[Tensor, Tensor]:
+        """Mean |w| of the kept and of the chosen channels by group, float64 on the CPU.
+
+        As long as nothing is chosen, the smallest channels stand for the chosen ones.
+        """
+        scores = self._scores()
+        choice = self.choice or self.smallest()
+        pairs = [
+            (own[~choice[name].cpu()].mean(), own[choice[name].cpu()].mean())
+            for name, own in ((name, scores[ids]) for name, ids in self.channels.items())
+        ]
+        kept, chosen = (torch.stack(part).double() for part in zip(*pairs, strict=True))
+        return kept, chosen
+
+    def magnitude_ratios(self) -> Tensor:
+        """Magnitude of the kept over that of the chosen channels by group; always finite."""
+        kept, chosen = self.magnitudes()
+        return kept / chosen.clamp_min(1e-30)
+
+    @torch.no_grad()
+    def expand(self, chosen: Tensor, kept: Tensor) -> list[Tensor]:
+        """Factors of each group's chosen and kept channels -> tensors that broadcast over weights.
+
+        A weight has the sum of the factors of the two channels that it connects. As long as nothing
+        is chosen, all channels have the factor `chosen`.
+        """
+        factors = torch.zeros(len(self.coupled.owner))
+        for place, (name, ids) in enumerate(self.channels.items()):
+            own = torch.full((len(ids),), float(chosen[place]))
+            if name in self.choice:
+                own[~self.choice[name].cpu()] = float(kept[place])
+            factors[self.coupled.number[ids]] = own
+        spread = self.coupled.spread(factors.to(self.weights[0].device))
+        return [spread[name] for name in self.coupled.weights]
+
+    def as_choices(self) -> Choices:
+        """What is chosen, as outputs of the layers that produce the channels, and of selections of
+        channels, by the name of the weight or index."""
+        graph = self.coupled.graph
+        gone = torch.zeros(len(graph.canonical), dtype=torch.bool)
+        for name, choice in self.choice.items():
+            gone[self.channels[name][choice.cpu()]] = True
+        found: Choices = {}
+        for name, ids in graph.output_ids().items():
+            layer = graph.layers.get(name)
+            if bool(gone[ids].any()) and not (layer and layer.depthwise()):
+                shape = [-1, *[1] * (self.coupled.weights[layer.weight].dim() - 1)] if layer else -1
+                found[layer.weight if layer else name] = gone[ids].view(shape)
+        return found
+
+    @torch.no_grad()
+    def _scores(self) -> Tensor:
+        """Mean |w| over all that is coupled to a channel, by canonical id; 0 for locked ones."""
+        mean = self.coupled.sums(torch.abs).cpu() / self._sizes
+        return torch.cat((mean, mean.new_zeros(1)))[self.coupled.number]
+
+    def _chosen(self, pick: choices.Pick, seed: int) -> Choices:
+        scores = self._scores()
+        picked = choices.pick_scores_by_layer(
+            {name: scores[ids] for name, ids in self.channels.items()}, pick, seed
+        )
+        by_id = torch.zeros(len(scores))
+        for name, ids in self.channels.items():
+            by_id[ids] = picked[name]
+        found: Choices = {}
+        for place, unit in enumerate(self.coupled.graph.units(by_id)[0]):
+            if name := self._names.get(place, ""):
+                order = by_id[unit.ids].mean(1).argsort(stable=True)
+                gone = unit.ids[order[: self.numbers[name]]].flatten()
+                found[name] = torch.isin(self.channels[name], gone)
+        return found
+
+
+def pruned_groups(
+    model: nn.Module, settings: GrowthSettings, shape: Sequence[int] | None
+) -> PrunedGroups | PrunedChannels:
+    """What is to be pruned at the granularity of the settings; `shape` is that of one image."""
+    if settings.granularity == "group":
+        return PrunedChannels(model, settings, shape)
+    return PrunedGroups(model, settings, settings.granularity)
 
 
 @dataclass
@@ -184,8 +321,16 @@ class GrowingPenalty:
     max_steps = 0
     """Most steps that the schedule can take; set by the subclass, which knows the growth."""
 
-    def __init__(self, model: nn.Module, settings: GrowthSettings, decay: float, name: str) -> None:
-        """`decay` is the growth of a factor at each update; `name` the penalty's, for messages.
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: GrowthSettings,
+        decay: float,
+        name: str,
+        shape: Sequence[int] | None,
+    ) -> None:
+        """`decay` is the growth of a factor at each update; `name` the penalty's, for messages;
+        `shape` that of one image.
 
         Raises ArgumentError unless it is above 0, and for ratios that do not fit the network.
         """
@@ -196,7 +341,7 @@ class GrowingPenalty:
                 decay,
             )
         self.settings, self.growth = settings, decay
-        self.groups = PrunedGroups(model, settings)
+        self.groups = pruned_groups(model, settings, shape)
         self.trace = GrowthTrace()
         self.phase, self.since, self.steps, self.updates = GROWING, 0, 0, 0
         """`since`: the step at which stabilising began."""
@@ -284,7 +429,7 @@ class GrowingPenalty:
 
     def choices(self) -> Choices:
         """What is to be pruned, by the weight's parameter name; see sparsity/choices.py."""
-        return {name: choice.cpu() for name, choice in self.groups.choice.items()}
+        return self.groups.as_choices()
 
     def growth_table(self) -> list[dict[str, float]]:
         """Mean |w| of kept and chosen groups, and the largest factor, over the steps."""

@@ -8,6 +8,8 @@ large as the chosen ones (mean |w|, averaged exponentially with 0.9 over updates
 the ceiling.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -29,20 +31,24 @@ class Settings(GrowthSettings):
     """Raise the factor to the ceiling in one update, and stabilise then (the paper's ablation)."""
 
 
-def build(settings: Settings, model: nn.Module, decay: float) -> Penalty:
+def build(
+    settings: Settings, model: nn.Module, decay: float, shape: Sequence[int] | None = None
+) -> Penalty:
     """The growing penalty on groups chosen by the model's weights as they are now.
 
     `decay` is the growth at each update. Raises ArgumentError for ratios that do not fit the
     network, and for a growth too small to reach the ceiling.
     """
-    return GReg1(settings, model, decay)
+    return GReg1(settings, model, decay, shape)
 
 
 class GReg1(GrowingPenalty):
     """One factor for all chosen groups of a layer, none for the others."""
 
-    def __init__(self, settings: Settings, model: nn.Module, decay: float) -> None:
-        super().__init__(model, settings, decay, "greg1")
+    def __init__(
+        self, settings: Settings, model: nn.Module, decay: float, shape: Sequence[int] | None
+    ) -> None:
+        super().__init__(model, settings, decay, "greg1", shape)
         self.jump = settings.jump
         try:
             updates = 1 if settings.jump else updates_until(settings.ceiling, decay)

@@ -9,6 +9,7 @@ of a layer ends when its own kept groups are 1,000 times as large as its chosen 
 averaged exponentially with 0.9 over updates), or when the factor exceeds the ceiling.
 """
 
+from collections.abc import Sequence
 from typing import Annotated, Self
 
 from pydantic import Field, model_validator
@@ -46,20 +47,24 @@ class Settings(GrowthSettings):
         return self
 
 
-def build(settings: Settings, model: nn.Module, decay: float) -> Penalty:
+def build(
+    settings: Settings, model: nn.Module, decay: float, shape: Sequence[int] | None = None
+) -> Penalty:
     """The growing penalty on all layers that lose a group.
 
     `decay` is the growth at each update after picking. Raises ArgumentError for ratios that do not
     fit the network, and for growths too small to reach their ceilings.
     """
-    return GReg2(settings, model, decay)
+    return GReg2(settings, model, decay, shape)
 
 
 class GReg2(GrowingPenalty):
     """One factor for all groups of a layer until they are chosen, then two."""
 
-    def __init__(self, settings: Settings, model: nn.Module, decay: float) -> None:
-        super().__init__(model, settings, decay, "greg2")
+    def __init__(
+        self, settings: Settings, model: nn.Module, decay: float, shape: Sequence[int] | None
+    ) -> None:
+        super().__init__(model, settings, decay, "greg2", shape)
         self.picking = settings
         self.phase = PICKING
         self.initial = self.groups.smallest()

@@ -3,16 +3,20 @@
 Source: the group form of Hoyer in H. Yang, W. Wen, H. Li, DeepHoyer, ICLR 2020.
 With A the sum of channel norms, B the sum of filter norms, S = sqrt(sum w^2): R(W) = (A + B) / S;
 gradient (w/a_c + w/b_n) / S - w (A + B) / S^3, and 0 in a group of zeros.
+With grouping coupled, a_c is the norm of all weights that are coupled to a channel in any layer,
+and the formula is that of one channel group, summed over groups: R = A / S.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from secateur.penalties._formula import (
-    ClosedFormPenalty,
     GroupSettings,
     channel_norms,
     filter_norms,
+    group_penalty,
     inverse,
     ratio,
     scale_groups,
@@ -21,21 +25,30 @@ from secateur.training.penalty import Penalty
 
 
 class Settings(GroupSettings):
-    """Whether biases are covered too."""
+    """What the groups are, and whether biases are covered too."""
 
 
-def build(settings: Settings, model: nn.Module, decay: float) -> Penalty:
+def build(
+    settings: Settings, model: nn.Module, decay: float, shape: Sequence[int] | None = None
+) -> Penalty:
     """Group-Hoyer of every covered tensor, summed, times `decay`."""
-    return ClosedFormPenalty(model, value, gradient, settings.biases, decay)
+    return group_penalty(settings, model, decay, shape, value, gradient, ratio)
 
 
-def value(w: Tensor) -> Tensor:
+def value(w: Tensor, by_position: bool = False) -> Tensor:
     """(A + B) / S; 0 for a tensor of zeros."""
-    return ratio(channel_norms(w).sum() + filter_norms(w).sum(), torch.linalg.vector_norm(w))
+    return ratio(
+        channel_norms(w, by_position).sum() + filter_norms(w, by_position).sum(),
+        torch.linalg.vector_norm(w),
+    )
 
 
-def gradient(w: Tensor) -> Tensor:
+def gradient(w: Tensor, by_position: bool = False) -> Tensor:
     """w * (1/a_c + 1/b_n - (A + B)/S^2) / S."""
-    a, b, s = channel_norms(w), filter_norms(w), torch.linalg.vector_norm(w)
+    a, b, s = (
+        channel_norms(w, by_position),
+        filter_norms(w, by_position),
+        torch.linalg.vector_norm(w),
+    )
     scale, whole = inverse(s), ratio(ratio(a.sum() + b.sum(), s), s)
-    return scale_groups(w, (inverse(a) - whole) * scale, inverse(b) * scale)
+    return scale_groups(w, (inverse(a) - whole) * scale, inverse(b) * scale, by_position)

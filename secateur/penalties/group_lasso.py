@@ -4,15 +4,19 @@ Source: M. Yuan, Y. Lin, Model selection and estimation in regression with group
 JRSS B, 2006; on networks W. Wen et al., Learning structured sparsity, NeurIPS 2016.
 With a_c the norm of input channel c and b_n the norm of filter n: R(W) = sum_c a_c + sum_n b_n;
 gradient w/a_c + w/b_n, and 0 in a group of zeros.
+With grouping coupled, a_c is the norm of all weights that are coupled to a channel in any layer,
+and the formula is that of one channel group, summed over groups: R = sum_c a_c.
 """
+
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
 from secateur.penalties._formula import (
-    ClosedFormPenalty,
     GroupSettings,
     channel_norms,
     filter_norms,
+    group_penalty,
     inverse,
     scale_groups,
 )
@@ -20,19 +24,26 @@ from secateur.training.penalty import Penalty
 
 
 class Settings(GroupSettings):
-    """Whether biases are covered too."""
+    """What the groups are, and whether biases are covered too."""
 
 
-def build(settings: Settings, model: nn.Module, decay: float) -> Penalty:
+def build(
+    settings: Settings, model: nn.Module, decay: float, shape: Sequence[int] | None = None
+) -> Penalty:
     """Group lasso of every covered tensor, summed, times `decay`."""
-    return ClosedFormPenalty(model, value, gradient, settings.biases, decay)
+    return group_penalty(settings, model, decay, shape, value, gradient, lambda norms, whole: norms)
 
 
-def value(w: Tensor) -> Tensor:
+def value(w: Tensor, by_position: bool = False) -> Tensor:
     """Sum of channel norms plus sum of filter norms."""
-    return channel_norms(w).sum() + filter_norms(w).sum()
+    return channel_norms(w, by_position).sum() + filter_norms(w, by_position).sum()
 
 
-def gradient(w: Tensor) -> Tensor:
+def gradient(w: Tensor, by_position: bool = False) -> Tensor:
     """w / a_c + w / b_n."""
-    return scale_groups(w, inverse(channel_norms(w)), inverse(filter_norms(w)))
+    return scale_groups(
+        w,
+        inverse(channel_norms(w, by_position)),
+        inverse(filter_norms(w, by_position)),
+        by_position,
+    )

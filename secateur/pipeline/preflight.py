@@ -42,7 +42,7 @@ def check_network(model: nn.Module, info: DatasetInfo) -> None:
         trial = copy.deepcopy(model).cpu().eval()
         with settings.section(f"penalties.{params.penalty}"):
             chosen = params.chosen("penalties")
-            penalty = penalties.build(params.penalty, chosen, trial, params.decay)
+            penalty = penalties.build(params.penalty, chosen, trial, params.decay, info.shape)
         if params.pruner == "chosen" and not isinstance(penalty, ScheduledPenalty):
             raise SettingsError(
                 f"params.yaml: pruner = 'chosen': penalty {params.penalty} chooses no weights to "

@@ -63,15 +63,19 @@ def decision_from_choices(context: PruningContext, choices: Choices) -> PruningD
 
     A channel is removed whole if it is not locked and every layer that produces it has chosen it as
     a filter, or every layer that reads it has chosen all its entries as a channel. Choices of
-    single weights become masks. Raises PruningError for a choice that does not fit the network.
+    single weights become masks. A choice by the name of an index buffer is of the channels that a
+    ChannelSelect selects. Raises PruningError for a choice that does not fit the network.
     """
+    buffers = dict(context.model.named_buffers())
+    selected = {name: choice for name, choice in choices.items() if name in buffers}
+    choices = {name: choice for name, choice in choices.items() if name not in buffers}
     validate_choices(context.model, choices)
     by_layer = {name.removesuffix(".weight"): choice for name, choice in choices.items()}
     by_layer = {name: choice for name, choice in by_layer.items() if _side(choice)}
-    if not by_layer:
+    if not by_layer and not selected:
         return PruningDecision(masks_from_choices(context.model, choices))
     graph = context.graph
-    kept = _kept_entries(graph, by_layer)
+    kept = _kept_entries(graph, by_layer, selected)
     free = torch.zeros(len(graph.canonical), dtype=torch.bool)
     for group in graph.groups:
         free[group.ids] = group.locked is None
@@ -79,6 +83,9 @@ def decision_from_choices(context: PruningContext, choices: Choices) -> PruningD
     for name, choice in by_layer.items():
         ids = _chosen_ids(graph, name, choice)
         whole.append(ids[free[ids] & (kept[_side(choice)][ids] == 0)])
+    for name, choice in selected.items():
+        ids = graph.output_ids()[name][choice.cpu()]
+        whole.append(ids[free[ids] & (kept["outputs"][ids] == 0)])
     selection = graph.removable(graph.selection(torch.cat(whole).unique()))
     removed = graph.ids_of(selection)
     rest = dict(choices)
@@ -89,7 +96,7 @@ def decision_from_choices(context: PruningContext, choices: Choices) -> PruningD
     return PruningDecision(masks_from_choices(context.model, rest), selection)
 
 
-def _kept_entries(graph: ChannelGraph, by_layer: Choices) -> dict[str, Tensor]:
+def _kept_entries(graph: ChannelGraph, by_layer: Choices, selected: Choices) -> dict[str, Tensor]:
     """By side and canonical id: number of layers' entries for the channel that are not chosen."""
     count = len(graph.canonical)
     kept = {"outputs": torch.zeros(count), "inputs": torch.zeros(count)}
@@ -102,9 +109,10 @@ def _kept_entries(graph: ChannelGraph, by_layer: Choices) -> dict[str, Tensor]:
             if name in by_layer and _side(by_layer[name]) == side:
                 not_chosen = ~by_layer[name].flatten().cpu()
             number.index_add_(0, graph.canonical[ids[ids >= 0]], not_chosen[ids >= 0].float())
-    for select in graph.selects.values():  # channels of a shortcut are not chosen either
+    for name, select in graph.selects.items():  # channels of a shortcut, chosen by groups alone
         if select.owns_channels:
-            kept["outputs"][graph.canonical[select.outputs]] += 1
+            chosen = selected.get(name, torch.zeros(len(select.outputs), dtype=torch.bool))
+            kept["outputs"].index_add_(0, graph.canonical[select.outputs], (~chosen.cpu()).float())
     return kept
 
 

@@ -1,5 +1,7 @@
 """Penalties as the training loop uses them: terms added to the loss of every step."""
 
+import inspect
+from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -45,7 +47,15 @@ class ScheduledPenalty(Protocol):
         """The course of the schedule as a table, one row for each of some steps."""
 
 
-def build(name: str, settings: Any, model: nn.Module, decay: float) -> Penalty | None:
-    """The penalty of this name on this model; None where it would add nothing to any loss."""
-    built: Penalty | None = plugin.load("penalties", name).build(settings, model, decay)
+def build(
+    name: str, settings: Any, model: nn.Module, decay: float, shape: Sequence[int] | None = None
+) -> Penalty | None:
+    """The penalty of this name on this model; None where it would add nothing to any loss.
+
+    `shape` of one image, (channels, height, width), is for penalties that follow channels through
+    the network: those whose `build` has a parameter of this name.
+    """
+    make = plugin.load("penalties", name).build
+    more = {"shape": shape} if "shape" in inspect.signature(make).parameters else {}
+    built: Penalty | None = make(settings, model, decay, **more)
     return built if decay else None
