@@ -217,7 +217,9 @@ def test_an_argument_error_gets_the_whole_key_of_its_setting():
 @pytest.mark.parametrize("name", ["magnitude", "network_slimming"])
 def test_an_unknown_key_of_a_table_that_may_be_absent_is_told_too(name, tmp_path):
     line = complaint(changed(f"pruners.{name}.target", {"flops": 0.5}), tmp_path)
-    assert line == (f"params.yaml: pruners.{name}.target.flops: unknown key; allowed: bytes, macs, params")
+    assert line == (
+        f"params.yaml: pruners.{name}.target.flops: unknown key; allowed: bytes, macs, params"
+    )
 
 
 def test_a_mistake_in_a_section_that_is_not_in_use_is_found(tmp_path):
