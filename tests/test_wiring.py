@@ -21,7 +21,7 @@ ROOMS = [
 """Top to bottom: a room imports only from those before it."""
 OBSERVERS = {
     f"secateur/pipeline/{name}.py"
-    for name in ("tracking", "mlflow_store", "mlflow_file", "console", "preflight")
+    for name in ("tracking", "mlflow_store", "mlflow_file", "mlflow_model", "console", "preflight")
 }
 """No result depends on them."""
 WIRING = yaml.safe_load((ROOT / "dvc.yaml").read_text())

@@ -204,12 +204,29 @@ class Sensitivity(Strict):
     """Accuracy that a layer may cost in the suggested ratios, as a fraction."""
 
 
+Engine = Literal["torch", "onnxruntime", "openvino"]
+Count = Annotated[int, Field(ge=1)]
+Registered = Annotated[str, Field(pattern=r"^[\w.-]+(@[a-zA-Z][\w-]*)?$", max_length=250)]
+
+
 class ExportedFiles(Strict):
     """What the pipeline in stages/export writes."""
 
     preprocessing: Literal["outside", "inside"] = "outside"
     """outside: the files take normalised images. inside: they take pixels from 0 to 255, as
     float32, and normalise them."""
+    int8: bool = True
+    """Write an int8 version of the finetuned network, and measure one of the dense network too."""
+    calibration_images: Annotated[int, Field(ge=1)] = 256
+    """Training images on which the ranges of the activations are measured for int8."""
+    runtimes: Annotated[tuple[Engine, ...], Field(min_length=1)] = ("torch", "onnxruntime")
+    """Where the latency is measured."""
+    latency_batches: Annotated[tuple[Count, ...], Field(min_length=1)] = (1, 32)
+    """Images per forward pass while the latency is measured."""
+    latency_repeats: Annotated[int, Field(ge=3)] = 30
+    """Timed passes of each network in each runtime, taking turns, after a warm-up."""
+    register_as: Registered | None = None
+    """name or name@alias of the registered model in MLflow that becomes this network."""
 
 
 Version = Annotated[str, Field(pattern=r"^\d+(\.\w+)*$")]

@@ -57,9 +57,9 @@ def measure(
             opened = {
                 (model, engine): runtimes.open_model(path, engine, count)
                 for model, paths in exported.items()
+                for engine in engines
                 for path in paths
-                for engine in runtimes.for_file(path)
-                if engine in engines
+                if engine in runtimes.for_file(path)
             }
             for batch in batches:
                 on_group(f"{count} thread{'s'[: count != 1]}, batch {batch}")

@@ -51,7 +51,7 @@ def verify(
     exact = copy.deepcopy(model).cpu().double().eval()
     model = copy.deepcopy(model).cpu().float().eval()
     images, _ = example_batch(split, info)
-    images = _as_input(images, info, pixels)
+    images = as_input(images, info, pixels)
     wanted = exact(images.double())
     largest = max(float(wanted.abs().max()), 1e-30)
     differences = {name: _difference(run, images, wanted) / largest for name, run in opened.items()}
@@ -74,6 +74,14 @@ def verify(
     return {
         name: Parity(differences[name], right[name] / len(split), ties[name]) for name in opened
     }
+
+
+def accuracy(run: Runner, split: Split, info: DatasetInfo, *, pixels: bool = False) -> float:
+    """Fraction of the images that an exported file classifies correctly."""
+    right = 0
+    for images, labels in _batches(split, info, pixels):
+        right += int((torch.from_numpy(_run(run, images)).argmax(1) == labels).sum())
+    return right / len(split)
 
 
 def _difference(run: Runner, images: Tensor, wanted: Tensor) -> float:
@@ -107,11 +115,11 @@ def _run(run: Runner, images: Tensor) -> NDArray[np.float32]:
 
 def _batches(split: Split, info: DatasetInfo, pixels: bool) -> Iterator[tuple[Tensor, Tensor]]:
     for images, labels in sequential_batches(split, info, device=_CPU):
-        yield _as_input(images, info, pixels), labels
+        yield as_input(images, info, pixels), labels
 
 
-def _as_input(images: Tensor, info: DatasetInfo, pixels: bool) -> Tensor:
-    """Normalised images, or the pixels that they were made from, as float32."""
+def as_input(images: Tensor, info: DatasetInfo, pixels: bool) -> Tensor:
+    """What a file takes, from normalised images: these, or with `pixels` what they come from."""
     if not pixels:
         return images
     std, mean = (torch.tensor(v).view(1, -1, 1, 1) for v in (info.std, info.mean))

@@ -6,7 +6,7 @@ compared at equal precision, on a machine that is rarely theirs alone.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,12 @@ def open_model(path: Path, runtime: str | None = None, threads: int = 0) -> Runn
     return RUNTIMES[able[0]].open(path, threads)
 
 
+def check_packages(names: Iterable[str]) -> None:
+    """Raise SecateurError, with the command that installs it, if a runtime is missing."""
+    for name in names:
+        _engine(name)
+
+
 def for_file(path: Path) -> list[str]:
     """Names of the runtimes that open files of this suffix, in the order of RUNTIMES."""
     return [runtime.name for runtime in RUNTIMES.values() if runtime.suffix == path.suffix]
@@ -95,7 +101,7 @@ def _open_torch(path: Path, threads: int) -> Runner:
 
 def _open_onnxruntime(path: Path, threads: int) -> Runner:
     """An ONNX file in ONNX Runtime, on the CPU."""
-    engine = optional.load("onnxruntime", "to run .onnx files")
+    engine = _engine("onnxruntime")
     options = engine.SessionOptions()
     options.intra_op_num_threads = threads  # 0: its own choice, one per physical core
     options.inter_op_num_threads = 1  # these networks are one operation after the other
@@ -117,7 +123,7 @@ def _open_onnxruntime(path: Path, threads: int) -> Runner:
 
 def _open_openvino(path: Path, threads: int) -> Runner:
     """An ONNX file in OpenVINO, on the CPU."""
-    engine = optional.load("openvino", "to run .onnx files in OpenVINO")
+    engine = _engine("openvino")
     options = {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_PRECISION_HINT": "f32",
@@ -134,6 +140,11 @@ def _open_openvino(path: Path, threads: int) -> Runner:
         return logits
 
     return run
+
+
+def _engine(name: str) -> Any:
+    """The package of a runtime, which has its name."""
+    return optional.load(name, f"to run {RUNTIMES[name].suffix} files in {RUNTIMES[name].title}")
 
 
 def _unreadable(path: Path, error: Exception) -> SecateurError:

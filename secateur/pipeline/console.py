@@ -216,6 +216,34 @@ def outputs(rows: Sequence[tuple[str, int, int]]) -> None:
     Console(width=max(88, Console().width)).print(table)
 
 
+def exported(rows: Sequence[Mapping[str, Any]], finetuned: Mapping[str, Any]) -> None:
+    """Print accuracy, size and latency of exported networks, and what sparse layers are worth."""
+    passes = sorted({(row["threads"], row["batch"]) for row in rows})
+    title = "milliseconds per pass, median ± interquartile range"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for heading in ("network", "", "runtime", "test accuracy", "bytes"):
+        left = heading in ("network", "", "runtime")
+        table.add_column(heading, justify="left" if left else "right", no_wrap=True)
+    for threads, batch in passes:
+        table.add_column(
+            f"{threads} thread{'s'[: threads != 1]}\nbatch {batch}", justify="right", no_wrap=True
+        )
+    lines: dict[tuple[str, str, str], list[str]] = {}
+    for row in rows:
+        key = (row["network"], row["precision"], row["runtime"])
+        cells = lines.setdefault(key, [f"{row['accuracy']:.2%}", f"{row['bytes']:,}"])
+        cells.append(f"{row['latency_ms']:.3g} ± {row['latency_iqr_ms']:.2g}")
+    for key, cells in lines.items():
+        table.add_row(*key, *cells)
+    Console(width=max(140, Console().width)).print(table)
+    for threads, by_batch in finetuned["csr"].items():
+        for batch, gain in by_batch.items():
+            what = "no gain"
+            if gain["layers"]:
+                what = f"{gain['speedup']:.2f}x in torch with CSR for {', '.join(gain['layers'])}"
+            say(f"single zeros, {threads.replace('_', ' ')}, {batch.replace('_', ' ')}: {what}")
+
+
 _PHASES = ("picking", "growing", "stabilising", "finished")
 
 

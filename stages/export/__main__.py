@@ -1,12 +1,14 @@
-"""export: the finetuned network as files that other runtimes read, proved equal to it.
+"""export: the finetuned network as files that other runtimes read, proved equal to it and timed.
 
-Reads   data/<dataset> (its test images), models/baseline, models/pruned, models/finetuned and
-        models/finetuned.run.json.
-Writes  models/export (model.onnx, model.pt2) and metrics/export.json (size, accuracy and
-        difference from float64 of dense, pruned and finetuned network).
+Reads   data/<dataset> (its test images; for int8 also training images), models/baseline,
+        models/pruned, models/finetuned and models/finetuned.run.json.
+Writes  models/export (model.onnx, model.pt2, model-int8.onnx), metrics/export.json (size, accuracy,
+        difference from float64 and latency of dense, pruned and finetuned network) and
+        metrics/export.csv (one row for each network, precision, runtime, threads and batch); the
+        network as a model of the chain's run in MLflow.
 
-Run it by `make export`, or `dvc repro stages/export/dvc.yaml`. Nothing is written before every file
-has been proved equal to its network.
+Run it by `make export`, or `dvc repro stages/export/dvc.yaml`. Nothing is written before every
+float32 file has been proved equal to its network.
 """
 
 import json
@@ -16,43 +18,89 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
 from torch import nn
 
-from secateur.base import files
-from secateur.deploy import export, metadata, parity
+from secateur.base import files, machine
+from secateur.data.batches import first_images, spread_images
+from secateur.deploy import (
+    comparison,
+    export,
+    latency,
+    metadata,
+    parity,
+    quantisation,
+    runtimes,
+    sparse_inference,
+)
 from secateur.deploy.metadata import Metadata
 from secateur.deploy.runtimes import open_model
 from secateur.nn.checkpoint import Checkpoint
-from secateur.pipeline import console, record, runner
+from secateur.pipeline import console, mlflow_model, record, runner
 from secateur.pipeline.record import MODELS
 
-FOLDER, REPORT = Path("models/export"), Path("metrics/export.json")
+FOLDER, REPORT, TABLE = (
+    Path("models/export"),
+    Path("metrics/export.json"),
+    Path("metrics/export.csv"),
+)
 ROWS = {"baseline": "dense", "prune": "pruned", "finetune": "finetuned"}
 """Stage -> row of the report."""
+Files = dict[str, Mapping[str, Path]]
+"""Row of the report -> suffix -> exported file."""
 
 
 def main() -> None:
-    """Export, prove, report."""
+    """Export, prove, compare, report."""
     context = runner.open_context("export")
+    settings = context.params.export
     export.check_packages()
+    runtimes.check_packages(settings.runtimes)
     report: dict[str, Any] = {}
-    files.write_folder(FOLDER, lambda folder: report.update(make(context, folder)))
+    table: list[dict[str, Any]] = []
+
+    def fill(folder: Path) -> None:
+        with tempfile.TemporaryDirectory() as scratch:
+            exported = make(context, folder, Path(scratch), report)
+            table.extend(compare(context, exported, report))
+
+    files.write_folder(FOLDER, fill)
     files.write_text(REPORT, json.dumps(report, indent=2) + "\n")
-    console.say(f"see          {FOLDER}, {REPORT}")
+    files.write_text(TABLE, pd.DataFrame(table).to_csv(index=False))
+    console.exported(table, report["finetuned"])
+    model = mlflow_model.log(
+        FOLDER / export.PT2,
+        report,
+        [REPORT, TABLE],
+        example=images_for(context, first_images(context.data.test, context.data.info, 2)),
+        register=settings.register_as,
+    )
+    console.say(f"see          {FOLDER}, {REPORT}, {TABLE}")
+    if model:
+        console.say(
+            f"load         mlflow.pyfunc.load_model('models:/{settings.register_as or model}')"
+        )
 
 
-def make(context: runner.StageContext, folder: Path) -> dict[str, Any]:
-    """Write the finetuned network into `folder`; returns the report on all rows."""
-    with tempfile.TemporaryDirectory() as scratch:
-        exported: dict[str, Mapping[str, Path]] = {}
-        report: dict[str, Any] = {}
-        for stage, row in ROWS.items():
-            place = folder if stage == "finetune" else Path(scratch) / row
-            place.mkdir(exist_ok=True)
-            model, about = network(context, stage)
-            exported[row] = export.write(model, about.shape, about, place)
-            report[row] = prove(context, model, row, exported[row])
-    return report
+def make(
+    context: runner.StageContext, folder: Path, scratch: Path, report: dict[str, Any]
+) -> Files:
+    """Write the finetuned network into `folder` and the others into `scratch`; fill the report."""
+    exported: Files = {}
+    for stage, row in ROWS.items():
+        place = folder if row == "finetuned" else scratch / row
+        place.mkdir(exist_ok=True)
+        model, about = network(context, stage)
+        exported[row] = export.write(model, about.shape, about, place)
+        report[row] = prove(context, model, exported[row])
+    if context.params.export.int8:
+        for row in ("dense", "finetuned"):  # what a user would take instead stands beside it
+            target = exported[row][".onnx"].with_name(comparison.INT8_FILE)
+            report[row + comparison.INT8] = quantise(context, exported[row][".onnx"], target)
+            exported[row + comparison.INT8] = {".onnx": target}
+    return exported
 
 
 def network(context: runner.StageContext, stage: str) -> tuple[nn.Module, Metadata]:
@@ -79,7 +127,7 @@ def describe(context: runner.StageContext, stage: str, found: Checkpoint) -> Met
 
 
 def prove(
-    context: runner.StageContext, model: nn.Module, row: str, paths: Mapping[str, Path]
+    context: runner.StageContext, model: nn.Module, paths: Mapping[str, Path]
 ) -> dict[str, Any]:
     """One row of the report; raises SecateurError if a file computes anything else."""
     opened = {path.name: open_model(path) for path in paths.values()}
@@ -89,6 +137,54 @@ def prove(
         name: {"bytes": paths[Path(name).suffix].stat().st_size, **asdict(result)}
         for name, result in found.items()
     }
+
+
+def quantise(context: runner.StageContext, source: Path, target: Path) -> dict[str, Any]:
+    """Write the int8 version of a file; returns its row of the report."""
+    data, settings = context.data, context.params.export
+    some = spread_images(data.train, data.info, settings.calibration_images)
+    quantisation.quantise(source, target, images_for(context, some))
+    pixels = settings.preprocessing == "inside"
+    right = {
+        engine: parity.accuracy(open_model(target, engine), data.test, data.info, pixels=pixels)
+        for engine in runtimes.for_file(target)
+        if engine in {"onnxruntime", *settings.runtimes}
+    }
+    return {target.name: {"bytes": target.stat().st_size, "accuracy": right}}
+
+
+def compare(
+    context: runner.StageContext, exported: Files, report: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Time all files, and sparse layers of the finetuned network; returns the rows of the table."""
+    settings, data = context.params.export, context.data
+    images = first_images(data.test, data.info, max(settings.latency_batches))
+    times = latency.measure(
+        {row: list(paths.values()) for row, paths in exported.items()},
+        images_for(context, images),
+        engines=settings.runtimes,
+        threads=latency.thread_counts(),
+        batches=settings.latency_batches,
+        repeats=settings.latency_repeats,
+        on_group=lambda what: console.say(f"export: latency, {what}"),
+    )
+    comparison.add_latencies(report, times)
+    model = context.upstream["finetune"].model()
+    gains = [
+        sparse_inference.measure(model, images[:batch], threads, settings.latency_repeats)
+        for threads in latency.thread_counts()
+        for batch in settings.latency_batches
+    ]
+    comparison.add_gains(report["finetuned"], gains)
+    report["hardware"] = machine.hardware()
+    return comparison.rows(report, times)
+
+
+def images_for(context: runner.StageContext, images: Any) -> NDArray[np.float32]:
+    """Normalised images as the exported files take them."""
+    pixels = context.params.export.preprocessing == "inside"
+    found: NDArray[np.float32] = parity.as_input(images, context.data.info, pixels).numpy()
+    return found
 
 
 if __name__ == "__main__":
