@@ -145,16 +145,16 @@ def _of_model(key: str) -> bool:
 
 def _register(store: Store, model_id: str, name: str) -> None:
     """Make a new version of the registered model from this one, unless it is the newest already."""
-    import mlflow
-
     name, _, alias = name.partition("@")
-    with _quiet():
-        found = store.client.search_model_versions(f"name = '{name}'")
-        newest = max(found, key=lambda version: int(version.version), default=None)
-        if newest is None or newest.model_id != model_id:
-            newest = mlflow.register_model(f"models:/{model_id}", name)
-        if alias:
-            store.client.set_registered_model_alias(name, alias, newest.version)
+    if not store.client.search_registered_models(f"name = '{name}'"):
+        store.client.create_registered_model(name)
+    found = store.client.search_model_versions(f"name = '{name}'")
+    newest = max(found, key=lambda version: int(version.version), default=None)
+    if newest is None or newest.model_id != model_id:
+        source = f"models:/{model_id}"
+        newest = store.client.create_model_version(name, source, model_id=model_id)
+    if alias:
+        store.client.set_registered_model_alias(name, alias, newest.version)
 
 
 @contextlib.contextmanager
