@@ -23,9 +23,21 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def empty(tmp_path_factory):
+    """A whole store without runs, in a project of its own."""
+    folder = tmp_path_factory.mktemp("empty")
+    with pytest.MonkeyPatch.context() as patch:
+        enter(patch, folder)
+        assert Store(strict=True).runs("") == []
+    assert names(folder) == ["mlflow.db"]
+    return folder / "mlflow.db"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, empty):
     """A whole store with one run, in a project of its own."""
     folder = tmp_path_factory.mktemp("made")
+    shutil.copy(empty, folder)
     with pytest.MonkeyPatch.context() as patch:
         enter(patch, folder)
         store = Store(strict=True)
@@ -40,6 +52,13 @@ def project(tmp_path, monkeypatch):
     """An empty project."""
     enter(monkeypatch, tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def tracked(project, empty):
+    """A project in which nothing has run but MLflow."""
+    shutil.copy(empty, project)
+    return project
 
 
 def enter(patch, folder):
@@ -238,7 +257,8 @@ def test_a_store_of_another_version_of_mlflow_is_left_as_it_is(version, project,
         Store(strict=True)
 
 
-def test_a_locked_store_is_left_as_it_is(project, made, capfd):
+def test_a_locked_store_is_left_as_it_is(project, made, monkeypatch, capfd):
+    monkeypatch.setattr(mlflow_file, "LOCK_SECONDS", 0.5)
     path = shutil.copy(made, project / "mlflow.db")
     code = (
         "import sqlite3, time; d = sqlite3.connect('mlflow.db', isolation_level=None);"
@@ -315,16 +335,16 @@ def status(store, run_id):
     return store.client.get_run(run_id).info.status
 
 
-def test_a_run_whose_process_was_killed_is_ended_by_the_next_and_resumed_as_the_same(project):
-    killed, first = training(project, seed=1)
-    alive, second = training(project, seed=2)
+def test_a_run_whose_process_was_killed_is_ended_by_the_next_and_resumed_as_the_same(tracked):
+    killed, first = training(tracked, seed=1)
+    alive, second = training(tracked, seed=2)
     try:
         killed.send_signal(signal.SIGKILL)
         killed.wait()
         store = Store(strict=True)
         assert status(store, first) == "KILLED"
         assert status(store, second) == "RUNNING", "its process lives"
-        again, resumed = training(project, seed=1)
+        again, resumed = training(tracked, seed=1)
         assert resumed == first
         assert status(store, first) == "RUNNING"
         Store(strict=True)
@@ -332,7 +352,7 @@ def test_a_run_whose_process_was_killed_is_ended_by_the_next_and_resumed_as_the_
         again.kill()
         again.wait()
         shutil.rmtree(
-            project / ".resume" / "baseline" / Stage("baseline", None, {"seed": 1}, {}).fingerprint
+            tracked / ".resume" / "baseline" / Stage("baseline", None, {"seed": 1}, {}).fingerprint
         )
         Store(strict=True)
         assert status(store, first) == "KILLED", "also when its state was deleted"
@@ -341,7 +361,7 @@ def test_a_run_whose_process_was_killed_is_ended_by_the_next_and_resumed_as_the_
         alive.wait()
 
 
-def test_runs_of_other_clones_and_machines_are_left_alone(project, monkeypatch):
+def test_runs_of_other_clones_and_machines_are_left_alone(tracked, monkeypatch):
     store = Store(strict=True)
     own = mlflow_store.clone_tags()
     stage = {"kind": "stage", "stage": "baseline", "fingerprint": "ab" * 16}
@@ -351,8 +371,8 @@ def test_runs_of_other_clones_and_machines_are_left_alone(project, monkeypatch):
 
     here, clone, host = begin(), begin(clone="another"), begin(host="another")
     untagged = store.client.create_run(store.experiment).info.run_id
-    shared = project / "shared.db"
-    shutil.copy(project / "mlflow.db", shared)
+    shared = tracked / "shared.db"
+    shutil.copy(tracked / "mlflow.db", shared)
     Store(strict=True)
     assert [status(store, r) for r in (here, clone, host, untagged)] == [
         "KILLED", "RUNNING", "KILLED", "RUNNING",
@@ -364,7 +384,7 @@ def test_runs_of_other_clones_and_machines_are_left_alone(project, monkeypatch):
     ]  # fmt: skip
 
 
-def test_epochs_that_were_saved_but_not_sent_are_sent_by_the_process_that_resumes(project):
+def test_epochs_that_were_saved_but_not_sent_are_sent_by_the_process_that_resumes(tracked):
     stage = Stage("baseline", None, {"seed": 1}, {})
     rows = [{"epoch": n, "train_loss": 1 / n} for n in (1, 2, 3)]
     run = tracking.Run(Store(strict=True), stage, {})
@@ -383,7 +403,7 @@ def test_epochs_that_were_saved_but_not_sent_are_sent_by_the_process_that_resume
         assert status(again.store, run.id) == "RUNNING", "this process holds its lock"
 
 
-def test_a_run_that_was_closed_and_killed_then_has_its_model_once(project):
+def test_a_run_that_was_closed_and_killed_then_has_its_model_once(tracked):
     stage = Stage("baseline", None, {"seed": 1}, {})
     ids = set()
     for _ in range(2):
@@ -405,7 +425,7 @@ def record(**changes):
     return RunRecord(**given | changes)
 
 
-def test_a_restored_run_that_was_left_half_written_is_made_anew(project):
+def test_a_restored_run_that_was_left_half_written_is_made_anew(tracked):
     store = Store(strict=True)
     rows = [{"epoch": 1.0, "train_loss": 0.5}]
     half, _ = tracking.restore(store, record(), rows, {})

@@ -12,6 +12,7 @@ import sqlite3
 import stat
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote
 
@@ -19,6 +20,8 @@ EMPTY, UNFINISHED = "empty", "unfinished (the process that created it was killed
 """Faults of a store that another program may be creating at this moment."""
 SETTLE_SECONDS = 10.0
 """A file with such a fault is judged when it has not changed for this long."""
+LOCK_SECONDS = 20.0
+"""A store that another program has locked is waited for so long, as MLflow waits."""
 COMPANIONS = ("-journal", "-wal", "-shm")
 """Endings of the files in which SQLite keeps what belongs to a database."""
 
@@ -43,8 +46,11 @@ def create(path: Path, experiment: str, artifacts: str | None) -> None:
     folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.new-", dir=path.parent))
     try:
         whole = folder / path.name
-        client = MlflowClient(f"sqlite:///{whole}")
-        client.create_experiment(experiment, artifact_location=artifacts)
+        with _unsynchronised():
+            client = MlflowClient(f"sqlite:///{whole}")
+            client.create_experiment(experiment, artifact_location=artifacts)
+        with whole.open("rb+") as file:
+            os.fsync(file)
         _remove_companions(path)
         _install(whole, path)
     finally:
@@ -90,6 +96,25 @@ def keep_aside(path: Path) -> Path:
     return target
 
 
+@contextlib.contextmanager
+def _unsynchronised() -> Iterator[None]:
+    """Let SQLite wait for the disk at no commit; the migrations have hundreds of them.
+
+    This holds for the connections that are opened meanwhile in this process.
+    """
+    from sqlalchemy import event
+    from sqlalchemy.engine import Engine
+
+    def switch_off(connection: sqlite3.Connection, _: object) -> None:
+        connection.execute("PRAGMA synchronous = OFF")
+
+    event.listen(Engine, "connect", switch_off)
+    try:
+        yield
+    finally:
+        event.remove(Engine, "connect", switch_off)
+
+
 def _install(whole: Path, path: Path) -> None:
     """Give the store its name, unless another program has created one meanwhile."""
     try:
@@ -128,7 +153,7 @@ def _content_fault(path: Path, thorough: bool) -> str | None:
     """MLflow adds the first experiment when all migrations are done."""
     address = f"file:{quote(str(path))}?mode=rw"
     try:
-        with contextlib.closing(sqlite3.connect(address, uri=True, timeout=20)) as database:
+        with contextlib.closing(sqlite3.connect(address, uri=True, timeout=LOCK_SECONDS)) as database:
             (experiments,) = database.execute("SELECT count(*) FROM experiments").fetchone()
             if thorough:
                 (words,) = database.execute("PRAGMA quick_check(1)").fetchone()
