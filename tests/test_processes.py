@@ -1,4 +1,7 @@
-"""Several processes train as one does: real torchrun, real gloo, two processes on the CPU."""
+"""Several processes train as one does: real torchrun, real gloo, two processes on the CPU.
+
+They start warm (tests/warm), but for those of which one is killed.
+"""
 
 import json
 import os
@@ -25,7 +28,9 @@ from secateur.data.batches import first_images
 
 pytestmark = pytest.mark.pipeline
 
-TWO = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2"
+TWO = "python -m torch.distributed.run --standalone --nproc-per-node 2"
+WARM = {"SECATEUR_LAUNCH": TWO, "PYTHON_EXEC": "python"}
+REAL = {"SECATEUR_LAUNCH": f"{sys.executable}{TWO.removeprefix('python')}"}
 EPS = 2.0**-23
 """Spacing of float32 numbers near 1."""
 
@@ -39,7 +44,7 @@ def steps_of_two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("steps")
     clean = {k: v for k, v in os.environ.items() if not k.startswith("SECATEUR_")}
     clean |= {"OMP_NUM_THREADS": "1", "SECATEUR_DEVICE": "cpu", "PYTHONPATH": str(ROOT)}
-    command = [*TWO.split(), str(Path(one_step.__file__)), str(folder)]
+    command = [sys.executable, *TWO.split()[1:], str(Path(one_step.__file__)), str(folder)]
     done = subprocess.run(command, cwd=ROOT, env=clean, text=True, capture_output=True, timeout=600)
     assert done.returncode == 0, done.stderr
     found = {}
@@ -132,7 +137,7 @@ def test_a_stage_in_two_processes_does_what_it_does_in_one(project):
         baseline__keep="last",
     )
     found = []
-    for launch in ({}, {"SECATEUR_LAUNCH": TWO}):
+    for launch in ({}, WARM):
         for made in (project.path / "models/baseline").iterdir():
             made.unlink()
         log = project.stage("baseline", **launch)
@@ -172,11 +177,11 @@ def workers(pid):
 def test_a_killed_worker_ends_the_stage_and_the_next_run_goes_on(project, tmp_path):
     project.params(baseline__epochs=100, baseline__keep="last")
     undisturbed = project.copy(tmp_path / "undisturbed")
-    undisturbed.stage("baseline", SECATEUR_LAUNCH=TWO)
+    undisturbed.stage("baseline", **WARM)
     (project.path / "models/baseline/model.safetensors").unlink()
     process = subprocess.Popen(
         [sys.executable, "-m", "stages.baseline"],
-        cwd=project.path, env=project.env(SECATEUR_LAUNCH=TWO), text=True,
+        cwd=project.path, env=project.env(**REAL), text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     states = project.saved_states("baseline")
@@ -189,7 +194,7 @@ def test_a_killed_worker_ends_the_stage_and_the_next_run_goes_on(project, tmp_pa
     assert process.returncode == 1
     assert "error: baseline: a process of" in log.splitlines()[-1]
     assert not (project.path / "models/baseline/model.safetensors").exists()
-    log = project.stage("baseline", SECATEUR_LAUNCH=TWO)
+    log = project.stage("baseline", **WARM)
     assert "going on after epoch" in log
     files = [p.path / "models/baseline/model.safetensors" for p in (project, undisturbed)]
     assert files[0].read_bytes() == files[1].read_bytes()

@@ -153,7 +153,8 @@ def _content_fault(path: Path, thorough: bool) -> str | None:
     """MLflow adds the first experiment when all migrations are done."""
     address = f"file:{quote(str(path))}?mode=rw"
     try:
-        with contextlib.closing(sqlite3.connect(address, uri=True, timeout=LOCK_SECONDS)) as database:
+        opened = sqlite3.connect(address, uri=True, timeout=LOCK_SECONDS)
+        with contextlib.closing(opened) as database:
             (experiments,) = database.execute("SELECT count(*) FROM experiments").fetchone()
             if thorough:
                 (words,) = database.execute("PRAGMA quick_check(1)").fetchone()

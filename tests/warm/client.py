@@ -17,11 +17,13 @@ EARLY = (
     "CUDA_", "TORCH_", "OPENBLAS_", "NUMEXPR_",
 )  # fmt: skip
 """Beginnings of the variables that Python or a library reads while it is being loaded."""
+LATE = ("PYTHON_EXEC", "TORCH_NCCL_")
+"""Those of torchrun, which are read later."""
 
 
 def early(environment: dict[str, str]) -> dict[str, str]:
     """The part of an environment that a process cannot change any more once it runs."""
-    return {k: v for k, v in environment.items() if k.startswith(EARLY)}
+    return {k: v for k, v in environment.items() if k.startswith(EARLY) and not k.startswith(LATE)}
 
 
 def limits() -> list[list[int]]:
@@ -39,7 +41,9 @@ def run_real(name: str) -> None:
 def main() -> None:
     """Send the request, pass signals on, and end as the forked process ends."""
     name = sys.argv[0].rpartition("/")[2]
-    modules = ("stages.", "secateur")
+    if sys.argv[1:2] == ["-u"]:  # so torchrun starts its processes
+        del sys.argv[1]
+    modules = ("stages.", "secateur", "torch.distributed.run")
     module = sys.argv[2] if sys.argv[1:2] == ["-m"] and len(sys.argv) > 2 else ""
     path = os.environ.get("WARM_SERVER", "")
     code = sys.argv[1:2] == ["-c"]

@@ -41,6 +41,7 @@ LIBRARIES = [
     "safetensors.torch",
     "scipy.optimize",
     "sklearn.datasets",
+    "torch.distributed.run",
     "torch.fx",
 ]
 """What stages and the commands of DVC import; torch and torchvision come before them."""
