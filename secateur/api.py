@@ -73,35 +73,28 @@ class Origin:
     """Of the file; empty for a network that has not been loaded from one."""
 
 
-@dataclass(frozen=True)
-class PruneResult:
+@dataclass(frozen=True, kw_only=True)
+class PruneResult(PrunedNetwork):
     """A pruned network that has been proved equal to the masked one."""
 
-    model: nn.Module
-    """The compact network, in eval mode."""
-    masks: Masks
-    """Parameter name -> True where the entry stays, for weights that were set to zero."""
-    differences: Mapping[str, float]
-    """`difference_float64` and `difference_float32` of the outputs over the largest output; empty
-    if nothing was removed."""
     notes: Mapping[str, float]
     """What the pruner reports, such as the ratio that was reached."""
     parameters: tuple[int, int]
-    """All of the network before, and those that are not zero after."""
+    """All of the network before, and those that are not pruned after (see `nn.cost.nonzero`)."""
     pruner: str
     header: Header = field(repr=False)
     """What `save` writes beside the weights."""
 
     @property
-    def max_difference(self) -> float:
-        """The largest of the differences, relative to the largest output; 0 without any removal."""
-        return max(self.differences.values(), default=0.0)
+    def compression(self) -> float:
+        """Parameters of the network before over those that are not pruned after."""
+        return self.parameters[0] / self.parameters[1]
 
     def __str__(self) -> str:
         before, after = self.parameters
         return (
             f"{self.pruner}: {after:,} of {before:,} parameters left "
-            f"({before / after:.1f}x fewer), outputs differ by at most {self.max_difference:.1g} "
+            f"({self.compression:.1f}x fewer), outputs differ by at most {self.max_difference:.1g} "
             "of the largest"
         )
 
@@ -215,13 +208,13 @@ def prune(
     if isinstance(origin, Origin):
         _attach(pruned.model, origin=Origin(header, dict(pruned.masks), {}))
     return PruneResult(
-        pruned.model,
-        dict(pruned.masks),
-        dict(pruned.differences),
-        dict(decision.notes),
-        counts,
-        str(pruner),
-        header,
+        model=pruned.model,
+        masks=dict(pruned.masks),
+        differences=dict(pruned.differences),
+        notes=dict(decision.notes),
+        parameters=counts,
+        pruner=str(pruner),
+        header=header,
     )
 
 

@@ -33,7 +33,7 @@ class Command:
     details: str = ""
     """What `--help` has below the arguments, such as examples."""
     in_project: bool = True
-    """It only works in the root of a project."""
+    """It only works in a project, and runs in the project's root."""
 
 
 def _recipe(parser: argparse.ArgumentParser) -> None:
@@ -167,10 +167,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 def _run(command: Command, options: argparse.Namespace) -> None:
-    if command.in_project and not Path("dvc.yaml").is_file():
-        raise SecateurError(
-            f"no dvc.yaml here; run `secateur {command.name}` in the root of a project"
-        )
+    if command.in_project:
+        os.chdir(_project_root(command.name))
     module, _, function = command.handler.partition(":")
     try:
         handler = getattr(importlib.import_module(module), function)
@@ -182,6 +180,20 @@ def _run(command: Command, options: argparse.Namespace) -> None:
             f"`secateur {command.name}` needs {error.name}, which is not installed: "
             "pip install 'secateur[pipeline]'"
         ) from None
+
+
+def _project_root(command: str) -> Path:
+    """The folder of the project around the current one; SecateurError if there is none.
+
+    stages/sensitivity has a dvc.yaml too, but no params.yaml.
+    """
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        if all((folder / name).is_file() for name in ("dvc.yaml", "params.yaml")):
+            return folder
+    if not Path("dvc.yaml").is_file():
+        raise SecateurError(f"no dvc.yaml here or above; run `secateur {command}` in a project")
+    return here
 
 
 def _fail(message: str, status: int) -> NoReturn:

@@ -147,9 +147,19 @@ def test_pruned_and_masked_network_compute_the_same(net, name):
 def test_the_result_is_what_the_settings_ask_for(net):
     result = secateur.prune(net, IMAGES, half())
     assert (result.model.conv1.out_channels, result.model.conv2.out_channels) == (6, 12)
-    assert result.parameters[0] == sum(p.numel() for p in net.parameters())
+    before, after = (sum(p.numel() for p in m.parameters()) for m in (net, result.model))
+    assert result.parameters == (before, after) and result.compression == before / after
     assert result.notes["ratio_reached"] == 0.5
     assert str(result).startswith("magnitude(ratios=0.5): ")
+
+
+def test_norms_over_several_gpus_are_pruned_as_others_are(net):
+    nn.init.uniform_(net.norm.running_mean, -1, 1)
+    synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(net))
+    ordinary, found = (secateur.prune(model, IMAGES, half()) for model in (net, synchronised))
+    assert found.model.norm.num_features == 6
+    for name, tensor in ordinary.model.state_dict().items():
+        assert torch.equal(tensor, found.model.state_dict()[name]), name
 
 
 def test_single_weights_without_removal_stay_in_place(net):

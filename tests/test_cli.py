@@ -100,7 +100,7 @@ def test_a_mistake_is_one_line_and_status_1(tmp_path):
     outside = secateur("recipe", cwd=tmp_path, PYTHONPATH=str(ROOT))
     assert outside.returncode == 1
     assert outside.stderr == (
-        "error: no dvc.yaml here; run `secateur recipe` in the root of a project\n"
+        "error: no dvc.yaml here or above; run `secateur recipe` in a project\n"
     )
 
 
@@ -148,6 +148,20 @@ def test_in_a_project_its_own_code_runs_although_a_package_is_installed(places, 
     installed = {"PYTHONPATH": str(places / "site")}
     done = run(sys.executable, *command, cwd=places / "project", **installed)
     assert done.stdout == "secateur 0+project\n", done.stderr
+
+
+def test_within_a_project_its_root_is_found(places):
+    folder = places / "project/stages/sensitivity"
+    folder.mkdir()
+    (folder / "dvc.yaml").write_text("stages: {}\n")
+    command = (sys.executable, places / "bin/secateur")
+    installed = {"PYTHONPATH": str(places / "site")}
+    done = run(*command, "--version", cwd=folder, **installed)
+    assert done.stdout == "secateur 0+project\n", done.stderr
+    for name in ("params.yaml", "recipes"):
+        (places / "project" / name).symlink_to(ROOT / name)
+    listed = run(*command, "recipe", cwd=folder, **installed)
+    assert "mnist-lenet300-element" in listed.stdout and not listed.stderr
 
 
 def test_elsewhere_the_installed_package_runs(places):

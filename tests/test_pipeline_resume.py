@@ -3,8 +3,6 @@
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -21,14 +19,7 @@ def test_killed_stages_end_with_the_same_bytes(project, tmp_path):
     moments, kills = random.Random(0), 0
     for _ in range(3):
         states = project.saved_states("baseline")
-        process = subprocess.Popen(
-            [sys.executable, "-m", "stages.baseline"],
-            cwd=project.path,
-            env=project.env(),
-            stdout=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
+        process = project.start("baseline")
         while process.poll() is None and project.saved_states("baseline") == states:
             time.sleep(0.02)
         time.sleep(moments.uniform(0, 0.3))
@@ -50,14 +41,7 @@ def test_a_damaged_state_and_notes_start_the_stage_again(project, tmp_path):
     for copy in (project, undisturbed):
         copy.params(baseline__epochs=200, seed=6)
     undisturbed.stage("baseline")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "stages.baseline"],
-        cwd=project.path,
-        env=project.env(),
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    process = project.start("baseline")
     while process.poll() is None and not project.saved_states("baseline"):
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
@@ -75,16 +59,7 @@ def test_a_damaged_state_and_notes_start_the_stage_again(project, tmp_path):
 
 def test_twins_train_once(project):
     project.params(seed=7, baseline__epochs=60)
-    started = [
-        subprocess.Popen(
-            ["python", "-m", "stages.baseline"],
-            cwd=project.path,
-            env=project.env(),
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for _ in range(2)
-    ]
+    started = [project.start("baseline") for _ in range(2)]
     logs = [process.communicate(timeout=600)[0] for process in started]
     assert [process.returncode for process in started] == [0, 0]
     assert sum("kept" in log for log in logs) == 1, logs

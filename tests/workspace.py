@@ -64,6 +64,13 @@ class Project:
     def stage(self, name, **options):
         return self.run("python", "-m", f"stages.{name}", **options)
 
+    def start(self, name):
+        """Start a stage in a process group of its own, and do not wait for it."""
+        return subprocess.Popen(
+            [sys.executable, "-m", f"stages.{name}"], cwd=self.path, env=self.env(), text=True,
+            stdout=subprocess.PIPE, start_new_session=True,
+        )  # fmt: skip
+
     def stage_here(self, name, *arguments, ok=True, **env):
         """Run a stage as `stage` does, but in this process: for what ends before any training."""
         output, status = io.StringIO(), None

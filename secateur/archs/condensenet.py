@@ -63,4 +63,4 @@ def build(settings: Settings, classes: int, shape: tuple[int, int, int]) -> nn.M
         )
         modules[f"layer{number}"] = nn.Sequential(*added)
         width += count * growth
-    return blocks.HeNormalZeroBias(**modules, **blocks.activated_head(width, classes))
+    return blocks.ConvNetZeroBias(**modules, **blocks.activated_head(width, classes))

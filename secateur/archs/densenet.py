@@ -78,7 +78,7 @@ def build(settings: Settings, classes: int, shape: tuple[int, int, int]) -> nn.M
             kept = max(1, math.floor(width * settings.compression))
             modules[f"transition{number}"] = _transition(width, kept)
             width = kept
-    return blocks.HeNormal(**modules, **blocks.activated_head(width, classes))
+    return blocks.ConvNet(**modules, **blocks.activated_head(width, classes))
 
 
 def _transition(inputs: int, outputs: int) -> nn.Sequential:

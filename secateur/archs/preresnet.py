@@ -76,7 +76,7 @@ def build(settings: Settings, classes: int, shape: tuple[int, int, int]) -> nn.M
     """
     count = settings.blocks_in_a_stage()
     block, expansion = (Basic, 1) if settings.block == "basic" else (Bottleneck, blocks.EXPANSION)
-    return blocks.HeNormal(
+    return blocks.ConvNet(
         conv1=blocks.conv3x3(shape[0], 16),
         layer1=blocks.stage(count, 16, 16 * expansion, 1, block),
         layer2=blocks.stage(count, 16 * expansion, 32 * expansion, 2, block),

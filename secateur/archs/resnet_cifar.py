@@ -44,7 +44,7 @@ def build(settings: Settings, classes: int, shape: tuple[int, int, int]) -> nn.M
             return blocks.Basic(inputs, outputs, stride, shortcut)
         return blocks.Bottleneck(inputs, outputs // expansion, outputs, stride, shortcut)
 
-    return blocks.HeNormal(
+    return blocks.ConvNet(
         conv1=blocks.conv3x3(shape[0], 16),
         bn1=nn.BatchNorm2d(16),
         relu1=nn.ReLU(),

@@ -41,7 +41,7 @@ class Settings(Strict):
         return blocks.blocks_per_stage(self.depth, 9, 2, "ResNeXts")
 
 
-class ResNeXt(blocks.HeNormal):
+class ResNeXt(blocks.ConvNet):
     """The classifier's initial weights are He-normal too, by fan-in, its bias is zero."""
 
     def reset_parameters(self) -> None:

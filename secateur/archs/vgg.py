@@ -54,7 +54,7 @@ class Settings(Strict):
         return pools
 
 
-class VGG(blocks.HeNormal):
+class VGG(blocks.ConvNet):
     """The classifier's initial weights are normal with standard deviation 0.01, its bias zero."""
 
     def reset_parameters(self) -> None:

@@ -89,7 +89,7 @@ def build(settings: Settings, classes: int, shape: tuple[int, int, int]) -> nn.M
             return IdentityBlock(inputs, settings.dropout)
         return ProjectionBlock(inputs, outputs, stride, settings.dropout)
 
-    return blocks.HeNormalZeroBias(
+    return blocks.ConvNetZeroBias(
         conv1=blocks.conv3x3(shape[0], 16),
         layer1=blocks.stage(count, 16, 16 * widen, 1, block),
         layer2=blocks.stage(count, 16 * widen, 32 * widen, 2, block),

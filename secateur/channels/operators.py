@@ -61,7 +61,7 @@ OPERATORS: dict[Key, Operator] = _table(
     # normalisations, and others that have entries for channels
     (
         Operator(norms.batch_norm_module, scales_channels=True),
-        (nn.BatchNorm1d, nn.BatchNorm2d, nn.InstanceNorm2d),
+        (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.InstanceNorm2d),
     ),
     (Operator(norms.batch_norm, raw=True, parametric=True), ("batch_norm",)),
     (Operator(norms.layer_norm_module), (nn.LayerNorm,)),

@@ -6,8 +6,8 @@ from secateur.base.errors import PruningError
 from secateur.nn.layers import ChannelSelect
 from secateur.sparsity.masks import LAYERS
 
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.InstanceNorm2d, nn.LayerNorm, nn.GroupNorm)
-_LEAVES = (*LAYERS, *_NORMS)
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.InstanceNorm2d)
+_LEAVES = (*LAYERS, *_BATCH_NORMS, nn.LayerNorm, nn.GroupNorm)
 """Types whose plain subclasses, without methods of their own, are leaves as well."""
 
 

@@ -21,8 +21,8 @@ EXPANSION = 4
 """Outputs of a bottleneck per inner channel."""
 
 
-class HeNormal(nn.Sequential):
-    """Sequence of layers whose convolutions have the initial weights of He et al.
+class ConvNet(nn.Sequential):
+    """Convolutional network: layers in sequence, with the initial weights of He et al.
 
     Normal with variance 2 / fan-out, biases zero; other layers are initialised as torch does.
     Source: K. He, X. Zhang, S. Ren, J. Sun, Delving deep into rectifiers, ICCV 2015. The fan-out is
@@ -44,8 +44,8 @@ class HeNormal(nn.Sequential):
                     nn.init.zeros_(module.bias)
 
 
-class HeNormalZeroBias(HeNormal):
-    """HeNormal whose classifier `fc` has an initial bias of zero."""
+class ConvNetZeroBias(ConvNet):
+    """ConvNet whose classifier `fc` has an initial bias of zero."""
 
     def reset_parameters(self) -> None:
         """Draw the weights of all convolutions, and set the classifier's bias to zero."""

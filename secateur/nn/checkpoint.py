@@ -84,7 +84,8 @@ class Checkpoint:
             _check_memory(self.header)
             model = build_architecture(self.header)
         except (SecateurError, RuntimeError, ValueError, MemoryError) as error:
-            raise CheckpointError(f"{where}{cut(str(error), 300)}") from None
+            reason = str(error).removeprefix(f"{settings.FILE}: ")  # here they are the header's
+            raise CheckpointError(f"{where}{cut(reason, 300)}") from None
         return self.fill(model, f"{where}its tensors do not fit architecture '{self.header.arch}'")
 
     def fill(self, model: nn.Module, message: str) -> nn.Module:

@@ -209,7 +209,7 @@ def reached(notes: Mapping[str, float], unit: str = "channels") -> None:
 def outputs(rows: Sequence[tuple[str, int, int]]) -> None:
     """Print a table of the outputs of each layer, before and after pruning."""
     table = Table(box=None, pad_edge=False)
-    for heading in ("layer", "outputs", "left", ""):
+    for heading in ("layer", "outputs", "remaining", ""):
         table.add_column(heading, justify="left" if heading in ("layer", "") else "right")
     for name, count, left in rows:
         table.add_row(name, str(count), str(left), "" if left == count else f"{left / count:.0%}")
@@ -251,7 +251,14 @@ def summary(report: Mapping[str, Any], asked: str, store: str | None) -> None:
     """Print the closing table: every model of the chain, what was asked, what was reached."""
     about = f"{report['arch']} on {report['dataset']}, seed {report['seed']}"
     table = Table(title=about, title_justify="left", title_style="bold")
-    for heading in ("model", "test accuracy", "non-zero", "of params", "MACs left", "latency ms"):
+    for heading in (
+        "model",
+        "test accuracy",
+        "non-zero",
+        "of params",
+        "remaining MACs",
+        "latency ms",
+    ):
         table.add_column(heading, justify="left" if heading == "model" else "right")
     for model in MODELS.values():
         row = report[model.key]

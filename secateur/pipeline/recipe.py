@@ -277,14 +277,14 @@ def show(recipe: Recipe, seeds: Sequence[int], reports: Sequence[dict[str, Any]]
         "dense error %": lambda r: 100 * (1 - r["baseline"]["accuracy"]),
         "error %": lambda r: 100 * (1 - r["finetuned"]["accuracy"]),
         "compression x": lambda r: r["compression"],
-        "MACs left": lambda r: r["finetuned"]["macs"],
+        "remaining MACs": lambda r: r["finetuned"]["macs"],
         "MACs, dense kernels": lambda r: r["finetuned"]["macs_dense"],
         "speed-up x": lambda r: r["measured_speedup"],
         "seconds": lambda r: sum(r["seconds"].values()),
     }
     values = {heading: [read(report) for report in reports] for heading, read in columns.items()}
     table = Table(title=f"{recipe.name}: {recipe.about}", title_justify="left")
-    for heading in ("seed", *columns, "alive outputs"):
+    for heading in ("seed", *columns, "remaining outputs"):
         table.add_column(heading, justify="right")
     for number, (seed, report) in enumerate(zip(seeds, reports, strict=True)):
         cells = [_words(column[number]) for column in values.values()]

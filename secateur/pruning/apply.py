@@ -19,6 +19,7 @@ class PrunedNetwork:
     """A pruned network, and how far its outputs are from those of the masked one."""
 
     model: nn.Module
+    """The compact network, in eval mode."""
     masks: Masks
     """Parameter name -> True where the entry is kept; in the shapes after the removal."""
     differences: Mapping[str, float] = field(default_factory=dict)
