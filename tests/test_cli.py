@@ -173,7 +173,7 @@ def test_elsewhere_the_installed_package_runs(places):
 
 def test_make_puts_a_launcher_beside_python_and_does_not_install_the_package():
     makefile = (ROOT / "Makefile").read_text()
-    assert "-m secateur" in makefile and "pip install --quiet $(LOCKED) --group dev" in makefile
+    assert "-m secateur" in makefile and "pip install --quiet $(LOCKED) --group run" in makefile
     assert "pip install ." not in makefile and "pip install -e" not in makefile
 
 
