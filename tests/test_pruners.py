@@ -17,7 +17,8 @@ from secateur.base.errors import PruningError
 from secateur.base.settings import Train
 from secateur.data import dataset
 from secateur.nn import checkpoint
-from secateur.pruning.decision import PruningContext
+from secateur.pruning.apply import apply_decision
+from secateur.pruning.decision import PruningContext, PruningDecision
 from secateur.sparsity import masks
 from secateur.training import loop
 from secateur.training.callbacks import Callback
@@ -74,7 +75,11 @@ def variants(name):
         if get_origin(field.annotation) is Literal
         for choice in get_args(field.annotation)
     ]
-    return [schema(**chosen) for chosen in [{}, *choices]]
+    needed = {"isomorphic": {"granularity": "group"}}
+    return [
+        schema(**chosen, **next((needed[v] for v in chosen.values() if v in needed), {}))
+        for chosen in [{}, *choices]
+    ]
 
 
 def test_threshold_keeps_what_is_as_large_as_the_threshold():
@@ -137,11 +142,15 @@ def test_a_higher_sensitivity_prunes_more_and_never_brings_anything_back(name):
 def test_masks_cover_exactly_the_prunable_tensors(name, arch):
     model = network(arch)
     layers = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    norms = [n for n, m in model.named_modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)]
     kinds = {"weights": ["weight"], "weights_and_biases": ["weight", "bias"]}
     parameters = dict(model.named_parameters())
     for chosen in variants(name):
         found = plugin.load("pruners", name).prune(chosen, subject(model)).masks
-        expected = {f"{layer}.{kind}" for layer in layers for kind in kinds[chosen.scope]}
+        if chosen.scope == "weights_and_scales":
+            expected = {f"{module}.weight" for module in (*layers, *norms)}
+        else:
+            expected = {f"{layer}.{kind}" for layer in layers for kind in kinds[chosen.scope]}
         assert set(found) == expected & set(parameters)
         for key, mask in found.items():
             assert mask.dtype == torch.bool
@@ -152,6 +161,25 @@ def test_only_convolutions_and_linear_layers_are_prunable():
     model = nn.Sequential(nn.Conv2d(1, 2, 3, bias=False), nn.BatchNorm2d(2), nn.Linear(2, 2))
     assert set(masks.prunable(model, "weights_and_biases")) == {"0.weight", "2.weight", "2.bias"}
     assert set(masks.prunable(model, "weights")) == {"0.weight", "2.weight"}
+    scales = masks.prunable(model, "weights_and_scales")
+    assert set(scales) == {"0.weight", "1.weight", "2.weight"}
+
+
+@pytest.mark.parametrize("name", GRADED)
+def test_small_scales_are_pruned_with_their_channels_and_the_network_stays_equal(name):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.Flatten(),
+        nn.Linear(64, 3),
+    ).eval()  # fmt: skip
+    model[1].weight.data = torch.tensor([1.0, 1e-5, -1.0, 1.0, -1e-5, 1.0])
+    model[1].bias.data.normal_()
+    found = prune(name, model, sensitivity=1e-3, scope="weights_and_scales")
+    assert found["1.weight"].tolist() == [True, False, True, True, False, True]
+    images = torch.randn(3, 1, 8, 8)
+    pruned = apply_decision(model, PruningDecision(found), images)
+    assert pruned.model[0].weight.shape[0] == 4, "a channel without a scale is constant"
+    assert pruned.differences["difference_float64"] <= 1e-9
 
 
 @pytest.mark.parametrize("arch", ARCHS)

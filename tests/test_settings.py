@@ -103,7 +103,7 @@ MISTAKES = [  # key, value, what the line must hold beside both
     ("penalties.hoyer_square.biases", "perhaps", "valid boolean"),
     ("pruners.std.sensitivity", -1, "greater than or equal to 0"),
     ("pruners.std.sensitivity", True, "a number is needed"),
-    ("pruners.std.scope", "biases", "'weights' or 'weights_and_biases'"),
+    ("pruners.std.scope", "biases", "'weights', 'weights_and_biases' or 'weights_and_scales'"),
 ]
 TRAINING_MISTAKES = [
     ("epochs", -1, "greater than or equal to 0"),

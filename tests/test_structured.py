@@ -111,6 +111,36 @@ def test_inner_scales_are_those_of_channels_that_one_layer_makes_and_all_read_sc
     assert set(scales.prunable_norms(zoo(arch, **chosen), "skip")) == names
 
 
+@pytest.mark.parametrize(
+    ("depth", "coupled", "count"),
+    [(18, "blocks", 1920), (50, "blocks", 7552), (50, "skip", 7616)],  # counts of classifier-pruner
+)
+def test_scales_inside_blocks_are_those_of_the_original_code(depth, coupled, count):
+    module = plugin.load("archs", "resnet_slim")
+    with torch.device("meta"):
+        model = module.build(module.Settings(depth=depth), 10, (3, 32, 32))
+    found = scales.prunable_norms(model, coupled)
+    assert sum(norm.num_features for norm in found.values()) == count
+    assert ("bn1" in found) == (coupled == "skip" and depth == 50)
+
+
+def test_without_blocks_all_scales_are_inside():
+    model = zoo("vgg", depth=11, pools=[1, 2, 3])
+    names = [set(scales.prunable_norms(model, coupled)) for coupled in ("skip", "blocks")]
+    assert names[0] == names[1] != set()
+
+
+def test_the_pruner_leaves_the_stem_alone_and_rounds_down_as_the_original_code():
+    model = zoo("resnet_slim", depth=50)
+    found = slim(model, ratio=0.3, coupled="blocks")
+    assert found.notes["scales"] == 7552
+    assert found.channels and all(name.startswith("layer") for name in found.channels)
+    model = toy(a=tuple(0.01 * k for k in range(1, 11)), b=(1.0, 2.0, 3.0))
+    left = [10 - len(slim(model, ratio=0.9, keep_at_least=0.25, keep_rounds=r).channels["conv2"])
+            for r in (None, "up", "down")]  # fmt: skip
+    assert left == [3, 3, 2]
+
+
 class PreActivation(nn.Module):
     """The shortcut reads raw what the norm beside it scales; the last norm scales what is read."""
 

@@ -8,7 +8,7 @@ only consumer of a ChannelSelect, as at the entrance of a pre-activation block, 
 what its block reads, coupled or not.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,9 +21,11 @@ from secateur.channels.trace import trace
 from secateur.nn.layers import ChannelSelect
 from secateur.nn.norms import Norm, scaled_norms
 from secateur.sparsity.masks import LAYERS
+from secateur.sparsity.positions import BLOCK
 
-Coupled = Literal["skip", "include"]
-"""Whether scales in coupled regions are left out, or included."""
+Coupled = Literal["skip", "include", "blocks"]
+"""Whether scales in coupled regions are left out, or included; blocks: left out, and so are those
+outside of residual blocks, if the network has any."""
 
 Modules = dict[str, nn.Module]
 """By path."""
@@ -78,7 +80,15 @@ def prunable_norms(model: nn.Module, coupled: Coupled) -> dict[str, Norm]:
         return norms
     scales = norm_scales(model, trace(model))
     alone = {scale.name for scale in scales if scale.gates and not scale.coupled}
+    if coupled == "blocks":
+        alone = inside_blocks(alone)
     return {name: norm for name, norm in norms.items() if name in alone}
+
+
+def inside_blocks(names: Iterable[str]) -> set[str]:
+    """The modules of residual blocks (`layer1.0.bn1`); all of them where no name is of a block."""
+    every = set(names)
+    return {name for name in every if BLOCK.fullmatch(name)} or every
 
 
 def norm_scales(model: nn.Module, fx_graph: fx.Graph) -> list[NormScale]:

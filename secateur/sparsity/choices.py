@@ -60,10 +60,13 @@ def choose(score: Tensor, number: int, pick: Pick = "min", seed: int = 0) -> Ten
 
 
 def choose_smallest(score: Tensor, number: int) -> Tensor:
-    """What `choose` returns for scores that all differ, without sorting all of them."""
+    """What `choose` returns for the lowest scores, without sorting all of them."""
     if not number:
         return torch.zeros_like(score, dtype=torch.bool)
-    return score <= score.flatten().kthvalue(number).values
+    flat = score.flatten()
+    largest = flat.kthvalue(number).values
+    below, equal = flat < largest, flat == largest
+    return (below | (equal & (equal.cumsum(0) <= number - below.sum()))).view(score.shape)
 
 
 def ranks(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:

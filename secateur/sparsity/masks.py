@@ -8,12 +8,14 @@ from torch import Tensor, nn
 
 from secateur.base.errors import PruningError
 
-Scope = Literal["weights", "weights_and_biases"]
-"""Which parameters of convolutions and linear layers are pruned."""
+Scope = Literal["weights", "weights_and_biases", "weights_and_scales"]
+"""Which parameters are pruned: weights of convolutions and linear layers, their biases too, or the
+scales of batch normalisations too."""
 Masks = dict[str, Tensor]
 """Parameter name -> boolean tensor of its shape, True where the entry is kept."""
 
 LAYERS = (nn.Conv2d, nn.Linear)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
 def layers(model: nn.Module) -> dict[str, nn.Conv2d | nn.Linear]:
@@ -22,12 +24,14 @@ def layers(model: nn.Module) -> dict[str, nn.Conv2d | nn.Linear]:
 
 
 def prunable(model: nn.Module, scope: Scope) -> dict[str, nn.Parameter]:
-    """Parameters in scope of convolutions and linear layers, by name."""
-    kinds = ("weight",) if scope == "weights" else ("weight", "bias")
+    """Parameters in scope, by name, in the order of the modules."""
+    types = (*LAYERS, *NORMS) if scope == "weights_and_scales" else LAYERS
+    kinds = ("weight", "bias") if scope == "weights_and_biases" else ("weight",)
     return {
         f"{name}.{kind}": parameter
-        for name, layer in layers(model).items()
-        for kind, parameter in layer.named_parameters(recurse=False)
+        for name, module in model.named_modules()
+        if isinstance(module, types)
+        for kind, parameter in module.named_parameters(recurse=False)
         if kind in kinds
     }
 
