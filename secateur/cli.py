@@ -58,6 +58,28 @@ def _libraries(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _predict(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help=".safetensors, .onnx or .pt2 file, or a folder with one")
+    parser.add_argument("image", nargs="+", help="pictures, and folders of pictures")
+    parser.add_argument("--json", action="store_true", help="print one JSON list")
+    parser.add_argument(
+        "--top", type=_positive, default=1, metavar="N", help="classes for each picture; default: 1"
+    )
+    parser.add_argument(
+        "--resize",
+        type=_positive,
+        metavar="PIXELS",
+        help="of the shorter side, before the centre is cut out; default: what the file says",
+    )
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value}: at least 1 is needed")
+    return value
+
+
 def _completion(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("shell", choices=("bash", "zsh", "tcsh"))
 
@@ -96,6 +118,18 @@ COMMANDS = (
         "Results depend on the versions of torch and torchvision, so a stage only runs with those\n"
         "that params.yaml names. After --update, `dvc status` lists what `dvc repro` will make\n"
         "again.",
+    ),
+    Command(
+        "predict",
+        "name the classes of pictures, by a checkpoint or an exported file",
+        "secateur.deploy.predict:command",
+        _predict,
+        "A picture of another size than the network's is resized and its centre is cut out.\n\n"
+        "examples:\n"
+        "  secateur predict models/finetuned pictures/\n"
+        "  secateur predict models/export/model.onnx a.png b.png --top 3\n"
+        "  secateur predict models/export/model.pt2 pictures/ --json",
+        in_project=False,
     ),
     Command(
         "completion",

@@ -1,39 +1,372 @@
 """Exported files: equal to the network for every architecture, equal in bytes, free of pickles."""
 
+import copy
+import signal
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
+from cutting import at_random, randomise
 from test_channels_zoo import SMALL, graph
+from torch import nn
 
+from secateur.base import files, optional, plugin
+from secateur.base.errors import CheckpointError, SecateurError
+from secateur.channels.graph import build_channel_graph
 from secateur.data.dataset import DatasetInfo, InMemoryImages
-from secateur.deploy import export, parity
+from secateur.deploy import export, metadata, parity, pt2_archive
+from secateur.deploy.export import PixelNetwork
 from secateur.deploy.metadata import Metadata
 from secateur.deploy.runtimes import open_model
+from secateur.nn.layers import ChannelSelect, IndexedConv2d
+from secateur.pruning import removal
+
+pytest.importorskip("onnxscript")
+ROOT = Path(__file__).resolve().parents[1]
+CLASSES = ["a", "b", "c", "d"]
+SMALLEST = [
+    ("lenet300", {"hidden": [9, 7]}, (1, 8, 8)),
+    ("lenet5", {"filters": [5, 6], "hidden": 8}, (1, 8, 8)),
+    ("resnet_cifar", {"depth": 8}, (3, 7, 9)),  # a shortcut that pads with zeros
+    ("preresnet", {"depth": 8, "block": "basic"}, (3, 8, 8)),
+    ("resnet_slim", {"depth": 18}, (3, 8, 8)),
+    ("resnext", {"depth": 11, "cardinality": 4, "base_width": 4, "widen": 1}, (3, 8, 8)),
+    ("wide_resnet", {"depth": 10, "widen": 1}, (3, 8, 8)),
+    ("densenet", {"depth": 7, "growth": 4}, (3, 8, 8)),
+    ("condensenet", {"stages": [1, 1, 1], "growth": [2, 4, 8], "groups": 2}, (3, 8, 8)),
+    ("vgg", {"depth": 11, "pools": [1, 2, 4]}, (3, 8, 8)),
+    ("alexnet_cifar", {}, (3, 32, 32)),
+    ("torchvision", {"name": "squeezenet1_1"}, (3, 32, 32)),
+]
+"""Every architecture in a form with few layers: exporting takes a tenth of a second for each."""
 
 
 def about(shape, **changes):
     fields = {
-        "classes": ["a", "b", "c", "d"], "shape": list(shape), "mean": [0.4], "std": [0.2],
+        "classes": CLASSES, "shape": list(shape), "mean": [0.4], "std": [0.2], "resize": None,
         "preprocessing": "outside", "sha256": "0" * 64, "arch": "any", "split": "s",
     }  # fmt: skip
     return Metadata(**(fields | changes))
 
 
-def images(shape, count=9, seed=0):
+def pictures(shape, count=9, seed=0):
     """A split of random pixels, and what is known about it."""
     chance = torch.Generator().manual_seed(seed)
     pixels = torch.randint(256, (count, *shape[1:], shape[0]), generator=chance, dtype=torch.uint8)
     labels = torch.randint(4, (count,), generator=chance)
     split = InMemoryImages.from_pixels(pixels, labels)
-    info = DatasetInfo("x", ["a", "b", "c", "d"], list(shape), [0.4], [0.2], "s", {"test": count})
+    info = DatasetInfo("x", CLASSES, list(shape), [0.4], [0.2], "s", {"test": count})
     return split, info
 
 
-@pytest.mark.parametrize(("arch", "chosen", "shape"), SMALL, ids=str)
-def test_both_files_of_every_network_compute_what_it_computes(arch, chosen, shape, tmp_path):
-    model = graph(arch, chosen, shape).float()
-    paths = export.write(model, shape, about(shape), tmp_path)
+def proved(model, shape, folder, **options):
+    """Write both files, open them, and compare them with the network."""
+    paths = export.write(model, shape, about(shape), folder)
     opened = {path.name: open_model(path) for path in paths.values()}
-    split, info = images(shape)
-    found = parity.verify(model, opened, split, info)
+    found = parity.verify(model, opened, *pictures(shape), **options)
     assert set(found) == {"model.onnx", "model.pt2"}
-    assert all(0 <= result.difference <= 1e-5 for result in found.values())
+    for result in found.values():
+        assert 0 <= result.difference <= 1e-5 and result.ties == 0
+    return opened
+
+
+def test_every_architecture_is_here():
+    own = {arch for arch, *_ in SMALLEST}
+    assert own == set(plugin.names("archs")) - {"module", "timm"}, "module: the user's own"
+
+
+@pytest.mark.parametrize(("arch", "chosen", "shape"), SMALLEST, ids=[a for a, *_ in SMALLEST])
+def test_both_files_of_every_network_compute_what_it_computes(arch, chosen, shape, tmp_path):
+    proved(graph(arch, chosen, shape).float(), shape, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("arch", "chosen", "shape"), SMALL, ids=str)
+def test_both_files_of_the_larger_forms(arch, chosen, shape, tmp_path):
+    proved(graph(arch, chosen, shape).float(), shape, tmp_path)
+
+
+def after_surgery():
+    """A network that has lost channels: its shortcut selects some and puts zeros between them."""
+    shape = (3, 8, 8)
+    model = graph("resnet_cifar", {"depth": 8}, shape)
+    batch = torch.randn(2, *shape, dtype=torch.float64)
+    found = build_channel_graph(model, batch)
+    model = removal.remove(model, at_random(found, 3), batch).model
+    selects = [m for m in model.modules() if isinstance(m, ChannelSelect)]
+    assert any(m._zeros and m._padding is None for m in selects), "no mere padding"
+    return model
+
+
+def with_groups():
+    """Convolutions with groups that have an index before, after, and at both ends."""
+    chance = torch.Generator().manual_seed(4)
+    layers = [ChannelSelect([0, 1, 2, 0, 1, 2])]
+    for ends in ((True, False), (False, True), (True, True)):
+        order = [torch.randperm(6, generator=chance) if end else None for end in ends]
+        weight = torch.randn(6, 3, 3, 3, generator=chance)
+        layers += [IndexedConv2d.from_conv(nn.Conv2d(6, 6, 3), weight, None, 2, *order), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(1), nn.Linear(6, 4))
+
+
+@pytest.mark.parametrize("make", [after_surgery, with_groups])
+def test_both_files_of_a_network_after_surgery_and_with_group_convolutions(make, tmp_path):
+    proved(make().float(), (3, 8, 8), tmp_path)
+
+
+def small():
+    torch.manual_seed(0)
+    conv, norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+    model = nn.Sequential(conv, norm, nn.ReLU(), nn.Flatten(1), nn.Linear(4 * 16, 4))
+    return randomise(model, 1).eval()
+
+
+SHAPE = (3, 6, 6)
+
+
+def test_pixels_are_normalised_inside(tmp_path):
+    """The file gives for pixels what the network gives for normalised images."""
+    mean, std = [0.1, 0.5, 0.9], [0.2, 0.3, 0.4]
+    opened = proved(PixelNetwork(small(), mean, std), SHAPE, tmp_path, pixels=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (5, *SHAPE)).astype(np.float32)
+    images = (pixels / 255 - np.reshape(mean, (3, 1, 1))) / np.reshape(std, (3, 1, 1))
+    with torch.no_grad():
+        wanted = small().double()(torch.from_numpy(images)).numpy()
+    for run in opened.values():
+        np.testing.assert_allclose(run(pixels), wanted, rtol=0, atol=1e-5 * abs(wanted).max())
+
+
+def test_equal_networks_are_equal_bytes_without_paths_of_this_machine(tmp_path):
+    written = []
+    for _ in range(2):
+        program = export.trace(small(), SHAPE)
+        said = about(SHAPE)
+        written.append((export.onnx_bytes(program, said), export.pt2_bytes(program, said)))
+        torch.manual_seed(len(written))
+    assert written[0] == written[1]
+    for content in written[0]:
+        assert b"site-packages" not in content and str(ROOT).encode() not in content
+    other = small()
+    with torch.no_grad():
+        other[4].bias[0] += 1
+    program = export.trace(other, SHAPE)
+    assert export.onnx_bytes(program, about(SHAPE)) != written[0][0]
+    assert export.pt2_bytes(program, about(SHAPE)) != written[0][1]
+
+
+def test_the_network_is_left_as_it_is():
+    model = small().double().train()
+    before = copy.deepcopy(model.state_dict())
+    export.trace(model, SHAPE)
+    assert model.training and model[0].weight.dtype == torch.float64
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exported")
+    said = about(SHAPE, classes=["ä", "b c", '"', "d"], experiment="one", resize=7)
+    return export.write(small(), SHAPE, said, folder), said
+
+
+def test_both_files_say_what_they_are(exported):
+    paths, said = exported
+    assert [metadata.read(path) for path in paths.values()] == [said, said]
+
+
+def test_an_onnx_file_is_described_for_those_who_know_only_onnx(exported):
+    import onnx
+
+    model = onnx.load(exported[0][".onnx"])
+    onnx.checker.check_model(model, full_check=True)
+    (images,), (logits,) = model.graph.input, model.graph.output
+    sizes = [d.dim_param or d.dim_value for d in images.type.tensor_type.shape.dim]
+    assert (images.name, sizes) == ("images", ["batch", *SHAPE])
+    sizes = [d.dim_param or d.dim_value for d in logits.type.tensor_type.shape.dim]
+    assert (logits.name, sizes) == ("logits", ["batch", 4])
+    keys = [entry.key for entry in model.metadata_props]
+    assert keys == sorted(keys) and {"classes", "mean", "std", "sha256"} <= set(keys)
+
+
+# ---- what is not as it must be -----------------------------------------------------------------
+
+
+def test_a_file_of_another_network_is_noticed(tmp_path, exported):
+    opened = {path.name: open_model(path) for path in exported[0].values()}
+    other = small()
+    with torch.no_grad():
+        other[4].weight[2, 5] += 0.001
+    with pytest.raises(SecateurError, match=r"model.onnx: outputs differ .* nothing was written"):
+        parity.verify(other, opened, *pictures(SHAPE))
+
+
+class Late(nn.Module):
+    """Right for the images that are compared number by number, wrong for a later one."""
+
+    def __init__(self, model, bad):
+        super().__init__()
+        self.model, self.bad = model, bad
+
+    def __call__(self, images):
+        with torch.inference_mode():
+            logits = self.model(torch.from_numpy(images)).numpy().copy()
+        same = (np.abs(images - self.bad) < 1e-6).all((1, 2, 3))
+        logits[same] = -logits[same]
+        return logits
+
+
+def test_one_image_of_another_class_is_noticed_wherever_it_is():
+    split, info = pictures(SHAPE, count=300)
+    images = next(parity.sequential_batches(split, info, device=torch.device("cpu")))[0]
+    wrong = Late(small(), images[290].numpy())  # beyond the 256 that are compared number by number
+    with pytest.raises(SecateurError, match=r"f: predicts another class .* 1 images"):
+        parity.verify(small(), {"f": wrong}, split, info)
+    right = Late(small(), np.full(SHAPE, 9.0, np.float32))
+    assert parity.verify(small(), {"f": right}, split, info)["f"].difference < 1e-5
+
+
+def test_equal_outputs_are_ties_and_no_difference():
+    """Two classes that only rounding tells apart may be predicted either way."""
+    model = small()
+    with torch.no_grad():
+        model[4].weight[1], model[4].bias[1] = model[4].weight[0], model[4].bias[0]
+        model[4].bias[:2] += 100
+
+    def swapped(images):
+        with torch.inference_mode():
+            return model(torch.from_numpy(images)).numpy()[:, [0, 1, 2, 3]] * np.float32(
+                [1, 1 + 1e-6, 1, 1]
+            )
+
+    split, info = pictures(SHAPE)
+    found = parity.verify(model, {"f": swapped}, split, info)["f"]
+    assert found.ties == 9 and found.difference < 2e-6
+
+
+def test_a_network_that_cannot_be_traced_is_one_line(tmp_path):
+    class Wilful(nn.Module):
+        def forward(self, x):
+            return x.flatten(1) if x.sum() > 0 else -x.flatten(1)
+
+    with pytest.raises(SecateurError, match="the network cannot be exported: ") as error:
+        export.write(Wilful(), SHAPE, about(SHAPE), tmp_path)
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+
+
+def test_nothing_in_the_archive_is_a_pickle(exported):
+    with zipfile.ZipFile(exported[0][".pt2"]) as archive:
+        for item in archive.infolist():
+            content = archive.read(item)
+            assert not content.startswith((b"PK", b"\x80")), item.filename
+            assert b'"use_pickle": true' not in content
+    pt2_archive.check(exported[0][".pt2"])
+
+
+def with_example(path, _source):
+    program = torch.export.export(small(), (torch.zeros(2, *SHAPE),))
+    torch.export.save(program, path)
+
+
+def with_file(name):
+    def change(path, source):
+        path.write_bytes(source.read_bytes())
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.writestr(name, b"\x80\x04.")
+
+    return change
+
+
+def with_flag(path, source):
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(path, "w") as new:
+        for item in old.infolist():
+            content = old.read(item).replace(b'"use_pickle": false', b'"use_pickle": true')
+            new.writestr(item.filename, content)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (with_example, "example inputs as a pickle"),
+        (with_file("archive/data/constants/custom_obj_0"), "custom_obj_0'?, which may be a pickle"),
+        (with_file("elsewhere/model.pt"), "not an archive of torch.export"),
+        (with_flag, "is a pickle; pickles are never loaded"),
+        (lambda path, _: torch.save({"a": 1}, path), "not an archive of torch.export"),
+        (lambda path, _: path.write_bytes(b"PK\x03\x04"), "cannot be opened"),
+    ],
+)
+def test_an_archive_with_a_pickle_is_never_loaded(change, reason, tmp_path, exported):
+    path = tmp_path / "model.pt2"
+    change(path, exported[0][".pt2"])
+    with pytest.raises(CheckpointError, match=reason) as error:
+        open_model(path)
+    assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
+
+
+def test_a_file_of_others_has_no_metadata(tmp_path, exported):
+    import onnx
+
+    model = onnx.load(exported[0][".onnx"])
+    del model.metadata_props[:]
+    onnx.save(model, tmp_path / "model.onnx")
+    with pytest.raises(CheckpointError, match="no metadata of Secateur"):
+        metadata.read(tmp_path / "model.onnx")
+    model.metadata_props.add(key="secateur", value="0.1.0")
+    onnx.save(model, tmp_path / "model.onnx")
+    with pytest.raises(CheckpointError, match="its metadata cannot be read"):
+        metadata.read(tmp_path / "model.onnx")
+
+
+@pytest.mark.parametrize("missing", ["onnx", "onnxscript", "onnxruntime"])
+def test_a_missing_package_is_told_before_anything_is_done(missing, monkeypatch):
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(SecateurError, match=rf"{missing} is needed .*{optional.INSTALL}"):
+        export.check_packages()
+
+
+# ---- all or nothing ----------------------------------------------------------------------------
+
+KILLED = """
+import os, pathlib, signal, sys
+sys.path[:0] = [sys.argv[2]]
+from secateur.base import files
+
+def fill(folder):
+    (folder / "model.onnx").write_text("new")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+files.write_folder(pathlib.Path(sys.argv[1]), fill)
+"""
+
+
+@pytest.mark.parametrize("old", [True, False])
+def test_a_kill_while_the_folder_is_filled_leaves_the_old_one(old, tmp_path):
+    folder = tmp_path / "export"
+    if old:
+        files.write_folder(folder, lambda place: (place / "model.onnx").write_text("old"))
+    done = subprocess.run([sys.executable, "-c", KILLED, str(folder), str(ROOT)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert folder.exists() == old
+    if old:
+        assert [file.read_text() for file in folder.iterdir()] == ["old"]
+    files.write_folder(folder, lambda place: (place / "model.pt2").write_text("newer"))
+    assert [file.name for file in folder.iterdir()] == ["model.pt2"]
+
+
+def test_an_error_while_the_folder_is_filled_leaves_the_old_one_and_nothing_else(tmp_path):
+    folder = tmp_path / "export"
+    files.write_folder(folder, lambda place: (place / "a").write_text("old"))
+
+    def fail(place):
+        (place / "a").write_text("new")
+        raise SecateurError("differs")
+
+    with pytest.raises(SecateurError, match="differs"):
+        files.write_folder(folder, fail)
+    assert (folder / "a").read_text() == "old" and list(tmp_path.iterdir()) == [folder]
+    with pytest.raises(SecateurError, match=r"cannot be written: .*; nothing was changed"):
+        files.write_folder(folder, lambda place: (place / "x/y").write_text(""))
+    assert (folder / "a").read_text() == "old" and list(tmp_path.iterdir()) == [folder]

@@ -5,6 +5,8 @@ from typing import Any
 
 from secateur.base.errors import SecateurError
 
+INSTALL = "in a clone of Secateur `make setup` installs it, elsewhere `pip install"
+
 
 def load(module: str, purpose: str) -> Any:
     """Import an optional package; `purpose` says what it is needed for, as in "to run .onnx files".
@@ -19,6 +21,5 @@ def load(module: str, purpose: str) -> Any:
         if error.name != package:
             raise
         raise SecateurError(
-            f"{package} is needed {purpose} and is not installed; "
-            f"`pip install {package}` installs it"
+            f"{package} is needed {purpose} and is not installed; {INSTALL} {package}`"
         ) from None

@@ -20,6 +20,10 @@ from secateur.base.errors import DataError, shorten
 from secateur.base.stage import raw_folder
 from secateur.data.augment import random_resized_crop
 
+IMAGE_SUFFIXES = {
+    ".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp",
+}  # fmt: skip
+"""Suffixes of image files, in lower case."""
 GREY_MODES = {"1", "L", "LA"}
 """Pillow's modes of images without colour."""
 DEEP_MODES = {"I", "F"}
@@ -240,6 +244,20 @@ def open_image(path: Path, size: int | None = None) -> Iterator[Image.Image]:
         if isinstance(error, UnidentifiedImageError):
             reason = "unknown format"
         raise DataError(f"{path}: not a readable image: {reason}") from None
+
+
+def decode_file(path: Path, view: ImageView) -> np.ndarray:
+    """Decode a picture of any size: uint8, (height, width, channels).
+
+    One of the view's own size is taken as it is; others are resized and cropped as for evaluation.
+    Raises DataError naming the file if it is missing or no readable image.
+    """
+    with open_image(path) as image:
+        converted = _convert(image, view.channels)
+        if image.size != (view.width, view.height):
+            converted = _resize_and_crop(converted, view)
+        pixels = np.asarray(converted)
+    return pixels.reshape(view.height, view.width, view.channels)
 
 
 def _convert(image: Image.Image, channels: int) -> Image.Image:

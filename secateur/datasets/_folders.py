@@ -25,12 +25,15 @@ from secateur.base import machine
 from secateur.base.errors import DataError, cut
 from secateur.base.files import file_size, is_folder
 from secateur.data.dataset import InMemoryImages
-from secateur.data.image_files import GREY_MODES, ImageFileList, ImageView, PackedNames, open_image
+from secateur.data.image_files import (
+    GREY_MODES,
+    IMAGE_SUFFIXES,
+    ImageFileList,
+    ImageView,
+    PackedNames,
+    open_image,
+)
 
-IMAGE_SUFFIXES = {
-    ".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp",
-}  # fmt: skip
-"""Suffixes of image files, in lower case."""
 IGNORED_SUFFIXES = {".txt", ".md", ".csv", ".tsv", ".json", ".xml", ".yaml", ".yml", ".ini", ".db"}
 """Suffixes of files that are ignored, as hidden files are; any other suffix is an error."""
 

@@ -84,6 +84,7 @@ def trace(model: nn.Module, shape: Sequence[int]) -> ExportedProgram:
     SecateurError with torch's reason if the network cannot be traced.
     """
     example, network = torch.zeros(2, *shape), copy.deepcopy(model).eval().cpu().float()
+    network.requires_grad_(False)  # or the exporter prepares for gradients, which takes time
     batch = torch.export.Dim("batch")
     try:
         with _quiet():

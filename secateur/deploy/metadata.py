@@ -1,7 +1,6 @@
 """What an exported file says about itself: classes, normalisation, and where it comes from."""
 
 import json
-import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,12 +12,13 @@ from secateur.base import files, optional
 from secateur.base.documents import parse_json, validated
 from secateur.base.errors import CheckpointError, cut
 from secateur.base.tensor_files import ClassName, Finite, Positive, Shape
+from secateur.deploy import pt2_archive
 from secateur.nn.checkpoint import Header
 
 PT2_FILE = "secateur.json"
 """Name of the metadata in a .pt2 archive, below `extra/`."""
-MAX_JSON = 2**25
-"""Bytes of metadata that are read: 32 MiB."""
+LISTS = ("classes", "shape", "mean", "std", "resize")
+"""Fields that are JSON in an .onnx file, where every property is text."""
 
 Preprocessing = Literal["outside", "inside"]
 
@@ -42,6 +42,8 @@ class Metadata:
     sha256: str
     """Of the safetensors file that the network comes from."""
     arch: str
+    resize: int | None
+    """Pixels of the shorter side before the centre of a picture is cut out; None: the image's."""
     split: str
     """Hash of the images and their division into train, val and test."""
     fingerprint: str = ""
@@ -66,7 +68,12 @@ _METADATA = TypeAdapter(Metadata)
 
 
 def from_header(
-    header: Header, sha256: str, preprocessing: Preprocessing, **origin: str
+    header: Header,
+    sha256: str,
+    preprocessing: Preprocessing,
+    *,
+    resize: int | None = None,
+    **origin: str,
 ) -> Metadata:
     """Metadata of the network of a checkpoint; `origin` has what its run record says."""
     return Metadata(
@@ -77,6 +84,7 @@ def from_header(
         preprocessing=preprocessing,
         sha256=sha256,
         arch=header.arch,
+        resize=resize,
         split=header.split,
         **origin,
     )
@@ -88,23 +96,10 @@ def read(path: Path) -> Metadata:
     Raises CheckpointError, naming the file, if it is missing or was not written by Secateur.
     """
     files.file_size(path, CheckpointError)
-    plain = _from_pt2(path) if path.suffix == ".pt2" else _from_onnx(path)
+    plain = pt2_archive.read_extra(path, PT2_FILE) if path.suffix == ".pt2" else _from_onnx(path)
     if plain is None:
         raise CheckpointError(f"{path}: no metadata of Secateur in it; it was exported otherwise")
     return validated(_METADATA, plain, f"{path}: its metadata cannot be read", CheckpointError)
-
-
-def _from_pt2(path: Path) -> Any:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = [n for n in archive.namelist() if n.endswith(f"/extra/{PT2_FILE}")]
-            if not names:
-                return None
-            if archive.getinfo(names[0]).file_size > MAX_JSON:
-                raise ValueError("metadata of more than 32 MiB")
-            return parse_json(archive.read(names[0]))
-    except (zipfile.BadZipFile, ValueError, OSError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: cannot be opened: {cut(str(error), 200)}") from None
 
 
 def _from_onnx(path: Path) -> Any:
@@ -120,9 +115,6 @@ def _from_onnx(path: Path) -> Any:
     if "secateur" not in found:
         return None
     try:
-        lists = {
-            key: parse_json(found[key].encode()) for key in ("classes", "shape", "mean", "std")
-        }
+        return found | {key: parse_json(found[key]) for key in LISTS}
     except (KeyError, ValueError) as error:
         raise CheckpointError(f"{path}: its metadata cannot be read: {error}") from None
-    return found | lists

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from secateur.base import files, optional
 from secateur.base.errors import SecateurError, cut
+from secateur.deploy import pt2_archive
 
 Runner = Callable[[NDArray[Any]], NDArray[np.float32]]
 """Images (count, channels, height, width), float32 and normalised unless the file normalises them
@@ -42,8 +43,8 @@ def open_model(path: Path, runtime: str | None = None, threads: int = 0) -> Runn
     naming the file, if it is missing, is of another kind, or cannot be opened, and SecateurError
     with the command to install it if the runtime is missing.
 
-    A .pt2 file is a program, and may run any code once it is opened: open those alone that you
-    trust. An .onnx file is data.
+    A .pt2 file with a pickle in it is refused. What is left is a program that torch rebuilds, so
+    open files alone that you trust. An .onnx file is data.
     """
     able = [name for name in for_file(path) if runtime in (None, name)]
     if not able:
@@ -84,6 +85,7 @@ def torch_threads(count: int) -> Iterator[None]:
 
 def _open_torch(path: Path, threads: int) -> Runner:
     """A program of torch.export (.pt2)."""
+    pt2_archive.check(path)
     try:
         program = torch.export.load(path)
     except Exception as error:  # whatever the archive's reader raises for a foreign file

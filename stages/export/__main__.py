@@ -25,6 +25,7 @@ from torch import nn
 
 from secateur.base import files, machine
 from secateur.data.batches import first_images, spread_images
+from secateur.data.image_files import ImageFileList
 from secateur.deploy import (
     comparison,
     export,
@@ -123,7 +124,9 @@ def describe(context: runner.StageContext, stage: str, found: Checkpoint) -> Met
             "revision": made.revision or "",
         }
     how = context.params.export.preprocessing
-    return metadata.from_header(found.header, found.sha256, how, **origin)
+    test = context.data.test
+    resize = test.view.resize if isinstance(test, ImageFileList) else None
+    return metadata.from_header(found.header, found.sha256, how, resize=resize, **origin)
 
 
 def prove(

@@ -1,0 +1,156 @@
+"""Classes of pictures, by a checkpoint of the pipeline or by an exported file."""
+
+import argparse
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from secateur.base import files
+from secateur.base.errors import CheckpointError, DataError, SecateurError
+from secateur.data.batches import Normalise
+from secateur.data.dataset import channels_first
+from secateur.data.image_files import IMAGE_SUFFIXES, ImageView, decode_file
+from secateur.deploy import metadata
+from secateur.deploy.runtimes import Runner, open_model
+from secateur.nn import checkpoint
+
+BATCH = 64
+"""Pictures that pass through the network at a time."""
+MODELS = ("model.safetensors", "model.onnx", "model.pt2")
+"""Files that are looked for in a folder, in this order."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a network says about one picture."""
+
+    file: str
+    label: str
+    """Name of the class with the highest probability."""
+    probability: float
+    top: list[tuple[str, float]]
+    """The classes with the highest probabilities, the highest first."""
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A network that has been opened, with all that it needs to know about pictures."""
+
+    run: Runner
+    classes: Sequence[str]
+    view: ImageView
+    """How a picture that is not of the network's own size is brought to it."""
+    preprocess: Callable[[torch.Tensor], torch.Tensor]
+    """uint8 (N, channels, height, width) -> float32, as the network takes it."""
+
+    def predict(self, paths: Sequence[Path], top: int = 1) -> Iterator[Prediction]:
+        """Predictions in the order of the files, `top` classes for each.
+
+        Raises DataError naming the first file that is no readable picture.
+        """
+        for start in range(0, len(paths), BATCH):
+            part = paths[start : start + BATCH]
+            pixels = torch.from_numpy(np.stack([decode_file(path, self.view) for path in part]))
+            images = self.preprocess(channels_first(pixels)).contiguous().numpy()
+            for path, likely in zip(part, softmax(self.run(images)), strict=True):
+                order = np.argsort(-likely, kind="stable")[:top]
+                best = [(self.classes[k], float(likely[k])) for k in order]
+                yield Prediction(str(path), *best[0], best)
+
+
+def softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Probabilities by row, (N, classes), in float64."""
+    shifted = logits.astype(np.float64) - logits.max(1, keepdims=True)
+    likely: NDArray[np.float64] = np.exp(shifted)
+    return likely / likely.sum(1, keepdims=True)
+
+
+def open_classifier(path: Path, resize: int | None = None) -> Classifier:
+    """Open a .safetensors, .onnx or .pt2 file, or the first of them in a folder.
+
+    `resize`: pixels of the shorter side before the centre is cut out, by default what the file
+    says, else as many as the network takes. Raises SecateurError, naming the file, if it cannot be
+    opened or does not say what its classes are.
+    """
+    path = _find(path)
+    if path.suffix == ".safetensors":
+        found = checkpoint.load(path)
+        if not found.header.arch:
+            raise CheckpointError(
+                f"{path}: not of an architecture of Secateur, so only secateur.load(path, into) "
+                "reads it"
+            )
+        about = metadata.from_header(found.header, found.sha256, "outside")
+        run = _runner(found.model())
+    else:
+        about, run = metadata.read(path), open_model(path)
+    channels, height, width = about.shape
+    side = resize or about.resize or max(height, width)
+    if side < max(height, width):
+        raise SecateurError(f"--resize {side}: {path} takes pictures of {height}x{width} pixels")
+    inside = about.preprocessing == "inside"
+    normalise = Normalise(about.mean, about.std, torch.device("cpu"))
+    return Classifier(
+        run,
+        about.classes,
+        ImageView(channels, height, width, side),
+        (lambda pixels: pixels.to(torch.float32)) if inside else normalise,
+    )
+
+
+def _find(path: Path) -> Path:
+    if not files.is_folder(path, CheckpointError):
+        if path.suffix not in {Path(name).suffix for name in MODELS} and path.exists():
+            raise CheckpointError(f"{path}: must be a .safetensors, .onnx or .pt2 file")
+        return path
+    for name in MODELS:
+        if (path / name).exists():
+            return path / name
+    raise CheckpointError(f"{path}: holds none of {', '.join(MODELS)}")
+
+
+def _runner(model: torch.nn.Module) -> Runner:
+    @torch.inference_mode()
+    def run(images: NDArray[Any]) -> NDArray[np.float32]:
+        logits: NDArray[np.float32] = model(torch.from_numpy(images)).numpy()
+        return logits
+
+    return run
+
+
+def find_pictures(paths: Sequence[Path]) -> list[Path]:
+    """The files among `paths`, and the pictures in and below the folders among them, sorted.
+
+    Raises DataError for a path that does not exist, and for a folder without pictures.
+    """
+    found: list[Path] = []
+    for path in paths:
+        if not files.is_folder(path, DataError):
+            files.file_size(path, DataError)
+            found.append(path)
+            continue
+        below = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        if not below:
+            raise DataError(f"{path}: no pictures in it ({' '.join(sorted(IMAGE_SUFFIXES))})")
+        found += below
+    return found
+
+
+def command(options: argparse.Namespace) -> None:
+    """`secateur predict`: a line for each picture, or one JSON list."""
+    pictures = find_pictures([Path(path) for path in options.image])
+    classifier = open_classifier(Path(options.model), options.resize)
+    predictions = classifier.predict(pictures, options.top)
+    if options.json:
+        print(json.dumps([asdict(prediction) for prediction in predictions], indent=2))
+        return
+    width = max(len(str(path)) for path in pictures)
+    for prediction in predictions:
+        best = "  ".join(f"{label} {likely:.2%}" for label, likely in prediction.top)
+        print(f"{prediction.file:{width}}  {best}", flush=True)
