@@ -125,7 +125,7 @@ class _Header:
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     about: DatasetInfo
-    listing: image_files.ListingHeader | None = None
+    listing: image_files.FileListHeader | None = None
     """Of images that stay in their files."""
 
 

@@ -160,7 +160,7 @@ class ImageFileList:
 
 
 @dataclass(frozen=True)
-class ListingHeader:
+class FileListHeader:
     """What `ImageFileList.header` returns; annotations are the schema of the file."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -169,7 +169,7 @@ class ListingHeader:
     view: ImageView
 
 
-def from_tensors(header: ListingHeader, part: dict[str, Tensor]) -> ImageFileList:
+def from_tensors(header: FileListHeader, part: dict[str, Tensor]) -> ImageFileList:
     """The list from its `header` and `tensors`; ValueError if they do not fit each other."""
     types = {key: str(tensor.dtype).removeprefix("torch.") for key, tensor in part.items()}
     if types != TYPES:

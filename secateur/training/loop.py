@@ -25,7 +25,7 @@ from secateur.training.step import LossCheck, TrainStep
 
 @dataclass(frozen=True)
 class FitResult:
-    """The course of a training; its weights are in the model."""
+    """History of a training, and the epoch whose weights the model has."""
 
     history: list[Row]
     best_epoch: int

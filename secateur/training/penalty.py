@@ -44,7 +44,7 @@ class ScheduledPenalty(Protocol):
         """What to prune, by the weight's parameter name; see sparsity/choices.py."""
 
     def growth_table(self) -> list[Row]:
-        """The course of the schedule as a table, one row for each of some steps."""
+        """Progress of the schedule as a table: one row for each step at which it was noted."""
 
 
 def build(

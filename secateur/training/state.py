@@ -83,16 +83,16 @@ class TrainingState:
 
     def _load(self, tensors: dict[str, Tensor], info: dict[str, Any]) -> None:
         """Restore a state; ValueError and others if it does not fit, half of it then loaded."""
-        course = validated(_COURSE, info, "history", StateError)
-        course.check()
+        progress = validated(_PROGRESS, info, "history", StateError)
+        progress.check()
         kinds = {name.split("/")[0] for name in tensors}
         if unknown := kinds - {"model", "best", "optimizer", "penalty"}:
             raise ValueError(f"tensors of {sorted(unknown)[0]}")
         weights, best = _with_prefix(tensors, "model/"), _with_prefix(tensors, "best/")
         own = self.model.state_dict()
-        for found in (weights, best) if course.best else (weights,):
+        for found in (weights, best) if progress.best else (weights,):
             _check_like(own, found)
-        if best and not course.best:
+        if best and not progress.best:
             raise ValueError("weights of a best epoch that there is not")
         self.model.load_state_dict(weights)
         device = next(self.model.parameters()).device
@@ -100,7 +100,7 @@ class TrainingState:
         self._load_optimizer(_with_prefix(tensors, "optimizer/"))
         if self.penalty is not None:
             self.penalty.load_state_dict(_with_prefix(tensors, "penalty/"))
-        self.history, self.best_epoch = list(course.history), course.best
+        self.history, self.best_epoch = list(progress.history), progress.best
 
     def _load_optimizer(self, tensors: dict[str, Tensor]) -> None:
         state: dict[int, dict[str, Tensor]] = {}
@@ -126,7 +126,7 @@ class TrainingState:
 
 
 @dataclass(frozen=True)
-class _Course:
+class _Progress:
     """Plain values of a state. Annotations are their schema."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -146,7 +146,7 @@ class _Course:
             raise ValueError("its epochs have no values on val")
 
 
-_COURSE = TypeAdapter(_Course)
+_PROGRESS = TypeAdapter(_Progress)
 
 
 def _check_like(own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
