@@ -6,11 +6,10 @@ import shutil
 import signal
 import sqlite3
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
+from workspace import ROOT, Project
 
 from secateur.base.errors import SecateurError
 from secateur.base.stage import Stage
@@ -19,7 +18,7 @@ from secateur.pipeline.mlflow_store import Store
 from secateur.pipeline.record import RunRecord
 from secateur.training.resume import single_flight
 
-ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.usefixtures("programs")
 
 
 @pytest.fixture(scope="module")
@@ -68,17 +67,25 @@ def enter(patch, folder):
     patch.setenv("DVC_ROOT", str(folder))
 
 
-def process(folder, code, **env):
-    """A Python process with the project's code in this folder."""
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "PYTEST_"))}
-    return subprocess.Popen(
-        [sys.executable, "-c", code],
+def process(folder, code):
+    """A Python process with the project's code in this folder, which prints its id first."""
+    begin = f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); print(os.getpid(), flush=True)\n"
+    started = subprocess.Popen(
+        ["python", "-c", begin + code],
         cwd=folder,
-        env=clean | {"PYTHONPATH": str(ROOT), "DVC_ROOT": str(folder)} | env,
+        env=Project(folder).env(SECATEUR_TRACKING="on", DVC_ROOT=str(folder)),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
+    return started, int(started.stdout.readline())
+
+
+def kill(started):
+    """Kill -9, and wait until the process has ended."""
+    process, number = started
+    os.kill(number, signal.SIGKILL)
+    process.wait()
 
 
 def names(folder):
@@ -104,10 +111,9 @@ FIRST = "from secateur.pipeline.mlflow_store import Store; assert Store().client
 def test_a_process_killed_while_it_makes_the_store_leaves_none(project):
     making = process(project, FIRST)
     while not any(p.stat().st_size > 300_000 for p in project.glob(".mlflow.db.new-*/mlflow.db")):
-        assert making.poll() is None, making.communicate()[0]
+        assert making[0].poll() is None, making[0].communicate()[0]
         time.sleep(0.001)
-    making.kill()
-    making.wait()
+    kill(making)
     assert not (project / "mlflow.db").exists()
     store = Store(strict=True)
     assert store.runs("") == []
@@ -121,10 +127,9 @@ def half_made(path):
     )
     making = process(path.parent, code)
     while not path.exists() or path.stat().st_size < 190_000:
-        assert making.poll() is None
+        assert making[0].poll() is None
         time.sleep(0.001)
-    making.kill()
-    making.wait()
+    kill(making)
 
 
 def tables_of_another_program(path):
@@ -223,7 +228,7 @@ def test_a_store_that_another_program_is_making_is_waited_for(project, made):
     code = (
         "from mlflow import MlflowClient; MlflowClient('sqlite:///mlflow.db').search_experiments()"
     )
-    making = process(project, code)
+    making, _ = process(project, code)
     while not path.exists():
         assert making.poll() is None
         time.sleep(0.001)
@@ -265,12 +270,11 @@ def test_a_locked_store_is_left_as_it_is(project, made, monkeypatch, capfd):
         "d.execute('BEGIN EXCLUSIVE'); print('locked', flush=True); time.sleep(3600)"
     )
     holder = process(project, code)
-    assert holder.stdout.readline() == "locked\n"
+    assert holder[0].stdout.readline() == "locked\n"
     try:
         assert Store().client is None
     finally:
-        holder.kill()
-        holder.wait()
+        kill(holder)
     (line,) = capfd.readouterr().err.splitlines()
     assert "locked by another process" in line
     assert names(project) == ["mlflow.db"]
@@ -302,7 +306,7 @@ def test_a_limit_on_the_size_of_files_gives_one_line_and_nothing_half_made(size,
         "s.client and s.attempt(lambda: s.log(s.client.create_run(s.experiment).info.run_id, m));"
         "print('end', s.client is None)"
     )
-    output = process(project, code).communicate()[0]
+    output = process(project, code)[0].communicate()[0]
     assert output.splitlines()[-1] == "end True", output
     assert len(output.splitlines()) == 2 and output.startswith("warning: MLflow"), output
     assert names(project) == (["mlflow.db"] if whole else [])
@@ -320,15 +324,15 @@ with single_flight(stage, [], lambda: None) as work:
     run = tracking.Run(Store(strict=True), stage, {})
     run.open(work.note("run_id"), {"name": "toy", "hash": "00"})
     work.note("run_id", run.id)
-    print(run.id, flush=True)
+    print(run.id, stage.fingerprint, flush=True)
     time.sleep(3600)
 """
 
 
 def training(folder, seed=1):
-    """A process that has begun a run of a stage, and the run's id."""
+    """A process that has begun a run of a stage, the run's id and the stage's fingerprint."""
     begun = process(folder, RUNNING.replace("int(sys.argv[1])", str(seed)))
-    return begun, begun.stdout.readline().strip()
+    return begun, *begun[0].stdout.readline().split()
 
 
 def status(store, run_id):
@@ -336,29 +340,24 @@ def status(store, run_id):
 
 
 def test_a_run_whose_process_was_killed_is_ended_by_the_next_and_resumed_as_the_same(tracked):
-    killed, first = training(tracked, seed=1)
-    alive, second = training(tracked, seed=2)
+    killed, first, fingerprint = training(tracked, seed=1)
+    alive, second, _ = training(tracked, seed=2)
     try:
-        killed.send_signal(signal.SIGKILL)
-        killed.wait()
+        kill(killed)
         store = Store(strict=True)
         assert status(store, first) == "KILLED"
         assert status(store, second) == "RUNNING", "its process lives"
-        again, resumed = training(tracked, seed=1)
+        again, resumed, _ = training(tracked, seed=1)
         assert resumed == first
         assert status(store, first) == "RUNNING"
         Store(strict=True)
         assert status(store, first) == "RUNNING"
-        again.kill()
-        again.wait()
-        shutil.rmtree(
-            tracked / ".resume" / "baseline" / Stage("baseline", None, {"seed": 1}, {}).fingerprint
-        )
+        kill(again)
+        shutil.rmtree(tracked / ".resume" / "baseline" / fingerprint)
         Store(strict=True)
         assert status(store, first) == "KILLED", "also when its state was deleted"
     finally:
-        alive.kill()
-        alive.wait()
+        kill(alive)
 
 
 def test_runs_of_other_clones_and_machines_are_left_alone(tracked, monkeypatch):

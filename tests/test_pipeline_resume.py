@@ -1,5 +1,6 @@
 """Stages that are killed, and several at once."""
 
+import fcntl
 import os
 import random
 import signal
@@ -8,6 +9,15 @@ import time
 import pytest
 
 pytestmark = pytest.mark.pipeline
+
+
+def kill(process, project):
+    """Kill -9; a process that started warm dies an instant after the one that stands for it."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    for path in project.path.glob(".resume/baseline/*/lock"):
+        with path.open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
 
 
 def test_killed_stages_end_with_the_same_bytes(project, tmp_path):
@@ -25,8 +35,7 @@ def test_killed_stages_end_with_the_same_bytes(project, tmp_path):
         time.sleep(moments.uniform(0, 0.3))
         if process.poll() is not None:  # a fast machine may be through by now
             break
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        kill(process, project)
         kills += 1
     assert kills, process.communicate()[0]
     log = process.communicate()[0] if process.returncode == 0 else project.stage("baseline")
@@ -44,8 +53,7 @@ def test_a_damaged_state_and_notes_start_the_stage_again(project, tmp_path):
     process = project.start("baseline")
     while process.poll() is None and not project.saved_states("baseline"):
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    kill(process, project)
     (state,) = project.saved_states("baseline")
     state.write_bytes(state.read_bytes()[:1000])
     (state.parent / "notes.json").write_text("[]")

@@ -67,7 +67,7 @@ class Project:
     def start(self, name):
         """Start a stage in a process group of its own, and do not wait for it."""
         return subprocess.Popen(
-            [sys.executable, "-m", f"stages.{name}"], cwd=self.path, env=self.env(), text=True,
+            ["python", "-m", f"stages.{name}"], cwd=self.path, env=self.env(), text=True,
             stdout=subprocess.PIPE, start_new_session=True,
         )  # fmt: skip
 
