@@ -261,6 +261,16 @@ def test_selections_by_hand(ranking, chosen, wanted):
     assert found.notes["ratio_reached"] == sum(map(len, wanted.values())) / among
 
 
+@pytest.mark.parametrize("ranking", ["layer", "global"])
+def test_random_picks_are_as_many_and_follow_the_seed(ranking):
+    found = [
+        gone(prune(Residual(8, (9,)), ranking=ranking, ratios=0.5, pick="random", seed=seed))
+        for seed in (1, 1, 2)
+    ]
+    assert found[0] == found[1] != found[2]
+    assert {sum(map(len, own.values())) for own in found} == {9}
+
+
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("ranking", ["layer", "global", "isomorphic"])
 def test_rankings_against_brute_force(ranking, seed):

@@ -106,3 +106,23 @@ def test_all_suggestions_together():
     assert {name: len(index) for name, index in both.channels.items()} == {
         "layer1.0.conv1": 8, "layer3.0.conv1": 48,
     }  # fmt: skip
+
+
+def test_groups_are_ablated_with_all_that_is_coupled_to_them():
+    model = MODELS["resnet"]()
+    images = torch.randn(6, *SHAPE)
+    context = PruningContext(copy.deepcopy(model), images, torch.arange(6))
+    made = sensitivity.group_ablations(context, ["l1", "random", "lamp"], [0.5], 1)
+    free = {g.name: g.size for g in context.graph.groups if g.locked is None}
+    assert len(free) > len(sensitivity.independent_layers(context)), "sums too"
+    for ablation in made:
+        (name, index), *selected = ablation.channels.items()
+        assert ablation.layer == name and len(index) == free[name] // 2
+        assert all(free[n] and n.endswith("shortcut") for n, _ in selected)
+    assert [a.layer for a in made if a.criterion == "lamp"] == list(free)
+    labels = torch.zeros(6, dtype=torch.int64)
+    runner = sensitivity.AblationRunner(context)
+    right = runner.count_correct([(images, labels)], made, lambda: None)
+    with torch.no_grad():
+        whole = [removal.mask(model, a.channels, images).eval()(images) for a in made]
+    assert right[1:] == [int((logits.argmax(1) == 0).sum()) for logits in whole]

@@ -196,6 +196,9 @@ class Sensitivity(Strict):
         "random",
     )
     """Which outputs of a layer go first; bn_scale is left out where there are no scales."""
+    granularity: Literal["filter", "group"] = "filter"
+    """filter: outputs of layers whose outputs can be pruned on their own; group: channels of every
+    channel group that can be pruned, with all that is coupled to them."""
     ratios: Annotated[tuple[Ratio, ...], Field(min_length=1)] = (0.25, 0.5, 0.75)
     """Shares of a layer's outputs that are taken."""
     images: Annotated[int, Field(ge=0)] = 0

@@ -55,7 +55,7 @@ class ScoredGroup:
     units: Tensor
     """int64, (units, channels): canonical ids of what is removed as one."""
     scores: Tensor
-    """float64, (units,)."""
+    """Those with the lowest go first, (units,)."""
     structure: tuple[str, ...]
     """Equal for groups of equal structure."""
 
@@ -218,7 +218,7 @@ class GroupRanking:
         ids = []
         for group, chosen in zip(self.groups, self.chosen(), strict=True):
             own = group.units[chosen]
-            by_id[own] = group.scores[chosen].cpu().unsqueeze(1).expand(own.shape)
+            by_id[own] = group.scores[chosen].to(by_id).unsqueeze(1).expand(own.shape)
             ids.append(own.flatten())
         selected = graph.selection(torch.cat(ids))
         order = {name: by_id[graph.group(name).ids[i]].argsort() for name, i in selected.items()}

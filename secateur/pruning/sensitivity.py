@@ -7,7 +7,7 @@ results are kept, and for each ablation only the nodes that depend on changed te
 
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx, nn
@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from secateur.base.errors import PruningError
 from secateur.channels.graph import Selection
 from secateur.nn.layers import ChannelSelect
-from secateur.pruning import criteria
+from secateur.pruning import criteria, group_scores
 from secateur.pruning.decision import PruningContext, decision_from_choices, unprunable_layers
 from secateur.pruning.removal import silence
 from secateur.sparsity import choices
@@ -23,6 +23,8 @@ from secateur.sparsity import choices
 MAX_BYTES = 2**28
 """Intermediate results that are kept at once."""
 MAX_BATCH = 500
+JOIN = " + "
+"""Between the names of channel groups that can only be pruned together, in a balance."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Ablation:
     """Channels that are set to zero: the least important outputs of one layer, or of several."""
 
     layer: str
+    """Or the channel groups, joined by JOIN."""
     criterion: str
     ratio: float
     channels: Selection
@@ -66,6 +69,36 @@ def ablations(
                 if bool(choice.any()):
                     channels = decision_from_choices(context, {weight: choice}).channels
                     found.append(Ablation(name, criterion, ratio, channels))
+    return found
+
+
+def group_ablations(
+    context: PruningContext, measures: Sequence[str], ratios: Sequence[float], seed: int
+) -> list[Ablation]:
+    """One ablation for every group of coupled channels, criterion (or `random`) and ratio.
+
+    Groups that lack what a criterion is computed from have none of it. Raises PruningError if there
+    are none at all.
+    """
+    graph, found = context.graph, []
+    for criterion in measures:
+        scored = {"random": "l1", "lamp": "l2"}.get(criterion, criterion)
+        groups, _ = group_scores.score_groups(context, scored)  # type: ignore[arg-type]
+        scores = {JOIN.join(g.groups): g.scores for g in groups if len(g.units) > 1}
+        if criterion == "random":
+            scores = choices.pick_scores_by_layer(scores, "random", seed)
+        for group in groups:
+            name = JOIN.join(group.groups)
+            if name not in scores:
+                continue
+            own = replace(group, scores=scores[name])
+            for ratio in ratios:
+                chosen = group_scores.GroupRanking((own,), (ratio,), "layer").selection(graph)
+                channels = graph.removable(chosen)
+                if channels:
+                    found.append(Ablation(name, criterion, ratio, channels))
+    if not found:
+        raise PruningError("no group of this network has channels that can be pruned")
     return found
 
 

@@ -61,11 +61,9 @@ def measure(context: runner.StageContext) -> tuple[pd.DataFrame, dict[str, Any]]
     if "bn_scale" in how and not norms.scaled_norms(model):
         how.remove("bn_scale")
         console.say("sensitivity: bn_scale is left out: the network has no scales")
-    names = sensitivity.independent_layers(pruning_context)
     with section("sensitivity"):
-        made = sensitivity.ablations(
-            pruning_context, names, how, settings.ratios, context.params.seed
-        )
+        made = _ablations(context, pruning_context, how)
+    names = list(dict.fromkeys(ablation.layer for ablation in made))
     model.to(place)
     ablation_runner = sensitivity.AblationRunner(pruning_context)
     wanted = settings.images or len(data.val)
@@ -99,8 +97,20 @@ def measure(context: runner.StageContext) -> tuple[pd.DataFrame, dict[str, Any]]
         ratios = suggest(table[table.criterion == criterion], right[0] / count - settings.drop)
         together = sensitivity.combined(made, ratios, criterion)
         alive = ablation_runner.count_correct(batches(), [together], lambda: None)[1] / count
-        found[criterion] = as_params(criterion, ratios, context.params.seed) | {"together": alive}
+        suggestion = as_params(criterion, settings.granularity, ratios, context.params.seed)
+        found[criterion] = suggestion | {"together": alive}
     return table, found
+
+
+def _ablations(
+    context: runner.StageContext, pruning_context: PruningContext, how: list[str]
+) -> list[sensitivity.Ablation]:
+    """What is tried, at the granularity of the settings."""
+    settings, seed = context.params.sensitivity, context.params.seed
+    if settings.granularity == "group":
+        return sensitivity.group_ablations(pruning_context, how, settings.ratios, seed)
+    names = sensitivity.independent_layers(pruning_context)
+    return sensitivity.ablations(pruning_context, names, how, settings.ratios, seed)
 
 
 def suggest(table: pd.DataFrame, least: float) -> dict[str, float]:
@@ -112,12 +122,20 @@ def suggest(table: pd.DataFrame, least: float) -> dict[str, float]:
     return {name: ratio for name, ratio in found.items() if ratio > 0}
 
 
-def as_params(criterion: str, ratios: dict[str, float], seed: int) -> dict[str, Any]:
+def as_params(
+    criterion: str, granularity: str, ratios: dict[str, float], seed: int
+) -> dict[str, Any]:
     """The suggestion as `pruner` and `pruners.magnitude` of params.yaml."""
-    own: dict[str, Any] = {"granularity": "filter", "criterion": criterion, "pick": "min"}
+    own: dict[str, Any] = {"granularity": granularity, "criterion": criterion, "pick": "min"}
+    if granularity == "group" and criterion == "lamp":
+        own |= {"criterion": "l2", "normalise": "lamp"}
     if criterion == "random":
         own |= {"criterion": "l1", "pick": "random", "seed": seed}
-    own["ratios"] = ", ".join(f"{name}: {ratio:g}" for name, ratio in ratios.items())
+    own["ratios"] = ", ".join(
+        f"{name}: {ratio:g}"
+        for names, ratio in ratios.items()
+        for name in names.split(sensitivity.JOIN)
+    )
     return {"pruner": "magnitude", "pruners": {"magnitude": own}}
 
 
