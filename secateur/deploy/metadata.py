@@ -117,4 +117,5 @@ def _from_onnx(path: Path) -> Any:
     try:
         return found | {key: parse_json(found[key]) for key in LISTS}
     except (KeyError, ValueError) as error:
-        raise CheckpointError(f"{path}: its metadata cannot be read: {error}") from None
+        reason = f"{error}: missing" if isinstance(error, KeyError) else str(error)
+        raise CheckpointError(f"{path}: its metadata cannot be read: {reason}") from None
