@@ -1,11 +1,13 @@
 """The exported network as a model that MLflow loads and serves: an output of its chain's run.
 
-It holds the file that DVC tracks, models/export/model.pt2, byte for byte. MLflow writes one of its
-own in that place first, which differs by the example that it was traced with, a pickle.
+MLflow traces models/export/model.pt2 again and keeps an archive of its own. One pickle is in that:
+the example that it was traced with, tensors alone, which MLflow accepts where pickles are forbidden
+(MLFLOW_ALLOW_PICKLE_DESERIALIZATION=false). DVC's file has none, and is refused there for its lack.
 """
 
 import contextlib
 import hashlib
+import io
 import logging
 import time
 import warnings
@@ -25,6 +27,10 @@ from secateur.pipeline.record import MODELS, RunRecord
 
 NAME = "exported"
 """Of the model in MLflow."""
+PROGRAM, REPORT, TABLE = "models/export/model.pt2", "metrics/export.json", "metrics/export.csv"
+"""The files of export that MLflow is written from."""
+_OWN = "export/finetuned/"
+"""How metrics begin that are those of the network that MLflow holds."""
 
 
 def log(
@@ -61,6 +67,19 @@ def log(
     return None if store.client is None else store.attempt(write)
 
 
+def find(store: Store, run_id: str, program: Path) -> str | None:
+    """Id of the model that holds this file among those of the run, if it has been written whole."""
+    condition = f"source_run_id = '{run_id}' and name = '{NAME}'"
+    for model in store.client.search_logged_models([store.experiment], condition):
+        if model.status == "READY" and model.tags.get("sha256") == _sha256(program):
+            return str(model.model_id)
+    return None
+
+
+def _sha256(program: Path) -> str:
+    return hashlib.sha256(program.read_bytes()).hexdigest()
+
+
 def _records() -> dict[str, RunRecord]:
     """The records in the workspace; SecateurError for the first that is missing."""
     return {stage: record.load(model.record) for stage, model in MODELS.items()}
@@ -74,18 +93,18 @@ def _model(store: Store, run_id: str, program: Path, example: NDArray[np.float32
     from mlflow.entities import LoggedModelOutput
 
     about = metadata.read(program)
-    sha256 = hashlib.sha256(program.read_bytes()).hexdigest()
+    known = find(store, run_id, program)
+    if known is not None:
+        return known
     condition = f"source_run_id = '{run_id}' and name = '{NAME}'"
     for found in store.client.search_logged_models([store.experiment], condition):
-        if found.status == "READY" and found.tags.get("sha256") == sha256:
-            return str(found.model_id)
         if found.status != "READY":
             store.client.delete_logged_model(found.model_id)
     model = store.client.create_logged_model(
         store.experiment,
         NAME,
         run_id,
-        {"sha256": sha256, "dvc.path": str(program), "checkpoint.sha256": about.sha256},
+        {"sha256": _sha256(program), "dvc.path": PROGRAM, "checkpoint.sha256": about.sha256},
         model_type=MODELS["finetune"].kind,
     )
     _write(store, model.model_id, program, example)
@@ -118,7 +137,6 @@ def _write(store: Store, model_id: str, program: Path, example: NDArray[np.float
             serialization_format="pt2",
             metadata=asdict(about),
         )
-    store.client.log_model_artifact(model_id, str(program), "data")
 
 
 def _measurements(
@@ -128,31 +146,30 @@ def _measurements(
     from mlflow.entities import Metric
 
     now = int(time.time() * 1000)
+    known = store.client.get_run(run_id).data.metrics
+    numbers = record.flat(dict(report), "/")
+    numbers = {f"export/{k}": v for k, v in numbers.items() if isinstance(v, int | float)}
     metrics = [
-        Metric(f"export/{key}", float(value), now, 0, model_id if _of_model(key) else None)
-        for key, value in record.flat(dict(report), "/").items()
-        if isinstance(value, int | float)
+        Metric(key, float(value), now, 0, model_id if key.startswith(_OWN) else None)
+        for key, value in numbers.items()
+        if known.get(key) != value  # the pages list every value that was ever logged
     ]
     store.log(run_id, metrics)
     for file in files:
         store.client.log_artifact(run_id, str(file))
 
 
-def _of_model(key: str) -> bool:
-    """Whether a number of the report is one of the network that MLflow holds."""
-    return key.startswith("finetuned/")
-
-
 def _register(store: Store, model_id: str, name: str) -> None:
     """Make a new version of the registered model from this one, unless it is the newest already."""
+    import mlflow
+
     name, _, alias = name.partition("@")
-    if not store.client.search_registered_models(f"name = '{name}'"):
-        store.client.create_registered_model(name)
+    source = f"models:/{model_id}"
     found = store.client.search_model_versions(f"name = '{name}'")
     newest = max(found, key=lambda version: int(version.version), default=None)
-    if newest is None or newest.model_id != model_id:
-        source = f"models:/{model_id}"
-        newest = store.client.create_model_version(name, source, model_id=model_id)
+    if newest is None or newest.source != source:
+        with _quiet():
+            newest = mlflow.register_model(source, name)  # which the model's page shows then
     if alias:
         store.client.set_registered_model_alias(name, alias, newest.version)
 
@@ -165,6 +182,7 @@ def _quiet() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            yield
+            with contextlib.redirect_stderr(io.StringIO()):
+                yield
     finally:
         logging.disable(previous)

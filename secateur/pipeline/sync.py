@@ -21,7 +21,8 @@ from typing import Any
 from secateur.base import files
 from secateur.base.documents import parse_json
 from secateur.base.errors import SecateurError, cut
-from secateur.pipeline import console, record, tracking
+from secateur.deploy import metadata
+from secateur.pipeline import console, mlflow_model, record, tracking
 from secateur.pipeline.mlflow_store import Store, tracking_on
 from secateur.pipeline.record import MODELS, RunRecord
 from secateur.training.callbacks import Row
@@ -64,7 +65,7 @@ def command(options: argparse.Namespace) -> None:
 
 def sources(everything: bool) -> Iterator[Source]:
     """The workspace, then every experiment whose records are in the cache or the remote."""
-    wanted = [REPORT, LAYERS]
+    wanted = [REPORT, LAYERS, mlflow_model.PROGRAM, mlflow_model.REPORT, mlflow_model.TABLE]
     wanted += [str(path) for model in MODELS.values() for path in (model.record, model.history)]
     there = [Path(path) for path in wanted if os.path.lexists(path)]
     yield Source(None, {str(path): files.read_bytes(path, SecateurError) for path in there})
@@ -120,7 +121,37 @@ def write(store: Store, source: Source) -> int:
     if run_id and not known:
         written += 1
         console.say(f"{where}: pipeline run written as {run_id}")
-    return written
+    return written + (_write_exported(store, source, records, run_id) if run_id else 0)
+
+
+def _write_exported(
+    store: Store, source: Source, records: Mapping[str, RunRecord], run_id: str
+) -> int:
+    """Restore the model of an exported network, if it is that of this chain; returns how many."""
+    parts = (mlflow_model.PROGRAM, mlflow_model.REPORT, mlflow_model.TABLE)
+    if not all(part in source.files for part in parts):
+        return 0
+    with tempfile.TemporaryDirectory() as scratch:
+        program, report, table = (Path(scratch) / Path(part).name for part in parts)
+        for path, part in zip((program, report, table), parts, strict=True):
+            path.write_bytes(source.files[part])
+        try:
+            about = metadata.read(program)
+            plain = parse_json(source.files[mlflow_model.REPORT])
+            if not isinstance(plain, dict):
+                raise ValueError("not a report of export")
+        except SecateurError as error:
+            named = str(error).replace(str(program), mlflow_model.PROGRAM)
+            raise SecateurError(named) from None
+        except ValueError as error:
+            raise SecateurError(f"{mlflow_model.REPORT}: {cut(str(error))}") from None
+        if about.sha256 != records["finetune"].sha256:
+            return 0  # exported before the chain ran again
+        known = store.attempt(lambda: mlflow_model.find(store, run_id, program))
+        made = mlflow_model.log(program, plain, [report, table], store=store, records=records)
+    if made and not known:
+        console.say(f"{source.name or 'workspace'}: exported network written as {made}")
+    return int(bool(made) and not known)
 
 
 def _write_runs(

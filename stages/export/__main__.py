@@ -42,11 +42,8 @@ from secateur.nn.checkpoint import Checkpoint
 from secateur.pipeline import console, mlflow_model, record, runner
 from secateur.pipeline.record import MODELS
 
-FOLDER, REPORT, TABLE = (
-    Path("models/export"),
-    Path("metrics/export.json"),
-    Path("metrics/export.csv"),
-)
+FOLDER = Path("models/export")
+REPORT, TABLE = Path("metrics/export.json"), Path("metrics/export.csv")
 ROWS = {"baseline": "dense", "prune": "pruned", "finetune": "finetuned"}
 """Stage -> row of the report."""
 Files = dict[str, Mapping[str, Path]]

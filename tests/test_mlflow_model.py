@@ -1,0 +1,195 @@
+"""The exported network in MLflow: loaded and served, it predicts what the network predicts."""
+
+import io
+import json
+import shutil
+import zipfile
+from dataclasses import asdict
+from pathlib import Path
+from urllib.parse import urlparse
+
+import mlflow
+import numpy as np
+import pytest
+import torch
+from test_mlflow_store import enter
+from torch import nn
+
+from secateur.base.errors import SecateurError
+from secateur.deploy import export
+from secateur.deploy.metadata import Metadata
+from secateur.pipeline import mlflow_model, sync, tracking
+from secateur.pipeline.mlflow_store import Store
+from secateur.pipeline.record import MODELS, RunRecord
+
+SHAPE, CLASSES = [1, 4, 4], ["circle", "square", "star"]
+REPORT = {
+    "dense": {"model.onnx": {"bytes": 9}},
+    "finetuned": {"latency_ms": {"torch": {"batch_1": 0.5}}, "csr": {"layers": ["fc"]}},
+    "hardware": "a processor",
+}
+NETWORK = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(1), nn.Linear(8, 3)).eval()
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A project with an exported network and a store without the run of its chain."""
+    folder = tmp_path_factory.mktemp("made")
+    about = Metadata(CLASSES, SHAPE, [0.5], [0.25], "outside", "ab" * 32, "toy", "00")
+    program = export.pt2_bytes(export.trace(NETWORK, SHAPE), about)
+    (folder / "models/export").mkdir(parents=True)
+    (folder / mlflow_model.PROGRAM).write_bytes(program)
+    with pytest.MonkeyPatch.context() as patch:
+        enter(patch, folder)
+        Store(strict=True)
+    return folder
+
+
+@pytest.fixture
+def project(made, tmp_path, monkeypatch):
+    shutil.copytree(made, tmp_path / "project")
+    enter(monkeypatch, tmp_path / "project")
+    return tmp_path / "project"
+
+
+def records():
+    common = {
+        "params": {"seed": 1}, "metrics": {}, "sha256": "ab" * 32, "seconds": 1.0, "hardware": "",
+        "dataset": {"name": "toy", "hash": "00", "train": 1, "val": 1, "test": 1},
+    }  # fmt: skip
+    return {
+        stage: RunRecord(
+            stage=stage, fingerprint=f"{k:032x}", model=str(model.checkpoint), **common
+        )
+        for k, (stage, model) in enumerate(MODELS.items())
+    }
+
+
+def chain(store):
+    """The run of the chain as evaluate writes it."""
+    report = {model.key: {"accuracy": 0.5} for model in MODELS.values()} | {"compression": 2.0}
+    return tracking.pipeline(records(), {}, report, [], store)
+
+
+def log(project, store, **options):
+    (project / "table.csv").write_text("a\n1\n")
+    files = [project / "table.csv"]
+    given = {"store": store, "records": records()} | options
+    return mlflow_model.log(project / mlflow_model.PROGRAM, REPORT, files, **given)
+
+
+def test_loaded_from_the_registry_it_predicts_what_the_network_predicts(project):
+    store = Store(strict=True)
+    run_id = chain(store)
+    images = np.random.default_rng(0).normal(size=(5, *SHAPE)).astype(np.float32)
+    model_id = log(project, store, register="shapes@champion", example=images[:2])
+    with torch.inference_mode():
+        wanted = NETWORK(torch.from_numpy(images)).numpy()
+    loaded = mlflow.pyfunc.load_model("models:/shapes@champion")
+    for count in (5, 1):
+        np.testing.assert_allclose(loaded.predict(images[:count]), wanted[:count], rtol=1e-6)
+    about = loaded.metadata
+    assert about.model_id == model_id and about.metadata["classes"] == CLASSES
+    assert about.metadata["mean"] == [0.5] and about.metadata["std"] == [0.25]
+    assert about.get_input_schema().inputs[0].shape == (-1, *SHAPE)
+    assert about.get_output_schema().inputs[0].shape == (-1, 3)
+    example = mlflow.models.Model.load(f"models:/{model_id}").load_input_example()
+    np.testing.assert_allclose(example, images[:2], rtol=1e-6)
+    run = store.client.get_run(run_id)
+    assert [m.model_id for m in run.outputs.model_outputs] == [model_id]
+
+
+def test_its_metrics_are_attached_to_it_and_all_to_the_run(project):
+    store = Store(strict=True)
+    run_id = chain(store)
+    for _ in range(2):
+        model_id = log(project, store)
+    run = store.client.get_run(run_id)
+    ours = {k: v for k, v in run.data.metrics.items() if k.startswith("export/")}
+    own = {"export/finetuned/latency_ms/torch/batch_1": 0.5}
+    assert ours == {"export/dense/model.onnx/bytes": 9} | own
+    attached = store.client.get_logged_model(model_id).metrics
+    assert [(metric.key, metric.value) for metric in attached] == list(own.items())
+    assert "table.csv" in [file.path for file in store.client.list_artifacts(run_id)]
+
+
+def test_it_is_written_once_and_a_half_written_one_is_made_anew(project):
+    store = Store(strict=True)
+    run_id = chain(store)
+    half = store.client.create_logged_model(store.experiment, mlflow_model.NAME, run_id)
+    first = log(project, store, register="shapes@champion")
+    assert log(project, store, register="shapes@champion") == first
+    found = store.client.search_logged_models([store.experiment], f"source_run_id = '{run_id}'")
+    assert [model.model_id for model in found] == [first] and half.model_id != first
+    (version,) = store.client.search_model_versions("name = 'shapes'")
+    assert version.source == f"models:/{first}"
+
+
+def test_without_the_run_of_its_chain_it_is_not_tracked_and_one_line_says_why(project, capfd):
+    assert log(project, Store()) is None
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 1 and "no run of this chain; `secateur sync` writes it" in lines[0]
+
+
+def test_what_is_pickled_in_its_archive_are_tensors_alone(project, monkeypatch):
+    """It loads where MLflow and torch accept no other pickles."""
+    store = Store(strict=True)
+    chain(store)
+    model_id = log(project, store)
+    place = urlparse(store.client.get_logged_model(model_id).artifact_location).path
+    (archive,) = Path(place).rglob("model.pt2")
+    with zipfile.ZipFile(archive) as parts:
+        content = {name: parts.read(name) for name in parts.namelist()}
+    pickled = [name for name, data in content.items() if data.startswith((b"PK", b"\x80"))]
+    assert [name.rpartition("/data/")[2] for name in pickled] == ["sample_inputs/model.pt"]
+    (images,), options = torch.load(io.BytesIO(content[pickled[0]]), weights_only=True)
+    assert images.shape == (2, *SHAPE) and options == {}
+    monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
+    assert mlflow.pyfunc.load_model(f"models:/{model_id}") is not None
+
+
+def source(project, changes=()):
+    """What DVC tracks of a chain and its export, with other contents of some files."""
+    models = [model.key for model in MODELS.values()]
+    report = {key: {"accuracy": 0.5} for key in models} | dict.fromkeys(tracking.HEADLINES, 2.0)
+    found = {
+        sync.REPORT: json.dumps(report).encode(),
+        mlflow_model.PROGRAM: (project / mlflow_model.PROGRAM).read_bytes(),
+        mlflow_model.REPORT: json.dumps(REPORT).encode(),
+        mlflow_model.TABLE: b"a\n1\n",
+    }
+    for stage, made in records().items():
+        found[str(MODELS[stage].record)] = json.dumps(asdict(made)).encode()
+    return sync.Source(None, found | dict(changes))
+
+
+def test_sync_restores_it_from_what_dvc_tracks(project, capfd):
+    store = Store(strict=True)
+    assert sync.write(store, source(project)) == 6, "four stages, the chain, and the network"
+    (run,) = store.runs("tags.kind = 'pipeline'")
+    (link,) = run.outputs.model_outputs
+    assert f"exported network written as {link.model_id}" in capfd.readouterr().out
+    assert run.data.metrics["export/dense/model.onnx/bytes"] == 9
+    assert mlflow.pyfunc.load_model(f"models:/{link.model_id}") is not None
+    assert sync.write(store, source(project)) == 0
+
+
+def test_sync_leaves_out_what_was_exported_from_another_network(project):
+    store = Store(strict=True)
+    other = records()["finetune"]
+    path = str(MODELS["finetune"].record)
+    changed = {path: json.dumps(asdict(other) | {"sha256": "cd" * 32}).encode()}
+    assert sync.write(store, source(project, changed)) == 5
+    (run,) = store.runs("tags.kind = 'pipeline'")
+    assert not run.outputs.model_outputs
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [(mlflow_model.PROGRAM, b"junk"), (mlflow_model.REPORT, b"{"), (mlflow_model.REPORT, b"[1]")],
+)
+def test_sync_names_a_damaged_file_of_export(name, content, project):
+    store = Store(strict=True)
+    with pytest.raises(SecateurError) as error:
+        sync.write(store, source(project, {name: content}))
+    assert str(error.value).startswith(f"{name}: ") and "\n" not in str(error.value)
