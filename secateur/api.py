@@ -19,15 +19,14 @@ from secateur.base.callable_plugin import ConfiguredPruner, arguments_of
 from secateur.base.errors import CheckpointError, PruningError, SettingsError
 from secateur.base.settings import Export
 from secateur.channels.graph import ChannelGraph, build_channel_graph
-from secateur.nn import checkpoint, cost
+from secateur.nn import checkpoint, cost, matching, weights
 from secateur.nn.checkpoint import Checkpoint, Header
+from secateur.nn.matching import Names
+from secateur.nn.weights import Weights
 from secateur.pruning.apply import PrunedNetwork, apply_decision
 from secateur.pruning.decision import PruningContext
 from secateur.sparsity.choices import Choices
 from secateur.sparsity.masks import Masks
-
-FILE = "model.safetensors"
-"""Name of the checkpoint in a model's folder."""
 
 
 @dataclass(frozen=True)
@@ -99,24 +98,46 @@ class PruneResult(PrunedNetwork):
         )
 
 
-def load(path: str | Path, into: nn.Module | None = None) -> nn.Module:
-    """The network that a checkpoint holds, compact and in eval mode.
+def load(path: str | Path, into: nn.Module | None = None, rename: Names | None = None) -> nn.Module:
+    """The network that a file holds, in eval mode.
 
-    `path` is the file, or the folder that has it as model.safetensors. The network is rebuilt from
-    the architecture that the file names. A file that names none, as that of a network of your own,
-    needs `into`: an instance of the dense network, which is resized to the file's shapes, filled
-    and returned, on the device where it is.
+    `path` is a checkpoint of Secateur or the folder that has it as model.safetensors. Its network,
+    compact or dense, is rebuilt from the architecture that the file names. A file that names none,
+    as that of a network of your own, needs `into`: an instance of the dense network, which is
+    resized to the file's shapes, filled and returned, on the device where it is.
+
+    With `into`, weights that others have saved are loaded too: safetensors, what torch.save writes
+    (.pt, .pth, .pth.tar), folders as Hugging Face's hub has them. No code in a file is executed.
+    Names may have prefixes such as `module.`; `rename` has further names there -> names here, of
+    tensors or of modules, where * stands for any text.
 
     The network gets three attributes, unless it has them: `classes`, the names of its classes in
     the order of its outputs; `preprocess`, a `Preprocess`; and `origin`, an `Origin`.
 
-    Raises CheckpointError for a file that is missing, damaged, a pickle or not written by Secateur,
-    for one that needs `into`, and if the tensors do not fit; `into` is then left as it was.
+    Raises CheckpointError for a file that is missing, damaged or of another format, for one that
+    needs `into`, and if the tensors do not fit; `into` is then left as it was.
     """
-    file = Path(path) / FILE if Path(path).is_dir() else Path(path)
-    if not file.is_file():
+    file = Path(path)
+    if not file.exists():
         raise CheckpointError(f"{file}: no such file")
-    found = checkpoint.load(file)
+    found = weights.read(file)
+    model, origin = (
+        _fill_with_weights(found, into, rename or {})
+        if found.checkpoint is None
+        else _rebuild(found.checkpoint, into, found.source)
+    )
+    header = origin.header
+    _attach(
+        model,
+        classes=list(header.classes),
+        preprocess=Preprocess(tuple(header.mean), tuple(header.std)),
+        origin=origin,
+    )
+    return model.eval()
+
+
+def _rebuild(found: Checkpoint, into: nn.Module | None, file: str) -> tuple[nn.Module, Origin]:
+    """The network of a checkpoint of Secateur."""
     if into is not None:
         fill(copy.deepcopy(into), found, file)  # an error leaves the network itself alone
         model = fill(into, found, file)
@@ -127,17 +148,24 @@ def load(path: str | Path, into: nn.Module | None = None) -> nn.Module:
         )
     else:
         model = found.model()
-    header = found.header
-    _attach(
-        model,
-        classes=list(header.classes),
-        preprocess=Preprocess(tuple(header.mean), tuple(header.std)),
-        origin=Origin(header, found.masks, found.choices, found.sha256),
-    )
-    return model.eval()
+    return model, Origin(found.header, found.masks, found.choices, found.sha256)
 
 
-def fill(model: nn.Module, found: Checkpoint, file: Path) -> nn.Module:
+def _fill_with_weights(
+    found: Weights, into: nn.Module | None, rename: Names
+) -> tuple[nn.Module, Origin]:
+    """A network filled with weights that others have saved."""
+    if into is None:
+        raise CheckpointError(
+            f"{found.source}: weights without an architecture, not written by Secateur; give an "
+            "instance of the network: load(path, into=MyNet())"
+        )
+    matching.fill(into, found, rename=rename)
+    header = Header("", {}, [], [], list(found.mean), list(found.std), split="", stage="")
+    return into, Origin(header, {}, {}, found.sha256)
+
+
+def fill(model: nn.Module, found: Checkpoint, file: str | Path) -> nn.Module:
     """Resize a network to the shapes of a checkpoint and fill it, in place.
 
     Raises CheckpointError if a tensor has no place, or one of the network's is not in the file.
@@ -282,7 +310,7 @@ def _header(
             arch=known.arch,
             arch_settings=known.arch_settings,
             classes=known.classes,
-            shape=known.shape,
+            shape=known.shape or list(images.shape[1:]),
             mean=known.mean,
             std=known.std,
             split=known.split,

@@ -1,6 +1,7 @@
 """Architectures: published counts to the last parameter, and every one trains, saves and traces."""
 
 import copy
+import importlib.util
 import inspect
 import math
 import operator
@@ -12,7 +13,7 @@ import yaml
 from torch import fx, nn
 
 from secateur.base import plugin, settings
-from secateur.base.errors import DataError, SettingsError
+from secateur.base.errors import SettingsError
 from secateur.base.torchvision_import import import_torchvision
 from secateur.channels.trace import trace
 from secateur.nn import blocks, checkpoint, cost, resizing
@@ -228,6 +229,7 @@ def test_the_macs_counted_here_are_those_that_evaluate_reports(arch):
 
 # Small forms of everything, and the least side of an image that they take
 COLOUR = "colour"
+FOREIGN = 0
 FORMS = [
     ("lenet300", {}, 1),
     ("lenet5", {}, 8),
@@ -255,7 +257,10 @@ FORMS = [
     ("torchvision", {"name": "shufflenet_v2_x0_5"}, COLOUR),
     ("torchvision", {"name": "mnasnet0_5"}, COLOUR),
     ("torchvision", {"name": "regnet_x_400mf"}, COLOUR),
+    ("module", {"target": "own_network:Net", "arguments": {"width": 6}}, FOREIGN),
 ]
+if importlib.util.find_spec("timm"):
+    FORMS.append(("timm", {"name": "test_resnet"}, FOREIGN))
 SHAPES = [
     ((1, 8, 8), 10),
     ((1, 28, 28), 7),
@@ -273,7 +278,7 @@ def header(arch, chosen, classes, shape):
 
 
 def test_every_architecture_is_tested():
-    assert {arch for arch, *_ in FORMS} == set(plugin.names("archs"))
+    assert {arch for arch, *_ in FORMS} | {"timm"} == set(plugin.names("archs"))
 
 
 @pytest.mark.parametrize(("shape", "classes"), SHAPES, ids=[f"{s}" for s, _ in SHAPES])
@@ -312,8 +317,8 @@ def test_it_learns_is_saved_and_traced(arch, chosen, least, shape, classes, tmp_
 def test_every_module_is_called_once_and_only_sums_and_concatenations_stand_between(
     arch, chosen, least
 ):
-    if least == COLOUR:
-        pytest.skip("as torchvision has it")
+    if least in (COLOUR, FOREIGN):
+        pytest.skip("as others have written it")
     model = build(arch, **chosen)
     nodes = trace(model).nodes
     called = [str(node.target) for node in nodes if node.op == "call_module"]
@@ -349,7 +354,7 @@ def test_the_defaults_in_params_yaml_are_those_of_the_code():
 @pytest.mark.parametrize("arch", plugin.names("archs"))
 def test_it_says_where_it_comes_from(arch):
     module = plugin.load("archs", arch)
-    assert "Source: " in module.__doc__
+    assert "Source: " in module.__doc__ or arch == "module"
     assert list(inspect.signature(module.build).parameters) == ["settings", "classes", "shape"]
 
 
@@ -379,7 +384,8 @@ MISTAKES = [
     ("vgg", {"pools": [6]}, "pools.0 = 6: input should be less than or equal to 5"),
     ("vgg", {"batch_norm": 3}, "batch_norm = 3: "),
     ("torchvision", {"name": "resnet-18"}, "name = 'resnet-18': "),
-    ("torchvision", {"weights": "best"}, "weights = 'best': input should be 'none' or 'default'"),
+    ("torchvision", {"weights": "default"}, "weights: renamed; write baseline.weights"),
+    ("module", {"target": "networks/mine.py"}, "target = 'networks/mine.py': "),
 ]
 
 
@@ -541,82 +547,6 @@ def test_reset_refuses_what_it_would_leave_as_it_was():
     with pytest.raises(SettingsError, match=r"features\.1\.0\.attn .*ShiftedWindowAttention"):
         resizing.reset_parameters(model)
     assert content(model) == before
-
-
-# ----- published weights -----
-
-SQUEEZENET = {"name": "squeezenet1_1", "weights": "default"}
-
-
-@pytest.fixture
-def offline(tmp_path, monkeypatch):
-    """torch.hub's folder, empty, and no way to any server."""
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")
-    folder = tmp_path / "hub" / "checkpoints"
-    folder.mkdir(parents=True)
-    return folder
-
-
-def file_of(name):
-    weights = import_torchvision().models.get_model_weights(name).DEFAULT
-    return weights.url.rsplit("/", 1)[1]
-
-
-def test_without_network_published_weights_are_one_clear_error(offline):
-    info = header("torchvision", SQUEEZENET, 10, CIFAR)
-    checkpoint.build_architecture(info)  # a checkpoint is rebuilt without them
-    checkpoint.build_architecture(header("torchvision", {}, 10, CIFAR), pretrained=True)
-    with pytest.raises(DataError) as caught:
-        checkpoint.build_architecture(info, pretrained=True)
-    line = str(caught.value)
-    assert "\n" not in line
-    assert str(offline) in line
-    assert file_of("squeezenet1_1") in line
-
-
-@pytest.mark.parametrize("classes", [10, 1000])
-def test_published_weights_are_taken_and_the_classifier_is_ours(offline, classes):
-    published = build("torchvision", 1000, CIFAR, seed=1, name="squeezenet1_1").state_dict()
-    torch.save(published, offline / file_of("squeezenet1_1"))
-    torch.manual_seed(2)
-    model = checkpoint.build_architecture(header("torchvision", SQUEEZENET, classes, CIFAR), True)
-    torch.manual_seed(2)
-    drawn = build("torchvision", classes, CIFAR, seed=2, name="squeezenet1_1").state_dict()
-    for name, tensor in model.state_dict().items():
-        ours = name.startswith("classifier.") and classes != 1000
-        assert torch.equal(tensor, (drawn if ours else published)[name]), name
-
-
-def test_densenets_of_torchvision_find_their_weights_under_the_old_names(offline):
-    published = build("torchvision", 1000, CIFAR, seed=1, name="densenet121").state_dict()
-    old = {
-        k.replace("norm1.", "norm.1.").replace("conv2.", "conv.2."): t
-        for k, t in published.items()
-        if not k.endswith("num_batches_tracked")
-    }
-    assert any("norm.1." in key for key in old)
-    torch.save(old, offline / file_of("densenet121"))
-    chosen = {"name": "densenet121", "weights": "default"}
-    model = checkpoint.build_architecture(header("torchvision", chosen, 10, CIFAR), True)
-    for name, tensor in model.state_dict().items():
-        if not name.startswith("classifier."):
-            assert torch.equal(tensor, published[name]), name
-
-
-def test_published_weights_for_images_of_another_size_are_refused(offline):
-    published = build("torchvision", 1000, (3, 64, 64), name="vit_b_32").state_dict()
-    torch.save(published, offline / file_of("vit_b_32"))
-    chosen = {"name": "vit_b_32", "weights": "default"}
-    with pytest.raises(SettingsError, match=r"encoder\.pos_embedding .* another size"):
-        checkpoint.build_architecture(header("torchvision", chosen, 1000, CIFAR), True)
-
-
-def test_a_damaged_file_of_weights_is_one_clear_error(offline):
-    (offline / file_of("squeezenet1_1")).write_bytes(b"not weights")
-    with pytest.raises(DataError, match=r"squeezenet1_1 are not in [^\n]*$"):
-        checkpoint.build_architecture(header("torchvision", SQUEEZENET, 10, CIFAR), True)
 
 
 def test_depths_between_are_named():

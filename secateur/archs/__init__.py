@@ -5,6 +5,9 @@ A file offers `Settings` (a `base.settings.Strict`) and
 image. Layers are called as modules, so that torch.fx can trace them, and every module with
 parameters has `reset_parameters()`. A network whose initial weights differ from those of torch's
 layers has that method too: it draws weights in the present shape of the layers, so that a pruned
-network trained from scratch starts like the dense one. A file whose settings can demand published
-weights offers `load_pretrained(settings, model)`; only the baseline training calls it.
+network trained from scratch starts like the dense one.
+
+Two further functions are optional. `published(settings) -> nn.weights.Weights`: weights that a
+library publishes for the network. `aliases(settings) -> nn.matching.Names`: names of its tensors in
+well-known implementations, which files of weights then may have.
 """

@@ -43,3 +43,9 @@ def build(settings: Settings, classes: int, shape: tuple[int, int, int]) -> nn.M
             fc=nn.Linear(256, classes),
         )
     )
+
+
+def aliases(settings: Settings) -> dict[str, str]:
+    """Names in the files of bearpaw/pytorch-classification."""
+    places = enumerate((0, 3, 6, 8, 10), start=1)
+    return {"classifier": "fc"} | {f"features.{n}": f"conv{k}" for k, n in places}

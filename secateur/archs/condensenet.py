@@ -64,3 +64,13 @@ def build(settings: Settings, classes: int, shape: tuple[int, int, int]) -> nn.M
         modules[f"layer{number}"] = nn.Sequential(*added)
         width += count * growth
     return blocks.ConvNetZeroBias(**modules, **blocks.activated_head(width, classes))
+
+
+def aliases(settings: Settings) -> dict[str, str]:
+    """Names in the files of gconv-prune."""
+    names = {"features.init_conv": "conv1", "features.norm_last": "bn", "classifier": "fc"}
+    for stage, count in enumerate(settings.stages, start=1):
+        for number in range(count):
+            theirs = f"features.denseblock_{stage}.denselayer_{number + 1}"
+            names[theirs] = f"layer{stage}.{number}"
+    return names

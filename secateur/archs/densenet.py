@@ -90,3 +90,14 @@ def _transition(inputs: int, outputs: int) -> nn.Sequential:
     transition.add_module("conv", blocks.conv1x1(inputs, outputs))
     transition.add_module("pool", nn.AvgPool2d(2))
     return transition
+
+
+def aliases(settings: Settings) -> dict[str, str]:
+    """Names in the files of bearpaw/pytorch-classification and gconv-prune."""
+    return {
+        "trans*.bn1": "transition*.bn",
+        "trans*.conv1": "transition*.conv",
+        "dense*.bn": "layer*.bn1",
+        "dense*.conv": "layer*.conv1",
+        "dense*": "layer*",
+    }

@@ -89,3 +89,8 @@ def _shortcut(inputs: int, outputs: int, stride: int) -> nn.Module:
     if inputs == outputs and stride == 1:
         return nn.Identity()
     return blocks.conv1x1(inputs, outputs, stride)
+
+
+def aliases(settings: Settings) -> dict[str, str]:
+    """Names in the files of bearpaw/pytorch-classification and gconv-prune."""
+    return {"*.downsample.0": "*.shortcut"}

@@ -69,3 +69,8 @@ def _subsample(inputs: int, outputs: int, stride: int) -> nn.Module:
     zeros = [-1] * before, [-1] * (outputs - inputs - before)
     shortcut.add_module("take", ChannelSelect([*zeros[0], *range(inputs), *zeros[1]]))
     return shortcut
+
+
+def aliases(settings: Settings) -> dict[str, str]:
+    """Names in the files of bearpaw/pytorch-classification, DeepHoyer, GReg and gconv-prune."""
+    return blocks.RESIDUAL_NAMES

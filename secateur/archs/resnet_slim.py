@@ -56,3 +56,8 @@ def build(settings: Settings, classes: int, shape: tuple[int, int, int]) -> nn.M
         layers[f"layer{number + 1}"] = blocks.stage(count, inputs, outputs, stride, block)
         inputs = outputs
     return nn.Sequential(layers | blocks.head(inputs, classes))
+
+
+def aliases(settings: Settings) -> dict[str, str]:
+    """Names in the files of classifier-pruner."""
+    return blocks.RESIDUAL_NAMES

@@ -71,3 +71,22 @@ def build(settings: Settings, classes: int, shape: tuple[int, int, int]) -> nn.M
         flatten=nn.Flatten(),
         fc=nn.Linear(4 * width, classes),
     )
+
+
+def aliases(settings: Settings) -> dict[str, str]:
+    """Names in the files of bearpaw/pytorch-classification."""
+    inner = {
+        "conv_reduce": "conv1",
+        "bn_reduce": "bn1",
+        "conv_conv": "conv2",
+        "bn": "bn2",
+        "conv_expand": "conv3",
+        "bn_expand": "bn3",
+        "shortcut.shortcut_conv": "shortcut.conv",
+        "shortcut.shortcut_bn": "shortcut.bn",
+    }
+    names = {"conv_1_3x3": "conv1", "bn_1": "bn1", "classifier": "fc"}
+    for stage in (1, 2, 3):
+        for theirs, ours in inner.items():
+            names[f"stage_{stage}.stage_{stage}_bottleneck_*.{theirs}"] = f"layer{stage}.*.{ours}"
+    return names

@@ -1,4 +1,4 @@
-"""Any classification network of torchvision, with or without its published weights.
+"""Any classification network of torchvision, with its published weights on request.
 
 Source: torchvision.models, where each network names its paper. ResNet-18 for 224x224x3 images and
 1,000 classes: 11,689,512 parameters and 1.814 GMACs. Modules keep torchvision's names. New weights
@@ -8,16 +8,23 @@ refuses networks with parameters outside of layers (vit, swin, maxvit, convnext)
 
 import difflib
 import re
-from typing import Annotated, Any, Literal
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
 
 import torch
 from pydantic import AfterValidator, Field
 from torch import nn
 from torch.func import functional_call
 
-from secateur.base.errors import ArgumentError, DataError
+from secateur.base.errors import ArgumentError, CheckpointError, DataError
 from secateur.base.settings import Strict
 from secateur.base.torchvision_import import import_torchvision
+from secateur.nn import weights
+from secateur.nn.weights import Weights
+
+PORTED = ("googlenet", "inception_v3")
+"""Networks whose published weights come from TensorFlow."""
 
 
 def _known(name: str) -> str:
@@ -34,13 +41,13 @@ def _known(name: str) -> str:
 
 
 class Settings(Strict):
-    """The network, and its initial weights."""
+    """The network."""
 
     name: Annotated[str, Field(max_length=64), AfterValidator(_known)] = "resnet18"
     """A name from torchvision.models.list_models()."""
-    weights: Literal["none", "default"] = "none"
-    """none: random. default: the best published ones, without their classifier unless the number of
-    classes is equal. They expect images with the normalisation of ImageNet."""
+    transform_input: bool = False
+    """Of googlenet and inception_v3: normalise again, from ImageNet's mean and deviation to 0.5, as
+    their published weights, ported from TensorFlow, need it."""
 
 
 def build(settings: Settings, classes: int, shape: tuple[int, int, int]) -> nn.Module:
@@ -65,52 +72,55 @@ def build(settings: Settings, classes: int, shape: tuple[int, int, int]) -> nn.M
     return model
 
 
-def load_pretrained(settings: Settings, model: nn.Module) -> None:
-    """Load published weights into a network from `build`, if the settings demand them.
+def published(settings: Settings) -> Weights:
+    """The best published weights of the network, and what they expect of images.
 
     They are read from the folder of torch.hub (TORCH_HOME) and downloaded if they are not there.
-    Raises DataError if that fails, ArgumentError if they are for images of another size.
+    Raises DataError if that fails, CheckpointError if the file is not the one that was published.
     """
-    if settings.weights == "none":
-        return
-    weights = import_torchvision().models.get_model_weights(settings.name).DEFAULT
-    try:
-        published: dict[str, torch.Tensor] = weights.get_state_dict(
-            progress=False, check_hash=True, map_location="cpu", weights_only=True
+    if settings.name in PORTED and not settings.transform_input:
+        raise ArgumentError(
+            "transform_input", f"the published weights of {settings.name} need true", False
         )
+    best = import_torchvision().models.get_model_weights(settings.name).DEFAULT
+    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(best.url).name
+    digest = best.url.rpartition("-")[2].partition(".")[0]
+    if not path.exists():
+        _download(best.url, path, digest, settings.name)
+    found = weights.read(path)
+    if not found.sha256.startswith(digest):
+        raise CheckpointError(
+            f"{path}: not the file that was published: its sha256 begins with "
+            f"{found.sha256[:8]}, not {digest}; delete it, and it is downloaded again"
+        )
+    tensors = found.tensors
+    if settings.name.startswith("densenet"):  # published under the names of an earlier version
+        pattern = re.compile(r"\.(norm|conv)\.(\d)\.")
+        tensors = {pattern.sub(r".\1\2.", name): t for name, t in tensors.items()}
+    expected = best.transforms()
+    side = (3, *expected.crop_size * 2)[:3]
+    source = f"{settings.name} of torchvision"
+    known = weights.from_config(source, expected.mean, expected.std, side)
+    return replace(known, tensors=tensors, sha256=found.sha256, optional=("aux", "AuxLogits"))
+
+
+def _download(url: str, path: Path, digest: str, name: str) -> None:
+    """Download a file, whose sha256 begins with `digest`; DataError if that fails."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=digest, progress=False)
     except Exception as error:  # no network, no such file, a damaged one: each has its own type
         raise DataError(
-            f"archs.torchvision.weights = default: those of {settings.name} are not in "
-            f"{torch.hub.get_dir()}/checkpoints and were not downloaded ({_short(error)}). Put "
-            f"{weights.url} there, or set archs.torchvision.weights = none"
+            f"baseline.weights = published: those of {name} are not in {path.parent} and were not "
+            f"downloaded ({_short(error)}). Put {url} there, or set baseline.weights = none"
         ) from None
-    if settings.name.startswith("densenet"):  # published under the names of an earlier version
-        published = {
-            re.sub(r"\.(norm|conv)\.(\d)\.", r".\1\2.", key): t for key, t in published.items()
-        }
-    own = model.state_dict()
-    fitting = {key: t for key, t in published.items() if key in own and own[key].shape == t.shape}
-    classes = len(weights.meta["categories"])
-    for key in sorted(own.keys() - fitting.keys()):
-        if key in published and published[key].shape == (classes, *own[key].shape[1:]):
-            continue  # the classifier, of another number of classes
-        if not key.endswith("num_batches_tracked"):
-            raise ArgumentError(
-                "weights",
-                f"{key} of {settings.name} does not fit the published weights; are they for images "
-                "of another size?",
-                settings.weights,
-            )
-    own.clear()  # which leaves the version numbers of the modules
-    own.update(fitting)
-    model.load_state_dict(own, strict=False)
 
 
 def _options(settings: Settings, shape: tuple[int, int, int]) -> dict[str, Any]:
     """Arguments of some constructors beside the number of classes."""
-    if settings.name in ("googlenet", "inception_v3"):
-        ported = settings.weights == "default"  # from a network that normalises otherwise
-        return {"aux_logits": False, "init_weights": True, "transform_input": ported}
+    if settings.name in PORTED:
+        transform = settings.transform_input
+        return {"aux_logits": False, "init_weights": True, "transform_input": transform}
     if settings.name.startswith("vit_"):
         return {"image_size": shape[1]}
     if settings.name.startswith("maxvit"):

@@ -90,3 +90,17 @@ def build(settings: Settings, classes: int, shape: tuple[int, int, int]) -> nn.M
         flatten=nn.Flatten(),
         fc=nn.Linear(channels, classes),
     )
+
+
+def aliases(settings: Settings) -> dict[str, str]:
+    """Names in the files of bearpaw/pytorch-classification, classifier-pruner and GReg."""
+    names, place, number = {"classifier": "fc"}, 0, 0
+    for stage, count in enumerate(COUNTS[settings.depth], start=1):
+        for _ in range(count):
+            number += 1
+            names[f"features.{place}"] = f"conv{number}"
+            if settings.batch_norm:
+                names[f"features.{place + 1}"] = f"bn{number}"
+            place += 3 if settings.batch_norm else 2  # with the ReLU
+        place += stage in settings.pools
+    return names

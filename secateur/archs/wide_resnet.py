@@ -96,3 +96,12 @@ def build(settings: Settings, classes: int, shape: tuple[int, int, int]) -> nn.M
         layer3=blocks.stage(count, 32 * widen, 64 * widen, 2, block),
         **blocks.activated_head(64 * widen, classes),
     )
+
+
+def aliases(settings: Settings) -> dict[str, str]:
+    """Names in the files of bearpaw/pytorch-classification."""
+    return {
+        "block*.layer.*.convShortcut": "layer*.*.shortcut",
+        "block*.layer": "layer*",
+        "bn1": "bn",
+    }

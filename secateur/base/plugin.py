@@ -46,7 +46,7 @@ class DatasetPlugin(Plugin, Protocol):
 
 
 class ArchPlugin(Plugin, Protocol):
-    """A module of secateur/archs. One that has published weights also has `publish`."""
+    """A module of secateur/archs, which may also have `published` and `aliases` (see there)."""
 
     def build(self, settings: Any, classes: int, shape: tuple[int, int, int]) -> "nn.Module":
         """Build the network with new weights for images of `shape` (C, H, W)."""

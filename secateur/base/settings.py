@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -24,6 +25,7 @@ from secateur.base.errors import ArgumentError, SettingsError, cut, shorten
 FILE = "params.yaml"
 
 RENAMED = {
+    "archs.torchvision.weights": "baseline.weights",
     "baseline.accumulate": "baseline.accumulate_grad_batches",
     "sparse_train.accumulate": "sparse_train.accumulate_grad_batches",
     "finetune.accumulate": "finetune.accumulate_grad_batches",
@@ -145,6 +147,26 @@ class Train(Strict):
         return self
 
 
+def _inside_folder(path: str) -> str:
+    """The path; ValueError unless it is relative and leads nowhere outside."""
+    if not path or Path(path).is_absolute() or ".." in Path(path).parts:
+        raise ValueError("none, published, or the path of a file or folder in weights/")
+    return path
+
+
+class Baseline(Train):
+    """The dense network: trained from random weights, or taken from weights that are there."""
+
+    weights: Annotated[str, AfterValidator(_inside_folder)] = "none"
+    """none: random ones. published: those that torchvision or timm publish for the architecture.
+    Else a file or a folder below weights/, which dvc.yaml names as a dependency. With epochs: 0 the
+    network is taken as it is, otherwise it is trained on."""
+    rename: dict[str, str] = Field(default_factory=dict)
+    """Name of a tensor or module in the file -> name in the network; * stands for any text."""
+    head: Literal["inherit", "reset"] = "inherit"
+    """reset: a new classifier, for other classes than those of the weights."""
+
+
 class Finetune(Train):
     """Training after pruning."""
 
@@ -252,7 +274,7 @@ class Params(Strict):
     pruner: Name
     seed: Seed
     data: Data
-    baseline: Train
+    baseline: Baseline
     sparse_train: Train
     prune: Prune
     finetune: Finetune

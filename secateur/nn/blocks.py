@@ -19,6 +19,14 @@ Depth = Annotated[int, Field(ge=8, le=2000)]
 """6n+2 for basic blocks (20, 32, 44, 56, 110, 1202), 9n+2 for bottlenecks (164, 1001)."""
 EXPANSION = 4
 """Outputs of a bottleneck per inner channel."""
+RESIDUAL_NAMES = {
+    "*.downsample.0": "*.shortcut.conv",
+    "*.downsample.1": "*.shortcut.bn",
+    "*.shortcut.0": "*.shortcut.conv",
+    "*.shortcut.1": "*.shortcut.bn",
+    "linear": "fc",
+}
+"""Names in other implementations -> names of `projection` and `head`, as in nn.matching.Names."""
 
 
 class ConvNet(nn.Sequential):

@@ -23,13 +23,15 @@ from secateur.base import files, plugin, settings, tensor_files
 from secateur.base.documents import validated
 from secateur.base.errors import CheckpointError, SecateurError, cut, shorten
 from secateur.base.machine import versions
-from secateur.base.tensor_files import MAX_PIXELS, ClassName, Finite, Positive, Shape
+from secateur.base.tensor_files import MAX_PIXELS, ClassName, Finite, Positive, Shape, TensorFile
 from secateur.nn import resizing
 from secateur.sparsity.choices import Choices, fits
 
 FORMAT = 1
 MASK, CHOICE = "mask:", "choice:"
 
+OWN_CODE = "module"
+"""The architecture whose settings name a function of the user."""
 LARGE_SETTING = 256
 """Widths, depths and sides of images up to here are built without counting their bytes first."""
 
@@ -76,10 +78,22 @@ class Checkpoint:
     """Hash of the file; empty before it is saved."""
     choices: Choices = field(default_factory=dict)
     """What the penalty has selected for pruning, by the weight's parameter name."""
+    trusted: bool = False
+    """Architecture and settings have been compared with those of params.yaml."""
 
     def model(self) -> nn.Module:
-        """Rebuild the network, in eval mode; CheckpointError if the tensors do not fit it."""
+        """Rebuild the network, in eval mode; CheckpointError if the tensors do not fit it.
+
+        A function that a file names as its architecture (arch `module`) is called only if
+        params.yaml names it too.
+        """
         where = f"checkpoint of stage {cut(self.header.stage)}: "
+        if self.header.arch == OWN_CODE and not self.trusted:
+            target = shorten(self.header.arch_settings.get("target"))
+            raise CheckpointError(
+                f"{where}its network comes from a function of yours, {target}, and a function that "
+                "a file names is not called; give an instance: load(path, into=MyNet())"
+            )
         try:
             _check_memory(self.header)
             model = build_architecture(self.header)
@@ -163,20 +177,27 @@ def _check_types(model: nn.Module, tensors: dict[str, Tensor]) -> None:
             raise ValueError(f"{name} holds {found.dtype}, needs {own.dtype}")
 
 
-def build_architecture(header: Header, pretrained: bool = False) -> nn.Module:
+def build_architecture(header: Header) -> nn.Module:
     """The dense network that the header names, with random weights.
 
-    With `pretrained`, published weights are loaded if the architecture's settings demand them.
     Raises SettingsError if the settings do not fit the images.
     """
     module = plugin.load("archs", header.arch)
     arch = settings.validate(module.Settings, header.arch_settings, f"archs.{header.arch}")
     channels, height, width = header.shape
     with settings.section(f"archs.{header.arch}"):
-        built: nn.Module = module.build(arch, len(header.classes), (channels, height, width))
-        if pretrained and hasattr(module, "load_pretrained"):
-            module.load_pretrained(arch, built)
-    return built
+        return module.build(arch, len(header.classes), (channels, height, width))
+
+
+def classifier(header: Header) -> frozenset[str]:
+    """Names of the tensors whose shape depends on the number of classes; empty if none does."""
+    wider = replace(header, classes=[*header.classes, ""])
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        shapes, others = (
+            {name: tensor.shape for name, tensor in build_architecture(h).state_dict().items()}
+            for h in (header, wider)
+        )
+    return frozenset(name for name, shape in shapes.items() if others.get(name) != shape)
 
 
 def save(
@@ -217,8 +238,10 @@ def load(
     Raises CheckpointError for a missing, truncated or foreign file, for a pickle, and for a
     checkpoint of another architecture or of other data.
     """
-    found = tensor_files.read(path, CheckpointError, cure="; run `dvc repro` to make it")
-    header = _header(path, found.header)
+    found = parse(
+        path, tensor_files.read(path, CheckpointError, cure="; run `dvc repro` to make it")
+    )
+    header = found.header
     if arch is not None and header.arch != arch:
         raise CheckpointError(
             f"{path}: holds architecture '{cut(header.arch)}', params ask for '{arch}'"
@@ -233,6 +256,12 @@ def load(
             f"{path}: was trained on other data or another split ({cut(header.split, 13)[:12]}) "
             f"than the data that is here ({split[:12]}); run `dvc repro` to train it again"
         )
+    return replace(found, trusted=arch is not None and arch_settings is not None)
+
+
+def parse(path: Path, found: TensorFile) -> Checkpoint:
+    """The checkpoint that a file held; CheckpointError unless Secateur has written it."""
+    header = _header(path, found.header)
     tensors, masks, choices = _divide(path, found.tensors)
     return Checkpoint(header, tensors, masks, found.sha256, choices)
 

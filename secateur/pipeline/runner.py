@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pandas as pd
 from torch import Tensor, nn
@@ -62,6 +62,10 @@ class StageContext:
     def params(self) -> Params:
         """The params that dvc.yaml declares for the stage."""
         return self.stage.params
+
+    def normalised(self, mean: Sequence[float], std: Sequence[float]) -> Self:
+        """The same with other values for the normalisation of images; without any, as it is."""
+        return replace(self, data=_normalised(self.data, mean, std)) if mean else self
 
     def header(self, parent: Checkpoint | None = None, **notes: Any) -> Header:
         """Header for the model that this stage makes, from `parent` or, without one, anew."""
@@ -142,7 +146,15 @@ def open_context(name: str) -> StageContext:
         path = stage.input(MODELS[maker].folder) / "model.safetensors"
         upstream[maker] = checkpoint.load(path, params.arch, arch_settings, data.info.hash)
         _check_record(path, upstream[maker], MODELS[maker].record)
+        data = _normalised(data, upstream[maker].header.mean, upstream[maker].header.std)
     return StageContext(stage, data, upstream)
+
+
+def _normalised(data: Dataset, mean: Sequence[float], std: Sequence[float]) -> Dataset:
+    """The data with the normalisation of a network, which that of its weights may have decided."""
+    if (list(mean), list(std)) == (data.info.mean, data.info.std):
+        return data
+    return replace(data, info=replace(data.info, mean=list(mean), std=list(std)))
 
 
 def _check_record(path: Path, found: Checkpoint, path_of_record: Path) -> None:

@@ -1,0 +1,149 @@
+"""Any classification network of timm, with the weights published for it on request.
+
+Source: R. Wightman, PyTorch Image Models, https://github.com/huggingface/pytorch-image-models,
+where each network names its paper. Modules keep timm's names. A name with a tag, such as
+resnet18.a1_in1k, says which of several published weights `baseline.weights: published` loads.
+Needs the packages of the group `timm`.
+"""
+
+import difflib
+import importlib
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import AfterValidator, Field
+from torch import nn
+from torch.func import functional_call
+
+from secateur.base.errors import ArgumentError, CheckpointError, DataError, SettingsError, cut
+from secateur.base.settings import Strict
+from secateur.base.torchvision_import import import_torchvision
+from secateur.nn import weights
+from secateur.nn.weights import Weights
+
+INSTALL = "pip install '.[timm]'"
+
+
+def import_timm() -> Any:
+    """timm, after torchvision, which it imports; SettingsError with the cure if it is missing."""
+    try:
+        import_torchvision()
+        return importlib.import_module("timm")
+    except ModuleNotFoundError as error:
+        raise SettingsError(
+            f"params.yaml: arch = 'timm': {error.name} is not installed; run {INSTALL}"
+        ) from None
+
+
+def _known(name: str) -> str:
+    """The name; ValueError unless it is that of a network, with or without a tag of weights."""
+    if name == "resnet18":  # the usual one, accepted without the seconds that the import takes
+        return name
+    timm = import_timm()
+    base, _, tag = name.partition(".")
+    if base not in timm.list_models() or (tag and name not in timm.list_pretrained()):
+        names = timm.list_pretrained(f"{base}.*") if tag else timm.list_models()
+        close = difflib.get_close_matches(name, names, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise ValueError(f"timm has no such network{hint}")
+    return name
+
+
+class Settings(Strict):
+    """The network."""
+
+    name: Annotated[
+        str, Field(pattern=r"^[a-z0-9_]+(\.[a-z0-9_]+)?$", max_length=100), AfterValidator(_known)
+    ] = "resnet18"
+    """A name from timm.list_models() or, with a tag, timm.list_pretrained()."""
+
+
+def build(settings: Settings, classes: int, shape: tuple[int, int, int]) -> nn.Module:
+    """The network with random weights and a classifier of its own: logits.
+
+    Raises ArgumentError if it cannot take images of this number of channels or size.
+    """
+    timm = import_timm()
+    known = timm.get_pretrained_cfg(settings.name)
+    options: dict[str, Any] = {}
+    if known is not None and known.fixed_input_size and known.input_size[1:] != shape[1:]:
+        options["img_size"] = shape[1:]
+    try:
+        model: nn.Module = timm.create_model(
+            settings.name, pretrained=False, num_classes=classes, in_chans=shape[0], **options
+        )
+        outputs = _outputs(model, shape)
+    except (AssertionError, RuntimeError, TypeError, ValueError, IndexError) as error:
+        size = "x".join(map(str, shape))
+        message = f"{settings.name} cannot take images of {size}: {cut(str(error), 160)}"
+        raise ArgumentError("arch", message, "timm") from None
+    if outputs != (1, classes):
+        message = f"{settings.name} gives {outputs} for one image, needs (1, {classes})"
+        raise ArgumentError("arch", message, "timm")
+    return model
+
+
+def _outputs(model: nn.Module, shape: tuple[int, int, int]) -> tuple[int, ...]:
+    """Shape of what the network gives for one image, computed without values."""
+    tensors = {name: t.detach().to("meta") for name, t in model.state_dict().items()}
+    training = model.training
+    image = torch.empty(1, *shape, device="meta")
+    outputs = functional_call(model.eval(), tensors, image)
+    model.train(training)
+    return tuple(outputs.shape) if isinstance(outputs, torch.Tensor) else ()
+
+
+def published(settings: Settings) -> Weights:
+    """The weights that are published under this name, from the cache or downloaded.
+
+    The cache of Hugging Face's hub (HF_HOME) is searched first, then that of torch.hub. Raises
+    DataError if there are none, or the file in the cache is not the one that was published.
+    """
+    known = import_timm().get_pretrained_cfg(settings.name)
+    if known is None or not (known.hf_hub_id or known.url):
+        raise DataError(f"baseline.weights = published: timm has none for {settings.name}")
+    found = weights.read(_file(settings.name, known))
+    _check_content(Path(found.source.partition(" (")[0]), found)
+    source = f"{settings.name} of timm"
+    expected = weights.from_config(source, known.mean, known.std, known.input_size)
+    return replace(expected, tensors=found.tensors, sha256=found.sha256)
+
+
+def _file(name: str, known: Any) -> Path:
+    """The file with the weights, downloaded if it is in no cache."""
+    url = known.url or ""
+    old = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
+    if url and old.is_file():
+        return old
+    reason: Exception | None = None
+    try:
+        hub = importlib.import_module("huggingface_hub")
+    except ModuleNotFoundError:
+        raise SettingsError(
+            f"baseline.weights = published: huggingface_hub is not installed; run {INSTALL}"
+        ) from None
+    for file in (known.hf_hub_filename, "model.safetensors", "pytorch_model.bin"):
+        if file and known.hf_hub_id:
+            try:
+                return Path(hub.hf_hub_download(known.hf_hub_id, file))
+            except Exception as error:  # no network, no such file: each has its own type
+                reason = reason or error
+    raise DataError(
+        f"baseline.weights = published: those of {name} ({known.hf_hub_id or url}) are in no "
+        f"cache and were not downloaded ({cut(str(reason), 120)}); run `hf download "
+        f"{known.hf_hub_id}` where there is a network, or set baseline.weights = none"
+    )
+
+
+def _check_content(path: Path, found: Weights) -> None:
+    """CheckpointError if a cache's file is not what its name says: caches name files by hashes."""
+    blob, part = path.resolve().name, re.search(r"-([a-f0-9]{8,64})\.\w+$", path.name)
+    expected = blob if re.fullmatch("[a-f0-9]{64}", blob) else part[1] if part else ""
+    if not found.sha256.startswith(expected):
+        raise CheckpointError(
+            f"{path}: not the file that was published: its sha256 begins with "
+            f"{found.sha256[:8]}, not {expected[:8]}; delete it, and it is downloaded again"
+        )

@@ -1,0 +1,292 @@
+"""Weights that were saved elsewhere: read from any of the usual formats, matched, and loaded.
+
+Formats: safetensors; what `torch.save` writes (.pt, .pth, .pth.tar, .bin), whether it is a state
+dict, a dictionary around one, or a whole pickled network; a folder as Hugging Face's hub has it.
+No code that a file names is imported or called.
+"""
+
+import hashlib
+import math
+import warnings
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateur.base import files, tensor_files
+from secateur.base.documents import read_json
+from secateur.base.errors import CheckpointError, cut
+from secateur.nn import checkpoint
+from secateur.nn.checkpoint import Checkpoint
+
+ENTRIES = (
+    "state_dict", "model_state_dict", "model", "net", "network", "module", "weights", "params",
+    "state_dict_ema", "model_ema", "ema",
+)  # fmt: skip
+"""Keys under which dictionaries keep a state dict; the first that has one is taken."""
+MAX_PICKLE = 2**26
+"""Bytes of the pickle in a file of torch.save, tensors not counted: 64 MiB."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Tensors by name, and what their source says about the images that they expect."""
+
+    source: str
+    """The file, folder or published name, for messages."""
+    tensors: dict[str, Tensor]
+    sha256: str = ""
+    """Of the file or files."""
+    mean: tuple[float, ...] = ()
+    """By channel, of pixels in [0, 1]; empty if the source does not say."""
+    std: tuple[float, ...] = ()
+    size: tuple[int, int] | None = None
+    """Height and width of an image."""
+    checkpoint: Checkpoint | None = None
+    """The whole content, if Secateur has written the file."""
+    optional: tuple[str, ...] = ()
+    """Beginnings of names of tensors that the network may lack: of auxiliary classifiers."""
+
+
+def read(path: Path) -> Weights:
+    """Read a file, or a folder in the layout of Hugging Face's hub.
+
+    Raises CheckpointError naming the file if it is missing, damaged, of no known format, or has no
+    tensors.
+    """
+    if files.is_folder(path, CheckpointError):
+        return _read_folder(path)
+    size = files.file_size(path, CheckpointError)
+    try:
+        with path.open("rb") as file:
+            start = file.read(9)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
+    if start[8:9] == b"{":
+        return _read_safetensors(path)
+    if start[:2] == b"PK" or start[:1] == b"\x80":
+        return _read_torch(path)
+    raise CheckpointError(
+        f"{path}: neither safetensors nor written by torch.save ({size:,} bytes; another format, "
+        "or damaged)"
+    )
+
+
+def _read_safetensors(path: Path) -> Weights:
+    found = tensor_files.read(path, CheckpointError)
+    if found.header is not None:
+        own = checkpoint.parse(path, found)
+        height_width = own.header.shape[1:]
+        return Weights(
+            str(path),
+            own.tensors,
+            own.sha256,
+            tuple(own.header.mean),
+            tuple(own.header.std),
+            (height_width[0], height_width[1]) if len(height_width) == 2 else None,
+            own,
+        )
+    return Weights(str(path), _plain(path, found.tensors), found.sha256)
+
+
+# -- files of torch.save ---------------------------------------------------------------------------
+
+
+class _Inert:
+    """Stands for every class and function that a file names and that is no part of a tensor.
+
+    It accepts what the file gives it and does nothing.
+    """
+
+    state: Any = None
+
+    def __new__(cls, *_: Any, **__: Any) -> "_Inert":
+        return object.__new__(cls)
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+def _read_torch(path: Path) -> Weights:
+    try:
+        content = _unpickle(path)
+        found = _find_tensors(content)
+    except CheckpointError:
+        raise
+    except Exception as error:  # torch raises errors of many types for damaged files
+        raise CheckpointError(
+            f"{path}: cannot be read: {_explain(error, zipfile.is_zipfile(path))}"
+        ) from None
+    if found is None:
+        raise CheckpointError(
+            f"{path}: no weights in it: neither a dictionary of tensors nor one under "
+            f"{', '.join(ENTRIES[:4])}"
+        )
+    entry, tensors = found
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    return Weights(f"{path} ({entry})" if entry else str(path), _plain(path, tensors), sha256)
+
+
+def _unpickle(path: Path) -> Any:
+    """The object in a file of torch.save, read with `weights_only`.
+
+    Classes and functions that torch does not know are replaced by `_Inert` instead of imported, so
+    that a state dict beside a pickled network can be read.
+    """
+    unknown: list[Any] = []
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            sizes = {entry.filename: entry.file_size for entry in archive.infolist()}
+        whole = sum(sizes.values())
+        if (
+            whole > files.MEMORY
+            or max((size for name, size in sizes.items() if name.endswith("data.pkl")), default=0)
+            > MAX_PICKLE
+        ):
+            raise CheckpointError(f"{path}: {whole:,} bytes when unpacked; that is too much")
+        named = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        unknown = [(type("Inert", (_Inert,), {}), name) for name in named]
+    with warnings.catch_warnings(), torch.serialization.safe_globals(unknown):
+        warnings.simplefilter("ignore")
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _find_tensors(content: Any, entry: str = "") -> tuple[str, dict[str, Tensor]] | None:
+    """The state dict in what a file held, and the key that it was found under."""
+    if isinstance(content, _Inert):
+        tensors = dict(_tensors_of_network(content))
+        return (entry or "network", tensors) if tensors else None
+    if not isinstance(content, Mapping):
+        return None
+    for key in ENTRIES:
+        if (found := _find_tensors(content.get(key), key)) is not None:
+            return found
+    tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+    return (entry, tensors) if tensors else None
+
+
+def _tensors_of_network(module: _Inert, depth: int = 0) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers of a pickled network, by the names of `state_dict`."""
+    if depth > 100 or not isinstance(module.state, dict):
+        return
+    transient = module.state.get("_non_persistent_buffers_set")
+    for kind in ("_parameters", "_buffers"):
+        own = module.state.get(kind)
+        for name, value in own.items() if isinstance(own, dict) else ():
+            if isinstance(value, Tensor) and not (transient and name in transient):
+                yield str(name), value
+    children = module.state.get("_modules")
+    for name, child in children.items() if isinstance(children, dict) else ():
+        if isinstance(child, _Inert):
+            for path, tensor in _tensors_of_network(child, depth + 1):
+                yield f"{name}.{path}", tensor
+
+
+def _plain(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, detached; CheckpointError for one that is not an ordinary tensor in memory."""
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
+            kind = f"{str(tensor.layout).removeprefix('torch.')} on {tensor.device}"
+            raise CheckpointError(f"{path}: {cut(name)}: not an ordinary tensor ({kind})")
+    return {name: tensor.detach() for name, tensor in tensors.items()}
+
+
+def _explain(error: Exception, is_zip: bool) -> str:
+    """What is wrong with a file of torch.save, in words."""
+    if isinstance(error, OSError) and error.strerror:
+        return "truncated or damaged"  # torch reads beyond the end of an archive without a list
+    text = str(error)
+    if text.startswith("Weights only load failed"):  # around the reason: advice to load unchecked
+        text = text.partition("WeightsUnpickler error:")[2] or text.partition("\n")[2]
+    text = " ".join(text.split())
+    for end in (". Please ", "Check the documentation"):
+        text = text.partition(end)[0]
+    if not is_zip and "Unsupported global" in text:
+        name = cut(text.partition("GLOBAL ")[2].partition(" was")[0], 60)
+        return (
+            f"{name} is pickled in it, in the format of torch before 1.6, where classes cannot be "
+            "passed over; with its code at hand, save the state dict alone"
+        )
+    return cut(text.strip() or type(error).__name__, 200)
+
+
+# -- folders of Hugging Face's hub -----------------------------------------------------------------
+
+
+def _read_folder(folder: Path) -> Weights:
+    """`model.safetensors`, its parts, or `pytorch_model.bin`, with the expectations of the image
+    from `config.json` (timm) or `preprocessor_config.json` (transformers)."""
+    index = folder / "model.safetensors.index.json"
+    parts = [folder / "model.safetensors", folder / "pytorch_model.bin"]
+    if index.is_file():
+        listed = read_json(index, CheckpointError)
+        names = listed.get("weight_map") if isinstance(listed, dict) else None
+        if not isinstance(names, dict) or not all(_is_file_name(n) for n in names.values()):
+            raise CheckpointError(f"{index}: weight_map: a table of file names is needed")
+        parts = [folder / name for name in sorted(set(names.values()))]
+    else:
+        parts = [part for part in parts if part.is_file()][:1]
+    if not parts:
+        raise CheckpointError(
+            f"{folder}: neither model.safetensors nor pytorch_model.bin is in it; name the file"
+        )
+    read_parts = [read(part) for part in parts]
+    if len(parts) == 1 and read_parts[0].checkpoint is not None:
+        return read_parts[0]
+    tensors = {name: t for part in read_parts for name, t in part.tensors.items()}
+    sha256 = hashlib.sha256("".join(part.sha256 for part in read_parts).encode()).hexdigest()
+    return replace(describe(folder), tensors=tensors, sha256=sha256)
+
+
+def _is_file_name(name: Any) -> bool:
+    return isinstance(name, str) and Path(name).name == name and name not in ("", ".", "..")
+
+
+def describe(folder: Path) -> Weights:
+    """What the configuration files of a hub's folder say about the images; without tensors."""
+    config: dict[str, Any] = {}
+    for name in ("config.json", "preprocessor_config.json"):
+        if (folder / name).is_file():
+            found = read_json(folder / name, CheckpointError)
+            if not isinstance(found, dict):
+                raise CheckpointError(f"{folder / name}: an object is needed")
+            config |= found
+    known = config.get("pretrained_cfg")
+    if isinstance(known, dict):  # timm
+        return from_config(
+            str(folder), known.get("mean"), known.get("std"), known.get("input_size")
+        )
+    size = config.get("crop_size") or config.get("size")
+    if isinstance(size, dict):
+        size = [3, size.get("height"), size.get("width")]
+    elif isinstance(size, int):
+        size = [3, size, size]
+    return from_config(str(folder), config.get("image_mean"), config.get("image_std"), size)
+
+
+def from_config(source: str, mean: Any, std: Any, size: Any) -> Weights:
+    """Weights without tensors, with the expectations that a configuration has, where it is valid.
+
+    `size` is (channels, height, width).
+    """
+
+    def numbers(value: Any, least: float) -> tuple[float, ...]:
+        good = isinstance(value, list | tuple) and all(
+            isinstance(v, int | float) and math.isfinite(v) and v >= least for v in value
+        )
+        return tuple(float(v) for v in value) if good else ()
+
+    means, stds = numbers(mean, -1e6), numbers(std, 1e-6)
+    if len(means) != len(stds):
+        means = stds = ()
+    sides = numbers(size, 1)[1:]
+    fits = len(sides) == 2
+    return Weights(source, {}, "", means, stds, (int(sides[0]), int(sides[1])) if fits else None)
