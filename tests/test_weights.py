@@ -15,7 +15,7 @@ from workspace import ROOT, fresh_project
 
 import secateur
 from secateur.base import plugin, settings
-from secateur.base.errors import CheckpointError, DataError, SettingsError
+from secateur.base.errors import CheckpointError, DataError, SecateurError, SettingsError
 from secateur.base.torchvision_import import import_torchvision
 from secateur.data import dataset
 from secateur.data.dataset import Images, InMemoryImages
@@ -628,7 +628,7 @@ class TestTimm:
 def test_a_library_that_is_missing_is_named_with_the_command_that_installs_it(monkeypatch):
     timm = plugin.load("archs", "timm")
     monkeypatch.setitem(__import__("sys").modules, "timm", None)
-    with pytest.raises(SettingsError, match=r"timm is not installed; run pip install '\.\[timm\]'"):
+    with pytest.raises(SecateurError, match=r"for arch: timm and is not .*`pip install timm`"):
         timm.import_timm()
 
 

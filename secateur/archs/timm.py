@@ -3,11 +3,10 @@
 Source: R. Wightman, PyTorch Image Models, https://github.com/huggingface/pytorch-image-models,
 where each network names its paper. Modules keep timm's names. A name with a tag, such as
 resnet18.a1_in1k, says which of several published weights `baseline.weights: published` loads.
-Needs the packages of the group `timm`.
+Needs timm (`pip install '.[timm]'`).
 """
 
 import difflib
-import importlib
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -18,24 +17,18 @@ from pydantic import AfterValidator, Field
 from torch import nn
 from torch.func import functional_call
 
-from secateur.base.errors import ArgumentError, CheckpointError, DataError, SettingsError, cut
+from secateur.base import optional
+from secateur.base.errors import ArgumentError, CheckpointError, DataError, cut
 from secateur.base.settings import Strict
 from secateur.base.torchvision_import import import_torchvision
 from secateur.nn import weights
 from secateur.nn.weights import Weights
 
-INSTALL = "pip install '.[timm]'"
-
 
 def import_timm() -> Any:
-    """timm, after torchvision, which it imports; SettingsError with the cure if it is missing."""
-    try:
-        import_torchvision()
-        return importlib.import_module("timm")
-    except ModuleNotFoundError as error:
-        raise SettingsError(
-            f"params.yaml: arch = 'timm': {error.name} is not installed; run {INSTALL}"
-        ) from None
+    """timm, after torchvision, which it imports; SecateurError with the cure if it is missing."""
+    import_torchvision()
+    return optional.load("timm", "for arch: timm")
 
 
 def _known(name: str) -> str:
@@ -118,13 +111,8 @@ def _file(name: str, known: Any) -> Path:
     old = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
     if url and old.is_file():
         return old
+    hub = optional.load("huggingface_hub", "to load the weights that timm publishes")
     reason: Exception | None = None
-    try:
-        hub = importlib.import_module("huggingface_hub")
-    except ModuleNotFoundError:
-        raise SettingsError(
-            f"baseline.weights = published: huggingface_hub is not installed; run {INSTALL}"
-        ) from None
     for file in (known.hf_hub_filename, "model.safetensors", "pytorch_model.bin"):
         if file and known.hf_hub_id:
             try:
