@@ -57,6 +57,11 @@ class Target(Strict):
         """`macs`, `params` or `bytes`, and the share."""
         return self._given[0]
 
+    def __str__(self) -> str:
+        """As in params.yaml."""
+        kind, share = self.wanted
+        return f"{{{kind}: {share:g}}}"
+
 
 class RemainingShare:
     """The share of a network that a decision leaves, found without removing anything."""
