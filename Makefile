@@ -66,7 +66,7 @@ repro: $(RUN) git  ## run the pipelines: what has changed, and nothing else
 	@dvc repro dvc.yaml stages/sensitivity/dvc.yaml
 
 export: $(EXPORT) git  ## write the finetuned network for other runtimes: models/export
-	@dvc repro stages/export/dvc.yaml
+	@dvc repro dvc.yaml stages/export/dvc.yaml
 
 # hundreds of processes start in the tests, and a second of each goes into compiling what is not kept
 test: $(READY)  ## run the tests, a process for every processor

@@ -127,7 +127,7 @@ def test_make_runs_the_environments_programs_wherever_it_is(place, make, tmp_pat
         place = str(tmp_path / place) + "/"
     dvc = f"{place or f'{tmp_path}/'}.venv/bin/dvc"
     assert make(f"{place}.venv")[-1] == f"{dvc} repro dvc.yaml stages/sensitivity/dvc.yaml"
-    assert make(f"{place}.venv", "export")[-1] == f"{dvc} repro stages/export/dvc.yaml"
+    assert make(f"{place}.venv", "export")[-1] == f"{dvc} repro dvc.yaml stages/export/dvc.yaml"
 
 
 def test_the_first_run_needs_no_group_but_its_own(make):
