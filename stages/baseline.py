@@ -49,6 +49,8 @@ def make_dense(context: runner.TrainingContext) -> runner.StageResult:
     if found is not None and not settings.epochs and len(context.data.val):
         values = accuracy(model, context.data.val, context.data.info, context.engine)
         result.metrics.update(zip(("val_accuracy", "val_loss"), values, strict=True))
+        if context.engine.is_main:
+            console.say(f"baseline: accuracy on val {values[0]:.2%}")
     return result
 
 
@@ -66,7 +68,7 @@ def _find_weights(context: runner.TrainingContext) -> Weights | None:
     if wanted == "none":
         return None
     if wanted != "published":
-        return weights.read(context.stage.input(str(Path("weights", wanted))))
+        return weights.read(Path("weights", wanted))
     module = plugin.load("archs", arch)
     if not hasattr(module, "published"):
         raise SettingsError(

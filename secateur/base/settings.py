@@ -164,7 +164,13 @@ class Baseline(Train):
     rename: dict[str, str] = Field(default_factory=dict)
     """Name of a tensor or module in the file -> name in the network; * stands for any text."""
     head: Literal["inherit", "reset"] = "inherit"
-    """reset: a new classifier, for other classes than those of the weights."""
+    """reset: a new classifier, for other classes than those of the weights; it must be trained."""
+
+    @model_validator(mode="after")
+    def _new_classifier_is_trained(self) -> Self:
+        if self.head == "reset" and not self.epochs:
+            raise ValueError("epochs: 0; with head: reset at least one, for the new classifier")
+        return self
 
 
 class Finetune(Train):
