@@ -267,6 +267,7 @@ def test_two_mistakes_are_counted(tmp_path):
         ("\tdecay: 1", "not valid YAML"),
         ("seed: 1\ndecay: 1\nseed: 2", "not valid YAML: seed is there twice, in lines 1 and 3"),
         ("a:\n  lr: 1\n  lr: 1", "not valid YAML: lr is there twice, in lines 2 and 3"),
+        ("decay: 1\nseed: " + "7" * 5001, "not valid YAML: line 2: 7777777777777777777… (5,001"),
         ("", "must be a table of settings"),
         ("- decay", "must be a table of settings"),
         ("decay", "must be a table of settings"),

@@ -96,6 +96,20 @@ class _Loader(yaml.SafeLoader):
             lines[name] = line
         return super().construct_mapping(node, deep)
 
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        """The whole number; YAMLError if Python does not convert one of so many digits."""
+        try:
+            return super().construct_yaml_int(node)
+        except ValueError:
+            line, length = node.start_mark.line + 1, len(node.value)
+            raise yaml.YAMLError(
+                f"line {line}: {cut(node.value, 20)} ({length:,} characters): not a whole number, "
+                "or too long a one"
+            ) from None
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+
 
 def _check_size(value: Any) -> None:
     """ValueError for values that are nested too deeply, too many, or contain themselves."""
