@@ -7,8 +7,9 @@ from torch import nn
 
 from secateur.base import machine, timing
 from secateur.base.errors import SecateurError
-from secateur.deploy import latency, runtimes, sparse_inference
+from secateur.deploy import comparison, latency, runtimes, sparse_inference
 from secateur.deploy.sparse_inference import SparseLinear
+from secateur.pipeline import console
 
 IMAGES = np.arange(24, dtype=np.float32).reshape(3, 2, 2, 2)
 
@@ -175,3 +176,58 @@ def test_layers_without_many_zeros_are_not_tried():
     assert {name: tuple(x.shape) for name, x in found.items()} == {"1": (2, 1024)}
     model(torch.randn(3, 1, 32, 32))
     assert len(found["1"]) == 2, "the hooks are gone"
+
+
+LATENCIES = [
+    latency.Latency("dense", "torch", 1, 4, 8.0, 0.5),
+    latency.Latency("dense", "onnxruntime", 1, 4, 4.0, 0.25),
+    latency.Latency("finetuned", "torch", 1, 4, 2.0, 0.1),
+    latency.Latency("finetuned", "onnxruntime", 1, 4, 2.0, 0.1),
+    latency.Latency("finetuned_int8", "onnxruntime", 1, 4, 1.0, 0.1),
+]
+
+
+def report():
+    files = {
+        "model.onnx": {"bytes": 30, "accuracy": 0.75},
+        "model.pt2": {"bytes": 40, "accuracy": 0.5},
+    }
+    int8 = {"model-int8.onnx": {"bytes": 10, "accuracy": {"onnxruntime": 0.25, "openvino": 0.125}}}
+    return {"dense": dict(files), "finetuned": dict(files), "finetuned_int8": int8}
+
+
+def test_the_table_has_a_row_for_each_network_in_each_runtime():
+    table = comparison.rows(report(), LATENCIES)
+    keys = ("network", "precision", "runtime", "bytes", "accuracy", "latency_ms", "speedup")
+    assert [tuple(row[key] for key in keys) for row in table] == [
+        ("dense", "float32", "torch", 40, 0.5, 8.0, 1.0),
+        ("dense", "float32", "onnxruntime", 30, 0.75, 4.0, 1.0),
+        ("finetuned", "float32", "torch", 40, 0.5, 2.0, 4.0),
+        ("finetuned", "float32", "onnxruntime", 30, 0.75, 2.0, 2.0),
+        ("finetuned", "int8", "onnxruntime", 10, 0.25, 1.0, 4.0),
+    ]
+    assert {(row["threads"], row["batch"]) for row in table} == {(1, 4)}
+
+
+def test_the_report_has_times_by_runtime_threads_and_batch():
+    found = report()
+    comparison.add_latencies(found, LATENCIES)
+    assert found["dense"]["latency_ms"]["torch"] == {"threads_1": {"batch_4": 8.0}}
+    assert found["dense"]["latency_iqr_ms"]["onnxruntime"] == {"threads_1": {"batch_4": 0.25}}
+    assert found["finetuned_int8"]["latency_ms"] == {"onnxruntime": {"threads_1": {"batch_4": 1.0}}}
+
+
+def test_the_console_says_what_was_measured_and_what_zeros_are_worth(capsys):
+    found = report()
+    gains = [
+        sparse_inference.Gain(1, 1, [], 2.0, 0.1, 2.0, 0.1, 1.0),
+        sparse_inference.Gain(1, 32, ["fc1", "fc2"], 6.0, 0.1, 2.0, 0.1, 3.0),
+    ]
+    comparison.add_gains(found["finetuned"], gains)
+    assert found["finetuned"]["csr"]["threads_1"]["batch_32"]["speedup"] == 3.0
+    console.exported(comparison.rows(found, LATENCIES), found["finetuned"])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["finetuned", "int8", "onnxruntime", "25.00%", "10", "1", "±", "0.1"] in lines
+    text = [" ".join(line) for line in lines]
+    assert "single zeros, threads 1, batch 1: no gain" in text
+    assert "single zeros, threads 1, batch 32: 3.00x in torch with CSR for fc1, fc2" in text

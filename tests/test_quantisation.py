@@ -165,6 +165,6 @@ def test_what_cannot_be_quantised_is_named_in_one_line_and_nothing_is_written(
         quantise(tmp_path / "a.onnx", tmp_path / "b.onnx", images(2, 1, 1, 4))
     assert "\n" not in str(error.value)
     monkeypatch.setitem(sys.modules, "onnx", None)
-    with pytest.raises(SecateurError, match="`pip install onnx` installs it"):
+    with pytest.raises(SecateurError, match="`pip install onnx`"):
         quantise(tmp_path / "a.onnx", tmp_path / "b.onnx", images(2, 1, 1, 4))
     assert [path.name for path in tmp_path.iterdir()] == ["a.onnx"]

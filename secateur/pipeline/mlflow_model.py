@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from secateur.base.errors import SecateurError
-from secateur.deploy import metadata
+from secateur.deploy import metadata, pt2_archive
 from secateur.pipeline import record, tracking
 from secateur.pipeline.mlflow_store import Store
 from secateur.pipeline.record import MODELS, RunRecord
@@ -127,6 +127,7 @@ def _write(store: Store, model_id: str, program: Path, example: NDArray[np.float
         Schema([TensorSpec(kind, (-1, len(about.classes)))]),
     )
     versions = {"torch": torch.__version__, "numpy": np.__version__}
+    pt2_archive.check(program)
     with _quiet():
         mlflow.pytorch.log_model(
             torch.export.load(program).module(),
