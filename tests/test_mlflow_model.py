@@ -12,11 +12,13 @@ import mlflow
 import numpy as np
 import pytest
 import torch
+from mlflow.pyfunc import scoring_server
+from PIL import Image
 from test_mlflow_store import enter
 from torch import nn
 
 from secateur.base.errors import SecateurError
-from secateur.deploy import export
+from secateur.deploy import export, predict
 from secateur.deploy.metadata import Metadata
 from secateur.pipeline import mlflow_model, sync, tracking
 from secateur.pipeline.mlflow_store import Store
@@ -31,6 +33,7 @@ REPORT = {
 with torch.random.fork_rng():
     torch.manual_seed(0)
     NETWORK = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(1), nn.Linear(8, 3)).eval()
+    nn.init.normal_(NETWORK[3].weight)  # so that the picture decides, and not the bias
 
 
 @pytest.fixture(scope="module")
@@ -198,3 +201,25 @@ def test_sync_names_a_damaged_file_of_export(name, content, project):
     with pytest.raises(SecateurError) as error:
         sync.write(store, source(project, {name: content}))
     assert str(error.value).startswith(f"{name}: ") and "\n" not in str(error.value)
+
+
+def test_what_mlflow_serves_is_the_class_that_predict_gives(project):
+    """By the function that answers requests to `mlflow models serve`, without its server."""
+    store = Store(strict=True)
+    chain(store)
+    loaded = mlflow.pyfunc.load_model(f"models:/{log(project, store)}")
+    pixels = np.random.default_rng(1).choice(np.array([0, 9, 255], np.uint8), (6, 4, 4))
+    pictures = [project / f"{number}.png" for number in range(6)]
+    for path, picture in zip(pictures, pixels, strict=True):
+        Image.fromarray(picture).save(path)
+    classifier = predict.open_classifier(project / mlflow_model.PROGRAM)
+    wanted = [found.label for found in classifier.predict(pictures)]
+    images = (pixels[:, None] / 255 - 0.5) / 0.25
+    schema = loaded.metadata.get_input_schema()
+    for count in (6, 1):
+        request = json.dumps({"inputs": images[:count].tolist()})
+        answer = scoring_server.invocations(request, "application/json", loaded, schema)
+        assert answer.status == 200
+        logits = np.array(json.loads(answer.response)["predictions"])
+        assert [CLASSES[k] for k in logits.argmax(1)] == wanted[:count]
+    assert len(set(wanted)) > 1, "they do not all look alike"

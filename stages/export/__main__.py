@@ -93,10 +93,12 @@ def make(
         model, about = network(context, stage)
         exported[row] = export.write(model, about.shape, about, place)
         report[row] = prove(context, model, exported[row])
+        console.say(f"export: {row}: both files compute what the network computes")
     if context.params.export.int8:
         for row in ("dense", "finetuned"):  # what a user would take instead stands beside it
             target = exported[row][".onnx"].with_name(comparison.INT8_FILE)
             report[row + comparison.INT8] = quantise(context, exported[row][".onnx"], target)
+            console.say(f"export: {row}: int8 calibrated and tested")
             exported[row + comparison.INT8] = {".onnx": target}
     return exported
 
