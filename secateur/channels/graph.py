@@ -67,13 +67,16 @@ class ChannelGraph:
         return describe(self.groups, type(self.model).__name__, self.shape, self.couplings)
 
     def _couplings(self) -> dict[str, tuple[str, ...]]:
-        meeting: dict[int, dict[str, None]] = {}  # canonical id -> where results meet, in order
+        owner = torch.full((len(self.canonical),), -1)
+        for number, group in enumerate(self.groups):
+            owner[group.ids] = number
+        meeting: dict[int, dict[str, None]] = {}  # number of a group -> how, in order
         for ids, how in self._built.couplings:
-            for canonical_id in self.canonical[ids].unique().tolist():
-                meeting.setdefault(canonical_id, {})[how] = None
+            for number in owner[self.canonical[ids]].unique().tolist():
+                meeting.setdefault(number, {})[how] = None
         found = {}
-        for group in self.groups:
-            together = list(meeting.get(int(group.ids[0]), {}))
+        for number, group in enumerate(self.groups):
+            together = list(meeting.get(number, {}))
             if any(n in self.layers and self.layers[n].depthwise() for n in group.producers):
                 together.append("a depthwise convolution")
             if len(set(group.producers)) > 1 and together:
