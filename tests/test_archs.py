@@ -482,9 +482,9 @@ def standardised(model):
     return torch.cat(parts)
 
 
-HE = [
-    (a, c) for a, c, _ in FORMS if a not in ("lenet300", "lenet5", "alexnet_cifar", "torchvision")
-]
+OTHERWISE = ("lenet300", "lenet5", "alexnet_cifar", "torchvision", "timm", "module")
+"""Networks that start as PyTorch, their library or the user's own code has it."""
+HE = [(a, c) for a, c, _ in FORMS if a not in OTHERWISE]
 
 
 @pytest.mark.parametrize(("arch", "chosen"), [f for f in HE if f[0] != "resnet_slim"])

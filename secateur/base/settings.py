@@ -352,12 +352,14 @@ def section(name: str) -> Iterator[None]:
     """Name the whole key of params.yaml in an ArgumentError that is raised inside.
 
     `name` is the section that the arguments were read from, such as `pruners.magnitude`. An
-    argument that is a key of the file's top level (`decay`, `arch`) keeps its name.
+    argument that is a value at the file's top level (`decay`, `arch`) keeps its name.
     """
     try:
         yield
     except ArgumentError as error:
-        prefix = "" if error.key in Params.model_fields else f"{name}."
+        field = Params.model_fields.get(error.key)
+        single = field is not None and field.annotation in (str, int, float)
+        prefix = "" if single else f"{name}."
         raise SettingsError(f"{FILE}: {prefix}{error}") from None
 
 
