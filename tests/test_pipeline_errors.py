@@ -52,7 +52,7 @@ def test_a_model_file_with_one_changed_bit_is_not_used(project):
     words = ["models/baseline/model.safetensors", "models/baseline.run.json", "`dvc checkout`"]
     assert all(word in log for word in [*hashes, *words]), log
     (project.path / "models/baseline.run.json").unlink()
-    assert "sparse-train: epoch" in project.stage_here("sparse_train")  # it is no dependency
+    assert "sparse-train: epoch" in project.stage("sparse_train")  # it is no dependency
 
 
 def test_bad_files_get_one_clear_line(project):

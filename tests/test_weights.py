@@ -708,7 +708,7 @@ def test_a_function_that_a_file_names_is_not_called(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def coloured(tmp_path_factory):
+def coloured(tmp_path_factory, programs):
     """A project with made-up images of ten classes as cifar10, whose baseline trains nothing."""
     project = fresh_project(tmp_path_factory.mktemp("coloured"))
     chance = torch.Generator().manual_seed(0)
@@ -729,10 +729,11 @@ def start(coloured):
 
     def run(ok=True, **params):
         coloured.params(**params)
-        output = coloured.stage_here("baseline", ok=ok)
         if not ok:
+            output = coloured.stage_here("baseline", ok=False)
             assert output.count("\n") == 1 and output.startswith("error: "), output
             return output
+        output = coloured.stage("baseline")
         return output, checkpoint.load(coloured.path / "models/baseline/model.safetensors").model()
 
     yield run
@@ -777,7 +778,7 @@ def test_the_normalisation_of_the_weights_is_used_recorded_and_shown(coloured, s
     # a later stage normalises as the network was made, whatever the data set says
     (coloured.path / "models/sparse").mkdir(exist_ok=True)
     coloured.params(sparse_train__epochs=0, penalty="none")
-    coloured.stage_here("sparse_train")
+    coloured.stage("sparse_train")
     sparse = checkpoint.load(coloured.path / "models/sparse/model.safetensors")
     assert sparse.header.mean == TIMM["mean"]
 
