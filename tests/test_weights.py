@@ -372,6 +372,16 @@ def test_renamed_keys_may_be_of_tensors_or_modules_with_any_text(tmp_path):
         load_into(model, tmp_path / "a.pth", rename={"stage*": "layer"})
 
 
+def test_a_reading_of_prefixes_in_which_names_meet_is_not_taken(tmp_path):
+    """Without `a.`, which most names have, two tensors would have one name by an alias."""
+    state = {"a.weight": torch.ones(2, 2), "a.bias": torch.ones(2), "b.weight": torch.ones(2, 2)}
+    torch.save(state, tmp_path / "a.pth")
+    model = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2, bias=False)})
+    aliases = {"weight": "b.weight"}
+    matching.fill(model, weights.read(tmp_path / "a.pth"), aliases=aliases)
+    assert all(bool((tensor == 1).all()) for tensor in model.state_dict().values())
+
+
 def damaged(content):
     """Files that are none of the formats, or not whole."""
     yield "text", b"weights"

@@ -98,8 +98,9 @@ def published(settings: Settings) -> Weights:
     known = import_timm().get_pretrained_cfg(settings.name)
     if known is None or not (known.hf_hub_id or known.url):
         raise DataError(f"baseline.weights = published: timm has none for {settings.name}")
-    found = weights.read(_file(settings.name, known))
-    _check_content(Path(found.source.partition(" (")[0]), found)
+    path = _file(settings.name, known)
+    found = weights.read(path)
+    _check_content(path, found)
     source = f"{settings.name} of timm"
     expected = weights.from_config(source, known.mean, known.std, known.input_size)
     return replace(expected, tensors=found.tensors, sha256=found.sha256)

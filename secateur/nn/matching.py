@@ -103,24 +103,24 @@ def match(names: Iterable[str], own: Collection[str], rename: Names, aliases: Na
     for rule, new in rename.items():
         if rule.count("*") != new.count("*"):
             raise CheckpointError(f"rename: {cut(rule)!r}: {cut(new)!r} has not as many *")
-    best: tuple[int, Matches, set[str]] | None = None
+    best: tuple[int, Matches, set[str], str] | None = None
     for read in _readings(list(names), own):
         sources: dict[str, str] = {}
-        unexpected, used = [], set()
+        unexpected, used, twice = [], set(), ""
         for original, name in read.items():
             target, applied = _resolve(name, own, rename, aliases)
             used |= {applied} if applied else set()
             if target is None:
                 unexpected.append(name)
             elif target in sources:
-                raise CheckpointError(
-                    f"{cut(original)} and {cut(sources[target])}: both become {cut(target)}"
-                )
+                twice = f"{cut(original)} and {cut(sources[target])}: both become {cut(target)}"
             else:
                 sources[target] = original
         if best is None or len(sources) > best[0]:
-            best = len(sources), Matches(sources, unexpected), used
+            best = len(sources), Matches(sources, unexpected), used, twice
     assert best is not None
+    if best[3]:
+        raise CheckpointError(best[3])
     if idle := [rule for rule in rename if rule not in best[2]]:
         raise CheckpointError(f"rename: {cut(idle[0])!r} is the name of no tensor in the file")
     return best[1]
