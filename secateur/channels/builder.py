@@ -1,12 +1,13 @@
 """The first visitor: makes channel ids and notes which tensors have entries for them."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from secateur.base.errors import PruningError
-from secateur.channels.ids import ZERO, NamedTensor
+from secateur.channels.ids import ZERO, AttributeSize, NamedTensor, TracedSize
 from secateur.channels.records import AxisEntry, Kind, LayerInfo, SelectInfo
 from secateur.channels.union_find import UnionFind
 from secateur.channels.visitor import NormKind
@@ -39,6 +40,12 @@ class GroupBuilder:
         """Ids where results of several layers meet, and how they do."""
         self._sets = UnionFind(0)
         self._locks: list[tuple[Tensor, str]] = []
+        self.sizes: dict[tuple[str, str], Tensor] = {}
+        """Module and attribute -> ids of the channels that it counts."""
+        self.normalised = torch.empty(0, dtype=torch.bool)
+        """By canonical id: normalised together with others."""
+        self._views: list[tuple[str, tuple[Any, ...], Tensor]] = []
+        self._normalised: list[Tensor] = []
         self._beside: list[Tensor] = []
         self._canonical_and_zero = torch.tensor([ZERO])
         self._used: set[str] = set()
@@ -145,6 +152,27 @@ class GroupBuilder:
         """Note the reason; where there are several, the first one counts."""
         self._locks.append((ids[ids >= 0].unique(), reason))
 
+    def view(self, node: str, sizes: Sequence[Any], ids: Tensor) -> None:
+        """Note the view; `finish` finds the axes along which channels differ.
+
+        If they differ along one axis alone, of a size that stands in the code, they are locked, or
+        the attribute that holds the size counts them. If they differ along others too, each
+        position of the former is a part of a balance.
+        """
+        stated = {k for k, s in enumerate(sizes) if s != -1 and not isinstance(s, TracedSize)}
+        held = any(isinstance(size, AttributeSize) for size in sizes)
+        counted = any(getattr(size, "counted", None) is not None for size in sizes)
+        if held or counted or any(ids.shape[axis] > 1 for axis in stated):
+            self._views.append((node, tuple(sizes), ids))
+
+    def size(self, size: AttributeSize) -> int:
+        """The size itself."""
+        return int(size)
+
+    def normalise(self, ids: Tensor) -> None:
+        """Note the ids."""
+        self._normalised.append(ids)
+
     def balance(self, where: str, parts: Sequence[Tensor]) -> None:
         """Note the parts."""
         self.balances.append((where, list(parts)))
@@ -166,6 +194,10 @@ class GroupBuilder:
         self.beside_zeros = torch.zeros(len(self.canonical) + 1, dtype=torch.bool)
         for ids in self._beside:
             self.beside_zeros[ids] = True
+        self.normalised = torch.zeros(len(self.canonical), dtype=torch.bool)
+        for ids in self._normalised:
+            self.normalised[self.canonical[ids[ids >= 0]]] = True
+        self._settle_views()
         for ids, reason in self._locks:
             for canonical_id in self.canonical[ids].unique().tolist():
                 self.reasons.setdefault(canonical_id, reason)
@@ -173,6 +205,48 @@ class GroupBuilder:
     def canonical_of(self, ids: Tensor) -> Tensor:
         """The canonical id of each id; ZERO, which is the last index, stays ZERO."""
         return self._canonical_and_zero[ids]
+
+    def _settle_views(self) -> None:
+        """Which attributes count channels, and which channels views lock or put into a balance."""
+        constant: set[tuple[str, str]] = set()
+        for node, sizes, ids in self._views:
+            known = self.canonical_of(ids)
+            varying = [k for k in range(known.dim()) if not _alike(known, k)]
+            fixed = [k for k in varying if sizes[k] != -1 and not isinstance(sizes[k], TracedSize)]
+            counting = varying[0] if fixed == varying and len(fixed) == 1 else None
+            for axis, size in enumerate(sizes):
+                if isinstance(size, AttributeSize) and axis != counting:
+                    constant.add((size.module, size.key))
+                if isinstance(size, TracedSize) and size.counted is not None:
+                    self._compare(node, size, _along(ids, axis) if axis in varying else None)
+            if counting is not None and isinstance(size := sizes[counting], AttributeSize):
+                self._count(size, _along(ids, counting))
+            elif fixed == varying and fixed:
+                self.lock(ids.flatten(), f"{node} views them in a shape that stands in the code")
+            elif fixed:
+                parts = ids.movedim(fixed, tuple(range(len(fixed))))
+                self.balance(node, list(parts.flatten(0, len(fixed) - 1).flatten(1)))
+        for key in constant & self.sizes.keys():
+            self.lock(self.sizes.pop(key), f"{'.'.join(key).lstrip('.')} is the size of others too")
+
+    def _compare(self, node: str, size: TracedSize, ids: Tensor | None) -> None:
+        """A view has a size that counts channels, where it has these; None if it has none."""
+        assert size.counted is not None
+        if ids is not None and size.computed:
+            return  # the planner sees whether the parts stay equal
+        counted = self.canonical_of(size.counted).sort().values
+        if ids is None or not torch.equal(counted, self.canonical_of(ids).sort().values):
+            for other in (size.counted, ids):
+                if other is not None:
+                    self.lock(other, f"{node} views a tensor in the size of another one")
+
+    def _count(self, size: AttributeSize, ids: Tensor) -> None:
+        """An attribute counts these channels, and no others."""
+        key = size.module, size.key
+        before = self.sizes.setdefault(key, ids)
+        if not torch.equal(self.canonical_of(before), self.canonical_of(ids)):
+            for other in (before, ids):
+                self.lock(other, f"{'.'.join(key).lstrip('.')} is the size of other channels too")
 
     def _find_axes(self) -> None:
         """The axis of every added or multiplied tensor along which channels differ."""
@@ -194,6 +268,16 @@ class GroupBuilder:
             self.parameters[name] = (ids, axis)
             owner = name.rpartition(".")[0]
             self.axes[name, axis] = AxisEntry(name, axis, "scale", along, owner)
+
+
+def _alike(ids: Tensor, axis: int) -> bool:
+    """Whether ids are equal along an axis."""
+    return bool((ids == ids.narrow(axis, 0, 1)).all())
+
+
+def _along(ids: Tensor, axis: int) -> Tensor:
+    """Ids along one axis, at the first position of all others."""
+    return ids.movedim(axis, 0).flatten(1)[:, 0]
 
 
 def _first_of_other_axes(ids: Tensor, axis: int) -> Tensor:

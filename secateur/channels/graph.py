@@ -52,6 +52,9 @@ class ChannelGraph:
         """By index buffer."""
         self.canonical: Tensor = self._built.canonical
         """Canonical id of every channel id: equal for ids of one channel, int64, (ids,)."""
+        self.normalised: Tensor = self._built.normalised
+        """By canonical id, bool: normalised together with others (LayerNorm), so that all others
+        change if it is removed."""
         axes = list(self._built.axes.values())
         self.groups: tuple[ChannelGroup, ...] = tuple(
             group_channels(axes, self.canonical, self._built.reasons)

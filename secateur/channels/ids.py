@@ -18,19 +18,58 @@ class TracedSize(int):
     Arithmetic with a TracedSize gives a TracedSize.
     """
 
+    counted: Tensor | None = None
+    """Ids of the channels that the size is the number of, or that it was computed from; None if it
+    does not depend on channels."""
+    computed: bool = False
+    """It is the result of arithmetic."""
+
+    @classmethod
+    def of(cls, x: "ChannelIds", axis: int) -> "TracedSize":
+        """The size of an axis."""
+        size = cls(x.shape[axis])
+        if x.varies(axis):
+            size.counted = x.ids.movedim(axis, 0).flatten(1)[:, 0]
+        return size
+
 
 def _keep_traced(name: str) -> None:
     plain = getattr(int, name)
 
     def traced(self: int, *others: Any) -> Any:
         result = plain(self, *others)
-        return TracedSize(result) if isinstance(result, int) else result
+        if not isinstance(result, int):
+            return result
+        size = TracedSize(result)
+        counted = [v.counted for v in (self, *others) if isinstance(v, TracedSize)]
+        size.counted = next((ids for ids in counted if ids is not None), None)
+        size.computed = True
+        return size
 
     setattr(TracedSize, name, traced)
 
 
 for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "floordiv", "rfloordiv", "mod", "neg"):
     _keep_traced(f"__{_name}__")
+
+
+class AttributeSize(int):
+    """A size that a module of the network holds as an attribute, such as its number of heads.
+
+    It can change with the channels that it counts. Arithmetic with it gives a plain number.
+    """
+
+    module: str
+    """Path of the module."""
+    key: str
+    """Name of the attribute."""
+
+    @classmethod
+    def of(cls, value: int, module: str, key: str) -> "AttributeSize":
+        """The number with its origin."""
+        size = cls(value)
+        size.module, size.key = module, key
+        return size
 
 
 @dataclass(frozen=True)

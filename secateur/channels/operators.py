@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from secateur.channels.rules import elementwise, layers, norms, shapes, slices
+from secateur.channels.rules import attention, elementwise, layers, norms, shapes, slices
 from secateur.channels.rules.call import Call
 from secateur.nn.layers import ChannelSelect
 
@@ -41,6 +41,10 @@ class Operator:
     """Each entry of the result depends on the entries of two tensors in the same place."""
     multiplies: bool = False
     """A zero in either of two tensors gives zero."""
+    contracts: bool = False
+    """Sums of products of two tensors over axes."""
+    averages: bool = False
+    """Means of its third tensor over positions, with weights from the first two: attention."""
     metadata: bool = False
     """The result is about the tensor's shape or type, not its entries."""
 
@@ -107,6 +111,17 @@ OPERATORS: dict[Key, Operator] = _table(
         Operator(elementwise.combine, raw=True, combines=True, multiplies=True),
         elementwise.PRODUCTS,
     ),
+    # two tensors, summed over axes, and windows of attention
+    (Operator(attention.matmul, contracts=True), ("matmul", "bmm")),
+    (Operator(attention.einsum, raw=True, contracts=True), ("einsum",)),
+    (
+        Operator(attention.scaled_dot_product_attention, averages=True),
+        ("scaled_dot_product_attention",),
+    ),
+    (Operator(attention.split_windows), ("split_windows",)),
+    (Operator(attention.join_windows), ("join_windows",)),
+    (Operator(elementwise.unchanged, elementwise=True), ("separate_regions",)),
+    (Operator(attention.patch_merging_pad), ("_patch_merging_pad",)),
     # over pixels, or over axes
     (
         Operator(elementwise.pool_module),
@@ -132,7 +147,10 @@ OPERATORS: dict[Key, Operator] = _table(
     (Operator(shapes.transpose), ("transpose",)),
     (Operator(shapes.squeeze), ("squeeze",)),
     (Operator(shapes.unsqueeze), ("unsqueeze",)),
+    (Operator(shapes.expand), ("expand",)),
     (Operator(shapes.expand_as), ("expand_as",)),
+    (Operator(shapes.unbind), ("unbind",)),
+    (Operator(shapes.roll), ("roll",)),
     (Operator(shapes.channel_shuffle_module), (nn.ChannelShuffle,)),
     (Operator(shapes.channel_shuffle), ("channel_shuffle",)),
     (Operator(shapes.pad_module), (nn.ZeroPad2d, nn.ZeroPad3d)),

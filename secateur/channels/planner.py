@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from secateur.base.errors import PruningError
 from secateur.channels.builder import GroupBuilder
-from secateur.channels.ids import ZERO, NamedTensor
+from secateur.channels.ids import ZERO, AttributeSize, NamedTensor
 from secateur.channels.records import LayerInfo
 from secateur.channels.visitor import NormKind
 
@@ -26,6 +27,8 @@ class ShapePlan:
     """Index buffer -> its new content."""
     groups: dict[str, int] = field(default_factory=dict)
     """Convolution -> its number of groups after the removal."""
+    sizes: dict[tuple[str, str], int] = field(default_factory=dict)
+    """Module and attribute -> number of channels or heads that it counts, after the removal."""
     kept: dict[str, Tensor] = field(default_factory=dict)
     """Layer -> indices of its outputs that remain, in their new order."""
 
@@ -166,6 +169,21 @@ class ShapePlanner:
 
     def lock(self, ids: Tensor, reason: str) -> None:
         """Nothing to do: locked channels are never among those that are removed."""
+
+    def view(self, node: str, sizes: Sequence[Any], ids: Tensor) -> None:
+        """Nothing to do: the view itself fails if channels do not fit its sizes."""
+
+    def size(self, size: AttributeSize) -> int:
+        """The number of channels that remain of those that the attribute counts."""
+        counted = self.built.sizes.get((size.module, size.key))
+        if counted is None:
+            return int(size)
+        left = len(self._remaining(counted))
+        self.plan.sizes[size.module, size.key] = left
+        return left
+
+    def normalise(self, ids: Tensor) -> None:
+        """Nothing to do: the normalisation is over the channels that remain."""
 
     def balance(self, where: str, parts: Sequence[Tensor]) -> None:
         """Nothing to do: the operation that needs the balance checks it."""

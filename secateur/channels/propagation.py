@@ -20,7 +20,7 @@ from secateur.channels.rules.call import Broadcasts, Call
 from secateur.channels.visitor import Visitor
 
 BATCH_SIZE = 2  # not 1, so that the batch is never taken for an axis that is broadcast
-_LIBRARIES = ("torch", "_operator", "torchvision", "builtins")
+_LIBRARIES = ("torch", "_operator", "torchvision", "builtins", "secateur")
 """Packages whose functions the table knows by their names alone."""
 
 

@@ -1,8 +1,14 @@
 """Traces a network with torch.fx: its operations in the order of execution."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
 from torch import fx, nn
 
 from secateur.base.errors import PruningError
+from secateur.channels.ids import AttributeSize
+from secateur.nn.attention import free_class
 from secateur.nn.layers import ChannelSelect
 from secateur.sparsity.masks import LAYERS
 
@@ -12,20 +18,53 @@ _LEAVES = (*LAYERS, *_BATCH_NORMS, nn.LayerNorm, nn.GroupNorm)
 
 
 class _Tracer(fx.Tracer):
-    """Treats the project's own layers, and plain subclasses of known ones, as leaves."""
+    """Treats the project's own layers, and plain subclasses of known ones, as leaves.
+
+    Attention modules whose sizes are tied are traced through the code of `nn.attention`.
+    """
 
     def __init__(self, buffers: bool) -> None:
         super().__init__()
         self.proxy_buffer_attributes = buffers
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if free_class(m) is not None:
+            return False
         if isinstance(m, ChannelSelect) or super().is_leaf_module(m, module_qualified_name):
             return True
         return isinstance(m, _LEAVES) and type(m).__mro__[1] in _LEAVES and not _has_methods(m)
 
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Call the module with the code of the class that may take its place, if there is one."""
+        free = free_class(m)
+        if free is not None:
+            forward = free.forward.__get__(m)
+        return super().call_module(m, forward, args, kwargs)
+
 
 def _has_methods(module: nn.Module) -> bool:
     return any(callable(v) and k != "__init__" for k, v in vars(type(module)).items())
+
+
+@contextmanager
+def _named_sizes(model: nn.Module) -> Iterator[None]:
+    """Sizes that modules hold as attributes are AttributeSizes meanwhile.
+
+    Except in layers of torch, whose attributes are no arguments of operations.
+    """
+    changed: list[tuple[nn.Module, str, int]] = []
+    for path, module in model.named_modules():
+        if type(module).__module__.startswith("torch.nn.") and free_class(module) is None:
+            continue
+        for key, value in vars(module).items():
+            if type(value) is int and value > 1 and not key.startswith("_"):
+                changed.append((module, key, value))
+                vars(module)[key] = AttributeSize.of(value, path, key)
+    try:
+        yield
+    finally:
+        for module, key, value in changed:
+            vars(module)[key] = value
 
 
 def trace(model: nn.Module) -> fx.Graph:
@@ -36,10 +75,11 @@ def trace(model: nn.Module) -> fx.Graph:
     """
     training = {m: m.training for m in model.modules()}
     try:
-        try:
-            return _Tracer(buffers=True).trace(model.eval())
-        except Exception:  # the code depends on the value of a buffer
-            return _Tracer(buffers=False).trace(model)
+        with _named_sizes(model):
+            try:
+                return _Tracer(buffers=True).trace(model.eval())
+            except Exception:  # the code depends on the value of a buffer
+                return _Tracer(buffers=False).trace(model)
     except Exception as error:  # of any type: it is the network's code that fails
         reason = " ".join(str(error).split()) or type(error).__name__
         raise PruningError(f"cannot follow {type(model).__name__}: {reason}") from None

@@ -1,11 +1,11 @@
 """What a propagation reports to the object that builds something from it."""
 
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
-from secateur.channels.ids import NamedTensor
+from secateur.channels.ids import AttributeSize, NamedTensor
 
 NormKind = Literal["norm", "statistic", "scale"]
 """Kinds of tensors with one entry for each channel; see `records.Kind`."""
@@ -44,6 +44,19 @@ class Visitor(Protocol):
 
     def lock(self, ids: Tensor, reason: str) -> None:
         """Channels with these ids cannot be removed."""
+
+    def view(self, node: str, sizes: Sequence[Any], ids: Tensor) -> None:
+        """A tensor is viewed in these sizes; one id for every entry, broadcastable.
+
+        Sizes are -1 or TracedSizes where they follow the tensor, AttributeSizes where they can be
+        changed, and otherwise numbers that stand in the code.
+        """
+
+    def size(self, size: AttributeSize) -> int:
+        """The size that an attribute holds."""
+
+    def normalise(self, ids: Tensor) -> None:
+        """Channels with these ids are normalised together: each has an influence on all others."""
 
     def balance(self, where: str, parts: Sequence[Tensor]) -> None:
         """Equally many channels must remain in each part."""

@@ -35,7 +35,7 @@ OWN_CODE = "module"
 LARGE_SETTING = 256
 """Widths, depths and sides of images up to here are built without counting their bytes first."""
 
-LayerKey = Annotated[str, Field(pattern="^(groups|before|after)$")]
+LayerKey = Annotated[str, Field(pattern=r"^(groups|before|after|size:[A-Za-z]\w*)$")]
 Count = Annotated[int, Field(ge=1, lt=2**31, strict=True)]
 
 

@@ -8,7 +8,13 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from secateur.base.errors import SettingsError
+from secateur.nn.attention import free_class
 from secateur.nn.layers import IndexedConv2d
+
+SIZE = "size:"
+"""Before the name of an attribute that counts channels or heads."""
+_CHANGED = "_secateur_sizes"
+"""Attribute of a module: names of its attributes that have changed, and their values."""
 
 
 def resize(
@@ -19,8 +25,8 @@ def resize(
     """Give every parameter and buffer the shape that `shapes` has for its name, in place.
 
     `layers` complements the shapes as `describe_layers` returns it; a convolution that it does not
-    name has one group. With None, depthwise convolutions get as many groups as they have filters,
-    and other convolutions keep their groups.
+    name has one group, and any other module keeps its sizes. With None, depthwise convolutions get
+    as many groups as they have filters, and other convolutions keep their groups.
     The values of resized tensors are lost. Raises ValueError if a tensor of the model is not named,
     or has another number of axes.
     """
@@ -39,7 +45,10 @@ def resize(
             tensors[path] = fresh[id(old)]
     if layers is not None:
         convolutions = (name for name, m in model.named_modules() if isinstance(m, nn.Conv2d))
-        layers = {name: {"groups": 1, **layers.get(name, {})} for name in convolutions}
+        layers = {
+            **layers,
+            **{name: {"groups": 1, **layers.get(name, {})} for name in convolutions},
+        }
     _assign(model, tensors, layers or {})
 
 
@@ -74,7 +83,8 @@ def describe_layers(model: nn.Module) -> dict[str, dict[str, int]]:
     """Properties of layers that do not follow from the shapes of their tensors, by layer name.
 
     Of convolutions: `groups` if there are several, and the lengths of the indices `before` and
-    `after` if they exist (see `layers.IndexedConv2d`).
+    `after` if they exist (see `layers.IndexedConv2d`). Of any module: `size:<attribute>` for
+    attributes that count channels or heads and have changed with them.
     """
     found: dict[str, dict[str, int]] = {}
     for name, module in model.named_modules():
@@ -84,6 +94,8 @@ def describe_layers(model: nn.Module) -> dict[str, dict[str, int]]:
             ends = {"before": module.before, "after": module.after}
             lengths = {end: len(index) for end, index in ends.items() if index is not None}
             found[name] = found.get(name, {}) | lengths
+        if changed := vars(module).get(_CHANGED):
+            found[name] = found.get(name, {}) | {SIZE + key: n for key, n in changed.items()}
     return found
 
 
@@ -140,6 +152,11 @@ def _assign(
     layers: Mapping[str, Mapping[str, int]],
 ) -> None:
     """Set the tensors of every module, and update the sizes that modules note for themselves."""
+    for module in _around_changed(model, tensors):
+        if (free := free_class(module)) is not None:
+            module.__class__ = free
+    for name, known in layers.items():
+        _set_sizes(name, model.get_submodule(name), known)
     for name, module in model.named_modules():
         before = {own: p.shape for own, p in module.named_parameters(recurse=False)}
         changed = False
@@ -149,6 +166,35 @@ def _assign(
                 changed |= new.shape != old.shape
         if changed:
             _update_sizes(module, before, layers.get(name, {}))
+
+
+def _around_changed(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> list[nn.Module]:
+    """Modules of which a tensor, or one of a module in them, gets another shape."""
+    inside: set[str] = set()
+    for name, module in model.named_modules():
+        if any(tensors[path].shape != old.shape for path, old in _named_tensors(name, module)):
+            parts = name.split(".")
+            inside |= {".".join(parts[:count]) for count in range(len(parts) + 1)}
+    return [module for name, module in model.named_modules() if name in inside]
+
+
+def _set_sizes(name: str, module: nn.Module, known: Mapping[str, int]) -> None:
+    """Set attributes that count channels or heads.
+
+    Raises ValueError for one that the module lacks, or that would grow.
+    """
+    changed = dict(vars(module).get(_CHANGED, {}))
+    for key, size in known.items():
+        if not key.startswith(SIZE):
+            continue
+        key = key.removeprefix(SIZE)
+        before = vars(module).get(key)
+        if type(before) is not int or not 1 <= size <= before:
+            raise ValueError(f"{name} has no size {key} of {size} or more")
+        setattr(module, key, size)
+        changed[key] = size
+    if changed:
+        vars(module)[_CHANGED] = changed
 
 
 def _customises_loading(module: nn.Module) -> bool:
@@ -199,6 +245,8 @@ def _update_sizes(
         if module.num_groups == module.num_channels:
             module.num_groups = module.weight.numel()
         module.num_channels = module.weight.numel()
+    elif isinstance(module, nn.MultiheadAttention):
+        module.embed_dim = module.kdim = module.vdim = module.in_proj_weight.shape[1]
     elif isinstance(module, nn.PReLU):
         module.num_parameters = module.weight.numel()
     elif type(module).__module__.startswith("torch.nn."):

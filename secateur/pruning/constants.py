@@ -76,6 +76,10 @@ class ConstantPropagation(fx.Interpreter):
             return self._through(
                 lambda x, w, b: target(x, w, b, *rest, **more), args[0], weight, bias
             )
+        if operator.contracts:
+            return _products(lambda *operands: run(target, operands, kwargs), args)
+        if operator.averages:
+            return _averages(lambda *operands: run(target, operands, kwargs), args)
         out = run(target, args, kwargs)
         if operator.elementwise and isinstance(args[0], Tensor):
             return _restore_nan(args[0], out)
@@ -130,6 +134,36 @@ def _through_linear(run: Any, x: Tensor, weight: Tensor, bias: Tensor | None) ->
     out: Tensor = run(x.masked_fill(varying, 0.0), weight, bias)
     count = run(varying.to(x.dtype), weight.bool().to(x.dtype), None)
     return out.masked_fill(count > 0.5, torch.nan)
+
+
+def _products(run: Any, args: Any) -> Tensor:
+    """Sums of products vary where a varying entry meets one that is not zero."""
+    a, b = (number for number, value in enumerate(args) if isinstance(value, Tensor))
+
+    def of(x: Tensor, y: Tensor) -> Tensor:
+        operands = list(args)
+        operands[a], operands[b] = x, y
+        result: Tensor = run(*operands)
+        return result
+
+    x, y = args[a], args[b]
+    varies = x.isnan(), y.isnan()
+    counts = varies[0].to(x.dtype), varies[1].to(x.dtype)
+    out = of(x.masked_fill(varies[0], 0.0), y.masked_fill(varies[1], 0.0))
+    count = of(counts[0], y.ne(0).to(y.dtype)) + of(x.ne(0).to(x.dtype), counts[1])  # NaN != 0
+    return out.masked_fill(count > 0.5, torch.nan)
+
+
+def _averages(run: Any, args: Any) -> Tensor:
+    """Attention varies, except where values are equal at all positions: weights sum to one."""
+    if not any(isinstance(value, Tensor) and bool(value.isnan().any()) for value in args):
+        out: Tensor = run(*args)
+        return out
+    query, value = args[0], args[2]
+    first = value[..., :1, :]
+    equal = (value == first).all(dim=-2, keepdim=True) & (len(args) < 4 or args[3] is None)
+    known = torch.where(equal, first, torch.nan)
+    return known.expand(*query.shape[:-1], value.shape[-1])
 
 
 def _through_convolution(

@@ -1,7 +1,8 @@
 """Find dead channels: those that no output of the network depends on.
 
 A channel is dead if every weight that reads it is zero or belongs to a dead output, or if it is the
-same for every input and can be folded into what reads it (see pruning/folding.py).
+same for every input and can be folded into what reads it (see pruning/folding.py). A channel whose
+mean is taken together with others' is never dead: a LayerNorm depends on it.
 """
 
 from collections.abc import Callable, Mapping
@@ -73,6 +74,7 @@ class DeadChannels:
         self.candidates = torch.zeros(count + 1, dtype=torch.bool)
         for group in graph.groups:
             self.candidates[group.ids] = group.locked is None
+        self.candidates[:count] &= ~graph.normalised  # a LayerNorm reads them too
 
     def selection(self) -> dict[str, Tensor]:
         """Dead channels by group, as many as can be removed.

@@ -1,7 +1,8 @@
 """Exact removal of channels: what is left computes what the masked network computes.
 
 A selected channel is removed with all its members: the network without it computes what the network
-with zeros in all of them computes. A channel that was not selected is removed if it is dead (see
+with zeros in all of them computes, of which every LayerNorm takes its mean and variance over the
+channels that remain. A channel that was not selected is removed if it is dead (see
 pruning/dead_channels.py). Constants that dead channels hold are folded into biases or running
 means (see pruning/folding.py); where that is not possible, the channel is kept.
 """
@@ -22,6 +23,7 @@ from secateur.channels.planner import ShapePlan
 from secateur.gconv import export as group_export
 from secateur.nn import resizing
 from secateur.nn.layers import ChannelSelect
+from secateur.nn.norms import mask_layer_norm
 from secateur.pruning.dead_channels import DeadChannels
 from secateur.sparsity.masks import Masks
 
@@ -112,7 +114,7 @@ def compact(
 def mask(
     model: nn.Module, selection: Selection, example: Tensor, graph: ChannelGraph | None = None
 ) -> nn.Module:
-    """A copy of the network with zeros in all members of the selected channels."""
+    """A copy of the network with zeros in all members of the selected channels; see `silence`."""
     masked = copy.deepcopy(model)
     silence(masked, selection, graph or build_channel_graph(masked, example))
     return masked
@@ -120,7 +122,11 @@ def mask(
 
 @torch.no_grad()
 def silence(model: nn.Module, selection: Selection, graph: ChannelGraph) -> None:
-    """Set all members of the selected channels to zero, in place; `graph` is the model's."""
+    """Set all members of the selected channels to zero, in place; `graph` is the model's.
+
+    Normalisations over several channels (LayerNorm) leave those that are zero out of their mean and
+    variance from then on.
+    """
     removed = torch.zeros(len(graph.canonical), dtype=torch.bool)
     removed[graph.ids_of(selection)] = True
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
@@ -130,6 +136,9 @@ def silence(model: nn.Module, selection: Selection, graph: ChannelGraph) -> None
                 tensor = tensors[member.tensor]
                 entries = member.index[chosen.cpu()].flatten().to(tensor.device)
                 _set_zero(tensor, member.axis, member.groups, entries)
+                norm = model.get_submodule(member.tensor.rpartition(".")[0])
+                if member.kind == "norm" and isinstance(norm, nn.LayerNorm):
+                    mask_layer_norm(norm, entries)
     for name, select in graph.selects.items():
         if select.owns_channels:
             selected = graph.canonical[select.inputs[select.index]]
@@ -181,8 +190,10 @@ def _resize(
         )
     # one tensor under several names stays one
     state = {name: own[id(old)] for name, old in copied.state_dict(keep_vars=True).items()}
-    groups = {name: {"groups": count} for name, count in plan.groups.items()}
-    resizing.assign(copied, state, groups)
+    sizes = {name: {"groups": count} for name, count in plan.groups.items()}
+    for (module, key), count in plan.sizes.items():
+        sizes.setdefault(module, {})[resizing.SIZE + key] = count
+    resizing.assign(copied, state, sizes)
     return {name: plan.shrink(name, mask).clone() for name, mask in masks.items()}
 
 

@@ -12,7 +12,8 @@ from secateur.channels.ids import ZERO, ChannelIds, NamedTensor
 from secateur.channels.visitor import Visitor
 
 Broadcasts = dict[str, tuple[bool, bool]]
-"""Node -> whether its first and its second operand are combined with all channels of the other.
+"""Node -> whether its first and its second operand are combined with all channels of the other; of
+a concatenation, whether channels differ along another axis than the one that it joins.
 With a single channel left that can no longer be seen, so later propagations get the first one's."""
 
 

@@ -40,11 +40,17 @@ def layer_norm(
     bias: NamedTensor | None = None,
     eps: Any = None,
 ) -> ChannelIds:
-    """Unchanged; channels are locked if the mean is over them."""
+    """Unchanged; channels that the mean is over are normalised together.
+
+    They are locked if there is no module with an entry for each, so that its size could follow.
+    """
     shape = normalized_shape
+    module = call.modules.get(weight.name.removesuffix(".weight")) if weight else None
     if any(x.varies(len(x.shape) - 1 - k) for k in range(len(shape))):
-        where = f" by {weight.name.removesuffix('.weight')}" if weight else ""
-        call.lock(x, f"normalised together with all channels{where} (LayerNorm)")
+        if len(shape) == 1 and isinstance(module, nn.LayerNorm):
+            call.visitor.normalise(x.axis_ids(-1))
+        else:
+            call.lock(x, "normalised together by a LayerNorm whose size stands in the code")
     if len(shape) == 1:
         call.visitor.norm([t for t in (weight, bias) if t], "norm", x.axis_ids(-1))
     return x

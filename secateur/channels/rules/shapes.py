@@ -8,37 +8,31 @@ from torch import nn
 from torch.nn import functional
 
 from secateur.base.errors import PruningError
-from secateur.channels.ids import ZERO, ChannelIds, TracedSize
+from secateur.channels.ids import ZERO, AttributeSize, ChannelIds, TracedSize
 from secateur.channels.rules.call import Call, zeros
 
 
 def reshape(call: Call, x: ChannelIds, *shape: Any) -> ChannelIds:
     """Ids move with their entries.
 
-    An axis of a size that the code gives as a number, along which channels differ, cannot become
-    smaller. If another axis can, each position of the former is a part of a balance; otherwise the
-    channels are locked.
+    An axis of a size that stands in the code, along which channels differ, cannot become smaller
+    unless an attribute holds that size; see `GroupBuilder.view`.
     """
     sizes = shape[0] if len(shape) == 1 and isinstance(shape[0], tuple | list) else shape
-    out = ChannelIds.from_expanded(x.expanded().reshape(tuple(sizes)))
-    fixed = [
-        axis
-        for axis, size in enumerate(sizes)
-        if out.varies(axis) and size != -1 and not isinstance(size, TracedSize)
-    ]
-    follows = any(out.varies(axis) for axis in range(len(sizes)) if axis not in fixed)
-    if fixed and not follows:
-        call.lock(x, f"{call.node} views them in a shape that stands in the code")
-    elif fixed:
-        parts = out.ids.movedim(fixed, tuple(range(len(fixed))))
-        call.visitor.balance(call.node, list(parts.flatten(0, len(fixed) - 1).flatten(1)))
+    out = ChannelIds.from_expanded(x.expanded().reshape(_present(call, sizes)))
+    call.visitor.view(call.node, sizes, out.ids)
     return out
+
+
+def _present(call: Call, sizes: Sequence[Any]) -> tuple[int, ...]:
+    """The sizes, those that attributes hold as they are at present."""
+    return tuple(call.visitor.size(s) if isinstance(s, AttributeSize) else s for s in sizes)
 
 
 def unflatten(call: Call, x: ChannelIds, dim: int, sizes: Sequence[int]) -> ChannelIds:
     """One axis becomes several."""
     dim %= len(x.shape)
-    others = [TracedSize(s) for s in x.shape]
+    others = size(call, x)
     return reshape(call, x, (*others[:dim], *sizes, *others[dim + 1 :]))
 
 
@@ -87,6 +81,34 @@ def unsqueeze(call: Call, x: ChannelIds, dim: int) -> ChannelIds:
     return ChannelIds.from_expanded(x.expanded().unsqueeze(dim))
 
 
+def expand(call: Call, x: ChannelIds, *sizes: Any) -> ChannelIds:
+    """Axes of size 1 repeated, and new axes before them; -1 leaves an axis as it is."""
+    given = sizes[0] if len(sizes) == 1 and isinstance(sizes[0], tuple | list) else sizes
+    out = ChannelIds.from_expanded(x.expanded().expand(_present(call, given)))
+    call.visitor.view(call.node, given, out.ids)
+    return out
+
+
+def unbind(call: Call, x: ChannelIds, dim: int = 0) -> list[ChannelIds]:
+    """The entries along one axis, which has to keep its size."""
+    entries = [ChannelIds.from_expanded(entry) for entry in x.expanded().unbind(dim)]
+    if x.varies(dim):
+        axis = dim % len(x.shape)
+        sizes = [int(s) if k == axis else s for k, s in enumerate(size(call, x))]
+        call.visitor.view(call.node, sizes, x.ids)
+    return entries
+
+
+def roll(call: Call, x: ChannelIds, shifts: Any, dims: Any = None) -> ChannelIds:
+    """Entries move along axes; channels there are locked."""
+    axes = range(len(x.shape)) if dims is None else [dims] if isinstance(dims, int) else dims
+    if any(x.varies(axis) for axis in axes):
+        call.lock(x, f"{call.node} moves them by a number that stands in the code")
+        ids = torch.roll(x.expanded(), shifts, dims)
+        return ChannelIds.from_expanded(ids)
+    return x
+
+
 def expand_as(call: Call, x: ChannelIds, other: ChannelIds) -> ChannelIds:
     """Axes of size 1 repeated to the size of another tensor's."""
     return ChannelIds.from_expanded(x.expanded().expand(other.shape))
@@ -124,7 +146,7 @@ def new_zeros(call: Call, x: ChannelIds, *size: Any, **_: Any) -> ChannelIds:
 
 def size(call: Call, x: ChannelIds, dim: int | None = None) -> Any:
     """Sizes that follow the tensor's."""
-    sizes = tuple(TracedSize(s) for s in x.shape)
+    sizes = tuple(TracedSize.of(x, axis) for axis in range(len(x.shape)))
     return sizes if dim is None else sizes[dim]
 
 
@@ -135,7 +157,7 @@ def dim(call: Call, x: ChannelIds) -> int:
 
 def attribute(call: Call, x: ChannelIds, name: str) -> Any:
     """`getattr`: the shape, and what does not depend on channels."""
-    known = {"shape": tuple(TracedSize(s) for s in x.shape), "ndim": len(x.shape)}
+    known = {"shape": size(call, x), "ndim": len(x.shape)}
     known |= {"dtype": call.dtype, "device": torch.device("cpu")}
     if name not in known:
         raise PruningError(f"do not know what .{name} does to channels")

@@ -7,15 +7,23 @@ import torch
 
 from secateur.base.errors import PruningError
 from secateur.channels.ids import ChannelIds, NamedTensor, TracedSize
+from secateur.channels.rules import attention
 from secateur.channels.rules.call import Call
 
 
 def cat(call: Call, tensors: Sequence[Any], dim: int = 0, axis: int | None = None) -> ChannelIds:
-    """Ids are joined like their tensors."""
+    """Ids are joined like their tensors.
+
+    Where channels differ along another axis, such as that of an embedding to which a class token is
+    joined, entries in the same place there become one channel.
+    """
     if not all(isinstance(t, ChannelIds | NamedTensor) for t in tensors):
         raise PruningError("joins channels with something that is none")
     parts = [call.channels(t) for t in tensors]
     dim = (dim if axis is None else axis) % len(parts[0].shape)
+    across = any(part.varies(k) for part in parts for k in range(len(part.shape)) if k != dim)
+    if call.broadcasts.setdefault(call.node, (across, across))[0]:
+        parts = _one_along(call, parts, dim)
     ids = []
     for part in parts:
         form = [
@@ -30,6 +38,23 @@ def cat(call: Call, tensors: Sequence[Any], dim: int = 0, axis: int | None = Non
         if any(one != other for k, (one, other) in sizes if k != dim):
             raise PruningError(f"sizes {tuple(part.shape)} do not fit")
     return ChannelIds(torch.cat(ids, dim), tuple(shape))
+
+
+def _one_along(call: Call, parts: Sequence[ChannelIds], dim: int) -> list[ChannelIds]:
+    """Parts whose entries along an axis are one channel, and that of all other parts too."""
+    rows = []
+    for part in parts:
+        first = part.ids.narrow(dim, 0, 1)
+        if part.varies(dim):
+            call.visitor.unify(first.expand(part.ids.shape).flatten(), part.ids.flatten())
+        rows.append(first)
+    real = [row for row in rows if bool((row >= 0).any())]  # zeros fit any channel
+    if len({part.shape[:dim] + part.shape[dim + 1 :] for part in parts}) > 1:
+        raise PruningError("joins tensors of different sizes")
+    for row in real[1:]:
+        a, b = torch.broadcast_tensors(real[0], row)
+        call.visitor.unify(a.flatten(), b.flatten())
+    return [ChannelIds(real[0], part.shape) for part in parts]
 
 
 def chunk(call: Call, x: ChannelIds, chunks: int, dim: int = 0) -> list[ChannelIds]:
@@ -67,6 +92,8 @@ def getitem(call: Call, x: Any, index: Any) -> Any:
     """`x[index]`: one of several tensors, or slices, single entries or an index of one axis."""
     if isinstance(x, list | tuple):
         return x[index]
+    if isinstance(x, NamedTensor) and isinstance(index, NamedTensor):
+        return attention.index_parameter(call, x, 0, index.tensor)
     x = call.channels(x)
     parts = list(index) if isinstance(index, tuple) else [index]
     if Ellipsis in [p for p in parts if not isinstance(p, NamedTensor | list | ChannelIds)]:
