@@ -22,7 +22,7 @@ from secateur.nn.cost import LayerCost
 from secateur.pipeline import console, record, runner, tracking
 from secateur.pipeline.mlflow_store import Store
 from secateur.pipeline.record import MODELS
-from secateur.sparsity.masks import Masks, layers
+from secateur.sparsity.masks import Masks, prunable
 from secateur.training.evaluation import accuracy
 
 REPORT, LAYERS = Path("metrics/evaluate.json"), Path("metrics/layers.csv")
@@ -120,7 +120,8 @@ def asked(records: dict[str, record.RunRecord], report: dict[str, Any]) -> str:
 
 def _kernels(model: nn.Module) -> int:
     """Outputs times inputs, summed over all layers."""
-    return sum(m.weight.shape[0] * m.weight.shape[1] for m in layers(model).values())
+    weights = prunable(model, "weights").values()
+    return sum(weight.shape[0] * weight.shape[1] for weight in weights)
 
 
 if __name__ == "__main__":

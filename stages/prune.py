@@ -53,6 +53,13 @@ def prune(context: runner.StageContext) -> runner.StageResult:
     console.reached(decision.notes, "weights" if weights else "channels")
     for line in decision.lines:
         console.say(f"prune: {line}")
+    others = masks.passed_over(model, decision.masks) if decision.masks else {}
+    if others:
+        names = ", ".join(others)
+        console.say(
+            f"prune: without masks: {sum(others.values()):,} parameters in tensors that are no "
+            f"weights of a layer: {names}"
+        )
     with section("prune"):
         pruned = apply_decision(
             model,
@@ -126,10 +133,10 @@ def measure_again(context: runner.StageContext, model: nn.Module, images: int) -
 
 def _outputs(before: nn.Module, after: nn.Module) -> pd.DataFrame:
     """Number of outputs of every layer of a network, before and after pruning."""
-    left = masks.layers(after)
+    left = masks.prunable(after, "weights")
     rows = [
-        (name, layer.weight.shape[0], left[name].weight.shape[0])
-        for name, layer in masks.layers(before).items()
+        (name.removesuffix(".weight"), len(weight), len(left[name]))
+        for name, weight in masks.prunable(before, "weights").items()
     ]
     return pd.DataFrame(rows, columns=["layer", "outputs", "outputs_left"])
 

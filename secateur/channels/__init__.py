@@ -11,6 +11,7 @@ Data flows through the modules in this order:
 - `visitor`: what a propagation reports. Two visitors exist.
 - `builder`: the first visitor, GroupBuilder. It makes ids, notes which tensor has an entry for
   which id (`records`), and unites ids that are added (`union_find`).
+- `views`: what views in given sizes demand of channels, once all ids have been united.
 - `groups`: channels with entries in the same tensors become a ChannelGroup with its members.
 - `graph`: ChannelGraph, the result, made by `build_channel_graph`; `report` prints it.
 - `selection`: which channels of a selection can be removed at all, and which lose their purpose.

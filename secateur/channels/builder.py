@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from secateur.base.errors import PruningError
-from secateur.channels.ids import ZERO, AttributeSize, NamedTensor, TracedSize
+from secateur.channels.ids import ZERO, AttributeSize, NamedTensor
 from secateur.channels.records import AxisEntry, Kind, LayerInfo, SelectInfo
 from secateur.channels.union_find import UnionFind
+from secateur.channels.views import Attribute, View, settle
 from secateur.channels.visitor import NormKind
 
 
@@ -40,11 +41,11 @@ class GroupBuilder:
         """Ids where results of several layers meet, and how they do."""
         self._sets = UnionFind(0)
         self._locks: list[tuple[Tensor, str]] = []
-        self.sizes: dict[tuple[str, str], Tensor] = {}
+        self.sizes: dict[Attribute, Tensor] = {}
         """Module and attribute -> ids of the channels that it counts."""
         self.normalised = torch.empty(0, dtype=torch.bool)
         """By canonical id: normalised together with others."""
-        self._views: list[tuple[str, tuple[Any, ...], Tensor]] = []
+        self._views: list[View] = []
         self._normalised: list[Tensor] = []
         self._beside: list[Tensor] = []
         self._canonical_and_zero = torch.tensor([ZERO])
@@ -153,17 +154,9 @@ class GroupBuilder:
         self._locks.append((ids[ids >= 0].unique(), reason))
 
     def view(self, node: str, sizes: Sequence[Any], ids: Tensor) -> None:
-        """Note the view; `finish` finds the axes along which channels differ.
-
-        If they differ along one axis alone, of a size that stands in the code, they are locked, or
-        the attribute that holds the size counts them. If they differ along others too, each
-        position of the former is a part of a balance.
-        """
-        stated = {k for k, s in enumerate(sizes) if s != -1 and not isinstance(s, TracedSize)}
-        held = any(isinstance(size, AttributeSize) for size in sizes)
-        counted = any(getattr(size, "counted", None) is not None for size in sizes)
-        if held or counted or any(ids.shape[axis] > 1 for axis in stated):
-            self._views.append((node, tuple(sizes), ids))
+        """Note the view, for `views.settle`."""
+        if (view := View(node, tuple(sizes), ids)).matters():
+            self._views.append(view)
 
     def size(self, size: AttributeSize) -> int:
         """The size itself."""
@@ -182,12 +175,7 @@ class GroupBuilder:
 
         Raises PruningError naming a layer that never ran.
         """
-        for name, parameter in self.model.named_parameters():
-            if parameter.numel() > 1 and name not in self._used:
-                raise PruningError(
-                    f"layer {name.rpartition('.')[0]} never runs in eval mode, so its channels are "
-                    "unknown; build the network without it"
-                )
+        _refuse_unused(self.model, self._used)
         self._find_axes()
         self.canonical = torch.tensor(self._sets.canonical())
         self._canonical_and_zero = torch.cat((self.canonical, torch.tensor([ZERO])))
@@ -197,7 +185,10 @@ class GroupBuilder:
         self.normalised = torch.zeros(len(self.canonical), dtype=torch.bool)
         for ids in self._normalised:
             self.normalised[self.canonical[ids[ids >= 0]]] = True
-        self._settle_views()
+        views = settle(self._views, self.canonical_of)
+        self.sizes = views.counts
+        self.balances += views.balances
+        self._locks += [(ids[ids >= 0].unique(), reason) for ids, reason in views.locks]
         for ids, reason in self._locks:
             for canonical_id in self.canonical[ids].unique().tolist():
                 self.reasons.setdefault(canonical_id, reason)
@@ -206,48 +197,6 @@ class GroupBuilder:
         """The canonical id of each id; ZERO, which is the last index, stays ZERO."""
         return self._canonical_and_zero[ids]
 
-    def _settle_views(self) -> None:
-        """Which attributes count channels, and which channels views lock or put into a balance."""
-        constant: set[tuple[str, str]] = set()
-        for node, sizes, ids in self._views:
-            known = self.canonical_of(ids)
-            varying = [k for k in range(known.dim()) if not _alike(known, k)]
-            fixed = [k for k in varying if sizes[k] != -1 and not isinstance(sizes[k], TracedSize)]
-            counting = varying[0] if fixed == varying and len(fixed) == 1 else None
-            for axis, size in enumerate(sizes):
-                if isinstance(size, AttributeSize) and axis != counting:
-                    constant.add((size.module, size.key))
-                if isinstance(size, TracedSize) and size.counted is not None:
-                    self._compare(node, size, _along(ids, axis) if axis in varying else None)
-            if counting is not None and isinstance(size := sizes[counting], AttributeSize):
-                self._count(size, _along(ids, counting))
-            elif fixed == varying and fixed:
-                self.lock(ids.flatten(), f"{node} views them in a shape that stands in the code")
-            elif fixed:
-                parts = ids.movedim(fixed, tuple(range(len(fixed))))
-                self.balance(node, list(parts.flatten(0, len(fixed) - 1).flatten(1)))
-        for key in constant & self.sizes.keys():
-            self.lock(self.sizes.pop(key), f"{'.'.join(key).lstrip('.')} is the size of others too")
-
-    def _compare(self, node: str, size: TracedSize, ids: Tensor | None) -> None:
-        """A view has a size that counts channels, where it has these; None if it has none."""
-        assert size.counted is not None
-        if ids is not None and size.computed:
-            return  # the planner sees whether the parts stay equal
-        counted = self.canonical_of(size.counted).sort().values
-        if ids is None or not torch.equal(counted, self.canonical_of(ids).sort().values):
-            for other in (size.counted, ids):
-                if other is not None:
-                    self.lock(other, f"{node} views a tensor in the size of another one")
-
-    def _count(self, size: AttributeSize, ids: Tensor) -> None:
-        """An attribute counts these channels, and no others."""
-        key = size.module, size.key
-        before = self.sizes.setdefault(key, ids)
-        if not torch.equal(self.canonical_of(before), self.canonical_of(ids)):
-            for other in (before, ids):
-                self.lock(other, f"{'.'.join(key).lstrip('.')} is the size of other channels too")
-
     def _find_axes(self) -> None:
         """The axis of every added or multiplied tensor along which channels differ."""
         for name, (ids, _) in self.parameters.items():
@@ -255,29 +204,31 @@ class GroupBuilder:
             canonical = torch.tensor(sets).reshape(ids.shape)
             if torch.equal(canonical, ids):
                 continue  # it was combined with no channels
-            axes = [
-                axis
-                for axis in range(ids.dim())
-                if bool((canonical == _first_of_other_axes(canonical, axis)).all())
-            ]
-            if not axes:
+            axis = _only_axis(canonical)
+            if axis is None:
                 self.lock(ids.flatten(), f"{name} treats positions of a channel differently")
                 continue
-            axis = axes[0]
             along = canonical.movedim(axis, 0).flatten(1)[:, 0] if ids.dim() > 1 else canonical
             self.parameters[name] = (ids, axis)
             owner = name.rpartition(".")[0]
             self.axes[name, axis] = AxisEntry(name, axis, "scale", along, owner)
 
 
-def _alike(ids: Tensor, axis: int) -> bool:
-    """Whether ids are equal along an axis."""
-    return bool((ids == ids.narrow(axis, 0, 1)).all())
+def _refuse_unused(model: nn.Module, used: set[str]) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.numel() > 1 and name not in used:
+            raise PruningError(
+                f"layer {name.rpartition('.')[0]} never runs in eval mode, so its channels are "
+                "unknown; build the network without it"
+            )
 
 
-def _along(ids: Tensor, axis: int) -> Tensor:
-    """Ids along one axis, at the first position of all others."""
-    return ids.movedim(axis, 0).flatten(1)[:, 0]
+def _only_axis(ids: Tensor) -> int | None:
+    """The axis along which alone ids differ, the first one if there is none; None if several."""
+    for axis in range(ids.dim()):
+        if bool((ids == _first_of_other_axes(ids, axis)).all()):
+            return axis
+    return None
 
 
 def _first_of_other_axes(ids: Tensor, axis: int) -> Tensor:

@@ -1,16 +1,20 @@
 """Cost of a network: parameters, non-zeros, compression, MACs, bytes, latency."""
 
 import gzip
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from secateur.base import timing
-from secateur.sparsity.masks import layers
+from secateur.sparsity.masks import prunable
 
 
 @dataclass(frozen=True)
@@ -44,12 +48,21 @@ def layer_costs(
 ) -> list[LayerCost]:
     """All convolutions and linear layers in order.
 
-    `example` is a batch of one image; `masks` are those of the model, by parameter name.
+    Among them are the projections that a MultiheadAttention holds itself. `example` is a batch of
+    one image; `masks` are those of the model, by parameter name.
     """
     positions = output_positions(model, example)
-    return [
-        _layer_cost(name, layer, positions[name], masks) for name, layer in layers(model).items()
-    ]
+    biases = prunable(model, "weights_and_biases")
+    modules = dict(model.named_modules())
+    costs = []
+    for name, weight in prunable(model, "weights").items():
+        owner = name.rpartition(".")[0]
+        bias = f"{name.removesuffix('weight')}bias"
+        own = {name: weight} | ({bias: biases[bias]} if bias in biases else {})
+        layer = name.removesuffix(".weight")
+        kind = type(modules[owner]).__name__.lower()
+        costs.append(_layer_cost(layer, kind, own, positions[layer], masks))
+    return costs
 
 
 @torch.no_grad()
@@ -59,36 +72,71 @@ def output_positions(model: nn.Module, example: Tensor) -> dict[str, int]:
     Every weight is multiplied once per position. `example` is a batch of one image; the model is
     left in eval mode.
     """
-    found: dict[str, int] = {}
-    hooks = [
-        layer.register_forward_hook(
-            lambda _m, _i, out, n=name: found.update({n: out[0].numel() // out.shape[1]})
-        )
-        for name, layer in layers(model).items()
-    ]
-    try:
+    weights = prunable(model, "weights")
+    counter = _PositionCounter(
+        {id(weight): name.removesuffix(".weight") for name, weight in reversed(weights.items())}
+    )
+    with counter:
         model.eval()(example)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return found
+    return {
+        name.removesuffix(".weight"): counter.found[counter.names[id(weight)]]
+        for name, weight in weights.items()
+        if counter.names[id(weight)] in counter.found
+    }
+
+
+class _PositionCounter(TorchFunctionMode):
+    """Notes the positions of all convolutions and linear maps, whoever calls the function."""
+
+    def __init__(self, names: Mapping[int, str]) -> None:
+        super().__init__()
+        self.names = names
+        """By the id() of the weight."""
+        self.found: dict[str, int] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """The function's result."""
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if func is functional.multi_head_attention_forward:
+            given = inspect.signature(func).bind(*args, **kwargs).arguments
+            for key, source in _PROJECTIONS.items():  # (positions, batch, embedding)
+                if given.get(key) is not None:
+                    self._note(given[key], given[source].numel() // given[source].shape[-1])
+        elif func in (functional.linear, functional.conv2d):
+            weight = args[1] if len(args) > 1 else kwargs["weight"]
+            self._note(weight, out.numel() // len(weight))
+        return out
+
+    def _note(self, weight: Tensor, positions: int) -> None:
+        if id(weight) in self.names:
+            self.found[self.names[id(weight)]] = positions
+
+
+_PROJECTIONS = {
+    **{"in_proj_weight": "query", "q_proj_weight": "query", "k_proj_weight": "key"},
+    **{"v_proj_weight": "value", "out_proj_weight": "query"},
+}
+"""Weights of a MultiheadAttention, and the tensor that has as many positions as their output."""
 
 
 def _layer_cost(
-    name: str, layer: nn.Conv2d | nn.Linear, positions: int, masks: Mapping[str, Tensor]
+    name: str,
+    kind: str,
+    own: Mapping[str, Tensor],
+    positions: int,
+    masks: Mapping[str, Tensor],
 ) -> LayerCost:
-    weight = layer.weight.detach()
+    """`own` are the weight and, if there is one, the bias, by parameter name."""
+    weight, *biases = (tensor.detach() for tensor in own.values())
     alive = weight.flatten(2).any(dim=2) if weight.dim() == 4 else weight != 0
-    params = parameters(layer)
-    own = {
-        key: masks[f"{name}.{key}"]
-        for key, _ in layer.named_parameters()
-        if f"{name}.{key}" in masks
-    }
-    left = nonzero(layer, own)
+    params = sum(tensor.numel() for tensor in own.values())
+    left = int(torch.count_nonzero(weight))
+    for bias, shift in zip(list(own)[1:], biases, strict=True):
+        left += int(masks[bias].sum()) if bias in masks else shift.numel()
     return LayerCost(
         layer=name,
-        kind=type(layer).__name__.lower(),
+        kind=kind,
         shape="x".join(map(str, weight.shape)),
         params=params,
         nonzero=left,
@@ -120,7 +168,7 @@ def nonzero(model: nn.Module, masks: Mapping[str, Tensor]) -> int:
     only if `masks` (by parameter name, True where the entry is kept) hold it at zero: biases and
     shifts of norms start at zero in a new network, and zero is a value like any other for them.
     """
-    weights = {id(layer.weight) for layer in layers(model).values()}
+    weights = set(map(id, prunable(model, "weights").values()))
     count = 0
     for name, parameter in model.named_parameters():
         if id(parameter) in weights:

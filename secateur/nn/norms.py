@@ -64,6 +64,11 @@ def mask_layer_norm(norm: nn.LayerNorm, removed: Tensor) -> None:
     vars(norm)["forward"] = _MaskedForward(norm, remaining)
 
 
+def unmask_layer_norm(norm: nn.LayerNorm) -> None:
+    """Take mean and variance over all channels again."""
+    vars(norm).pop("forward", None)
+
+
 def scaled_norms(model: nn.Module) -> dict[str, Norm]:
     """Batch normalisations that have scales (gamma), by module name, in order."""
     found = {n: m for n, m in model.named_modules() if isinstance(m, Norm)}

@@ -34,7 +34,8 @@ def check_settings(info: DatasetInfo) -> None:
 def check_network(model: nn.Module, info: DatasetInfo) -> None:
     """Raise SettingsError if the penalty or the pruner of params.yaml refuses this network.
 
-    Neither `model` nor the state of the random number generator is changed. What depends on
+    Nor may it have operations through which the removal of channels cannot follow them. Neither
+    `model` nor the state of the random number generator is changed. What depends on
     trained weights or on images is not checked.
     """
     params = settings.read()
@@ -50,6 +51,8 @@ def check_network(model: nn.Module, info: DatasetInfo) -> None:
             )
         images, labels = torch.zeros(1, *info.shape), torch.zeros(1, dtype=torch.int64)
         context = PruningContext(trial, images, labels)
+        if params.prune.remove_dead or params.prune.export != "none":
+            _check_removal(context)
         try:
             with settings.section(f"pruners.{params.pruner}"):
                 plugin.load("pruners", params.pruner).prune(params.chosen("pruners"), context)
@@ -57,3 +60,14 @@ def check_network(model: nn.Module, info: DatasetInfo) -> None:
             raise
         except SecateurError:
             return  # the trained network may pass
+
+
+def _check_removal(context: PruningContext) -> None:
+    """SettingsError if channels of the network cannot be followed, which `prune` needs."""
+    try:
+        _ = context.graph
+    except SecateurError as error:
+        raise SettingsError(
+            f"params.yaml: prune.remove_dead: {error}; set prune.remove_dead = false (and "
+            "prune.export = none) to prune single weights only"
+        ) from None

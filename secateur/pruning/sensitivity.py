@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from secateur.base.errors import PruningError
 from secateur.channels.graph import Selection
 from secateur.nn.layers import ChannelSelect
+from secateur.nn.norms import unmask_layer_norm
 from secateur.pruning import criteria, group_scores
 from secateur.pruning.decision import PruningContext, decision_from_choices, unprunable_layers
 from secateur.pruning.removal import silence
@@ -206,6 +207,8 @@ class _Ablated:
                 if isinstance(owner, ChannelSelect):
                     owner.set_index(tensor)
                 else:
+                    if isinstance(owner, nn.LayerNorm):
+                        unmask_layer_norm(owner)
                     self.runner.tensors[name].detach().copy_(tensor)
 
 

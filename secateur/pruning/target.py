@@ -72,7 +72,7 @@ class RemainingShare:
         model = context.model
         device = next(model.parameters()).device
         self.positions = cost.output_positions(model, context.images[:1].to(device))
-        self.weights = {f"{n}.weight": layer.weight for n, layer in masks.layers(model).items()}
+        self.weights = masks.prunable(model, "weights")
         self.macs = sum(
             weight.numel() * self.positions[name.removesuffix(".weight")]
             for name, weight in self.weights.items()

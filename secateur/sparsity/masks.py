@@ -24,15 +24,34 @@ def layers(model: nn.Module) -> dict[str, nn.Conv2d | nn.Linear]:
 
 
 def prunable(model: nn.Module, scope: Scope) -> dict[str, nn.Parameter]:
-    """Parameters in scope, by name, in the order of the modules."""
+    """Parameters in scope, by name, in the order of the modules.
+
+    The weights that a MultiheadAttention holds itself (`in_proj_weight`) are those of linear layers
+    too. Other parameters without a layer, such as embeddings of positions, are not in scope; see
+    `passed_over`.
+    """
     types = (*LAYERS, *NORMS) if scope == "weights_and_scales" else LAYERS
     kinds = ("weight", "bias") if scope == "weights_and_biases" else ("weight",)
     return {
-        f"{name}.{kind}": parameter
+        f"{name}.{key}" if name else key: parameter
         for name, module in model.named_modules()
-        if isinstance(module, types)
-        for kind, parameter in module.named_parameters(recurse=False)
-        if kind in kinds
+        if isinstance(module, (*types, nn.MultiheadAttention))
+        for key, parameter in module.named_parameters(recurse=False)
+        if key in kinds or (isinstance(module, nn.MultiheadAttention) and key.endswith(kinds))
+    }
+
+
+def passed_over(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, int]:
+    """Number of entries of each parameter that can have no mask, or that no pruner has covered.
+
+    These are parameters of several axes that belong to no convolution or linear layer, such as
+    embeddings, and have no mask.
+    """
+    own = {f"{name}.weight" if name else "weight" for name in layers(model)}
+    return {
+        name: parameter.numel()
+        for name, parameter in model.named_parameters()
+        if parameter.dim() > 1 and name not in own and name not in masks
     }
 
 

@@ -16,7 +16,7 @@ def reshape(call: Call, x: ChannelIds, *shape: Any) -> ChannelIds:
     """Ids move with their entries.
 
     An axis of a size that stands in the code, along which channels differ, cannot become smaller
-    unless an attribute holds that size; see `GroupBuilder.view`.
+    unless an attribute holds that size; see channels/views.py.
     """
     sizes = shape[0] if len(shape) == 1 and isinstance(shape[0], tuple | list) else shape
     out = ChannelIds.from_expanded(x.expanded().reshape(_present(call, sizes)))
@@ -92,11 +92,15 @@ def expand(call: Call, x: ChannelIds, *sizes: Any) -> ChannelIds:
 def unbind(call: Call, x: ChannelIds, dim: int = 0) -> list[ChannelIds]:
     """The entries along one axis, which has to keep its size."""
     entries = [ChannelIds.from_expanded(entry) for entry in x.expanded().unbind(dim)]
-    if x.varies(dim):
-        axis = dim % len(x.shape)
-        sizes = [int(s) if k == axis else s for k, s in enumerate(size(call, x))]
-        call.visitor.view(call.node, sizes, x.ids)
+    entry(call, x, dim % len(x.shape))
     return entries
+
+
+def entry(call: Call, x: ChannelIds, axis: int) -> None:
+    """Single entries along an axis are taken, so that it has to keep its size."""
+    if x.varies(axis):
+        sizes = [s if k == axis else TracedSize(s) for k, s in enumerate(x.shape)]
+        call.visitor.view(call.node, sizes, x.ids)
 
 
 def roll(call: Call, x: ChannelIds, shifts: Any, dims: Any = None) -> ChannelIds:

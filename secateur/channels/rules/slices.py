@@ -7,7 +7,7 @@ import torch
 
 from secateur.base.errors import PruningError
 from secateur.channels.ids import ChannelIds, NamedTensor, TracedSize
-from secateur.channels.rules import attention
+from secateur.channels.rules import attention, shapes
 from secateur.channels.rules.call import Call
 
 
@@ -37,7 +37,10 @@ def cat(call: Call, tensors: Sequence[Any], dim: int = 0, axis: int | None = Non
         sizes = enumerate(zip(part.shape, shape, strict=True))
         if any(one != other for k, (one, other) in sizes if k != dim):
             raise PruningError(f"sizes {tuple(part.shape)} do not fit")
-    return ChannelIds(torch.cat(ids, dim), tuple(shape))
+    joined = torch.cat(ids, dim)
+    if call.broadcasts[call.node][0]:  # one channel along `dim`
+        joined = joined.narrow(dim, 0, 1)
+    return ChannelIds(joined, tuple(shape))
 
 
 def _one_along(call: Call, parts: Sequence[ChannelIds], dim: int) -> list[ChannelIds]:
@@ -108,7 +111,9 @@ def getitem(call: Call, x: Any, index: Any) -> Any:
             if sum(isinstance(p, slice) and p == slice(None) for p in parts) != len(parts) - 1:
                 raise PruningError("do not know what this index does to channels")
             return index_select(call, x, axis, part)
-        if x.varies(axis) and part != slice(None):
+        if x.varies(axis) and isinstance(part, int):
+            shapes.entry(call, x, axis)
+        elif x.varies(axis) and part != slice(None):
             call.lock(x, f"{call.node} takes some of them, by numbers that stand in the code")
         axis += 1
     return ChannelIds.from_expanded(x.expanded()[tuple(parts)])

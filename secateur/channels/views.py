@@ -1,0 +1,125 @@
+"""Views of tensors in given sizes: which attributes count channels, and which channels they fix."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateur.channels.ids import AttributeSize, TracedSize
+
+Attribute = tuple[str, str]
+"""Path of a module, and the name of an attribute that holds a size."""
+
+
+@dataclass(frozen=True)
+class View:
+    """A tensor that is viewed, or expanded, in sizes."""
+
+    node: str
+    sizes: tuple[Any, ...]
+    """-1 or TracedSizes where they follow the tensor, AttributeSizes where an attribute holds them,
+    and otherwise numbers that stand in the code."""
+    ids: Tensor
+    """Of its entries, broadcastable to the sizes."""
+
+    def matters(self) -> bool:
+        """Whether the view may say anything about channels."""
+        return any(
+            isinstance(size, AttributeSize)
+            or getattr(size, "counted", None) is not None
+            or (_stated(size) and self.ids.shape[axis] > 1)
+            for axis, size in enumerate(self.sizes)
+        )
+
+
+@dataclass
+class Settled:
+    """What follows from all views of a network."""
+
+    counts: dict[Attribute, Tensor] = field(default_factory=dict)
+    """Attribute -> ids of the channels that it counts."""
+    locks: list[tuple[Tensor, str]] = field(default_factory=list)
+    """Ids that cannot be removed, and the reason."""
+    balances: list[tuple[str, list[Tensor]]] = field(default_factory=list)
+    """Node, and ids of parts that have to stay equal."""
+
+
+def settle(views: Sequence[View], canonical_of: Callable[[Tensor], Tensor]) -> Settled:
+    """What the views demand, once it is known which ids are one channel.
+
+    Where channels differ along one axis alone, of a size that is an attribute's, the attribute
+    counts them; if the size stands in the code, they are locked. If they differ along other axes
+    too, each position of the former is a part of a balance.
+    """
+    settled, constant = Settled(), set[Attribute]()
+    for view in views:
+        known = canonical_of(view.ids)
+        varying = [axis for axis in range(known.dim()) if not _alike(known, axis)]
+        fixed = [axis for axis in varying if _stated(view.sizes[axis])]
+        counting = varying[0] if fixed == varying and len(fixed) == 1 else None
+        for axis, size in enumerate(view.sizes):
+            if isinstance(size, AttributeSize) and axis != counting:
+                constant.add((size.module, size.key))
+            if isinstance(size, TracedSize) and size.counted is not None:
+                along = _along(view.ids, axis) if axis in varying else None
+                settled.locks += _foreign(view.node, size, along, canonical_of)
+        if counting is not None and isinstance(size := view.sizes[counting], AttributeSize):
+            settled.locks += _count(settled.counts, size, _along(view.ids, counting), canonical_of)
+        elif fixed and fixed == varying:
+            reason = f"{view.node} views them in a shape that stands in the code"
+            settled.locks.append((view.ids.flatten(), reason))
+        elif fixed:
+            parts = view.ids.movedim(fixed, tuple(range(len(fixed))))
+            rows = parts.flatten(0, len(fixed) - 1).flatten(1)
+            settled.balances.append((view.node, list(rows)))
+    for key in sorted(constant & settled.counts.keys()):
+        reason = f"{'.'.join(filter(None, key))} is the size of something else too"
+        settled.locks.append((settled.counts.pop(key), reason))
+    return settled
+
+
+def _foreign(
+    node: str, size: TracedSize, ids: Tensor | None, canonical_of: Callable[[Tensor], Tensor]
+) -> list[tuple[Tensor, str]]:
+    """Locks for a size that counts other channels than those along its axis, if it has any.
+
+    Sizes that are computed may count parts of them; whether the parts fit is seen in each case.
+    """
+    assert size.counted is not None
+    if ids is not None:
+        counted, own = canonical_of(size.counted), canonical_of(ids)
+        if size.computed or torch.equal(counted.sort().values, own.sort().values):
+            return []
+    reason = f"{node} views a tensor in a size that counts other channels"
+    return [(other, reason) for other in (size.counted, ids) if other is not None]
+
+
+def _count(
+    counts: dict[Attribute, Tensor],
+    size: AttributeSize,
+    ids: Tensor,
+    canonical_of: Callable[[Tensor], Tensor],
+) -> list[tuple[Tensor, str]]:
+    """Note that an attribute counts these channels; locks if it counts others as well."""
+    before = counts.setdefault((size.module, size.key), ids)
+    if torch.equal(canonical_of(before), canonical_of(ids)):
+        return []
+    reason = f"{'.'.join(filter(None, (size.module, size.key)))} is the size of other channels too"
+    return [(before, reason), (ids, reason)]
+
+
+def _stated(size: Any) -> bool:
+    """Whether the size stands in the code, or an attribute holds it."""
+    return not isinstance(size, TracedSize) and size != -1
+
+
+def _alike(ids: Tensor, axis: int) -> bool:
+    """Whether ids are equal along an axis."""
+    return bool((ids == ids.narrow(axis, 0, 1)).all())
+
+
+def _along(ids: Tensor, axis: int) -> Tensor:
+    """Ids along one axis, at the first position of all others."""
+    return ids.movedim(axis, 0).flatten(1)[:, 0]
