@@ -30,12 +30,12 @@ def prunable(model: nn.Module, scope: Scope) -> dict[str, nn.Parameter]:
     too. Other parameters without a layer, such as embeddings of positions, are not in scope; see
     `passed_over`.
     """
-    types = (*LAYERS, *NORMS) if scope == "weights_and_scales" else LAYERS
+    scales: tuple[type[nn.Module], ...] = NORMS if scope == "weights_and_scales" else ()
     kinds = ("weight", "bias") if scope == "weights_and_biases" else ("weight",)
     return {
         f"{name}.{key}" if name else key: parameter
         for name, module in model.named_modules()
-        if isinstance(module, (*types, nn.MultiheadAttention))
+        if isinstance(module, (*LAYERS, *scales, nn.MultiheadAttention))
         for key, parameter in module.named_parameters(recurse=False)
         if key in kinds or (isinstance(module, nn.MultiheadAttention) and key.endswith(kinds))
     }
