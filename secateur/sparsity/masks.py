@@ -30,12 +30,14 @@ def prunable(model: nn.Module, scope: Scope) -> dict[str, nn.Parameter]:
     too. Other parameters without a layer, such as embeddings of positions, are not in scope; see
     `passed_over`.
     """
-    scales: tuple[type[nn.Module], ...] = NORMS if scope == "weights_and_scales" else ()
+    types: tuple[type[nn.Module], ...] = (*LAYERS, nn.MultiheadAttention)
+    if scope == "weights_and_scales":
+        types = (*types, *NORMS)
     kinds = ("weight", "bias") if scope == "weights_and_biases" else ("weight",)
     return {
         f"{name}.{key}" if name else key: parameter
         for name, module in model.named_modules()
-        if isinstance(module, (*LAYERS, *scales, nn.MultiheadAttention))
+        if isinstance(module, types)
         for key, parameter in module.named_parameters(recurse=False)
         if key in kinds or (isinstance(module, nn.MultiheadAttention) and key.endswith(kinds))
     }
