@@ -69,7 +69,7 @@ export: $(EXPORT) git  ## write the finetuned network for other runtimes: models
 	@dvc repro dvc.yaml stages/export/dvc.yaml
 
 # hundreds of processes start in the tests, and a second of each goes into compiling what is not kept
-test: $(READY)  ## run the tests, a process for every processor
+test: $(READY)  ## run the tests, in parallel
 	@PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 check: $(READY)  ## lint, format and types

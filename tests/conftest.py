@@ -10,15 +10,27 @@ from workspace import PROGRAMS, Project, fresh_project
 
 LONGEST = [
     "test_pipeline_runs.py",  # makes the finished project
-    "test_processes.py",  # needs none
+    "test_processes.py",
+    "test_weights.py",
     "test_pipeline_queue.py",
-    "test_pipeline_experiments.py",
     "test_pipeline_tracking.py",
+    "test_mlflow_store.py",
     "test_pipeline_resume.py",
+    "test_stage_start.py",
+    "test_pipeline_experiments.py",
     "test_pipeline_models.py",
     "test_pipeline_errors.py",
+    "test_archs.py",
+    "test_export.py",
+    "test_channels_zoo.py",
 ]
 """Files of tests that take longest, in the order in which workers are given them."""
+
+
+def pytest_xdist_auto_num_workers(config):
+    """One more than there are processors: tests of pipelines wait for their processes."""
+    usable = getattr(os, "sched_getaffinity", None)
+    return (len(usable(0)) if usable else os.cpu_count() or 1) + 1
 
 
 def pytest_collection_modifyitems(items):
