@@ -265,7 +265,7 @@ def test_a_compact_attention_has_fewer_heads_of_the_old_width():
     chosen = {f"{name}.in_proj_weight": torch.tensor([0, 2]), "conv_proj": torch.arange(5)}
     _, compact = check(model, graph, chosen, batch)
     small = compact.model.get_submodule(name)
-    assert small.num_heads, small.embed_dim == (1, 19)
+    assert (small.num_heads, small.embed_dim) == (1, 19)
     assert small.in_proj_weight.shape == (24, 19)
     assert small.out_proj.weight.shape == (19, 8)
     assert compact.model.hidden_dim == 19

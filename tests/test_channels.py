@@ -587,6 +587,33 @@ def test_torchvisions_networks(name):
     assert difference(masked.float(), single.model, batch.float()) < 1e-4
 
 
+MORE = ["resnet34", "wide_resnet50_2", "efficientnet_v2_s", "mobilenet_v3_large",
+        "shufflenet_v2_x1_0", "vit_b_16", "swin_t", "deit_tiny"]  # fmt: skip
+
+
+def full_size(name, side):
+    """A network of its published widths, for images of this side."""
+    if name == "deit_tiny":
+        timm = pytest.importorskip("timm")
+        return timm.create_model("deit_tiny_patch16_224", img_size=side, num_classes=5)
+    if name == "vit_b_16":
+        return import_torchvision().models.vit_b_16(image_size=side, num_classes=5)
+    return vision(name)()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*FAST, *SLOW, *MORE])
+def test_200_random_selections_of_a_full_network(name):
+    side = {"inception_v3": 80, "vit_b_16": 32, "deit_tiny": 32}.get(name, 64)
+    model, batch = randomise(full_size(name, side).double(), 0), images(1, side)
+    graph = channels.build_channel_graph(model, batch)
+    for seed in range(200):
+        chosen = at_random(graph, seed)
+        masked = removal.mask(model, chosen, batch, graph)
+        compact = removal.remove(model, chosen, batch, {}, graph)
+        assert difference(masked, compact.model, batch) < 1e-9, seed
+
+
 def test_a_network_in_training_mode_is_traced_in_eval_mode_and_left_in_training_mode():
     model = vision("resnet18")().train()
     channels.build_channel_graph(model, images(1, 64).float())
