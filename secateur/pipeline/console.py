@@ -251,15 +251,9 @@ def summary(report: Mapping[str, Any], asked: str, store: str | None) -> None:
     """Print the closing table: every model of the chain, what was asked, what was reached."""
     about = f"{report['arch']} on {report['dataset']}, seed {report['seed']}"
     table = Table(title=about, title_justify="left", title_style="bold")
-    for heading in (
-        "model",
-        "test accuracy",
-        "non-zero",
-        "of params",
-        "remaining MACs",
-        "latency ms",
-    ):
-        table.add_column(heading, justify="left" if heading == "model" else "right")
+    table.add_column("model")
+    for heading in ("test accuracy", "non-zero", "of params", "remaining MACs", "latency ms"):
+        table.add_column(heading, justify="right")
     for model in MODELS.values():
         row = report[model.key]
         table.add_row(
@@ -270,7 +264,7 @@ def summary(report: Mapping[str, Any], asked: str, store: str | None) -> None:
             f"{row['macs']:,}",
             f"{row['latency_ms']:.3f} ± {row['latency_iqr_ms']:.3f}",
         )
-    Console(width=max(88, Console().width)).print(table)
+    Console(width=max(100, Console().width)).print(table)
     change = (report["finetuned"]["accuracy"] - report["baseline"]["accuracy"]) * 100
     say(f"asked    {asked}")
     say(
