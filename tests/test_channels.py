@@ -427,7 +427,7 @@ def test_every_group_alone(make):
     assert free(graph) or make in LOCKED_WHOLLY
     for group in free(graph):
         tried = []
-        for seed in range(10):
+        for seed in range(20):
             chosen = at_random(graph, seed, {group.name})
             if (
                 chosen

@@ -18,7 +18,7 @@ from torch import nn
 from torch.func import functional_call
 
 from secateur.base import optional
-from secateur.base.errors import ArgumentError, CheckpointError, DataError, cut
+from secateur.base.errors import ArgumentError, DataError, cut
 from secateur.base.settings import Strict
 from secateur.base.torchvision_import import import_torchvision
 from secateur.nn import weights
@@ -100,7 +100,7 @@ def published(settings: Settings) -> Weights:
         raise DataError(f"baseline.weights = published: timm has none for {settings.name}")
     path = _file(settings.name, known)
     found = weights.read(path)
-    _check_content(path, found)
+    weights.check_published(path, found, _digest(path))
     source = f"{settings.name} of timm"
     expected = weights.from_config(source, known.mean, known.std, known.input_size)
     return replace(expected, tensors=found.tensors, sha256=found.sha256)
@@ -127,12 +127,7 @@ def _file(name: str, known: Any) -> Path:
     )
 
 
-def _check_content(path: Path, found: Weights) -> None:
-    """CheckpointError if a cache's file is not what its name says: caches name files by hashes."""
+def _digest(path: Path) -> str:
+    """What the sha256 of a cache's file begins with, by its name; empty if the name has none."""
     blob, part = path.resolve().name, re.search(r"-([a-f0-9]{8,64})\.\w+$", path.name)
-    expected = blob if re.fullmatch("[a-f0-9]{64}", blob) else part[1] if part else ""
-    if not found.sha256.startswith(expected):
-        raise CheckpointError(
-            f"{path}: not the file that was published: its sha256 begins with "
-            f"{found.sha256[:8]}, not {expected[:8]}; delete it, and it is downloaded again"
-        )
+    return blob if re.fullmatch("[a-f0-9]{64}", blob) else part[1] if part else ""

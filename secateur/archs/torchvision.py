@@ -17,7 +17,7 @@ from pydantic import AfterValidator, Field
 from torch import nn
 from torch.func import functional_call
 
-from secateur.base.errors import ArgumentError, CheckpointError, DataError
+from secateur.base.errors import ArgumentError, DataError
 from secateur.base.settings import Strict
 from secateur.base.torchvision_import import import_torchvision
 from secateur.nn import weights
@@ -88,11 +88,7 @@ def published(settings: Settings) -> Weights:
     if not path.exists():
         _download(best.url, path, digest, settings.name)
     found = weights.read(path)
-    if not found.sha256.startswith(digest):
-        raise CheckpointError(
-            f"{path}: not the file that was published: its sha256 begins with "
-            f"{found.sha256[:8]}, not {digest}; delete it, and it is downloaded again"
-        )
+    weights.check_published(path, found, digest)
     tensors = found.tensors
     if settings.name.startswith("densenet"):  # published under the names of an earlier version
         pattern = re.compile(r"\.(norm|conv)\.(\d)\.")

@@ -5,7 +5,7 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from secateur.base.errors import SecateurError
@@ -89,6 +89,17 @@ def copy_tree(source: Path, target: Path) -> None:
             write_bytes(target / path.relative_to(source), path.read_bytes())
 
 
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[None]:
+    """The folder of `path` exists inside; SecateurError if anything there cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise SecateurError(f"{path}: cannot be written: {reason}; nothing was changed") from None
+
+
 def write(path: Path, fill: Callable[[Path], object]) -> None:
     """Replace `path`, in one step, by the file that `fill` writes.
 
@@ -97,18 +108,13 @@ def write(path: Path, fill: Callable[[Path], object]) -> None:
     """
     temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        temporary = Path(name)
-        os.close(handle)
-        fill(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except OSError as error:
-        reason = error.strerror or error
-        raise SecateurError(f"{path}: cannot be written: {reason}; nothing was changed") from None
+        with _replacing(path):
+            handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+            temporary = Path(name)
+            os.close(handle)
+            fill(temporary)
+            _finish(temporary)
+            temporary.replace(path)
     finally:
         if temporary is not None:
             with contextlib.suppress(OSError):
@@ -124,22 +130,23 @@ def write_folder(path: Path, fill: Callable[[Path], object]) -> None:
     """
     temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-        new = temporary / "new"
-        new.mkdir()
-        fill(new)
-        for file in new.rglob("*"):
-            if file.is_file():
-                file.chmod(0o644)
-                with file.open("rb") as opened:
-                    os.fsync(opened.fileno())
-        if path.exists():
-            path.replace(temporary / "old")
-        new.replace(path)
-    except OSError as error:
-        reason = error.strerror or error
-        raise SecateurError(f"{path}: cannot be written: {reason}; nothing was changed") from None
+        with _replacing(path):
+            temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+            new = temporary / "new"
+            new.mkdir()
+            fill(new)
+            for file in filter(Path.is_file, new.rglob("*")):
+                _finish(file)
+            if path.exists():
+                path.replace(temporary / "old")
+            new.replace(path)
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _finish(file: Path) -> None:
+    """Wait until the file is on the disk, and let everybody read it."""
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())
+    file.chmod(0o644)

@@ -6,13 +6,14 @@ rule. A type without an entry of its own is covered by that of its nearest base 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from torch import fx, nn
 
 from secateur.channels.rules import attention, elementwise, layers, norms, shapes, slices
 from secateur.channels.rules.call import Call
 from secateur.nn.layers import ChannelSelect
+from secateur.sparsity.masks import BatchNorm
 
 Key = type[nn.Module] | str
 """A type of module, or the `__name__` of a function or method."""
@@ -65,7 +66,7 @@ OPERATORS: dict[Key, Operator] = _table(
     # normalisations, and others that have entries for channels
     (
         Operator(norms.batch_norm_module, scales_channels=True),
-        (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.InstanceNorm2d),
+        (*get_args(BatchNorm), nn.InstanceNorm2d),
     ),
     (Operator(norms.batch_norm, raw=True, parametric=True), ("batch_norm",)),
     (Operator(norms.layer_norm_module), (nn.LayerNorm,)),

@@ -19,8 +19,8 @@ from secateur.channels import operators
 from secateur.channels.graph import ChannelGraph
 from secateur.channels.trace import trace
 from secateur.nn.layers import ChannelSelect
-from secateur.nn.norms import Norm, scaled_norms
-from secateur.sparsity.masks import LAYERS
+from secateur.nn.norms import scaled_norms
+from secateur.sparsity.masks import LAYERS, BatchNorm
 from secateur.sparsity.positions import BLOCK
 
 Coupled = Literal["skip", "include", "blocks"]
@@ -69,7 +69,7 @@ class FlatScales:
         return torch.where(largest.isinf(), torch.nan, largest)
 
 
-def prunable_norms(model: nn.Module, coupled: Coupled) -> dict[str, Norm]:
+def prunable_norms(model: nn.Module, coupled: Coupled) -> dict[str, BatchNorm]:
     """Batch normalisations whose scales alone decide about channels of one producer; or all.
 
     With `include` they are all batch normalisations with scales, of any network. Otherwise raises
@@ -96,7 +96,7 @@ def norm_scales(model: nn.Module, fx_graph: fx.Graph) -> list[NormScale]:
     modules = dict(model.named_modules())
     found: list[NormScale] = []
     for region in _regions(fx_graph, modules):
-        norms = [n for n in region if isinstance(_module(n, modules), Norm)]
+        norms = [n for n in region if isinstance(_module(n, modules), BatchNorm)]
         coupled = any(_combines(node, modules) for node in region)
         gates = not any(_read_unscaled(node, region, modules) for node in region)
         found += [
@@ -209,7 +209,7 @@ def _read_unscaled(node: fx.Node, region: list[fx.Node], modules: Modules) -> bo
     todo, seen = [node], {node}
     while todo:
         current = todo.pop()
-        if isinstance(modules.get(str(current.target)), Norm):
+        if isinstance(modules.get(str(current.target)), BatchNorm):
             continue
         for user in current.users:
             if _is_layer(user, modules) or user.op == "output":

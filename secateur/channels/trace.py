@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, get_args
 
 from torch import fx, nn
 
@@ -10,10 +10,9 @@ from secateur.base.errors import PruningError
 from secateur.channels.ids import AttributeSize
 from secateur.nn.attention import free_class
 from secateur.nn.layers import ChannelSelect
-from secateur.sparsity.masks import LAYERS
+from secateur.sparsity.masks import LAYERS, BatchNorm
 
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.InstanceNorm2d)
-_LEAVES = (*LAYERS, *_BATCH_NORMS, nn.LayerNorm, nn.GroupNorm)
+_LEAVES = (*LAYERS, *get_args(BatchNorm), nn.InstanceNorm2d, nn.LayerNorm, nn.GroupNorm)
 """Types whose plain subclasses, without methods of their own, are leaves as well."""
 
 

@@ -7,9 +7,7 @@ example inputs get into the files.
 import copy
 import io
 import logging
-import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from torch.export import ExportedProgram
 
 from secateur.base import optional
 from secateur.base.errors import SecateurError, cut
+from secateur.base.logs import muted
 from secateur.deploy.metadata import PT2_FILE, Metadata
 
 INPUT, OUTPUT = "images", "logits"
@@ -87,7 +86,7 @@ def trace(model: nn.Module, shape: Sequence[int]) -> ExportedProgram:
     network.requires_grad_(False)  # or the exporter prepares for gradients, which takes time
     batch = torch.export.Dim("batch")
     try:
-        with _quiet():
+        with muted(logging.WARNING, warn=False):
             program = torch.export.export(
                 network, (example,), dynamic_shapes=({0: batch},), strict=False
             )
@@ -105,7 +104,7 @@ def trace(model: nn.Module, shape: Sequence[int]) -> ExportedProgram:
 def pt2_bytes(program: ExportedProgram, metadata: Metadata) -> bytes:
     """The archive of torch.export, which holds tensors as plain bytes and JSON: no pickles."""
     archive = io.BytesIO()
-    with _quiet():
+    with muted(logging.WARNING, warn=False):
         torch.export.save(program, archive, extra_files={PT2_FILE: metadata.to_json()})
     return archive.getvalue()
 
@@ -113,7 +112,7 @@ def pt2_bytes(program: ExportedProgram, metadata: Metadata) -> bytes:
 def onnx_bytes(program: ExportedProgram, metadata: Metadata) -> bytes:
     """The ONNX model, with `metadata` among its properties, one key for each field."""
     check_packages()
-    with _quiet():
+    with muted(logging.WARNING, warn=False):
         converted: Any = torch.onnx.export(
             program,
             dynamo=True,
@@ -143,17 +142,3 @@ def _parts(graph: Any) -> Iterator[Any]:
     yield graph
     for part in (graph.node, graph.initializer, graph.input, graph.output):
         yield from part
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the exporter's notes about its own code, which say nothing about the network."""
-    log = logging.getLogger("torch.onnx")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        log.setLevel(level)

@@ -11,10 +11,9 @@ use seven of the eight bits, since processors without integer dot products (VNNI
 in 16 bits, which would overflow.
 """
 
-import contextlib
 import logging
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from numpy.typing import NDArray
 
 from secateur.base import files, optional
 from secateur.base.errors import SecateurError, cut
+from secateur.base.logs import muted
 
 CALIBRATION_BATCH = 64
 """Images that pass through the network at a time while the ranges are measured."""
@@ -40,7 +40,8 @@ def quantise(source: Path, target: Path, images: NDArray[np.float32]) -> None:
     engine = optional.load("onnxruntime.quantization", "to quantise .onnx files")
     shapes = optional.load("onnxruntime.quantization.shape_inference", "to quantise .onnx files")
     parts = np.array_split(images, -(-len(images) // CALIBRATION_BATCH))
-    with tempfile.TemporaryDirectory() as scratch, _without_advice():
+    advice = logging.WARNING  # of what has been done already
+    with tempfile.TemporaryDirectory() as scratch, muted(advice):
         prepared, quantised = Path(scratch, "prepared.onnx"), Path(scratch, "int8.onnx")
         try:
             shapes.quant_pre_process(source, prepared, skip_symbolic_shape=True)
@@ -56,9 +57,7 @@ def quantise(source: Path, target: Path, images: NDArray[np.float32]) -> None:
                 calibrate_method=engine.CalibrationMethod.MinMax,
             )
             model = onnx.load(quantised)
-        except (
-            Exception
-        ) as error:  # whatever the quantiser raises for a network that it cannot take
+        except Exception as error:  # whatever the quantiser raises for an unsuitable network
             reason = cut(str(error) or type(error).__name__, 200)
             raise SecateurError(f"{source}: cannot be quantised: {reason}") from None
         del model.metadata_props[:]
@@ -76,14 +75,3 @@ class _Reader:
         """The next batch by the name of the network's input; None at the end."""
         part = next(self.parts, None)
         return None if part is None else {self.name: part}
-
-
-@contextlib.contextmanager
-def _without_advice() -> Iterator[None]:
-    """Without the warnings in which the quantiser advises what has been done already."""
-    previous = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(previous)

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-Norm = nn.BatchNorm2d | nn.BatchNorm1d | nn.SyncBatchNorm
-"""Several GPUs train SyncBatchNorm in place of the other two."""
+from secateur.sparsity.masks import BatchNorm
+
 BIN_WIDTH = 0.02
 
 
@@ -69,9 +69,9 @@ def unmask_layer_norm(norm: nn.LayerNorm) -> None:
     vars(norm).pop("forward", None)
 
 
-def scaled_norms(model: nn.Module) -> dict[str, Norm]:
+def scaled_norms(model: nn.Module) -> dict[str, BatchNorm]:
     """Batch normalisations that have scales (gamma), by module name, in order."""
-    found = {n: m for n, m in model.named_modules() if isinstance(m, Norm)}
+    found = {n: m for n, m in model.named_modules() if isinstance(m, BatchNorm)}
     return {name: norm for name, norm in found.items() if norm.affine}
 
 

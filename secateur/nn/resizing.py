@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from secateur.base.errors import SettingsError
 from secateur.nn.attention import free_class
 from secateur.nn.layers import IndexedConv2d
+from secateur.sparsity.masks import BatchNorm
 
 SIZE = "size:"
 """Before the name of an attribute that counts channels or heads."""
@@ -235,7 +235,7 @@ def _update_sizes(
         module.groups = known.get("groups", module.groups)
         module.out_channels, module.in_channels = module.weight.shape[:2]
         module.in_channels *= module.groups
-    elif isinstance(module, _BatchNorm | nn.InstanceNorm2d):
+    elif isinstance(module, BatchNorm | nn.InstanceNorm2d):
         tensor = module.running_mean if module.weight is None else module.weight
         assert tensor is not None
         module.num_features = tensor.numel()

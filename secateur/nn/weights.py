@@ -20,6 +20,7 @@ from torch import Tensor
 from secateur.base import files, tensor_files
 from secateur.base.documents import read_json
 from secateur.base.errors import CheckpointError, cut
+from secateur.base.stage import content_hash
 from secateur.nn import checkpoint
 from secateur.nn.checkpoint import Checkpoint
 
@@ -93,6 +94,15 @@ def _read_safetensors(path: Path) -> Weights:
     return Weights(str(path), _plain(path, found.tensors), found.sha256)
 
 
+def check_published(path: Path, found: Weights, digest: str) -> None:
+    """CheckpointError unless the sha256 of a file in a library's cache begins with `digest`."""
+    if not found.sha256.startswith(digest):
+        raise CheckpointError(
+            f"{path}: not the file that was published: its sha256 begins with "
+            f"{found.sha256[:8]}, not {digest[:8]}; delete it, and it is downloaded again"
+        )
+
+
 # -- files of torch.save ---------------------------------------------------------------------------
 
 
@@ -130,9 +140,8 @@ def _read_torch(path: Path) -> Weights:
             f"{', '.join(ENTRIES[:4])}"
         )
     entry, tensors = found
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    return Weights(f"{path} ({entry})" if entry else str(path), _plain(path, tensors), sha256)
+    source = f"{path} ({entry})" if entry else str(path)
+    return Weights(source, _plain(path, tensors), content_hash(path))
 
 
 def _unpickle(path: Path) -> Any:

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from secateur.penalties._coupled import group_penalty
 from secateur.penalties._formula import (
     GroupSettings,
     channel_norms,
     filter_norms,
-    group_penalty,
     inverse,
     ratio,
     scale_groups,

@@ -6,12 +6,10 @@ the example that it was traced with, tensors alone, which MLflow accepts where p
 """
 
 import contextlib
-import hashlib
 import io
 import logging
 import time
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from secateur.base.errors import SecateurError
+from secateur.base.logs import muted
+from secateur.base.stage import content_hash
 from secateur.deploy import metadata, pt2_archive
 from secateur.pipeline import record, tracking
 from secateur.pipeline.mlflow_store import Store
@@ -69,15 +69,18 @@ def log(
 
 def find(store: Store, run_id: str, program: Path) -> str | None:
     """Id of the model that holds this file among those of the run, if it has been written whole."""
-    condition = f"source_run_id = '{run_id}' and name = '{NAME}'"
-    for model in store.client.search_logged_models([store.experiment], condition):
-        if model.status == "READY" and model.tags.get("sha256") == _sha256(program):
+    sha256 = content_hash(program)
+    for model in _of_run(store, run_id):
+        if model.status == "READY" and model.tags.get("sha256") == sha256:
             return str(model.model_id)
     return None
 
 
-def _sha256(program: Path) -> str:
-    return hashlib.sha256(program.read_bytes()).hexdigest()
+def _of_run(store: Store, run_id: str) -> Iterable[Any]:
+    """The models of this name that are those of the run, also such as were not written whole."""
+    condition = f"source_run_id = '{run_id}' and name = '{NAME}'"
+    found: Iterable[Any] = store.client.search_logged_models([store.experiment], condition)
+    return found
 
 
 def _records() -> dict[str, RunRecord]:
@@ -96,15 +99,14 @@ def _model(store: Store, run_id: str, program: Path, example: NDArray[np.float32
     known = find(store, run_id, program)
     if known is not None:
         return known
-    condition = f"source_run_id = '{run_id}' and name = '{NAME}'"
-    for found in store.client.search_logged_models([store.experiment], condition):
+    for found in _of_run(store, run_id):
         if found.status != "READY":
             store.client.delete_logged_model(found.model_id)
     model = store.client.create_logged_model(
         store.experiment,
         NAME,
         run_id,
-        {"sha256": _sha256(program), "dvc.path": PROGRAM, "checkpoint.sha256": about.sha256},
+        {"sha256": content_hash(program), "dvc.path": PROGRAM, "checkpoint.sha256": about.sha256},
         model_type=MODELS["finetune"].kind,
     )
     _write(store, model.model_id, program, example)
@@ -178,12 +180,5 @@ def _register(store: Store, model_id: str, name: str) -> None:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without what MLflow and torch say about their own work."""
-    previous = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with contextlib.redirect_stderr(io.StringIO()):
-                yield
-    finally:
-        logging.disable(previous)
+    with muted(logging.WARNING, warn=False), contextlib.redirect_stderr(io.StringIO()):
+        yield

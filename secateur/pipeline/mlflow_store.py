@@ -20,6 +20,7 @@ from urllib.parse import urlparse
 from filelock import FileLock, Timeout
 
 from secateur.base.errors import SecateurError
+from secateur.base.logs import muted
 from secateur.base.stage import project_root
 from secateur.pipeline import mlflow_file
 from secateur.pipeline.record import STAGES
@@ -78,7 +79,7 @@ class Store:
         # named outright, else it lies wherever the first stage happened to run
         place = None if remote else (project_root() / "mlruns" / name).as_uri()
         file = mlflow_file.local_file(self.uri)
-        with _quiet_start(), self.lock:
+        with muted(logging.INFO), self.lock:  # what MLflow and alembic say about a fresh store
             if file is not None:
                 self._prepare(file, name, place)
             calm = file is not None and mlflow_file.settled(file)
@@ -239,14 +240,3 @@ def _knock(uri: str) -> None:
     address = urlparse(uri)
     port = address.port or (443 if address.scheme == "https" else 80)
     socket.create_connection((address.hostname or "", port), timeout=3).close()
-
-
-@contextlib.contextmanager
-def _quiet_start() -> Iterator[None]:
-    """Without the lines that MLflow and alembic print while they make a fresh store."""
-    previous = logging.root.manager.disable
-    logging.disable(logging.INFO)
-    try:
-        yield
-    finally:
-        logging.disable(previous)

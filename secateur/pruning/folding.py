@@ -12,12 +12,11 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from secateur.channels.graph import ChannelGraph
 from secateur.channels.groups import by_channel
 from secateur.pruning.constants import LayerInput
-from secateur.sparsity.masks import Masks
+from secateur.sparsity.masks import BatchNorm, Masks
 
 
 @dataclass(frozen=True)
@@ -134,7 +133,7 @@ def _running_means(graph: ChannelGraph) -> dict[str, str]:
             continue
         name, norm = str(node.target), str(users[0].target)
         module = modules[norm]
-        tracked = isinstance(module, _BatchNorm) and module.track_running_stats
+        tracked = isinstance(module, BatchNorm) and module.track_running_stats
         if tracked and calls.count(name) == calls.count(norm) == 1:
             found[name] = f"{norm}.running_mean"
     return found

@@ -1,7 +1,7 @@
 """Masks: which parameters can have one; applying and holding masks."""
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,8 @@ Masks = dict[str, Tensor]
 """Parameter name -> boolean tensor of its shape, True where the entry is kept."""
 
 LAYERS = (nn.Conv2d, nn.Linear)
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
+BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
+"""Batch normalisations; several GPUs train SyncBatchNorm in place of the others."""
 
 
 def layers(model: nn.Module) -> dict[str, nn.Conv2d | nn.Linear]:
@@ -32,7 +33,7 @@ def prunable(model: nn.Module, scope: Scope) -> dict[str, nn.Parameter]:
     """
     types: tuple[type[nn.Module], ...] = (*LAYERS, nn.MultiheadAttention)
     if scope == "weights_and_scales":
-        types = (*types, *NORMS)
+        types = (*types, *get_args(BatchNorm))
     kinds = ("weight", "bias") if scope == "weights_and_biases" else ("weight",)
     return {
         f"{name}.{key}" if name else key: parameter

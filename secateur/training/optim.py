@@ -1,13 +1,15 @@
 """Optimizer and learning rate from settings."""
 
 import math
+from typing import get_args
 
 import torch
 from torch import nn
 
 from secateur.base.settings import Train
+from secateur.sparsity.masks import BatchNorm
 
-NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
+NORMS = (*get_args(BatchNorm), nn.LayerNorm, nn.GroupNorm)
 
 
 def optimizer(model: nn.Module, settings: Train) -> torch.optim.Optimizer:

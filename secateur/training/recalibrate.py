@@ -4,7 +4,8 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+
+from secateur.sparsity.masks import BatchNorm
 
 
 @torch.no_grad()
@@ -14,7 +15,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Tensor]) -> int:
     All batches have equal weight, so they should have one size. Other layers (dropout) stay in eval
     mode, and so does the model afterwards. Returns the number of normalisations.
     """
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    norms = [m for m in model.modules() if isinstance(m, BatchNorm) and m.track_running_stats]
     momenta = [norm.momentum for norm in norms]
     model.eval()
     for norm in norms:
