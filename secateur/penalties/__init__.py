@@ -7,6 +7,6 @@ names the setting without the section of params.yaml. A `build` with a fourth pa
 that of an image, which following channels through the network needs.
 
 Three modules are shared bases, not penalties: `_formula` for penalties in closed form, on single
-tensors or on channels and filters; `_coupled` for channels of several layers; `_growing` for penalties that run a schedule of their own and
-choose what is to be pruned.
+tensors or on channels and filters; `_coupled` for channels of several layers; `_growing` for
+penalties that run a schedule of their own and choose what is to be pruned.
 """
