@@ -20,8 +20,7 @@ LONGEST = [
     "test_pipeline_experiments.py",
     "test_pipeline_models.py",
     "test_pipeline_errors.py",
-    "test_resume.py",  # forks, which must be done before a runtime has started threads
-    "test_data.py",  # so do the processes that decode images
+    "test_data.py",  # forks to decode images, which must be before a runtime has started threads
     "test_archs.py",
     "test_export.py",
     "test_channels_zoo.py",

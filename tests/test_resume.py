@@ -20,7 +20,8 @@ from secateur.base.stage import Stage
 from secateur.training import resume
 from secateur.training.resume import ResumeStore, single_flight
 
-FORK = multiprocessing.get_context("fork")
+PROCESSES = multiprocessing.get_context("forkserver")  # pytest has threads, and so cannot fork
+PROCESSES.set_forkserver_preload(["secateur.training.resume"])
 OUTS = ["models/toy", "models/toy.run.json"]
 
 
@@ -311,12 +312,25 @@ def test_inputs_and_names_are_part_of_the_work():
     assert len({work.fingerprint for work in works}) == len(works)
 
 
+def start(target, *arguments):
+    """A process in the folder and the project of the test."""
+    where = (os.getcwd(), os.environ["DVC_ROOT"])  # noqa: PTH109
+    process = PROCESSES.Process(target=in_project, args=(*where, target, *arguments))
+    process.start()
+    return process
+
+
+def in_project(folder, root, target, *arguments):
+    os.chdir(folder)
+    os.environ["DVC_ROOT"] = root
+    target(*arguments)
+
+
 @contextlib.contextmanager
 def another_process(target, *arguments):
-    """Really another process, forked before any lock is held; gives its pipe and itself."""
-    ours, theirs = FORK.Pipe()
-    process = FORK.Process(target=target, args=(theirs, *arguments))
-    process.start()
+    """Really another process, in the project of the test; gives its pipe and itself."""
+    ours, theirs = PROCESSES.Pipe()
+    process = start(target, theirs, *arguments)
     try:
         yield ours, process
     finally:
@@ -419,10 +433,8 @@ def tidying(barrier, count):
 def test_several_that_tidy_up_at_once_do_not_disturb_each_other():
     for number in range(30):
         abandoned(resume.KEEP_DAYS + 1, number=number)
-    barrier = FORK.Barrier(4)
-    processes = [FORK.Process(target=tidying, args=(barrier, 5)) for _ in range(4)]
-    for process in processes:
-        process.start()
+    barrier = PROCESSES.Barrier(4)
+    processes = [start(tidying, barrier, 5) for _ in range(4)]
     for process in processes:
         process.join(600)
     assert [process.exitcode for process in processes] == [0] * 4
