@@ -16,7 +16,7 @@ from secateur.base.settings import Train, section, validate
 from secateur.base.stage import Stage
 from secateur.data import dataset
 from secateur.nn.layers import ChannelSelect
-from secateur.penalties import _growing as growing
+from secateur.penalties._shared import growing
 from secateur.pruning import removal
 from secateur.pruning.decision import PruningContext
 from secateur.sparsity import choices

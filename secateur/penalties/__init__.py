@@ -6,7 +6,7 @@ the protocols. For a setting that does not fit the network, `build` raises `Argu
 names the setting without the section of params.yaml. A `build` with a fourth parameter `shape` gets
 that of an image, which following channels through the network needs.
 
-Three modules are shared bases, not penalties: `_formula` for penalties in closed form, on single
-tensors or on channels and filters; `_coupled` for channels of several layers; `_growing` for
-penalties that run a schedule of their own and choose what is to be pruned.
+`_shared` is no penalty: it holds what several of them are built on, `formula` for penalties in
+closed form, on single tensors or on channels and filters; `coupled` for channels of several layers;
+`growing` for penalties that grow on what they have chosen to be pruned.
 """

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from secateur.base.errors import ArgumentError
 from secateur.base.settings import Seed
-from secateur.penalties._growing import GrowingPenalty, GrowthSettings, updates_until
+from secateur.penalties._shared.growing import GrowingPenalty, GrowthSettings, updates_until
 from secateur.sparsity.choices import Pick
 from secateur.training.penalty import Penalty
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from secateur.base.errors import ArgumentError
 from secateur.base.settings import Positive
-from secateur.penalties._growing import (
+from secateur.penalties._shared.growing import (
     GROWING,
     PICKING,
     GrowingPenalty,

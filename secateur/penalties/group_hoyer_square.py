@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from secateur.penalties._coupled import group_penalty
-from secateur.penalties._formula import (
+from secateur.penalties._shared.coupled import group_penalty
+from secateur.penalties._shared.formula import (
     GroupSettings,
     channel_norms,
     filter_norms,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from secateur.base.errors import ArgumentError
 from secateur.base.settings import Strict
 from secateur.channels.scales import Coupled, prunable_norms
-from secateur.penalties._formula import NormPenalty, lasso
+from secateur.penalties._shared.formula import NormPenalty, lasso
 from secateur.training.penalty import Penalty
 
 

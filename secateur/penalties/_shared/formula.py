@@ -6,7 +6,7 @@ their biases). Values of tensors are summed: no average, no square root of the g
 
 `ClosedFormPenalty` has a function for the value and one for the gradient. `NormPenalty` is for
 formulas of L1 and L2 norms only, and computes all tensors at once. Formulas of the norms of
-channels and filters use `channel_norms`, `filter_norms` and `scale_groups`; `_coupled` has those of
+channels and filters use `channel_norms`, `filter_norms` and `scale_groups`; `coupled` has those of
 channels with all that is coupled to them.
 """
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from secateur.base.errors import ArgumentError, cut
 from secateur.base.settings import Positive, Strict
-from secateur.penalties._coupled import CoupledWeights
+from secateur.penalties._shared.coupled import CoupledWeights
 from secateur.sparsity import choices, masks
 from secateur.sparsity.choices import Choices, Granularity
 from secateur.sparsity.layer_ratios import ratios_by_group, ratios_by_layer

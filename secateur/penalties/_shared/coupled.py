@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from secateur.base.errors import ArgumentError
 from secateur.channels.graph import ChannelGraph, build_channel_graph
 from secateur.channels.groups import by_channel
-from secateur.penalties._formula import ClosedFormPenalty, GroupSettings, root
+from secateur.penalties._shared.formula import ClosedFormPenalty, GroupSettings, root
 
 
 class CoupledWeights:
