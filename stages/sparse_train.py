@@ -44,7 +44,8 @@ def train_sparse(context: runner.TrainingContext) -> runner.StageResult:
     result = runner.trained(model, header, fit)
     if not isinstance(penalty, ScheduledPenalty):
         return replace(result, tables={"growth": pd.DataFrame(columns=GROWTH)})
-    growth = pd.DataFrame(penalty.growth_table()).astype({"step": int})
+    rows = penalty.growth_table()
+    growth = pd.DataFrame(rows, columns=None if rows else GROWTH).astype({"step": int})
     return replace(result, choices=penalty.choices(), tables={"growth": growth})
 
 

@@ -96,6 +96,7 @@ def state_left(name="a"):
 
 BRIEF = {"interval": 1, "stabilise": 5}
 QUICK = {
+    "gradual": {"begin": 2, "interval": 3, "regrow": True},
     "greg1": BRIEF | {"ceiling": 0.05},
     "greg2": BRIEF | {"pick_growth": 0.01, "ceiling": 0.05},
 }

@@ -47,7 +47,7 @@ def check_network(model: nn.Module, info: DatasetInfo) -> None:
         if params.pruner == "chosen" and not isinstance(penalty, ScheduledPenalty):
             raise SettingsError(
                 f"params.yaml: pruner = 'chosen': penalty {params.penalty} chooses no weights to "
-                "prune; take greg1 or greg2, or another pruner"
+                "prune; take greg1, greg2 or gradual, or another pruner"
             )
         images, labels = torch.zeros(1, *info.shape), torch.zeros(1, dtype=torch.int64)
         context = PruningContext(trial, images, labels)

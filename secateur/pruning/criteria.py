@@ -42,6 +42,7 @@ from secateur.channels import scales
 from secateur.pruning.decision import PruningContext
 from secateur.sparsity import masks
 from secateur.sparsity.choices import Granularity, magnitude_scores
+from secateur.sparsity.scores import choice_shape, scores_of_weight
 
 Criterion = Literal["l1", "l2", "geometric_median", "taylor", "fisher", "wanda", "lamp", "bn_scale"]
 NOT_FOR_WEIGHTS = ("geometric_median", "bn_scale")
@@ -68,35 +69,19 @@ def scores(
         return _bn_scale(context, weights, granularity)
     if criterion == "taylor":
         return _taylor(context, weights, granularity)
-    if criterion in ("fisher", "wanda"):
-        by_entry = {"fisher": loss_increases, "wanda": input_products}[criterion](context, weights)
-        return {name: magnitude_scores(entry, granularity) for name, entry in by_entry.items()}
-    of_weight = {"l1": _l1, "l2": _l2, "geometric_median": _distance, "lamp": _lamp}[criterion]
-    return {name: of_weight(weight.detach(), granularity) for name, weight in weights.items()}
+    if criterion == "fisher":
+        return _means(loss_increases(context, weights), granularity)
+    if criterion == "wanda":
+        return _means(input_products(context, weights), granularity)
+    return {
+        name: scores_of_weight(weight.detach(), granularity, criterion)
+        for name, weight in weights.items()
+    }
 
 
-def _l1(weight: Tensor, granularity: Granularity) -> Tensor:
-    return magnitude_scores(weight, granularity)
-
-
-def _l2(weight: Tensor, granularity: Granularity) -> Tensor:
-    return magnitude_scores(weight.square(), granularity).sqrt()
-
-
-def _distance(weight: Tensor, granularity: Granularity) -> Tensor:
-    """Mean Euclidean distance of each group to all others, over the square root of its size."""
-    rows = weight if granularity == "filter" else weight.transpose(0, 1)
-    rows = rows.flatten(1).double()  # exact enough for distances from a matrix product
-    mean = torch.cdist(rows, rows, compute_mode="use_mm_for_euclid_dist").mean(dim=1)
-    return (mean / rows.shape[1] ** 0.5).view(_choice_shape(weight, granularity))
-
-
-def _lamp(weight: Tensor, granularity: Granularity) -> Tensor:
-    size = magnitude_scores(weight.double().square(), granularity)
-    flat, order = size.flatten().sort(descending=True, stable=True)
-    score = torch.empty_like(flat)
-    score[order] = flat / flat.cumsum(0).clamp_min(1e-300)
-    return score.view(size.shape)
+def _means(entries: Mapping[str, Tensor], granularity: Granularity) -> dict[str, Tensor]:
+    """Mean over every group of what is positive by entry."""
+    return {name: magnitude_scores(entry, granularity) for name, entry in entries.items()}
 
 
 def gradients(context: PruningContext, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -192,14 +177,10 @@ def _taylor(
     context: PruningContext, weights: Mapping[str, Tensor], granularity: Granularity
 ) -> dict[str, Tensor]:
     by_weight = gradients(context, list(weights.values()))
-    axis = {"filter": 0, "channel": 1, "weight": -1}[granularity]
-    found = {}
-    for (name, weight), gradient in zip(weights.items(), by_weight, strict=True):
-        change = (weight * gradient).detach()
-        if axis >= 0:
-            change = change.sum([a for a in range(change.dim()) if a != axis], keepdim=True)
-        found[name] = change.square()
-    return found
+    return {
+        name: scores_of_weight(weight.detach(), granularity, "taylor", gradient)
+        for (name, weight), gradient in zip(weights.items(), by_weight, strict=True)
+    }
 
 
 def _bn_scale(
@@ -220,12 +201,5 @@ def _bn_scale(
                 f"criterion bn_scale: {granularity}s of layer {layer_name} have no batch "
                 "normalisation with scales"
             )
-        found[name] = score.view(_choice_shape(weight, granularity))
+        found[name] = score.view(choice_shape(weight, granularity))
     return found
-
-
-def _choice_shape(weight: Tensor, granularity: Granularity) -> list[int]:
-    """Shape of a choice of filters or channels, -1 for their number."""
-    shape = [1] * weight.dim()
-    shape[0 if granularity == "filter" else 1] = -1
-    return shape

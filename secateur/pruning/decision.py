@@ -8,7 +8,6 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from secateur.base.errors import PruningError
 from secateur.channels.graph import ChannelGraph, build_channel_graph
 from secateur.sparsity.choices import Choices, Granularity, masks_from_choices, validate_choices
 from secateur.sparsity.masks import Masks
@@ -63,8 +62,9 @@ def decision_from_choices(context: PruningContext, choices: Choices) -> PruningD
 
     A channel is removed whole if it is not locked and every layer that produces it has chosen it as
     a filter, or every layer that reads it has chosen all its entries as a channel. Choices of
-    single weights become masks. A choice by the name of an index buffer is of the channels that a
-    ChannelSelect selects. Raises PruningError for a choice that does not fit the network.
+    single weights, biases and scales become masks. A choice by the name of an index buffer is of
+    the channels that a ChannelSelect selects. Raises PruningError for a choice that does not fit
+    the network.
     """
     buffers = dict(context.model.named_buffers())
     selected = {name: choice for name, choice in choices.items() if name in buffers}
@@ -167,7 +167,7 @@ def unprunable_layers(graph: ChannelGraph, granularity: Granularity) -> dict[str
 def _side(choice: Tensor) -> str:
     """The side of its layer that a choice is of; empty for single weights."""
     if choice.dim() < 2:
-        raise PruningError("a choice needs as many axes as its weight")
+        return ""
     if choice.shape[0] == choice.numel() > 1:
         return "outputs"
     return "inputs" if choice.shape[1] == choice.numel() > 1 else ""

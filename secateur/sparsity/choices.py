@@ -5,7 +5,7 @@ the group is to be pruned. Its shape tells the granularity, and it broadcasts ov
 
     filter     (filters, 1, 1, 1), or (outputs, 1) for a linear layer
     channel    (1, channels, 1, 1), or (1, inputs)
-    weight     the shape of the weight
+    weight     the shape of the weight, or of a bias or scale, whose entries are chosen one by one
 """
 
 from collections.abc import Mapping
@@ -136,6 +136,8 @@ def masks_from_choices(model: nn.Module, choices: Mapping[str, Tensor]) -> Masks
     for name, choice in choices.items():
         weight = model.get_parameter(name)
         found[name] = (~choice).expand(weight.shape).contiguous()
+        if weight.dim() < 2:
+            continue
         layer = model.get_submodule(name.removesuffix(".weight"))
         if choice.shape[1:].numel() == 1 < weight.shape[1:].numel() and layer.bias is not None:
             found[f"{name.removesuffix('weight')}bias"] = ~choice.flatten()

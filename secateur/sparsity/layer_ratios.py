@@ -11,7 +11,9 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from secateur.base.errors import ArgumentError
+from secateur.sparsity import masks
 from secateur.sparsity.choices import Granularity
+from secateur.sparsity.masks import Scope
 from secateur.sparsity.positions import Position, layer_positions
 from secateur.sparsity.ratios import NUMBERS, Rules, Skipped
 
@@ -58,6 +60,29 @@ def ratios_by_layer(
             rules,
         )
     return result
+
+
+def ratios_by_parameter(
+    model: nn.Module, rules: Rules, scope: Scope, skip: tuple[Skipped, ...]
+) -> dict[str, float]:
+    """Ratio of every parameter in scope that loses single entries, by the parameter's name.
+
+    A bias has the ratio of its layer; scales of normalisations have the one number that is given
+    for all. Raises ArgumentError as `ratios_by_layer` does, and for scales without such a number.
+    """
+    by_layer = ratios_by_layer(model, rules, "weight", skip)
+    found: dict[str, float] = {}
+    for name in masks.prunable(model, scope):
+        layer = name.rpartition(".")[0]
+        if layer in by_layer:
+            found[name] = by_layer[layer]
+        elif scope == "weights_and_scales" and name.endswith(".weight"):
+            if rules.everywhere is None:
+                raise ArgumentError(
+                    "scope", "the scales of normalisations need one number as ratios", scope
+                )
+            found[name] = rules.everywhere
+    return {name: ratio for name, ratio in found.items() if ratio > 0}
 
 
 def ratios_by_group(

@@ -18,7 +18,7 @@ from secateur.training import determinism, optim
 from secateur.training.callbacks import Callback, Row
 from secateur.training.engine import Engine
 from secateur.training.evaluation import accuracy
-from secateur.training.penalty import Penalty, ScheduledPenalty
+from secateur.training.penalty import Course, Penalty, ScheduledPenalty, SteppingPenalty
 from secateur.training.state import StateStore, TrainingState
 from secateur.training.step import LossCheck, TrainStep
 
@@ -64,7 +64,7 @@ def fit(
         state = TrainingState(model, optimizer, penalty)
         batches = _batches(data, settings, seed, engine)
         try:
-            _check_schedule(penalty, settings, len(batches))
+            _start(penalty, settings, data, len(batches), masks or {})
             _resume(state, store, engine)
             step = TrainStep(model, optimizer, penalty, settings, engine, len(batches))
             for callback in callbacks:
@@ -176,8 +176,13 @@ def _save(
             callback.on_state_saved()
 
 
-def _check_schedule(penalty: Penalty | None, settings: Train, steps_per_epoch: int) -> None:
-    """Raise ArgumentError if the schedule of a penalty does not fit into the training."""
+def _start(
+    penalty: Penalty | None, settings: Train, data: Dataset, steps_per_epoch: int, masks: Masks
+) -> None:
+    """Tell a penalty about the training; ArgumentError if its schedule does not fit into that."""
+    if isinstance(penalty, SteppingPenalty):
+        steps = settings.epochs * steps_per_epoch
+        penalty.start(Course(settings, steps, len(data.train), masks))
     if not isinstance(penalty, ScheduledPenalty):
         return
     if penalty.max_steps > settings.epochs * steps_per_epoch:

@@ -1,12 +1,15 @@
 """Penalties as the training loop uses them: terms added to the loss of every step."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from secateur.base import plugin
+from secateur.base.settings import Train
 from secateur.training.callbacks import Row
 
 
@@ -47,10 +50,43 @@ class ScheduledPenalty(Protocol):
         """Progress of the schedule as a table: one row for each step at which it was noted."""
 
 
+@dataclass(frozen=True)
+class Course:
+    """The training that a penalty is part of."""
+
+    settings: Train
+    steps: int
+    """Of the optimizer, over all epochs."""
+    images: int
+    """In the training split."""
+    masks: Mapping[str, Tensor] = field(default_factory=dict)
+    """Parameter name -> False where the training holds entries at zero."""
+
+
+@runtime_checkable
+class SteppingPenalty(Protocol):
+    """Further members of a penalty that acts on gradients and weights at every step.
+
+    What it remembers between two steps is in its `state_dict`.
+    """
+
+    def start(self, course: Course) -> None:
+        """Called once, before a saved state is restored and before the first step.
+
+        Raises ArgumentError naming the key of the training's settings that does not suit it.
+        """
+
+    def before_step(self, step: int, optimizer: Optimizer) -> None:
+        """Called when the gradients of a step are computed, those of the penalty included."""
+
+    def after_step(self, step: int, optimizer: Optimizer) -> None:
+        """Called when the optimizer has changed the weights, and masked ones are zero again."""
+
+
 def build(
     name: str, settings: Any, model: nn.Module, decay: float, shape: Sequence[int] | None = None
 ) -> Penalty | None:
-    """The penalty of this name on this model; None where it would add nothing to any loss.
+    """The penalty of this name on this model; None where it would change no training.
 
     `shape` of one image, (channels, height, width), is for penalties that follow channels through
     the network: those whose `build` has a parameter of this name.
@@ -58,4 +94,4 @@ def build(
     make = plugin.load("penalties", name).build
     more = {"shape": shape} if "shape" in inspect.signature(make).parameters else {}
     built: Penalty | None = make(settings, model, decay, **more)
-    return built if decay else None
+    return built if decay or isinstance(built, SteppingPenalty) else None

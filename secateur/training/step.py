@@ -8,7 +8,7 @@ from secateur.base.errors import TrainingError
 from secateur.base.settings import Train
 from secateur.training import optim
 from secateur.training.engine import Engine
-from secateur.training.penalty import Penalty
+from secateur.training.penalty import Penalty, SteppingPenalty
 
 
 class TrainStep:
@@ -26,6 +26,7 @@ class TrainStep:
         self.model, self.forward = model, engine.prepare(model, settings.compile)
         self.optimizer, self.penalty = optimizer, penalty
         self.settings, self.engine, self.steps_per_epoch = settings, engine, steps_per_epoch
+        self.stepping = penalty if isinstance(penalty, SteppingPenalty) else None
         self.lr = 0.0
 
     @property
@@ -57,7 +58,11 @@ class TrainStep:
             total.backward()
         else:
             loss, total = self._accumulate(images, labels, count, number)
+        if self.stepping is not None:
+            self.stepping.before_step(number, self.optimizer)
         self.optimizer.step()
+        if self.stepping is not None:
+            self.stepping.after_step(number, self.optimizer)
         self.loss_sum += loss.detach() * count
         return total.detach()
 

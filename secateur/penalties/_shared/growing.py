@@ -12,7 +12,7 @@ longer change, for exactly as many steps as the settings say; then it is finishe
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from secateur.penalties._shared.coupled import CoupledWeights
 from secateur.sparsity import choices, masks
 from secateur.sparsity.choices import Choices, Granularity
 from secateur.sparsity.layer_ratios import ratios_by_group, ratios_by_layer
-from secateur.sparsity.ratios import Ratios, Rules, Skip
+from secateur.sparsity.ratios import Ratios, Rules, Skip, Skipped
 
 PICKING, GROWING, STABILISING, FINISHED = range(4)
 MAX_POINTS = 500
@@ -148,15 +148,25 @@ class PrunedGroups:
         return choices.number_pruned(ratio, sizes[self.granularity])
 
 
+class HasRatios(Protocol):
+    """Settings that say how much of each layer is pruned."""
+
+    @property
+    def ratios(self) -> Rules:
+        """Share of each layer."""
+
+    @property
+    def skip(self) -> tuple[Skipped, ...]:
+        """Layers that are not pruned."""
+
+
 class PrunedChannels:
     """The channels that are to be pruned with all that is coupled to them; as `PrunedGroups`.
 
     The place of a layer is taken by a channel group, or by several that need a balance.
     """
 
-    def __init__(
-        self, model: nn.Module, settings: GrowthSettings, shape: Sequence[int] | None
-    ) -> None:
+    def __init__(self, model: nn.Module, settings: HasRatios, shape: Sequence[int] | None) -> None:
         """`shape` is that of one image. Raises ArgumentError for ratios that do not fit the
         network, PruningError if the network cannot be traced."""
         self.coupled = CoupledWeights(model, shape)
@@ -166,6 +176,7 @@ class PrunedChannels:
         ratios = ratios_by_group(model, settings.ratios, settings.skip, layers, refused)
         self.numbers: dict[str, int] = {}
         """Name of the first group -> number of units, each a channel or one of every part."""
+        self.ratios: dict[str, float] = {}
         self.channels: dict[str, Tensor] = {}
         """The channels that are chosen from, by canonical id, (channels,)."""
         self._names: dict[int, str] = {}  # by place among the graph's units
@@ -177,6 +188,7 @@ class PrunedChannels:
                 name = first if first not in self.numbers else f"{first}, {place}"
                 self._names[place] = name
                 self.numbers[name], self.channels[name] = number, unit.ids.flatten()
+                self.ratios[name] = ratio
         if not self.numbers:
             raise ArgumentError("ratios", "no group has a channel to spare")
         self.names = list(self.numbers)
@@ -250,6 +262,12 @@ class PrunedChannels:
         mean = self.coupled.sums(torch.abs).cpu() / self._sizes
         return torch.cat((mean, mean.new_zeros(1)))[self.coupled.number]
 
+    def unit_scores(self) -> dict[str, Tensor]:
+        """Mean magnitude of the weights of every unit, by name, (units,)."""
+        scores = self._scores()
+        units = self.coupled.graph.units(scores)[0]
+        return {name: scores[units[place].ids].mean(1) for place, name in self._names.items()}
+
     def _chosen(self, pick: choices.Pick, seed: int) -> Choices:
         scores = self._scores()
         picked = choices.pick_scores_by_layer(
@@ -257,7 +275,7 @@ class PrunedChannels:
         )
         by_id = torch.zeros(len(scores))
         for name, ids in self.channels.items():
-            by_id[ids] = picked[name]
+            by_id[ids] = picked[name].to(by_id.dtype)
         found: Choices = {}
         for place, unit in enumerate(self.coupled.graph.units(by_id)[0]):
             if name := self._names.get(place, ""):

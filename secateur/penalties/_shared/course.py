@@ -1,0 +1,215 @@
+"""Penalties that prune while the network trains: what gradual, rigl and gsm have in common.
+
+They act on gradients and weights at every step (`training.penalty.SteppingPenalty`), choose what is
+pruned, and add a plain norm of the weights to the loss, `decay` times.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Literal
+
+import torch
+from pydantic import AfterValidator, Field
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from secateur.base.errors import ArgumentError, cut
+from secateur.base.settings import Strict
+from secateur.penalties._shared.formula import ClosedFormPenalty, NormPenalty, lasso
+from secateur.sparsity.choices import Choices
+from secateur.training.penalty import Course
+
+MAX_POINTS = 500
+"""Points of a trace, about."""
+COLUMNS = ("pruned", "kept", "chosen")
+"""Of a point of the trace: share of the groups that is pruned; mean |w| of kept and of chosen
+weights, before these are set to zero."""
+
+
+def _whole_above_one(value: float) -> float:
+    """The value; ValueError if it is neither a share nor a whole number."""
+    if value >= 1 and value != int(value):
+        raise ValueError("a number of steps, or below 1 a share of the training, is needed")
+    return value
+
+
+Steps = Annotated[float, Field(ge=0), AfterValidator(_whole_above_one)]
+"""A number of steps of the optimizer, or, below 1, a share of all steps of the training."""
+
+
+def in_steps(value: float, total: int) -> int:
+    """Number of steps of a setting in a training of `total` steps; shares are rounded down."""
+    return int(value * total) if value < 1 else int(value)
+
+
+class CourseSettings(Strict):
+    """What all of these penalties have."""
+
+    norm: Literal["l2", "l1"] = "l2"
+    """What is added to the loss, `decay` times: half the sum of the squares of the weights that may
+    be pruned, as weight decay does, or the sum of their magnitudes. With decay: 0 nothing is."""
+
+
+class CoursePenalty:
+    """A penalty that prunes while the network trains; subclasses decide what and when.
+
+    `held` are the parameters that are masked. Subclasses implement `update`, which sets `choice`
+    and is called after every step that `due` names.
+    """
+
+    finished = False
+    max_steps = 0
+    """It does not end the training; `start` checks that its course fits in."""
+
+    def __init__(
+        self, model: nn.Module, name: str, norm: str, decay: float, held: Mapping[str, Tensor]
+    ) -> None:
+        """`name` is the penalty's, for messages; `held` parameters by name, not empty."""
+        self.model, self.name = model, name
+        self.held = dict(held)
+        self.choice: Choices = {}
+        """Name of a weight -> True where it is pruned; empty until the first update."""
+        self.updates = 0
+        self.trace: list[tuple[int, Tensor]] = []
+        """Step and `COLUMNS` of some updates."""
+        self.trace_interval = 1
+        self.keep: list[Tensor] = []
+        """Of each held parameter: 1 where it is kept, else 0."""
+        self._term = _term(model, norm, decay, list(self.held.values()))
+
+    def start(self, course: Course) -> None:
+        """Note the training; subclasses check their schedule."""
+        self.course = course
+
+    def due(self, step: int) -> bool:
+        """Whether the choice is made anew after this step."""
+        raise NotImplementedError
+
+    def update(self, step: int) -> None:
+        """Make the choice anew."""
+        raise NotImplementedError
+
+    def kept(self) -> dict[str, Tensor]:
+        """Name of a held parameter -> True where it is kept, broadcastable to it."""
+        return {name: ~self.choice[name] for name in self.held}
+
+    def __call__(self, step: int) -> Tensor:
+        """`decay` times the norm of the weights as the forward pass sees them."""
+        return self._term(step)
+
+    def before_step(self, step: int, optimizer: Optimizer) -> None:
+        """Nothing to do."""
+
+    def after_step(self, step: int, optimizer: Optimizer) -> None:
+        """Choose anew if it is time to, and set to zero what is chosen."""
+        if self.due(step):
+            with torch.no_grad():
+                self.update(step)
+            self.updates += 1
+            self.refresh()
+            if self.updates % self.trace_interval == 1 % self.trace_interval:
+                self.trace.append((step, self._point()))
+        self.mask()
+
+    @torch.no_grad()
+    def mask(self) -> None:
+        """Set held parameters to zero where they are chosen."""
+        if self.keep:
+            torch._foreach_mul_(list(self.held.values()), self.keep)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Derive `keep` from the choice, in the memory format of the parameters."""
+        kept = self.kept() if self.choice else {}
+        self.keep = [torch.empty_like(self.held[name]).copy_(mask) for name, mask in kept.items()]
+
+    def metrics(self) -> dict[str, float]:
+        """Share of the groups that is pruned, and the number of updates so far."""
+        return {"pruned": self.share(), "updates": float(self.updates)}
+
+    def share(self) -> float:
+        """Share of the groups that are ranked that is chosen now."""
+        total = sum(choice.numel() for choice in self.choice.values())
+        return sum(int(choice.sum()) for choice in self.choice.values()) / max(1, total)
+
+    def choices(self) -> Choices:
+        """What is pruned, by the parameter's name; see sparsity/choices.py."""
+        return {name: choice.cpu() for name, choice in self.choice.items() if bool(choice.any())}
+
+    def growth_table(self) -> list[dict[str, float]]:
+        """A row for each point of the trace."""
+        columns = (dict(zip(COLUMNS, p.double().tolist(), strict=True)) for _, p in self.trace)
+        pairs = zip(self.trace, columns, strict=True)
+        return [{"step": float(step), **point} for (step, _), point in pairs]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The whole state as tensors."""
+        points = [point for _, point in self.trace]
+        return {
+            "updates": torch.tensor([self.updates]),
+            "trace.steps": torch.tensor([step for step, _ in self.trace], dtype=torch.int64),
+            "trace.points": torch.stack(points) if points else torch.zeros(0, len(COLUMNS)),
+            **{f"choice/{name}": choice for name, choice in self.choice.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore what `state_dict` returned; ValueError if it is the state of another network."""
+        chosen = prefixed(state, "choice/")
+        if unknown := sorted(set(chosen) - set(self.choice_shapes())):
+            raise ValueError(f"penalty: no weight {cut(unknown[0])}")
+        for name, shape in self.choice_shapes().items() if chosen else ():
+            found = chosen.get(name)
+            if found is None or found.shape != shape or found.dtype != torch.bool:
+                raise ValueError(f"penalty: choice of {name} does not fit")
+        self.updates = int(state["updates"])
+        points = zip(state["trace.steps"].tolist(), state["trace.points"], strict=True)
+        self.trace = [(step, point.clone()) for step, point in points]
+        device = next(iter(self.held.values())).device
+        self.choice = {name: chosen[name].to(device) for name in self.choice_shapes() if chosen}
+        self.refresh()
+
+    def choice_shapes(self) -> dict[str, torch.Size]:
+        """Shape of every choice, by name."""
+        return {name: weight.shape for name, weight in self.held.items()}
+
+    @torch.no_grad()
+    def _point(self) -> Tensor:
+        pairs = list(zip(self.held.values(), self.keep, strict=True))
+        sums = torch.stack([torch.stack([(w.abs() * k).sum(), w.abs().sum()]) for w, k in pairs])
+        number = float(sum(k.sum() for _, k in pairs))
+        total = sum(weight.numel() for weight in self.held.values())
+        kept, whole = sums.double().sum(0).tolist()
+        means = [kept / max(1.0, number), (whole - kept) / max(1.0, total - number)]
+        return torch.tensor([self.share(), *means])
+
+
+def _term(
+    model: nn.Module, norm: str, decay: float, weights: Sequence[Tensor]
+) -> Callable[[int], Tensor]:
+    """`decay` times the norm of these weights, as a function of the step."""
+    if not decay:
+        return lambda _: torch.zeros((), device=weights[0].device)
+    if norm == "l1":
+        return NormPenalty(model, lasso, False, decay, weights)
+    return ClosedFormPenalty(
+        model, lambda w: 0.5 * w.square().sum(), torch.clone, False, decay, weights
+    )
+
+
+def check_end(last: int, course: Course, name: str) -> None:
+    """ArgumentError unless the training has more steps than the number `last`, from 0."""
+    if last >= course.steps:
+        epochs = course.settings.epochs
+        steps = course.steps // max(1, epochs)
+        more = f": {math.ceil((last + 1) / steps):,} epochs" if steps else ""
+        raise ArgumentError(
+            "epochs",
+            f"penalty {name} chooses for the last time at step {last + 1:,}, but the training has "
+            f"{course.steps:,}; it needs more{more}, or an earlier end",
+            epochs,
+        )
+
+
+def prefixed(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose name starts with `prefix`, by the rest of their names."""
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}

@@ -1,0 +1,301 @@
+"""Gradual magnitude pruning: the pruned share rises along a cubic while the network trains.
+
+Source: M. Zhu, S. Gupta, To prune, or not to prune: exploring the efficacy of pruning for model
+compression, 2017 (workshop of ICLR 2018), equation 1: at step t the share is s_f + (s_0 - s_f) *
+(1 - (t - t_0) / (n * dt))^3, chosen anew at t_0, t_0 + dt, ..., t_0 + n * dt. The weights with the
+lowest scores go; in the source those of the smallest magnitude in each layer.
+
+With `regrow` what is pruned is zero in the forward pass only. The optimizer goes on with the
+weights as they were, by the gradient at the masked ones (straight-through), so that a weight that
+has grown meanwhile comes back at the next choice: T. Lin et al., Dynamic model pruning with
+feedback, ICLR 2020. Without it, what is pruned stays zero.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from secateur.base.errors import ArgumentError
+from secateur.penalties._shared.course import (
+    CoursePenalty,
+    CourseSettings,
+    Steps,
+    check_end,
+    in_steps,
+    prefixed,
+)
+from secateur.penalties._shared.growing import PrunedChannels
+from secateur.sparsity import choices, masks
+from secateur.sparsity.choices import Choices, Granularity
+from secateur.sparsity.layer_ratios import ratios_by_layer, ratios_by_parameter
+from secateur.sparsity.ratios import Ratios, Rules, Skip
+from secateur.sparsity.scores import WeightCriterion, scores_of_weight
+from secateur.training.penalty import Course
+
+
+class Settings(CourseSettings):
+    """What is pruned, how much of it, and when."""
+
+    granularity: Granularity | Literal["group"] = "weight"
+    """weight: single weights; filter: outputs of a layer; channel: inputs of it; group: channels
+    with all that is coupled to them in any layer."""
+    scope: masks.Scope = "weights"
+    """Of granularity weight: the parameters whose entries are ranked."""
+    criterion: WeightCriterion = "l1"
+    """How importance is measured, see pruning/criteria.py; taylor by the gradient of the step. Of
+    granularity group: l1."""
+    ranking: Literal["layer", "global"] = "layer"
+    """layer: within a layer (or channel group); global: over all that have a ratio above 0."""
+    ratios: Ratios = Rules(0.9)
+    """Share of each layer that is pruned in the end, see sparsity/ratios.py; one number with
+    ranking global."""
+    initial: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share at the first choice."""
+    skip: Skip = ()
+    """Layers that are not pruned: names, or stage.block."""
+    keep_at_least: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of each layer that is kept whatever the ranking; at least one weight or group."""
+    begin: Steps = 0.1
+    """The first choice is made after this many steps, or, below 1, this share of the training."""
+    end: Steps = 0.7
+    """The last one, or one less than `interval` earlier."""
+    interval: Annotated[Steps, Field(gt=0)] = 100
+    """From one choice to the next."""
+    regrow: bool = False
+    """What is pruned goes on learning and may come back."""
+
+    @model_validator(mode="after")
+    def _fit_each_other(self) -> Self:
+        if self.ranking == "global" and self.ratios.everywhere is None:
+            raise ValueError(
+                "ratios: ranking global compares all layers, so it takes one number; name layers "
+                "to leave alone under skip"
+            )
+        if self.scope != "weights" and self.granularity != "weight":
+            raise ValueError(f"scope: {self.scope} needs granularity: weight")
+        if self.criterion == "geometric_median" and self.granularity == "weight":
+            raise ValueError("criterion: geometric_median is not defined for single weights")
+        if self.criterion != "l1" and self.granularity == "group":
+            raise ValueError(f"criterion: {self.criterion}; of granularity group only l1")
+        return self
+
+
+def build(
+    settings: Settings, model: nn.Module, decay: float, shape: Sequence[int] | None = None
+) -> CoursePenalty:
+    """The schedule on this model; `decay` is the strength of the norm that is added to the loss.
+
+    Raises ArgumentError for ratios that do not fit the network.
+    """
+    kind = GradualChannels if settings.granularity == "group" else Gradual
+    return kind(settings, model, decay, shape)
+
+
+def share_at(final: float, initial: float, progress: float) -> float:
+    """The share that is pruned at a progress from 0 to 1 between the first and the last choice."""
+    left: float = (1 - progress) ** 3
+    return final + (initial - final) * left
+
+
+class GradualPenalty(CoursePenalty):
+    """The schedule, and the weights that go on learning; subclasses choose."""
+
+    def __init__(
+        self, settings: Settings, model: nn.Module, decay: float, held: Mapping[str, Tensor]
+    ) -> None:
+        super().__init__(model, "gradual", settings.norm, decay, held)
+        self.settings = settings
+        self.dense: list[Tensor] = []
+        """The held parameters as the optimizer has left them; without `regrow` empty."""
+
+    def start(self, course: Course) -> None:
+        """Turn shares of the training into steps. ArgumentError if the schedule does not fit."""
+        super().start(course)
+        self.first = in_steps(self.settings.begin, course.steps)
+        end = in_steps(self.settings.end, course.steps)
+        self.interval = max(1, in_steps(self.settings.interval, course.steps))
+        self.count = max(0, end - self.first) // self.interval
+        check_end(max(end, self.first), course, "gradual")
+        self.trace_interval = -(-(self.count + 1) // 500)
+
+    def due(self, step: int) -> bool:
+        """At the first step, and then `count` times at regular intervals."""
+        number, rest = divmod(step - self.first, self.interval)
+        return rest == 0 and 0 <= number <= self.count
+
+    def update(self, step: int) -> None:
+        """Choose by the share at this step."""
+        number = (step - self.first) // self.interval
+        self.choose(number / self.count if self.count else 1.0)
+
+    def choose(self, progress: float) -> None:
+        """Set the choice by the share at this progress, from 0 to 1."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def before_step(self, step: int, optimizer: Optimizer) -> None:
+        """Give the optimizer the weights as it left them."""
+        if self.dense:
+            torch._foreach_copy_(list(self.held.values()), self.dense)
+
+    def after_step(self, step: int, optimizer: Optimizer) -> None:
+        """Remember the weights before what is chosen is set to zero."""
+        if self.dense:
+            torch._foreach_copy_(self.dense, [weight.detach() for weight in self.held.values()])
+        elif self.settings.regrow and self.due(step):
+            self.dense = [weight.detach().clone() for weight in self.held.values()]
+        super().after_step(step, optimizer)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The whole state as tensors."""
+        dense = dict(zip(self.held, self.dense, strict=True)) if self.dense else {}
+        return super().state_dict() | {f"dense/{name}": tensor for name, tensor in dense.items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore what `state_dict` returned; ValueError if it is the state of another network."""
+        super().load_state_dict(state)
+        found = prefixed(state, "dense/")
+        shapes = {name: tensor.shape for name, tensor in found.items()}
+        if found and shapes != {name: weight.shape for name, weight in self.held.items()}:
+            raise ValueError("penalty: weights under the masks do not fit")
+        if bool(found) != bool(self.settings.regrow and self.choice):
+            raise ValueError("penalty: weights under the masks are missing or of no use")
+        self.dense = [torch.empty_like(self.held[n]).copy_(found[n]) for n in self.held if found]
+
+
+class Gradual(GradualPenalty):
+    """Single weights, filters or channels of layers."""
+
+    def __init__(
+        self, settings: Settings, model: nn.Module, decay: float, shape: Sequence[int] | None
+    ) -> None:
+        if settings.granularity == "weight":
+            ratios = ratios_by_parameter(model, settings.ratios, settings.scope, settings.skip)
+        else:
+            assert settings.granularity != "group"
+            by_layer = ratios_by_layer(
+                model, settings.ratios, settings.granularity, settings.skip
+            ).items()
+            ratios = {f"{name}.weight": ratio for name, ratio in by_layer if ratio > 0}
+        self.granularity: Granularity = settings.granularity
+        self.ranked = {name: model.get_parameter(name) for name in ratios}
+        self.ratios = ratios
+        _check_initial(settings, ratios)
+        held: dict[str, Tensor] = dict(self.ranked)
+        if settings.granularity == "filter":  # a pruned filter has no bias either
+            biases = (f"{name.removesuffix('weight')}bias" for name in ratios)
+            own = dict(model.named_parameters())
+            held |= {name: own[name] for name in biases if name in own}
+        super().__init__(settings, model, decay, held)
+
+    def choose(self, progress: float) -> None:
+        """The lowest scores of each layer, or of all; without `regrow` what is chosen stays so."""
+        scores = {name: self._scores(name, weight) for name, weight in self.ranked.items()}
+        shares = {n: share_at(r, self.settings.initial, progress) for n, r in self.ratios.items()}
+        if self.settings.ranking == "layer":
+            chosen = {
+                name: choices.choose_smallest(score, choices.number_pruned(shares[name], count))
+                for name, score in scores.items()
+                for count in [score.numel()]
+            }
+        else:
+            ranks, total = choices.ranks(scores), sum(score.numel() for score in scores.values())
+            number = choices.number_pruned(next(iter(shares.values())), total)
+            chosen = {name: rank < number for name, rank in ranks.items()}
+        self.choice = {
+            name: self._with_enough(choice, scores, name) for name, choice in chosen.items()
+        }
+
+    def kept(self) -> dict[str, Tensor]:
+        """Also of the biases of pruned filters."""
+        found = {name: ~choice for name, choice in self.choice.items()}
+        for name in self.held.keys() - found.keys():
+            found[name] = found[f"{name.removesuffix('bias')}weight"].flatten()
+        return {name: found[name] for name in self.held}
+
+    def choice_shapes(self) -> dict[str, torch.Size]:
+        """Shape of every choice, by name."""
+        return {
+            name: choices.magnitude_scores(weight, self.granularity).shape
+            for name, weight in self.ranked.items()
+        }
+
+    def _scores(self, name: str, weight: Tensor) -> Tensor:
+        score = scores_of_weight(
+            weight.detach(), self.granularity, self.settings.criterion, weight.grad
+        )
+        if name in self.choice and not self.settings.regrow:
+            score = score.masked_fill(self.choice[name], -torch.inf)
+        return score
+
+    def _with_enough(self, choice: Tensor, scores: Mapping[str, Tensor], name: str) -> Tensor:
+        if choice.dim() < 2:  # biases and scales may all go
+            return choice
+        least = choices.number_kept(self.settings.keep_at_least, choice.numel())
+        return choices.keep_at_least(choice, scores[name], least)
+
+
+class GradualChannels(GradualPenalty):
+    """Channels with all that is coupled to them."""
+
+    def __init__(
+        self, settings: Settings, model: nn.Module, decay: float, shape: Sequence[int] | None
+    ) -> None:
+        self.groups = PrunedChannels(model, settings, shape)
+        _check_initial(settings, self.groups.ratios)
+        super().__init__(settings, model, decay, self.groups.coupled.weights)
+
+    def choose(self, progress: float) -> None:
+        """The channels of the smallest mean magnitude of each group, or of all."""
+        groups, settings = self.groups, self.settings
+        scores = groups.unit_scores()
+        if settings.ranking == "layer":
+            wanted = {
+                name: choices.number_pruned(
+                    share_at(ratio, settings.initial, progress), len(scores[name])
+                )
+                for name, ratio in groups.ratios.items()
+            }
+        else:
+            ranks, total = choices.ranks(scores), sum(len(score) for score in scores.values())
+            ratio = next(iter(groups.ratios.values()))
+            number = choices.number_pruned(share_at(ratio, settings.initial, progress), total)
+            wanted = {name: int((rank < number).sum()) for name, rank in ranks.items()}
+        for name, score in scores.items():
+            least = choices.number_kept(settings.keep_at_least, len(score))
+            groups.numbers[name] = min(wanted[name], len(score) - least)
+        groups.choose()
+        self.choice = groups.choice
+
+    def kept(self) -> dict[str, Tensor]:
+        """Every weight of a chosen channel goes, whatever its other channel is."""
+        ones, zeros = torch.ones(len(self.groups.names)), torch.zeros(len(self.groups.names))
+        factors = self.groups.expand(ones, zeros)
+        return {name: factor == 0 for name, factor in zip(self.held, factors, strict=True)}
+
+    def choices(self) -> Choices:
+        """As outputs of the layers that produce the channels."""
+        return self.groups.as_choices()
+
+    def choice_shapes(self) -> dict[str, torch.Size]:
+        """Shape of every choice, by the name of the channel group."""
+        return {name: ids.shape for name, ids in self.groups.channels.items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore what `state_dict` returned; ValueError if it is the state of another network."""
+        self.groups.choice = {n: c.clone() for n, c in prefixed(state, "choice/").items()}
+        super().load_state_dict(state)
+
+
+def _check_initial(settings: Settings, ratios: Mapping[str, float]) -> None:
+    """ArgumentError if a layer would lose more at the beginning than in the end."""
+    if settings.initial >= min(ratios.values()):
+        raise ArgumentError(
+            "initial",
+            f"must be less than the share pruned in the end, {min(ratios.values()):g}",
+            settings.initial,
+        )

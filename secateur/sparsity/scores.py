@@ -1,0 +1,62 @@
+"""Importance scores of the groups of one weight, computed from it and its gradient alone.
+
+`pruning/criteria.py` says what each criterion is and where it comes from, and has those that need
+images or the channel graph.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from secateur.sparsity.choices import Granularity, magnitude_scores
+
+WeightCriterion = Literal["l1", "l2", "geometric_median", "taylor", "lamp"]
+
+
+def scores_of_weight(
+    weight: Tensor,
+    granularity: Granularity,
+    criterion: WeightCriterion,
+    gradient: Tensor | None = None,
+) -> Tensor:
+    """Score of every group in the shape of a choice; `gradient` is for taylor, (weight's shape)."""
+    if criterion == "taylor":
+        assert gradient is not None
+        return _taylor(weight, gradient, granularity)
+    if criterion == "l1":
+        return magnitude_scores(weight, granularity)
+    if criterion == "l2":
+        return magnitude_scores(weight.square(), granularity).sqrt()
+    return (_distance if criterion == "geometric_median" else _lamp)(weight, granularity)
+
+
+def choice_shape(weight: Tensor, granularity: Granularity) -> list[int]:
+    """Shape of a choice of filters or channels, -1 for their number."""
+    shape = [1] * weight.dim()
+    shape[0 if granularity == "filter" else 1] = -1
+    return shape
+
+
+def _distance(weight: Tensor, granularity: Granularity) -> Tensor:
+    """Mean Euclidean distance of each group to all others, over the square root of its size."""
+    rows = weight if granularity == "filter" else weight.transpose(0, 1)
+    rows = rows.flatten(1).double()  # exact enough for distances from a matrix product
+    mean = torch.cdist(rows, rows, compute_mode="use_mm_for_euclid_dist").mean(dim=1)
+    return (mean / rows.shape[1] ** 0.5).view(choice_shape(weight, granularity))
+
+
+def _lamp(weight: Tensor, granularity: Granularity) -> Tensor:
+    size = magnitude_scores(weight.double().square(), granularity)
+    flat, order = size.flatten().sort(descending=True, stable=True)
+    score = torch.empty_like(flat)
+    score[order] = flat / flat.cumsum(0).clamp_min(1e-300)
+    return score.view(size.shape)
+
+
+def _taylor(weight: Tensor, gradient: Tensor, granularity: Granularity) -> Tensor:
+    axis = {"filter": 0, "channel": 1, "weight": -1}[granularity]
+    change = (weight * gradient).detach()
+    if axis >= 0:
+        change = change.sum([a for a in range(change.dim()) if a != axis], keepdim=True)
+    return change.square()

@@ -1,0 +1,304 @@
+"""Penalties that prune while the network trains: schedules by hand, what goes and what returns."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_growing import Watcher, content, digits, fit, network, settings
+from torch import nn
+
+from secateur.base import plugin
+from secateur.base.errors import SettingsError
+from secateur.base.settings import section, validate
+from secateur.penalties._shared import course as courses
+from secateur.pruning import removal
+from secateur.pruning.decision import PruningContext
+from secateur.sparsity.choices import number_pruned
+from secateur.training.penalty import Course
+
+
+@pytest.fixture(autouse=True)
+def project(tmp_path, monkeypatch):
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    monkeypatch.setenv("SECATEUR_DEVICE", "cpu")
+
+
+def build(name, model, decay=0.0, shape=None, **chosen):
+    module = plugin.load("penalties", name)
+    made = validate(module.Settings, chosen, f"penalties.{name}")
+    with section(f"penalties.{name}"):
+        if shape is None:
+            return module.build(made, model, decay)
+        return module.build(made, model, decay, shape)
+
+
+def started(name, model, steps=100, decay=0.0, shape=None, how=None, **chosen):
+    penalty = build(name, model, decay, shape, **chosen)
+    penalty.start(Course(how or settings(1), steps, 100))
+    return penalty
+
+
+def linear(weight, bias=False):
+    layer = nn.Linear(len(weight[0]), len(weight), bias=bias)
+    layer.weight.data = torch.tensor(weight)
+    return nn.Sequential(layer)
+
+
+def step(penalty, number, optimizer=None, change=None):
+    """One step of a training in which the optimizer does `change` instead of its own work."""
+    penalty.before_step(number, optimizer)
+    if change is not None:
+        with torch.no_grad():
+            change()
+    penalty.after_step(number, optimizer)
+
+
+# ---- gradual -----------------------------------------------------------------------------------
+
+
+def test_the_share_follows_the_cubic_of_the_paper():
+    model = nn.Sequential(nn.Linear(10, 100, bias=False))
+    penalty = started("gradual", model, 50, ratios=0.9, initial=0.1, begin=4, end=27, interval=5)
+    by_hand = {  # 1,000 * (0.9 - 0.8 * (1 - k / 4)^3), rounded up, from step 4 on every 5 steps
+        4: 100, 9: 563, 14: 800, 19: 888, 24: 900,
+    }  # fmt: skip
+    seen, last = {}, 0
+    for number in range(50):
+        step(penalty, number)
+        zeros = int((model[0].weight == 0).sum())
+        if zeros != last:
+            seen[number], last = zeros, zeros
+    assert seen == by_hand
+    assert [row["step"] for row in penalty.growth_table()] == list(by_hand)
+    assert [row["pruned"] for row in penalty.growth_table()] == pytest.approx(
+        [0.1, 0.563, 0.8, 0.888, 0.9]
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "first", "count", "interval"),
+    [({"begin": 0.1, "end": 0.5, "interval": 0.05}, 20, 8, 10), ({"begin": 0, "end": 7}, 0, 0, 100),
+     ({"begin": 10, "end": 0.5, "interval": 7}, 10, 12, 7)],
+)  # fmt: skip
+def test_times_are_steps_or_below_one_shares_of_the_training(given, first, count, interval):
+    penalty = started("gradual", network(), 200, **given)
+    due = [number for number in range(200) if penalty.due(number)]
+    assert due == [first + k * interval for k in range(count + 1)]
+
+
+def test_a_schedule_that_does_not_fit_is_told():
+    with pytest.raises(SettingsError, match=r"sparse_train\.epochs = 1: .* at step 31.* has 4"):
+        fit(network(), digits(), settings(1), penalty=build("gradual", network(), end=30))
+    with pytest.raises(SettingsError, match="a number of steps, or below 1 a share"):
+        build("gradual", network(), begin=1.5)
+    with pytest.raises(SettingsError, match=r"initial = 0\.5: must be less than .* 0\.3"):
+        build("gradual", network(), ratios="0: 0.3, 1: 0.6", initial=0.5)
+    with pytest.raises(SettingsError, match="keep must be 'last'"):
+        penalty = build("gradual", network())
+        fit(network(), digits(), settings(5, keep="best"), penalty=penalty)
+
+
+def test_the_smallest_go_and_without_regrowth_they_stay_zero():
+    model = linear([[4.0, -1.0, 3.0, -2.0]])
+    weight = model[0].weight
+    penalty = started("gradual", model, ratios=0.5, begin=0, end=2, interval=1)
+    step(penalty, 0)
+    assert weight.tolist() == [[4, -1, 3, -2]], "nothing at the first step: initial is 0"
+    step(penalty, 1, change=lambda: weight.add_(torch.tensor([[0.0, 0, 0, -2]])))
+    # 0.5 * (1 - (1 - 1/2)^3) of 4 weights is 1.75, rounded up 2
+    assert weight.tolist() == [[4, 0, 0, -4]]
+    step(penalty, 2, change=lambda: weight.add_(torch.tensor([[-3.9, 9, 9, 0]])))
+    assert weight.tolist() == [[pytest.approx(0.1), 0, 0, -4]]
+    assert penalty.choices()["0.weight"].tolist() == [[False, True, True, False]]
+
+
+def test_with_regrowth_the_gradient_at_the_masked_weights_moves_the_hidden_ones():
+    model = linear([[4.0, -1.0, 3.0, -2.0]])
+    penalty = started("gradual", model, ratios=0.5, begin=0, end=2, interval=1, regrow=True)
+    weight, hidden = model[0].weight, torch.tensor([[4.0, -1.0, 3.0, -2.0]])
+    optimizer = torch.optim.SGD([weight], lr=0.5)
+    inputs = torch.tensor([[1.0, 2, -1, 1]])
+    for number in range(8):  # by hand, in float64: the mask changes the forward pass alone
+        optimizer.zero_grad()
+        seen = weight.detach().clone()
+        (model(inputs).sum() - 1).square().backward()
+        hidden -= 0.5 * 2 * ((seen * inputs).sum() - 1) * inputs
+        penalty.before_step(number, optimizer)
+        optimizer.step()
+        penalty.after_step(number, optimizer)
+        torch.testing.assert_close(penalty.dense[0], hidden, rtol=1e-5, atol=1e-5)
+        count = [0, 2, 2][min(number, 2)]
+        if number < 3:
+            gone = hidden.abs().flatten().argsort()[:count].tolist()
+        masked = hidden.clone()
+        masked[0, gone] = 0
+        torch.testing.assert_close(weight.detach(), masked, rtol=1e-5, atol=1e-5)
+
+
+def test_what_has_grown_meanwhile_comes_back():
+    model = linear([[4.0, -1.0, 3.0, -2.0]])
+    penalty = started("gradual", model, ratios=0.5, begin=0, end=4, interval=2, regrow=True)
+    weight = model[0].weight
+    for number in range(3):
+        step(penalty, number)
+    assert weight.tolist() == [[4, 0, 3, 0]]
+    step(penalty, 3, change=lambda: weight.add_(torch.tensor([[0.0, -9, 0, 0]])))
+    assert weight.tolist() == [[4, 0, 3, 0]], "not before the next choice"
+    step(penalty, 4)
+    assert weight.tolist() == [[4, -10, 0, 0]]
+
+
+def test_a_global_ranking_takes_biases_and_layers_together_and_leaves_none_empty():
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    with torch.no_grad():
+        for place, parameter in enumerate(model.parameters()):
+            parameter.copy_(torch.arange(1.0, parameter.numel() + 1).view(parameter.shape))
+            parameter.mul_((1, -100, 1e-3, 100)[place])
+    penalty = started(
+        "gradual", model, ratios=0.5, ranking="global", scope="weights_and_biases", begin=0, end=0
+    )
+    step(penalty, 0)
+    # 12 + 3 + 6 + 2 entries; the lowest 12 are the 6 of 0.001 to 0.006 but one, then 1 to 6
+    chosen = penalty.choices()
+    assert set(chosen) == {"0.weight", "1.weight"}
+    assert chosen["1.weight"].tolist() == [[True, True, True], [True, True, False]]
+    assert chosen["0.weight"].flatten().tolist() == [True] * 6 + [False] * 6
+    context = PruningContext(model, torch.zeros(1, 4))
+    masks = plugin.load("pruners", "chosen")
+    context.choices = {**chosen, "0.bias": torch.tensor([True, False, False])}
+    decision = masks.prune(masks.Settings(), context)
+    assert decision.masks["0.bias"].tolist() == [False, True, True]
+    assert torch.equal(decision.masks["1.weight"], ~chosen["1.weight"])
+
+
+@pytest.mark.parametrize("ranking", ["layer", "global"])
+@pytest.mark.parametrize("granularity", ["filter", "channel"])
+def test_whole_filters_and_channels_go_with_the_lowest_mean_magnitude(granularity, ranking):
+    model = network()
+    with torch.no_grad():
+        for layer in (model[0], model[3], model[6]):  # of one size in all layers
+            layer.weight /= layer.weight.abs().mean()
+    penalty = started(
+        "gradual", model, granularity=granularity, ranking=ranking, ratios=0.5, begin=0, end=0
+    )
+    axis = {"filter": 0, "channel": 1}[granularity]
+    before = {n: model.get_parameter(n).detach().clone() for n in penalty.ranked}
+    means = {n: w.abs().transpose(0, axis).flatten(1).mean(1) for n, w in before.items()}
+    step(penalty, 0)
+    if ranking == "layer":
+        limits = {n: m.sort().values[number_pruned(0.5, len(m)) - 1] for n, m in means.items()}
+    else:
+        every = torch.cat(list(means.values())).sort().values
+        limits = dict.fromkeys(means, every[number_pruned(0.5, len(every)) - 1])
+    for name, mean in means.items():
+        gone = mean <= limits[name]
+        assert 0 < int(gone.sum()) < len(mean)
+        after = model.get_parameter(name).detach().transpose(0, axis).flatten(1)
+        assert torch.equal((after == 0).all(1), gone)
+        assert torch.equal(penalty.choices()[name].flatten(), gone)
+        if granularity == "filter":
+            bias = model.get_parameter(name.replace("weight", "bias"))
+            assert torch.equal(bias == 0, gone)
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(1, 6, 3, padding=1)
+        self.inner = nn.Conv2d(6, 8, 3, padding=1)
+        self.outer = nn.Conv2d(8, 6, 3, padding=1)
+        self.norm = nn.BatchNorm2d(6)
+        self.fc = nn.Linear(6, 10)
+
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        x = F.relu(self.norm(self.outer(F.relu(self.inner(x)))) + x)
+        return self.fc(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("ranking", "counts"), [("layer", [0, 2 + 2, 3 + 4]), ("global", [0, 4, 6, 7])]
+)
+def test_groups_of_coupled_channels_are_removed_without_a_difference(ranking, counts):
+    # 6 and 8 channels; shares 0, 0.244, 0.392, 0.468, 0.496, 0.5, rounded up
+    torch.manual_seed(0)
+    model = Residual().double()
+    penalty = started(
+        "gradual", model, 20, shape=(1, 8, 8), granularity="group", ranking=ranking, ratios=0.5,
+        begin=0, end=10, interval=2,
+    )  # fmt: skip
+    seen = []
+    for number in range(12):
+        step(penalty, number)
+        seen.append(round(penalty.share() * 14))
+    assert sorted(set(seen)) == counts
+    images = torch.randn(4, 1, 8, 8, dtype=torch.float64)
+    expected = model.eval()(images)
+    context = PruningContext(model, images, choices=penalty.choices())
+    chosen = plugin.load("pruners", "chosen")
+    decision = chosen.prune(chosen.Settings(), context)
+    assert not decision.masks
+    small = removal.remove(model, decision.channels, images).model
+    assert small.stem.out_channels + small.inner.out_channels == 7
+    torch.testing.assert_close(small(images), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+def test_decay_multiplies_the_norm_of_what_may_be_pruned(norm):
+    model = linear([[3.0, -4.0]])
+    penalty = build("gradual", model, 0.5, norm=norm)
+    value = penalty(0)
+    value.backward()
+    assert float(value.detach()) == (3.5 if norm == "l1" else 6.25)
+    assert model[0].weight.grad.tolist() == ([[0.5, -0.5]] if norm == "l1" else [[1.5, -2.0]])
+
+
+COURSES = {
+    "gradual": {"begin": 2, "end": 14, "interval": 3, "ratios": 0.7},
+    "gradual regrow": {"begin": 2, "end": 14, "interval": 3, "ratios": 0.7, "regrow": True},
+    "gradual filter": {"begin": 2, "end": 14, "interval": 3, "granularity": "filter",
+                       "ratios": 0.5, "regrow": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", COURSES)
+def test_killed_at_any_step_it_ends_with_the_same_bytes(case):
+    name, prepared, how = case.split()[0], digits(), settings(6)  # 4 steps an epoch
+
+    def trained(run, watcher=None):
+        model = network()
+        penalty = build(name, model, 1e-3, **COURSES[case])
+        result = fit(model, prepared, how, run, watcher, penalty)
+        return content(model), result.history, penalty.choices(), penalty.growth_table()
+
+    alone = trained("alone")
+    for stop in (1, 5, 9, 13, 16, 22):
+        with pytest.raises(KeyboardInterrupt):
+            trained("killed", Watcher(stop=stop))
+    killed = trained("killed")
+    assert killed[0] == alone[0]
+    assert killed[1] == alone[1]
+    assert killed[3] == alone[3]
+    assert killed[2].keys() == alone[2].keys()
+    assert all(torch.equal(killed[2][n], alone[2][n]) for n in alone[2])
+
+
+@pytest.mark.parametrize("case", COURSES)
+def test_the_state_of_another_network_is_refused(case):
+    name = case.split()[0]
+    penalty = started(name, network(), **COURSES[case])
+    for number in range(3):
+        step(penalty, number)
+    state = penalty.state_dict()
+    other = started(name, nn.Sequential(nn.Conv2d(1, 5, 3), nn.Flatten(), nn.Linear(20, 3)),
+                    **COURSES[case])  # fmt: skip
+    with pytest.raises(ValueError, match="penalty: "):
+        other.load_state_dict(state)
+
+
+def test_steps_of_the_training_are_shares_rounded_down():
+    assert courses.in_steps(0.999, 10) == 9
+    assert courses.in_steps(1, 10) == 1
+    assert courses.in_steps(0, 10) == 0
+    assert math.isclose(courses.in_steps(10_000.0, 10), 10_000)
