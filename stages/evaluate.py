@@ -115,7 +115,9 @@ def _layers(costs: Mapping[str, Sequence[LayerCost]]) -> pd.DataFrame:
 def asked(records: dict[str, record.RunRecord], report: dict[str, Any]) -> str:
     """Penalty and pruner of this chain in words."""
     wanted = records["sparse-train"].params
-    return f"{wanted['penalty']} with decay {wanted['decay']}; {report['pruning']['asked']}"
+    weights = wanted.get("parametrization", "none")
+    also = "" if weights == "none" else f", {weights}"
+    return f"{wanted['penalty']} with decay {wanted['decay']}{also}; {report['pruning']['asked']}"
 
 
 def _kernels(model: nn.Module) -> int:

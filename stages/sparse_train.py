@@ -1,5 +1,7 @@
 """sparse-train: continue training the dense network with a penalty added to the loss.
 
+The weights may be parametrized meanwhile; the model has plain ones, zeros where they are pruned.
+
 Reads   data/<dataset>, models/baseline.
 Writes  models/sparse/model.safetensors, history.csv (one row per epoch) and scales.csv (histogram
         of the scales of batch normalisations), and models/sparse.run.json, which names the run that
@@ -15,6 +17,7 @@ import pandas as pd
 
 from secateur.base.settings import section
 from secateur.pipeline import console, preflight, runner
+from secateur.training import parametrization as parametrizations
 from secateur.training import penalty as penalties
 from secateur.training.penalty import ScheduledPenalty
 
@@ -39,9 +42,18 @@ def train_sparse(context: runner.TrainingContext) -> runner.StageResult:
         penalty = penalties.build(
             params.penalty, chosen, model, params.decay, context.data.info.shape
         )
-    fit = context.fit(model, params.sparse_train, penalty=penalty)
-    header = context.header(dense, penalty=params.penalty, decay=params.decay)
-    result = runner.trained(model, header, fit)
+    name = params.parametrization
+    with section(f"parametrizations.{name}"):
+        parametrization = parametrizations.build(name, params.chosen("parametrizations"), model)
+        term = parametrizations.joined(name, parametrization, penalty)
+    fit = context.fit(model, params.sparse_train, penalty=term)
+    notes = {"penalty": params.penalty, "decay": params.decay}
+    if parametrization is None:
+        result = runner.trained(model, context.header(dense, **notes), fit)
+    else:
+        zeros = parametrization.collapse()
+        header = context.header(dense, **notes, parametrization=name)
+        result = replace(runner.trained(model, header, fit), choices=zeros)
     if not isinstance(penalty, ScheduledPenalty):
         return replace(result, tables={"growth": pd.DataFrame(columns=GROWTH)})
     rows = penalty.growth_table()

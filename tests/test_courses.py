@@ -1,7 +1,5 @@
 """Penalties that prune while the network trains: schedules by hand, what goes and what returns."""
 
-import math
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +9,6 @@ from torch import nn
 from secateur.base import plugin
 from secateur.base.errors import SettingsError
 from secateur.base.settings import section, validate
-from secateur.penalties._shared import course as courses
 from secateur.pruning import removal
 from secateur.pruning.decision import PruningContext
 from secateur.sparsity.choices import number_pruned
@@ -298,7 +295,6 @@ def test_the_state_of_another_network_is_refused(case):
 
 
 def test_steps_of_the_training_are_shares_rounded_down():
-    assert courses.in_steps(0.999, 10) == 9
-    assert courses.in_steps(1, 10) == 1
-    assert courses.in_steps(0, 10) == 0
-    assert math.isclose(courses.in_steps(10_000.0, 10), 10_000)
+    course = Course(settings(1), 10, 100)
+    given = (0, 0.05, 0.999, 1, 10_000.0)
+    assert [course.in_steps(value) for value in given] == [0, 0, 9, 1, 10_000]

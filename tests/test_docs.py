@@ -69,10 +69,11 @@ def test_the_citation_file_names_papers_in_the_fields_of_cff_1_2_0():
         assert isinstance(paper["year"], int)
 
 
-def test_every_penalty_and_pruner_is_named_beside_a_paper():
+def test_every_method_is_named_beside_a_paper():
     cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())["references"]
     here = set(re.findall(r"\w+", " ".join(paper["notes"] for paper in cited)))
-    assert {*plugin.names("penalties"), *plugin.names("pruners")} - {"none"} <= here
+    kinds = ("penalties", "parametrizations", "pruners")
+    assert {name for kind in kinds for name in plugin.names(kind)} - {"none"} <= here
 
 
 def test_the_reference_has_every_room_and_kind_of_plugin():

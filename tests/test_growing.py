@@ -88,12 +88,13 @@ class Watcher(Callback):
         self.rows.append(row)
 
 
-def fit(model, prepared, how, name="a", watcher=None, penalty=None):
+def fit(model, prepared, how, name="a", watcher=None, penalty=None, masks=None):
     stage = Stage("sparse-train", None, {"name": name}, {})
     with resume.single_flight(stage, [], lambda: None) as store:
         callbacks = [watcher] if watcher else []
         with section("sparse_train"):
-            return loop.fit(model, prepared, how, 1, store, callbacks, penalty=penalty)
+            options = {"penalty": penalty, "masks": masks}
+            return loop.fit(model, prepared, how, 1, store, callbacks, **options)
 
 
 def factors(penalty, model):

@@ -90,7 +90,7 @@ def test_the_search_for_circles_finds_some():
 
 
 @pytest.mark.parametrize("place", sorted({folder(file) for file in CODE} - {
-    f"secateur/{kind}" for kind in ("archs", "datasets", "penalties", "pruners")
+    f"secateur/{kind}" for kind in ("archs", "datasets", "parametrizations", "penalties", "pruners")
 }))  # fmt: skip
 def test_no_folder_holds_more_modules_than_one_can_overlook(place):
     modules = [f for f in CODE if folder(f) == place and not f.endswith("__init__.py")]

@@ -173,6 +173,7 @@ PROTOCOLS = {
     "datasets": plugin.DatasetPlugin,
     "archs": plugin.ArchPlugin,
     "penalties": plugin.PenaltyPlugin,
+    "parametrizations": plugin.ParametrizationPlugin,
     "pruners": plugin.PrunerPlugin,
 }
 

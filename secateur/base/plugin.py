@@ -1,4 +1,4 @@
-"""Find a data set, architecture, penalty or pruner: the file name is the registry.
+"""Find a data set, architecture, penalty, pruner and so on: the file name is the registry.
 
 A plug-in is a module; the protocols below say what each kind of module has. Types of rooms further
 down appear in annotations only: nothing here imports them when it runs.
@@ -17,13 +17,15 @@ if TYPE_CHECKING:
 
     from secateur.data.dataset import Images
     from secateur.pruning.decision import PruningContext, PruningDecision
+    from secateur.training.parametrization import Parametrization
     from secateur.training.penalty import Penalty
 
-Kind = Literal["datasets", "archs", "penalties", "pruners"]
+Kind = Literal["datasets", "archs", "penalties", "parametrizations", "pruners"]
 KEYS: dict[Kind, str] = {
     "datasets": "dataset",
     "archs": "arch",
     "penalties": "penalty",
+    "parametrizations": "parametrization",
     "pruners": "pruner",
 }
 """Folder of plug-ins -> the top-level key of params.yaml that names the one in use."""
@@ -63,6 +65,13 @@ class PenaltyPlugin(Plugin, Protocol):
         """
 
 
+class ParametrizationPlugin(Plugin, Protocol):
+    """A module of secateur/parametrizations."""
+
+    def build(self, settings: Any, model: "nn.Module") -> "Parametrization | None":
+        """Parametrize the weights of `model`, in place; None if nothing is."""
+
+
 class PrunerPlugin(Plugin, Protocol):
     """A module of secateur/pruners."""
 
@@ -100,6 +109,8 @@ def load(kind: Literal["datasets"], name: str) -> DatasetPlugin: ...
 def load(kind: Literal["archs"], name: str) -> ArchPlugin: ...
 @overload
 def load(kind: Literal["penalties"], name: str) -> PenaltyPlugin: ...
+@overload
+def load(kind: Literal["parametrizations"], name: str) -> ParametrizationPlugin: ...
 @overload
 def load(kind: Literal["pruners"], name: str) -> PrunerPlugin: ...
 @overload

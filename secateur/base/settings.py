@@ -42,6 +42,17 @@ RENAMED_VALUES = {"penalties.network_slimming.coupled": {"inner": "skip", "all":
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
+
+
+def _whole_above_one(value: float) -> float:
+    """The value; ValueError if it is neither a share nor a whole number."""
+    if value >= 1 and value != int(value):
+        raise ValueError("a number of steps, or below 1 a share of the training, is needed")
+    return value
+
+
+Steps = Annotated[float, Field(ge=0), AfterValidator(_whole_above_one)]
+"""A number of steps of the optimizer, or, below 1, a share of all steps of the training."""
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=64)]
 Table = dict[str, dict[str, Any]]
 T = TypeVar("T", bound=BaseModel)
@@ -277,6 +288,7 @@ class Params(Strict):
     arch: Name
     penalty: Name
     decay: NonNegative
+    parametrization: Name
     pruner: Name
     seed: Seed
     data: Data
@@ -290,6 +302,7 @@ class Params(Strict):
     datasets: Table
     archs: Table
     penalties: Table
+    parametrizations: Table
     pruners: Table
     libraries: Libraries
 

@@ -20,12 +20,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from secateur.base.errors import ArgumentError
+from secateur.base.settings import Steps
 from secateur.penalties._shared.course import (
     CoursePenalty,
     CourseSettings,
-    Steps,
     check_end,
-    in_steps,
     prefixed,
 )
 from secateur.penalties._shared.growing import PrunedChannels
@@ -115,9 +114,9 @@ class GradualPenalty(CoursePenalty):
     def start(self, course: Course) -> None:
         """Turn shares of the training into steps. ArgumentError if the schedule does not fit."""
         super().start(course)
-        self.first = in_steps(self.settings.begin, course.steps)
-        end = in_steps(self.settings.end, course.steps)
-        self.interval = max(1, in_steps(self.settings.interval, course.steps))
+        self.first = course.in_steps(self.settings.begin)
+        end = course.in_steps(self.settings.end)
+        self.interval = max(1, course.in_steps(self.settings.interval))
         self.count = max(0, end - self.first) // self.interval
         check_end(max(end, self.first), course, "gradual")
         self.trace_interval = -(-(self.count + 1) // 500)

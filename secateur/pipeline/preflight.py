@@ -13,6 +13,7 @@ from secateur.base import plugin, settings
 from secateur.base.errors import SecateurError, SettingsError
 from secateur.data.dataset import DatasetInfo
 from secateur.pruning.decision import PruningContext
+from secateur.training import parametrization as parametrizations
 from secateur.training import penalty as penalties
 from secateur.training.penalty import ScheduledPenalty
 
@@ -44,10 +45,17 @@ def check_network(model: nn.Module, info: DatasetInfo) -> None:
         with settings.section(f"penalties.{params.penalty}"):
             chosen = params.chosen("penalties")
             penalty = penalties.build(params.penalty, chosen, trial, params.decay, info.shape)
-        if params.pruner == "chosen" and not isinstance(penalty, ScheduledPenalty):
+        name = params.parametrization
+        with settings.section(f"parametrizations.{name}"):
+            own = params.chosen("parametrizations")
+            parametrization = parametrizations.build(name, own, trial)
+            parametrizations.joined(name, parametrization, penalty)
+        if parametrization is not None:
+            parametrization.collapse()
+        elif params.pruner == "chosen" and not isinstance(penalty, ScheduledPenalty):
             raise SettingsError(
                 f"params.yaml: pruner = 'chosen': penalty {params.penalty} chooses no weights to "
-                "prune; take greg1, greg2 or gradual, or another pruner"
+                "prune; take greg1, greg2 or gradual, a parametrization, or another pruner"
             )
         images, labels = torch.zeros(1, *info.shape), torch.zeros(1, dtype=torch.int64)
         context = PruningContext(trial, images, labels)

@@ -326,13 +326,16 @@ def _tags(stage: str) -> dict[str, str]:
 
 
 def _name(params: Mapping[str, Any]) -> str:
-    """Name of the chain in a table of runs: penalty, pruner, seed, network and data."""
+    """Name of the chain in a table of runs: penalty, parametrization, pruner, seed, network and
+    data."""
     pruner = params.get("pruner", "")
     own = {key.removeprefix(f"pruners.{pruner}."): value for key, value in params.items()}
     amounts = [own[key] for key in ("sensitivity", "ratio", "ratios", "groups") if key in own]
     how_much = f"{amounts[0]} " if amounts and amounts[0] is not None else ""
+    weights = params.get("parametrization", "none")
+    also = "" if weights == "none" else f"{weights}, "
     return (
-        f"{params.get('decay')} {params.get('penalty')}, {how_much}{pruner}, "
+        f"{params.get('decay')} {params.get('penalty')}, {also}{how_much}{pruner}, "
         f"seed {params.get('seed')}, {params.get('arch')} on {params.get('dataset')}"
     )
 

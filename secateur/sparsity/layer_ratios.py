@@ -85,6 +85,19 @@ def ratios_by_parameter(
     return {name: ratio for name, ratio in found.items() if ratio > 0}
 
 
+def layers_left(model: nn.Module, skip: tuple[Skipped, ...]) -> list[str]:
+    """Convolutions and linear layers that `skip` does not name, in order.
+
+    Raises ArgumentError (`skip`) for an entry that matches no layer, and if no layer is left.
+    """
+    positions = layer_positions(model)
+    skipped = {name for entry in skip for name in _skipped_layers(entry, positions)}
+    left = [name for name in positions if name not in skipped]
+    if not left:
+        raise ArgumentError("skip", "no layer is left")
+    return left
+
+
 def ratios_by_group(
     model: nn.Module,
     rules: Rules,

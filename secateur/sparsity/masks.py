@@ -5,6 +5,7 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from secateur.base.errors import PruningError
 
@@ -88,7 +89,7 @@ def hold(model: nn.Module, masks: Mapping[str, Tensor], optimizer: torch.optim.O
     """
     if not masks:
         return
-    held: list[Tensor] = [model.get_parameter(name) for name in masks]
+    held: list[Tensor] = [_trained(model, name) for name in masks]
     keep = [
         mask.to(p.device, p.dtype).to(memory_format=_format(p))
         for p, mask in zip(held, masks.values(), strict=True)
@@ -100,6 +101,18 @@ def hold(model: nn.Module, masks: Mapping[str, Tensor], optimizer: torch.optim.O
 
     optimizer.register_step_post_hook(to_zero)
     to_zero()
+
+
+def _trained(model: nn.Module, name: str) -> nn.Parameter:
+    """The parameter of this name, or, if that is computed from others, the one that has its place.
+
+    A parametrization must leave zeros zero.
+    """
+    layer, _, key = name.rpartition(".")
+    module = model.get_submodule(layer)
+    if parametrize.is_parametrized(module, key):
+        return model.get_parameter(f"{layer}.parametrizations.{key}.original".lstrip("."))
+    return model.get_parameter(name)
 
 
 def _format(tensor: Tensor) -> torch.memory_format:

@@ -18,7 +18,13 @@ from secateur.training import determinism, optim
 from secateur.training.callbacks import Callback, Row
 from secateur.training.engine import Engine
 from secateur.training.evaluation import accuracy
-from secateur.training.penalty import Course, Penalty, ScheduledPenalty, SteppingPenalty
+from secateur.training.penalty import (
+    Course,
+    MeasuredPenalty,
+    Penalty,
+    ScheduledPenalty,
+    SteppingPenalty,
+)
 from secateur.training.state import StateStore, TrainingState
 from secateur.training.step import LossCheck, TrainStep
 
@@ -140,7 +146,7 @@ def _train_epoch(
     }
     if step.penalty is not None:
         row["penalty"] = float(step.penalty_sum) / (index + 1)
-    if isinstance(step.penalty, ScheduledPenalty):
+    if isinstance(step.penalty, MeasuredPenalty):
         row |= step.penalty.metrics()
     return row
 

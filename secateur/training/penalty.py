@@ -34,14 +34,19 @@ class Penalty(Protocol):
 
 
 @runtime_checkable
-class ScheduledPenalty(Protocol):
+class MeasuredPenalty(Protocol):
+    """Further member of a penalty whose progress is noted."""
+
+    def metrics(self) -> dict[str, float]:
+        """Progress after an epoch, for its row of history; finite numbers, always the same keys."""
+
+
+@runtime_checkable
+class ScheduledPenalty(MeasuredPenalty, Protocol):
     """Further members of a penalty that runs a schedule of its own and selects what to prune."""
 
     max_steps: int
     """Steps of the optimizer that the schedule takes at most."""
-
-    def metrics(self) -> dict[str, float]:
-        """Progress of the schedule, for the epoch's row of history; finite numbers."""
 
     def choices(self) -> dict[str, Tensor]:
         """What to prune, by the weight's parameter name; see sparsity/choices.py."""
@@ -61,6 +66,10 @@ class Course:
     """In the training split."""
     masks: Mapping[str, Tensor] = field(default_factory=dict)
     """Parameter name -> False where the training holds entries at zero."""
+
+    def in_steps(self, value: float) -> int:
+        """Number of steps of a setting of type `Steps`; shares of the training are rounded down."""
+        return int(value * self.steps) if value < 1 else int(value)
 
 
 @runtime_checkable

@@ -6,10 +6,9 @@ pruned, and add a plain norm of the weights to the loss, `decay` times.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -24,22 +23,6 @@ MAX_POINTS = 500
 COLUMNS = ("pruned", "kept", "chosen")
 """Of a point of the trace: share of the groups that is pruned; mean |w| of kept and of chosen
 weights, before these are set to zero."""
-
-
-def _whole_above_one(value: float) -> float:
-    """The value; ValueError if it is neither a share nor a whole number."""
-    if value >= 1 and value != int(value):
-        raise ValueError("a number of steps, or below 1 a share of the training, is needed")
-    return value
-
-
-Steps = Annotated[float, Field(ge=0), AfterValidator(_whole_above_one)]
-"""A number of steps of the optimizer, or, below 1, a share of all steps of the training."""
-
-
-def in_steps(value: float, total: int) -> int:
-    """Number of steps of a setting in a training of `total` steps; shares are rounded down."""
-    return int(value * total) if value < 1 else int(value)
 
 
 class CourseSettings(Strict):

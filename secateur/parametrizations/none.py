@@ -1,0 +1,15 @@
+"""No parametrization: the weights themselves are trained."""
+
+from torch import nn
+
+from secateur.base.settings import Strict
+from secateur.training.parametrization import Parametrization
+
+
+class Settings(Strict):
+    """Nothing to set."""
+
+
+def build(settings: Settings, model: nn.Module) -> Parametrization | None:
+    """The model is left as it is."""
+    return None

@@ -1,0 +1,110 @@
+"""STR: a soft threshold in every layer, learnt beside the weights.
+
+Source: A. Kusupati, V. Ramanujan, R. Somani, M. Wortsman, P. Jain, S. Kakade, A. Farhadi, Soft
+threshold weight reparameterization for learnable sparsity, ICML 2020, equations 2 to 4. The forward
+pass has sign(w) * max(0, |w| - sigmoid(s)) in the place of a layer's weight w, with one s for each
+layer. The gradient of a weight is that of its place in the forward pass, and 0 where that is zero;
+that of s is -sigmoid'(s) times the sum over the other places of gradient * sign(w).
+
+Weight decay acts on s as on all parameters, and draws it, and with it the threshold, upwards to
+sigmoid(0): the more of it, the sparser the network. `initial` is what it starts from.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from secateur.base.settings import NonNegative, Strict
+from secateur.sparsity import masks
+from secateur.sparsity.choices import Choices
+from secateur.sparsity.layer_ratios import layers_left
+from secateur.sparsity.ratios import Skip
+from secateur.training.parametrization import Parametrization, zeros
+from secateur.training.penalty import Course
+
+
+class Settings(Strict):
+    """Where the thresholds start, and what draws them."""
+
+    initial: float = -5.0
+    """s of every layer at the beginning; the threshold is sigmoid(s): 0.0067 for -5."""
+    pull: NonNegative = 0.0
+    """Factor of half the sum of s^2 in the loss, beside the weight decay of sparse_train."""
+    skip: Skip = ()
+    """Layers that keep plain weights: names, or stage.block."""
+
+
+def build(settings: Settings, model: nn.Module) -> Parametrization:
+    """A soft threshold for the weights of convolutions and linear layers.
+
+    Raises ArgumentError if `skip` names no layer, or all of them.
+    """
+    return SoftThresholds(settings, model)
+
+
+class SoftThreshold(nn.Module):
+    """sign(w) * max(0, |w| - sigmoid(s)) of one weight."""
+
+    def __init__(self, initial: float, device: torch.device) -> None:
+        super().__init__()
+        self.s = nn.Parameter(torch.tensor(initial, device=device))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The weight that the layer uses, of the same shape."""
+        used: Tensor = _Shrink.apply(weight, torch.sigmoid(self.s))
+        return used
+
+
+class SoftThresholds:
+    """The thresholds of all layers of a model."""
+
+    def __init__(self, settings: Settings, model: nn.Module) -> None:
+        self.model, self.pull = model, settings.pull
+        layers = masks.layers(model)
+        self.layers = {name: layers[name] for name in layers_left(model, settings.skip)}
+        self.thresholds: dict[str, SoftThreshold] = {}
+        for name, layer in self.layers.items():
+            self.thresholds[name] = SoftThreshold(settings.initial, layer.weight.device)
+            parametrize.register_parametrization(layer, "weight", self.thresholds[name])
+
+    def start(self, course: Course) -> None:
+        """Nothing depends on the training."""
+
+    def __call__(self, step: int) -> Tensor:
+        """`pull` times half the sum of s^2."""
+        values = torch.stack([threshold.s for threshold in self.thresholds.values()])
+        return 0.5 * self.pull * values.square().sum()
+
+    @torch.no_grad()
+    def metrics(self) -> dict[str, float]:
+        """Share of the weights that are zero, and the threshold of each layer."""
+        weights = [layer.weight for layer in self.layers.values()]
+        pruned = sum(int((weight == 0).sum()) for weight in weights)
+        found = {"pruned": pruned / sum(weight.numel() for weight in weights)}
+        thresholds = self.thresholds.items()
+        return found | {f"threshold/{n}": float(torch.sigmoid(t.s)) for n, t in thresholds}
+
+    @torch.no_grad()
+    def collapse(self) -> Choices:
+        """The weights that the layers use become their own."""
+        for layer in self.layers.values():
+            parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
+        return zeros(self.model, (f"{name}.weight" for name in self.layers))
+
+
+class _Shrink(torch.autograd.Function):
+    """Soft threshold of a tensor, with its gradient in closed form."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, threshold: Tensor) -> Tensor:
+        used = weight - weight.clamp(-threshold, threshold)
+        ctx.save_for_backward(used)
+        return used
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        (used,) = ctx.saved_tensors
+        sign = used.sign()
+        return upstream * sign.square(), -(upstream * sign).sum()

@@ -1,0 +1,170 @@
+"""Sparse variational dropout: Gaussian noise on every weight, whose size is learnt.
+
+Source: D. Molchanov, A. Ashukha, D. Vetrov, Variational dropout sparsifies deep neural networks,
+ICML 2017. A weight is Gaussian with mean w and variance sigma^2 (additive noise, section 4.2);
+log alpha = log sigma^2 - log w^2. The loss is the cross-entropy plus the divergence of the weights
+from the log-uniform prior, summed and divided by the number of training images, where that of one
+weight is approximated by equation 14:
+
+    k1 - k1 * sigmoid(k2 + k3 * log alpha) + 0.5 * log(1 + 1 / alpha)
+
+with k1 = 0.63576, k2 = 1.87320, k3 = 1.48695, and log alpha limited to -8 and 8 as in the authors'
+code. Noise is drawn for the outputs of a layer in place of its weights (local reparameterisation,
+equations 6 and 7): Gaussian with the mean of the plain layer and the variance that sigma^2 and the
+squared inputs lead to. The factor of the divergence rises linearly over the warm-up. Weights with
+log alpha above 3 are pruned; evaluation has the means of the others.
+
+The divergence moves log sigma^2 by little more than 1 / images a step at rate 1, so it takes an
+optimizer that divides by the size of the gradient, as the source's Adam does.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from secateur.base.errors import ArgumentError
+from secateur.base.settings import NonNegative, Steps, Strict
+from secateur.sparsity import masks
+from secateur.sparsity.choices import Choices
+from secateur.sparsity.layer_ratios import layers_left
+from secateur.sparsity.ratios import Skip
+from secateur.training.parametrization import Parametrization, zeros
+from secateur.training.penalty import Course
+
+K1, K2, K3 = 0.63576, 1.87320, 1.48695
+LIMIT = 8.0
+"""log alpha is held between this and its negative in the divergence."""
+NO_NOISE = -50.0
+"""log sigma^2 of weights that the training holds at zero."""
+
+
+class Settings(Strict):
+    """How noisy the weights are at the beginning, and when one is pruned."""
+
+    initial: float = -10.0
+    """log sigma^2 of every weight at the beginning."""
+    threshold: float = 3.0
+    """Weights whose log alpha is larger are pruned."""
+    strength: NonNegative = 1.0
+    """Factor of the divergence; 1 is the variational lower bound."""
+    warmup: Steps = 0.2
+    """Steps until the factor is whole, or, below 1, this share of the training."""
+    skip: Skip = ()
+    """Layers that keep plain weights: names, or stage.block."""
+
+
+def build(settings: Settings, model: nn.Module) -> Parametrization:
+    """Noise on the weights of convolutions and linear layers.
+
+    Layers of classes derived from them keep plain weights. Raises ArgumentError if none is left, or
+    if `skip` names no layer.
+    """
+    return VariationalDropout(settings, model)
+
+
+class _Noisy:
+    """What both kinds of noisy layers have: variances, and means without the pruned weights."""
+
+    weight: Tensor
+    training: bool
+    log_variance: nn.Parameter
+    threshold: float
+
+    def log_alpha(self) -> Tensor:
+        """log sigma^2 - log w^2 of every weight."""
+        return self.log_variance - torch.log(self.weight.square() + 1e-8)
+
+    def mean(self) -> Tensor:
+        """The weights, zero where log alpha exceeds the threshold."""
+        return torch.where(self.log_alpha() > self.threshold, 0.0, self.weight)
+
+    def noisy(self, mean: Tensor, variance: Tensor) -> Tensor:
+        """Outputs of this mean and variance."""
+        return mean + torch.sqrt(variance + 1e-8) * torch.randn_like(mean)
+
+
+class NoisyLinear(_Noisy, nn.Linear):
+    """A linear layer with noise while it trains."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """(..., inputs) -> (..., outputs)."""
+        if not self.training:
+            return F.linear(inputs, self.mean(), self.bias)
+        variance = F.linear(inputs.square(), self.log_variance.exp())
+        return self.noisy(super().forward(inputs), variance)
+
+
+class NoisyConv2d(_Noisy, nn.Conv2d):
+    """A convolution with noise while it trains."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """(n, channels, height, width) -> (n, filters, height, width)."""
+        if not self.training:
+            return self._conv_forward(inputs, self.mean(), self.bias)
+        variance = self._conv_forward(inputs.square(), self.log_variance.exp(), None)
+        return self.noisy(super().forward(inputs), variance)
+
+
+NOISY: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: NoisyLinear, nn.Conv2d: NoisyConv2d}
+
+
+class VariationalDropout:
+    """The noise of all layers of a model."""
+
+    def __init__(self, settings: Settings, model: nn.Module) -> None:
+        self.model, self.settings = model, settings
+        layers = masks.layers(model)
+        wanted = layers_left(model, settings.skip)
+        self.layers: dict[str, Any] = {n: layers[n] for n in wanted if type(layers[n]) in NOISY}
+        if not self.layers:
+            raise ArgumentError("skip", "no plain convolution or linear layer is left")
+        for layer in self.layers.values():
+            layer.__class__ = NOISY[type(layer)]
+            layer.threshold = settings.threshold
+            layer.log_variance = nn.Parameter(torch.full_like(layer.weight, settings.initial))
+
+    def start(self, course: Course) -> None:
+        """Note the length of the training; ArgumentError for an optimizer that is too slow."""
+        if course.settings.optimizer == "sgd" and course.steps:
+            raise ArgumentError(
+                "optimizer",
+                "variational dropout needs one that divides by the size of the gradient; allowed: "
+                "adam, adamw",
+                course.settings.optimizer,
+            )
+        self.images = course.images
+        self.warmup = course.in_steps(self.settings.warmup)
+        with torch.no_grad():
+            for name, layer in self.layers.items():
+                if (mask := course.masks.get(f"{name}.weight")) is not None:
+                    layer.log_variance.masked_fill_(~mask.to(layer.weight.device), NO_NOISE)
+
+    def __call__(self, step: int) -> Tensor:
+        """The divergence over the number of images, by the factor of this step."""
+        factor = min(1.0, step / self.warmup) if self.warmup else 1.0
+        total = torch.stack([divergence(layer.log_alpha()) for layer in self.layers.values()]).sum()
+        return self.settings.strength * factor / self.images * total
+
+    @torch.no_grad()
+    def metrics(self) -> dict[str, float]:
+        """Share of the weights that are pruned."""
+        gone = sum(int((layer.mean() == 0).sum()) for layer in self.layers.values())
+        return {"pruned": gone / sum(layer.weight.numel() for layer in self.layers.values())}
+
+    @torch.no_grad()
+    def collapse(self) -> Choices:
+        """The means become the weights of plain layers."""
+        for layer in self.layers.values():
+            layer.weight.copy_(layer.mean())
+            del layer.log_variance, layer.threshold
+            layer.__class__ = {own: plain for plain, own in NOISY.items()}[type(layer)]
+        return zeros(self.model, (f"{name}.weight" for name in self.layers))
+
+
+def divergence(log_alpha: Tensor) -> Tensor:
+    """Sum of the approximate divergences of weights with these log alpha, a scalar."""
+    limited = log_alpha.clamp(-LIMIT, LIMIT)
+    each = K1 - K1 * torch.sigmoid(K2 + K3 * limited) + 0.5 * F.softplus(-limited)
+    return each.sum()

@@ -1,0 +1,104 @@
+"""Parametrizations as sparse-train uses them: weights computed from other parameters."""
+
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from secateur.base import plugin
+from secateur.base.errors import ArgumentError
+from secateur.sparsity.choices import Choices
+from secateur.training.penalty import Course, Penalty, ScheduledPenalty
+
+
+class Parametrization(Protocol):
+    """One parametrization of the weights of one model, which has been changed for it.
+
+    Its parameters are the model's, so that the optimizer trains them and checkpoints of a running
+    training hold them.
+    """
+
+    def start(self, course: Course) -> None:
+        """Called once, before a saved state is restored and before the first step."""
+
+    def __call__(self, step: int) -> Tensor:
+        """Its term in the loss at an optimizer step (from 0): a scalar to differentiate."""
+
+    def metrics(self) -> dict[str, float]:
+        """Progress after an epoch, for its row of history; finite numbers, always the same keys."""
+
+    def collapse(self) -> Choices:
+        """Give the model plain weights again, those of its forward pass in eval mode.
+
+        Returns the weights that are zero, as choices of single weights by parameter name.
+        """
+
+
+def build(name: str, settings: Any, model: nn.Module) -> Parametrization | None:
+    """Parametrize the model in place; None if parametrization `name` leaves it as it is."""
+    built: Parametrization | None = plugin.load("parametrizations", name).build(settings, model)
+    return built
+
+
+def joined(name: str, parametrization: Parametrization | None, penalty: Penalty | None) -> Any:
+    """The penalty with the term of the parametrization; the penalty itself if there is none.
+
+    Raises ArgumentError if both of them choose what is pruned.
+    """
+    if parametrization is None:
+        return penalty
+    if isinstance(penalty, ScheduledPenalty):
+        raise ArgumentError(
+            "parametrization",
+            "prunes by itself, and so does the penalty; take one that does not (none, l1, ...), or "
+            "parametrization none",
+            name,
+        )
+    return _Joined(parametrization, penalty)
+
+
+class _Joined:
+    """A penalty whose value includes the term of a parametrization."""
+
+    def __init__(self, parametrization: Parametrization, penalty: Penalty | None) -> None:
+        self.parametrization, self.penalty = parametrization, penalty
+
+    @property
+    def finished(self) -> bool:
+        """Whether the penalty has ended the training."""
+        return self.penalty is not None and self.penalty.finished
+
+    def __call__(self, step: int) -> Tensor:
+        """Sum of both."""
+        term = self.parametrization(step)
+        return term if self.penalty is None else term + self.penalty(step)
+
+    def start(self, course: Course) -> None:
+        """Tell the parametrization about the training."""
+        self.parametrization.start(course)
+
+    def before_step(self, step: int, optimizer: Optimizer) -> None:
+        """Nothing to do."""
+
+    def after_step(self, step: int, optimizer: Optimizer) -> None:
+        """Nothing to do."""
+
+    def metrics(self) -> dict[str, float]:
+        """Progress of the parametrization."""
+        return self.parametrization.metrics()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The penalty's; that of the parametrization is part of the model."""
+        return {} if self.penalty is None else self.penalty.state_dict()
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore what `state_dict` returned."""
+        if self.penalty is not None:
+            self.penalty.load_state_dict(state)
+
+
+def zeros(model: nn.Module, names: Iterable[str]) -> Choices:
+    """The zeros of these weights, as choices of single weights, on the CPU."""
+    found = {name: (model.get_parameter(name).detach() == 0).cpu() for name in names}
+    return {name: choice for name, choice in found.items() if bool(choice.any())}
