@@ -1,5 +1,7 @@
 """Penalties that prune while the network trains: schedules by hand, what goes and what returns."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ from torch import nn
 from secateur.base import plugin
 from secateur.base.errors import SettingsError
 from secateur.base.settings import section, validate
+from secateur.penalties import rigl
 from secateur.pruning import removal
 from secateur.pruning.decision import PruningContext
 from secateur.sparsity.choices import number_pruned
@@ -251,7 +254,154 @@ def test_decay_multiplies_the_norm_of_what_may_be_pruned(norm):
     assert model[0].weight.grad.tolist() == ([[0.5, -0.5]] if norm == "l1" else [[1.5, -2.0]])
 
 
+# ---- rigl --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("density", [0.02, 0.1, 0.3, 0.6, 0.95])
+def test_erk_is_the_formula_solved_for_the_total(density):
+    shapes = {"a": (20, 1, 5, 5), "b": (50, 20, 5, 5), "c": (500, 800), "d": (10, 500), "e": (3, 4)}
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    raw = {name: sum(shape) / sizes[name] for name, shape in shapes.items()}
+    low, high = 0.0, 1e6  # brute force: the one scale at which capped shares give the total
+    for _ in range(200):
+        scale = (low + high) / 2
+        total = sum(min(1.0, scale * raw[name]) * sizes[name] for name in shapes)
+        low, high = (scale, high) if total < density * sum(sizes.values()) else (low, scale)
+    expected = {name: min(1.0, scale * raw[name]) for name in shapes}
+    found = rigl.erdos_renyi_kernel({n: torch.Size(s) for n, s in shapes.items()}, density)
+    assert found == pytest.approx(expected, rel=1e-9)
+
+
+def test_which_weights_drop_and_which_grow_on_a_layer_by_hand():
+    model = linear([[5.0, -4.0, 0.5, 3.0, 0.1, -0.2, 0.3, 0.4]])
+    weight = model[0].weight
+    penalty = started(
+        "rigl", model, 20, ratio=0.5, allocation="uniform", fraction=0.8, interval=4, until=16
+    )
+    assert weight.tolist() == [[5, -4, 0.5, 3, 0, 0, 0, 0]], "the largest of the network"
+    optimizer = torch.optim.SGD([weight], lr=0.0, momentum=0.5)
+    gradient = torch.tensor([[1.0, 1, 1, 1, 9, -8, 7, 0.5]])
+    for number in range(4):
+        weight.grad = gradient.clone()
+        penalty.before_step(number, optimizer)
+        assert weight.grad.tolist() == [[1, 1, 1, 1, 0, 0, 0, 0]], "of those that are kept"
+        optimizer.step()
+        penalty.after_step(number, optimizer)
+    optimizer.state[weight]["momentum_buffer"].fill_(2.0)
+    # 0.4 * (1 + cos(pi * 4 / 16)) of 4 is 2.73: 2 go, 0.5 and 3, and the gradients 9 and -8 win
+    weight.grad = gradient.clone()
+    step(penalty, 4, optimizer)
+    assert penalty.choices()["0.weight"].tolist() == [[False] * 2 + [True] * 2 + [False] * 2
+                                                      + [True] * 2]  # fmt: skip
+    assert weight.tolist() == [[5, -4, 0, 0, 0, 0, 0, 0]], "what grows starts at zero"
+    assert optimizer.state[weight]["momentum_buffer"].tolist() == [[2, 2, 2, 2, 0, 0, 2, 2]]
+    # 0.4 * (1 + cos(pi * 8 / 16)) of 4 is 1.6: one of the zeros drops, and 9 grows it again
+    with torch.no_grad():
+        weight.add_(torch.tensor([[0.0, 0, 0, 0, 0.25, 1, 0, 0]]))
+    weight.grad = gradient.clone()
+    step(penalty, 8, optimizer)
+    assert weight.tolist() == [[5, -4, 0, 0, 0.25, 1, 0, 0]], "dropped and grown at once"
+    for number in (12, 16, 20):
+        weight.grad = torch.zeros_like(weight)
+        step(penalty, number, optimizer)
+    assert penalty.updates == 3, "at 4, 8 and 12, before step 16"
+
+
+@pytest.mark.parametrize("growth", ["gradient", "random"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_every_layer_keeps_its_number_of_weights_and_some_of_them_move(growth, optimizer):
+    model = network()
+    held = {"6.weight": torch.arange(1280).view(10, 128) % 4 > 0}
+    penalty = build("rigl", model, ratio=0.8, growth=growth, interval=2, until=0.9,
+                    initial="random")  # fmt: skip
+    seen = []
+
+    def look(number):
+        seen.append({n: ~c for n, c in penalty.choice.items()})
+        for name, kept in seen[-1].items():
+            assert int(kept.sum()) == penalty.numbers[name]
+            assert not model.get_parameter(name)[~kept].any()
+
+    how = settings(5, optimizer=optimizer)
+    fit(model, digits(), how, watcher=Watcher(look=look), penalty=penalty, masks=held)
+    total = sum(penalty.numbers.values())
+    assert total == pytest.approx(0.2 * (6 * 9 + 8 * 6 * 9 + 1280), abs=3)
+    assert not seen[-1]["6.weight"][~held["6.weight"]].any(), "nothing grows where masks are held"
+    for name in seen[0]:
+        moved = int((seen[0][name] ^ seen[-1][name]).sum())
+        assert (moved > 0) == (penalty.numbers[name] < seen[0][name].numel()), name
+
+
+def test_random_growth_has_a_seed_of_its_own():
+    def moved(seed):
+        model = network()
+        penalty = build("rigl", model, ratio=0.8, growth="random", interval=2, seed=seed)
+        fit(model, digits(), settings(3), f"seed {seed}", penalty=penalty)
+        return penalty.choices()["6.weight"]
+
+    assert not torch.equal(moved(1), moved(2))
+
+
+# ---- gsm ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ranking", "active"), [("global", [(1, 0, 1, 0), (1,)]), ("layer", [(1, 0, 1, 1), (1,)])]
+)
+def test_only_the_weights_that_matter_most_get_the_gradient_of_the_loss(ranking, active):
+    model = nn.Sequential(nn.Linear(4, 1, bias=False), nn.Linear(1, 1, bias=False))
+    model[0].weight.data = torch.tensor([[1.0, -1.0, 0.5, 4.0]])
+    model[1].weight.data = torch.tensor([[-2.0]])
+    given = torch.tensor([[3.0, -0.25, -8.0, 0.125]]), torch.tensor([[1.0]])
+    # |w * gradient|: 3, 0.25, 4, 0.5 and 2; of five, three are to be left, of four as well two
+    ratio = 0.4 if ranking == "global" else 0.25
+    penalty = started("gsm", model, decay=0.5, ratios=ratio, ranking=ranking)
+    weights = [model[0].weight, model[1].weight]
+    before = [weight.detach().clone() for weight in weights]
+    optimizer = torch.optim.SGD(weights, lr=0.1, momentum=0.9)
+    buffers = [torch.zeros_like(weight) for weight in before]
+    for number in range(2):
+        for weight, gradient in zip(weights, given, strict=True):
+            weight.grad = gradient.clone()
+        value = penalty(number)
+        expected = 0.25 * sum(float(weight.square().sum()) for weight in before)
+        assert float(value) == pytest.approx(expected)
+        assert not value.requires_grad
+        penalty.before_step(number, optimizer)
+        optimizer.step()
+        penalty.after_step(number, optimizer)
+        for k, which in enumerate(active):
+            factor = torch.tensor([which]).float()
+            buffers[k] = 0.9 * buffers[k] + 0.5 * before[k] + factor * given[k]
+            before[k] = before[k] - 0.1 * buffers[k]
+            torch.testing.assert_close(weights[k].detach(), before[k])
+        if number == 0:
+            assert len(penalty.growth_table()) == 1
+
+
+def test_gsm_prunes_what_has_become_small_and_needs_the_momentum_of_sgd():
+    model, prepared = network(), digits(400)
+    penalty = build("gsm", model, decay=0.05, ratios=0.8)
+    result = fit(model, prepared, settings(40, momentum=0.95, lr=0.02, weight_decay=0.0),
+                 penalty=penalty)  # fmt: skip
+    chosen = penalty.choices()
+    size = torch.cat([model.get_parameter(n).detach().abs().flatten() for n in penalty.held])
+    gone = torch.cat([chosen[n].flatten() for n in penalty.held])
+    assert int(gone.sum()) == number_pruned(0.8, len(size))
+    assert size[gone].max() <= size[~gone].min()
+    assert result.history[-1]["magnitude_ratio"] > 10 * result.history[0]["magnitude_ratio"]
+    with pytest.raises(SettingsError, match=r"sparse_train\.optimizer = 'adam': penalty gsm works"):
+        fit(model, prepared, settings(1, optimizer="adam"), "b", penalty=penalty)
+    with pytest.raises(
+        SettingsError, match=r"penalty gsm shrinks weights by it, .* greater than 0"
+    ):
+        build("gsm", model, 0.0)
+
+
 COURSES = {
+    "rigl": {"interval": 3, "ratio": 0.7},
+    "rigl random": {"interval": 3, "ratio": 0.7, "growth": "random", "initial": "random"},
+    "gsm": {"ratios": 0.7},
     "gradual": {"begin": 2, "end": 14, "interval": 3, "ratios": 0.7},
     "gradual regrow": {"begin": 2, "end": 14, "interval": 3, "ratios": 0.7, "regrow": True},
     "gradual filter": {"begin": 2, "end": 14, "interval": 3, "granularity": "filter",
@@ -281,15 +431,15 @@ def test_killed_at_any_step_it_ends_with_the_same_bytes(case):
     assert all(torch.equal(killed[2][n], alone[2][n]) for n in alone[2])
 
 
-@pytest.mark.parametrize("case", COURSES)
+@pytest.mark.parametrize("case", sorted(set(COURSES) - {"gsm"}))  # which remembers no weight
 def test_the_state_of_another_network_is_refused(case):
     name = case.split()[0]
-    penalty = started(name, network(), **COURSES[case])
-    for number in range(3):
-        step(penalty, number)
+    first = network()
+    penalty = build(name, first, 1e-3, **COURSES[case])
+    fit(first, digits(), settings(5), penalty=penalty)
     state = penalty.state_dict()
     other = started(name, nn.Sequential(nn.Conv2d(1, 5, 3), nn.Flatten(), nn.Linear(20, 3)),
-                    **COURSES[case])  # fmt: skip
+                    decay=1e-3, **COURSES[case])  # fmt: skip
     with pytest.raises(ValueError, match="penalty: "):
         other.load_state_dict(state)
 

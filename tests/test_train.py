@@ -96,6 +96,8 @@ def state_left(name="a"):
 
 BRIEF = {"interval": 1, "stabilise": 5}
 QUICK = {
+    "rigl": {"interval": 3, "growth": "random"},
+    "gsm": {},
     "gradual": {"begin": 2, "interval": 3, "regrow": True},
     "greg1": BRIEF | {"ceiling": 0.05},
     "greg2": BRIEF | {"pick_growth": 0.01, "ceiling": 0.05},
@@ -302,7 +304,8 @@ def test_a_killed_training_with_any_penalty_does_too(name):
     def options(model):
         return {"penalty": chosen_penalty(name, model, 0.005)}
 
-    settings = Train(epochs=6, batch_size=32, keep="last")
+    optimizer = "sgd" if name == "gsm" else "adam"
+    settings = Train(epochs=6, batch_size=32, keep="last", optimizer=optimizer)
     killed, alone = killed_and_undisturbed(
         lambda: network_for(name), settings, [(1, 1), (2, None)], options
     )

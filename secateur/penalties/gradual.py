@@ -24,7 +24,9 @@ from secateur.base.settings import Steps
 from secateur.penalties._shared.course import (
     CoursePenalty,
     CourseSettings,
+    Ranking,
     check_end,
+    lowest,
     prefixed,
 )
 from secateur.penalties._shared.growing import PrunedChannels
@@ -47,7 +49,7 @@ class Settings(CourseSettings):
     criterion: WeightCriterion = "l1"
     """How importance is measured, see pruning/criteria.py; taylor by the gradient of the step. Of
     granularity group: l1."""
-    ranking: Literal["layer", "global"] = "layer"
+    ranking: Ranking = "layer"
     """layer: within a layer (or channel group); global: over all that have a ratio above 0."""
     ratios: Ratios = Rules(0.9)
     """Share of each layer that is pruned in the end, see sparsity/ratios.py; one number with
@@ -113,7 +115,6 @@ class GradualPenalty(CoursePenalty):
 
     def start(self, course: Course) -> None:
         """Turn shares of the training into steps. ArgumentError if the schedule does not fit."""
-        super().start(course)
         self.first = course.in_steps(self.settings.begin)
         end = course.in_steps(self.settings.end)
         self.interval = max(1, course.in_steps(self.settings.interval))
@@ -126,7 +127,7 @@ class GradualPenalty(CoursePenalty):
         number, rest = divmod(step - self.first, self.interval)
         return rest == 0 and 0 <= number <= self.count
 
-    def update(self, step: int) -> None:
+    def update(self, step: int, optimizer: Optimizer) -> None:
         """Choose by the share at this step."""
         number = (step - self.first) // self.interval
         self.choose(number / self.count if self.count else 1.0)
@@ -195,19 +196,7 @@ class Gradual(GradualPenalty):
         """The lowest scores of each layer, or of all; without `regrow` what is chosen stays so."""
         scores = {name: self._scores(name, weight) for name, weight in self.ranked.items()}
         shares = {n: share_at(r, self.settings.initial, progress) for n, r in self.ratios.items()}
-        if self.settings.ranking == "layer":
-            chosen = {
-                name: choices.choose_smallest(score, choices.number_pruned(shares[name], count))
-                for name, score in scores.items()
-                for count in [score.numel()]
-            }
-        else:
-            ranks, total = choices.ranks(scores), sum(score.numel() for score in scores.values())
-            number = choices.number_pruned(next(iter(shares.values())), total)
-            chosen = {name: rank < number for name, rank in ranks.items()}
-        self.choice = {
-            name: self._with_enough(choice, scores, name) for name, choice in chosen.items()
-        }
+        self.choice = lowest(scores, shares, self.settings.ranking, self.settings.keep_at_least)
 
     def kept(self) -> dict[str, Tensor]:
         """Also of the biases of pruned filters."""
@@ -230,12 +219,6 @@ class Gradual(GradualPenalty):
         if name in self.choice and not self.settings.regrow:
             score = score.masked_fill(self.choice[name], -torch.inf)
         return score
-
-    def _with_enough(self, choice: Tensor, scores: Mapping[str, Tensor], name: str) -> Tensor:
-        if choice.dim() < 2:  # biases and scales may all go
-            return choice
-        least = choices.number_kept(self.settings.keep_at_least, choice.numel())
-        return choices.keep_at_least(choice, scores[name], least)
 
 
 class GradualChannels(GradualPenalty):

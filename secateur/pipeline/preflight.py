@@ -55,7 +55,8 @@ def check_network(model: nn.Module, info: DatasetInfo) -> None:
         elif params.pruner == "chosen" and not isinstance(penalty, ScheduledPenalty):
             raise SettingsError(
                 f"params.yaml: pruner = 'chosen': penalty {params.penalty} chooses no weights to "
-                "prune; take greg1, greg2 or gradual, a parametrization, or another pruner"
+                "prune; take one that does (greg1, greg2, gradual, rigl, gsm), a parametrization, "
+                "or another pruner"
             )
         images, labels = torch.zeros(1, *info.shape), torch.zeros(1, dtype=torch.int64)
         context = PruningContext(trial, images, labels)

@@ -1,9 +1,9 @@
 """Prune exactly what the penalty has chosen.
 
-Penalties that choose (greg1, greg2, gradual) store their choice in the sparse-trained checkpoint:
-filters, channels or single weights, which they have brought to zero, or close to it, already.
-Parametrizations (str, variational_dropout) store which weights they have set to zero. Filters and
-channels are removed whole unless they are coupled to other layers.
+Penalties that choose (greg1, greg2, gradual, rigl, gsm) store their choice in the sparse-trained
+checkpoint: filters, channels or single weights, which they have brought to zero, or close to it,
+already. Parametrizations (str, variational_dropout) store which weights they have set to zero.
+Filters and channels are removed whole unless they are coupled to other layers.
 """
 
 from secateur.base.errors import PruningError
@@ -23,7 +23,7 @@ def prune(settings: Settings, context: PruningContext) -> PruningDecision:
     if not context.choices:
         raise PruningError(
             "pruner = 'chosen': the sparse-trained network carries no choice; sparse-train it with "
-            "a penalty that makes one (greg1, greg2, gradual) or a parametrization, or prune with "
-            "another pruner"
+            "a penalty that makes one (greg1, greg2, gradual, rigl, gsm) or a parametrization, or "
+            "prune with another pruner"
         )
     return decision_from_choices(context, context.choices)

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from secateur.base.errors import ArgumentError, cut
 from secateur.base.settings import Strict
 from secateur.penalties._shared.formula import ClosedFormPenalty, NormPenalty, lasso
+from secateur.sparsity import choices
 from secateur.sparsity.choices import Choices
 from secateur.training.penalty import Course
 
@@ -23,6 +24,9 @@ MAX_POINTS = 500
 COLUMNS = ("pruned", "kept", "chosen")
 """Of a point of the trace: share of the groups that is pruned; mean |w| of kept and of chosen
 weights, before these are set to zero."""
+
+Ranking = Literal["layer", "global"]
+"""Groups are compared within a layer (or channel group), or over all of them."""
 
 
 class CourseSettings(Strict):
@@ -61,14 +65,13 @@ class CoursePenalty:
         self._term = _term(model, norm, decay, list(self.held.values()))
 
     def start(self, course: Course) -> None:
-        """Note the training; subclasses check their schedule."""
-        self.course = course
+        """Called before the first step; subclasses check their schedule."""
 
     def due(self, step: int) -> bool:
         """Whether the choice is made anew after this step."""
         raise NotImplementedError
 
-    def update(self, step: int) -> None:
+    def update(self, step: int, optimizer: Optimizer) -> None:
         """Make the choice anew."""
         raise NotImplementedError
 
@@ -87,11 +90,11 @@ class CoursePenalty:
         """Choose anew if it is time to, and set to zero what is chosen."""
         if self.due(step):
             with torch.no_grad():
-                self.update(step)
+                self.update(step, optimizer)
             self.updates += 1
             self.refresh()
             if self.updates % self.trace_interval == 1 % self.trace_interval:
-                self.trace.append((step, self._point()))
+                self.trace.append((step, self.point(self.share(), self.keep)))
         self.mask()
 
     @torch.no_grad()
@@ -103,8 +106,11 @@ class CoursePenalty:
     @torch.no_grad()
     def refresh(self) -> None:
         """Derive `keep` from the choice, in the memory format of the parameters."""
-        kept = self.kept() if self.choice else {}
-        self.keep = [torch.empty_like(self.held[name]).copy_(mask) for name, mask in kept.items()]
+        self.keep = self.as_factors(self.kept()) if self.choice else []
+
+    def as_factors(self, kept: Mapping[str, Tensor]) -> list[Tensor]:
+        """Masks, broadcastable, as tensors of 1 and 0 like the held parameters."""
+        return [torch.empty_like(self.held[name]).copy_(mask) for name, mask in kept.items()]
 
     def metrics(self) -> dict[str, float]:
         """Share of the groups that is pruned, and the number of updates so far."""
@@ -156,14 +162,15 @@ class CoursePenalty:
         return {name: weight.shape for name, weight in self.held.items()}
 
     @torch.no_grad()
-    def _point(self) -> Tensor:
-        pairs = list(zip(self.held.values(), self.keep, strict=True))
+    def point(self, pruned: float, keep: Sequence[Tensor]) -> Tensor:
+        """A point of the trace: `pruned`, and the mean magnitudes by these factors."""
+        pairs = list(zip(self.held.values(), keep, strict=True))
         sums = torch.stack([torch.stack([(w.abs() * k).sum(), w.abs().sum()]) for w, k in pairs])
         number = float(sum(k.sum() for _, k in pairs))
         total = sum(weight.numel() for weight in self.held.values())
         kept, whole = sums.double().sum(0).tolist()
         means = [kept / max(1.0, number), (whole - kept) / max(1.0, total - number)]
-        return torch.tensor([self.share(), *means])
+        return torch.tensor([pruned, *means])
 
 
 def _term(
@@ -177,6 +184,28 @@ def _term(
     return ClosedFormPenalty(
         model, lambda w: 0.5 * w.square().sum(), torch.clone, False, decay, weights
     )
+
+
+def lowest(
+    scores: Mapping[str, Tensor], shares: Mapping[str, float], ranking: Ranking, least: float = 0.0
+) -> Choices:
+    """The groups with the lowest scores of each parameter, or of all together.
+
+    With ranking global the shares are equal. Of each weight the share `least` stays, and at least
+    one group; biases and scales may all go.
+    """
+    if ranking == "layer":
+        counts = {n: choices.number_pruned(shares[n], score.numel()) for n, score in scores.items()}
+        chosen = {n: choices.choose_smallest(score, counts[n]) for n, score in scores.items()}
+    else:
+        total = sum(score.numel() for score in scores.values())
+        number = choices.number_pruned(next(iter(shares.values())), total)
+        chosen = {name: rank < number for name, rank in choices.ranks(scores).items()}
+    for name, choice in chosen.items():
+        if choice.dim() > 1:
+            kept = choices.number_kept(least, choice.numel())
+            chosen[name] = choices.keep_at_least(choice, scores[name], kept)
+    return chosen
 
 
 def check_end(last: int, course: Course, name: str) -> None:

@@ -1,0 +1,150 @@
+"""Global sparse momentum (GSM): the loss moves only the weights that matter to it at each step.
+
+Source: X. Ding, G. Ding, X. Zhou, Y. Guo, J. Han, J. Liu, Global sparse momentum SGD for pruning
+very deep neural networks, NeurIPS 2019, equations 5 to 9. At every step the Q weights with the
+largest |w * dL/dw| are active. The gradient that the momentum takes up is dL/dw + decay * w for
+them, and decay * w alone for the others, which therefore shrink exponentially until they are next
+to zero. Q is what is to be left, and which weights are active is decided anew at each step, so that
+a weight can come back. In the end those of the smallest magnitude are pruned, which costs nothing.
+
+`decay` is the weight decay of the source; a high momentum (0.98 or 0.99 there) brings the others
+down sooner.
+"""
+
+from typing import Self
+
+import torch
+from pydantic import model_validator
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from secateur.base.errors import ArgumentError
+from secateur.base.settings import Strict
+from secateur.penalties._shared.course import CoursePenalty, Ranking, check_end, lowest
+from secateur.sparsity import choices, masks
+from secateur.sparsity.choices import Choices
+from secateur.sparsity.layer_ratios import ratios_by_parameter
+from secateur.sparsity.ratios import Ratios, Rules, Skip
+from secateur.training.penalty import Course
+
+POINTS = 200
+"""Points of the trace of magnitudes."""
+
+
+class Settings(Strict):
+    """What is pruned, and how much of it."""
+
+    ratios: Ratios = Rules(0.9)
+    """Share of each layer that is pruned, see sparsity/ratios.py; one number with ranking
+    global."""
+    ranking: Ranking = "global"
+    """global, as in the source: over all layers that have a ratio above 0; layer: within each."""
+    scope: masks.Scope = "weights"
+    """Parameters whose entries are ranked."""
+    skip: Skip = ()
+    """Layers that are not pruned: names, or stage.block."""
+
+    @model_validator(mode="after")
+    def _one_number_for_all(self) -> Self:
+        if self.ranking == "global" and self.ratios.everywhere is None:
+            raise ValueError(
+                "ratios: ranking global compares all layers, so it takes one number; name layers "
+                "to leave alone under skip"
+            )
+        return self
+
+
+def build(settings: Settings, model: nn.Module, decay: float) -> CoursePenalty:
+    """The gradients of this model's weights, with `decay` as their weight decay.
+
+    Raises ArgumentError unless that is above 0, and for ratios that do not fit the network.
+    """
+    if not decay > 0:
+        raise ArgumentError(
+            "decay", "penalty gsm shrinks weights by it, so it must be greater than 0", decay
+        )
+    return GSM(settings, model, decay)
+
+
+class GSM(CoursePenalty):
+    """Gradients of the loss for the active weights, decay for all."""
+
+    def __init__(self, settings: Settings, model: nn.Module, decay: float) -> None:
+        self.ratios = ratios_by_parameter(model, settings.ratios, settings.scope, settings.skip)
+        held = {name: model.get_parameter(name) for name in self.ratios}
+        super().__init__(model, "gsm", "l2", 0.0, held)
+        self.settings, self.decay = settings, decay
+
+    def start(self, course: Course) -> None:
+        """ArgumentError for another optimizer than sgd, or without a step."""
+        if course.settings.optimizer != "sgd":
+            raise ArgumentError(
+                "optimizer",
+                "penalty gsm works by the momentum of sgd; others divide by the size of the "
+                "gradient, so that decay alone would not shrink a weight exponentially",
+                course.settings.optimizer,
+            )
+        check_end(0, course, self.name)
+        self.trace_interval = -(-course.steps // POINTS)
+
+    @torch.no_grad()
+    def __call__(self, step: int) -> Tensor:
+        """Half of `decay` times the sum of squares; without gradient, which `before_step` adds."""
+        squares = torch.stack([weight.square().sum() for weight in self.held.values()])
+        return 0.5 * self.decay * squares.sum()
+
+    @torch.no_grad()
+    def before_step(self, step: int, optimizer: Optimizer) -> None:
+        """Leave active weights their gradient, and add the decay of all."""
+        weights = list(self.held.values())
+        gradients = [weight.grad for weight in weights if weight.grad is not None]
+        assert len(gradients) == len(weights)
+        torch._foreach_mul_(gradients, self._active(weights, gradients))
+        torch._foreach_add_(gradients, weights, alpha=self.decay)
+
+    @torch.no_grad()
+    def after_step(self, step: int, optimizer: Optimizer) -> None:
+        """Note the magnitudes of what would be kept and pruned now; nothing is set to zero."""
+        if step % self.trace_interval == 0:
+            self.trace.append((step, self._now()))
+
+    def choices(self) -> Choices:
+        """The weights that are smallest now."""
+        return {name: choice.cpu() for name, choice in self._smallest().items() if choice.any()}
+
+    def metrics(self) -> dict[str, float]:
+        """Mean magnitude of what would be kept now over that of what would be pruned."""
+        _, kept, chosen = self._now().tolist()
+        return {"magnitude_ratio": kept / max(chosen, 1e-30)}
+
+    def _active(self, weights: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
+        """1 where |w * dL/dw| is among the largest, else 0; of equal ones at the edge, none."""
+        scores = torch._foreach_mul(weights, gradients)
+        torch._foreach_abs_(scores)
+        if self.settings.ranking == "layer":
+            flats = [score.flatten() for score in scores]
+            shares = list(self.ratios.values())
+        else:
+            flats = [torch.cat([score.flatten() for score in scores])]
+            shares = [next(iter(self.ratios.values()))]
+        limits = [
+            flat.kthvalue(number).values if (number := choices.number_pruned(share, len(flat))) else
+            flat.new_tensor(-1.0)
+            for flat, share in zip(flats, shares, strict=True)
+        ]  # fmt: skip
+        limits = limits * len(scores) if len(limits) < len(scores) else limits
+        pairs = zip(scores, limits, strict=True)
+        return [(score > limit).to(score.dtype) for score, limit in pairs]
+
+    @torch.no_grad()
+    def _now(self) -> Tensor:
+        """The trace's point of the weights as they are."""
+        chosen = self._smallest()
+        pruned = sum(int(choice.sum()) for choice in chosen.values())
+        total = sum(choice.numel() for choice in chosen.values())
+        keep = self.as_factors({name: ~choice for name, choice in chosen.items()})
+        return self.point(pruned / total, keep)
+
+    def _smallest(self) -> Choices:
+        scores = {name: weight.detach().abs() for name, weight in self.held.items()}
+        return lowest(scores, self.ratios, self.settings.ranking)

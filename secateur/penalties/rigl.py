@@ -1,0 +1,173 @@
+"""RigL: a sparse network whose connections move while it trains; SET with growth at random.
+
+Source: U. Evci, T. Gale, J. Menick, P. S. Castro, E. Elsen, Rigging the lottery: making all tickets
+winners, ICML 2020, algorithm 1. The number of weights of every layer is constant from the first
+step on. Every `interval` steps, before step T = `until`, each layer drops the share a / 2 * (1 +
+cos(pi * t / T)) of its weights, those of the smallest magnitude, and grows as many in the places
+with the largest gradient among all that it then lacks, so that a weight may drop and grow at once
+and stays as it is. Others start at zero, with nothing remembered by the optimizer. Here the
+optimizer takes its step at these times too; the source does not.
+
+Which share of a layer is kept follows from `allocation`. erk (equation in section 3, after D.
+Mocanu et al., 2018): in proportion to (inputs + outputs + height + width of the kernel) / (inputs *
+outputs * height * width), at most 1, such that the network as a whole has the density asked for.
+
+SET: D. Mocanu et al., Scalable training of artificial neural networks with adaptive sparse
+connectivity inspired by network science, Nature Communications, 2018: grows at random.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from secateur.base.settings import Seed, Steps
+from secateur.penalties._shared.course import CoursePenalty, CourseSettings, check_end
+from secateur.sparsity import masks
+from secateur.sparsity.choices import choose_smallest
+from secateur.sparsity.layer_ratios import layers_left
+from secateur.sparsity.ratios import Skip
+from secateur.training.penalty import Course
+
+Share = Annotated[float, Field(gt=0, lt=1)]
+
+
+class Settings(CourseSettings):
+    """How sparse the network is, and how its connections move."""
+
+    ratio: Share = 0.9
+    """Share of the weights that is pruned, over all layers that are not skipped."""
+    allocation: Literal["erk", "uniform"] = "erk"
+    """erk: small layers keep a larger share; uniform: every layer keeps the same share."""
+    initial: Literal["magnitude", "random"] = "magnitude"
+    """Which weights of the network the training starts from; the source's are random ones."""
+    growth: Literal["gradient", "random"] = "gradient"
+    """Where weights grow; random: SET."""
+    fraction: Share = 0.3
+    """a: share of the weights of a layer that moves at first; it falls by half a cosine."""
+    interval: Annotated[Steps, Field(gt=0)] = 100
+    """Steps, or below 1 a share of the training, from one move to the next."""
+    until: Steps = 0.75
+    """No connection moves after this many steps, or below 1 this share of the training."""
+    skip: Skip = ()
+    """Layers that stay dense: names, or stage.block."""
+    seed: Seed = 0
+    """Of what is random."""
+
+
+def build(settings: Settings, model: nn.Module, decay: float) -> CoursePenalty:
+    """The sparse training of this model; `decay` is the strength of the norm in the loss.
+
+    Raises ArgumentError if `skip` names no layer, or all.
+    """
+    return RigL(settings, model, decay)
+
+
+def erdos_renyi_kernel(shapes: Mapping[str, torch.Size], density: float) -> dict[str, float]:
+    """Share of the weights that each layer keeps, by ERK; `density` is that of all of them.
+
+    `shapes` are those of weights, (outputs, inputs) or (filters, channels, height, width). Layers
+    whose share would exceed 1 are dense, and the others share what is left.
+    """
+    sizes = {name: shape.numel() for name, shape in shapes.items()}
+    raw = {name: sum(shape) / sizes[name] for name, shape in shapes.items()}
+    dense: set[str] = set()
+    while True:
+        sparse = [name for name in shapes if name not in dense]
+        left = density * sum(sizes.values()) - sum(sizes[name] for name in dense)
+        scale = left / sum(raw[name] * sizes[name] for name in sparse)
+        above = {name for name in sparse if scale * raw[name] > 1}
+        if not above:
+            return {name: 1.0 if name in dense else scale * raw[name] for name in shapes}
+        dense |= above
+
+
+class RigL(CoursePenalty):
+    """Masks of a constant number of weights in each layer."""
+
+    def __init__(self, settings: Settings, model: nn.Module, decay: float) -> None:
+        layers = masks.layers(model)
+        held = {f"{name}.weight": layers[name].weight for name in layers_left(model, settings.skip)}
+        super().__init__(model, "rigl", settings.norm, decay, held)
+        self.settings = settings
+        shapes = {name: weight.shape for name, weight in held.items()}
+        density = 1 - settings.ratio
+        shares = dict.fromkeys(shapes, density)
+        if settings.allocation == "erk":
+            shares = erdos_renyi_kernel(shapes, density)
+        self.numbers = {n: max(1, round(shares[n] * shapes[n].numel())) for n in shapes}
+        """Name of a weight -> number of its entries that are kept."""
+        self.allowed: dict[str, Tensor] = {}
+        """Of weights that the training holds masks on: True where an entry may be kept."""
+        self._gradients: list[Tensor] = []
+
+    @torch.no_grad()
+    def start(self, course: Course) -> None:
+        """Choose where the training starts. ArgumentError if it has no step."""
+        check_end(0, course, self.name)
+        self.interval = max(1, course.in_steps(self.settings.interval))
+        self.until = course.in_steps(self.settings.until)
+        updates = -(-self.until // self.interval)
+        self.trace_interval = -(-max(1, updates) // 500)
+        chance = torch.Generator().manual_seed(self.settings.seed)
+        for name, weight in self.held.items():
+            if name in course.masks:
+                self.allowed[name] = course.masks[name].to(weight.device)
+                self.numbers[name] = min(self.numbers[name], int(self.allowed[name].sum()))
+            if self.settings.initial == "random":
+                score = torch.rand(weight.shape, generator=chance).to(weight.device)
+            else:
+                score = weight.detach().abs()
+            self.choice[name] = ~self._highest(name, score, self.numbers[name])
+        self.refresh()
+        self.mask()
+
+    def due(self, step: int) -> bool:
+        """At regular intervals, not at the first step."""
+        return 0 < step < self.until and step % self.interval == 0
+
+    @torch.no_grad()
+    def before_step(self, step: int, optimizer: Optimizer) -> None:
+        """Only weights that are kept have gradients; those of all of them tell where to grow."""
+        gradients = [weight.grad for weight in self.held.values()]
+        found = [gradient for gradient in gradients if gradient is not None]
+        assert len(found) == len(gradients)
+        if self.due(step) and self.settings.growth == "gradient":
+            self._gradients = [gradient.abs() for gradient in found]
+        torch._foreach_mul_(found, self.keep)
+
+    def update(self, step: int, optimizer: Optimizer) -> None:
+        """Drop and grow as many weights in each layer."""
+        share = self.settings.fraction / 2 * (1 + math.cos(math.pi * step / self.until))
+        seed = self.settings.seed * 1_000_003 + self.updates + 1
+        chance = torch.Generator().manual_seed(seed)
+        for place, (name, weight) in enumerate(self.held.items()):
+            kept = ~self.choice[name]
+            number = int(share * self.numbers[name])
+            size = weight.detach().abs().masked_fill(~kept, torch.inf)
+            stays = kept & ~choose_smallest(size, number)
+            if self.settings.growth == "random":
+                score = torch.rand(weight.shape, generator=chance).to(weight.device)
+            else:
+                score = self._gradients[place]
+            grown = self._highest(name, score.masked_fill(stays, -torch.inf), number)
+            self.choice[name] = ~(stays | grown)
+            _forget(optimizer, weight, grown & ~kept)
+        self._gradients = []
+
+    def _highest(self, name: str, score: Tensor, number: int) -> Tensor:
+        """True at the entries with the highest scores among those that may be kept."""
+        if name in self.allowed:
+            score = score.masked_fill(~self.allowed[name], -torch.inf)
+        return choose_smallest(-score, number)
+
+
+def _forget(optimizer: Optimizer, weight: Tensor, entries: Tensor) -> None:
+    """Set what the optimizer remembers about these entries to zero."""
+    for value in optimizer.state.get(weight, {}).values():
+        if isinstance(value, Tensor) and value.shape == weight.shape:
+            value.masked_fill_(entries, 0.0)
