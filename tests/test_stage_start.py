@@ -1,7 +1,6 @@
 """What happens at a stage's start: settings are checked once, library versions every time."""
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -66,7 +65,7 @@ def test_a_stage_refuses_other_installed_versions_until_they_are_written(unborn)
     here = machine.installed_versions()["torch"]
     assert line.startswith(f"error: params.yaml: libraries.torch = '1.0.0': {here} is installed")
     assert "install torch==1.0.0" in line and "secateur libraries --update" in line
-    secateur = (sys.executable, "-m", "secateur", "libraries")
+    secateur = ("python", "-m", "secateur", "libraries")
     assert "--update" in unborn.run(*secateur)
     assert f"libraries.torch: 1.0.0 -> {here}" in unborn.run(*secateur, "--update")
     assert "--update" not in unborn.run(*secateur)

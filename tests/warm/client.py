@@ -74,7 +74,8 @@ def main() -> None:
     answer = server.recv(4)
     (status,) = struct.unpack("i", answer) if answer else (1,)
     if status < 0:
-        signal.signal(-status, signal.SIG_DFL)
+        if status != -signal.SIGKILL:
+            signal.signal(-status, signal.SIG_DFL)
         os.kill(os.getpid(), -status)
     os._exit(status)
 

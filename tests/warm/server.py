@@ -9,6 +9,7 @@ project's code, and forks a process for each request of `client.py`, which then 
 and streams. It ends when the process OWNER has ended.
 """
 
+import atexit
 import contextlib
 import gc
 import importlib
@@ -20,6 +21,7 @@ import signal
 import socket
 import struct
 import sys
+import threading
 from pathlib import Path
 from typing import NoReturn
 
@@ -91,6 +93,9 @@ def serve(path: str, owner: int) -> tuple[list[str], str]:
                     for other in running.values():
                         other.close()
                     connection.close()
+                    signal.set_wakeup_fd(-1)
+                    os.close(wake_read)
+                    os.close(wake_write)
                     return become(request, streams)
                 for stream in streams:
                     os.close(stream)
@@ -133,7 +138,6 @@ def reap(running: dict[int, socket.socket]) -> None:
 
 def become(request: dict, streams: list[int]) -> tuple[list[str], str]:
     """Take over streams, folder and environment of the client; returns command and first path."""
-    signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.setpgid(0, 0)
     for number, stream in enumerate(streams):
@@ -159,28 +163,64 @@ def _kill(pid: int) -> None:
         os.killpg(pid, signal.SIGKILL)
 
 
-def main() -> NoReturn:
-    """Import, serve, and in each forked process run the command as Python itself would."""
-    path, owner = sys.argv[1], int(sys.argv[2])
-    Path(path + ".json").write_text(json.dumps([early(dict(os.environ)), limits()]))
-    import_libraries()
-    gc.collect()
-    gc.freeze()
-    command, folder = serve(path, owner)
+def run(command: list[str], folder: str) -> None:
+    """Run the command as Python itself would: `dvc`, `python -c` or `python -m`."""
     sys.path.pop(0)
     if command[0] == "dvc":
         from dvc.cli import main as dvc
 
         sys.argv = [str(Path(sys.executable).parent / "dvc"), *command[1:]]
         sys.exit(dvc())
-    sys.path.insert(0, folder)
+    sys.path.insert(0, "" if command[1] == "-c" else folder)
     if command[1] == "-c":
         sys.argv = ["-c", *command[3:]]
         exec(compile(command[2], "<string>", "exec"), {"__name__": "__main__"})
-        sys.exit()
-    sys.argv = command[2:]
-    runpy.run_module(command[2], run_name="__main__", alter_sys=True)
-    sys.exit()
+    else:
+        sys.argv = command[2:]
+        runpy.run_module(command[2], run_name="__main__", alter_sys=True)
+
+
+def end(error: BaseException | None) -> NoReturn:
+    """End the process as Python does, but leave its memory to the system.
+
+    Taking two thousand modules apart would take longer than most commands run, and a forked process
+    would copy all of their memory to do it.
+    """
+    status = 0
+    if isinstance(error, SystemExit):
+        status = error.code
+        if status is not None and not isinstance(status, int):
+            print(status, file=sys.stderr)
+            status = 1
+    elif error is not None:
+        sys.excepthook(type(error), error, error.__traceback__)
+        status = 1
+    threading._shutdown()  # waits for threads
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if not stream.closed:
+                stream.flush()
+        except OSError:
+            status = 120
+    if isinstance(error, KeyboardInterrupt):
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    os._exit((status or 0) & 0xFF)
+
+
+def main() -> NoReturn:
+    """Import, serve, and run the command of the request in each forked process."""
+    path, owner = sys.argv[1], int(sys.argv[2])
+    Path(path + ".json").write_text(json.dumps([early(dict(os.environ)), limits()]))
+    import_libraries()
+    gc.collect()
+    gc.freeze()
+    try:
+        run(*serve(path, owner))
+    except BaseException as error:
+        end(error)
+    end(None)
 
 
 if __name__ == "__main__":
