@@ -29,20 +29,28 @@ from client import early, limits
 
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARIES = [
+    "PIL.Image",
     "dvc.cli",
     "dvc.commands.repro",
     "dvc.repo",
     "dvc.repo.experiments.executor.local",
+    "dvc.repo.plots",
     "dvc.stage.run",
     "filelock",
+    "git",
     "lightning_fabric",
     "mlflow",
     "mlflow.store.tracking.sqlalchemy_store",
+    "opentelemetry.sdk.metrics",
     "pandas",
+    "pydantic.dataclasses",
+    "pyparsing",
     "rich.progress",
+    "ruamel.yaml",
     "safetensors.torch",
     "scipy.optimize",
     "sklearn.datasets",
+    "torch._dynamo",  # torch.optim imports it with the first optimizer
     "torch.distributed.run",
     "torch.fx",
 ]
