@@ -12,13 +12,16 @@ read (DenseNet) are masked in the layer that chose them, and removed if all of t
 Granularity group: channels with all that is coupled to them, wherever that is, scored as
 pruning/group_scores.py says, so that residual sums, depthwise convolutions and squeeze-excite
 products are pruned too.
+
+Granularity 2:4: of each four consecutive inputs the two least important, in all layers that have a
+multiple of four (sparsity/semi_structured.py).
 """
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor
 
 from secateur.base.errors import ArgumentError
@@ -32,18 +35,34 @@ from secateur.pruning.decision import (
 )
 from secateur.pruning.group_scores import GroupRanking, Normalisation, Ranking, Reduction
 from secateur.pruning.target import Target, solve
-from secateur.sparsity import choices
+from secateur.sparsity import choices, masks, semi_structured
 from secateur.sparsity.choices import Choices, Granularity, Pick
-from secateur.sparsity.layer_ratios import ratios_by_group, ratios_by_layer, scaled
+from secateur.sparsity.layer_ratios import (
+    layers_left,
+    ratios_by_group,
+    ratios_by_layer,
+    ratios_by_parameter,
+    scaled,
+)
 from secateur.sparsity.ratios import Ratios, Rules, Skip
+
+
+def _two_of_four(value: Any) -> Any:
+    """YAML 1.1 reads 2:4 without quotes as the sexagesimal number 124."""
+    return "2:4" if value == 124 and not isinstance(value, bool) else value
 
 
 class Settings(Strict):
     """What is pruned, by which criterion, and how much of it."""
 
-    granularity: Granularity | Literal["group"] = "filter"
+    granularity: Annotated[Granularity | Literal["group", "2:4"], BeforeValidator(_two_of_four)] = (
+        "filter"
+    )
     """filter: outputs of a layer; channel: inputs of it; weight: single weights; group: channels
-    with all that is coupled to them."""
+    with all that is coupled to them; 2:4: two of each four consecutive inputs."""
+    scope: masks.Scope | None = None
+    """Of granularity weight: the parameters whose entries are ranked; null: weights. A bias has the
+    ratio of its layer."""
     criterion: criteria.Criterion = "l1"
     """How importance is measured; see pruning/criteria.py, for groups pruning/group_scores.py."""
     reduce: Reduction | None = None
@@ -94,6 +113,19 @@ class Settings(Strict):
             raise ValueError("criterion: lamp of a group is criterion: l2 with normalise: lamp")
         return self
 
+    @model_validator(mode="after")
+    def _scope_and_two_of_four(self) -> Self:
+        if self.scope is not None and self.granularity != "weight":
+            raise ValueError(f"scope: {self.scope} needs granularity: weight")
+        if self.granularity == "2:4":
+            for key in ("ratios", "ranking", "pick", "target", "round_to", "keep_at_least"):
+                if getattr(self, key) != type(self).model_fields[key].default:
+                    raise ValueError(
+                        f"{key}: granularity 2:4 prunes the lower half of every four weights, so "
+                        "there is nothing to set; name layers to leave alone under skip"
+                    )
+        return self
+
     @property
     def least(self) -> float:
         """The share that is kept at least."""
@@ -111,10 +143,10 @@ def prune(settings: Settings, context: PruningContext) -> PruningDecision:
     granularity = settings.granularity
     if granularity == "group":
         return _prune_groups(settings, context)
-    refused = {} if granularity == "weight" else unprunable_layers(context.graph, granularity)
-    ratios = ratios_by_layer(context.model, settings.ratios, granularity, settings.skip, refused)
-    ratios = {name: ratio for name, ratio in ratios.items() if ratio > 0}
-    scores = criteria.scores(context, list(ratios), granularity, settings.criterion)
+    if granularity == "2:4":
+        return _prune_two_of_four(settings, context)
+    ratios = _ratios(settings, granularity, context)
+    scores = criteria.parameter_scores(context, list(ratios), granularity, settings.criterion)
     if not any(score.numel() > 1 for score in scores.values()):
         raise ArgumentError("ratios", f"no layer has a {granularity} to spare")
     pick = choices.pick_scores_by_layer if settings.ranking == "layer" else choices.pick_scores
@@ -123,11 +155,13 @@ def prune(settings: Settings, context: PruningContext) -> PruningDecision:
     choose = _by_layer(scores) if settings.ranking == "layer" else _over_all_layers(scores)
     multiple = 1 if granularity == "weight" else settings.round_to
 
+    def least(name: str, choice: Tensor) -> int:
+        biases = not name.endswith("weight")
+        return 0 if biases else choices.number_kept(settings.least, choice.numel())
+
     def decide(ratios: dict[str, float]) -> PruningDecision:
         chosen = {
-            name: choices.keep_at_least(
-                choice, scores[name], choices.number_kept(settings.least, choice.numel()), multiple
-            )
+            name: choices.keep_at_least(choice, scores[name], least(name, choice), multiple)
             for name, choice in choose(ratios).items()
         }
         decision = decision_from_choices(
@@ -139,6 +173,33 @@ def prune(settings: Settings, context: PruningContext) -> PruningDecision:
     if settings.target is None:
         return decide(ratios)
     return solve(lambda highest: decide(scaled(ratios, highest)), settings.target, context).decision
+
+
+def _ratios(
+    settings: Settings, granularity: Granularity, context: PruningContext
+) -> dict[str, float]:
+    """Share of every parameter that loses something, by its name."""
+    if granularity == "weight":
+        scope = settings.scope or "weights"
+        return ratios_by_parameter(context.model, settings.ratios, scope, settings.skip)
+    refused = unprunable_layers(context.graph, granularity)
+    ratios = ratios_by_layer(context.model, settings.ratios, granularity, settings.skip, refused)
+    return {f"{name}.weight": ratio for name, ratio in ratios.items() if ratio > 0}
+
+
+def _prune_two_of_four(settings: Settings, context: PruningContext) -> PruningDecision:
+    """Masks of two of each four consecutive inputs, in layers that have a multiple of four."""
+    suitable = semi_structured.suitable_layers(context.model)
+    names = [name for name in layers_left(context.model, settings.skip) if name in suitable]
+    if not names:
+        raise ArgumentError("granularity", "no layer has a multiple of four inputs", "2:4")
+    scores = criteria.scores(context, names, "weight", settings.criterion)
+    found = {name: ~semi_structured.smaller_two_of_four(score) for name, score in scores.items()}
+    line = (
+        "2:4: only GPUs with sparse matrix units (compute capability 8.0 and higher) skip these "
+        "zeros; on a CPU nothing is gained in time"
+    )
+    return PruningDecision(found, lines=(line,))
 
 
 def _prune_groups(settings: Settings, context: PruningContext) -> PruningDecision:
@@ -180,7 +241,7 @@ def _prune_groups(settings: Settings, context: PruningContext) -> PruningDecisio
 
 
 Chooser = Callable[[dict[str, float]], Choices]
-"""Ratios by layer -> groups to prune."""
+"""Ratios by parameter -> groups to prune."""
 
 
 def _by_layer(scores: dict[str, Tensor]) -> Chooser:
@@ -189,8 +250,7 @@ def _by_layer(scores: dict[str, Tensor]) -> Chooser:
 
     def choose(ratios: dict[str, float]) -> Choices:
         counts = {
-            name: choices.number_pruned(ratios[name.removesuffix(".weight")], rank.numel())
-            for name, rank in ranks.items()
+            name: choices.number_pruned(ratios[name], rank.numel()) for name, rank in ranks.items()
         }
         return {name: rank < counts[name] for name, rank in ranks.items()}
 
@@ -211,7 +271,7 @@ def _over_all_layers(scores: dict[str, Tensor]) -> Chooser:
 
 def _ratios_reached(ratios: dict[str, float], chosen: Choices) -> dict[str, float]:
     """The share of all groups that was asked for, and the share that is chosen."""
-    sizes = {name.removesuffix(".weight"): choice.numel() for name, choice in chosen.items()}
+    sizes = {name: choice.numel() for name, choice in chosen.items()}
     total = sum(sizes.values())
     asked = sum(ratio * sizes[name] for name, ratio in ratios.items())
     reached = sum(int(choice.sum()) for choice in chosen.values())

@@ -60,11 +60,28 @@ def scores(
     Raises ArgumentError for a criterion that is not defined at this granularity, PruningError
     naming the layer if it lacks what the criterion is computed from.
     """
+    names = [f"{name}.weight" for name in layers]
+    return parameter_scores(context, names, granularity, criterion)
+
+
+def parameter_scores(
+    context: PruningContext,
+    names: Sequence[str],
+    granularity: Granularity,
+    criterion: Criterion,
+) -> dict[str, Tensor]:
+    """As `scores`, of parameters by name; biases and scales with granularity weight.
+
+    Raises ArgumentError, PruningError as `scores` does, and ArgumentError for a criterion that is
+    not defined for biases and scales.
+    """
     if criterion in NOT_FOR_WEIGHTS and granularity == "weight":
         raise ArgumentError(
             "criterion", "has no single weights; granularity must be filter or channel", criterion
         )
-    weights = {f"{name}.weight": context.model.get_parameter(f"{name}.weight") for name in layers}
+    weights = {name: context.model.get_parameter(name) for name in names}
+    if criterion == "wanda" and any(weight.dim() < 2 for weight in weights.values()):
+        raise ArgumentError("criterion", "is of weights alone; scope must be weights", criterion)
     if criterion == "bn_scale":
         return _bn_scale(context, weights, granularity)
     if criterion == "taylor":

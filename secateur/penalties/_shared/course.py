@@ -191,8 +191,8 @@ def lowest(
 ) -> Choices:
     """The groups with the lowest scores of each parameter, or of all together.
 
-    With ranking global the shares are equal. Of each weight the share `least` stays, and at least
-    one group; biases and scales may all go.
+    With ranking global the shares are equal. Of each weight and scale the share `least` stays, and
+    at least one group; biases may all go.
     """
     if ranking == "layer":
         counts = {n: choices.number_pruned(shares[n], score.numel()) for n, score in scores.items()}
@@ -202,7 +202,7 @@ def lowest(
         number = choices.number_pruned(next(iter(shares.values())), total)
         chosen = {name: rank < number for name, rank in choices.ranks(scores).items()}
     for name, choice in chosen.items():
-        if choice.dim() > 1:
+        if name.endswith("weight"):
             kept = choices.number_kept(least, choice.numel())
             chosen[name] = choices.keep_at_least(choice, scores[name], kept)
     return chosen
