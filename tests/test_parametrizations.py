@@ -108,10 +108,25 @@ def test_log_alpha_by_hand_and_what_it_prunes():
 def test_the_divergence_is_the_papers_approximation(log_alpha):
     k1, k2, k3, alpha = 0.63576, 1.87320, 1.48695, math.exp(log_alpha)
     negative = k1 / (1 + math.exp(-(k2 + k3 * log_alpha))) - 0.5 * math.log(1 + 1 / alpha) - k1
-    given = torch.full((2, 3), log_alpha, dtype=torch.float64)
-    assert float(VARIATIONAL.divergence(given)) == pytest.approx(-6 * negative, rel=1e-9)
+    weight = torch.full((2, 3), 0.7, dtype=torch.float64)
+    given = log_alpha + torch.log(weight.square() + 1e-8)
+    assert float(VARIATIONAL.divergence(weight, given)) == pytest.approx(-6 * negative, rel=1e-9)
     assert -negative > 0
-    assert float(VARIATIONAL.divergence(given + 0.1)) < -6 * negative, "noise costs less and less"
+    assert float(VARIATIONAL.divergence(weight, given + 0.1)) < -6 * negative, "noise costs less"
+
+
+def test_the_gradient_of_the_divergence_is_that_of_autograd():
+    torch.manual_seed(2)
+    weight = torch.randn(40, 30, dtype=torch.float64, requires_grad=True)
+    variance = (3 * torch.randn(40, 30, dtype=torch.float64)).requires_grad_()
+    log_alpha = (variance - torch.log(weight.square() + 1e-8)).clamp(-8, 8)
+    reached = torch.sigmoid(1.87320 + 1.48695 * log_alpha)
+    formula = (0.63576 * (1 - reached) + 0.5 * torch.log1p(torch.exp(-log_alpha))).sum()
+    expected = torch.autograd.grad(3 * formula, (weight, variance))
+    found = VARIATIONAL.divergence(weight, variance)
+    torch.testing.assert_close(found, formula)
+    torch.testing.assert_close(torch.autograd.grad(3 * found, (weight, variance)), expected)
+    assert bool((log_alpha.abs() == 8).any()), "some are at the limit"
 
 
 def test_the_divergence_is_close_to_the_integral_that_it_approximates():
@@ -126,7 +141,7 @@ def test_the_divergence_is_close_to_the_integral_that_it_approximates():
 
     limit = integral(20.0)
     for log_alpha in (-4.0, -1.0, 0.0, 1.0, 3.0):
-        approximate = float(VARIATIONAL.divergence(torch.tensor([log_alpha])))
+        approximate = float(VARIATIONAL.divergence(torch.ones(1), torch.tensor([log_alpha])))
         assert approximate == pytest.approx(integral(log_alpha) - limit, abs=0.02)
 
 
@@ -152,7 +167,7 @@ def test_the_divergence_is_over_the_images_and_warms_up():
     model = linear([[0.5, -2.0]])
     made = attach("variational_dropout", model, warmup=0.5, strength=3.0)
     made.start(Course(settings(1, **ADAM), 40, 600))
-    whole = 3 / 600 * float(VARIATIONAL.divergence(model[0].log_alpha()).detach())
+    whole = 3 / 600 * float(VARIATIONAL.divergence(model[0].weight, model[0].log_variance).detach())
     values = [float(made(step).detach()) for step in (0, 5, 10, 20, 39)]
     assert values == pytest.approx([0, whole / 4, whole / 2, whole, whole])
 

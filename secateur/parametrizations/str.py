@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.utils import parametrize
 
 from secateur.base.settings import NonNegative, Strict
@@ -99,7 +100,7 @@ class _Shrink(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, threshold: Tensor) -> Tensor:
-        used = weight - weight.clamp(-threshold, threshold)
+        used = functional.softshrink(weight, float(threshold))
         ctx.save_for_backward(used)
         return used
 
@@ -107,4 +108,5 @@ class _Shrink(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> Any:
         (used,) = ctx.saved_tensors
         sign = used.sign()
-        return upstream * sign.square(), -(upstream * sign).sum()
+        summed = torch.dot(upstream.flatten(), sign.flatten())
+        return sign.abs_().mul_(upstream), -summed
