@@ -19,7 +19,7 @@ from secateur.base.machine import hardware
 from secateur.data.batches import Batches
 from secateur.training import optim
 from secateur.training.engine import Engine
-from secateur.training.penalty import Penalty
+from secateur.training.penalty import Course, Penalty, SteppingPenalty
 from secateur.training.step import TrainStep
 
 
@@ -35,6 +35,8 @@ class Steps:
             module = plugin.load("penalties", name)
             penalty = module.build(module.Settings(), model, 1e-6)
         self.batches = Batches(data.train, data.info, what["batch"], 1)
+        if isinstance(penalty, SteppingPenalty):
+            penalty.start(Course(chosen, 10**6, len(data.train)))
         self.size, self.count = what["batch"], 0
         engine = Engine(precision)
         self.step = TrainStep(

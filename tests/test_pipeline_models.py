@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import safetensors.numpy
 import safetensors.torch
+import torch
 from workspace import MODELS
 
 from secateur.data.dataset import load
@@ -75,3 +76,35 @@ def test_a_structural_penalty_shrinks_the_network(project):
     report = json.loads((project.path / "metrics/evaluate.json").read_text())
     assert report["pruning"]["reached"]["difference_float64"] < 1e-9
     assert report["finetuned"]["accuracy"] > 0.8
+
+
+def test_what_is_zero_after_sparse_train_is_what_chosen_prunes(project):
+    """Of a parametrization, which is collapsed, and of a penalty that prunes by itself."""
+    ways = {
+        "str": {"parametrization": "str", "parametrizations__str__initial": -4.0},
+        "gradual": {"penalty": "gradual", "penalties__gradual__ranking": "global"},
+    }
+    for name, way in ways.items():
+        changes = {"penalty": "none", "parametrization": "none", "pruner": "chosen"} | way
+        project.params(**changes, prune__remove_dead=False)
+        project.dvc("repro", "prune")
+        sparse, pruned = (
+            safetensors.torch.load_file(project.path / f"models/{model}/model.safetensors")
+            for model in ("sparse", "pruned")
+        )
+        chosen = {key for key in sparse if key.startswith("choice:")}
+        assert chosen and {key.removeprefix("choice:") for key in chosen} <= {
+            f"fc{number}.weight" for number in (1, 2, 3)
+        }
+        for key in chosen:
+            weight = key.removeprefix("choice:")
+            assert torch.equal(sparse[key], sparse[weight] == 0)
+            assert torch.equal(pruned[f"mask:{weight}"], ~sparse[key])
+        assert {key for key in sparse if key not in chosen} == {
+            f"fc{number}.{kind}" for number in (1, 2, 3) for kind in ("weight", "bias")
+        }
+        record = json.loads((project.path / "models/sparse.run.json").read_text())
+        history = pd.read_csv(project.path / "models/sparse/history.csv")
+        assert record["metrics"]["pruned"] == history.pruned.iloc[-1] > 0, name
+        growth = pd.read_csv(project.path / "models/sparse/growth.csv")
+        assert bool(len(growth)) == (name == "gradual")

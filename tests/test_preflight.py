@@ -13,7 +13,7 @@ from secateur.data.dataset import DatasetInfo
 from secateur.pipeline.preflight import check_network, check_settings
 
 PARAMS = yaml.safe_load(Path("params.yaml").read_text())
-INFO = DatasetInfo("made up", ["a", "b"], (1, 8, 8), [0.0], [1.0], "", {})
+INFO = DatasetInfo("made up", ["a", "b"], (1, 8, 8), [0.0], [1.0], "", {"train": 640})
 
 
 @pytest.fixture
@@ -45,6 +45,17 @@ def network(tmp_path, monkeypatch):
         ({"penalty": "greg1", "penalties__greg1__ratios": "layer9: 0.5"}, "layer9"),
         ({"penalty": "network_slimming"}, "no batch normalisation"),
         ({"pruner": "chosen", "penalty": "l1"}, "penalty l1 chooses no weights"),
+        ({"penalty": "rigl", "penalties__rigl__skip": ["conv7"]}, "conv7 matches no layer"),
+        ({"penalty": "gradual", "penalties__gradual__end": 1501}, r"sparse_train\.epochs = 150: "),
+        ({"penalty": "gsm"}, r"sparse_train\.optimizer = 'adam': penalty gsm"),
+        (
+            {"parametrization": "str", "penalty": "rigl"},
+            "parametrization = 'str': prunes by itself",
+        ),
+        (
+            {"parametrization": "variational_dropout", "sparse_train__optimizer": "sgd"},
+            "sparse_train.optimizer = 'sgd'",
+        ),
     ],
 )
 def test_what_does_not_fit_the_network_is_refused(changes, line, network):
@@ -57,6 +68,8 @@ def test_what_does_not_fit_the_network_is_refused(changes, line, network):
     [
         {},
         {"pruner": "chosen", "penalty": "greg2"},
+        {"pruner": "chosen", "penalty": "rigl"},
+        {"pruner": "chosen", "parametrization": "variational_dropout", "penalty": "none"},
         {"pruner": "magnitude", "pruners__magnitude__criterion": "taylor"},
         {"pruner": "threshold", "pruners__threshold__sensitivity": 1e9},  # which training decides
     ],

@@ -15,7 +15,7 @@ from secateur.data.dataset import DatasetInfo
 from secateur.pruning.decision import PruningContext
 from secateur.training import parametrization as parametrizations
 from secateur.training import penalty as penalties
-from secateur.training.penalty import ScheduledPenalty
+from secateur.training.penalty import Course, ScheduledPenalty, SteppingPenalty
 
 
 def check_settings(info: DatasetInfo) -> None:
@@ -49,7 +49,8 @@ def check_network(model: nn.Module, info: DatasetInfo) -> None:
         with settings.section(f"parametrizations.{name}"):
             own = params.chosen("parametrizations")
             parametrization = parametrizations.build(name, own, trial)
-            parametrizations.joined(name, parametrization, penalty)
+            term = parametrizations.joined(name, parametrization, penalty)
+        _check_course(term, params.sparse_train, info)
         if parametrization is not None:
             parametrization.collapse()
         elif params.pruner == "chosen" and not isinstance(penalty, ScheduledPenalty):
@@ -69,6 +70,15 @@ def check_network(model: nn.Module, info: DatasetInfo) -> None:
             raise
         except SecateurError:
             return  # the trained network may pass
+
+
+def _check_course(term: object, training: settings.Train, info: DatasetInfo) -> None:
+    """SettingsError if what acts at every step does not suit the settings of sparse-train."""
+    images = info.counts.get("train", 0)
+    if isinstance(term, SteppingPenalty) and images:
+        steps = training.epochs * -(-images // training.batch_size)
+        with settings.section("sparse_train"):
+            term.start(Course(training, steps, images))
 
 
 def _check_removal(context: PruningContext) -> None:
