@@ -46,6 +46,36 @@ def _recipe(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _study(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", nargs="?", help="the study; without it, all are listed")
+    parser.add_argument("--plan", action="store_true", help="show what would run, run nothing")
+    parser.add_argument(
+        "--workers",
+        type=_positive,
+        metavar="N",
+        help="pieces of work at the same time; default: one for each processor",
+    )
+    parser.add_argument(
+        "--executor", choices=("local", "ray", "slurm"), default="local", help="default: local"
+    )
+    parser.add_argument(
+        "--cpus", type=float, default=1, metavar="N", help="of ray, for each piece; default: 1"
+    )
+    parser.add_argument(
+        "--gpus", type=float, default=0, metavar="N", help="of ray, for each piece; default: 0"
+    )
+    parser.add_argument(
+        "--slurm",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a parameter of submitit, as slurm_partition=gpu or timeout_min=60; may be repeated",
+    )
+    parser.add_argument(
+        "--no-mlflow", action="store_true", help="leave out MLflow; `secateur sync --all` writes it"
+    )
+
+
 def _sync(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--all", action="store_true", help="every experiment, not the workspace only"
@@ -101,6 +131,19 @@ COMMANDS = (
         "  secateur recipe\n"
         "  secateur recipe mnist-lenet300-element --seeds 1 2 3\n"
         "  secateur recipe mnist-lenet300-element --apply",
+    ),
+    Command(
+        "study",
+        "run many experiments as one graph, or list the studies",
+        "secateur.studies.run:command",
+        _study,
+        "A study is a file studies/NAME.yaml: settings, axes, seeds and controls. What cells\n"
+        "share is trained once, what the cache has is not trained again, and every cell becomes a\n"
+        "DVC experiment. Interrupted at any moment, the same command goes on.\n\n"
+        "examples:\n"
+        "  secateur study digits --plan\n"
+        "  secateur study digits --workers 2\n"
+        "  dvc exp apply digits-L1-0.5-s1 && dvc repro",
     ),
     Command(
         "sync",

@@ -1,4 +1,4 @@
-"""Change values in params.yaml; its comments and the order of its keys stay."""
+"""Read params.yaml, and change values in it; its comments and the order of its keys stay."""
 
 import io
 from collections.abc import Mapping
@@ -6,12 +6,27 @@ from pathlib import Path
 from typing import Any
 
 from secateur.base import files, settings
+from secateur.base.documents import read_yaml
+from secateur.base.errors import SettingsError, shorten
 
 _NULL = "tag:yaml.org,2002:null"
 
 
+def read(path: Path | str = settings.FILE) -> dict[str, Any]:
+    """The values of params.yaml, not validated."""
+    content = read_yaml(Path(path), SettingsError)
+    if not isinstance(content, dict):
+        raise SettingsError(f"{path}: {shorten(content)} in place of a table of settings")
+    return content
+
+
 def update(values: Mapping[str, Any], path: Path | str = settings.FILE) -> None:
     """Set each value at its dotted key, in one step; missing tables on the way are made."""
+    files.write_text(Path(path), updated(Path(path).read_text(), values))
+
+
+def updated(text: str, values: Mapping[str, Any]) -> str:
+    """The text of params.yaml with each value set at its dotted key."""
     from ruamel.yaml import YAML
 
     editor = YAML()
@@ -20,13 +35,13 @@ def update(values: Mapping[str, Any], path: Path | str = settings.FILE) -> None:
     editor.representer.add_representer(
         type(None), lambda made, _: made.represent_scalar(_NULL, "null")
     )
-    params = editor.load(Path(path).read_text())
+    params = editor.load(text)
     for key, value in values.items():
         *sections, last = key.split(".")
         table = params
         for section in sections:
             table = table.setdefault(section, {})
         table[last] = value
-    text = io.StringIO()
-    editor.dump(params, text)
-    files.write_text(Path(path), text.getvalue())
+    made = io.StringIO()
+    editor.dump(params, made)
+    return made.getvalue()

@@ -55,7 +55,7 @@ class Recipe:
     def overrides(self) -> list[str]:
         """The settings as arguments of `dvc exp run`."""
         parts = []
-        for key, value in changes(self.settings, _params()).items():
+        for key, value in changes(self.settings, params_file.read()).items():
             if isinstance(value, Mapping):
                 flow = yaml.safe_dump(dict(value), default_flow_style=True, width=math.inf)
                 parts += ["-S", f"{key}={flow.strip()}"]
@@ -79,13 +79,6 @@ def changes(
         else:
             found[f"{prefix}{key}"] = value
     return found
-
-
-def _params() -> dict[str, Any]:
-    content = read_yaml(Path("params.yaml"), SettingsError)
-    if not isinstance(content, dict):
-        raise SettingsError(f"params.yaml: {shorten(content)} in place of a table of settings")
-    return content
 
 
 def load(name: str) -> Recipe:
@@ -156,7 +149,7 @@ class _Library:
             chain.append(below)
         settings: dict[str, Any] = {}
         for each in reversed(chain):
-            settings = _merged(settings, self.written[each].settings)
+            settings = merged(settings, self.written[each].settings)
         return settings
 
 
@@ -213,7 +206,7 @@ def _read(path: Path) -> dict[str, _Written]:
             raise SettingsError(f"{path}: there is another recipe named {name}")
         settings = content.settings
         for _, own in values:
-            settings = _merged(settings, own)
+            settings = merged(settings, own)
         about = _filled(content.about, filled, f"{path}: about")
         found[name] = content.model_copy(update={"about": about, "settings": settings})
     return found
@@ -231,13 +224,13 @@ def _filled(text: str, values: Mapping[str, str], where: str) -> str:
     return re.sub(r"\{([^{}]*)\}|[{}]", value, text)
 
 
-def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """Both tables, `above` where they differ; tables within them likewise."""
     result = dict(below)
     for key, value in above.items():
         inner = result.get(key)
         both = isinstance(inner, Mapping) and isinstance(value, Mapping)
-        result[key] = _merged(inner, value) if both else value  # type: ignore[arg-type]
+        result[key] = merged(inner, value) if both else value  # type: ignore[arg-type]
     return result
 
 
@@ -315,7 +308,7 @@ def _words(value: float) -> str:
 
 def apply(recipe: Recipe) -> None:
     """Write the settings into params.yaml; its comments and everything else stay."""
-    params_file.update(changes(recipe.settings, _params()))
+    params_file.update(changes(recipe.settings, params_file.read()))
     console.say(f"params.yaml has the settings of {recipe.name}; `dvc repro` runs them")
 
 

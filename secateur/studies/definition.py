@@ -1,0 +1,309 @@
+"""A study as it is written in studies/<name>.yaml: settings, axes, seeds, controls, and its cells.
+
+    about: two criteria at two ratios
+    recipe: mnist-lenet300-element        # its settings come first; may be left out
+    settings: {dataset: digits, baseline: {epochs: 5}}
+    axes:
+      method:                             # labels with settings of their own
+        L1: {pruner: magnitude, pruners: {magnitude: {ratios: "{ratio}"}}}
+        L2: {pruner: magnitude, pruners: {magnitude: {ratios: "{ratio}", criterion: l2}}}
+      ratio: [0.5, 0.7]                   # values: of a key of params.yaml, or for "{ratio}"
+    seeds: [1, 2, 3]
+    exclude: [{method: L2, ratio: 0.7}]
+    controls: [dense, random]
+
+A cell is one combination of values with one seed, or a control: one run of the whole pipeline.
+"""
+
+import copy
+import difflib
+import itertools
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter
+
+from secateur.base.documents import read_yaml, validated
+from secateur.base.errors import SettingsError, shorten
+from secateur.pipeline import recipe
+from secateur.studies import controls
+from secateur.studies.controls import Control
+
+FOLDER = Path("studies")
+MAX_CELLS = 20_000
+
+Label = str | int | float
+Bundle = dict[str, JsonValue]
+
+
+class _Written(BaseModel):
+    """Schema of the file."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    about: str
+    recipe: str | None = None
+    settings: Bundle = {}
+    axes: dict[str, list[JsonValue] | dict[Label, Bundle]] = {}
+    seeds: Annotated[list[int], Field(min_length=1)] = [1, 2, 3]
+    exclude: list[dict[str, Label | list[Label]]] = []
+    controls: list[Control] | dict[Control, list[str]] = []
+    """By name: of every method for which they can be said in settings; or with those methods."""
+    method: list[str] | None = None
+    """Axes whose labels together name the method; default: `method`, or those with labels."""
+
+
+_WRITTEN = TypeAdapter(_Written)
+
+
+@dataclass(frozen=True)
+class PlannedCell:
+    """One run of the pipeline in a study."""
+
+    name: str
+    """Of its DVC experiment."""
+    method: str
+    point: str
+    """The values of the axes that are not the method."""
+    seed: int
+    control: str | None
+    settings: dict[str, Any]
+    """What differs from params.yaml, as nested tables."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is to be run, and what it is for."""
+
+    name: str
+    about: str
+    cells: tuple[PlannedCell, ...]
+    notes: tuple[str, ...]
+    """Controls that cannot be said for a method, and why."""
+
+
+def load(name: str, params: Mapping[str, Any]) -> Study:
+    """The study of this name; SettingsError, in one line, for anything that is wrong with it.
+
+    `params` are the values of params.yaml, on top of which its settings are.
+    """
+    path = FOLDER / f"{name}.yaml"
+    if not re.fullmatch(r"[\w.-]+", name) or not path.is_file():
+        known = names()
+        close = difflib.get_close_matches(name, known, n=5) or known
+        raise SettingsError(
+            f"study {shorten(name)}: there is none in {FOLDER}/; there are: "
+            f"{', '.join(close) or 'none'}"
+        )
+    written = validated(_WRITTEN, read_yaml(path, SettingsError), str(path), SettingsError)
+    below = recipe.load(written.recipe).settings if written.recipe else {}
+    common = recipe.merged(below, written.settings)
+    cells, notes = _cells(name, written, common, params, str(path))
+    return Study(name, written.about, tuple(cells), tuple(notes))
+
+
+def names() -> list[str]:
+    """All studies that there are, sorted."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def _cells(
+    name: str,
+    written: _Written,
+    common: Mapping[str, Any],
+    params: Mapping[str, Any],
+    where: str,
+) -> tuple[list[PlannedCell], list[str]]:
+    """All cells of the file, those of the controls last, and what cannot be said of controls."""
+    if len(set(written.seeds)) < len(written.seeds):
+        raise SettingsError(f"{where}: seeds = {written.seeds}: each only once")
+    count = math.prod(len(axis) for axis in written.axes.values()) * len(written.seeds)
+    if count > MAX_CELLS:
+        raise SettingsError(f"{where}: axes: {count:,} cells; at most {MAX_CELLS:,}")
+    _check_axes(written, where)
+    method_axes = _method_axes(written, where)
+    combined: list[tuple[str, str, dict[str, Any]]] = []
+    for values in _combinations(written):
+        settings = _settings(common, written.axes, values, params, where)
+        method = " ".join(_text(values[axis]) for axis in method_axes) or name
+        point = " ".join(_text(v) for axis, v in values.items() if axis not in method_axes)
+        combined.append((method, point, settings))
+    found = [
+        _cell(name, method, point, seed, None, settings)
+        for method, point, settings in combined
+        for seed in written.seeds
+    ]
+    notes: list[str] = []
+    for control, methods in _controls(written, [m for m, _, _ in combined], where).items():
+        made, said = controls.make(control, methods, combined, params)
+        notes += said
+        found += [
+            _cell(name, method, point, seed, control, settings)
+            for method, point, settings in made
+            for seed in written.seeds
+        ]
+    _check_names(found, where)
+    return found, notes
+
+
+def _check_axes(written: _Written, where: str) -> None:
+    """Raise SettingsError for an axis without values, or a value that is no label."""
+    for axis, values in written.axes.items():
+        if not values:
+            raise SettingsError(f"{where}: axes.{axis}: has no values")
+        labels = [_text(value) for value in values]
+        if len(set(labels)) < len(labels):
+            raise SettingsError(f"{where}: axes.{axis}: a value is there twice")
+    for number, rule in enumerate(written.exclude):
+        for axis in rule:
+            if axis not in written.axes:
+                known = ", ".join(written.axes) or "none"
+                raise SettingsError(f"{where}: exclude.{number}.{axis}: no axis; axes: {known}")
+
+
+def _method_axes(written: _Written, where: str) -> list[str]:
+    """The axes whose labels name the method."""
+    if written.method is not None:
+        for axis in written.method:
+            if axis not in written.axes:
+                raise SettingsError(f"{where}: method: {shorten(axis)} is no axis")
+        return written.method
+    if "method" in written.axes:
+        return ["method"]
+    return [axis for axis, values in written.axes.items() if isinstance(values, dict)]
+
+
+def _controls(
+    written: _Written, methods: Sequence[str], where: str
+) -> dict[Control, Sequence[str]]:
+    """The controls that are asked for, with the methods that each belongs to."""
+    asked = written.controls
+    if isinstance(asked, list):
+        asked = {control: [*dict.fromkeys(methods)] for control in asked}
+    for control, of in asked.items():
+        for method in of:
+            if method not in methods:
+                raise SettingsError(f"{where}: controls.{control}: {shorten(method)} is no method")
+    both = asked.get("scratch")
+    if both is None:
+        return dict(asked)
+    parts: dict[Control, Sequence[str]] = {"scratch_epochs": both, "scratch_compute": both}
+    return {control: of for control, of in asked.items() if control != "scratch"} | parts
+
+
+def _combinations(written: _Written) -> Iterator[dict[str, Any]]:
+    """A value for every axis, without those that are excluded."""
+    for values in itertools.product(*written.axes.values()):
+        found = dict(zip(written.axes, values, strict=True))
+        if not any(_excluded(found, rule) for rule in written.exclude):
+            yield found
+
+
+def _excluded(values: Mapping[str, Any], rule: Mapping[str, Any]) -> bool:
+    """Whether all that the rule names has one of the values that it names."""
+    return bool(rule) and all(
+        values[axis] in (named if isinstance(named, list) else [named])
+        for axis, named in rule.items()
+    )
+
+
+def _settings(
+    common: Mapping[str, Any],
+    axes: Mapping[str, Any],
+    values: Mapping[str, Any],
+    params: Mapping[str, Any],
+    where: str,
+) -> dict[str, Any]:
+    """The settings of one combination, with the values of its axes filled in."""
+    settings = dict(copy.deepcopy(common))
+    used: set[str] = set()
+    for axis, value in values.items():
+        if isinstance(axes[axis], dict):
+            settings = recipe.merged(settings, axes[axis][value])
+            used.add(axis)
+    settings = _filled(settings, values, used)
+    for axis, value in values.items():
+        if axis in used:
+            continue
+        table: Any = params
+        for part in axis.split("."):
+            if not isinstance(table, Mapping) or part not in table:
+                raise SettingsError(
+                    f"{where}: axes.{axis}: neither a key of params.yaml nor used as "
+                    f"'{{{axis}}}' in the settings"
+                )
+            table = table[part]
+        settings = recipe.merged(settings, nested({axis: value}))
+    return _numbers(settings)
+
+
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Tables within tables, of values by dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in flat.items():
+        *sections, last = key.split(".")
+        table = found
+        for section in sections:
+            table = table.setdefault(section, {})
+        table[last] = value
+    return found
+
+
+def _filled(tree: Any, values: Mapping[str, Any], used: set[str]) -> Any:
+    """The tree with every text `{axis}` replaced by the value of that axis."""
+    if isinstance(tree, Mapping):
+        return {key: _filled(value, values, used) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_filled(value, values, used) for value in tree]
+    match = re.fullmatch(r"\{([\w.]+)\}", tree) if isinstance(tree, str) else None
+    if match is not None and match[1] in values:
+        used.add(match[1])
+        return values[match[1]]
+    return tree
+
+
+def _numbers(tree: Any) -> Any:
+    """The tree with numbers where YAML 1.1 has left text, as in 1e-4: so DVC reads params.yaml."""
+    if isinstance(tree, Mapping):
+        return {key: _numbers(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_numbers(value) for value in tree]
+    if isinstance(tree, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", tree):
+        return float(tree)
+    return tree
+
+
+def _text(value: Any) -> str:
+    """A value of an axis as a label."""
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, list | dict):
+        return re.sub(r"[\[\]{}'\" ]", "", str(value)).replace(",", "-")
+    return str(value)
+
+
+def _cell(
+    study: str, method: str, point: str, seed: int, control: str | None, settings: dict[str, Any]
+) -> PlannedCell:
+    parts = [study, *([control] if control else []), method, point]
+    words = [re.sub(r"[^\w.]+", "-", part).strip("-.") for part in parts if part]
+    name = "-".join([*dict.fromkeys(words), f"s{seed}"])
+    return PlannedCell(name, method, point, seed, control, settings | {"seed": seed})
+
+
+def _check_names(cells: Sequence[PlannedCell], where: str) -> None:
+    """Raise SettingsError if two cells would have one name, or a name that Git refuses."""
+    seen: dict[str, PlannedCell] = {}
+    for cell in cells:
+        other = seen.setdefault(cell.name, cell)
+        if other is not cell:
+            raise SettingsError(
+                f"{where}: {cell.method} {cell.point} and {other.method} {other.point} would both "
+                f"be named {cell.name}; take other labels"
+            )
+        if ".." in cell.name or cell.name.endswith(".lock") or len(cell.name) > 200:
+            raise SettingsError(f"{where}: {shorten(cell.name)}: no name for an experiment")

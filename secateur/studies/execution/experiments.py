@@ -1,0 +1,107 @@
+"""Cells as experiments of DVC: commits under refs/exps, as `dvc exp run` makes them.
+
+All are written by one call of `git fast-import`, without a workspace.
+"""
+
+import hashlib
+import json
+import subprocess
+from collections.abc import Mapping
+from typing import Any
+
+from dvc.repo.experiments.refs import ExpRefInfo
+from dvc.utils.serialize import dumps_yaml, loads_yaml
+
+from secateur.base.errors import SecateurError, cut
+from secateur.pipeline import params_file, recipe
+from secateur.studies.execution.keys import PARAMS, Entry
+from secateur.studies.execution.snapshot import Snapshot, git
+from secateur.studies.plan import Plan
+
+LOCK = "dvc.lock"
+NOTE = "Secateur-Cell: "
+
+
+class Experiments:
+    """The experiments of one study, on top of the commit that is checked out."""
+
+    def __init__(self, snapshot: Snapshot, plan: Plan, study: str) -> None:
+        self.snapshot, self.plan, self.study = snapshot, plan, study
+        self._committer = git(snapshot.root, "var", "GIT_COMMITTER_IDENT")
+        self._known = _read_digests(snapshot)
+        self._params = (plan.graph.folder / PARAMS).read_text()
+        lock = plan.graph.folder / LOCK
+        self._lock: dict[str, Any] = loads_yaml(lock.read_text()) if lock.is_file() else {}
+
+    def write(self) -> int:
+        """Write an experiment for every finished cell that has none yet; returns how many."""
+        commands: list[bytes] = []
+        written: dict[str, str] = {}
+        for number, cell in enumerate(self.plan.cells):
+            if not self.plan.finished(number):
+                continue
+            entries = self._entries(number)
+            content = [self.snapshot.tree, cell.settings, entries]
+            text = json.dumps(content, sort_keys=True, default=str)
+            digest = hashlib.sha256(text.encode()).hexdigest()[:32]
+            ref = str(ExpRefInfo(self.snapshot.revision, cell.name))
+            if self._known.get(ref) != digest:
+                commands.append(self._commit(number, ref, entries, digest))
+                written[ref] = digest
+        if commands:
+            _import(self.snapshot, b"".join(commands))
+            self._known |= written
+        return len(written)
+
+    def _entries(self, cell: int) -> dict[str, Entry]:
+        """Finished stages of a cell by name."""
+        ids = self.plan.by_cell[cell]
+        return {self.plan.works[id].stage.name: self.plan.entries[id] for id in ids}
+
+    def _commit(self, number: int, ref: str, entries: Mapping[str, Entry], digest: str) -> bytes:
+        """Commands of fast-import for a commit: the project's files, and what the cell changes."""
+        cell, graph = self.plan.cells[number], self.plan.graph
+        changed = recipe.changes(cell.settings, graph.params)
+        lock = {"schema": "2.0", "stages": {}} | self._lock
+        lock["stages"] = {**lock["stages"], **entries}
+        contents = {
+            PARAMS: params_file.updated(self._params, changed).encode(),
+            LOCK: dumps_yaml(lock).encode(),
+        }
+        for id in self.plan.by_cell[number]:
+            for path in self.plan.works[id].stage.uncached:
+                contents[path] = graph.read(self.plan.entries[id], path)
+        message = f"study {self.study}: {cell.name}\n\n{NOTE}{digest}\n".encode()
+        lines = [
+            f"commit {ref}\n".encode(),
+            f"committer {self._committer}\n".encode(),
+            b"data %d\n%s\n" % (len(message), message),
+            f"from {self.snapshot.revision}\n".encode(),
+            f'M 040000 {self.snapshot.tree} ""\n'.encode(),
+        ]
+        for path, content in contents.items():
+            lines.append(f"M 100644 inline {path}\n".encode())
+            lines.append(b"data %d\n%s\n" % (len(content), content))
+        return b"".join(lines)
+
+
+def _read_digests(snapshot: Snapshot) -> dict[str, str]:
+    """Ref -> digest of the cell, of the experiments on this commit that a study has written."""
+    place = str(ExpRefInfo(snapshot.revision))
+    shape = "%(refname) %(contents:lines=3)%00"
+    listed = git(snapshot.root, "for-each-ref", f"--format={shape}", place)
+    found = {}
+    for item in listed.split("\0"):
+        ref, _, message = item.strip().partition(" ")
+        if NOTE in message:
+            found[ref] = message.partition(NOTE)[2].strip()
+    return found
+
+
+def _import(snapshot: Snapshot, commands: bytes) -> None:
+    done = subprocess.run(
+        ["git", "fast-import", "--quiet", "--force"], cwd=snapshot.root, input=commands,
+        capture_output=True, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        raise SecateurError(f"git fast-import: {cut(done.stderr.decode(errors='replace'), 300)}")

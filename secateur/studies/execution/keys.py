@@ -1,0 +1,268 @@
+"""The stages of dvc.yaml for given params, their keys in DVC's run cache, and what lies there.
+
+DVC's own code resolves the templates, hashes the files and the keys; here is only the walk over the
+stages that `dvc repro` would make for one state of the workspace, without a workspace for each.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dvc.dependency import loads_from
+from dvc.exceptions import DvcException
+from dvc.parsing import DataResolver
+from dvc.parsing.context import Context
+from dvc.repo import Repo
+from dvc.schema import COMPILED_LOCK_FILE_STAGE_SCHEMA
+from dvc.stage import PipelineStage, create_stage
+from dvc.stage.cache import _get_cache_hash
+from dvc.stage.serialize import to_single_stage_lockfile
+from dvc.utils.serialize import load_yaml
+from voluptuous import Invalid
+
+from secateur.base.errors import SecateurError, SettingsError, cut
+from secateur.studies.execution.snapshot import bring
+
+PARAMS = "params.yaml"
+Entry = dict[str, Any]
+"""A stage as it stands in dvc.lock and in the run cache: cmd, deps, params, outs."""
+
+
+@dataclass(frozen=True)
+class ResolvedStage:
+    """A stage of dvc.yaml, with `${...}` filled in."""
+
+    name: str
+    cmd: str
+    deps: tuple[str, ...]
+    """Paths, sorted as in dvc.lock."""
+    params: tuple[str, ...]
+    """Dotted keys of params.yaml."""
+    outs: tuple[str, ...]
+    """Paths, sorted."""
+    uncached: tuple[str, ...]
+    """The outs that Git keeps."""
+    upstream: tuple[str, ...]
+    """Stages whose outs it reads."""
+
+
+class Graph:
+    """The stages and files of one copy of the project.
+
+    A copy is a folder with the tracked files of the project, with the project's cache.
+    """
+
+    def __init__(self, folder: Path, root: Path) -> None:
+        self.folder, self.root = folder, root
+        self.ignored: list[str] = []
+        """Files that stages depend on and Git ignores, brought from the project."""
+        self.repo = Repo(str(folder))
+        self.wiring = load_yaml(str(folder / "dvc.yaml"))
+        self.params: dict[str, Any] = load_yaml(str(folder / PARAMS))
+        """Of the copy's params.yaml, as DVC reads it."""
+        self.cache = Path(self.repo.cache.local.path)
+        """The folder of the objects, by the beginning of their hashes."""
+        self._runs = Path(self.repo.stage_cache.cache_dir)
+        self._names = sorted(set(re.findall(r"\$\{([\w.]+)\}", json.dumps(self.wiring))))
+        self._resolved: dict[str, tuple[ResolvedStage, ...]] = {}
+        self._files: dict[str, Entry] = {}
+        self._whole: dict[str, bool] = {}
+        placeholder = {"name": "files", "cmd": "-", "wdir": str(folder), "deps": [], "outs": []}
+        self._holder = create_stage(
+            PipelineStage, self.repo, str(folder / "dvc.yaml"), **placeholder
+        )
+
+    def stages(self, params: Mapping[str, Any]) -> tuple[ResolvedStage, ...]:
+        """All stages for these params, each after those whose outs it reads."""
+        used = json.dumps([value_at(params, name) for name in self._names], default=str)
+        if used not in self._resolved:
+            self._resolved[used] = self._resolve(params)
+        return self._resolved[used]
+
+    def _resolve(self, params: Mapping[str, Any]) -> tuple[ResolvedStage, ...]:
+        try:
+            resolver = DataResolver(self.repo, str(self.folder), self.wiring)
+            context = Context(dict(params))
+            for definition in resolver.definitions.values():
+                definition.context = context
+            resolver.context = context
+            found = resolver.resolve()["stages"]
+        except DvcException as error:
+            raise SettingsError(f"dvc.yaml: {cut(str(error), 200)}") from None
+        makers: dict[str, str] = {}
+        outs: dict[str, tuple[list[str], list[str]]] = {}
+        for name, stage in found.items():
+            outs[name] = _outs(name, stage)
+            makers |= dict.fromkeys(outs[name][0], name)
+        resolved = {
+            name: ResolvedStage(
+                name,
+                stage["cmd"],
+                tuple(sorted(stage["deps"])),
+                tuple(_keys(name, stage)),
+                tuple(outs[name][0]),
+                tuple(outs[name][1]),
+                tuple(dict.fromkeys(makers[d] for d in stage["deps"] if d in makers)),
+            )
+            for name, stage in found.items()
+        }
+        return tuple(_ordered(resolved))
+
+    def file(self, path: str) -> Entry:
+        """A dependency that no stage makes, as it stands in dvc.lock; hashed once."""
+        if path not in self._files:
+            if not (self.folder / path).exists() and (self.root / path).exists():
+                bring(self.root / path, self.folder / path)
+                self.ignored.append(path)
+            (dep,) = loads_from(self._holder, [path])
+            try:
+                dep.save()
+            except (DvcException, OSError) as error:
+                raise SettingsError(f"dvc.yaml: {path}: {cut(str(error), 200)}") from None
+            self._holder.deps = [dep]
+            (self._files[path],) = to_single_stage_lockfile(self._holder)["deps"]
+        return self._files[path]
+
+    def declared(self, stage: ResolvedStage, params: Mapping[str, Any]) -> dict[str, Any]:
+        """The values that the stage declares, by dotted key in DVC's order."""
+        found = {}
+        for key in sorted(stage.params):
+            found[key] = value_at(params, key)
+            if found[key] is None and not _has(params, key):
+                raise SettingsError(f"params.yaml: {key}: missing; stage {stage.name} declares it")
+        return found
+
+    def entry(
+        self, stage: ResolvedStage, params: Mapping[str, Any], upstream: Mapping[str, Entry]
+    ) -> Entry:
+        """The stage before it has run: cmd, deps with their hashes, params, paths of the outs.
+
+        `upstream` has the finished entries of the stages that it reads.
+        """
+        made = {out["path"]: out for entry in upstream.values() for out in entry["outs"]}
+        deps = [dict(made[path]) if path in made else self.file(path) for path in stage.deps]
+        return {
+            "cmd": stage.cmd,
+            "deps": deps,
+            "params": {PARAMS: self.declared(stage, params)},
+            "outs": [{"path": path} for path in stage.outs],
+        }
+
+    def find(self, entry: Entry) -> Entry | None:
+        """What DVC would restore for it: the newest entry of its key, if all objects are there."""
+        key = run_key(entry)
+        for path in _newest_first(self._runs / key[:2] / key):
+            try:
+                found: Entry = COMPILED_LOCK_FILE_STAGE_SCHEMA(load_yaml(str(path)))
+            except (DvcException, Invalid, OSError):
+                return None
+            return found if all(self.has_object(out["md5"]) for out in found["outs"]) else None
+        return None
+
+    def has_object(self, md5: str) -> bool:
+        """Whether the cache has a file, or a folder with all its files."""
+        if md5 not in self._whole:
+            self._whole[md5] = False
+            path = self.object(md5)
+            if path.is_file():
+                inner = json.loads(path.read_bytes()) if md5.endswith(".dir") else []
+                self._whole[md5] = all(self.object(file["md5"]).is_file() for file in inner)
+        return self._whole[md5]
+
+    def forget_missing(self) -> None:
+        """Look again for objects that were not in the cache."""
+        self._whole = {md5: there for md5, there in self._whole.items() if there}
+
+    def object(self, md5: str) -> Path:
+        """Where the cache keeps an object."""
+        return self.cache / md5[:2] / md5[2:]
+
+    def read(self, entry: Entry, path: str) -> bytes:
+        """Content of a file that a finished stage has written, also of one in a folder."""
+        for out in entry["outs"]:
+            if out["path"] == path:
+                return self.object(out["md5"]).read_bytes()
+            if path.startswith(f"{out['path']}/") and out["md5"].endswith(".dir"):
+                rest = path.removeprefix(f"{out['path']}/")
+                inside = json.loads(self.object(out["md5"]).read_bytes())
+                for file in inside:
+                    if file["relpath"] == rest:
+                        return self.object(file["md5"]).read_bytes()
+        raise SecateurError(f"{path}: no stage of the study has written it")
+
+
+def run_key(entry: Entry) -> str:
+    """DVC's key of the run cache: sha256 of cmd, deps, params and the paths of the outs."""
+    return str(_get_cache_hash(dict(entry), key=True))
+
+
+def value_at(tree: Any, key: str) -> Any:
+    """The value at a dotted key; None if there is none."""
+    for part in key.split("."):
+        tree = tree.get(part) if isinstance(tree, Mapping) else None
+    return tree
+
+
+def _has(tree: Any, key: str) -> bool:
+    *sections, last = key.split(".")
+    table = value_at(tree, ".".join(sections)) if sections else tree
+    return isinstance(table, Mapping) and last in table
+
+
+def _newest_first(folder: Path) -> Iterator[Path]:
+    """The entries of a key; another process may be renaming one."""
+    times = {}
+    try:
+        paths = list(folder.iterdir())
+    except OSError:
+        return
+    for path in paths:
+        try:
+            times[path] = path.stat().st_mtime
+        except OSError:
+            continue
+    yield from sorted((p for p in times if not p.name.endswith(".tmp")), key=lambda p: -times[p])
+
+
+def _outs(name: str, stage: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Paths of all outs of a stage, and of those that Git keeps."""
+    paths, uncached = [], []
+    for kind in ("outs", "metrics", "plots"):
+        for out in stage.get(kind, []):
+            path, options = next(iter(out.items())) if isinstance(out, dict) else (out, {})
+            paths.append(path)
+            if options.get("cache") is False:
+                uncached.append(path)
+            if options.get("persist"):
+                raise SettingsError(
+                    f"dvc.yaml: stage {name}: persist: DVC never takes it from its cache"
+                )
+    refused = next((k for k in ("always_changed", "frozen", "wdir") if stage.get(k)), None)
+    missing = next((k for k in ("cmd", "deps") if not stage.get(k)), None)
+    if refused or missing or not paths:
+        what = refused or f"no {missing or 'outs'}"
+        raise SettingsError(
+            f"dvc.yaml: stage {name}: {what}: a study cannot take it from the cache"
+        )
+    return sorted(paths), uncached
+
+
+def _keys(name: str, stage: Mapping[str, Any]) -> Iterator[str]:
+    for key in stage.get("params", []):
+        if not isinstance(key, str):
+            raise SettingsError(f"dvc.yaml: stage {name}: params of {PARAMS} only, in a study")
+        yield key
+
+
+def _ordered(stages: Mapping[str, ResolvedStage]) -> Iterator[ResolvedStage]:
+    """Every stage after those that it reads; in the file's order where that leaves a choice."""
+    done: set[str] = set()
+    while len(done) < len(stages):
+        ready = [s for s in stages.values() if s.name not in done and done >= set(s.upstream)]
+        if not ready:
+            raise SettingsError("dvc.yaml: stages read each other's outs in a circle")
+        done.add(ready[0].name)
+        yield ready[0]

@@ -1,0 +1,142 @@
+"""Executor `local`: processes of this machine that start warm."""
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+
+from secateur.base import files
+from secateur.base.errors import SecateurError
+from secateur.studies.execution.snapshot import Snapshot
+from secateur.studies.execution.work import Task
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a piece of work has ended."""
+
+    key: str
+    status: int
+    """0, an exit status, or minus the signal that ended it."""
+
+
+class Executor(Protocol):
+    """Who does pieces of work: several at the same time, none of them twice."""
+
+    slots: int
+    """Pieces that are done at the same time."""
+
+    def submit(self, task: Task) -> None:
+        """Begin a piece of work."""
+
+    def wait(self) -> Sequence[Outcome]:
+        """Wait until at least one piece has ended."""
+
+    def close(self) -> None:
+        """Interrupt what runs, so that it can go on later, and wait for its end."""
+
+
+class LocalExecutor:
+    """Forks from one server, which is started again if it is killed."""
+
+    def __init__(
+        self, snapshot: Snapshot, slots: int, ignored: Sequence[str], name: str = "worker"
+    ) -> None:
+        self.snapshot, self.slots, self.ignored = snapshot, slots, list(ignored)
+        self.name = name
+        """Beginning of the names of its copies of the project."""
+        self._running: dict[str, int] = {}
+        self._channel: socket.socket | None = None
+        self._server: subprocess.Popen[bytes] | None = None
+        self._buffer = b""
+
+    def submit(self, task: Task) -> None:
+        """Fork a process for it, in a copy of the project that no other works in."""
+        slot = next(n for n in range(self.slots) if n not in self._running.values())
+        folder = self.snapshot.copy(f"{self.name}-{slot}", self.ignored)
+        channel = self._channel or self._start()
+        self._running[task.key] = slot
+        line = json.dumps({"task": asdict(task), "folder": str(folder)})
+        with contextlib.suppress(OSError):  # the server was killed: `wait` says so
+            channel.sendall(f"{line}\n".encode())
+
+    def wait(self) -> Sequence[Outcome]:
+        """What has ended since; all that ran, if the server itself was killed."""
+        found: list[Outcome] = []
+        while not found:
+            answer = self._read()
+            if answer is None:
+                found = [Outcome(key, -9) for key in self._running]
+                self._running.clear()
+                self._stop()
+            elif "key" in answer:
+                self._running.pop(str(answer["key"]), None)
+                found.append(Outcome(str(answer["key"]), int(str(answer["status"]))))
+        return found
+
+    def close(self) -> None:
+        """End the server, which interrupts its processes and waits for them."""
+        self._running.clear()
+        self._stop()
+
+    def _start(self) -> socket.socket:
+        """Start the server in a copy of the project, and wait until it has imported everything."""
+        ours, its = socket.socketpair()
+        threads = max(1, processors() // self.slots)
+        environment = {"OMP_NUM_THREADS": str(threads), "DVC_ROOT": str(self.snapshot.root)}
+        environment |= {k: v for k, v in os.environ.items() if k != "DVC_ROOT"}
+        environment["PYTHONPATH"] = ""
+        folder = self.snapshot.copy(f"{self.name}-server", self.ignored)
+        self._server = subprocess.Popen(
+            [sys.executable, "-m", "secateur.studies.execution.workers", str(its.fileno())],
+            cwd=folder, env=environment, pass_fds=[its.fileno()], stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+        its.close()
+        self._channel, self._buffer = ours, b""
+        if self._read() is None:
+            self._stop()
+            raise SecateurError("the workers could not start (see above)")
+        return ours
+
+    def _read(self) -> dict[str, object] | None:
+        """The next line from the server; None if it has ended."""
+        while b"\n" not in self._buffer:
+            if self._channel is None:
+                return None
+            try:
+                more = self._channel.recv(65536)
+            except OSError:
+                more = b""
+            if not more:
+                return None
+            self._buffer += more
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        return dict(json.loads(line))
+
+    def _stop(self) -> None:
+        if self._channel is not None:
+            self._channel.close()
+        if self._server is not None:
+            self._server.wait()
+        self._channel = self._server = None
+
+
+def processors() -> int:
+    """Processors that this process may use (as `base.machine` has it, without importing torch)."""
+    usable = getattr(os, "sched_getaffinity", None)
+    return len(usable(0)) if usable else os.cpu_count() or 1
+
+
+def read_result(task: Task) -> dict[str, object] | None:
+    """The entry that a piece of work has left; None if there is none."""
+    try:
+        content = files.read_bytes(Path(task.result), SecateurError)
+    except SecateurError:
+        return None
+    return dict(json.loads(content))

@@ -1,0 +1,182 @@
+"""Do one piece of work in a copy of the project, and leave in DVC's cache what `dvc repro` would.
+
+It runs in a process of its own, which may have been forked with everything imported.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import runpy
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from secateur.base import files
+from secateur.base.errors import SecateurError
+from secateur.pipeline import params_file
+from secateur.pipeline.mlflow_store import tracking_on
+from secateur.studies.execution.keys import PARAMS, Entry
+from secateur.studies.execution.snapshot import Snapshot
+
+
+@dataclass(frozen=True)
+class Task:
+    """One piece of work, as it travels to who does it."""
+
+    key: str
+    """Of DVC's run cache."""
+    stage: str
+    settings: dict[str, Any]
+    """Values of params.yaml to be changed, by dotted key."""
+    upstream: list[Entry]
+    """The finished stages that it reads."""
+    root: str
+    """The project."""
+    revision: str
+    tree: str
+    cache: str
+    ignored: list[str]
+    """Files that Git ignores and stages depend on."""
+    experiment: str
+    """The cell that it runs for."""
+
+    @property
+    def place(self) -> Path:
+        """Where its lock, log and result lie."""
+        return Path(self.root, ".dvc/tmp/studies", "work", self.key[:2])
+
+    @property
+    def log(self) -> Path:
+        """What the stage has printed."""
+        return self.place / f"{self.key}.log"
+
+    @property
+    def result(self) -> Path:
+        """The finished entry, as JSON."""
+        return self.place / f"{self.key}.json"
+
+    def dumps(self) -> str:
+        """One line of JSON."""
+        return json.dumps(asdict(self))
+
+
+def loads(text: str) -> Task:
+    """The task in a line of JSON."""
+    return Task(**json.loads(text))
+
+
+def snapshot_of(task: Task) -> Snapshot:
+    """The state of the project that it belongs to."""
+    return Snapshot(Path(task.root), task.revision, task.tree, Path(task.cache))
+
+
+def execute(task: Task, folder: Path) -> Entry:
+    """Run the stage in a copy of the project, unless the cache has it; returns its entry.
+
+    Whoever else works on the same key, here or in another process, is waited for. The stage ends
+    this process with SystemExit if it fails.
+    """
+    from dvc.repo import Repo
+
+    task.place.mkdir(parents=True, exist_ok=True)
+    os.chdir(folder)
+    busy, lock = folder / ".dvc" / "tmp" / "busy", task.place / f"{task.key}.lock"
+    with _locked(busy), _locked(lock), Repo(str(folder)) as repo:
+        _set_params(folder, task)
+        (folder / "dvc.lock").unlink(missing_ok=True)
+        stage = repo.stage.load_one("dvc.yaml", task.stage)
+        for finished in task.upstream:  # all outs: records are no deps, but must fit their models
+            for out in repo.stage_cache._create_stage(finished).outs:
+                out.checkout(force=True)
+        found = _run(repo, stage, task)
+        files.write_text(task.result, json.dumps(found))
+    return found
+
+
+def _run(repo: Any, stage: Any, task: Task) -> Entry:
+    """Take the stage from the run cache, or run it and store what it has made."""
+    from dvc.stage.cache import _get_stage_hash
+    from dvc.stage.run import cmd_run
+    from dvc.stage.serialize import to_single_stage_lockfile
+
+    stage.save_deps()
+    key = _get_stage_hash(stage)
+    if key != task.key:
+        raise SecateurError(f"stage {task.stage}: its key is {key[:12]}, planned {task.key[:12]}")
+    entry = repo.stage_cache._load(stage)
+    if entry and repo.stage_cache._create_stage(entry).outs_cached():
+        return _plain(entry)
+    for out in stage.outs:
+        out.remove(ignore_remove=False)
+    environment = {
+        "DVC_ROOT": task.root,
+        "DVC_STAGE": stage.addressing,
+        "DVC_EXP_NAME": task.experiment,
+        "DVC_EXP_BASELINE_REV": task.revision,
+    }
+    server = os.environ.get("MLFLOW_TRACKING_URI", "").startswith(("http://", "https://"))
+    if not (server and tracking_on()):
+        environment["SECATEUR_TRACKING"] = "off"  # the coordinator writes the store's file
+    os.environ.update(environment)
+    module = re.fullmatch(r"python -m ([\w.]+)", stage.cmd)
+    if module is None:
+        cmd_run(stage, run_env=environment)
+    else:
+        _run_module(module[1])
+    stage.save(run_cache=False)
+    for out in stage.outs:  # objects first, so that what the run cache names is there
+        out.commit(relink=False)
+    repo.stage_cache.save(stage)
+    return _plain(to_single_stage_lockfile(stage))
+
+
+def _run_module(name: str) -> None:
+    """What `python -m NAME` does, in this process; SystemExit if it ends with an error."""
+    sys.modules.pop(name, None)
+    arguments, sys.argv = sys.argv, [name]
+    try:
+        runpy.run_module(name, run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        if end.code:
+            raise
+    finally:
+        sys.argv = arguments
+
+
+def _set_params(folder: Path, task: Task) -> None:
+    """Write params.yaml of the cell: that of the copy, with the cell's values."""
+    base = folder / ".dvc" / "tmp" / PARAMS
+    if not base.exists():
+        files.write_text(base, (folder / PARAMS).read_text())
+    files.write_text(folder / PARAMS, params_file.updated(base.read_text(), task.settings))
+
+
+def _plain(entry: Entry) -> Entry:
+    """The entry in plain tables."""
+    plain: Entry = json.loads(json.dumps(entry))
+    return plain
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Alone in a folder, or with a key, also if an interrupted process still saves its state."""
+    with path.open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def main() -> NoReturn:
+    """Do the piece of work on stdin in this folder; exit status and messages are its stage's."""
+    try:
+        execute(loads(sys.stdin.read()), Path.cwd())
+    except SecateurError as error:
+        sys.exit(f"error: {error}")
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""The unique pieces of work of a study, as a graph.
+
+Two cells share a piece if DVC would take it from its cache for the second one: the same command,
+declared params and code, on the same pieces. So N decays, M pruners and S seeds are
+S * (1 + N + N * M) trainings.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from secateur.pipeline import recipe
+from secateur.studies.definition import PlannedCell
+from secateur.studies.execution.keys import Entry, Graph, ResolvedStage
+
+
+@dataclass(frozen=True)
+class Work:
+    """One stage that has to be run once, whichever cells want its result."""
+
+    id: str
+    """Hash of all that its result depends on: known before anything has run."""
+    stage: ResolvedStage
+    upstream: Mapping[str, str]
+    """Stage that it reads -> id of that piece."""
+    cell: int
+    """The first cell that wants it, whose params.yaml it runs with."""
+
+
+@dataclass
+class Plan:
+    """What a study needs, and what of it is finished."""
+
+    graph: Graph
+    cells: Sequence[PlannedCell]
+    works: dict[str, Work] = field(default_factory=dict)
+    """By id, each after those that it reads."""
+    by_cell: list[list[str]] = field(default_factory=list)
+    """The pieces of each cell, one a stage."""
+    entries: dict[str, Entry] = field(default_factory=dict)
+    """Id -> the finished stage, as in dvc.lock."""
+
+    def params(self, cell: int) -> dict[str, Any]:
+        """The whole of params.yaml for a cell."""
+        return recipe.merged(self.graph.params, self.cells[cell].settings)
+
+    def pending(self, id: str) -> Entry | None:
+        """The entry of a piece before it runs; None while one that it reads is not finished."""
+        work = self.works[id]
+        upstream = {}
+        for stage, other in work.upstream.items():
+            if other not in self.entries:
+                return None
+            upstream[stage] = self.entries[other]
+        return self.graph.entry(work.stage, self.params(work.cell), upstream)
+
+    def look_up(self) -> None:
+        """Take from the cache whatever is there, as far as the keys are known."""
+        for id in self.works:
+            if id not in self.entries and (pending := self.pending(id)) is not None:
+                found = self.graph.find(pending)
+                if found is not None:
+                    self.entries[id] = found
+
+    def missing(self) -> list[Work]:
+        """Pieces that are not finished, each after those that it reads."""
+        return [work for id, work in self.works.items() if id not in self.entries]
+
+    def finished(self, cell: int) -> bool:
+        """Whether every stage of a cell is finished."""
+        return all(id in self.entries for id in self.by_cell[cell])
+
+
+def make(graph: Graph, cells: Sequence[PlannedCell]) -> Plan:
+    """The plan for these cells; nothing is looked up yet."""
+    plan = Plan(graph, cells)
+    for number in range(len(cells)):
+        params = plan.params(number)
+        ids: dict[str, str] = {}
+        for work in _works(graph, params, number, ids):
+            plan.works.setdefault(work.id, work)
+        plan.by_cell.append(list(ids.values()))
+    return plan
+
+
+def trains(plan: Plan, work: Work) -> bool:
+    """Whether the stage has a section of params with at least one epoch."""
+    declared = plan.graph.declared(work.stage, plan.params(work.cell))
+    own = declared.get(work.stage.name.replace("-", "_"))
+    return isinstance(own, Mapping) and bool(own.get("epochs"))
+
+
+def _works(
+    graph: Graph, params: Mapping[str, Any], cell: int, ids: dict[str, str]
+) -> Iterator[Work]:
+    """The pieces of one cell; `ids` gets the id of each stage."""
+    for stage in graph.stages(params):
+        made_by = {name: ids[name] for name in stage.upstream}
+        outs = {path for other in graph.stages(params) for path in other.outs}
+        key = {
+            "stage": stage.name,
+            "cmd": stage.cmd,
+            "params": graph.declared(stage, params),
+            "files": {path: graph.file(path)["md5"] for path in stage.deps if path not in outs},
+            "reads": [path for path in stage.deps if path in outs],
+            "upstream": made_by,
+            "outs": stage.outs,
+        }
+        text = json.dumps(key, sort_keys=True, default=str)
+        ids[stage.name] = hashlib.sha256(text.encode()).hexdigest()[:32]
+        yield Work(ids[stage.name], stage, made_by, cell)

@@ -1,0 +1,289 @@
+"""Studies: what they mean, how many pieces of work they are, and that DVC agrees."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from secateur.base.errors import SettingsError
+from secateur.pipeline import params_file
+from secateur.studies import definition, plan
+from secateur.studies.definition import PlannedCell
+from secateur.studies.execution import snapshot
+from secateur.studies.execution.keys import Graph
+
+ROOT = Path(__file__).resolve().parents[1]
+PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
+TRAINING = ("baseline", "sparse-train", "finetune")
+
+
+@pytest.fixture
+def write_study(tmp_path, monkeypatch):
+    """Write studies/mine.yaml into an empty folder, and read it."""
+    (tmp_path / "studies").mkdir()
+    monkeypatch.chdir(tmp_path)
+
+    def write(**content):
+        content = {"about": "a test", "seeds": [1]} | content
+        (tmp_path / "studies/mine.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+        return definition.load("mine", PARAMS)
+
+    return write
+
+
+METHODS = {
+    "L1": {"pruner": "magnitude", "pruners": {"magnitude": {"ratios": "{ratio}"}}},
+    "slim": {"pruner": "network_slimming", "pruners": {"network_slimming": {"ratio": "{ratio}"}}},
+}
+
+
+def test_axes_are_combined_and_their_values_filled_in(write_study):
+    study = write_study(
+        axes={"method": METHODS, "ratio": [0.5, 0.7], "decay": ["1e-4"]},
+        seeds=[1, 2],
+        exclude=[{"method": "slim", "ratio": 0.7}],
+        settings={"baseline": {"epochs": 3}},
+    )
+    assert [c.name for c in study.cells] == [
+        f"mine-{m}-{r}-1e-4-s{s}" for m, r in (("L1", "0.5"), ("L1", "0.7"), ("slim", "0.5"))
+        for s in (1, 2)
+    ]  # fmt: skip
+    cell = study.cells[3]
+    assert (cell.method, cell.point, cell.seed, cell.control) == ("L1", "0.7 1e-4", 2, None)
+    assert cell.settings == {
+        "baseline": {"epochs": 3}, "pruner": "magnitude", "decay": 1e-4, "seed": 2,
+        "pruners": {"magnitude": {"ratios": 0.7}},
+    }  # fmt: skip
+
+
+def test_controls_change_one_thing(write_study):
+    study = write_study(
+        axes={"method": METHODS, "ratio": [0.5]},
+        settings={"baseline": {"epochs": 7, "lr": 0.5}, "sparse_train": {"epochs": 2},
+                  "finetune": {"epochs": 3}},
+        controls=["dense", "dense_longer", "random", "scratch", "smaller"],
+    )  # fmt: skip
+    found = {}
+    for cell in study.cells:
+        found.setdefault(cell.control, []).append(cell.settings)
+    (dense,), (longer,) = found["dense"], found["dense_longer"]
+    assert dense["baseline"]["epochs"] == 7 and longer["baseline"]["epochs"] == 12
+    for one in (dense, longer):
+        assert one["sparse_train"]["epochs"] == one["finetune"]["epochs"] == 0
+        assert one["pruners"]["threshold"]["sensitivity"] == 0 and one["penalty"] == "none"
+    (random,) = found["random"]  # not of slimming
+    assert random["pruners"]["magnitude"] == {"ratios": 0.5, "pick": "random"}
+    assert [s["finetune"]["budget"] for s in found["scratch_compute"]] == ["compute"] * 2
+    for scratch in found["scratch_epochs"]:
+        assert (
+            scratch["finetune"]["init"] == "scratch" and scratch["finetune"]["budget"] == "epochs"
+        )
+        assert (scratch["finetune"]["epochs"], scratch["finetune"]["lr"]) == (7, 0.5)
+    (smaller,) = found["smaller"]
+    assert smaller["baseline"]["epochs"] == 0 and smaller["finetune"]["epochs"] == 7
+    assert any("slim: no control 'random'" in note for note in study.notes)
+    assert any("slim: no control 'smaller'" in note for note in study.notes)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"axes": {"nosuch": [1]}}, "axes.nosuch: neither a key of params.yaml nor used as"),
+        ({"axes": {"decay": []}}, "axes.decay: has no values"),
+        ({"axes": {"decay": [1, 1]}}, "axes.decay: a value is there twice"),
+        ({"seeds": [1, 1]}, "each only once"),
+        ({"seeds": []}, "seeds = []"),
+        ({"exclude": [{"x": 1}]}, "exclude.0.x: no axis"),
+        ({"controls": ["best"]}, "controls"),
+        ({"controls": {"random": ["L9"]}}, "controls.random: 'L9' is no method"),
+        ({"method": ["x"]}, "method: 'x' is no axis"),
+        ({"axes": {"m": {"a b": {}, "a-b": {}}}}, "would both be named mine-a-b-s1"),
+        ({"recipe": "nosuch"}, "recipe 'nosuch': there is none"),
+        ({"extra": 1}, "extra: unknown"),
+        ({"axes": {"seed": [*range(200)], "decay": [*range(200)]}}, "40,000 cells"),
+    ],
+)
+def test_what_is_wrong_with_a_study_is_said_in_one_line(write_study, content, message):
+    with pytest.raises(SettingsError) as error:
+        write_study(**content)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_study_that_is_not_there_is_named_with_those_that_are(write_study):
+    write_study()
+    with pytest.raises(SettingsError, match=r"study 'mien': there is none .*: mine"):
+        definition.load("mien", PARAMS)
+
+
+@pytest.fixture(scope="module")
+def graph(tmp_path_factory):
+    """The stages of this repository, in a project where nothing has run."""
+    folder = tmp_path_factory.mktemp("graph")
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, text=True, capture_output=True,
+        check=True,
+    ).stdout.split()  # fmt: skip
+    for name in listed:
+        if (ROOT / name).is_file() and not name.startswith(("tests/", "docs/", "metrics/")):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes((ROOT / name).read_bytes())
+    command = ["git", "-c", "user.name=t", "-c", "user.email=t@localhost"]
+    for rest in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "state"]):
+        subprocess.run([*command, *rest], cwd=folder, check=True)
+    state = snapshot.take(folder)
+    return Graph(state.copy("plan"), state.root)
+
+
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4), st.randoms())
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_a_grid_costs_one_training_for_each_thing_that_differs(
+    graph, decays, prunes, seeds, random
+):
+    cells = [
+        PlannedCell(f"{d}-{p}-{s}", "", "", s, None, {
+            "seed": s, "decay": 0.1 * d, "pruners": {"std": {"sensitivity": 0.1 * p}},
+        })
+        for d in range(decays) for p in range(1, prunes + 1) for s in range(seeds)
+    ]  # fmt: skip
+    random.shuffle(cells)
+    made = plan.make(graph, cells)
+    counts = Counter(work.stage.name for work in made.works.values())
+    assert counts["prepare"] == 1
+    assert counts["prune"] == counts["evaluate"] == counts["finetune"]
+    assert sum(counts[name] for name in TRAINING) == seeds * (1 + decays + decays * prunes)
+    assert sum(plan.trains(made, work) for work in made.works.values()) == seeds * (
+        1 + decays + decays * prunes
+    )
+    order = list(made.works)
+    for number, id in enumerate(order):
+        assert all(order.index(other) < number for other in made.works[id].upstream.values())
+
+
+def study_of(project, **content):
+    short = {"about": "a test", "seeds": [1], "settings": {"penalty": "none"}}
+    (project.path / "studies").mkdir(exist_ok=True)
+    (project.path / "studies/mine.yaml").write_text(
+        yaml.safe_dump(short | content, sort_keys=False)
+    )
+
+
+def run_study(project, *options, **more):
+    return project.run(
+        "python",
+        "-m",
+        "secateur",
+        "study",
+        "mine",
+        "--workers",
+        "2",
+        "--no-mlflow",
+        *options,
+        **more,
+    )
+
+
+@pytest.mark.pipeline
+def test_the_keys_are_those_of_dvc_and_so_is_the_experiment(project):
+    """What `dvc repro` has made is found, and a cell of it has DVC's own dvc.lock."""
+    seed = params_file.read(project.path / "params.yaml")["seed"]
+    study_of(project, seeds=[seed], settings={})
+    log = run_study(project)
+    assert "1 of 1 cells are experiments of DVC; 0 pieces of work were run" in log
+    show = ["git", "show", f"refs/exps/{_baseline(project)}/mine-s{seed}:dvc.lock"]
+    ours = yaml.safe_load(project.run(*show))
+    assert ours == yaml.safe_load((project.path / "dvc.lock").read_text())
+    changed = project.run("git", "diff", "--stat", "HEAD", show[2].partition(":")[0])
+    assert not changed
+
+
+def _baseline(project):
+    revision = project.run("git", "rev-parse", "HEAD").strip()
+    return f"{revision[:2]}/{revision[2:]}"
+
+
+@pytest.mark.pipeline
+def test_each_training_runs_once_and_dvc_has_nothing_to_add_to_a_cell(
+    project,
+):
+    study_of(
+        project, seeds=[3, 4],
+        axes={"pruners.std.sensitivity": [0.5, 0.75], "decay": [0.001]},
+    )  # fmt: skip
+    shown = run_study(project, "--plan")
+    assert "cells      4" in shown and "trainings  8, of them 8 to be run" in shown
+    log = run_study(project)
+    assert "4 of 4 cells are experiments of DVC; 16 pieces of work were run" in log
+    again = run_study(project)
+    assert "4 of 4 cells are experiments of DVC; 0 pieces of work were run" in again
+    listed = project.dvc("exp", "list", "--name-only").split()
+    names = {f"mine-{t}-0.001-s{s}" for t in ("0.5", "0.75") for s in (3, 4)}
+    assert names <= set(listed)
+    project.run("git", "stash", "-u", "-q")
+    project.dvc("exp", "apply", "mine-0.75-0.001-s4")
+    log = project.dvc("repro")
+    assert "up to date" in log and "Running stage" not in log
+    record = json.loads((project.path / "models/finetuned.run.json").read_text())
+    assert record["params"]["seed"] == 4
+
+
+@pytest.mark.pipeline
+def test_killed_at_any_moment_the_same_command_goes_on(project):
+    """Coordinator and workers are killed in turn; records count what was trained."""
+    study_of(project, seeds=[5], axes={"pruners.std.sensitivity": [0.5, 0.75]})
+    command = [sys.executable, "-m", "secateur", "study", "mine", "--workers", "2", "--no-mlflow"]
+    for number in range(4):
+        process = subprocess.Popen(
+            command, cwd=project.path, env=project.env(), stdout=subprocess.DEVNULL,
+            start_new_session=True,
+        )  # fmt: skip
+        time.sleep(4 + number)
+        if number % 2:
+            process.kill()
+        else:
+            for pid in _descendants(process.pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(1)
+            process.kill()
+        process.wait()
+    assert "2 of 2 cells are experiments of DVC" in run_study(project)
+    trained = Counter()
+    for entry in (project.path / ".dvc/cache/runs").glob("*/*/*"):
+        content = yaml.safe_load(entry.read_text())
+        if content["params"]["params.yaml"].get("seed") == 5:
+            trained[content["cmd"]] += 1
+    assert trained["python -m stages.baseline"] == trained["python -m stages.sparse_train"] == 1
+    assert trained["python -m stages.finetune"] == 2
+
+
+def _descendants(pid):
+    found = []
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        found += [int(child), *_descendants(int(child))]
+    return found
+
+
+@pytest.mark.pipeline
+def test_what_a_stage_refuses_is_one_line_and_the_other_cells_are_finished(project):
+    study_of(
+        project, seeds=[6],
+        axes={"method": {
+            "good": {}, "bad": {"pruner": "magnitude", "pruners": {"magnitude": {
+                "ratios": {"nosuchlayer": 0.5}}}},
+        }},
+    )  # fmt: skip
+    log = run_study(project, ok=False)
+    assert "1 of 2 cells are experiments of DVC" in log
+    assert "error: 1 pieces of work failed, so 1 cells are missing:" in log and "nosuchlayer" in log
+    study_of(project, axes={"decay": [-1.0]})
+    assert "error: cell mine-1-s1: params.yaml: decay" in run_study(project, ok=False)
