@@ -94,6 +94,14 @@ def test_a_schedule_that_does_not_fit_is_told():
         build("gradual", network(), begin=1.5)
     with pytest.raises(SettingsError, match=r"initial = 0\.5: must be less than .* 0\.3"):
         build("gradual", network(), ratios="0: 0.3, 1: 0.6", initial=0.5)
+    with pytest.raises(SettingsError, match=r"gradual\.end: 0\.1 is before begin, 0\.2"):
+        build("gradual", network(), begin=0.2, end=0.1)
+    with pytest.raises(
+        SettingsError, match="begins after 15 of 20 steps and ends after 8; its end"
+    ):
+        fit(
+            network(), digits(), settings(5), penalty=build("gradual", network(), begin=15, end=0.4)
+        )
     with pytest.raises(SettingsError, match="keep must be 'last'"):
         penalty = build("gradual", network())
         fit(network(), digits(), settings(5, keep="best"), penalty=penalty)

@@ -172,13 +172,15 @@ def test_the_divergence_is_over_the_images_and_warms_up():
     assert values == pytest.approx([0, whole / 4, whole / 2, whole, whole])
 
 
-def test_an_optimizer_too_slow_for_it_is_refused():
+def test_what_its_variances_cannot_be_trained_with_is_refused():
     model = network()
     term = parametrizations.joined(
         "variational_dropout", attach("variational_dropout", model), None
     )
     with pytest.raises(SettingsError, match=r"sparse_train\.optimizer = 'sgd': .* adam, adamw"):
         fit(model, digits(), settings(1), penalty=term)
+    with pytest.raises(SettingsError, match=r"sparse_train\.weight_decay = 0\.01: .* must be 0"):
+        fit(model, digits(), settings(1, **ADAM | {"weight_decay": 0.01}), penalty=term)
 
 
 # ---- both --------------------------------------------------------------------------------------

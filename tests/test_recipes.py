@@ -14,6 +14,7 @@ from secateur import cli
 from secateur.base import plugin, settings
 from secateur.base.errors import SettingsError
 from secateur.pipeline import recipe
+from secateur.training.penalty import Course
 
 PARAMS = yaml.safe_load(Path("params.yaml").read_text())
 NAMES = recipe.names()
@@ -54,6 +55,24 @@ def test_a_growing_penalty_fits_into_the_epochs_that_a_recipe_gives_it(name):
     assert penalty.max_steps <= training["epochs"] * steps
     assert training["keep"] == "last"
     assert made["pruner"] == "chosen"
+
+
+STEPPING = [
+    n for n in NAMES if recipe.load(n).settings.get("penalty") in ("gradual", "rigl", "gsm")
+]
+
+
+@pytest.mark.parametrize("name", STEPPING)
+def test_a_penalty_that_prunes_meanwhile_suits_the_training_that_a_recipe_gives_it(name):
+    made = recipe._merged(PARAMS, recipe.load(name).settings)
+    module = plugin.load("penalties", made["penalty"])
+    own = settings.validate(module.Settings, made["penalties"][made["penalty"]], "")
+    penalty = module.build(own, nn.Sequential(nn.Linear(40, 40)), made["decay"])
+    training = settings.validate(settings.Train, made["sparse_train"], "")
+    images = TRAINING_IMAGES[made["dataset"]]
+    steps = training.epochs * math.ceil(images / training.batch_size)
+    penalty.start(Course(training, steps, images))
+    assert (training.keep, made["pruner"]) == ("last", "chosen")
 
 
 PARAMETERS = {  # published, for ten classes

@@ -128,13 +128,20 @@ class VariationalDropout:
             layer.log_variance = nn.Parameter(torch.full_like(layer.weight, settings.initial))
 
     def start(self, course: Course) -> None:
-        """Note the length of the training; ArgumentError for an optimizer that is too slow."""
+        """Note the length of the training; ArgumentError for an optimizer that is too slow,
+        and for weight decay."""
         if course.settings.optimizer == "sgd" and course.steps:
             raise ArgumentError(
                 "optimizer",
                 "variational dropout needs one that divides by the size of the gradient; allowed: "
                 "adam, adamw",
                 course.settings.optimizer,
+            )
+        if course.settings.weight_decay > 0:
+            raise ArgumentError(
+                "weight_decay",
+                "would draw log sigma^2, a parameter of variational dropout, to 0; it must be 0",
+                course.settings.weight_decay,
             )
         self.images = course.images
         self.warmup = course.in_steps(self.settings.warmup)

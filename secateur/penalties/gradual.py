@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from secateur.base.errors import ArgumentError
 from secateur.base.settings import Steps
 from secateur.penalties._shared.course import (
+    MAX_POINTS,
     CoursePenalty,
     CourseSettings,
     Ranking,
@@ -76,6 +77,8 @@ class Settings(CourseSettings):
                 "ratios: ranking global compares all layers, so it takes one number; name layers "
                 "to leave alone under skip"
             )
+        if self.end < self.begin and (self.end < 1) == (self.begin < 1):
+            raise ValueError(f"end: {self.end:g} is before begin, {self.begin:g}")
         if self.scope != "weights" and self.granularity != "weight":
             raise ValueError(f"scope: {self.scope} needs granularity: weight")
         if self.criterion == "geometric_median" and self.granularity == "weight":
@@ -118,9 +121,16 @@ class GradualPenalty(CoursePenalty):
         self.first = course.in_steps(self.settings.begin)
         end = course.in_steps(self.settings.end)
         self.interval = max(1, course.in_steps(self.settings.interval))
-        self.count = max(0, end - self.first) // self.interval
-        check_end(max(end, self.first), course, "gradual")
-        self.trace_interval = -(-(self.count + 1) // 500)
+        check_end(max(end, self.first), course, self.name)
+        if end < self.first:
+            raise ArgumentError(
+                "epochs",
+                f"penalty gradual begins after {self.first:,} of {course.steps:,} steps and ends "
+                f"after {end:,}; its end must not be before its begin",
+                course.settings.epochs,
+            )
+        self.count = (end - self.first) // self.interval
+        self.trace_interval = -(-(self.count + 1) // MAX_POINTS)
 
     def due(self, step: int) -> bool:
         """At the first step, and then `count` times at regular intervals."""

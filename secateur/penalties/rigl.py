@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from secateur.base.settings import Seed, Steps
-from secateur.penalties._shared.course import CoursePenalty, CourseSettings, check_end
+from secateur.penalties._shared.course import MAX_POINTS, CoursePenalty, CourseSettings, check_end
 from secateur.sparsity import masks
 from secateur.sparsity.choices import choose_smallest
 from secateur.sparsity.layer_ratios import layers_left
@@ -112,7 +112,7 @@ class RigL(CoursePenalty):
         self.interval = max(1, course.in_steps(self.settings.interval))
         self.until = course.in_steps(self.settings.until)
         updates = -(-self.until // self.interval)
-        self.trace_interval = -(-max(1, updates) // 500)
+        self.trace_interval = -(-max(1, updates) // MAX_POINTS)
         chance = torch.Generator().manual_seed(self.settings.seed)
         for name, weight in self.held.items():
             if name in course.masks:

@@ -41,7 +41,9 @@ def build(name: str, settings: Any, model: nn.Module) -> Parametrization | None:
     return built
 
 
-def joined(name: str, parametrization: Parametrization | None, penalty: Penalty | None) -> Any:
+def joined(
+    name: str, parametrization: Parametrization | None, penalty: Penalty | None
+) -> Penalty | None:
     """The penalty with the term of the parametrization; the penalty itself if there is none.
 
     Raises ArgumentError if both of them choose what is pruned.
