@@ -388,9 +388,9 @@ def test_only_the_weights_that_matter_most_get_the_gradient_of_the_loss(ranking,
 
 
 def test_gsm_prunes_what_has_become_small_and_needs_the_momentum_of_sgd():
-    model, prepared = network(), digits(400)
+    model, prepared = network(), digits()
     penalty = build("gsm", model, decay=0.05, ratios=0.8)
-    result = fit(model, prepared, settings(40, momentum=0.95, lr=0.02, weight_decay=0.0),
+    result = fit(model, prepared, settings(50, momentum=0.95, lr=0.02, weight_decay=0.0),
                  penalty=penalty)  # fmt: skip
     chosen = penalty.choices()
     size = torch.cat([model.get_parameter(n).detach().abs().flatten() for n in penalty.held])
