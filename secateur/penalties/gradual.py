@@ -65,8 +65,8 @@ class Settings(CourseSettings):
     """The first choice is made after this many steps, or, below 1, this share of the training."""
     end: Steps = 0.7
     """The last one, or one less than `interval` earlier."""
-    interval: Annotated[Steps, Field(gt=0)] = 100
-    """From one choice to the next."""
+    interval: Annotated[Steps, Field(gt=0)] = 0.01
+    """From one choice to the next; at least one step."""
     regrow: bool = False
     """What is pruned goes on learning and may come back."""
 
