@@ -78,9 +78,13 @@ def test_the_share_follows_the_cubic_of_the_paper():
 
 @pytest.mark.parametrize(
     ("given", "first", "count", "interval"),
-    [({"begin": 0.1, "end": 0.5, "interval": 0.05}, 20, 8, 10), ({"begin": 0, "end": 7, "interval": 100}, 0, 0, 100),
-     ({"begin": 10, "end": 0.5, "interval": 7}, 10, 12, 7)],
-)  # fmt: skip
+    [
+        ({"begin": 0.1, "end": 0.5, "interval": 0.05}, 20, 8, 10),
+        ({"begin": 0, "end": 7, "interval": 100}, 0, 0, 100),
+        ({"begin": 10, "end": 0.5, "interval": 7}, 10, 12, 7),
+        ({"interval": 0.001}, 20, 120, 1),
+    ],
+)
 def test_times_are_steps_or_below_one_shares_of_the_training(given, first, count, interval):
     penalty = started("gradual", network(), 200, **given)
     due = [number for number in range(200) if penalty.due(number)]
