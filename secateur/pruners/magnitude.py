@@ -14,7 +14,8 @@ pruning/group_scores.py says, so that residual sums, depthwise convolutions and 
 products are pruned too.
 
 Granularity 2:4: of each four consecutive inputs the two least important, in all layers that have a
-multiple of four (sparsity/semi_structured.py).
+multiple of four (sparsity/semi_structured.py). Removing dead channels afterwards would move inputs
+from one four to another, so that the zeros are no longer two of four: prune.remove_dead: false.
 """
 
 from collections.abc import Callable
@@ -197,7 +198,8 @@ def _prune_two_of_four(settings: Settings, context: PruningContext) -> PruningDe
     found = {name: ~semi_structured.smaller_two_of_four(score) for name, score in scores.items()}
     line = (
         "2:4: only GPUs with sparse matrix units (compute capability 8.0 and higher) skip these "
-        "zeros; on a CPU nothing is gained in time"
+        "zeros, and only if prune.remove_dead: false leaves the fours in place; on a CPU nothing is "
+        "gained in time"
     )
     return PruningDecision(found, lines=(line,))
 
