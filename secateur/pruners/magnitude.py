@@ -198,8 +198,8 @@ def _prune_two_of_four(settings: Settings, context: PruningContext) -> PruningDe
     found = {name: ~semi_structured.smaller_two_of_four(score) for name, score in scores.items()}
     line = (
         "2:4: only GPUs with sparse matrix units (compute capability 8.0 and higher) skip these "
-        "zeros, and only if prune.remove_dead: false leaves the fours in place; on a CPU nothing is "
-        "gained in time"
+        "zeros, and only if prune.remove_dead: false leaves the fours in place; on a CPU nothing "
+        "is gained in time"
     )
     return PruningDecision(found, lines=(line,))
 
