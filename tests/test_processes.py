@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import one_step
@@ -21,7 +20,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 import yaml
-from workspace import ROOT
+from workspace import ROOT, Project
 
 from secateur.base import plugin
 from secateur.data.batches import first_images
@@ -39,14 +38,11 @@ EPS = 2.0**-23
 
 
 @pytest.fixture(scope="module")
-def steps_of_two(tmp_path_factory):
+def steps_of_two(tmp_path_factory, programs):
     """(case, rank) -> weights and row of the history that two processes end with."""
     folder = tmp_path_factory.mktemp("steps")
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("SECATEUR_")}
-    clean |= {"OMP_NUM_THREADS": "1", "SECATEUR_DEVICE": "cpu", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, *TWO.split()[1:], str(Path(one_step.__file__)), str(folder)]
-    done = subprocess.run(command, cwd=ROOT, env=clean, text=True, capture_output=True, timeout=600)
-    assert done.returncode == 0, done.stderr
+    command = [*TWO.split(), "-m", "tests.one_step", str(folder)]
+    Project(ROOT).run(*command, timeout=600, PYTHON_EXEC="python", SECATEUR_DEVICE="cpu")
     found = {}
     for case in one_step.CASES:
         for rank in (0, 1):
@@ -174,28 +170,47 @@ def workers(pid):
     return [w for launcher in children.get(pid, []) for w in children.get(launcher, [])]
 
 
-def test_a_killed_worker_ends_the_stage_and_the_next_run_goes_on(project, tmp_path):
-    project.params(baseline__epochs=100, baseline__keep="last")
-    undisturbed = project.copy(tmp_path / "undisturbed")
-    undisturbed.stage("baseline", **WARM)
-    (project.path / "models/baseline/model.safetensors").unlink()
+def started(project, epochs):
+    """The stage, really in two processes, and the processes, after the first saved state.
+
+    Nothing if it has ended before: a state is saved once a second.
+    """
+    project.params(baseline__epochs=epochs)
+    states = project.saved_states("baseline")
     process = subprocess.Popen(
         [sys.executable, "-m", "stages.baseline"],
         cwd=project.path, env=project.env(**REAL), text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
-    states = project.saved_states("baseline")
     deadline = time.monotonic() + 600
-    while project.saved_states("baseline") == states:
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+    while project.saved_states("baseline") == states and process.poll() is None:
+        assert time.monotonic() < deadline, process.communicate()[0]
         time.sleep(0.02)
-    os.kill(workers(process.pid)[1], signal.SIGKILL)
+    found = workers(process.pid)
+    if len(found) == 2:
+        return process, found
+    assert process.wait(600) == 0, process.communicate()[0]
+    return None
+
+
+def test_a_killed_worker_ends_the_stage_and_the_next_run_goes_on(project, tmp_path):
+    project.params(baseline__keep="last")
+    (project.path / "models/baseline/model.safetensors").unlink()
+    undisturbed = project.copy(tmp_path / "undisturbed")
+    for epochs in (40, 200, 1000):
+        if begun := started(project, epochs):
+            break
+        (project.path / "models/baseline/model.safetensors").unlink()
+    process, (_, second) = begun
+    os.kill(second, signal.SIGKILL)
     log, _ = process.communicate(timeout=600)
     assert process.returncode == 1
     assert "error: baseline: a process of" in log.splitlines()[-1]
     assert not (project.path / "models/baseline/model.safetensors").exists()
     log = project.stage("baseline", **WARM)
     assert "going on after epoch" in log
+    undisturbed.params(baseline__epochs=epochs)
+    undisturbed.stage("baseline", **WARM)
     files = [p.path / "models/baseline/model.safetensors" for p in (project, undisturbed)]
     assert files[0].read_bytes() == files[1].read_bytes()
 

@@ -114,9 +114,10 @@ def test_signals_reach_it(project, number):
             [program, "-c", code], cwd=project.path, env=project.env(), text=True,
             stdout=subprocess.PIPE,
         ) as process:  # fmt: skip
-            assert process.stdout.readline() == f"{bool(warm)}\n"
+            first = process.stdout.readline()
             process.send_signal(number)
             assert process.wait(60) == 7
+            assert first == f"{bool(warm)}\n"
 
 
 def test_it_dies_with_the_process_that_stands_for_it(project):
@@ -140,6 +141,15 @@ def test_what_must_hold_from_the_start_makes_it_a_real_process(project, changed)
     else:
         command = ("bash", "-c", 'ulimit -n 99; exec python -c "$0"', code)
         assert run(project, *command)[1] == "False 1\n"
+
+
+def test_what_libraries_set_in_the_callers_environment_does_not(project):
+    """Not noticed otherwise: everything would still pass, and take twice as long."""
+    import sklearn  # noqa: F401  sets KMP_* in this process
+
+    code = "import sys; print('mlflow' in sys.modules)"
+    assert run(project, "python", "-c", code)[1] == "True\n"
+    assert run(project, "python", "-c", code, GOMP_SPINCOUNT="30000")[1] == "True\n"  # of a stage
 
 
 def test_other_programs_are_not_taken_over(project):

@@ -24,6 +24,8 @@ SHORT = {
 }
 STAGES = ["prepare", "baseline", "sparse_train", "prune", "finetune", "evaluate"]
 MODELS = ["baseline", "sparse", "pruned", "finetuned"]
+AT_START = frozenset(os.environ)
+"""Variables before any library was imported: scikit-learn and Secateur itself set more of them."""
 PROGRAMS: dict[str, str] = {}
 """Variables with which `python` and `dvc` start warm (tests/warm); set by conftest.py."""
 
@@ -53,6 +55,7 @@ class Project:
         clean = {
             k: v for k, v in os.environ.items()
             if not k.startswith(("DVC_", "MLFLOW_", "SECATEUR_", "PYTEST_", "PYTHONDONTWRITE"))
+            and not (k.startswith(("KMP_", "GOMP_")) and k not in AT_START)
         }  # fmt: skip
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         defaults = {"PATH": path, "SECATEUR_TRACKING": "off", "OMP_NUM_THREADS": "1"}

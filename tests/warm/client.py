@@ -43,7 +43,7 @@ def main() -> None:
     name = sys.argv[0].rpartition("/")[2]
     if sys.argv[1:2] == ["-u"]:  # so torchrun starts its processes
         del sys.argv[1]
-    modules = ("stages.", "secateur", "torch.distributed.run")
+    modules = ("stages.", "secateur", "tests.", "torch.distributed.run")
     module = sys.argv[2] if sys.argv[1:2] == ["-m"] and len(sys.argv) > 2 else ""
     path = os.environ.get("WARM_SERVER", "")
     code = sys.argv[1:2] == ["-c"]
@@ -51,8 +51,9 @@ def main() -> None:
     if not ours or not os.access(path, os.F_OK):
         run_real(name)
     with open(path + ".json") as file:  # noqa: PTH123  pathlib takes as long as all of this
-        if json.load(file) != [early(dict(os.environ)), limits()]:
-            run_real(name)
+        environments, limits_of_server = json.load(file)
+    if early(dict(os.environ)) not in environments or limits() != limits_of_server:
+        run_real(name)
     request = {
         "command": [name, *sys.argv[1:]],
         "folder": os.getcwd(),  # noqa: PTH109

@@ -57,12 +57,16 @@ LIBRARIES = [
 """What stages and the commands of DVC import; torch and torchvision come before them."""
 
 
-def import_libraries() -> None:
-    """Import torch as the stages do, forget the project's own modules, and import the rest."""
+def import_libraries() -> dict[str, str]:
+    """Import torch as the stages do, forget the project's own modules, and import the rest.
+
+    Returns the environment in which torch was loaded: tuned, as in what a stage starts.
+    """
     sys.path.insert(0, str(ROOT))
     from secateur.base.allocator import tune_process
 
     tune_process()
+    tuned = early(dict(os.environ))
     from secateur.base import torchvision_import  # noqa: F401  declares operators if need be
 
     sys.path.remove(str(ROOT))
@@ -71,6 +75,8 @@ def import_libraries() -> None:
 
     for name in LIBRARIES:
         importlib.import_module(name)
+    del sys.modules["torch.distributed.run"]  # which runs as __main__: runpy would warn
+    return tuned
 
 
 def serve(path: str, owner: int) -> tuple[list[str], str]:
@@ -220,8 +226,8 @@ def end(error: BaseException | None) -> NoReturn:
 def main() -> NoReturn:
     """Import, serve, and run the command of the request in each forked process."""
     path, owner = sys.argv[1], int(sys.argv[2])
-    Path(path + ".json").write_text(json.dumps([early(dict(os.environ)), limits()]))
-    import_libraries()
+    fits = [early(dict(os.environ)), import_libraries()]
+    Path(path + ".json").write_text(json.dumps([fits, limits()]))
     gc.collect()
     gc.freeze()
     try:
