@@ -47,7 +47,7 @@ def made(tmp_path_factory, empty):
 
 
 @pytest.fixture
-def project(tmp_path, monkeypatch):
+def project(tmp_path, monkeypatch, programs):
     """An empty project."""
     enter(monkeypatch, tmp_path)
     return tmp_path

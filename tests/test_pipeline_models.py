@@ -63,8 +63,8 @@ def test_the_models_name_their_parents(finished):
 
 
 def test_a_structural_penalty_shrinks_the_network(project):
-    project.params(penalty="group_hoyer_square", decay=0.01, arch="lenet5", pruner="threshold")
-    project.params(pruners__threshold__sensitivity=0.01, sparse_train__epochs=25)
+    project.params(penalty="group_hoyer_square", decay=0.03, arch="lenet5", pruner="threshold")
+    project.params(pruners__threshold__sensitivity=0.01, sparse_train__epochs=10)
     log = project.dvc("repro")
     shapes = {
         key: t.shape
