@@ -1,5 +1,6 @@
 """Projects for the tests that run the pipeline, and the order of the files of tests."""
 
+import gc
 import os
 import shutil
 
@@ -11,19 +12,29 @@ from workspace import PROGRAMS, Project, fresh_project
 LONGEST = [
     "test_pipeline_runs.py",  # makes the finished project
     "test_processes.py",
-    "test_weights.py",
-    "test_pipeline_queue.py",
-    "test_pipeline_tracking.py",
-    "test_mlflow_store.py",
-    "test_pipeline_resume.py",
-    "test_stage_start.py",
-    "test_pipeline_experiments.py",
-    "test_pipeline_models.py",
-    "test_pipeline_errors.py",
     "test_data.py",  # forks to decode images, which must be before a runtime has started threads
+    "test_pipeline_queue.py",
     "test_archs.py",
-    "test_export.py",
+    "test_pipeline_resume.py",
     "test_channels_zoo.py",
+    "test_channels.py",
+    "test_pipeline_tracking.py",
+    "test_export.py",
+    "test_growing.py",
+    "test_weights.py",
+    "test_mlflow_store.py",
+    "test_train.py",
+    "test_hostile_input.py",
+    "test_structured.py",
+    "test_regroup.py",
+    "test_recipes.py",
+    "test_pipeline_models.py",
+    "test_pipeline_experiments.py",
+    "test_docs.py",
+    "test_mlflow_model.py",
+    "test_settings.py",
+    "test_stage_start.py",
+    "test_pipeline_errors.py",
 ]
 """Files of tests that take longest, in the order in which workers are given them."""
 
@@ -37,6 +48,12 @@ def pytest_xdist_auto_num_workers(config):
 def pytest_collection_modifyitems(items):
     place = {name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
+
+
+def pytest_collection_finish():
+    """Let the garbage collector pass over what was imported: a million objects, which stay."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """Exported files: equal to the network for every architecture, equal in bytes, free of pickles."""
 
 import copy
+import functools
 import signal
 import subprocess
 import sys
@@ -43,6 +44,17 @@ SMALLEST = [
     ("torchvision", {"name": "squeezenet1_1"}, (3, 32, 32)),
 ]
 """Every architecture in a form with few layers: exporting takes a tenth of a second for each."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_registry():
+    """The table of ONNX's operators, which every export builds anew in half a second, made once."""
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    with pytest.MonkeyPatch.context() as patch:
+        make = staticmethod(functools.cache(ONNXRegistry.from_torchlib))
+        patch.setattr(ONNXRegistry, "from_torchlib", make)
+        yield
 
 
 def about(shape, **changes):
