@@ -1,4 +1,4 @@
-"""One step of training in float64, in this process or under torchrun: `one_step.py <folder>`."""
+"""One step of training in float64, here or under torchrun: `-m tests.one_step <folder>`."""
 
 import json
 import sys
