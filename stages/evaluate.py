@@ -1,12 +1,20 @@
 """evaluate: accuracy, parameters, MACs, size and latency of every model of the chain.
 
 Reads   data/<dataset> (its test images, which no other stage reads), models/baseline,
-        models/sparse, models/pruned, models/finetuned and their *.run.json.
-Writes  metrics/evaluate.json and metrics/layers.csv (one row for each layer of each model), and
-        the pipeline run in MLflow.
+        models/sparse, models/pruned, models/finetuned and their *.run.json, and those of all
+        further rounds in models/rounds.
+Writes  metrics/evaluate.json, metrics/layers.csv (one row for each layer of each model),
+        metrics/rounds.csv (the dense network and the one that each round has left), and the
+        pipeline run in MLflow.
+
+With several rounds, `sparse`, `pruned` and `finetuned` are the models of the last one; what the
+others have left stands under `rounds`. Models in models/rounds of rounds that params.yaml no longer
+has are removed: DVC has them in its cache.
 """
 
+import contextlib
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -21,35 +29,57 @@ from secateur.nn import cost
 from secateur.nn.cost import LayerCost
 from secateur.pipeline import console, record, runner, tracking
 from secateur.pipeline.mlflow_store import Store
-from secateur.pipeline.record import MODELS
+from secateur.pipeline.record import FIRST, MODELS, ROUND, Chain
 from secateur.sparsity.masks import Masks, prunable
 from secateur.training.evaluation import accuracy
 
-REPORT, LAYERS = Path("metrics/evaluate.json"), Path("metrics/layers.csv")
+REPORT, LAYERS, ROUNDS = (Path("metrics", n) for n in ("evaluate.json", "layers.csv", "rounds.csv"))
 
 
 def main() -> None:
     """Load all models, measure, report."""
     context = runner.open_context("evaluate")
+    remove_old_rounds(context.chain)
+    models = context.chain.models
     records = {
-        stage: record.load(context.stage.input(str(MODELS[stage].record)))
-        for stage in context.upstream
+        stage: record.load(context.stage.input(str(model.record)))
+        for stage, model in models.items()
     }
-    histories = {stage: tracking.read_history(MODELS[stage].history) for stage in records}
-    report, layers = measure(context)
+    histories = {stage: tracking.read_history(model.history) for stage, model in models.items()}
+    report, layers = measure(context, records)
     files.write_text(REPORT, json.dumps(report, indent=2) + "\n")
     files.write_text(LAYERS, layers.to_csv(index=False))
+    seconds = sum(records[stage].seconds for stage in ROUND)
+    files.write_text(ROUNDS, rounds_table(report, seconds).to_csv(index=False))
     store = Store()
-    run_id = tracking.pipeline(records, histories, report, [REPORT, LAYERS], store)
-    console.summary(report, asked(records, report), store.uri if run_id else None)
+    written = [REPORT, LAYERS, ROUNDS]
+    run_id = tracking.pipeline(records, histories, report, written, store)
+    console.summary(report, asked(context, report), store.uri if run_id else None)
 
 
-def measure(context: runner.StageContext) -> tuple[dict[str, Any], pd.DataFrame]:
+def remove_old_rounds(chain: Chain, folder: Path = Path("models/rounds")) -> None:
+    """Remove the models of other rounds than those of the chain: a dependency would hold them."""
+    for old in sorted(folder.glob("*/")):
+        if old.name in chain.rounds:
+            continue
+        for model in Chain((old.name,)).models.values():
+            if Path(model.folder).parent == old:
+                shutil.rmtree(model.folder, ignore_errors=True)
+                model.record.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # something else lies there too
+            old.rmdir()
+        console.say(f"evaluate: {old}: no round of params.yaml; its models are removed")
+
+
+def measure(
+    context: runner.StageContext, records: Mapping[str, record.RunRecord]
+) -> tuple[dict[str, Any], pd.DataFrame]:
     """Make the report, and a table with one row for each layer of each model."""
     params, test, info = context.params, context.data.test, context.data.info
     device = machine.device()
-    models = {MODELS[stage].key: found.model() for stage, found in context.upstream.items()}
-    masks = {MODELS[stage].key: found.masks for stage, found in context.upstream.items()}
+    chosen = _measured(context.chain)
+    models = {name: context.upstream[stage].model() for name, stage in chosen.items()}
+    masks = {name: context.upstream[stage].masks for name, stage in chosen.items()}
     batch = first_images(test, info, params.evaluate.latency_batch).to(device)
     rows: dict[str, dict[str, Any]] = {}
     costs: dict[str, list[LayerCost]] = {}
@@ -58,8 +88,9 @@ def measure(context: runner.StageContext) -> tuple[dict[str, Any], pd.DataFrame]
         costs[name] = cost.layer_costs(model, batch[:1], masks[name])
         rows[name] = {"accuracy": correct, "loss": loss}
         rows[name] |= _sizes(model, masks[name], costs[name], models["baseline"])
-    times = cost.latency(models, batch, params.evaluate.latency_repeats)
-    for name in models:
+    shown = {model.key: models[model.key] for model in MODELS.values()}
+    times = cost.latency(shown, batch, params.evaluate.latency_repeats)
+    for name in shown:
         middle, spread = timing.median_and_iqr(times[name])
         rows[name] |= {"latency_ms": middle, "latency_iqr_ms": spread}
     dense, final = rows["baseline"], rows["finetuned"]
@@ -74,10 +105,42 @@ def measure(context: runner.StageContext) -> tuple[dict[str, Any], pd.DataFrame]
         "measured_speedup": timing.speedup(times["baseline"], times["finetuned"]),
         "latency_batch": len(batch),
         "hardware": machine.hardware(),
-        "pruning": context.upstream["prune"].header.notes,
-        **rows,
+        "pruning": context.last("prune").header.notes,
+        **{name: rows[name] for name in shown},
     }
+    if context.chain.rounds:
+        report["rounds"] = _rounds(context.chain, rows, records)
     return report, _layers(costs)
+
+
+def _measured(chain: Chain) -> dict[str, str]:
+    """Name of each model that is measured -> its stage: those of the last round, and the finetuned
+    one of every round before."""
+    stages = {model.key: chain.last[stage] for stage, model in MODELS.items()}
+    before = [FIRST, *chain.rounds][:-1]
+    return stages | {_earlier(name): chain.of_round(name)["finetune"] for name in before}
+
+
+def _earlier(round_name: str) -> str:
+    """Name of the network that an earlier round has left."""
+    return f"finetuned, {round_name}"
+
+
+def _rounds(
+    chain: Chain,
+    rows: Mapping[str, dict[str, Any]],
+    records: Mapping[str, record.RunRecord],
+) -> dict[str, dict[str, Any]]:
+    """By round: size, MACs and accuracy of what it has left, and the seconds that it took."""
+    keys = ("accuracy", "loss", "params", "nonzero", "macs", "macs_dense", "bytes")
+    found = {}
+    for name in [FIRST, *chain.rounds]:
+        row = rows[_earlier(name)] if _earlier(name) in rows else rows["finetuned"]
+        seconds = sum(records[stage].seconds for stage in chain.of_round(name).values())
+        compression = rows["baseline"]["params"] / row["nonzero"]
+        found[name] = {key: row[key] for key in keys}
+        found[name] |= {"compression": compression, "seconds": round(seconds, 3)}
+    return found
 
 
 def _sizes(
@@ -112,12 +175,26 @@ def _layers(costs: Mapping[str, Sequence[LayerCost]]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def asked(records: dict[str, record.RunRecord], report: dict[str, Any]) -> str:
-    """Penalty and pruner of this chain in words."""
-    wanted = records["sparse-train"].params
-    weights = wanted.get("parametrization", "none")
-    also = "" if weights == "none" else f", {weights}"
-    return f"{wanted['penalty']} with decay {wanted['decay']}{also}; {report['pruning']['asked']}"
+def rounds_table(report: Mapping[str, Any], seconds: float) -> pd.DataFrame:
+    """One row for the dense network, round 0, and for what each round has left.
+
+    `seconds` are those of a chain of one round, which stand nowhere in its report.
+    """
+    columns = ["round", "name", "accuracy", "nonzero", "compression", "macs", "seconds"]
+    only = {FIRST: report["finetuned"] | {"compression": report["compression"], "seconds": seconds}}
+    dense = report["baseline"] | {"compression": 1.0, "seconds": 0.0}
+    found = {"dense": dense, **report.get("rounds", only)}
+    rows = [{"round": k, "name": name, **row} for k, (name, row) in enumerate(found.items())]
+    return pd.DataFrame(rows)[columns]
+
+
+def asked(context: runner.StageContext, report: Mapping[str, Any]) -> str:
+    """Penalty and pruner of the last round in words."""
+    penalty, count = context.last("sparse-train").header.notes, len(context.chain.rounds)
+    rounds = f"{1 + count} rounds, the last one with " if count else ""
+    how = f"{penalty['penalty']} with decay {penalty['decay']}"
+    how += f", {penalty['parametrization']}" if "parametrization" in penalty else ""
+    return f"{rounds}{how}; {report['pruning']['asked']}"
 
 
 def _kernels(model: nn.Module) -> int:

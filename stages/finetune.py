@@ -3,7 +3,8 @@
 Reads   data/<dataset>, models/pruned.
 Writes  models/finetuned/model.safetensors with its masks, history.csv (one row per epoch) and
         scales.csv (histogram of the scales of batch normalisations), and
-        models/finetuned.run.json, which names the run that made them.
+        models/finetuned.run.json, which names the run that made them; in a further round the same
+        below models/rounds/<round>/.
 
 With finetune.init: scratch, the pruned architecture is trained from new weights: the control
 that shows what the inherited weights contribute. With finetune.budget: compute it trains for as
@@ -22,14 +23,14 @@ from secateur.sparsity import masks
 from secateur.training import budget
 
 
-def main() -> None:
+def main(round_name: str | None) -> None:
     """Load the pruned network, train it on, save."""
-    runner.train("finetune", finetune)
+    runner.train("finetune", finetune, round_name)
 
 
 def finetune(context: runner.TrainingContext) -> runner.StageResult:
     """Train the pruned network on without a penalty."""
-    settings, pruned = context.params.finetune, context.upstream["prune"]
+    settings, pruned = context.params.finetune, context.start
     model = pruned.model()
     if settings.init == "scratch":
         torch.manual_seed(context.params.seed)
@@ -58,4 +59,4 @@ def _by_compute(context: runner.TrainingContext, dense: nn.Module, pruned: nn.Mo
 
 
 if __name__ == "__main__":
-    console.main(main, "finetune", __doc__)
+    console.main(main, "finetune", __doc__, rounds=True)

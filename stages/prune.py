@@ -4,7 +4,7 @@ Reads   data/<dataset> (a batch for the proof and for criteria that look at the 
         prune.recalibrate more of it), models/sparse.
 Writes  models/pruned/model.safetensors with its masks, outputs.csv (outputs of every layer before
         and after) and scales.csv (histogram of the scales of batch normalisations), and
-        models/pruned.run.json.
+        models/pruned.run.json; in a further round the same below models/rounds/<round>/.
 
 A pruner selects single weights, which are set to zero, or whole channels, which are removed. Masks
 made of groups of channels may become group convolutions (prune.export). Channels that are dead
@@ -13,6 +13,7 @@ same as the masked one before anything is written. Statistics of batch normalisa
 measured again (prune.recalibrate).
 """
 
+from dataclasses import replace
 from itertools import islice
 
 import pandas as pd
@@ -22,7 +23,7 @@ from secateur.base import machine, plugin
 from secateur.base.settings import section
 from secateur.data.batches import Batches, example_batch
 from secateur.gconv import export
-from secateur.nn import cost
+from secateur.nn import checkpoint, cost
 from secateur.pipeline import console, runner
 from secateur.pruning.apply import PrunedNetwork, apply_decision
 from secateur.pruning.decision import PruningContext
@@ -34,20 +35,21 @@ BATCH = 128
 """Images over which statistics are averaged at once."""
 
 
-def main() -> None:
+def main(round_name: str | None) -> None:
     """Load the sparse-trained network, prune, save."""
-    runner.make("prune", prune)
+    runner.make("prune", prune, round_name)
 
 
 def prune(context: runner.StageContext) -> runner.StageResult:
     """Apply the pruner's decision to the sparse-trained network, and remove dead channels."""
-    params, sparse = context.params, context.upstream["sparse-train"]
+    params, sparse = context.params, context.start
     model = sparse.model().eval()
     images, labels = example_batch(context.data.train, context.data.info)
     with section(f"pruners.{params.pruner}"):
         settings = params.chosen("pruners")
         network = PruningContext(model, images, labels, sparse.choices)
         decision = plugin.load("pruners", params.pruner).prune(settings, network)
+    decision = replace(decision, masks=masks.joined(decision.masks, sparse.masks))
     asked = ", ".join([params.pruner, *(f"{k} {v}" for k, v in settings if v is not None)])
     weights = getattr(settings, "granularity", None) == "weight"
     console.reached(decision.notes, "weights" if weights else "channels")
@@ -72,7 +74,7 @@ def prune(context: runner.StageContext) -> runner.StageResult:
     outputs = _outputs(model, pruned.model)
     console.outputs(list(outputs.itertuples(index=False, name=None)))
     metrics = {**decision.notes, **pruned.differences}
-    metrics |= _measure(context, pruned, model, asked)
+    metrics |= _measure(context, pruned, checkpoint.build_architecture(sparse.header), asked)
     metrics["removed_outputs"] = float((outputs.outputs - outputs.outputs_left).sum())
     return runner.StageResult(
         pruned.model,
@@ -142,4 +144,4 @@ def _outputs(before: nn.Module, after: nn.Module) -> pd.DataFrame:
 
 
 if __name__ == "__main__":
-    console.main(main, "prune", __doc__)
+    console.main(main, "prune", __doc__, rounds=True)

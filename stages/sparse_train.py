@@ -2,11 +2,12 @@
 
 The weights may be parametrized meanwhile; the model has plain ones, zeros where they are pruned.
 
-Reads   data/<dataset>, models/baseline.
+Reads   data/<dataset>, models/baseline; in a further round the model that the round starts from.
 Writes  models/sparse/model.safetensors, history.csv (one row per epoch) and scales.csv (histogram
         of the scales of batch normalisations), and models/sparse.run.json, which names the run that
         made them. A penalty with a schedule of its own stores its choice in the model and the
-        growth of its factors in growth.csv, which has no rows otherwise.
+        growth of its factors in growth.csv, which has no rows otherwise. In a further round the
+        same below models/rounds/<round>/; what earlier rounds have pruned stays pruned.
 
 A killed training, run again, resumes from its last saved epoch and ends with the same bytes.
 """
@@ -26,17 +27,17 @@ GROWTH = ["step", "factor", "kept", "chosen"]
 is missing."""
 
 
-def main() -> None:
-    """Load the dense network, train it with the penalty, save."""
-    runner.train("sparse-train", train_sparse)
+def main(round_name: str | None) -> None:
+    """Load the network, train it with the penalty, save."""
+    runner.train("sparse-train", train_sparse, round_name)
 
 
 def train_sparse(context: runner.TrainingContext) -> runner.StageResult:
-    """Train the dense network towards small weights."""
-    params, dense = context.params, context.upstream["baseline"]
-    model = dense.model()
+    """Train the network towards small weights; what is pruned already stays pruned."""
+    params, start = context.params, context.start
+    model = start.model()
     if params.sparse_train.epochs:
-        preflight.check_network(model, context.data.info)
+        preflight.check_network(model, context.data.info, context.round_name)
     with section(f"penalties.{params.penalty}"):
         chosen = params.chosen("penalties")
         penalty = penalties.build(
@@ -46,14 +47,14 @@ def train_sparse(context: runner.TrainingContext) -> runner.StageResult:
     with section(f"parametrizations.{name}"):
         parametrization = parametrizations.build(name, params.chosen("parametrizations"), model)
         term = parametrizations.joined(name, parametrization, penalty)
-    fit = context.fit(model, params.sparse_train, penalty=term)
+    fit = context.fit(model, params.sparse_train, penalty=term, masks=start.masks)
     notes = {"penalty": params.penalty, "decay": params.decay}
     if parametrization is None:
-        result = runner.trained(model, context.header(dense, **notes), fit)
+        result = runner.trained(model, context.header(start, **notes), fit, start.masks)
     else:
         zeros = parametrization.collapse()
-        header = context.header(dense, **notes, parametrization=name)
-        result = replace(runner.trained(model, header, fit), choices=zeros)
+        header = context.header(start, **notes, parametrization=name)
+        result = replace(runner.trained(model, header, fit, start.masks), choices=zeros)
     if not isinstance(penalty, ScheduledPenalty):
         return replace(result, tables={"growth": pd.DataFrame(columns=GROWTH)})
     rows = penalty.growth_table()
@@ -62,4 +63,4 @@ def train_sparse(context: runner.TrainingContext) -> runner.StageResult:
 
 
 if __name__ == "__main__":
-    console.main(main, "sparse_train", __doc__)
+    console.main(main, "sparse_train", __doc__, rounds=True)

@@ -27,7 +27,7 @@ TRAINING_IMAGES = {"cifar10": 50_000, "cifar100": 50_000, "imagenet": 1_281_167,
 def test_a_recipe_on_top_of_params_yaml_is_sound(name, tmp_path):
     made = recipe.load(name)
     path = tmp_path / "params.yaml"
-    path.write_text(yaml.safe_dump(recipe.merged(PARAMS, made.settings)))
+    path.write_text(yaml.safe_dump(settings.merged(PARAMS, made.settings)))
     settings.check(path)
     assert made.about and "{" not in made.about
 
@@ -40,12 +40,12 @@ def test_a_recipe_changes_only_keys_that_there_are(name):
         table = PARAMS
         for section in sections:
             table = table[section]
-        assert last in table, key
+        assert last in table or sections == ["rounds"], key
 
 
 @pytest.mark.parametrize("name", GROWING)
 def test_a_growing_penalty_fits_into_the_epochs_that_a_recipe_gives_it(name):
-    made = recipe.merged(PARAMS, recipe.load(name).settings)
+    made = settings.merged(PARAMS, recipe.load(name).settings)
     module = plugin.load("penalties", made["penalty"])
     written = made["penalties"][made["penalty"]] | {"ratios": 0.5, "skip": []}
     own = settings.validate(module.Settings, written, "")
@@ -98,7 +98,7 @@ PARAMETERS = {  # published, for ten classes
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_a_recipe_names_the_network_that_was_published(name):
-    made = recipe.merged(PARAMS, recipe.load(name).settings)
+    made = settings.merged(PARAMS, recipe.load(name).settings)
     module, own = plugin.load("archs", made["arch"]), made["archs"][made["arch"]]
     large = made["dataset"] == "imagenet"
     with torch.device("meta"):
@@ -112,7 +112,7 @@ def test_a_recipe_names_the_network_that_was_published(name):
 
 @pytest.mark.parametrize("name", [n for n in NAMES if re.match("(gconv-)?dense-", n)])
 def test_a_dense_recipe_trains_nothing_but_the_dense_network(name):
-    made = recipe.merged(PARAMS, recipe.load(name).settings)
+    made = settings.merged(PARAMS, recipe.load(name).settings)
     assert made["sparse_train"]["epochs"] == made["finetune"]["epochs"] == 0
     assert (made["penalty"], made["pruners"]["threshold"]["sensitivity"]) == ("none", 0)
     assert made["baseline"]["keep"] == "last" and made["data"]["validation"] == 0

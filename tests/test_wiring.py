@@ -26,7 +26,12 @@ OBSERVERS = {
 """No result depends on them."""
 WIRING = yaml.safe_load((ROOT / "dvc.yaml").read_text())
 APART = [yaml.safe_load(file.read_text()) for file in sorted(ROOT.glob("stages/*/dvc.yaml"))]
-STAGES = WIRING["stages"] | {name: stage for one in APART for name, stage in one["stages"].items()}
+STAGES = WIRING["stages"] | {
+    f"{name}@x" if "foreach" in stage else name: stage.get("do", stage)
+    for one in APART
+    for name, stage in one["stages"].items()
+}
+"""By name; `prune@x` is the one of each further round."""
 CODE = sorted(
     p.relative_to(ROOT).as_posix() for d in ("stages", "secateur") for p in (ROOT / d).rglob("*.py")
 )
@@ -74,7 +79,7 @@ def reached(start: set[str], root: Path = ROOT) -> set[str]:
 
 
 def script(stage: dict) -> str:
-    match = re.fullmatch(r"python -m stages\.(\w+)", stage["cmd"])
+    match = re.fullmatch(r"python -m stages\.(\w+)( --round \$\{key\})?", stage["cmd"])
     assert match, stage["cmd"]
     file = f"stages/{match[1]}.py"
     return file if file in CODE else f"stages/{match[1]}/__main__.py"
@@ -194,13 +199,17 @@ def test_a_plugin_has_what_the_protocol_of_its_kind_says(kind, name):
 @pytest.mark.parametrize("name", STAGES)
 def test_the_table_of_stages_agrees_with_dvc_yaml(name):
     """Names, scripts, inputs and models of record.STAGES."""
-    spec, stage = record.STAGES[name], STAGES[name]
-    assert stage["cmd"] == f"python -m stages.{spec.module}"
+    spec, stage = record.stage_spec(name), STAGES[name]
+    first, _, round_name = name.partition("@")
+    argument = " --round ${key}" if round_name else ""
+    assert stage["cmd"] == f"python -m stages.{record.STAGES[first].module}{argument}"
     assert (name in WIRING["stages"]) == (spec.pipeline == "dvc.yaml")
-    read = [record.MODELS[maker].folder for maker in spec.inputs]
-    folders = [dep for dep in stage["deps"] if dep.startswith("models/") and "." not in dep]
-    assert folders == read
-    written = [out for out in stage.get("outs", []) if str(out).startswith("models/")]
+    read = [record.model_spec(maker).folder for maker in spec.inputs]
+    read += ["models/rounds"] if spec.rounds else []
+    deps = [d.replace("${item.after}", "finetuned").replace("${key}", "x") for d in stage["deps"]]
+    assert [dep for dep in deps if dep.startswith("models/") and "." not in dep] == read
+    outs = [str(out).replace("${key}", "x") for out in stage.get("outs", [])]
+    written = [out for out in outs if out.startswith("models/")]
     written = [out for out in written if out != "models/export"]  # for others: no checkpoint
     assert written == ([spec.model.folder, str(spec.model.record)] if spec.model else [])
 

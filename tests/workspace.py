@@ -151,7 +151,7 @@ def fresh_project(path):
         if (ROOT / name).is_file() and not name.startswith(("tests/", "docs/", "metrics/")):
             (path / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, path / name)  # with the time that is noted in compiled code
-    for lock in (path / "dvc.lock", path / "stages/sensitivity/dvc.lock"):
+    for lock in [path / "dvc.lock", *path.glob("stages/*/dvc.lock")]:
         lock.unlink(missing_ok=True)
     project = Project(path)
     project.params(**{f"{s}__{k}": v for s, keys in SHORT.items() for k, v in keys.items()})

@@ -1,14 +1,16 @@
 """params.yaml -> typed, validated settings; unknown keys and impossible values are refused."""
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     TypeAdapter,
@@ -271,6 +273,55 @@ class ExportedFiles(Strict):
     """name or name@alias of the registered model in MLflow that becomes this network."""
 
 
+class RoundSparseTrain(Train):
+    """Section sparse_train as a round may change it, and the penalty's strength and settings."""
+
+    decay: NonNegative
+    penalties: Table
+    """Of the penalty in use, by its name."""
+
+
+class RoundPrune(Prune):
+    """Section prune as a round may change it, and the pruner's settings."""
+
+    pruners: Table
+    """Of the pruner in use, by its name."""
+
+
+def _round_name(name: Any) -> Any:
+    """The name; ValueError for a number, which `dvc exp run -S` cannot address."""
+    named = isinstance(name, str) and re.fullmatch(r"[a-z][a-z0-9_]{,63}", name)
+    if not named or name == "round1":  # which is the main chain's in reports
+        raise ValueError("a name is needed, such as round2: small letters, digits and '_'")
+    return name
+
+
+def _model_of_a_round(path: str) -> str:
+    """The path; ValueError unless it may name the model that a round leaves."""
+    if not re.fullmatch(r"(rounds/[a-z][a-z0-9_]*/)?(pruned|finetuned)", path):
+        raise ValueError(
+            "the model that the round starts from: finetuned, or rounds/<name>/finetuned of "
+            "another round; pruned in its place: the same before finetuning"
+        )
+    return path
+
+
+class Round(Strict):
+    """A further round of sparse-train, prune and finetune: what differs from the first one.
+
+    A stage of a round holds only what dvc.yaml declares for it; params.yaml has all four keys.
+    """
+
+    after: Annotated[str, AfterValidator(_model_of_a_round)] = ""
+    """The model below models/ that the round starts from."""
+    sparse_train: dict[str, Any] = Field(default_factory=dict)
+    """Keys of RoundSparseTrain."""
+    prune: dict[str, Any] = Field(default_factory=dict)
+    """Keys of RoundPrune."""
+    finetune: dict[str, Any] = Field(default_factory=dict)
+    """Keys of Finetune."""
+
+
 Version = Annotated[str, Field(pattern=r"^\d+(\.\w+)*$")]
 
 
@@ -296,6 +347,8 @@ class Params(Strict):
     sparse_train: Train
     prune: Prune
     finetune: Finetune
+    rounds: dict[Annotated[str, BeforeValidator(_round_name)], Round]
+    """Further rounds, each after another one; see `chain`."""
     evaluate: Evaluate
     sensitivity: Sensitivity
     export: ExportedFiles
@@ -328,6 +381,43 @@ class Params(Strict):
         table: Table = getattr(self, kind)
         return validate(plugin.load(kind, name).Settings, table.get(name) or {}, f"{kind}.{name}")
 
+    def of_round(self, name: str) -> Self:
+        """These params with what differs in a round, in those sections that are held here.
+
+        Raises SettingsError naming the key of the round.
+        """
+        found, held = self.rounds[name], vars(self)
+        changed: dict[str, Any] = {}
+        if "sparse_train" in held:
+            plain = held["sparse_train"].model_dump() | {"decay": self.decay}
+            where = f"rounds.{name}.sparse_train"
+            table = self._patched(RoundSparseTrain, plain, found.sparse_train, "penalties", where)
+            changed |= {"sparse_train": table, "decay": table.decay, "penalties": table.penalties}
+        if "prune" in held:
+            plain, where = held["prune"].model_dump(), f"rounds.{name}.prune"
+            pruning = self._patched(RoundPrune, plain, found.prune, "pruners", where)
+            changed |= {"prune": pruning, "pruners": pruning.pruners}
+        if "finetune" in held:
+            plain = merged(held["finetune"].model_dump(), found.finetune)
+            changed["finetune"] = validate(Finetune, plain, f"rounds.{name}.finetune")
+        return self.model_copy(update=changed)
+
+    def _patched(
+        self, schema: type[T], plain: dict[str, Any], patch: Table, kind: plugin.Kind, where: str
+    ) -> T:
+        """A section with the changes of a round, and the settings of the plug-in in use with it."""
+        name: str = getattr(self, plugin.KEYS[kind])
+        plain |= {kind: {name: getattr(self, kind).get(name) or {}}}
+        table = validate(schema, merged(plain, patch), where)
+        for other, given in getattr(table, kind).items():
+            if other != name:
+                raise SettingsError(
+                    f"{FILE}: {where}.{kind}.{cut(other, 60)}: of no effect, since "
+                    f"{plugin.KEYS[kind]} = {name!r}"
+                )
+            validate(plugin.load(kind, name).Settings, given, f"{where}.{kind}.{name}")
+        return table
+
 
 def read(path: Path | str = FILE) -> Params:
     """Read the whole file; the sections of plug-ins are not validated.
@@ -357,7 +447,62 @@ def check(path: Path | str = FILE) -> Params:
             raise SettingsError(
                 f"{FILE}: {kind}.{getattr(params, key)}: missing; write {{}} for the defaults"
             )
+    if params.rounds and params.parametrization != "none":
+        raise SettingsError(
+            f"{FILE}: parametrization = {params.parametrization!r}: with further rounds it must be "
+            "'none': weights that are pruned could not be held at zero"
+        )
+    for name in chain(params.rounds):
+        params.of_round(name)
     return params
+
+
+def chain(rounds: Mapping[str, Round]) -> tuple[str, ...]:
+    """The names of the rounds in their order.
+
+    Raises SettingsError unless the first starts from a model of the main chain, and each other one
+    from a model of the round before.
+    """
+    following: dict[str, str] = {}
+    for name, found in rounds.items():
+        if missing := [key for key in Round.model_fields if key not in found.model_fields_set]:
+            raise SettingsError(
+                f"{FILE}: rounds.{name}.{missing[0]}: missing; a round has the keys "
+                f"{', '.join(Round.model_fields)} ({{}} where nothing differs)"
+            )
+        before = found.after.rpartition("/")[0].removeprefix("rounds/")
+        if before in following:
+            what = f"round {before}" if before else "the main chain"
+            raise SettingsError(
+                f"{FILE}: rounds.{name}.after = {found.after!r}: rounds are a chain, and "
+                f"{following[before]} comes after {what} already"
+            )
+        if before and before not in rounds:
+            raise SettingsError(
+                f"{FILE}: rounds.{name}.after = {found.after!r}: there is no round {before}; "
+                f"there are: {', '.join(rounds)}"
+            )
+        following[before] = name
+    order: list[str] = []
+    while (after := order[-1] if order else "") in following:
+        order.append(following[after])
+    if len(order) < len(rounds):
+        name = next(name for name in rounds if name not in order)
+        raise SettingsError(
+            f"{FILE}: rounds.{name}.after = {rounds[name].after!r}: leads in a circle; the first "
+            "round is after 'finetuned' (or 'pruned', which is the same before finetuning)"
+        )
+    return tuple(order)
+
+
+def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Both tables, `above` where they differ; tables within them likewise."""
+    result = dict(below)
+    for key, value in above.items():
+        inner = result.get(key)
+        both = isinstance(inner, Mapping) and isinstance(value, Mapping)
+        result[key] = merged(inner, value) if both else value  # type: ignore[arg-type]
+    return result
 
 
 @contextmanager
@@ -450,7 +595,10 @@ def _renamed(key: str, value: Any) -> str | None:
 
 def _fields(schema: Any, path: list[str]) -> list[str]:
     """Field names of the settings class that `path` leads to."""
-    for part in path:
+    parts = iter(path)
+    for part in parts:
         kinds = _types(schema.model_fields[part].annotation)
+        if dict in (get_origin(kind) for kind in kinds):
+            next(parts)  # the name of one of several
         schema = next(kind for kind in kinds if hasattr(kind, "model_fields"))
     return list(schema.model_fields)

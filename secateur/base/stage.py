@@ -32,8 +32,11 @@ class Stage:
     """Declared dependency -> hash of its content, code included."""
 
     def input(self, path: str) -> Path:
-        """The path of a dependency; raises SettingsError if it is not declared or is missing."""
-        if path not in self.inputs:
+        """The path of a dependency, or of what lies in one that is a folder.
+
+        Raises SettingsError if it is not declared or is missing.
+        """
+        if not {path, *map(str, Path(path).parents)} & self.inputs.keys():
             raise SettingsError(f"dvc.yaml: stage {self.name} does not declare '{path}' in deps")
         if not Path(path).exists():
             raise SettingsError(f"{path}: missing; run `dvc repro` to make it")

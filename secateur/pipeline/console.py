@@ -20,8 +20,13 @@ from secateur.pipeline.record import MODELS
 from secateur.training.callbacks import Callback, Row
 
 
-def main(work: Callable[[], None], stage: str, about: str | None) -> NoReturn:
-    """Run a stage as a command: --help, one line for a mistake, exit status 0, 1, 130 or 143."""
+def main(
+    work: Callable[..., None], stage: str, about: str | None, rounds: bool = False
+) -> NoReturn:
+    """Run a stage as a command: --help, one line for a mistake, exit status 0, 1, 130 or 143.
+
+    With `rounds` it takes --round NAME, which `work` gets; None without it.
+    """
     parser = argparse.ArgumentParser(
         prog=f"python -m stages.{stage}",
         description=about,
@@ -29,10 +34,12 @@ def main(work: Callable[[], None], stage: str, about: str | None) -> NoReturn:
         epilog="Settings come from params.yaml; the device from the machine (SECATEUR_DEVICE "
         "overrides).\nSECATEUR_TRACKING=off keeps MLflow out of it.",
     )
-    parser.parse_args()
+    if rounds:
+        parser.add_argument("--round", metavar="NAME", help="a further round (docs/rounds.md)")
+    options = parser.parse_args()
     signal.signal(signal.SIGTERM, _terminated)
     try:
-        work()
+        work(options.round) if rounds else work()
     except ArgumentError as error:
         fail(f"params.yaml: {error}")
     except SecateurError as error:
@@ -254,15 +261,18 @@ def summary(report: Mapping[str, Any], asked: str, store: str | None) -> None:
     table.add_column("model")
     for heading in ("test accuracy", "non-zero", "of params", "remaining MACs", "latency ms"):
         table.add_column(heading, justify="right")
-    for model in MODELS.values():
-        row = report[model.key]
+    rows = {model.title: report[model.key] for model in MODELS.values()}
+    dense = {"dense": rows.pop("dense")}
+    before = [*report.get("rounds", {}).items()][:-1]  # the last round is in the other rows
+    rounds = {f"finetuned, {name}": row for name, row in before}
+    for title, row in (dense | rounds | rows).items():
         table.add_row(
-            model.title,
+            title,
             f"{row['accuracy']:.2%}",
             f"{row['nonzero']:,}",
             f"{row['params']:,}",
             f"{row['macs']:,}",
-            f"{row['latency_ms']:.3f} ± {row['latency_iqr_ms']:.3f}",
+            f"{row['latency_ms']:.3f} ± {row['latency_iqr_ms']:.3f}" if "latency_ms" in row else "",
         )
     Console(width=max(100, Console().width)).print(table)
     change = (report["finetuned"]["accuracy"] - report["baseline"]["accuracy"]) * 100

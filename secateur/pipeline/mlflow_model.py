@@ -23,7 +23,7 @@ from secateur.base.stage import content_hash
 from secateur.deploy import metadata, pt2_archive
 from secateur.pipeline import record, tracking
 from secateur.pipeline.mlflow_store import Store
-from secateur.pipeline.record import MODELS, RunRecord
+from secateur.pipeline.record import MODELS, Chain, RunRecord
 
 NAME = "exported"
 """Of the model in MLflow."""
@@ -42,20 +42,22 @@ def log(
     register: str | None = None,
     store: Store | None = None,
     records: Mapping[str, RunRecord] | None = None,
+    chain: Chain = Chain(),  # noqa: B008
 ) -> str | None:
     """Attach an exported network, the report of export and `files` to the run of its chain, once.
 
     `program` is a .pt2 file of `deploy.export`. The numbers of the report become metrics of the
     run, those of the finetuned network of the model, too. `example` has two images as the network
     takes them; None: of zeros. `register` is the name, or `name@alias`, of a registered model that
-    becomes this one. `records` are those of the chain, by default the ones in the workspace.
+    becomes this one. `records` are those of `chain`, by default the ones in the workspace.
     Returns the model's id in MLflow; None, with a line that says why, if it is not tracked.
     """
     store = store or Store()
 
     def write() -> str:
         with store.lock:
-            run_id = tracking.find_pipeline(store, _records() if records is None else records)
+            made_from = _records(chain) if records is None else records
+            run_id = tracking.find_pipeline(store, made_from)
             if run_id is None:
                 raise SecateurError("it has no run of this chain; `secateur sync` writes it")
             model_id = _model(store, run_id, program, example)
@@ -83,9 +85,9 @@ def _of_run(store: Store, run_id: str) -> Iterable[Any]:
     return found
 
 
-def _records() -> dict[str, RunRecord]:
+def _records(chain: Chain) -> dict[str, RunRecord]:
     """The records in the workspace; SecateurError for the first that is missing."""
-    return {stage: record.load(model.record) for stage, model in MODELS.items()}
+    return {stage: record.load(model.record) for stage, model in chain.models.items()}
 
 
 def _model(store: Store, run_id: str, program: Path, example: NDArray[np.float32] | None) -> str:

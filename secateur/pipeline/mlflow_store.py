@@ -23,7 +23,7 @@ from secateur.base.errors import SecateurError
 from secateur.base.logs import muted
 from secateur.base.stage import project_root
 from secateur.pipeline import mlflow_file
-from secateur.pipeline.record import STAGES
+from secateur.pipeline.record import stage_spec
 from secateur.training import resume
 
 EXPERIMENT = "secateur"
@@ -186,12 +186,21 @@ def end_abandoned(store: Store) -> None:
     for run in store.runs(condition):
         stage, fingerprint = run.data.tags.get("stage"), run.data.tags.get("fingerprint", "")
         of_a_stage = run.data.tags.get("kind") == "stage" and "restored" not in run.data.tags
-        if of_a_stage and (stage not in STAGES or not re.fullmatch("[0-9a-f]+", fingerprint)):
+        if of_a_stage and not (_known(stage) and re.fullmatch("[0-9a-f]+", fingerprint)):
             continue
         unused = resume.unused(str(stage), fingerprint) if of_a_stage else _always()
         with unused as killed:
             if killed and store.status(run.info.run_id) == "RUNNING":
                 store.client.set_terminated(run.info.run_id, "KILLED")
+
+
+def _known(stage: str | None) -> bool:
+    """Whether there is a stage of this name, in some round."""
+    try:
+        stage_spec(stage or "")
+    except KeyError:
+        return False
+    return True
 
 
 @contextlib.contextmanager

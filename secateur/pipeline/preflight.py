@@ -32,14 +32,28 @@ def check_settings(info: DatasetInfo) -> None:
     check_network(model, info)
 
 
-def check_network(model: nn.Module, info: DatasetInfo) -> None:
+def check_network(model: nn.Module, info: DatasetInfo, round_name: str | None = None) -> None:
     """Raise SettingsError if the penalty or the pruner of params.yaml refuses this network.
 
     Nor may it have operations through which the removal of channels cannot follow them. Neither
     `model` nor the state of the random number generator is changed. What depends on
-    trained weights or on images is not checked.
+    trained weights or on images is not checked. `round_name` is the round whose settings are
+    checked; without it, those of the first round and of all others are.
     """
     params = settings.read()
+    if round_name is not None:
+        _check(model, info, params.of_round(round_name))
+        return
+    _check(model, info, params)
+    for name in settings.chain(params.rounds):
+        try:
+            _check(model, info, params.of_round(name))
+        except SettingsError as error:
+            raise SettingsError(f"{error} (in {name})") from None
+
+
+def _check(model: nn.Module, info: DatasetInfo, params: settings.Params) -> None:
+    """Check the network for one round."""
     with torch.random.fork_rng(devices=[]):
         trial = copy.deepcopy(model).cpu().eval()
         with settings.section(f"penalties.{params.penalty}"):

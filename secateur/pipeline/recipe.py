@@ -35,8 +35,9 @@ from rich.table import Table
 
 from secateur.base.documents import read_yaml, validated
 from secateur.base.errors import SecateurError, SettingsError, cut, shorten
+from secateur.base.settings import merged as merged
 from secateur.pipeline import console, params_file, record
-from secateur.pipeline.record import MODELS
+from secateur.pipeline.record import chain_of
 
 FOLDER = Path("recipes")
 MAX_RECIPES = 10_000
@@ -58,7 +59,8 @@ class Recipe:
         for key, value in changes(self.settings, params_file.read()).items():
             if isinstance(value, Mapping):
                 flow = yaml.safe_dump(dict(value), default_flow_style=True, width=math.inf)
-                parts += ["-S", f"{key}={flow.strip()}"]
+                new = "+" * bool(re.fullmatch(r"rounds\.\w+", key))  # a key that there is not yet
+                parts += ["-S", f"{new}{key}={flow.strip()}"]
                 continue
             simple = isinstance(value, int | float) or re.fullmatch(r"[\w./-]+", str(value))
             plain = simple and not isinstance(value, bool | None)
@@ -70,10 +72,13 @@ class Recipe:
 def changes(
     settings: Mapping[str, Any], params: Mapping[str, Any], prefix: str = ""
 ) -> dict[str, Any]:
-    """Settings by joined keys; a table stays one where `params` has a plain value or null."""
+    """Settings by joined keys; a table stays one where `params` has a plain value or null.
+
+    So does a round that `params` does not have.
+    """
     found: dict[str, Any] = {}
     for key, value in settings.items():
-        below = params.get(key, {})
+        below = params.get(key, None if prefix == "rounds." else {})
         if isinstance(value, Mapping) and isinstance(below, Mapping):
             found |= changes(value, below, f"{prefix}{key}.")
         else:
@@ -224,16 +229,6 @@ def _filled(text: str, values: Mapping[str, str], where: str) -> str:
     return re.sub(r"\{([^{}]*)\}|[{}]", value, text)
 
 
-def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Both tables, `above` where they differ; tables within them likewise."""
-    result = dict(below)
-    for key, value in above.items():
-        inner = result.get(key)
-        both = isinstance(inner, Mapping) and isinstance(value, Mapping)
-        result[key] = merged(inner, value) if both else value  # type: ignore[arg-type]
-    return result
-
-
 def run(recipe: Recipe, seeds: Sequence[int]) -> list[dict[str, Any]]:
     """Run one experiment per seed; returns their reports, with the seconds of every stage."""
     overrides, reports = recipe.overrides, []
@@ -256,11 +251,14 @@ def _report(experiment: str) -> dict[str, Any]:
         tree = DVCFileSystem(rev=experiment)
         report: dict[str, Any] = json.loads(tree.read_bytes("metrics/evaluate.json"))
         report["layers"] = tree.read_bytes("metrics/layers.csv").decode()
-        contents = {stage: tree.read_bytes(str(model.record)) for stage, model in MODELS.items()}
+        models = chain_of(report).models
+        contents = {
+            str(model.record): tree.read_bytes(str(model.record)) for model in models.values()
+        }
     except (DvcException, OSError, ValueError, sqlite3.Error) as error:
         raise SecateurError(f"experiment {experiment}: {cut(str(error), 200)}") from None
-    records = {s: record.parse(content, str(MODELS[s].record)) for s, content in contents.items()}
-    report["seconds"] = {stage: found.seconds for stage, found in records.items()}
+    records = [record.parse(content, path) for path, content in contents.items()]
+    report["seconds"] = {found.stage: found.seconds for found in records}
     return report
 
 

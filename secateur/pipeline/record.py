@@ -1,9 +1,11 @@
 """The pipeline's stages, and the small tracked file beside each model that names its run."""
 
 import json
-from dataclasses import asdict, dataclass, field
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter
 
@@ -52,6 +54,8 @@ class StageSpec:
     model: ModelSpec | None = None
     pipeline: str = "dvc.yaml"
     """The file that declares it."""
+    rounds: Literal["all", "last"] | None = None
+    """Whether it reads the models of all rounds, or those of the last one in place of the first."""
 
     @property
     def module(self) -> str:
@@ -82,19 +86,103 @@ STAGES = {
             inputs=("prune",),
             model=ModelSpec("models/finetuned", "finetuned", "finetuned", "finetuned"),
         ),
-        StageSpec("evaluate", inputs=("baseline", "sparse-train", "prune", "finetune")),
+        StageSpec(
+            "evaluate", inputs=("baseline", "sparse-train", "prune", "finetune"), rounds="all"
+        ),
         StageSpec("sensitivity", inputs=("baseline",), pipeline="stages/sensitivity/dvc.yaml"),
         StageSpec(
             "export",
             inputs=("baseline", "prune", "finetune"),
             pipeline="stages/export/dvc.yaml",
+            rounds="last",
         ),
     )
 }
 """All stages by name, in the order in which they run."""
 
 MODELS = {name: spec.model for name, spec in STAGES.items() if spec.model is not None}
-"""The models by the stage that writes them, in the order in which they are made."""
+"""The models of the first round by the stage that writes them, in the order in which they are
+made."""
+
+ROUND = ("sparse-train", "prune", "finetune")
+"""The stages that every round has; those of a further round are called `prune@<round>`."""
+FIRST = "round1"
+"""The first round, that of the main chain, in reports; no further one has this name."""
+
+
+def stage_spec(name: str, after: str = "finetuned") -> StageSpec:
+    """The stage of this name, of the main chain or of a round; KeyError if there is none.
+
+    `after` is the model, below models/, that the round starts from.
+    """
+    stage, at, round_name = name.partition("@")
+    spec = STAGES[stage]
+    if not at:
+        return spec
+    if stage not in ROUND or spec.model is None or not re.fullmatch(r"[a-z]\w{,63}", round_name):
+        raise KeyError(name)
+    place = ROUND.index(stage)
+    before = f"{ROUND[place - 1]}@{round_name}" if place else _maker(after)
+    model = replace(
+        spec.model,
+        folder=spec.model.folder.replace("models/", f"models/rounds/{round_name}/"),
+        title=f"{round_name}: {spec.model.title}",
+    )
+    return StageSpec(name, (before,), model, "stages/rounds/dvc.yaml")
+
+
+def _maker(path: str) -> str:
+    """The stage that makes a model below models/: `rounds/x/pruned` is of `prune@x`."""
+    *folder, key = path.split("/")
+    stage = next(name for name, model in MODELS.items() if model.key == key)
+    return f"{stage}@{folder[-1]}" if folder else stage
+
+
+def model_spec(stage: str) -> ModelSpec:
+    """The model that a stage writes; KeyError if it writes none."""
+    model = stage_spec(stage).model
+    if model is None:
+        raise KeyError(stage)
+    return model
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The stages that make models, over all rounds."""
+
+    rounds: tuple[str, ...] = ()
+    """The further rounds in their order."""
+
+    @property
+    def stages(self) -> list[str]:
+        """In the order in which they run."""
+        return [*MODELS, *(f"{stage}@{name}" for name in self.rounds for stage in ROUND)]
+
+    @property
+    def models(self) -> dict[str, ModelSpec]:
+        """The models by the stage that writes them, in the order in which they are made."""
+        return {stage: model_spec(stage) for stage in self.stages}
+
+    def of_round(self, name: str) -> dict[str, str]:
+        """Stages of a round: the stage of the first round -> that of this one."""
+        return {stage: stage if name == FIRST else f"{stage}@{name}" for stage in ROUND}
+
+    @property
+    def last(self) -> dict[str, str]:
+        """Stage of the first round -> that of the last one, which makes the final networks."""
+        last = self.of_round(self.rounds[-1] if self.rounds else FIRST)
+        return {stage: last.get(stage, stage) for stage in MODELS}
+
+
+def chain_of(report: Mapping[str, Any]) -> Chain:
+    """The chain that a report of evaluate is about; ValueError if its rounds cannot be."""
+    names = [name for name in report.get("rounds", {}) if name != FIRST]
+    try:
+        chain = Chain(tuple(names))
+        chain.models  # noqa: B018
+    except KeyError as error:
+        raise ValueError(f"rounds: {error}") from None
+    return chain
 
 
 @dataclass(frozen=True)
@@ -156,8 +244,11 @@ def parse(content: bytes, where: str) -> RunRecord:
     except ValueError as error:
         raise SecateurError(f"{where}: not a run record: {cut(str(error), 200)}") from None
     record = validated(_RECORD, plain, f"{where}: not a run record", SecateurError)
-    if record.stage not in MODELS:
-        raise SecateurError(f"{where}: not a run record: stage = {shorten(record.stage)}: unknown")
+    try:
+        model_spec(record.stage)
+    except KeyError:
+        unknown = f"stage = {shorten(record.stage)}: unknown"
+        raise SecateurError(f"{where}: not a run record: {unknown}") from None
     if not all(isinstance(record.dataset.get(key), str) for key in ("name", "hash")):
         raise SecateurError(f"{where}: not a run record: dataset: name or hash is missing")
     return record

@@ -1,9 +1,10 @@
 """Run a stage that makes a model: once for each fingerprint, observed, saved and recorded."""
 
+import contextlib
 import gc
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -12,8 +13,8 @@ import pandas as pd
 from torch import Tensor, nn
 
 from secateur.base import files, machine
-from secateur.base.errors import CheckpointError, cut
-from secateur.base.settings import Params, Train, section
+from secateur.base.errors import CheckpointError, SettingsError, cut, shorten
+from secateur.base.settings import Params, Train, chain, section
 from secateur.base.stage import Stage, open_stage, revision
 from secateur.data import dataset
 from secateur.data.dataset import Dataset
@@ -21,7 +22,7 @@ from secateur.nn import checkpoint, norms
 from secateur.nn.checkpoint import Checkpoint, Header
 from secateur.pipeline import console, record, tracking
 from secateur.pipeline.mlflow_store import Store
-from secateur.pipeline.record import MODELS, STAGES
+from secateur.pipeline.record import STAGES, Chain, StageSpec, model_spec, stage_spec
 from secateur.sparsity.choices import Choices
 from secateur.sparsity.masks import Masks
 from secateur.training import loop, resume
@@ -60,8 +61,28 @@ class StageContext:
 
     @property
     def params(self) -> Params:
-        """The params that dvc.yaml declares for the stage."""
+        """The params that dvc.yaml declares for the stage; those of its round, if it has one."""
         return self.stage.params
+
+    @property
+    def start(self) -> Checkpoint:
+        """The only model that a stage of a round reads: the network that it works on."""
+        (found,) = self.upstream.values()
+        return found
+
+    @property
+    def round_name(self) -> str | None:
+        """The further round that the stage belongs to; None for the main chain."""
+        return self.stage.name.partition("@")[2] or None
+
+    @property
+    def chain(self) -> Chain:
+        """All rounds; for stages that declare `rounds` as a whole."""
+        return Chain(chain(self.params.rounds))
+
+    def last(self, stage: str) -> Checkpoint:
+        """The model that `stage` has made in the last round."""
+        return self.upstream[self.chain.last[stage]]
 
     def normalised(self, mean: Sequence[float], std: Sequence[float]) -> Self:
         """The same with other values for the normalisation of images; without any, as it is."""
@@ -111,7 +132,7 @@ class TrainingContext(StageContext):
         """Train `model` in place by these settings, from the saved state if there is one."""
         bar = console.Training(self.stage.name)
         try:
-            with section(STAGES[self.stage.name].module):
+            with section(_module(self.stage.name)):
                 result = loop.fit(
                     model,
                     self.data,
@@ -130,24 +151,60 @@ class TrainingContext(StageContext):
         return result
 
 
-def open_context(name: str) -> StageContext:
+def open_context(name: str, round_name: str | None = None) -> StageContext:
     """Read and check settings, data and models of the stage `name`; nothing is computed yet.
 
-    Raises a SecateurError for the first thing that is missing or not as it must be; a checkpoint
-    must be of the architecture and the data that params.yaml names.
+    With `round_name` it is the stage of that round, whose settings are those of the round. Raises a
+    SecateurError for the first thing that is missing or not as it must be; a checkpoint must be of
+    the architecture and the data that params.yaml names.
     """
-    spec = STAGES[name]
-    stage = open_stage(name, spec.pipeline)
+    stage, spec = _declared(name, round_name)
     params = stage.params
     data = dataset.load(stage.input(f"data/{params.dataset}"))
     arch_settings = params.archs.get(params.arch) or {}
     upstream = {}
     for maker in spec.inputs:
-        path = stage.input(MODELS[maker].folder) / "model.safetensors"
+        model = model_spec(maker)
+        path = stage.input(model.folder) / "model.safetensors"
         upstream[maker] = checkpoint.load(path, params.arch, arch_settings, data.info.hash)
-        _check_record(path, upstream[maker], MODELS[maker].record)
+        _check_record(path, upstream[maker], model.record)
         data = _normalised(data, upstream[maker].header.mean, upstream[maker].header.std)
     return StageContext(stage, data, upstream)
+
+
+def _declared(name: str, round_name: str | None) -> tuple[Stage, StageSpec]:
+    """What dvc.yaml declares for a stage, with the settings of its round, and what it reads."""
+    if round_name is None:
+        spec = stage_spec(name)
+        stage = open_stage(name, spec.pipeline)
+        if spec.rounds is None:
+            return stage, spec
+        rounds = Chain(chain(stage.params.rounds))
+        last = tuple(rounds.last[maker] for maker in spec.inputs)
+        return stage, replace(spec, inputs=last if spec.rounds == "last" else tuple(rounds.stages))
+    whole = f"{name}@{round_name}"
+    try:
+        stage = open_stage(whole, stage_spec(whole).pipeline)
+    except KeyError:
+        raise SettingsError(f"--round {shorten(round_name)}: not the name of a round") from None
+    after = stage.params.rounds[round_name].after
+    return replace(stage, params=stage.params.of_round(round_name)), stage_spec(whole, after)
+
+
+def _module(stage: str) -> str:
+    """The script of a stage, and its section of params.yaml."""
+    return STAGES[stage.partition("@")[0]].module
+
+
+@contextlib.contextmanager
+def _naming_the_round(context: StageContext) -> Iterator[None]:
+    """Add the round to an error about a setting: the section it names may be that of the round."""
+    try:
+        yield
+    except SettingsError as error:
+        if context.round_name is None:
+            raise
+        raise SettingsError(f"{error} (in {context.round_name})") from None
 
 
 def _normalised(data: Dataset, mean: Sequence[float], std: Sequence[float]) -> Dataset:
@@ -174,20 +231,25 @@ def _check_record(path: Path, found: Checkpoint, path_of_record: Path) -> None:
         )
 
 
-def make(name: str, produce: Callable[[StageContext], StageResult]) -> None:
-    """Run the stage `name`, which makes a model without training."""
-    context = open_context(name)
-    _once(context, lambda _store, _callbacks: produce(context))
+def make(
+    name: str, produce: Callable[[StageContext], StageResult], round_name: str | None = None
+) -> None:
+    """Run the stage `name`, which makes a model without training; in a round if one is named."""
+    context = open_context(name, round_name)
+    with _naming_the_round(context):
+        _once(context, lambda _store, _callbacks: produce(context))
 
 
-def train(name: str, produce: Callable[[TrainingContext], StageResult]) -> None:
+def train(
+    name: str, produce: Callable[[TrainingContext], StageResult], round_name: str | None = None
+) -> None:
     """Run the stage `name`, which trains, in as many processes as have been started.
 
     The main process holds the lock, writes and reports; the others only train with it.
     """
-    context = open_context(name)
-    module = STAGES[name].module
-    if relaunch(module):
+    context = open_context(name, round_name)
+    module = _module(name)
+    if relaunch(module, ["--round", round_name] if round_name else []):
         return
     engine = Engine(getattr(context.params, module).precision)
 
@@ -195,10 +257,11 @@ def train(name: str, produce: Callable[[TrainingContext], StageResult]) -> None:
         parts = (context.stage, context.data, context.upstream)
         return produce(TrainingContext(*parts, engine, store, callbacks))
 
-    if engine.is_main:
-        _once(context, work, engine)
-    elif not engine.broadcast(None):  # the main process sends whether the work is done already
-        work(_NoStore(), ())
+    with _naming_the_round(context):
+        if engine.is_main:
+            _once(context, work, engine)
+        elif not engine.broadcast(None):  # the main process sends whether the work is done already
+            work(_NoStore(), ())
 
 
 def trained(
@@ -222,7 +285,7 @@ def _once(
     are taken instead. The other processes of `engine` wait for the answer.
     """
     name = context.stage.name
-    model = MODELS[name]
+    model = model_spec(name)
     outs = [model.folder, str(model.record)]
     with resume.single_flight(context.stage, outs, lambda: console.waiting(name)) as store:
         complete = store.complete
@@ -250,7 +313,7 @@ def _once(
 
 def _write(context: StageContext, result: StageResult, run: tracking.Run, seconds: float) -> None:
     """Write the model, its tables and its record, and close the MLflow run."""
-    model, stage, info = MODELS[context.stage.name], context.stage, context.data.info
+    model, stage, info = model_spec(context.stage.name), context.stage, context.data.info
     folder = Path(model.folder)
     sha256 = checkpoint.save(
         model.checkpoint, result.header, result.model, result.masks, result.choices
@@ -290,7 +353,7 @@ def _open_run(context: StageContext, store: resume.ResumeStore) -> tracking.Run:
     """Begin or resume the stage's MLflow run, linked to those of the models it reads."""
     upstream = {}
     for maker in context.upstream:
-        path = MODELS[maker].record  # only for the link, so it may be missing
+        path = model_spec(maker).record  # only for the link, so it may be missing
         upstream[maker] = record.load(path) if path.exists() else None
     run = tracking.Run(Store(), context.stage, upstream)
     info = context.data.info

@@ -13,7 +13,7 @@ import os
 import sqlite3
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,11 @@ from secateur.base.errors import SecateurError, cut
 from secateur.deploy import metadata
 from secateur.pipeline import console, mlflow_model, record, tracking
 from secateur.pipeline.mlflow_store import Store, tracking_on
-from secateur.pipeline.record import MODELS, RunRecord
+from secateur.pipeline.record import MODELS, Chain, RunRecord, chain_of
 from secateur.training.callbacks import Row
 
-REPORT, LAYERS = "metrics/evaluate.json", "metrics/layers.csv"
+REPORT = "metrics/evaluate.json"
+TABLES = ("metrics/layers.csv", "metrics/rounds.csv")
 
 
 @dataclass(frozen=True)
@@ -65,10 +66,11 @@ def command(options: argparse.Namespace) -> None:
 
 def sources(everything: bool) -> Iterator[Source]:
     """The workspace, then every experiment whose records are in the cache or the remote."""
-    wanted = [REPORT, LAYERS, mlflow_model.PROGRAM, mlflow_model.REPORT, mlflow_model.TABLE]
-    wanted += [str(path) for model in MODELS.values() for path in (model.record, model.history)]
-    there = [Path(path) for path in wanted if os.path.lexists(path)]
-    yield Source(None, {str(path): files.read_bytes(path, SecateurError) for path in there})
+
+    def in_workspace(path: str) -> bytes | None:
+        return files.read_bytes(Path(path), SecateurError) if os.path.lexists(path) else None
+
+    yield Source(None, _collected(in_workspace))
     if not everything:
         return
     from dvc.api import DVCFileSystem
@@ -80,13 +82,31 @@ def sources(everything: bool) -> Iterator[Source]:
             found = repo.experiments.ls(all_commits=True)
         for name, revision in [pair for pairs in found.values() for pair in pairs]:
             tree = DVCFileSystem(rev=revision or name)
-            contents: dict[str, bytes] = {}
-            for path in wanted:
+
+            def in_experiment(path: str, tree: Any = tree) -> bytes | None:
                 with contextlib.suppress(FileNotFoundError, OSError):  # never pushed, or collected
-                    contents[path] = tree.read_bytes(path)
-            yield Source(name, contents)
+                    return bytes(tree.read_bytes(path))
+                return None
+
+            yield Source(name, _collected(in_experiment))
     except (DvcException, sqlite3.Error) as error:
         raise SecateurError(f"DVC cannot read its experiments: {error}") from None
+
+
+def _collected(read: Callable[[str], bytes | None]) -> dict[str, bytes]:
+    """The files that are there; which models there are is what the report of evaluate says."""
+    paths = [REPORT, *TABLES, mlflow_model.PROGRAM, mlflow_model.REPORT, mlflow_model.TABLE]
+    found = {path: read(path) for path in paths}
+    for model in _chain(found[REPORT]).models.values():
+        found |= {str(path): read(str(path)) for path in (model.record, model.history)}
+    return {path: content for path, content in found.items() if content is not None}
+
+
+def _chain(report: bytes | None) -> Chain:
+    """The chain of a report; without one, or of one that is damaged, that of a single round."""
+    with contextlib.suppress(SecateurError):
+        return chain_of(_parse_report(report or b""))
+    return Chain()
 
 
 def write(store: Store, source: Source) -> int:
@@ -94,7 +114,8 @@ def write(store: Store, source: Source) -> int:
     where = source.name or "workspace"
     records: dict[str, RunRecord] = {}
     histories: dict[str, list[Row]] = {}
-    for stage, model in MODELS.items():
+    chain = _chain(source.files.get(REPORT))
+    for stage, model in chain.models.items():
         content = source.files.get(str(model.record))
         if content is None:
             console.say(f"{where}: {model.record} is not here (`dvc pull` may bring it)")
@@ -104,7 +125,7 @@ def write(store: Store, source: Source) -> int:
         if history is not None:
             histories[stage] = tracking.parse_history(history, str(model.history))
     written = store.attempt(lambda: _write_runs(store, where, records, histories)) or 0
-    if len(records) < len(MODELS):
+    if len(records) < len(chain.models):
         return written
     if REPORT not in source.files:
         console.say(f"{where}: {REPORT} is not here; `dvc repro` makes it and its run")
@@ -112,7 +133,7 @@ def write(store: Store, source: Source) -> int:
     report = _parse_report(source.files[REPORT])
     with tempfile.TemporaryDirectory() as scratch:
         artifacts = []
-        for path in (REPORT, LAYERS):
+        for path in (REPORT, *TABLES):
             if path in source.files:
                 artifacts.append(Path(scratch) / Path(path).name)
                 artifacts[-1].write_bytes(source.files[path])
@@ -145,7 +166,8 @@ def _write_exported(
             raise SecateurError(named) from None
         except ValueError as error:
             raise SecateurError(f"{mlflow_model.REPORT}: {cut(str(error))}") from None
-        if about.sha256 != records["finetune"].sha256:
+        final = [*records.values()][-1]  # that of the last finetuning
+        if about.sha256 != final.sha256:
             return 0  # exported before the chain ran again
         known = store.attempt(lambda: mlflow_model.find(store, run_id, program))
         made = mlflow_model.log(program, plain, [report, table], store=store, records=records)
@@ -178,6 +200,8 @@ def _parse_report(content: bytes) -> dict[str, Any]:
     try:
         report = parse_json(content)
         rows = [report[model.key] for model in MODELS.values()]
+        rows += [row for name, row in report.get("rounds", {}).items()]
+        chain_of(report)
         numbers = [row["accuracy"] for row in rows] + [report[key] for key in tracking.HEADLINES]
         if not all(isinstance(number, int | float) for number in numbers):
             raise ValueError("a value that is not a number")

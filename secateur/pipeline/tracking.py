@@ -21,7 +21,7 @@ from typing import Any, Literal
 from secateur.base.errors import SecateurError, cut
 from secateur.base.stage import Stage, revision
 from secateur.pipeline.mlflow_store import Store, clone_tags
-from secateur.pipeline.record import MODELS, STAGES, RunRecord, flat
+from secateur.pipeline.record import RunRecord, flat, model_spec, stage_spec
 from secateur.training.callbacks import Callback, Row
 
 HEADLINES = ("compression", "theoretical_speedup", "measured_speedup")
@@ -162,6 +162,8 @@ def _pipeline(
     numbers = {key: value for key, value in numbers.items() if _number(value)}
     numbers |= {f"{name}/seconds": record.seconds for name, record in records.items()}
     store.log(run_id, [Metric(k, float(v), now, 0) for k, v in numbers.items()])
+    for place, row in enumerate(report.get("rounds", {}).values(), 1):  # as curves over the rounds
+        store.log(run_id, [Metric(f"round/{k}", float(v), now, place) for k, v in row.items()])
     for name, stage_id in ids.items():
         store.client.set_tag(run_id, f"run.{name}", stage_id)
     models = [r.model_id for n, r in records.items() if r.model_id and ids[n] == r.run_id]
@@ -278,7 +280,7 @@ def _close_run(
         entry = mlflow.create_external_model(
             name=stage,
             source_run_id=run_id,
-            model_type=MODELS[stage].kind,
+            model_type=model_spec(stage).kind,
             tags={"dvc.path": model, "sha256": sha256},
             experiment_id=store.experiment,
         )
@@ -318,7 +320,7 @@ def _tags(stage: str) -> dict[str, str]:
         "dvc.stage": os.environ.get("DVC_STAGE", ""),
         "dvc.exp_name": os.environ.get("DVC_EXP_NAME", ""),
         "dvc.exp_baseline_rev": os.environ.get("DVC_EXP_BASELINE_REV", ""),
-        "mlflow.source.name": f"stages/{STAGES[stage].module}.py",
+        "mlflow.source.name": f"stages/{stage_spec(stage.partition('@')[0]).module}.py",
         "mlflow.source.git.commit": revision() or "",
         **clone_tags(),
     }

@@ -59,6 +59,12 @@ def passed_over(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, int]
     }
 
 
+def joined(masks: Masks, held: Masks) -> Masks:
+    """What both keep; a parameter that one of them does not name has the mask of the other."""
+    together = {name: mask & held[name] for name, mask in masks.items() if name in held}
+    return {**held, **masks, **together}
+
+
 def refuse_empty(model: nn.Module, masks: Mapping[str, Tensor], requested: str) -> None:
     """Raise PruningError if a mask keeps none of a layer's weights.
 

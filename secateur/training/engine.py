@@ -12,6 +12,7 @@ import logging
 import os
 import shlex
 import subprocess
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -104,7 +105,7 @@ def resolve(precision: str) -> str:
     return "bfloat16" if fast else "float32"
 
 
-def relaunch(stage: str) -> bool:
+def relaunch(stage: str, arguments: Sequence[str] = ()) -> bool:
     """Run the stage in several processes if SECATEUR_LAUNCH is set; returns whether it did.
 
     Raises SecateurError when one of them fails; the next run resumes from the saved state.
@@ -115,7 +116,9 @@ def relaunch(stage: str) -> bool:
     environment = {k: v for k, v in os.environ.items() if k != "SECATEUR_LAUNCH"}
     try:
         status = subprocess.run(
-            [*shlex.split(command), "-m", f"stages.{stage}"], env=environment, check=False
+            [*shlex.split(command), "-m", f"stages.{stage}", *arguments],
+            env=environment,
+            check=False,
         ).returncode
     except (OSError, ValueError) as error:
         raise SettingsError(f"SECATEUR_LAUNCH = {command!r}: cannot be run: {error}") from None

@@ -1,7 +1,8 @@
 """export: the finetuned network as files that other runtimes read, proved equal to it and timed.
 
 Reads   data/<dataset> (its test images; for int8 also training images), models/baseline,
-        models/pruned, models/finetuned and models/finetuned.run.json.
+        models/pruned, models/finetuned and models/finetuned.run.json; with several rounds, the
+        pruned and the finetuned network of the last one, in models/rounds.
 Writes  models/export (model.onnx, model.pt2, model-int8.onnx), metrics/export.json (size, accuracy,
         difference from float64 and latency of dense, pruned and finetuned network) and
         metrics/export.csv (one row for each network, precision, runtime, threads and batch); the
@@ -40,7 +41,6 @@ from secateur.deploy.metadata import Metadata
 from secateur.deploy.runtimes import open_model
 from secateur.nn.checkpoint import Checkpoint
 from secateur.pipeline import console, mlflow_model, record, runner
-from secateur.pipeline.record import MODELS
 
 FOLDER = Path("models/export")
 REPORT, TABLE = Path("metrics/export.json"), Path("metrics/export.csv")
@@ -74,6 +74,7 @@ def main() -> None:
         [REPORT, TABLE],
         example=images_for(context, first_images(context.data.test, context.data.info, 2)),
         register=settings.register_as,
+        chain=context.chain,
     )
     console.say(f"see          {FOLDER}, {REPORT}, {TABLE}")
     if model:
@@ -105,7 +106,7 @@ def make(
 
 def network(context: runner.StageContext, stage: str) -> tuple[nn.Module, Metadata]:
     """The network that is exported for the model of `stage`, and what its files say about it."""
-    found, inside = context.upstream[stage], context.params.export.preprocessing == "inside"
+    found, inside = context.last(stage), context.params.export.preprocessing == "inside"
     model = found.model()
     if inside:
         model = export.PixelNetwork(model, found.header.mean, found.header.std)
@@ -116,7 +117,8 @@ def describe(context: runner.StageContext, stage: str, found: Checkpoint) -> Met
     """Metadata of the model of `stage`: where it comes from is what its run record says."""
     origin: dict[str, str] = {}
     if stage == "finetune":
-        made = record.load(context.stage.input(str(MODELS[stage].record)))
+        last = context.chain.models[context.chain.last[stage]]
+        made = record.load(context.stage.input(str(last.record)))
         origin = {
             "fingerprint": made.fingerprint,
             "experiment": made.experiment or "",
@@ -171,7 +173,7 @@ def compare(
         on_group=lambda what: console.say(f"export: latency, {what}"),
     )
     comparison.add_latencies(report, times)
-    model = context.upstream["finetune"].model()
+    model = context.last("finetune").model()
     gains = [
         sparse_inference.measure(model, images[:batch], threads, settings.latency_repeats)
         for threads in latency.thread_counts()
