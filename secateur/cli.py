@@ -76,6 +76,26 @@ def _study(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _compare(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("experiment", nargs="*", help="default: the workspace, and all of HEAD")
+    parser.add_argument("--all", action="store_true", help="experiments of every commit")
+    parser.add_argument(
+        "--sort",
+        default="final",
+        choices=("experiment", "differs", "seed", "dense", "final", "change", "compression",
+                 "macs", "latency", "speedup"),
+        help="default: final",
+    )  # fmt: skip
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print one JSON list")
+    form.add_argument("--csv", action="store_true", help="print CSV")
+
+
+def _report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("experiment", nargs="+", help="names of experiments")
+    parser.add_argument("--name", default="comparison", help="folder in report/, and the title")
+
+
 def _sync(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--all", action="store_true", help="every experiment, not the workspace only"
@@ -144,6 +164,23 @@ COMMANDS = (
         "  secateur study digits --plan\n"
         "  secateur study digits --workers 2\n"
         "  dvc exp apply digits-L1-0.5-s1 && dvc repro",
+    ),
+    Command(
+        "compare",
+        "list experiments with accuracy, compression, MACs and latency",
+        "secateur.studies.compare:command",
+        _compare,
+        "examples:\n"
+        "  secateur compare\n"
+        "  secateur compare --sort compression\n"
+        "  secateur compare digits-L1-0.5-s1 digits-L1-0.7-s1 --json",
+    ),
+    Command(
+        "report",
+        "write the page that compares experiments: tables, plot, statistics",
+        "secateur.studies.page:command",
+        _report,
+        "Seeds of equal settings are one method at one operating point.",
     ),
     Command(
         "sync",

@@ -1,0 +1,103 @@
+"""`secateur compare`: experiments beside each other in ten columns."""
+
+import argparse
+import csv
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from secateur.base.errors import SecateurError
+from secateur.studies import results
+from secateur.studies.results import Result
+
+COLUMNS = {
+    "experiment": "experiment",
+    "differs": "differs in",
+    "seed": "seed",
+    "dense": "dense acc.",
+    "final": "final acc.",
+    "change": "change",
+    "compression": "compr.",
+    "macs": "MACs left",
+    "latency": "ms",
+    "speedup": "speed-up",
+}
+"""Key -> heading. Keys are those of --sort, --json and --csv, with fractions and milliseconds."""
+
+
+def command(options: argparse.Namespace) -> None:
+    """Print the table of the experiments that were asked for."""
+    found = results.read(options.experiment or results.experiments(options.all))
+    here = None if options.experiment else results.workspace()
+    rows = table([here, *found] if here else found)
+    if not rows:
+        raise SecateurError("no experiment has a result; `dvc exp run` or `dvc repro` makes one")
+    key = options.sort
+    rows.sort(key=lambda row: row[key], reverse=key not in ("experiment", "differs", "seed"))
+    if options.json:
+        print(json.dumps(rows, indent=2))
+    elif options.csv:
+        writer = csv.DictWriter(sys.stdout, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    else:
+        _print(rows)
+
+
+def table(found: Sequence[Result]) -> list[dict[str, Any]]:
+    """A row for each result, by the keys of COLUMNS."""
+    keys = results.different(found)
+    return [
+        {
+            "experiment": result.name,
+            "differs": differences(result, keys),
+            "seed": result.seed,
+            "dense": result.dense,
+            "final": result.final,
+            "change": result.final - result.dense,
+            "compression": result.compression,
+            "macs": result.macs,
+            "latency": float(result.report["finetuned"].get("latency_ms", float("nan"))),
+            "speedup": result.speedup,
+        }
+        for result in found
+    ]
+
+
+def differences(result: Result, keys: Sequence[str]) -> str:
+    """The settings under these keys that the result used, in words."""
+    chosen = {"pruners": "pruner", "penalties": "penalty", "archs": "arch", "datasets": "dataset"}
+    words = []
+    for key in keys:
+        kind, _, rest = key.partition(".")
+        if kind in chosen and rest.split(".")[0] != result.params.get(chosen[kind]):
+            continue  # a setting of a plug-in that this result did not use
+        if result.params.get(key) is not None:
+            words.append(f"{key.rpartition('.')[2]} {result.params[key]}")
+    return ", ".join(words)
+
+
+def _print(rows: Sequence[Mapping[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    shown = Table(box=None, pad_edge=False)
+    for key, heading in COLUMNS.items():
+        left = key in ("experiment", "differs")
+        shown.add_column(heading, justify="left" if left else "right", no_wrap=key != "differs")
+    for row in rows:
+        shown.add_row(
+            row["experiment"],
+            row["differs"],
+            str(row["seed"]),
+            f"{row['dense']:.2%}",
+            f"{row['final']:.2%}",
+            f"{100 * row['change']:+.2f}",
+            f"{row['compression']:.1f}x",
+            f"{row['macs']:.1%}",
+            f"{row['latency']:.3f}",
+            f"{row['speedup']:.2f}x",
+        )
+    width = Console().width if Console().is_terminal else 160
+    Console(width=max(110, width)).print(shown)

@@ -1,0 +1,163 @@
+"""The page of a comparison: one HTML file that needs no network, and its parts as files.
+
+index.html, table.md, table.csv, table.tex, and the plot as SVG and PNG.
+"""
+
+import argparse
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from secateur.base import files
+from secateur.base.errors import SecateurError
+from secateur.studies import compare, plots, results, tables
+from secateur.studies.results import Cell, Result
+from secateur.studies.tables import Row
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+REPORTS = Path("report")
+
+
+def command(options: argparse.Namespace) -> None:
+    """`secateur report`: the page of experiments that are named one by one."""
+    if not re.fullmatch(r"[\w.-]*\w[\w.-]*", options.name):
+        raise SecateurError(f"--name {options.name}: letters, digits, '-', '_' and '.' are allowed")
+    found = results.read(dict.fromkeys(options.experiment))
+    write(REPORTS / options.name, options.name, cells_of(found))
+
+
+def cells_of(found: Sequence[Result]) -> list[Cell]:
+    """Cells of experiments that were made by hand, by the settings that are not the same in all.
+
+    The operating point is the strength of the penalty and the numbers and patterns of its settings
+    and the pruner's; the method is penalty, pruner, and every other setting that differs.
+    """
+    keys = [key for key in results.different(found) if key not in ("penalty", "pruner")]
+    amounts = [key for key in keys if _is_amount(key, found)]
+    others = [key for key in keys if key not in amounts]
+    cells = []
+    for result in found:
+        words = [str(result.params.get("penalty")), str(result.params.get("pruner"))]
+        words += filter(None, [compare.differences(result, others)])
+        point = compare.differences(result, amounts) or "as set"
+        cells.append(Cell(result.name, ", ".join(words), point, result.seed))
+    return cells
+
+
+def _is_amount(key: str, found: Sequence[Result]) -> bool:
+    """Whether it says how much is pruned, not how: no choice among words, and no seed."""
+    if key == "decay":
+        return True
+    kind, _, name = key.partition(".")
+    if kind not in ("pruners", "penalties") or name.endswith(".seed"):
+        return False
+    if ".ratio" in name or ".target" in name:
+        return True
+    values = [result.params[key] for result in found if result.params.get(key) is not None]
+    return all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
+
+
+def write(folder: Path, title: str, cells: Sequence[Cell]) -> None:
+    """Write the page of these experiments into `folder`; SecateurError if none can be read."""
+    by_name = {result.name: result for result in results.read([cell.experiment for cell in cells])}
+    pairs = [(cell, by_name[cell.experiment]) for cell in cells if cell.experiment in by_name]
+    if not pairs:
+        raise SecateurError(f"{title}: none of its experiments can be read")
+    rows = tables.rows(pairs)
+    figures = {
+        "compression": _figure(rows, "compression"),
+        "macs": _figure(rows, "macs"),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = {}
+    for name, figure in figures.items():
+        pictures[name] = plots.svg(figure)
+        files.write_bytes(folder / f"{name}.svg", pictures[name])
+        files.write_bytes(folder / f"{name}.png", plots.png(figure))
+    files.write_text(folder / "table.csv", tables.as_csv(rows))
+    files.write_text(folder / "table.md", tables.as_markdown(rows))
+    files.write_text(folder / "table.tex", tables.as_latex(rows))
+    files.write_text(folder / "index.html", _html(title, rows, pictures))
+    print(f"{folder / 'index.html'}: {len(pairs)} experiments, {len(rows)} rows", flush=True)
+
+
+def _figure(rows: Sequence[Row], cost: str) -> "Figure":
+    lines: dict[str, list[plots.Point]] = {}
+    for row in rows:
+        accuracy = row.final
+        where = row.compression.mean if cost == "compression" else 1 / row.macs.mean
+        point = plots.Point(where, accuracy.mean, accuracy.half_width)
+        lines.setdefault(row.label, []).append(point)
+    best = tables.best(rows, cost)
+    dense = sum(row.dense.mean for row in rows) / len(rows)
+    titles = {"compression": "parameters of the dense network / non-zeros that are left",
+              "macs": "MACs of the dense network / MACs that are left"}  # fmt: skip
+    return plots.trade_off(lines, dense, best, titles[cost])
+
+
+def _html(title: str, rows: Sequence[Row], pictures: dict[str, bytes]) -> str:
+    from jinja2 import Environment
+
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    svg = {name: content[content.index(b"<svg") :].decode() for name, content in pictures.items()}
+    svg = {name: re.sub(r'\b(id="|href="#|url\(#)', rf"\g<1>{name}-", text)
+           for name, text in svg.items()}  # fmt: skip
+    return environment.from_string(TEMPLATE).render(
+        title=title,
+        rows=rows,
+        svg=svg,
+        headings=tables.HEADINGS,
+        cells=tables.cells,
+        pairs=tables.differences(rows),
+        notes=tables.notes(rows),
+        volumes=tables.volumes(rows),
+    )
+
+
+TEMPLATE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>
+body {font: 15px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 2rem auto; padding: 0 1rem;
+ color: #222}
+.wide {overflow-x: auto} table {border-collapse: collapse; font-variant-numeric: tabular-nums}
+th, td {padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #e4e4e4;
+ white-space: nowrap}
+th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) {text-align: left}
+thead th {border-bottom: 2px solid #888} svg {max-width: 100%; height: auto}
+details {color: #555; font-size: 13px} h2 {margin-top: 2rem}
+</style></head><body>
+<h1>{{ title }}</h1>
+<ul>{% for note in notes %}<li>{{ note }}</li>{% endfor %}</ul>
+<h2>Accuracy and cost</h2>
+<p>Mean over seeds ± half-width of the 95 % t-interval of the mean. Accuracies are of the test
+images, in percent.</p>
+<div class="wide"><table><thead><tr>{% for h in headings %}<th>{{ h }}</th>{% endfor %}
+<th>seeds</th></tr></thead><tbody>
+{% for row in rows %}<tr>{% for cell in cells(row) %}<td>{{ cell }}</td>{% endfor %}
+<td><details><summary>{{ row.results | length }}</summary>
+{% for result in row.results | sort(attribute="seed") %}
+seed {{ result.seed }}: {{ "%.2f" | format(100 * result.final) }} % at
+{{ "%.2f" | format(result.compression) }}x<br>{% endfor %}</details></td></tr>{% endfor %}
+</tbody></table></div>
+<h2>Trade-off</h2>
+{% for picture in svg.values() %}<div>{{ picture | safe }}</div>{% endfor %}
+<h2>Differences between methods, paired by seed</h2>
+<p>Points of final accuracy, at the same operating point; p of the paired t-test, adjusted by Holm
+for all rows of this table.</p>
+{% if pairs %}
+<div class="wide"><table><thead><tr><th>first</th><th>second</th><th>point</th><th>seeds</th>
+<th>first − second</th><th>p</th><th>Holm</th><th></th></tr></thead><tbody>
+{% for pair in pairs %}<tr>{% for cell in pair %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}
+</tbody></table></div>{% else %}<p>No two methods share an operating point and seeds.</p>{% endif %}
+<h2>Hypervolume</h2>
+<p>Area between the front of (share of MACs left, accuracy) and the reference point, which is all
+MACs and an accuracy of 0.</p>
+<div class="wide"><table><thead><tr><th>method</th><th>hypervolume</th></tr></thead><tbody>
+{% for label, volume in volumes.items() %}<tr><td>{{ label }}</td>
+<td>{{ "%.4f" | format(volume) }}</td></tr>{% endfor %}</tbody></table></div>
+</body></html>
+"""

@@ -1,0 +1,165 @@
+"""What experiments have measured, read from the files in Git: no model, no DVC and no MLflow."""
+
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from secateur.base.documents import parse_json
+from secateur.base.errors import SecateurError, cut
+
+REPORT, PARAMS = "metrics/evaluate.json", "params.yaml"
+NAMESPACE = "refs/exps"
+"""DVC keeps an experiment as refs/exps/<two digits>/<other digits of its parent>/<name>."""
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+"""The safe loader, in C where there is one: ten times as fast."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """An experiment and its place in a comparison."""
+
+    experiment: str
+    method: str
+    point: str
+    """Operating point, in words."""
+    seed: int
+    control: str | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one experiment, or the workspace, was asked and has reached."""
+
+    name: str
+    params: dict[str, Any]
+    """Of params.yaml, by dotted key."""
+    report: dict[str, Any]
+    """The content of metrics/evaluate.json."""
+
+    @property
+    def dense(self) -> float:
+        """Test accuracy of the dense network, a fraction."""
+        return float(self.report["baseline"]["accuracy"])
+
+    @property
+    def final(self) -> float:
+        """Test accuracy of the finetuned network, a fraction."""
+        return float(self.report["finetuned"]["accuracy"])
+
+    @property
+    def compression(self) -> float:
+        """Dense parameters / non-zeros that are left."""
+        return float(self.report["compression"])
+
+    @property
+    def macs(self) -> float:
+        """Share of the dense network's multiply-accumulates that is left."""
+        return 1 / float(self.report["theoretical_speedup"])
+
+    @property
+    def speedup(self) -> float:
+        """Latency of the dense network / latency of the finetuned one, as measured."""
+        return float(self.report["measured_speedup"])
+
+    @property
+    def seed(self) -> int:
+        """Seed of weights and batches."""
+        return int(self.report["seed"])
+
+
+def experiments(everything: bool = False) -> dict[str, str]:
+    """Name -> commit of the experiments of HEAD, or of all commits."""
+    listed = _git("for-each-ref", "--format=%(objectname) %(refname)", NAMESPACE).split("\n")
+    head = _git("rev-parse", "HEAD").strip()
+    found: dict[str, str] = {}
+    for line in filter(None, listed):
+        commit, _, ref = line.partition(" ")
+        parts = ref.split("/")
+        if len(parts) == 5 and len(parts[2]) == 2 and (everything or parts[2] + parts[3] == head):
+            found[parts[4]] = commit
+    return found
+
+
+def read(names: Iterable[str]) -> list[Result]:
+    """Results of experiments or Git revisions by name; one that cannot be read costs one line."""
+    known = experiments(everything=True)
+    wanted = {name: known.get(name, name) for name in names}
+    paths = [f"{commit}:{path}" for commit in wanted.values() for path in (PARAMS, REPORT)]
+    contents = _objects(paths)
+    found = []
+    for name, commit in wanted.items():
+        try:
+            texts = [contents[f"{commit}:{path}"] for path in (PARAMS, REPORT)]
+            found.append(parse(name, *texts))
+        except SecateurError as error:
+            print(f"{name}: left out: {error}", file=sys.stderr, flush=True)
+    return found
+
+
+def workspace() -> Result | None:
+    """The result that lies in the project's folder; None if there is none that can be read."""
+    try:
+        return parse("workspace", Path(PARAMS).read_bytes(), Path(REPORT).read_bytes())
+    except (OSError, SecateurError):
+        return None
+
+
+def parse(name: str, params: bytes | None, report: bytes | None) -> Result:
+    """The result in these two files; SecateurError, which names the file, if it is damaged."""
+    if params is None or report is None:
+        raise SecateurError(f"it has no {PARAMS if params is None else REPORT}")
+    try:
+        settings = yaml.load(params, LOADER)
+        result = Result(name, flat(settings), parse_json(report))
+        numbers = (result.dense, result.final, result.compression, result.macs, result.speedup)
+        if not all(number >= 0 for number in numbers) or result.seed < 0:
+            raise ValueError("a number below zero")
+    except (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise SecateurError(f"{REPORT} or {PARAMS}: {cut(repr(error))}") from None
+    except ZeroDivisionError:
+        raise SecateurError(f"{REPORT}: theoretical_speedup = 0") from None
+    return result
+
+
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted key."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
+
+
+def different(results: Sequence[Result]) -> list[str]:
+    """Keys, but for the seed, whose values are not the same in all results."""
+    keys = {key: None for result in results for key in result.params if key != "seed"}
+    return [key for key in keys if len({str(result.params.get(key)) for result in results}) > 1]
+
+
+def _objects(names: Sequence[str]) -> dict[str, bytes | None]:
+    """Content of Git objects `<revision>:<path>`; None for one that is not there."""
+    asked = "".join(f"{name}\n" for name in names).encode()
+    done = subprocess.run(["git", "cat-file", "--batch"], input=asked, capture_output=True)
+    found: dict[str, bytes | None] = {}
+    rest = done.stdout
+    for name in names:
+        header, _, rest = rest.partition(b"\n")
+        found[name] = None
+        if not header.endswith((b" missing", b" ambiguous")):
+            size = int(header.rsplit(b" ", 1)[1])
+            found[name], rest = rest[:size], rest[size + 1 :]
+    return found
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise SecateurError(f"git {arguments[0]}: {cut(done.stderr)}")
+    return done.stdout

@@ -1,0 +1,94 @@
+"""Intervals and tests over seeds, and over the test images of two models."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with its confidence interval; the half-width is None for a single value."""
+
+    mean: float
+    half_width: float | None
+    count: int
+
+
+def interval(values: Sequence[float], level: float = 0.95) -> Interval:
+    """Mean and t-interval: half-width t(level, n - 1) * s / sqrt(n), s the sample deviation."""
+    from scipy import stats
+
+    count, mean = len(values), float(np.mean(values))
+    if count < 2:
+        return Interval(mean, None, count)
+    deviation = float(np.std(values, ddof=1))
+    return Interval(
+        mean, float(stats.t.ppf((1 + level) / 2, count - 1)) * deviation / math.sqrt(count), count
+    )
+
+
+def paired(first: Sequence[float], second: Sequence[float]) -> tuple[Interval, float | None]:
+    """Mean of first - second with its interval, and the two-sided p of the paired t-test.
+
+    p is None for fewer than two pairs, and where all differences are equal: t is undefined there.
+    """
+    from scipy import stats
+
+    differences = np.subtract(first, second)
+    found = interval(differences.tolist())
+    if len(differences) < 2 or np.ptp(differences) == 0:
+        return found, None
+    return found, float(stats.ttest_rel(first, second).pvalue)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p adjusted for all tests of a table (Holm, Scand. J. Stat. 1979), in the given order.
+
+    The k-th smallest of m, from k = 0, is multiplied by m - k; none is less than one before it.
+    """
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, place in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))
+        adjusted[place] = largest
+    return adjusted
+
+
+def mcnemar(first_only: int, second_only: int) -> float:
+    """Exact two-sided p that two models err equally often (McNemar, Psychometrika 1947).
+
+    The counts are the images that only the first, and only the second model classifies correctly.
+    """
+    from scipy import stats
+
+    if first_only + second_only == 0:
+        return 1.0
+    return float(stats.binomtest(first_only, first_only + second_only, 0.5).pvalue)
+
+
+def standard_error(accuracy: float, images: int) -> float:
+    """Standard error of an accuracy that was measured on so many images (binomial)."""
+    return math.sqrt(accuracy * (1 - accuracy) / images)
+
+
+def front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Places of the points (cost, value) of which no other is as cheap and as good, and better."""
+    order = sorted(range(len(points)), key=lambda k: (points[k][0], -points[k][1]))
+    best, kept = -math.inf, []
+    for place in order:
+        if points[place][1] > best:
+            best = points[place][1]
+            kept.append(place)
+    return kept
+
+
+def hypervolume(points: Sequence[tuple[float, float]], reference: tuple[float, float]) -> float:
+    """Area between the reference (highest cost, lowest value) and the front of (cost, value)."""
+    cost, value = reference
+    inside = [point for point in points if point[0] < cost and point[1] > value]
+    area, height = 0.0, value
+    for place in front(inside):
+        area += (cost - inside[place][0]) * (inside[place][1] - height)
+        height = inside[place][1]
+    return area

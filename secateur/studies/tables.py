@@ -1,0 +1,181 @@
+"""The tables of a comparison: a row for each method and operating point, and differences."""
+
+import csv
+import io
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from secateur.studies import statistics
+from secateur.studies.results import Cell, Result
+from secateur.studies.statistics import Interval
+
+HEADINGS = ("method", "point", "dense %", "final %", "compression", "MACs left %", "latency ms")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method, or control of a method, at one operating point, over its seeds."""
+
+    label: str
+    point: str
+    control: bool
+    results: tuple[Result, ...]
+
+    @property
+    def dense(self) -> Interval:
+        """Test accuracy of the dense networks, a fraction."""
+        return statistics.interval([result.dense for result in self.results])
+
+    @property
+    def final(self) -> Interval:
+        """Test accuracy of the finetuned networks, a fraction."""
+        return statistics.interval([result.final for result in self.results])
+
+    @property
+    def compression(self) -> Interval:
+        """Dense parameters / non-zeros that are left."""
+        return statistics.interval([result.compression for result in self.results])
+
+    @property
+    def macs(self) -> Interval:
+        """Share of multiply-accumulates that is left."""
+        return statistics.interval([result.macs for result in self.results])
+
+    @property
+    def latency(self) -> Interval:
+        """Milliseconds of a pass of the finetuned network."""
+        times = [float(r.report["finetuned"].get("latency_ms", "nan")) for r in self.results]
+        return statistics.interval(times)
+
+
+def rows(pairs: Sequence[tuple[Cell, Result]]) -> list[Row]:
+    """The cells by method and point, in the order of their first cells."""
+    found: dict[tuple[str, str, bool], list[Result]] = {}
+    for cell, result in pairs:
+        label = cell.method if cell.control is None else f"{cell.control}: {cell.method}"
+        found.setdefault((label, cell.point, cell.control is not None), []).append(result)
+    return [Row(*key, tuple(members)) for key, members in found.items()]
+
+
+def cells(row: Row) -> list[str]:
+    """The row as text, in the order of HEADINGS."""
+    return [
+        row.label,
+        row.point,
+        _text(row.dense, 100),
+        _text(row.final, 100),
+        _text(row.compression),
+        _text(row.macs, 100),
+        _text(row.latency, digits=3),
+    ]
+
+
+def _text(value: Interval, factor: float = 1, digits: int = 2) -> str:
+    mean = f"{factor * value.mean:.{digits}f}"
+    if value.half_width is None:
+        return mean
+    return f"{mean} ± {factor * value.half_width:.{digits}f}"
+
+
+def as_csv(found: Sequence[Row]) -> str:
+    """A line for each row: means and half-widths, fractions and milliseconds."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    names = ("dense", "final", "compression", "macs", "latency")
+    both = [f"{name}{end}" for name in names for end in ("", "_half_width")]
+    writer.writerow(["method", "point", "seeds", *both])
+    for row in found:
+        values = [getattr(row, name) for name in names]
+        numbers = [number for value in values for number in (value.mean, value.half_width)]
+        writer.writerow([row.label, row.point, len(row.results), *numbers])
+    return stream.getvalue()
+
+
+def as_markdown(found: Sequence[Row]) -> str:
+    """The table for a README."""
+    lines = [HEADINGS, ("---", "---", *["---:"] * (len(HEADINGS) - 2)), *map(cells, found)]
+    escaped = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    return "".join(f"| {' | '.join(line)} |\n" for line in escaped)
+
+
+def as_latex(found: Sequence[Row]) -> str:
+    """The table for a paper."""
+    lines = [" & ".join(map(_latex, line)) + r" \\" for line in [HEADINGS, *map(cells, found)]]
+    body = "\n".join([lines[0], r"\hline", *lines[1:]])
+    columns = "ll" + "r" * (len(HEADINGS) - 2)
+    return f"\\begin{{tabular}}{{{columns}}}\n{body}\n\\end{{tabular}}\n"
+
+
+def _latex(text: str) -> str:
+    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+               "±": r"$\pm$", **{letter: f"\\{letter}" for letter in "&%$#_{}"}}  # fmt: skip
+    return "".join(special.get(letter, letter) for letter in text)
+
+
+def best(found: Sequence[Row], cost: str) -> list[tuple[float, float]]:
+    """Front of (compression or 1 / MACs left, accuracy): high in both, by means over seeds."""
+    gains = [row.compression.mean if cost == "compression" else 1 / row.macs.mean for row in found]
+    values = [row.final.mean for row in found]
+    places = statistics.front([(-gain, value) for gain, value in zip(gains, values, strict=True)])
+    return sorted((gains[place], values[place]) for place in places)
+
+
+def volumes(found: Sequence[Row]) -> dict[str, float]:
+    """Hypervolume of each method over (MACs left, accuracy); reference: all MACs, accuracy 0."""
+    points: dict[str, list[tuple[float, float]]] = {}
+    for row in found:
+        points.setdefault(row.label, []).append((row.macs.mean, row.final.mean))
+    return {label: statistics.hypervolume(own, (1.0, 0.0)) for label, own in points.items()}
+
+
+def differences(found: Sequence[Row]) -> list[list[str]]:
+    """Every two methods at one point, with the seeds that both have, as text."""
+    lines: list[list[str]] = []
+    p_values: list[tuple[int, float]] = []
+    for first, second in itertools.combinations(found, 2):
+        if first.point != second.point:
+            continue
+        own = {result.seed: result.final for result in first.results}
+        other = {result.seed: result.final for result in second.results}
+        shared = sorted(own.keys() & other.keys())
+        if not shared:
+            continue
+        change, p = statistics.paired([own[s] for s in shared], [other[s] for s in shared])
+        enough = len(shared) >= 3 and p is not None
+        if p is not None and enough:
+            p_values.append((len(lines), p))
+        text = _text(change, 100)
+        words = "fewer than 3 seeds: no test" if len(shared) < 3 else "equal differences: no test"
+        lines.append([first.label, second.label, first.point, str(len(shared)), text,
+                      f"{p:.3g}" if enough else "", "", "" if enough else words])  # fmt: skip
+    adjusted = statistics.holm([p for _, p in p_values])
+    for (place, _), value in zip(p_values, adjusted, strict=True):
+        lines[place][6] = f"{value:.3g}"
+        lines[place][7] = "differ" if value < 0.05 else "cannot be told apart"
+    return lines
+
+
+def notes(found: Sequence[Row]) -> list[str]:
+    """What the comparison is of, and what it lacks, in words."""
+    members = [result.report for row in found for result in row.results]
+    said = []
+    for key, word in (("arch", "network"), ("dataset", "data set"), ("hardware", "hardware")):
+        values = sorted({str(report.get(key, "not recorded")) for report in members})
+        said.append(f"{word}: {', '.join(values)}")
+    seeds = sorted({result.seed for row in found for result in row.results})
+    said.append(f"seeds: {', '.join(map(str, seeds))}")
+    few = [f"{row.label} ({row.point})" for row in found if len(row.results) < 3]
+    if few:
+        said.append(f"fewer than three seeds, so no test of differences: {', '.join(few)}")
+    points: dict[str, set[str]] = {}
+    for row in found:
+        if not row.control:
+            points.setdefault(row.label, set()).add(row.point)
+    scarce = [label for label, own in points.items() if len(own) < 5]
+    if scarce:
+        said.append(
+            "fewer than the five operating points that ShrinkBench (Blalock et al., MLSys 2020) "
+            f"asks for: {', '.join(scarce)}"
+        )
+    return said

@@ -1,0 +1,176 @@
+"""Comparison of experiments: results read from Git, statistics, the table and the page."""
+
+import itertools
+import json
+import subprocess
+from argparse import Namespace
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from secateur.base.errors import SecateurError
+from secateur.studies import compare, page, results, statistics, tables
+from secateur.studies.results import Cell
+
+
+def test_interval_is_that_of_scipy():
+    values = [0.91, 0.93, 0.92, 0.90]
+    found = statistics.interval(values)
+    low, high = stats.t.interval(0.95, 3, np.mean(values), stats.sem(values))
+    assert [found.mean - found.half_width, found.mean + found.half_width] == pytest.approx(
+        [low, high], rel=1e-12
+    )
+    assert statistics.interval([0.9]).half_width is None
+
+
+def test_interval_of_three_by_hand():
+    found = statistics.interval([1.0, 2.0, 3.0])  # s = 1, t(0.975, 2) = 4.302653 of the tables
+    assert (found.mean, found.half_width) == (2.0, pytest.approx(4.302653 / 3**0.5, rel=1e-6))
+
+
+def test_paired_t_is_the_one_sample_test_of_differences():
+    first, second = [0.90, 0.92, 0.95], [0.89, 0.90, 0.92]
+    change, p = statistics.paired(first, second)
+    assert change.mean == pytest.approx(0.02)
+    assert p == pytest.approx(stats.ttest_1samp([0.01, 0.02, 0.03], 0).pvalue, rel=1e-9)
+    assert statistics.paired([1.0], [0.5])[1] is None
+    assert statistics.paired([1.0, 2.0], [0.5, 1.5])[1] is None
+
+
+def test_holm_by_hand():
+    assert statistics.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert statistics.holm([0.6, 0.9]) == [1.0, 1.0]
+    assert statistics.holm([]) == []
+
+
+def test_mcnemar_by_hand():
+    assert statistics.mcnemar(1, 5) == pytest.approx(2 * (1 + 6) / 2**6)
+    assert statistics.mcnemar(0, 0) == 1.0
+
+
+def test_standard_error_of_360_images_is_half_a_point_and_more():
+    assert statistics.standard_error(0.9, 360) == pytest.approx(0.0158114, rel=1e-5)
+
+
+def test_hypervolume_by_hand_and_by_counting_cells():
+    points = [(0.5, 0.8), (0.2, 0.5), (0.6, 0.7), (1.5, 0.9)]
+    assert statistics.front(points) == [1, 0, 3]
+    assert statistics.hypervolume(points, (1.0, 0.0)) == pytest.approx(0.8 * 0.5 + 0.5 * 0.3)
+    grid = (np.arange(100) + 0.5) / 100
+    covered = sum(any(c <= x and v >= y for c, v in points[:3])
+                  for x, y in itertools.product(grid, grid))  # fmt: skip
+    assert statistics.hypervolume(points, (1.0, 0.0)) == pytest.approx(covered / 10_000)
+
+
+@pytest.fixture
+def experiments(tmp_path, monkeypatch):
+    """A Git repository with experiments of made-up results, as DVC names them; their cells."""
+
+    def git(*words):
+        done = subprocess.run(["git", *words], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    monkeypatch.chdir(tmp_path)
+    for who in ("AUTHOR", "COMMITTER"):
+        monkeypatch.setenv(f"GIT_{who}_NAME", "a")
+        monkeypatch.setenv(f"GIT_{who}_EMAIL", "a@b.c")
+    git("init", "-q")
+    git("commit", "-q", "--allow-empty", "-m", "base")
+    head = git("rev-parse", "HEAD")
+    (tmp_path / "metrics").mkdir()
+
+    def make(methods, seeds=(1, 2, 3)):
+        cells = []
+        for number, seed in itertools.product(range(methods), seeds):
+            for point in (2, 4):
+                name = f"m{number}-{point}-s{seed}"
+                final = 0.95 - 0.01 * number - 0.01 * point - 0.001 * seed**2 * (number + 1)
+                model = {"accuracy": final, "latency_ms": 1.5}
+                report = {"seed": seed, "arch": "lenet300", "dataset": "digits",
+                          "compression": point, "theoretical_speedup": point,
+                          "measured_speedup": 1.1, "hardware": "a processor",
+                          "baseline": model | {"accuracy": 0.96}, "finetuned": model}  # fmt: skip
+                params = {"seed": seed, "pruner": "magnitude", "penalty": f"p{number}",
+                          "pruners": {"magnitude": {"ratios": 1 - 1 / point}},
+                          "penalties": {"other": {"a": number}}}  # fmt: skip
+                (tmp_path / results.REPORT).write_text(json.dumps(report))
+                (tmp_path / results.PARAMS).write_text(json.dumps(params))
+                git("add", ".")
+                tree = git("write-tree")
+                commit = git("commit-tree", tree, "-p", head, "-m", name)
+                git("update-ref", f"refs/exps/{head[:2]}/{head[2:]}/{name}", commit)
+                cells.append(Cell(name, f"m{number}", f"{point}x", seed))
+        return cells
+
+    make.git = git
+    return make
+
+
+def test_results_come_from_git_and_damage_costs_one_line(experiments, tmp_path, capsys):
+    cells = experiments(1)
+    (tmp_path / results.REPORT).write_text("{")
+    experiments.git("add", ".")
+    commit = experiments.git("commit-tree", experiments.git("write-tree"), "-m", "damaged")
+    found = results.read([cells[0].experiment, commit, "no-such-thing"])
+    assert [(r.name, r.seed, r.compression) for r in found] == [("m0-2-s1", 1, 2)]
+    assert found[0].final == pytest.approx(0.929)
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 2
+    assert "evaluate.json" in errors[0] and "no-such-thing: left out" in errors[1]
+    assert set(results.experiments()) == {cell.experiment for cell in cells}
+
+
+def test_compare_sorts_and_says_what_differs(experiments, tmp_path, capsys):
+    experiments(2, seeds=(1,))
+    (tmp_path / results.REPORT).unlink()
+    options = Namespace(experiment=[], all=False, sort="compression", json=True, csv=False)
+    compare.command(options)
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["compression"] for row in rows] == [4, 4, 2, 2]
+    assert rows[0]["differs"] == "penalty p0, ratios 0.75"  # nothing of a penalty not in use
+    assert list(rows[0]) == list(compare.COLUMNS)
+    options.json, options.csv = False, True
+    compare.command(options)
+    assert capsys.readouterr().out.startswith(",".join(compare.COLUMNS))
+
+
+def test_compare_of_nothing_is_one_line(experiments):
+    with pytest.raises(SecateurError, match="no experiment has a result"):
+        compare.command(Namespace(experiment=[], all=False, sort="final", json=True, csv=False))
+
+
+@pytest.mark.parametrize("methods", [3, 40])
+def test_the_page_holds_every_method_and_asks_for_nothing_else(experiments, tmp_path, methods):
+    cells = experiments(methods, seeds=(1, 2, 3) if methods == 3 else (1,))
+    page.write(tmp_path / "page", "a <comparison>", cells)
+    text = (tmp_path / "page/index.html").read_text()
+    assert "a &lt;comparison&gt;" in text and text.count("<svg") == 2
+    assert all(f"<td>m{number}</td>" in text for number in range(methods))
+    assert "<script" not in text and 'src="' not in text and "<link" not in text
+    for name in ("compression.svg", "macs.png", "table.md", "table.tex", "table.csv"):
+        assert (tmp_path / "page" / name).stat().st_size
+    assert ("cannot be told apart" in text) == (methods == 3)
+    assert ("fewer than 3 seeds: no test" in text) == (methods == 40)
+
+
+def test_seeds_are_one_row_with_the_differences_paired(experiments):
+    cells = experiments(2)
+    found = {result.name: result for result in results.read([c.experiment for c in cells])}
+    rows = tables.rows([(cell, found[cell.experiment]) for cell in cells])
+    assert [(row.label, row.point, len(row.results)) for row in rows] == [
+        ("m0", "2x", 3), ("m0", "4x", 3), ("m1", "2x", 3), ("m1", "4x", 3)]  # fmt: skip
+    first = tables.differences(rows)[0]
+    change = [0.01 + 0.001 * seed**2 for seed in (1, 2, 3)]
+    p = stats.ttest_1samp(change, 0).pvalue
+    assert float(first[5]) == pytest.approx(p, rel=1e-2)
+    assert float(first[6]) == pytest.approx(min(1, 2 * p), rel=1e-2)
+
+
+def test_cells_made_by_hand_differ_in_method_and_point(experiments):
+    names = [cell.experiment for cell in experiments(2, seeds=(1,))]
+    made = page.cells_of(results.read(names))
+    assert {(cell.method, cell.point) for cell in made} == {
+        ("p0, magnitude", "ratios 0.5"), ("p0, magnitude", "ratios 0.75"),
+        ("p1, magnitude", "ratios 0.5"), ("p1, magnitude", "ratios 0.75")}  # fmt: skip
