@@ -83,7 +83,7 @@ def test_bash_completes_a_command(tmp_path):
         'echo "${COMPREPLY[@]}"'
     )
     done = run("bash", "-c", code, cwd=tmp_path)
-    assert done.stdout == "recipe\n", done.stderr
+    assert done.stdout == "recipe report\n", done.stderr
 
 
 def test_the_modules_of_before_do_what_the_command_does(capsys):
