@@ -70,7 +70,7 @@ def sources(everything: bool) -> Iterator[Source]:
     def in_workspace(path: str) -> bytes | None:
         return files.read_bytes(Path(path), SecateurError) if os.path.lexists(path) else None
 
-    yield Source(None, _collected(in_workspace))
+    yield Source(None, collected(in_workspace))
     if not everything:
         return
     from dvc.api import DVCFileSystem
@@ -88,21 +88,21 @@ def sources(everything: bool) -> Iterator[Source]:
                     return bytes(tree.read_bytes(path))
                 return None
 
-            yield Source(name, _collected(in_experiment))
+            yield Source(name, collected(in_experiment))
     except (DvcException, sqlite3.Error) as error:
         raise SecateurError(f"DVC cannot read its experiments: {error}") from None
 
 
-def _collected(read: Callable[[str], bytes | None]) -> dict[str, bytes]:
+def collected(read: Callable[[str], bytes | None]) -> dict[str, bytes]:
     """The files that are there; which models there are is what the report of evaluate says."""
     paths = [REPORT, *TABLES, mlflow_model.PROGRAM, mlflow_model.REPORT, mlflow_model.TABLE]
     found = {path: read(path) for path in paths}
-    for model in _chain(found[REPORT]).models.values():
+    for model in chain_in(found[REPORT]).models.values():
         found |= {str(path): read(str(path)) for path in (model.record, model.history)}
     return {path: content for path, content in found.items() if content is not None}
 
 
-def _chain(report: bytes | None) -> Chain:
+def chain_in(report: bytes | None) -> Chain:
     """The chain of a report; without one, or of one that is damaged, that of a single round."""
     with contextlib.suppress(SecateurError):
         return chain_of(_parse_report(report or b""))
@@ -114,7 +114,7 @@ def write(store: Store, source: Source) -> int:
     where = source.name or "workspace"
     records: dict[str, RunRecord] = {}
     histories: dict[str, list[Row]] = {}
-    chain = _chain(source.files.get(REPORT))
+    chain = chain_in(source.files.get(REPORT))
     for stage, model in chain.models.items():
         content = source.files.get(str(model.record))
         if content is None:

@@ -1,22 +1,114 @@
-"""What a finished study leaves for people: its page."""
+"""What a finished study leaves for people: its page, and its runs in MLflow."""
 
+import contextlib
+import io
+import time
 from pathlib import Path
 
-from secateur.pipeline import console
+from secateur.base.errors import SecateurError
+from secateur.pipeline import console, sync, tracking
+from secateur.pipeline.mlflow_store import Store, clone_tags, tracking_on
+from secateur.pipeline.record import RunRecord, parse
 from secateur.studies import page
 from secateur.studies.definition import Study
-from secateur.studies.execution.snapshot import Snapshot
 from secateur.studies.plan import Plan
 from secateur.studies.results import Cell
 
 
-def write(state: Snapshot, study: Study, made: Plan, folder: Path, sync: bool) -> None:
-    """Write the page of the finished cells; MLflow gets its runs from `secateur sync --all`."""
-    done = [cell for place, cell in enumerate(made.cells) if made.finished(place)]
-    page.write(
-        folder,
-        study.name,
-        [Cell(cell.name, cell.method, cell.point, cell.seed, cell.control) for cell in done],
+def write_mlflow(study: Study, made: Plan, folder: Path) -> None:
+    """Write the runs that MLflow lacks, and a parent run of the study with its page.
+
+    All from the files in DVC's cache, one cell after the other, without a workspace. A failure of
+    MLflow is one line of warning.
+    """
+    if not tracking_on():
+        return
+    store, began, written = Store(), time.monotonic(), 0
+    parent = store.attempt(lambda: _parent(store, study)) if store.client is not None else None
+    if parent is None:
+        return
+    for number in range(len(made.cells)):
+        if not made.finished(number) or store.client is None:
+            continue
+        source = sync.Source(made.cells[number].name, _files(made, number))
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):  # a line for each run
+                written += sync.write(store, source)
+            store.attempt(lambda n=number, s=source: _adopt(store, made, n, s, parent))  # type: ignore[misc]
+        except SecateurError as error:
+            console.say(f"{source.name}: {error}")
+    if store.client is not None:
+        store.attempt(lambda: _finish(store, parent, folder))
+        seconds = time.monotonic() - began
+        console.say(f"MLflow: {written} runs written in {seconds:.0f} s; the store is {store.uri}")
+
+
+def _parent(store: Store, study: Study) -> str:
+    """The run of the study, made once for each name."""
+    found = store.runs(f"tags.kind = 'study' and tags.study = '{study.name}'")
+    if found:
+        return str(found[0].info.run_id)
+    tags = {"kind": "study", "study": study.name, "mlflow.note.content": study.about}
+    run = store.client.create_run(
+        store.experiment, tags=tags | clone_tags(), run_name=f"study {study.name}"
     )
-    if sync:
-        console.say("`secateur sync --all` writes the runs that MLflow lacks")
+    return str(run.info.run_id)
+
+
+def _adopt(store: Store, made: Plan, number: int, source: sync.Source, parent: str) -> None:
+    """Make the pipeline run of a cell a child of the study, under the cell's name."""
+    records = _records(source)
+    run_id = tracking.find_pipeline(store, records)
+    if run_id is None:
+        return
+    cell = made.cells[number]
+    known = store.client.get_run(run_id).data.tags
+    tags = {
+        "mlflow.parentRunId": parent,
+        "mlflow.runName": cell.name,
+        "study.method": cell.method,
+        "study.point": cell.point,
+        "study.control": cell.control or "",
+    }
+    for key, value in tags.items():
+        if known.get(key, "") != value:
+            store.client.set_tag(run_id, key, value)
+
+
+def _records(source: sync.Source) -> dict[str, RunRecord]:
+    """The run records in the files of a cell, by stage."""
+    found = {}
+    for stage, model in sync.chain_in(source.files.get(sync.REPORT)).models.items():
+        path = str(model.record)
+        if path in source.files:
+            found[stage] = parse(source.files[path], path)
+    return found
+
+
+def _files(made: Plan, number: int) -> dict[str, bytes]:
+    """What MLflow is written from, by path."""
+    entries = [made.entries[id] for id in made.by_cell[number]]
+
+    def in_cache(path: str) -> bytes | None:
+        found = (made.graph.read_if_there(entry, path) for entry in entries)
+        return next((content for content in found if content is not None), None)
+
+    return sync.collected(in_cache)
+
+
+def _finish(store: Store, parent: str, folder: Path) -> None:
+    """Attach the page with its tables and plots, and end the run."""
+    if folder.is_dir():
+        store.client.log_artifacts(parent, str(folder))
+    store.client.set_terminated(parent, "FINISHED")
+
+
+def write_page(study: Study, made: Plan, folder: Path) -> None:
+    """Write the page about the finished cells."""
+    cells = [
+        Cell(c.name, c.method, c.point, c.seed, c.control)
+        for number, c in enumerate(made.cells)
+        if made.finished(number)
+    ]
+    page.write(folder, study.name, cells)
+    console.say(f"page: {folder}/index.html")

@@ -109,7 +109,9 @@ def run(state: Snapshot, study: Study, made: Plan, options: argparse.Namespace) 
     if done:
         from secateur.studies import publish
 
-        publish.write(state, study, made, REPORTS / study.name, sync=not options.no_mlflow)
+        publish.write_page(study, made, REPORTS / study.name)
+        if not options.no_mlflow:
+            publish.write_mlflow(study, made, REPORTS / study.name)
     return progress.failure()
 
 

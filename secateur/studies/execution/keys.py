@@ -182,6 +182,13 @@ class Graph:
 
     def read(self, entry: Entry, path: str) -> bytes:
         """Content of a file that a finished stage has written, also of one in a folder."""
+        content = self.read_if_there(entry, path)
+        if content is None:
+            raise SecateurError(f"{path}: the stage has not written it")
+        return content
+
+    def read_if_there(self, entry: Entry, path: str) -> bytes | None:
+        """The same; None if the stage has written no such file."""
         for out in entry["outs"]:
             if out["path"] == path:
                 return self.object(out["md5"]).read_bytes()
@@ -191,7 +198,7 @@ class Graph:
                 for file in inside:
                     if file["relpath"] == rest:
                         return self.object(file["md5"]).read_bytes()
-        raise SecateurError(f"{path}: no stage of the study has written it")
+        return None
 
 
 def run_key(entry: Entry) -> str:
