@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from secateur.base import files
 from secateur.base.errors import SecateurError
-from secateur.studies import compare, plots, results, tables
+from secateur.studies import artifacts, compare, plots, results, tables
 from secateur.studies.results import Cell, Result
 from secateur.studies.tables import Row
 
@@ -67,10 +67,8 @@ def write(folder: Path, title: str, cells: Sequence[Cell]) -> None:
     if not pairs:
         raise SecateurError(f"{title}: none of its experiments can be read")
     rows = tables.rows(pairs)
-    figures = {
-        "compression": _figure(rows, "compression"),
-        "macs": _figure(rows, "macs"),
-    }
+    figures = {"compression": _figure(rows, "compression"), "macs": _figure(rows, "macs")}
+    figures |= _details(rows)
     folder.mkdir(parents=True, exist_ok=True)
     pictures = {}
     for name, figure in figures.items():
@@ -98,6 +96,42 @@ def _figure(rows: Sequence[Row], cost: str) -> "Figure":
     return plots.trade_off(lines, dense, best, titles[cost])
 
 
+MOST_CURVES = 10
+"""Methods whose curves are drawn; more cannot be told apart."""
+
+
+def _details(rows: Sequence[Row]) -> "dict[str, Figure]":
+    """Curves of each method's last operating point, and sparsity by layer of all rows."""
+    left = artifacts.read([result for row in rows for result in row.results])
+    of_row = [[left[result.name] for result in row.results] for row in rows]
+    last = {row.label: (row, found) for row, found in zip(rows, of_row, strict=True)}
+    lines = {
+        f"{row.label} {row.point}": artifacts.validation_curves(found)
+        for row, found in last.values()
+        if not row.control
+    }
+    drawn = {label: line for label, line in lines.items() if line}
+    figures = {}
+    if drawn:
+        figures["curves"] = plots.curves(dict(list(drawn.items())[:MOST_CURVES]))
+    sparsity = {
+        f"{row.label} {row.point}": artifacts.layer_sparsity(found)
+        for row, found in zip(rows, of_row, strict=True)
+    }
+    if any(sparsity.values()):
+        figures["layers"] = plots.layers({k: v for k, v in sparsity.items() if v})
+    return figures
+
+
+CAPTIONS = {
+    "compression": "Accuracy against compression; bars are 95 % intervals over seeds.",
+    "macs": "Accuracy against MACs; bars are 95 % intervals over seeds.",
+    "curves": "Validation accuracy by epoch, mean over seeds, at the last operating point of each "
+    f"method (the first {MOST_CURVES}).",
+    "layers": "Sparsity by layer of the finetuned networks, mean over seeds.",
+}
+
+
 def _html(title: str, rows: Sequence[Row], pictures: dict[str, bytes]) -> str:
     from jinja2 import Environment
 
@@ -108,7 +142,7 @@ def _html(title: str, rows: Sequence[Row], pictures: dict[str, bytes]) -> str:
     return environment.from_string(TEMPLATE).render(
         title=title,
         rows=rows,
-        svg=svg,
+        svg={CAPTIONS[name]: picture for name, picture in svg.items()},
         headings=tables.HEADINGS,
         cells=tables.cells,
         pairs=tables.differences(rows),
@@ -128,6 +162,9 @@ th, td {padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #e4e4
  white-space: nowrap}
 th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) {text-align: left}
 thead th {border-bottom: 2px solid #888} svg {max-width: 100%; height: auto}
+.figures {display: grid; gap: 1.5rem;
+ grid-template-columns: repeat(auto-fit, minmax(min(30rem, 100%), 1fr))}
+figure {margin: 0} figure svg {width: 100%} figcaption {color: #555; font-size: 13px}
 details {color: #555; font-size: 13px} h2 {margin-top: 2rem}
 </style></head><body>
 <h1>{{ title }}</h1>
@@ -143,8 +180,10 @@ images, in percent.</p>
 seed {{ result.seed }}: {{ "%.2f" | format(100 * result.final) }} % at
 {{ "%.2f" | format(result.compression) }}x<br>{% endfor %}</details></td></tr>{% endfor %}
 </tbody></table></div>
-<h2>Trade-off</h2>
-{% for picture in svg.values() %}<div>{{ picture | safe }}</div>{% endfor %}
+<h2>Figures</h2>
+<div class="figures">{% for caption, picture in svg.items() %}
+<figure>{{ picture | safe }}<figcaption>{{ caption }}</figcaption></figure>
+{% endfor %}</div>
 <h2>Differences between methods, paired by seed</h2>
 <p>Points of final accuracy, at the same operating point; p of the paired t-test, adjusted by Holm
 for all rows of this table.</p>

@@ -1,4 +1,4 @@
-"""The picture of a comparison: accuracy against compression, a line a method."""
+"""The pictures of a comparison: accuracy against cost, accuracy by epoch, sparsity by layer."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -69,6 +69,50 @@ def trade_off(
     axes.grid(alpha=0.25)
     figure.legend(loc="outside right upper", fontsize=8, frameon=False,
                   ncols=1 + len(lines) // 30)  # fmt: skip
+    return figure
+
+
+def curves(lines: Mapping[str, Mapping[str, Sequence[float]]]) -> "Figure":
+    """Validation accuracy in percent over the epochs of all stages, on one axis.
+
+    `lines` has for each label the accuracies, fractions, by stage in the order of the stages.
+    """
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.4), layout="constrained")
+    axes = figure.add_subplot()
+    for place, (label, stages) in enumerate(lines.items()):
+        first = 1
+        for stage, values in stages.items():
+            axes.plot(
+                range(first, first + len(values)),
+                [100 * value for value in values],
+                {"baseline": ":", "sparse-train": "--"}.get(stage, "-"),
+                color=colormaps["tab10"](place % 10),
+                linewidth=1.3,
+                label=label if first == 1 else None,
+            )
+            first += len(values)
+    axes.set_xlabel("epoch; dotted: baseline, dashed: sparse-train, solid: finetune")
+    axes.set_ylabel("validation accuracy %")
+    axes.grid(alpha=0.25)
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+    return figure
+
+
+def layers(rows: Mapping[str, Mapping[str, float]]) -> "Figure":
+    """Sparsity of every layer, a fraction, as a coloured cell: a row for each label."""
+    from matplotlib.figure import Figure
+
+    columns = list(dict.fromkeys(layer for row in rows.values() for layer in row))
+    values = [[row.get(layer, float("nan")) for layer in columns] for row in rows.values()]
+    figure = Figure(figsize=(8, 1.4 + 0.22 * len(rows)), layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+    axes.set_yticks(range(len(rows)), list(rows), fontsize=8)
+    axes.set_xticks(range(len(columns)), columns, rotation=90, fontsize=7)
+    figure.colorbar(image, label="share of the dense layer that is gone")
     return figure
 
 

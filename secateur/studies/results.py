@@ -87,10 +87,9 @@ def experiments(everything: bool = False) -> dict[str, str]:
 
 def read(names: Iterable[str]) -> list[Result]:
     """Results of experiments or Git revisions by name; one that cannot be read costs one line."""
-    known = experiments(everything=True)
-    wanted = {name: known.get(name, name) for name in names}
+    wanted = commits(names)
     paths = [f"{commit}:{path}" for commit in wanted.values() for path in (PARAMS, REPORT)]
-    contents = _objects(paths)
+    contents = objects(paths)
     found = []
     for name, commit in wanted.items():
         try:
@@ -99,6 +98,12 @@ def read(names: Iterable[str]) -> list[Result]:
         except SecateurError as error:
             print(f"{name}: left out: {error}", file=sys.stderr, flush=True)
     return found
+
+
+def commits(names: Iterable[str]) -> dict[str, str]:
+    """Name -> commit of these experiments; any other name is that of a Git revision."""
+    known = experiments(everything=True)
+    return {name: known.get(name, name) for name in names}
 
 
 def workspace() -> Result | None:
@@ -143,7 +148,7 @@ def different(results: Sequence[Result]) -> list[str]:
     return [key for key in keys if len({str(result.params.get(key)) for result in results}) > 1]
 
 
-def _objects(names: Sequence[str]) -> dict[str, bytes | None]:
+def objects(names: Sequence[str]) -> dict[str, bytes | None]:
     """Content of Git objects `<revision>:<path>`; None for one that is not there."""
     asked = "".join(f"{name}\n" for name in names).encode()
     done = subprocess.run(["git", "cat-file", "--batch"], input=asked, capture_output=True)

@@ -1,0 +1,141 @@
+"""What experiments have left beside their figures: layers in Git, histories in DVC's cache.
+
+The cache is read by the hashes in dvc.lock, without DVC; what a clone has not pulled is left out.
+"""
+
+import configparser
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from secateur.base.documents import parse_json
+from secateur.pipeline.record import MODELS
+from secateur.studies import results
+from secateur.studies.results import LOADER, Result
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+LAYERS, LOCK = "metrics/layers.csv", "dvc.lock"
+
+
+@dataclass(frozen=True)
+class Artifacts:
+    """Tables of one experiment, as far as they are there."""
+
+    layers: str
+    """Content of metrics/layers.csv, or empty."""
+    histories: Mapping[str, str]
+    """Stage -> content of its history.csv."""
+
+
+def read(found: Sequence[Result]) -> dict[str, Artifacts]:
+    """The artifacts of these experiments by name."""
+    commits = results.commits([result.name for result in found])
+    contents = results.objects([f"{c}:{path}" for c in commits.values() for path in (LAYERS, LOCK)])
+    cache = cache_folder()
+    return {
+        name: Artifacts(
+            (contents[f"{commit}:{LAYERS}"] or b"").decode(errors="replace"),
+            _histories(contents[f"{commit}:{LOCK}"], cache),
+        )
+        for name, commit in commits.items()
+    }
+
+
+def validation_curves(artifacts: Sequence[Artifacts]) -> dict[str, list[float]]:
+    """Stage -> validation accuracy by epoch, a fraction, mean over the experiments."""
+    import pandas as pd
+
+    curves = {}
+    for stage in MODELS:
+        columns = []
+        for each in artifacts:
+            frame = _frame(each.histories.get(stage, ""))
+            if "val_accuracy" in frame:
+                columns.append(frame["val_accuracy"])
+        if columns:
+            curves[stage] = [float(v) for v in pd.concat(columns, axis=1).mean(axis=1)]
+    return curves
+
+
+def layer_sparsity(artifacts: Sequence[Artifacts]) -> dict[str, float]:
+    """Layer -> share of the dense layer's weights that is gone, mean over the experiments."""
+    import pandas as pd
+
+    columns = []
+    for each in artifacts:
+        frame = _frame(each.layers)
+        if {"model", "layer", "sparsity_of_dense"} <= set(frame):
+            final = frame[frame.model == "finetuned"]
+            columns.append(final.set_index("layer").sparsity_of_dense)
+    if not columns:
+        return {}
+    mean = pd.concat(columns, axis=1).mean(axis=1)
+    return {str(layer): float(value) for layer, value in mean.items()}
+
+
+def cache_folder() -> Path:
+    """The folder of DVC's cache, by the project's configuration."""
+    found = Path(".dvc/cache")
+    for path in (Path(".dvc/config"), Path(".dvc/config.local")):
+        config = configparser.ConfigParser(interpolation=None)
+        try:
+            config.read(path)
+        except configparser.Error:
+            continue
+        found = Path(".dvc") / config.get("cache", "dir", fallback=str(found.absolute()))
+    return found
+
+
+def _histories(lock: bytes | None, cache: Path) -> dict[str, str]:
+    """Stage -> its history, of those that the cache has."""
+    outs = _outs(lock)
+    found = {}
+    for stage, model in MODELS.items():
+        content = _cached(cache, outs.get(model.folder), model.history.name)
+        if content is not None:
+            found[stage] = content.decode(errors="replace")
+    return found
+
+
+def _outs(lock: bytes | None) -> dict[str, str]:
+    """Path -> hash of the outs in a dvc.lock; none if it is damaged."""
+    try:
+        content: Any = yaml.load(lock or b"", LOADER) or {}
+        return {
+            out["path"]: out["md5"]
+            for stage in content.get("stages", {}).values()
+            for out in stage.get("outs", [])
+            if "md5" in out
+        }
+    except (yaml.YAMLError, AttributeError, KeyError, TypeError):
+        return {}
+
+
+def _cached(cache: Path, md5: str | None, file: str) -> bytes | None:
+    """A file of a folder in the cache; None if either is not there."""
+    try:
+        listing = parse_json(_object(cache, str(md5)).read_bytes())
+        hashes = {entry["relpath"]: entry["md5"] for entry in listing}
+        return _object(cache, hashes[file]).read_bytes()
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _object(cache: Path, md5: str) -> Path:
+    return cache / "files" / "md5" / md5[:2] / md5[2:]
+
+
+def _frame(text: str) -> "pd.DataFrame":
+    """The table in a CSV file; an empty one if it is damaged."""
+    import pandas as pd
+
+    try:
+        return pd.read_csv(io.StringIO(text))
+    except (pd.errors.ParserError, pd.errors.EmptyDataError):
+        return pd.DataFrame()
