@@ -437,3 +437,9 @@ def test_a_restored_run_that_was_left_half_written_is_made_anew(tracked):
     assert made and whole != half
     assert [run.info.run_id for run in store.runs("")] == [whole]
     assert tracking.restore(store, record(), rows, {}) == (whole, False)
+
+
+def test_the_experiment_opens_as_one_of_training_models(tracked):
+    store = Store(strict=True)
+    tags = store.client.get_experiment(store.experiment).tags
+    assert tags["mlflow.experimentKind"] == "custom_model_development"

@@ -130,6 +130,9 @@ class Store:
             if found
             else client.create_experiment(name, artifact_location=place)
         )
+        kind = "mlflow.experimentKind"  # the UI opens it for training models, not for GenAI
+        if found is None or kind not in found.tags:
+            client.set_experiment_tag(self.experiment, kind, "custom_model_development")
         self.client = client
 
     def runs(self, condition: str) -> list[Any]:
