@@ -1,5 +1,6 @@
 """Comparison of experiments: results read from Git, statistics, the table and the page."""
 
+import hashlib
 import itertools
 import json
 import subprocess
@@ -10,7 +11,7 @@ import pytest
 from scipy import stats
 
 from secateur.base.errors import SecateurError
-from secateur.studies import compare, page, results, statistics, tables
+from secateur.studies import artifacts, compare, page, results, statistics, tables
 from secateur.studies.results import Cell
 
 
@@ -174,3 +175,43 @@ def test_cells_made_by_hand_differ_in_method_and_point(experiments):
     assert {(cell.method, cell.point) for cell in made} == {
         ("p0, magnitude", "ratios 0.5"), ("p0, magnitude", "ratios 0.75"),
         ("p1, magnitude", "ratios 0.5"), ("p1, magnitude", "ratios 0.75")}  # fmt: skip
+
+
+def _keep(cache, content):
+    """Put a file into DVC's cache; returns its hash, which is its name there."""
+    md5 = hashlib.md5(content).hexdigest()
+    place = cache / "files" / "md5" / md5[:2] / md5[2:]
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_bytes(content)
+    return md5
+
+
+def test_curves_and_layers_come_from_the_cache_by_the_hashes_of_the_lock(experiments, tmp_path):
+    history = _keep(tmp_path / "shared", b"epoch,val_accuracy\n1,0.5\n2,0.75\n")
+    listing = json.dumps([{"relpath": "history.csv", "md5": history}]).encode()
+    folder = _keep(tmp_path / "shared", listing)
+    lock = {"stages": {"baseline": {"outs": [{"path": "models/baseline", "md5": folder}]},
+                       "finetune": {"outs": [{"path": "models/finetuned", "md5": "0" * 32}]}}}  # fmt: skip
+    (tmp_path / "dvc.lock").write_text(json.dumps(lock))
+    (tmp_path / ".dvc").mkdir()
+    (tmp_path / ".dvc/config.local").write_text("[cache]\n    dir = ../shared\n")
+    (tmp_path / "metrics/layers.csv").write_text(
+        "model,layer,sparsity_of_dense\nfinetuned,fc1,0.9\nfinetuned,fc2,0.5\nbaseline,fc1,0\n"
+    )
+    cells = experiments(1, seeds=(1,))
+    left = artifacts.read(results.read([cells[0].experiment]))[cells[0].experiment]
+    assert artifacts.validation_curves([left, left]) == {"baseline": [0.5, 0.75]}  # the rest: gone
+    assert artifacts.layer_sparsity([left]) == {"fc1": 0.9, "fc2": 0.5}
+    assert (left.test_images, left.revision) == (None, None)
+    page.write(tmp_path / "report", "mine", cells)
+    text = (tmp_path / "report/index.html").read_text()
+    assert page.CAPTIONS["curves"] in text and page.CAPTIONS["layers"] in text
+    assert (tmp_path / "report/layers.svg").is_file()
+
+
+def test_damaged_tables_are_left_out(experiments, tmp_path):
+    (tmp_path / "metrics/layers.csv").write_text('a,b\n1,2,3\n"')
+    (tmp_path / "dvc.lock").write_text("stages: [1")
+    cells = experiments(1, seeds=(1,))
+    page.write(tmp_path / "report", "mine", cells)
+    assert page.CAPTIONS["layers"] not in (tmp_path / "report/index.html").read_text()

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from secateur.base.documents import parse_json
+from secateur.base.errors import SecateurError
+from secateur.pipeline import record
 from secateur.pipeline.record import MODELS
 from secateur.studies import results
 from secateur.studies.results import LOADER, Result
@@ -31,6 +33,10 @@ class Artifacts:
     """Content of metrics/layers.csv, or empty."""
     histories: Mapping[str, str]
     """Stage -> content of its history.csv."""
+    test_images: int | None
+    """How many test images there are; None without a run record."""
+    revision: str | None
+    """Git commit at which the dense network was trained."""
 
 
 def read(found: Sequence[Result]) -> dict[str, Artifacts]:
@@ -38,13 +44,12 @@ def read(found: Sequence[Result]) -> dict[str, Artifacts]:
     commits = results.commits([result.name for result in found])
     contents = results.objects([f"{c}:{path}" for c in commits.values() for path in (LAYERS, LOCK)])
     cache = cache_folder()
-    return {
-        name: Artifacts(
-            (contents[f"{commit}:{LAYERS}"] or b"").decode(errors="replace"),
-            _histories(contents[f"{commit}:{LOCK}"], cache),
-        )
-        for name, commit in commits.items()
-    }
+    left = {}
+    for name, commit in commits.items():
+        layers = (contents[f"{commit}:{LAYERS}"] or b"").decode(errors="replace")
+        outs = _outs(contents[f"{commit}:{LOCK}"])
+        left[name] = Artifacts(layers, _histories(outs, cache), *_record(outs, cache))
+    return left
 
 
 def validation_curves(artifacts: Sequence[Artifacts]) -> dict[str, list[float]]:
@@ -92,9 +97,19 @@ def cache_folder() -> Path:
     return found
 
 
-def _histories(lock: bytes | None, cache: Path) -> dict[str, str]:
+def _record(outs: Mapping[str, str], cache: Path) -> tuple[int | None, str | None]:
+    """Number of test images and Git commit, by the record of the dense network."""
+    path = str(MODELS["baseline"].record)
+    try:
+        found = record.parse(_object(cache, outs[path]).read_bytes(), path)
+    except (OSError, KeyError, SecateurError):
+        return None, None
+    count = found.dataset.get("test")
+    return (count if isinstance(count, int) else None), found.revision
+
+
+def _histories(outs: Mapping[str, str], cache: Path) -> dict[str, str]:
     """Stage -> its history, of those that the cache has."""
-    outs = _outs(lock)
     found = {}
     for stage, model in MODELS.items():
         content = _cached(cache, outs.get(model.folder), model.history.name)

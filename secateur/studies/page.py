@@ -5,13 +5,14 @@ index.html, table.md, table.csv, table.tex, and the plot as SVG and PNG.
 
 import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from secateur.base import files
 from secateur.base.errors import SecateurError
-from secateur.studies import artifacts, compare, plots, results, tables
+from secateur.studies import artifacts, compare, plots, results, statistics, tables
+from secateur.studies.artifacts import Artifacts
 from secateur.studies.results import Cell, Result
 from secateur.studies.tables import Row
 
@@ -68,7 +69,8 @@ def write(folder: Path, title: str, cells: Sequence[Cell]) -> None:
         raise SecateurError(f"{title}: none of its experiments can be read")
     rows = tables.rows(pairs)
     figures = {"compression": _figure(rows, "compression"), "macs": _figure(rows, "macs")}
-    figures |= _details(rows)
+    left = artifacts.read([result for row in rows for result in row.results])
+    figures |= _details(rows, left)
     folder.mkdir(parents=True, exist_ok=True)
     pictures = {}
     for name, figure in figures.items():
@@ -78,7 +80,7 @@ def write(folder: Path, title: str, cells: Sequence[Cell]) -> None:
     files.write_text(folder / "table.csv", tables.as_csv(rows))
     files.write_text(folder / "table.md", tables.as_markdown(rows))
     files.write_text(folder / "table.tex", tables.as_latex(rows))
-    files.write_text(folder / "index.html", _html(title, rows, pictures))
+    files.write_text(folder / "index.html", _html(title, rows, pictures, left))
     print(f"{folder / 'index.html'}: {len(pairs)} experiments, {len(rows)} rows", flush=True)
 
 
@@ -100,9 +102,8 @@ MOST_CURVES = 10
 """Methods whose curves are drawn; more cannot be told apart."""
 
 
-def _details(rows: Sequence[Row]) -> "dict[str, Figure]":
+def _details(rows: Sequence[Row], left: Mapping[str, Artifacts]) -> "dict[str, Figure]":
     """Curves of each method's last operating point, and sparsity by layer of all rows."""
-    left = artifacts.read([result for row in rows for result in row.results])
     of_row = [[left[result.name] for result in row.results] for row in rows]
     last = {row.label: (row, found) for row, found in zip(rows, of_row, strict=True)}
     lines = {
@@ -132,7 +133,26 @@ CAPTIONS = {
 }
 
 
-def _html(title: str, rows: Sequence[Row], pictures: dict[str, bytes]) -> str:
+def _notes(rows: Sequence[Row], left: Mapping[str, Artifacts]) -> list[str]:
+    """What the comparison is of, and what it cannot tell."""
+    revisions = sorted({each.revision[:10] for each in left.values() if each.revision})
+    said = [*tables.notes(rows), f"revision of the code: {', '.join(revisions) or 'not recorded'}"]
+    images = next((each.test_images for each in left.values() if each.test_images), None)
+    if images:
+        error = 100 * statistics.standard_error(rows[0].dense.mean, images)
+        said.append(
+            f"{images:,} test images: they alone give the dense network's accuracy a standard "
+            f"error of {error:.2f} points; smaller differences say nothing about the methods"
+        )
+    return said
+
+
+def _html(
+    title: str,
+    rows: Sequence[Row],
+    pictures: Mapping[str, bytes],
+    left: Mapping[str, Artifacts],
+) -> str:
     from jinja2 import Environment
 
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -146,7 +166,7 @@ def _html(title: str, rows: Sequence[Row], pictures: dict[str, bytes]) -> str:
         headings=tables.HEADINGS,
         cells=tables.cells,
         pairs=tables.differences(rows),
-        notes=tables.notes(rows),
+        notes=_notes(rows, left),
         volumes=tables.volumes(rows),
     )
 
