@@ -190,9 +190,9 @@ def test_curves_and_layers_come_from_the_cache_by_the_hashes_of_the_lock(experim
     history = _keep(tmp_path / "shared", b"epoch,val_accuracy\n1,0.5\n2,0.75\n")
     listing = json.dumps([{"relpath": "history.csv", "md5": history}]).encode()
     folder = _keep(tmp_path / "shared", listing)
-    lock = {"stages": {"baseline": {"outs": [{"path": "models/baseline", "md5": folder}]},
-                       "finetune": {"outs": [{"path": "models/finetuned", "md5": "0" * 32}]}}}  # fmt: skip
-    (tmp_path / "dvc.lock").write_text(json.dumps(lock))
+    outs = {"baseline": ("models/baseline", folder), "finetune": ("models/finetuned", "0" * 32)}
+    stages = {name: {"outs": [{"path": p, "md5": md5}]} for name, (p, md5) in outs.items()}
+    (tmp_path / "dvc.lock").write_text(json.dumps({"stages": stages}))
     (tmp_path / ".dvc").mkdir()
     (tmp_path / ".dvc/config.local").write_text("[cache]\n    dir = ../shared\n")
     (tmp_path / "metrics/layers.csv").write_text(
