@@ -894,12 +894,15 @@ def test_the_stage_takes_both_kinds_of_decisions(kind, dead, monkeypatch):
     data = SimpleNamespace(info=info, train=train)
     job = SimpleNamespace(
         params=Params(),
-        upstream={"sparse-train": SimpleNamespace(model=lambda: copy.deepcopy(model), choices={})},
+        start=SimpleNamespace(
+            model=lambda: copy.deepcopy(model), choices={}, masks={}, header=None
+        ),
         data=data,
         header=lambda parent, **notes: notes,
     )
     module = SimpleNamespace(prune=pruner)
     monkeypatch.setattr(prune.plugin, "load", lambda *_: module)
+    monkeypatch.setattr(prune.checkpoint, "build_architecture", lambda _: model)
     product = prune.prune(job)
     assert product.model.stem[0].weight.shape[0] == (6 if kind == "masks" else 4)
     if kind != "channels":

@@ -16,7 +16,7 @@ from secateur.nn import checkpoint, cost
 from secateur.nn.checkpoint import Header
 from secateur.pipeline import tracking
 from secateur.pipeline.mlflow_store import Store
-from secateur.pipeline.record import RunRecord
+from secateur.pipeline.record import Chain, RunRecord
 from stages import evaluate, prune
 
 pytestmark = pytest.mark.pipeline
@@ -82,8 +82,8 @@ def data():
     return dataset.prepare("toy", images, 0, 0)
 
 
-def saved(folder, name, model, masks, notes):
-    header = Header("", {}, CLASSES, [3, 8, 8], [], [], "", name, notes=notes)
+def saved(folder, name, model, masks, notes, arch=("", {})):
+    header = Header(*arch, CLASSES, [3, 8, 8], [], [], "", name, notes=notes)
     checkpoint.save(folder / f"{name}.safetensors", header, model, masks)
     found = SimpleNamespace(masks=masks, choices={}, header=header)
     found.model = lambda: copy.deepcopy(model)
@@ -126,8 +126,8 @@ def test_all_stages_and_mlflow_agree(name, data, store, tmp_path, capsys):
         data=data,
         header=lambda parent, **notes: notes,
     )
-    dense = saved(tmp_path, "dense", model, {}, {})
-    context.upstream = {"sparse-train": dense}
+    dense = saved(tmp_path, "dense", model, {}, {}, (arch, arch_settings))
+    context.start = dense
     pruned = prune.prune(context)
     final = trained_on(pruned.model, pruned.masks)
     notes = pruned.header
@@ -137,7 +137,8 @@ def test_all_stages_and_mlflow_agree(name, data, store, tmp_path, capsys):
         "prune": saved(tmp_path, "pruned", pruned.model, pruned.masks, notes),
         "finetune": saved(tmp_path, "final", final, pruned.masks, notes),
     }
-    report, layers = evaluate.measure(context)
+    context.chain, context.last = Chain(()), lambda stage: context.upstream[stage]
+    report, layers = evaluate.measure(context, {})
 
     # counted from the file alone: after training, no parameter is zero by chance
     tensors = safetensors.torch.load_file(tmp_path / "final.safetensors")

@@ -318,11 +318,14 @@ def run_stage(model, images, decide, monkeypatch, **settings):
     )
     job = SimpleNamespace(
         params=Params(),
-        upstream={"sparse-train": SimpleNamespace(model=lambda: copy.deepcopy(model), choices={})},
+        start=SimpleNamespace(
+            model=lambda: copy.deepcopy(model), choices={}, masks={}, header=None
+        ),
         data=SimpleNamespace(info=about, train=train),
         header=lambda parent, **notes: notes,
     )
     monkeypatch.setattr(stage.plugin, "load", lambda *_: SimpleNamespace(prune=decide))
+    monkeypatch.setattr(stage.checkpoint, "build_architecture", lambda _: model)
     return stage.prune(job)
 
 
