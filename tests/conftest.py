@@ -11,6 +11,7 @@ from workspace import PROGRAMS, Project, fresh_project
 
 LONGEST = [
     "test_pipeline_runs.py",  # makes the finished project
+    "test_studies.py",
     "test_processes.py",
     "test_data.py",  # forks to decode images, which must be before a runtime has started threads
     "test_pipeline_queue.py",
@@ -21,6 +22,7 @@ LONGEST = [
     "test_pipeline_tracking.py",
     "test_export.py",
     "test_growing.py",
+    "test_pipeline_rounds.py",
     "test_weights.py",
     "test_mlflow_store.py",
     "test_train.py",

@@ -12,15 +12,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from secateur.base.errors import SettingsError
 from secateur.pipeline import params_file
-from secateur.studies import definition, plan
-from secateur.studies.definition import PlannedCell
-from secateur.studies.execution import snapshot
-from secateur.studies.execution.keys import Graph
+from secateur.studies import definition
 
 ROOT = Path(__file__).resolve().parents[1]
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
@@ -125,48 +120,32 @@ def test_a_study_that_is_not_there_is_named_with_those_that_are(write_study):
         definition.load("mien", PARAMS)
 
 
-@pytest.fixture(scope="module")
-def graph(tmp_path_factory):
-    """The stages of this repository, in a project where nothing has run."""
-    folder = tmp_path_factory.mktemp("graph")
+def test_a_grid_costs_one_training_for_each_thing_that_differs(tmp_path):
+    """All grids of up to four decays, pruners' settings and seeds, on this repository's stages."""
     listed = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, text=True, capture_output=True,
         check=True,
     ).stdout.split()  # fmt: skip
     for name in listed:
         if (ROOT / name).is_file() and not name.startswith(("tests/", "docs/", "metrics/")):
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_bytes((ROOT / name).read_bytes())
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_bytes((ROOT / name).read_bytes())
     command = ["git", "-c", "user.name=t", "-c", "user.email=t@localhost"]
     for rest in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "state"]):
-        subprocess.run([*command, *rest], cwd=folder, check=True)
-    state = snapshot.take(folder)
-    return Graph(state.copy("plan"), state.root)
-
-
-@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4), st.randoms())
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_a_grid_costs_one_training_for_each_thing_that_differs(
-    graph, decays, prunes, seeds, random
-):
-    cells = [
-        PlannedCell(f"{d}-{p}-{s}", "", "", s, None, {
-            "seed": s, "decay": 0.1 * d, "pruners": {"std": {"sensitivity": 0.1 * p}},
-        })
-        for d in range(decays) for p in range(1, prunes + 1) for s in range(seeds)
-    ]  # fmt: skip
-    random.shuffle(cells)
-    made = plan.make(graph, cells)
-    counts = Counter(work.stage.name for work in made.works.values())
-    assert counts["prepare"] == 1
-    assert counts["prune"] == counts["evaluate"] == counts["finetune"]
-    assert sum(counts[name] for name in TRAINING) == seeds * (1 + decays + decays * prunes)
-    assert sum(plan.trains(made, work) for work in made.works.values()) == seeds * (
-        1 + decays + decays * prunes
-    )
-    order = list(made.works)
-    for number, id in enumerate(order):
-        assert all(order.index(other) < number for other in made.works[id].upstream.values())
+        subprocess.run([*command, *rest], cwd=tmp_path, check=True)
+    planned = subprocess.run(
+        [sys.executable, str(ROOT / "tests/planned.py"), str(tmp_path)], cwd=tmp_path, check=True,
+        capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    found = json.loads(planned.stdout)
+    assert len(found) == 4**3
+    for grid in found:
+        (decays, prunes, seeds), counts = grid["sizes"], grid["stages"]
+        assert counts["prepare"] == 1
+        assert counts["prune"] == counts["evaluate"] == counts["finetune"]
+        assert sum(counts[name] for name in TRAINING) == seeds * (1 + decays + decays * prunes)
+        assert grid["trainings"] == seeds * (1 + decays + decays * prunes)
+        assert grid["in order"]
 
 
 def study_of(project, **content):
@@ -237,16 +216,17 @@ def test_each_training_runs_once_and_dvc_has_nothing_to_add_to_a_cell(
 
 
 @pytest.mark.pipeline
-def test_killed_at_any_moment_the_same_command_goes_on(project):
+@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
+def test_killed_at_any_moment_the_same_command_goes_on(kills, project):
     """Coordinator and workers are killed in turn; records count what was trained."""
     study_of(project, seeds=[5], axes={"pruners.std.sensitivity": [0.5, 0.75]})
     command = [sys.executable, "-m", "secateur", "study", "mine", "--workers", "2", "--no-mlflow"]
-    for number in range(4):
+    for number in range(kills):
         process = subprocess.Popen(
             command, cwd=project.path, env=project.env(), stdout=subprocess.DEVNULL,
             start_new_session=True,
         )  # fmt: skip
-        time.sleep(4 + number)
+        time.sleep(4 + number % 5)
         if number % 2:
             process.kill()
         else:
