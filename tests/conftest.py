@@ -1,6 +1,5 @@
 """Projects for the tests that run the pipeline, and the order of the files of tests."""
 
-import gc
 import os
 import shutil
 
@@ -50,12 +49,6 @@ def pytest_xdist_auto_num_workers(config):
 def pytest_collection_modifyitems(items):
     place = {name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
-
-
-def pytest_collection_finish():
-    """Let the garbage collector pass over what was imported: a million objects, which stay."""
-    gc.collect()
-    gc.freeze()
 
 
 @pytest.fixture(scope="session")
