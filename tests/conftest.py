@@ -11,6 +11,7 @@ from workspace import PROGRAMS, Project, fresh_project
 LONGEST = [
     "test_pipeline_runs.py",  # makes the finished project
     "test_studies.py",
+    "test_studies_page.py",  # libyaml has ended workers in which other libraries had run before
     "test_processes.py",
     "test_data.py",  # forks to decode images, which must be before a runtime has started threads
     "test_pipeline_queue.py",
@@ -37,7 +38,7 @@ LONGEST = [
     "test_stage_start.py",
     "test_pipeline_errors.py",
 ]
-"""Files of tests that take longest, in the order in which workers are given them."""
+"""Files of tests that come first, in the order in which workers are given them."""
 
 
 def pytest_xdist_auto_num_workers(config):
