@@ -96,7 +96,7 @@ def test_it_has_arguments_folder_environment_and_streams_of_the_caller(project, 
 
 @pytest.mark.parametrize("case", ENDS)
 def test_it_ends_as_python_does(project, case):
-    code = f"import sys; print('begun')\n{ENDS[case]}"
+    code = f"import sys; print('begun', flush=True)\n{ENDS[case]}"
     real, warm = (run(project, program, "-c", code) for program in (sys.executable, "python"))
     assert warm[:2] == real[:2]
     assert without_places(warm[2]) == without_places(real[2])
