@@ -64,7 +64,7 @@ STEPPING = [
 
 @pytest.mark.parametrize("name", STEPPING)
 def test_a_penalty_that_prunes_meanwhile_suits_the_training_that_a_recipe_gives_it(name):
-    made = recipe.merged(PARAMS, recipe.load(name).settings)
+    made = settings.merged(PARAMS, recipe.load(name).settings)
     module = plugin.load("penalties", made["penalty"])
     own = settings.validate(module.Settings, made["penalties"][made["penalty"]], "")
     penalty = module.build(own, nn.Sequential(nn.Linear(40, 40)), made["decay"])

@@ -190,7 +190,8 @@ def test_curves_and_layers_come_from_the_cache_by_the_hashes_of_the_lock(experim
     history = _keep(tmp_path / "shared", b"epoch,val_accuracy\n1,0.5\n2,0.75\n")
     listing = json.dumps([{"relpath": "history.csv", "md5": history}]).encode()
     folder = _keep(tmp_path / "shared", listing)
-    outs = {"baseline": ("models/baseline", folder), "finetune": ("models/finetuned", "0" * 32)}
+    outs = {"baseline": ("models/baseline", folder), "finetune": ("models/finetuned", "0" * 32),
+            "finetune@more": ("models/rounds/more/finetuned", folder)}  # fmt: skip
     stages = {name: {"outs": [{"path": p, "md5": md5}]} for name, (p, md5) in outs.items()}
     (tmp_path / "dvc.lock").write_text(json.dumps({"stages": stages}))
     (tmp_path / ".dvc").mkdir()
@@ -201,6 +202,10 @@ def test_curves_and_layers_come_from_the_cache_by_the_hashes_of_the_lock(experim
     cells = experiments(1, seeds=(1,))
     left = artifacts.read(results.read([cells[0].experiment]))[cells[0].experiment]
     assert artifacts.validation_curves([left, left]) == {"baseline": [0.5, 0.75]}  # the rest: gone
+    chained = results.read([cells[0].experiment])[0]
+    chained.report["rounds"] = {"round1": {}, "more": {}}
+    left_by_both = artifacts.read([chained])[chained.name]
+    assert list(left_by_both.histories) == ["baseline", "finetune@more"]
     assert artifacts.layer_sparsity([left]) == {"fc1": 0.9, "fc2": 0.5}
     assert (left.test_images, left.revision) == (None, None)
     page.write(tmp_path / "report", "mine", cells)

@@ -28,7 +28,6 @@ from secateur.penalties._shared.course import (
     Ranking,
     check_end,
     lowest,
-    prefixed,
 )
 from secateur.penalties._shared.growing import PrunedChannels
 from secateur.sparsity import choices, masks
@@ -37,6 +36,7 @@ from secateur.sparsity.layer_ratios import ratios_by_layer, ratios_by_parameter
 from secateur.sparsity.ratios import Ratios, Rules, Skip
 from secateur.sparsity.scores import WeightCriterion, scores_of_weight
 from secateur.training.penalty import Course
+from secateur.training.state import with_prefix
 
 
 class Settings(CourseSettings):
@@ -168,7 +168,7 @@ class GradualPenalty(CoursePenalty):
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore what `state_dict` returned; ValueError if it is the state of another network."""
         super().load_state_dict(state)
-        found = prefixed(state, "dense/")
+        found = with_prefix(state, "dense/")
         shapes = {name: tensor.shape for name, tensor in found.items()}
         if found and shapes != {name: weight.shape for name, weight in self.held.items()}:
             raise ValueError("penalty: weights under the masks do not fit")
@@ -279,7 +279,7 @@ class GradualChannels(GradualPenalty):
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore what `state_dict` returned; ValueError if it is the state of another network."""
-        self.groups.choice = {n: c.clone() for n, c in prefixed(state, "choice/").items()}
+        self.groups.choice = {n: c.clone() for n, c in with_prefix(state, "choice/").items()}
         super().load_state_dict(state)
 
 

@@ -35,7 +35,7 @@ from rich.table import Table
 
 from secateur.base.documents import read_yaml, validated
 from secateur.base.errors import SecateurError, SettingsError, cut, shorten
-from secateur.base.settings import merged as merged
+from secateur.base.settings import merged
 from secateur.pipeline import console, params_file, record
 from secateur.pipeline.record import chain_of
 

@@ -3,7 +3,6 @@
 The cache is read by the hashes in dvc.lock, without DVC; what a clone has not pulled is left out.
 """
 
-import configparser
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,8 +14,9 @@ import yaml
 from secateur.base.documents import parse_json
 from secateur.base.errors import SecateurError
 from secateur.pipeline import record
-from secateur.pipeline.record import MODELS
+from secateur.pipeline.record import MODELS, ModelSpec
 from secateur.studies import results
+from secateur.studies.execution.snapshot import cache_folder
 from secateur.studies.results import LOADER, Result
 
 if TYPE_CHECKING:
@@ -43,12 +43,14 @@ def read(found: Sequence[Result]) -> dict[str, Artifacts]:
     """The artifacts of these experiments by name."""
     commits = results.commits([result.name for result in found])
     contents = results.objects([f"{c}:{path}" for c in commits.values() for path in (LAYERS, LOCK)])
-    cache = cache_folder()
+    cache = cache_folder(Path.cwd())
     left = {}
-    for name, commit in commits.items():
+    for result in found:
+        name, commit = result.name, commits[result.name]
         layers = (contents[f"{commit}:{LAYERS}"] or b"").decode(errors="replace")
         outs = _outs(contents[f"{commit}:{LOCK}"])
-        left[name] = Artifacts(layers, _histories(outs, cache), *_record(outs, cache))
+        histories = _histories(outs, cache, record.chain_of(result.report).models)
+        left[name] = Artifacts(layers, histories, *_record(outs, cache))
     return left
 
 
@@ -57,7 +59,7 @@ def validation_curves(artifacts: Sequence[Artifacts]) -> dict[str, list[float]]:
     import pandas as pd
 
     curves = {}
-    for stage in MODELS:
+    for stage in dict.fromkeys(stage for each in artifacts for stage in each.histories):
         columns = []
         for each in artifacts:
             frame = _frame(each.histories.get(stage, ""))
@@ -84,19 +86,6 @@ def layer_sparsity(artifacts: Sequence[Artifacts]) -> dict[str, float]:
     return {str(layer): float(value) for layer, value in mean.items()}
 
 
-def cache_folder() -> Path:
-    """The folder of DVC's cache, by the project's configuration."""
-    found = Path(".dvc/cache")
-    for path in (Path(".dvc/config"), Path(".dvc/config.local")):
-        config = configparser.ConfigParser(interpolation=None)
-        try:
-            config.read(path)
-        except configparser.Error:
-            continue
-        found = Path(".dvc") / config.get("cache", "dir", fallback=str(found.absolute()))
-    return found
-
-
 def _record(outs: Mapping[str, str], cache: Path) -> tuple[int | None, str | None]:
     """Number of test images and Git commit, by the record of the dense network."""
     path = str(MODELS["baseline"].record)
@@ -108,10 +97,12 @@ def _record(outs: Mapping[str, str], cache: Path) -> tuple[int | None, str | Non
     return (count if isinstance(count, int) else None), found.revision
 
 
-def _histories(outs: Mapping[str, str], cache: Path) -> dict[str, str]:
+def _histories(
+    outs: Mapping[str, str], cache: Path, models: Mapping[str, ModelSpec]
+) -> dict[str, str]:
     """Stage -> its history, of those that the cache has."""
     found = {}
-    for stage, model in MODELS.items():
+    for stage, model in models.items():
         content = _cached(cache, outs.get(model.folder), model.history.name)
         if content is not None:
             found[stage] = content.decode(errors="replace")

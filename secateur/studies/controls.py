@@ -14,7 +14,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from secateur.pipeline import recipe
+from secateur.base.settings import merged
 
 Control = Literal[
     "dense", "dense_longer", "random", "scratch", "scratch_epochs", "scratch_compute", "smaller"
@@ -56,7 +56,7 @@ def make(
         if above is None:
             notes.append(f"{method}: no control '{control}': {_WHY[control]}")
         else:
-            made.append((method, point, recipe.merged(settings, above)))
+            made.append((method, point, merged(settings, above)))
     return made, [*dict.fromkeys(notes)]
 
 
@@ -82,11 +82,11 @@ def _dense(
     """One dense network for each way in which the methods train one."""
     found: dict[str, Combination] = {}
     for _, _, settings in chosen:
-        above = recipe.merged(settings, UNPRUNED)
+        above = merged(settings, UNPRUNED)
         if control == "dense_longer":
             sections = ("baseline", "sparse_train", "finetune")
             total = sum(int(_value(settings, params, f"{part}.epochs") or 0) for part in sections)
-            above = recipe.merged(above, {"baseline": {"epochs": total}})
+            above = merged(above, {"baseline": {"epochs": total}})
         keys = ("dataset", "arch", "baseline", "data", "datasets", "archs")
         same = repr([_value(above, params, key) for key in keys])
         found.setdefault(same, ("dense" if control == "dense" else "longer", "", above))
@@ -110,7 +110,7 @@ def _random(settings: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str,
 def _scratch(settings: Mapping[str, Any], params: Mapping[str, Any], budget: str) -> dict[str, Any]:
     """The pruned shape from new weights, trained as the dense network was."""
     known = params["finetune"]
-    below = recipe.merged(params["baseline"], settings.get("baseline", {}))
+    below = merged(params["baseline"], settings.get("baseline", {}))
     training = {key: value for key, value in below.items() if key in known}
     return {"finetune": training | {"init": "scratch", "budget": budget}}
 

@@ -29,6 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter
 
 from secateur.base.documents import read_yaml, validated
 from secateur.base.errors import SettingsError, shorten
+from secateur.base.settings import merged
 from secateur.pipeline import recipe
 from secateur.studies import controls
 from secateur.studies.controls import Control
@@ -101,7 +102,7 @@ def load(name: str, params: Mapping[str, Any]) -> Study:
         )
     written = validated(_WRITTEN, read_yaml(path, SettingsError), str(path), SettingsError)
     below = recipe.load(written.recipe).settings if written.recipe else {}
-    common = recipe.merged(below, written.settings)
+    common = merged(below, written.settings)
     cells, notes = _cells(name, written, common, params, str(path))
     return Study(name, written.about, tuple(cells), tuple(notes))
 
@@ -223,7 +224,7 @@ def _settings(
     used: set[str] = set()
     for axis, value in values.items():
         if isinstance(axes[axis], dict):
-            settings = recipe.merged(settings, axes[axis][value])
+            settings = merged(settings, axes[axis][value])
             used.add(axis)
     settings = _filled(settings, values, used)
     for axis, value in values.items():
@@ -237,7 +238,7 @@ def _settings(
                     f"'{{{axis}}}' in the settings"
                 )
             table = table[part]
-        settings = recipe.merged(settings, nested({axis: value}))
+        settings = merged(settings, nested({axis: value}))
     return _numbers(settings)
 
 

@@ -46,9 +46,5 @@ def _took(plan: Plan, entry: Entry) -> float | None:
 
 def _epochs(stage: str, declared: Mapping[str, Any]) -> float:
     """Epochs of the stage's own section."""
-    found = value_at(declared.get(_section(stage), {}), "epochs")
+    found = value_at(declared.get(plans.section(stage), {}), "epochs")
     return max(float(found), FEWEST_EPOCHS) if isinstance(found, int | float) else FEWEST_EPOCHS
-
-
-def _section(stage: str) -> str:
-    return stage.replace("-", "_")

@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from secateur.pipeline import recipe
+from secateur.base.errors import SettingsError
+from secateur.base.settings import merged
 from secateur.studies.definition import PlannedCell
 from secateur.studies.execution.keys import Entry, Graph, ResolvedStage
 
@@ -44,7 +45,7 @@ class Plan:
 
     def params(self, cell: int) -> dict[str, Any]:
         """The whole of params.yaml for a cell."""
-        return recipe.merged(self.graph.params, self.cells[cell].settings)
+        return merged(self.graph.params, self.cells[cell].settings)
 
     def pending(self, id: str) -> Entry | None:
         """The entry of a piece before it runs; None while one that it reads is not finished."""
@@ -74,10 +75,18 @@ class Plan:
 
 
 def make(graph: Graph, cells: Sequence[PlannedCell]) -> Plan:
-    """The plan for these cells; nothing is looked up yet."""
+    """The plan for these cells; nothing is looked up yet.
+
+    Raises SettingsError for a cell with further rounds.
+    """
     plan = Plan(graph, cells)
     for number in range(len(cells)):
         params = plan.params(number)
+        if params.get("rounds"):
+            raise SettingsError(
+                f"cell {cells[number].name}: rounds: {', '.join(params['rounds'])}: a study runs "
+                "chains of one round; `dvc exp run` runs further ones"
+            )
         ids: dict[str, str] = {}
         for work in _works(graph, params, number, ids):
             plan.works.setdefault(work.id, work)
@@ -88,8 +97,13 @@ def make(graph: Graph, cells: Sequence[PlannedCell]) -> Plan:
 def trains(plan: Plan, work: Work) -> bool:
     """Whether the stage has a section of params with at least one epoch."""
     declared = plan.graph.declared(work.stage, plan.params(work.cell))
-    own = declared.get(work.stage.name.replace("-", "_"))
+    own = declared.get(section(work.stage.name))
     return isinstance(own, Mapping) and bool(own.get("epochs"))
+
+
+def section(stage: str) -> str:
+    """The section of params.yaml that a stage has, if it has one."""
+    return stage.replace("-", "_")
 
 
 def _works(

@@ -88,7 +88,7 @@ def curves(lines: Mapping[str, Mapping[str, Sequence[float]]]) -> "Figure":
             axes.plot(
                 range(first, first + len(values)),
                 [100 * value for value in values],
-                {"baseline": ":", "sparse-train": "--"}.get(stage, "-"),
+                {"baseline": ":", "sparse-train": "--"}.get(stage.partition("@")[0], "-"),
                 color=colormaps["tab10"](place % 10),
                 linewidth=1.3,
                 label=label if first == 1 else None,

@@ -111,4 +111,3 @@ def write_page(study: Study, made: Plan, folder: Path) -> None:
         if made.finished(number)
     ]
     page.write(folder, study.name, cells)
-    console.say(f"page: {folder}/index.html")

@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,8 @@ import yaml
 
 from secateur.base.documents import parse_json
 from secateur.base.errors import SecateurError, cut
+from secateur.pipeline import record
+from secateur.studies.execution.snapshot import git
 
 REPORT, PARAMS = "metrics/evaluate.json", "params.yaml"
 NAMESPACE = "refs/exps"
@@ -74,8 +76,9 @@ class Result:
 
 def experiments(everything: bool = False) -> dict[str, str]:
     """Name -> commit of the experiments of HEAD, or of all commits."""
-    listed = _git("for-each-ref", "--format=%(objectname) %(refname)", NAMESPACE).split("\n")
-    head = _git("rev-parse", "HEAD").strip()
+    here = Path.cwd()
+    listed = git(here, "for-each-ref", "--format=%(objectname) %(refname)", NAMESPACE).split("\n")
+    head = git(here, "rev-parse", "HEAD")
     found: dict[str, str] = {}
     for line in filter(None, listed):
         commit, _, ref = line.partition(" ")
@@ -120,7 +123,8 @@ def parse(name: str, params: bytes | None, report: bytes | None) -> Result:
         raise SecateurError(f"it has no {PARAMS if params is None else REPORT}")
     try:
         settings = yaml.load(params, LOADER)
-        result = Result(name, flat(settings), parse_json(report))
+        result = Result(name, record.flat(settings), parse_json(report))
+        record.chain_of(result.report)
         numbers = (result.dense, result.final, result.compression, result.macs, result.speedup)
         if not all(number >= 0 for number in numbers) or result.seed < 0:
             raise ValueError("a number below zero")
@@ -129,17 +133,6 @@ def parse(name: str, params: bytes | None, report: bytes | None) -> Result:
     except ZeroDivisionError:
         raise SecateurError(f"{REPORT}: theoretical_speedup = 0") from None
     return result
-
-
-def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted key."""
-    found: dict[str, Any] = {}
-    for key, value in settings.items():
-        if isinstance(value, Mapping) and value:
-            found |= flat(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = value
-    return found
 
 
 def different(results: Sequence[Result]) -> list[str]:
@@ -161,10 +154,3 @@ def objects(names: Sequence[str]) -> dict[str, bytes | None]:
             size = int(header.rsplit(b" ", 1)[1])
             found[name], rest = rest[:size], rest[size + 1 :]
     return found
-
-
-def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], capture_output=True, text=True)
-    if done.returncode:
-        raise SecateurError(f"git {arguments[0]}: {cut(done.stderr)}")
-    return done.stdout

@@ -27,7 +27,6 @@ from secateur.studies.execution.snapshot import Snapshot
 from secateur.studies.execution.work import Task
 from secateur.studies.plan import Plan
 
-REPORTS = Path("report")
 KILLS = 5
 """How often a piece of work is begun again after its process was killed."""
 
@@ -107,11 +106,12 @@ def run(state: Snapshot, study: Study, made: Plan, options: argparse.Namespace) 
         "workspace"
     )
     if done:
-        from secateur.studies import publish
+        from secateur.studies import page, publish
 
-        publish.write_page(study, made, REPORTS / study.name)
+        folder = page.REPORTS / study.name
+        publish.write_page(study, made, folder)
         if not options.no_mlflow:
-            publish.write_mlflow(study, made, REPORTS / study.name)
+            publish.write_mlflow(study, made, folder)
     return progress.failure()
 
 

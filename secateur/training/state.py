@@ -88,7 +88,7 @@ class TrainingState:
         kinds = {name.split("/")[0] for name in tensors}
         if unknown := kinds - {"model", "best", "optimizer", "penalty"}:
             raise ValueError(f"tensors of {sorted(unknown)[0]}")
-        weights, best = _with_prefix(tensors, "model/"), _with_prefix(tensors, "best/")
+        weights, best = with_prefix(tensors, "model/"), with_prefix(tensors, "best/")
         own = self.model.state_dict()
         for found in (weights, best) if progress.best else (weights,):
             _check_like(own, found)
@@ -97,9 +97,9 @@ class TrainingState:
         self.model.load_state_dict(weights)
         device = next(self.model.parameters()).device
         self.best_weights = {n: t.to(device) for n, t in best.items()}
-        self._load_optimizer(_with_prefix(tensors, "optimizer/"))
+        self._load_optimizer(with_prefix(tensors, "optimizer/"))
         if self.penalty is not None:
-            self.penalty.load_state_dict(_with_prefix(tensors, "penalty/"))
+            self.penalty.load_state_dict(with_prefix(tensors, "penalty/"))
         self.history, self.best_epoch = list(progress.history), progress.best
 
     def _load_optimizer(self, tensors: dict[str, Tensor]) -> None:
@@ -158,6 +158,6 @@ def _check_like(own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
             raise ValueError(f"{name} is {found[name].dtype} {tuple(found[name].shape)}")
 
 
-def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors whose name starts with `prefix`, by the rest of their names."""
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}

@@ -18,6 +18,7 @@ from secateur.penalties._shared.formula import ClosedFormPenalty, NormPenalty, l
 from secateur.sparsity import choices
 from secateur.sparsity.choices import Choices
 from secateur.training.penalty import Course
+from secateur.training.state import with_prefix
 
 MAX_POINTS = 500
 """Points of a trace, about."""
@@ -143,7 +144,7 @@ class CoursePenalty:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore what `state_dict` returned; ValueError if it is the state of another network."""
-        chosen = prefixed(state, "choice/")
+        chosen = with_prefix(state, "choice/")
         if unknown := sorted(set(chosen) - set(self.choice_shapes())):
             raise ValueError(f"penalty: no weight {cut(unknown[0])}")
         for name, shape in self.choice_shapes().items() if chosen else ():
@@ -220,8 +221,3 @@ def check_end(last: int, course: Course, name: str) -> None:
             f"{course.steps:,}; it needs more{more}, or an earlier end",
             epochs,
         )
-
-
-def prefixed(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose name starts with `prefix`, by the rest of their names."""
-    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}

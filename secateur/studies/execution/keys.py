@@ -4,6 +4,7 @@ DVC's own code resolves the templates, hashes the files and the keys; here is on
 stages that `dvc repro` would make for one state of the workspace, without a workspace for each.
 """
 
+import graphlib
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -265,11 +266,9 @@ def _keys(name: str, stage: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _ordered(stages: Mapping[str, ResolvedStage]) -> Iterator[ResolvedStage]:
-    """Every stage after those that it reads; in the file's order where that leaves a choice."""
-    done: set[str] = set()
-    while len(done) < len(stages):
-        ready = [s for s in stages.values() if s.name not in done and done >= set(s.upstream)]
-        if not ready:
-            raise SettingsError("dvc.yaml: stages read each other's outs in a circle")
-        done.add(ready[0].name)
-        yield ready[0]
+    """Every stage after those that it reads."""
+    order = graphlib.TopologicalSorter({name: stage.upstream for name, stage in stages.items()})
+    try:
+        yield from [stages[name] for name in order.static_order()]
+    except graphlib.CycleError:
+        raise SettingsError("dvc.yaml: stages read each other's outs in a circle") from None

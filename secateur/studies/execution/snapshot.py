@@ -95,10 +95,10 @@ def take(root: Path) -> Snapshot:
                         env["GIT_INDEX_FILE"])  # fmt: skip
         git(root, "add", "-u", env=env)
         tree = git(root, "write-tree", env=env)
-    return Snapshot(root, revision, tree, _cache(root))
+    return Snapshot(root, revision, tree, cache_folder(root))
 
 
-def _cache(root: Path) -> Path:
+def cache_folder(root: Path) -> Path:
     """The folder of the project's cache, which need not be there."""
     from dvc.config import Config
     from dvc.exceptions import DvcException
@@ -129,10 +129,10 @@ def git(
             check=False,
         )  # fmt: skip
     except OSError as reason:
-        raise SecateurError(f"git: {reason}; a study needs a Git repository") from None
+        raise SecateurError(f"git: {reason}; experiments need a Git repository") from None
     if done.returncode:
         said = cut(" ".join(done.stderr.split()), 200)
-        raise SecateurError(f"git {command[0]}: {error or said}; a study needs a Git repository")
+        raise SecateurError(f"git {command[0]}: {error or said}; experiments need a Git repository")
     return done.stdout.strip()
 
 
