@@ -13,6 +13,7 @@ import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import hostile
 import pytest
 import safetensors.torch
 import torch
@@ -323,13 +324,10 @@ def read_only_folder():
     folder = Path(tempfile.mkdtemp(dir="/tmp"))
     saved(folder)
     folder.chmod(0o555)
-    user = os.geteuid()
-    if user == 0:
-        os.seteuid(65534)
     try:
-        yield folder
+        with hostile.ordinary_user():
+            yield folder
     finally:
-        os.seteuid(user)
         folder.chmod(0o755)
         shutil.rmtree(folder)
 

@@ -532,18 +532,6 @@ def test_damaged_files_give_an_object_or_one_of_our_errors(name, valid):
     holds()
 
 
-@contextlib.contextmanager
-def ordinary_user():
-    """Not root, for whom every file is readable."""
-    user = os.geteuid()
-    if user == 0:
-        os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(user)
-
-
 @pytest.mark.parametrize("kind", hostile.KINDS)
 @pytest.mark.parametrize("name", READERS)
 def test_whatever_stands_in_the_place_of_a_file_or_folder_is_no_crash_and_no_hang(
@@ -558,7 +546,7 @@ def test_whatever_stands_in_the_place_of_a_file_or_folder_is_no_crash_and_no_han
             if kind == "plain file" and not path.is_dir():
                 continue
             hostile.KINDS[kind](path)
-            with ordinary_user() if kind == "unreadable" else contextlib.nullcontext():
+            with hostile.ordinary_user() if kind == "unreadable" else contextlib.nullcontext():
                 outcome(name, folder)
 
 
