@@ -25,7 +25,7 @@ import torch
 
 from secateur.base import plugin
 from secateur.base.machine import hardware
-from secateur.base.settings import Train
+from secateur.base.sections import Train
 from secateur.data.augment import FileAugment
 from secateur.data.batches import Batches
 from secateur.data.dataset import Dataset, DatasetInfo, InMemoryImages

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from secateur.base import plugin
 from secateur.base.callable_plugin import ConfiguredPruner, arguments_of
 from secateur.base.errors import CheckpointError, PruningError, SettingsError
-from secateur.base.settings import Export
+from secateur.base.sections import Export
 from secateur.channels.graph import ChannelGraph, build_channel_graph
 from secateur.nn import checkpoint, cost, matching, weights
 from secateur.nn.checkpoint import Checkpoint, Header

@@ -15,7 +15,7 @@ resumes from its last saved epoch.
 import torch
 from torch import nn
 
-from secateur.base.settings import Finetune
+from secateur.base.sections import Finetune
 from secateur.nn import checkpoint, cost
 from secateur.nn.resizing import reset_parameters
 from secateur.pipeline import console, runner

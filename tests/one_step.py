@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from secateur.base import plugin
-from secateur.base.settings import Train
+from secateur.base.sections import Train
 from secateur.data import dataset
 from secateur.training import loop
 from secateur.training.engine import Engine

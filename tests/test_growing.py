@@ -12,7 +12,8 @@ from torch import nn
 
 from secateur.base import plugin
 from secateur.base.errors import SettingsError
-from secateur.base.settings import Train, section, validate
+from secateur.base.sections import Train
+from secateur.base.settings import section, validate
 from secateur.base.stage import Stage
 from secateur.data import dataset
 from secateur.nn.layers import ChannelSelect

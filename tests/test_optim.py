@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from torch import nn
 from torch.optim import lr_scheduler
 
-from secateur.base.settings import Train
+from secateur.base.sections import Train
 from secateur.training import optim
 from secateur.training.engine import Engine
 from secateur.training.step import TrainStep

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from secateur.base import plugin
-from secateur.base.settings import Evaluate, Prune
+from secateur.base.sections import Evaluate, Prune
 from secateur.data import dataset
 from secateur.nn import checkpoint, cost
 from secateur.nn.checkpoint import Header

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from secateur.base.settings import Finetune
+from secateur.base.sections import Finetune
 from secateur.data import dataset
 from secateur.training import budget
 from secateur.training.recalibrate import recalibrate

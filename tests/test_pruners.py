@@ -14,7 +14,7 @@ from torch import nn
 
 from secateur.base import plugin
 from secateur.base.errors import PruningError
-from secateur.base.settings import Train
+from secateur.base.sections import Train
 from secateur.data import dataset
 from secateur.nn import checkpoint
 from secateur.pruning.apply import apply_decision

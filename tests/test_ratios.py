@@ -13,7 +13,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from secateur.base.errors import SettingsError
-from secateur.base.settings import Strict, section, validate
+from secateur.base.sections import Strict
+from secateur.base.settings import section, validate
 from secateur.sparsity import choices, ratios
 from secateur.sparsity.layer_ratios import ratios_by_layer
 from secateur.sparsity.ratios import Ratios, Skip

@@ -11,7 +11,7 @@ import yaml
 from torch import nn
 
 from secateur import cli
-from secateur.base import plugin, settings
+from secateur.base import plugin, sections, settings
 from secateur.base.errors import SettingsError
 from secateur.pipeline import recipe
 from secateur.training.penalty import Course
@@ -68,7 +68,7 @@ def test_a_penalty_that_prunes_meanwhile_suits_the_training_that_a_recipe_gives_
     module = plugin.load("penalties", made["penalty"])
     own = settings.validate(module.Settings, made["penalties"][made["penalty"]], "")
     penalty = module.build(own, nn.Sequential(nn.Linear(40, 40)), made["decay"])
-    training = settings.validate(settings.Train, made["sparse_train"], "")
+    training = settings.validate(sections.Train, made["sparse_train"], "")
     images = TRAINING_IMAGES[made["dataset"]]
     steps = training.epochs * math.ceil(images / training.batch_size)
     penalty.start(Course(training, steps, images))

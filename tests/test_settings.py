@@ -11,7 +11,7 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 from pydantic import Field
 
-from secateur.base import plugin, settings
+from secateur.base import plugin, sections, settings
 from secateur.base.errors import ArgumentError, SettingsError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -328,7 +328,7 @@ def test_settings_cannot_be_changed_afterwards():
         params.data.validation = 0.3
 
 
-class Nested(settings.Strict):
+class Nested(sections.Strict):
     """As a plug-in may have them."""
 
     ratio: Annotated[float, Field(gt=0, lt=1)] = 0.5

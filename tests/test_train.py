@@ -15,7 +15,7 @@ from torch import nn
 
 from secateur.base import plugin
 from secateur.base.errors import TrainingError
-from secateur.base.settings import Train
+from secateur.base.sections import Train
 from secateur.base.stage import Stage
 from secateur.data import augment, dataset
 from secateur.data.dataset import DatasetInfo, InMemoryImages

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from secateur.base import plugin, settings
+from secateur.base import plugin, sections, settings
 from secateur.pipeline import record
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -188,7 +188,7 @@ PROTOCOLS = {
 )
 def test_a_plugin_has_what_the_protocol_of_its_kind_says(kind, name):
     protocol, module = PROTOCOLS[kind], plugin.load(kind, name)
-    assert issubclass(module.Settings, settings.Strict)
+    assert issubclass(module.Settings, sections.Strict)
     (function,) = [f for n, f in vars(protocol).items() if inspect.isfunction(f) and n[0] != "_"]
     own = getattr(module, function.__name__)
     wanted = [*inspect.signature(function).parameters][1:]

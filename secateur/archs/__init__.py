@@ -1,6 +1,6 @@
 """Architectures, one file each; the file name is the value of `arch`.
 
-A file offers `Settings` (a `base.settings.Strict`) and
+A file offers `Settings` (a `base.sections.Strict`) and
 `build(settings, classes, shape) -> nn.Module`, where `shape` is (channels, height, width) of one
 image. Layers are called as modules, so that torch.fx can trace them, and every module with
 parameters has `reset_parameters()`. A network whose initial weights differ from those of torch's

@@ -9,7 +9,7 @@ from collections import OrderedDict
 
 from torch import nn
 
-from secateur.base.settings import Strict
+from secateur.base.sections import Strict
 from secateur.nn import blocks
 
 

@@ -16,7 +16,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from secateur.base.settings import Strict
+from secateur.base.sections import Strict
 from secateur.nn import blocks
 from secateur.nn.layers import ChannelSelect
 

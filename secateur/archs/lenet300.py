@@ -12,7 +12,7 @@ from typing import Annotated
 from pydantic import Field
 from torch import nn
 
-from secateur.base.settings import Strict
+from secateur.base.sections import Strict
 
 
 class Settings(Strict):

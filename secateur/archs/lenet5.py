@@ -10,7 +10,7 @@ from typing import Annotated
 from pydantic import Field
 from torch import nn
 
-from secateur.base.settings import Strict
+from secateur.base.sections import Strict
 
 Width = Annotated[int, Field(ge=1)]
 

@@ -19,7 +19,7 @@ from pydantic import Field
 from torch import nn
 
 from secateur.base.errors import ArgumentError, cut
-from secateur.base.settings import Strict
+from secateur.base.sections import Strict
 
 NONE = "weights/none"
 """A file that never changes."""

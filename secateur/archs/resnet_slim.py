@@ -15,7 +15,7 @@ from typing import Literal
 
 from torch import nn
 
-from secateur.base.settings import Strict
+from secateur.base.sections import Strict
 from secateur.nn import blocks
 
 Depth = Literal[18, 34, 50, 101, 152]

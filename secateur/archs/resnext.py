@@ -13,7 +13,7 @@ from typing import Annotated, Self
 from pydantic import Field, model_validator
 from torch import nn
 
-from secateur.base.settings import Strict
+from secateur.base.sections import Strict
 from secateur.nn import blocks
 
 Width = Annotated[int, Field(ge=1)]

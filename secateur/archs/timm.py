@@ -19,7 +19,7 @@ from torch.func import functional_call
 
 from secateur.base import optional
 from secateur.base.errors import ArgumentError, DataError, cut
-from secateur.base.settings import Strict
+from secateur.base.sections import Strict
 from secateur.base.torchvision_import import import_torchvision
 from secateur.nn import weights
 from secateur.nn.weights import Weights

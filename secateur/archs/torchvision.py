@@ -18,7 +18,7 @@ from torch import nn
 from torch.func import functional_call
 
 from secateur.base.errors import ArgumentError, DataError
-from secateur.base.settings import Strict
+from secateur.base.sections import Strict
 from secateur.base.torchvision_import import import_torchvision
 from secateur.nn import weights
 from secateur.nn.weights import Weights

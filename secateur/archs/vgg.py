@@ -23,7 +23,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator
 from torch import nn
 
-from secateur.base.settings import Strict
+from secateur.base.sections import Strict
 from secateur.nn import blocks
 
 Depth = Literal[11, 13, 16, 19]

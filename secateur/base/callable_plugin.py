@@ -16,7 +16,7 @@ from typing import Any
 
 from secateur.base import plugin, settings
 from secateur.base.errors import SettingsError
-from secateur.base.settings import Strict
+from secateur.base.sections import Strict
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ class Plugin(Protocol):
     """What every plug-in has."""
 
     Settings: Any
-    """Its class of settings, a `settings.Strict`; the section of params.yaml is validated by it."""
+    """Its class of settings, a `sections.Strict`; the section of params.yaml is validated by it."""
 
 
 class DatasetPlugin(Plugin, Protocol):

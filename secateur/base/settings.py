@@ -1,28 +1,41 @@
 """params.yaml -> typed, validated settings; unknown keys and impossible values are refused."""
 
 import difflib
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Self, TypeVar, get_origin
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
     TypeAdapter,
     ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
 )
 
 from secateur.base import plugin
 from secateur.base.documents import read_yaml
 from secateur.base.errors import ArgumentError, SettingsError, cut, shorten
+from secateur.base.sections import (
+    Baseline,
+    Data,
+    Evaluate,
+    ExportedFiles,
+    Finetune,
+    Libraries,
+    Name,
+    NonNegative,
+    Prune,
+    Round,
+    RoundName,
+    RoundPrune,
+    RoundSparseTrain,
+    Seed,
+    Sensitivity,
+    Strict,
+    Table,
+    Train,
+    types_in,
+)
 
 FILE = "params.yaml"
 
@@ -41,295 +54,7 @@ RENAMED = {
 RENAMED_VALUES = {"penalties.network_slimming.coupled": {"inner": "skip", "all": "include"}}
 """Key -> value of an earlier version -> the value that replaces it."""
 
-Seed = Annotated[int, Field(ge=0, lt=2**31)]
-NonNegative = Annotated[float, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
-
-
-def _whole_above_one(value: float) -> float:
-    """The value; ValueError if it is neither a share nor a whole number."""
-    if value >= 1 and value != int(value):
-        raise ValueError("a number of steps, or below 1 a share of the training, is needed")
-    return value
-
-
-Steps = Annotated[float, Field(ge=0), AfterValidator(_whole_above_one)]
-"""A number of steps of the optimizer, or, below 1, a share of all steps of the training."""
-Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=64)]
-Table = dict[str, dict[str, Any]]
 T = TypeVar("T", bound=BaseModel)
-
-
-def _refuse_truth(value: Any, annotation: Any) -> Any:
-    """`value`; ValueError if it is, or holds, a truth value where the type has numbers."""
-    types = set(_types(annotation))
-    if bool not in types and types & {int, float}:
-        if isinstance(value, bool):
-            raise ValueError("a number is needed")
-        if isinstance(value, list) and any(isinstance(item, bool) for item in value):
-            raise ValueError("numbers are needed")
-    return value
-
-
-def _types(annotation: Any) -> list[Any]:
-    """The annotation and all that it is made of."""
-    return [annotation, *(t for part in get_args(annotation) for t in _types(part))]
-
-
-class Strict(BaseModel):
-    """A group of settings: frozen, no unknown keys, text converted by the field's type.
-
-    YAML 1.1 hands `1e-05` over as text, which is why text that reads as a number is a number here.
-    The reverse is not forgiven: `yes` or `true` is no number.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_truth_values_as_numbers(cls, value: Any, info: ValidationInfo) -> Any:
-        return _refuse_truth(value, cls.model_fields[str(info.field_name)].annotation)
-
-
-class Data(Strict):
-    """How the training images are divided."""
-
-    validation: Annotated[float, Field(ge=0, le=0.5)] = 0.1
-    """Fraction of the training images held out to pick epochs on; 0 trains on all of them."""
-    seed: Seed = 0
-    """Which images are held out. Kept apart from `seed`, so that seeds compare on one split."""
-
-
-class Train(Strict):
-    """One training: baseline, sparse_train and finetune have one each."""
-
-    epochs: Annotated[int, Field(ge=0)]
-    """0: the network is handed on as it came."""
-    batch_size: Annotated[int, Field(ge=1)] = 128
-    """Images of one step of the optimizer, over all parts and all processes."""
-    accumulate_grad_batches: Annotated[int, Field(ge=1)] = 1
-    """A batch is computed in this many parts, one after the other: less memory, and the same step
-    but for batch norms, which see one part at a time."""
-    optimizer: Literal["sgd", "adam", "adamw"] = "adam"
-    lr: Positive = 0.001
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """Used by sgd."""
-    nesterov: bool = True
-    """Used by sgd."""
-    weight_decay: NonNegative = 0.0
-    weight_decay_on: Literal["all", "weights"] = "all"
-    """All parameters, or those of convolutions and linear layers without their biases."""
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    schedule: Literal["constant", "multistep", "cosine", "one_cycle"] = "cosine"
-    """The rate over the epochs; see training/optim.py."""
-    schedule_by: Literal["step", "epoch"] = "step"
-    """Change the rate at every step, or only at the beginning of an epoch."""
-    warmup: NonNegative = 0.0
-    """Epochs over which the rate rises to lr; not with one_cycle, which has its own."""
-    milestones: tuple[NonNegative, ...] = ()
-    """Epochs after which multistep multiplies the rate by gamma."""
-    gamma: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    precision: Literal["auto", "float32", "bfloat16"] = "float32"
-    """Of products and convolutions while training; weights and everything else stay float32.
-    auto: bfloat16 on GPUs and CPUs that multiply it faster. It pays for convolutions above all."""
-    compile: bool = False
-    """torch.compile: pays for long trainings on GPUs; takes minutes to start."""
-    keep: Literal["best", "last"] = "best"
-    """The epoch that is kept: best on the validation images, or simply the last."""
-
-    @model_validator(mode="after")
-    def _schedule_fits(self) -> Self:
-        if self.accumulate_grad_batches > self.batch_size:
-            parts = self.accumulate_grad_batches
-            raise ValueError(f"accumulate_grad_batches: {parts} parts of {self.batch_size} images")
-        if not self.epochs:
-            return self
-        late = [m for m in self.milestones if m >= self.epochs]
-        if late:
-            raise ValueError(
-                f"milestones: {late[0]:g} is not before the last of {self.epochs} epochs"
-            )
-        if list(self.milestones) != sorted(set(self.milestones)):
-            raise ValueError(f"milestones: {list(self.milestones)} must rise")
-        if self.schedule == "multistep" and not self.milestones:
-            raise ValueError("milestones: multistep needs at least one")
-        if self.schedule == "one_cycle" and self.warmup:
-            raise ValueError(f"warmup: {self.warmup:g}; one_cycle rises by itself, so it must be 0")
-        if self.warmup >= self.epochs:
-            raise ValueError(f"warmup: {self.warmup:g} must be less than the {self.epochs} epochs")
-        return self
-
-
-def _inside_folder(path: str) -> str:
-    """The path; ValueError unless it is relative and leads nowhere outside."""
-    if not path or Path(path).is_absolute() or ".." in Path(path).parts:
-        raise ValueError("none, published, or the path of a file or folder in weights/")
-    return path
-
-
-class Baseline(Train):
-    """The dense network: trained from random weights, or taken from weights that are there."""
-
-    weights: Annotated[str, AfterValidator(_inside_folder)] = "none"
-    """none: random ones. published: those that torchvision or timm publish for the architecture.
-    Else a file or a folder below weights/, which dvc.yaml names as a dependency. With epochs: 0 the
-    network is taken as it is, otherwise it is trained on."""
-    rename: dict[str, str] = Field(default_factory=dict)
-    """Name of a tensor or module in the file -> name in the network; * stands for any text."""
-    head: Literal["inherit", "reset"] = "inherit"
-    """reset: a new classifier, for other classes than those of the weights; it must be trained."""
-
-    @model_validator(mode="after")
-    def _new_classifier_is_trained(self) -> Self:
-        if self.head == "reset" and not self.epochs:
-            raise ValueError("epochs: 0; with head: reset at least one, for the new classifier")
-        return self
-
-
-class Finetune(Train):
-    """Training after pruning."""
-
-    init: Literal["inherit", "scratch"] = "inherit"
-    """Start from the pruned weights, or from new ones in the same pruned shape."""
-    budget: Literal["epochs", "compute"] = "epochs"
-    """epochs: as many as are given. compute: as much computation as so many epochs of the dense
-    network, so more epochs for a smaller one (with init: scratch: Scratch-B of Z. Liu et al.,
-    Rethinking the value of network pruning, ICLR 2019)."""
-    budget_limit: Annotated[float, Field(ge=1)] = 2.0
-    """Of compute: at most so many times the epochs."""
-
-
-Export = Literal["none", "gconv"]
-
-
-class Prune(Strict):
-    """What happens around every pruner."""
-
-    remove_dead: bool = True
-    """Take neurons and filters out that no longer matter, where that is exact."""
-    export: Export = "none"
-    """gconv: masks made of groups of channels become group convolutions; see gconv/export.py."""
-    recalibrate: Annotated[int, Field(ge=0)] = 0
-    """Training images to measure statistics of batch normalisations on again; 0: as they are."""
-
-
-class Evaluate(Strict):
-    """What evaluate measures beyond accuracy."""
-
-    latency_batch: Annotated[int, Field(ge=1)] = 1
-    """Images per forward pass while the latency is measured."""
-    latency_repeats: Annotated[int, Field(ge=3)] = 100
-    """Timed passes of each model, interleaved, after a warm-up."""
-
-
-Ratio = Annotated[float, Field(gt=0, lt=1)]
-SensitivityCriterion = Literal[
-    "l1", "l2", "geometric_median", "taylor", "fisher", "wanda", "lamp", "bn_scale", "random"
-]
-
-
-class Sensitivity(Strict):
-    """What the pipeline in stages/sensitivity tries."""
-
-    criteria: Annotated[tuple[SensitivityCriterion, ...], Field(min_length=1)] = (
-        "l1",
-        "bn_scale",
-        "random",
-    )
-    """Which outputs of a layer go first; bn_scale is left out where there are no scales."""
-    granularity: Literal["filter", "group"] = "filter"
-    """filter: outputs of layers whose outputs can be pruned on their own; group: channels of every
-    channel group that can be pruned, with all that is coupled to them."""
-    ratios: Annotated[tuple[Ratio, ...], Field(min_length=1)] = (0.25, 0.5, 0.75)
-    """Shares of a layer's outputs that are taken."""
-    images: Annotated[int, Field(ge=0)] = 0
-    """Validation images to measure on; 0: all."""
-    drop: Annotated[float, Field(ge=0, lt=1)] = 0.01
-    """Accuracy that a layer may cost in the suggested ratios, as a fraction."""
-
-
-Engine = Literal["torch", "onnxruntime", "openvino"]
-Count = Annotated[int, Field(ge=1)]
-Registered = Annotated[str, Field(pattern=r"^[\w.-]+(@[a-zA-Z][\w-]*)?$", max_length=250)]
-
-
-class ExportedFiles(Strict):
-    """What the pipeline in stages/export writes."""
-
-    preprocessing: Literal["outside", "inside"] = "outside"
-    """outside: the files take normalised images. inside: they take pixels from 0 to 255, as
-    float32, and normalise them."""
-    int8: bool = True
-    """Write an int8 version of the finetuned network, and measure one of the dense network too."""
-    calibration_images: Annotated[int, Field(ge=1)] = 256
-    """Training images on which the ranges of the activations are measured for int8."""
-    runtimes: Annotated[tuple[Engine, ...], Field(min_length=1)] = ("torch", "onnxruntime")
-    """Where the latency is measured."""
-    latency_batches: Annotated[tuple[Count, ...], Field(min_length=1)] = (1, 32)
-    """Images per forward pass while the latency is measured."""
-    latency_repeats: Annotated[int, Field(ge=3)] = 30
-    """Timed passes of each network in each runtime, taking turns, after a warm-up."""
-    register_as: Registered | None = None
-    """name or name@alias of the registered model in MLflow that becomes this network."""
-
-
-class RoundSparseTrain(Train):
-    """Section sparse_train as a round may change it, and the penalty's strength and settings."""
-
-    decay: NonNegative
-    penalties: Table
-    """Of the penalty in use, by its name."""
-
-
-class RoundPrune(Prune):
-    """Section prune as a round may change it, and the pruner's settings."""
-
-    pruners: Table
-    """Of the pruner in use, by its name."""
-
-
-def _round_name(name: Any) -> Any:
-    """The name; ValueError for a number, which `dvc exp run -S` cannot address."""
-    named = isinstance(name, str) and re.fullmatch(r"[a-z][a-z0-9_]{,63}", name)
-    if not named or name == "round1":  # which is the main chain's in reports
-        raise ValueError("a name is needed, such as round2: small letters, digits and '_'")
-    return name
-
-
-def _model_of_a_round(path: str) -> str:
-    """The path; ValueError unless it may name the model that a round leaves."""
-    if not re.fullmatch(r"(rounds/[a-z][a-z0-9_]*/)?(pruned|finetuned)", path):
-        raise ValueError(
-            "the model that the round starts from: finetuned, or rounds/<name>/finetuned of "
-            "another round; pruned in its place: the same before finetuning"
-        )
-    return path
-
-
-class Round(Strict):
-    """A further round of sparse-train, prune and finetune: what differs from the first one.
-
-    A stage of a round holds only what dvc.yaml declares for it; params.yaml has all four keys.
-    """
-
-    after: Annotated[str, AfterValidator(_model_of_a_round)] = ""
-    """The model below models/ that the round starts from."""
-    sparse_train: dict[str, Any] = Field(default_factory=dict)
-    """Keys of RoundSparseTrain."""
-    prune: dict[str, Any] = Field(default_factory=dict)
-    """Keys of RoundPrune."""
-    finetune: dict[str, Any] = Field(default_factory=dict)
-    """Keys of Finetune."""
-
-
-Version = Annotated[str, Field(pattern=r"^\d+(\.\w+)*$")]
-
-
-class Libraries(Strict):
-    """Versions of the libraries that results depend on, without a suffix such as +cpu."""
-
-    torch: Version
-    torchvision: Version
 
 
 class Params(Strict):
@@ -347,7 +72,7 @@ class Params(Strict):
     sparse_train: Train
     prune: Prune
     finetune: Finetune
-    rounds: dict[Annotated[str, BeforeValidator(_round_name)], Round]
+    rounds: dict[RoundName, Round]
     """Further rounds, each after another one; see `chain`."""
     evaluate: Evaluate
     sensitivity: Sensitivity
@@ -597,7 +322,7 @@ def _fields(schema: Any, path: list[str]) -> list[str]:
     """Field names of the settings class that `path` leads to."""
     parts = iter(path)
     for part in parts:
-        kinds = _types(schema.model_fields[part].annotation)
+        kinds = types_in(schema.model_fields[part].annotation)
         if dict in (get_origin(kind) for kind in kinds):
             next(parts)  # the name of one of several
         schema = next(kind for kind in kinds if hasattr(kind, "model_fields"))

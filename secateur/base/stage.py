@@ -15,7 +15,7 @@ from typing import Any
 import pydantic
 import torch
 
-from secateur.base import files, settings
+from secateur.base import files, sections, settings
 from secateur.base.errors import SecateurError, SettingsError
 from secateur.base.machine import device, installed_versions, processes, versions
 
@@ -123,7 +123,7 @@ def _check_settings() -> None:
                 old.unlink()
 
 
-def _check_libraries(wanted: settings.Libraries) -> None:
+def _check_libraries(wanted: sections.Libraries) -> None:
     """Raise SettingsError if another version is installed than params.yaml names."""
     installed = installed_versions()
     for name, version in wanted.model_dump().items():

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from secateur.base.settings import Strict
+from secateur.base.sections import Strict
 
 
 class Augment(Strict):

@@ -1,6 +1,6 @@
 """Data sets, one file each; the file name is the value of `dataset`.
 
-A file offers `Settings` (a `base.settings.Strict`) and `read(settings, root) -> Images`: training
+A file offers `Settings` (a `base.sections.Strict`) and `read(settings, root) -> Images`: training
 and test images before they are divided, with class names, normalisation and augmentation; `root` is
 the folder of raw data. Files with an underscore are shared readers of folders and file formats.
 """

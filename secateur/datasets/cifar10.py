@@ -7,7 +7,7 @@ nets, AISTATS 2015.
 
 from pathlib import Path
 
-from secateur.base.settings import Strict
+from secateur.base.sections import Strict
 from secateur.data.augment import Augment
 from secateur.data.dataset import Images
 from secateur.datasets import _torchvision

@@ -5,7 +5,7 @@ Source: A. Krizhevsky, Learning multiple layers of features from tiny images, 20
 
 from pathlib import Path
 
-from secateur.base.settings import Strict
+from secateur.base.sections import Strict
 from secateur.data.augment import Augment
 from secateur.data.dataset import Images
 from secateur.datasets import _torchvision

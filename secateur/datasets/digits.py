@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from secateur.base.settings import Strict
+from secateur.base.sections import Strict
 from secateur.data.dataset import Images, InMemoryImages
 
 

@@ -5,7 +5,7 @@ Source: H. Xiao, K. Rasul, R. Vollgraf, Fashion-MNIST, arXiv:1708.07747, 2017.
 
 from pathlib import Path
 
-from secateur.base.settings import Strict
+from secateur.base.sections import Strict
 from secateur.data.dataset import Images
 from secateur.datasets import _torchvision
 

@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from secateur.base.settings import Strict
+from secateur.base.sections import Strict
 from secateur.data.augment import FileAugment
 from secateur.data.dataset import Images
 from secateur.datasets import _folders

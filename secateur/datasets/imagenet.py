@@ -10,7 +10,7 @@ from typing import Annotated
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from secateur.base.settings import Strict
+from secateur.base.sections import Strict
 from secateur.data.augment import FileAugment
 from secateur.data.dataset import Images
 from secateur.data.image_files import ImageView

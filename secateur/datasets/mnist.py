@@ -6,7 +6,7 @@ recognition, Proceedings of the IEEE, 1998.
 
 from pathlib import Path
 
-from secateur.base.settings import Strict
+from secateur.base.sections import Strict
 from secateur.data.dataset import Images
 from secateur.datasets import _torchvision
 

@@ -22,7 +22,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from secateur.base.errors import PruningError
-from secateur.base.settings import Strict
+from secateur.base.sections import Strict
 
 Importance = Literal["magnitude", "taylor"]
 """How the importance of a kernel is measured."""

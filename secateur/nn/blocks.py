@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from secateur.base.errors import ArgumentError
-from secateur.base.settings import Strict
+from secateur.base.sections import Strict
 from secateur.nn.layers import ChannelSelect
 
 Block = Literal["basic", "bottleneck"]

@@ -1,6 +1,6 @@
 """Parametrizations, one file each; the file name is the value of `parametrization` in params.yaml.
 
-A file offers `Settings` (a `base.settings.Strict`) and `build(settings, model) -> Parametrization`:
+A file offers `Settings` (a `base.sections.Strict`) and `build(settings, model) -> Parametrization`:
 while sparse-train runs, the weights of the model are computed from other parameters, which are
 trained in their place, or at random. `training.parametrization` has the protocol. At the end they
 are collapsed to plain weights, zero where the parametrization prunes, so that no later stage knows

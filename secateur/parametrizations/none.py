@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from secateur.base.settings import Strict
+from secateur.base.sections import Strict
 from secateur.training.parametrization import Parametrization
 
 

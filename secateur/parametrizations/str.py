@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrize
 
-from secateur.base.settings import NonNegative, Strict
+from secateur.base.sections import NonNegative, Strict
 from secateur.sparsity import masks
 from secateur.sparsity.choices import Choices
 from secateur.sparsity.layer_ratios import layers_left

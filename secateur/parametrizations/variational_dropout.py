@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from secateur.base.errors import ArgumentError
-from secateur.base.settings import NonNegative, Steps, Strict
+from secateur.base.sections import NonNegative, Steps, Strict
 from secateur.sparsity import masks
 from secateur.sparsity.choices import Choices
 from secateur.sparsity.layer_ratios import layers_left

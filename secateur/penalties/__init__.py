@@ -1,6 +1,6 @@
 """Penalties, one file each; the file name is the value of `penalty` in params.yaml.
 
-A file offers `Settings` (a `base.settings.Strict`) and `build(settings, model, decay) -> Penalty`:
+A file offers `Settings` (a `base.sections.Strict`) and `build(settings, model, decay) -> Penalty`:
 the term that sparse-train adds to the loss, its strength `decay` included. `training.penalty` has
 the protocols. For a setting that does not fit the network, `build` raises `ArgumentError`, which
 names the setting without the section of params.yaml. A `build` with a fourth parameter `shape` gets

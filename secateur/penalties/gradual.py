@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from secateur.base.errors import ArgumentError
-from secateur.base.settings import Steps
+from secateur.base.sections import Steps
 from secateur.penalties._shared.course import (
     MAX_POINTS,
     CoursePenalty,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.base.errors import ArgumentError
-from secateur.base.settings import Seed
+from secateur.base.sections import Seed
 from secateur.penalties._shared.growing import GrowingPenalty, GrowthSettings, updates_until
 from secateur.sparsity.choices import Pick
 from secateur.training.penalty import Penalty

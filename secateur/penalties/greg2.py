@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from secateur.base.errors import ArgumentError
-from secateur.base.settings import Positive
+from secateur.base.sections import Positive
 from secateur.penalties._shared.growing import (
     GROWING,
     PICKING,

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from secateur.base.errors import ArgumentError
-from secateur.base.settings import Strict
+from secateur.base.sections import Strict
 from secateur.penalties._shared.course import CoursePenalty, Ranking, check_end, lowest
 from secateur.sparsity import choices, masks
 from secateur.sparsity.choices import Choices

@@ -7,7 +7,7 @@ R(w) = sum|w| / sqrt(sum w^2); gradient sign(w)/S - w * sum|w| / S^3 with S = sq
 
 from torch import Tensor, nn
 
-from secateur.base.settings import Strict
+from secateur.base.sections import Strict
 from secateur.penalties._shared.formula import NormPenalty, inverse, l1_l2, norm_gradient, ratio
 from secateur.training.penalty import Penalty
 

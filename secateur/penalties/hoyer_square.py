@@ -8,7 +8,7 @@ R(w) = (sum|w|)^2 / sum w^2, between 1 and n. With t = sum w^2 / sum|w|, the gra
 
 from torch import Tensor, nn
 
-from secateur.base.settings import Strict
+from secateur.base.sections import Strict
 from secateur.penalties._shared.formula import NormPenalty, l1_l2, norm_gradient, ratio
 from secateur.training.penalty import Penalty
 

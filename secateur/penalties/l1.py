@@ -6,7 +6,7 @@ R(w) = sum_i |w_i|; gradient sign(w_i).
 
 from torch import Tensor, nn
 
-from secateur.base.settings import Strict
+from secateur.base.sections import Strict
 from secateur.penalties._shared.formula import NormPenalty, l1_l2, lasso, norm_gradient
 from secateur.training.penalty import Penalty
 

@@ -8,7 +8,7 @@ gradient is sign(gamma), and 0 at 0. Shifts are not covered.
 from torch import Tensor, nn
 
 from secateur.base.errors import ArgumentError
-from secateur.base.settings import Strict
+from secateur.base.sections import Strict
 from secateur.channels.scales import Coupled, prunable_norms
 from secateur.penalties._shared.formula import NormPenalty, lasso
 from secateur.training.penalty import Penalty

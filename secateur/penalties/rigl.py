@@ -25,7 +25,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from secateur.base.settings import Seed, Steps
+from secateur.base.sections import Seed, Steps
 from secateur.penalties._shared.course import MAX_POINTS, CoursePenalty, CourseSettings, check_end
 from secateur.sparsity import masks
 from secateur.sparsity.choices import choose_smallest

@@ -6,7 +6,7 @@ R(w) = sum_i (a+1)|w_i| / (a + |w_i|); gradient sign(w) * a(a+1) / (a + |w|)^2.
 
 from torch import Tensor, nn
 
-from secateur.base.settings import Positive, Strict
+from secateur.base.sections import Positive, Strict
 from secateur.penalties._shared.formula import ClosedFormPenalty
 from secateur.training.penalty import Penalty
 

@@ -9,7 +9,7 @@ import copy
 import torch
 from torch import nn
 
-from secateur.base import plugin, settings
+from secateur.base import plugin, sections, settings
 from secateur.base.errors import SecateurError, SettingsError
 from secateur.data.dataset import DatasetInfo
 from secateur.pruning.decision import PruningContext
@@ -86,7 +86,7 @@ def _check(model: nn.Module, info: DatasetInfo, params: settings.Params) -> None
             return  # the trained network may pass
 
 
-def _check_course(term: object, training: settings.Train, info: DatasetInfo) -> None:
+def _check_course(term: object, training: sections.Train, info: DatasetInfo) -> None:
     """SettingsError if what acts at every step does not suit the settings of sparse-train."""
     images = info.counts.get("train", 0)
     if isinstance(term, SteppingPenalty) and images:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from secateur.base import files, machine
 from secateur.base.errors import CheckpointError, SettingsError, cut, shorten
-from secateur.base.settings import Params, Train, chain, section
+from secateur.base.sections import Train
+from secateur.base.settings import Params, chain, section
 from secateur.base.stage import Stage, open_stage, revision
 from secateur.data import dataset
 from secateur.data.dataset import Dataset

@@ -1,6 +1,6 @@
 """Pruners, one file each; the file name is the value of `pruner` in params.yaml.
 
-A file offers `Settings` (a `base.settings.Strict`) and `prune(settings, context) ->
+A file offers `Settings` (a `base.sections.Strict`) and `prune(settings, context) ->
 PruningDecision`; both types are in `pruning.decision`. The context holds the network, some training
 images, the penalty's choice, and, on request, the channel graph. The decision has masks for single
 weights, by parameter name, and whole channels, by the name of their group and their numbers in it.

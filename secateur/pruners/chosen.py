@@ -7,7 +7,7 @@ Filters and channels are removed whole unless they are coupled to other layers.
 """
 
 from secateur.base.errors import PruningError
-from secateur.base.settings import Strict
+from secateur.base.sections import Strict
 from secateur.pruning.decision import PruningContext, PruningDecision, decision_from_choices
 
 

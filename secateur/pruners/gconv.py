@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from secateur.base.errors import ArgumentError, PruningError
-from secateur.base.settings import Strict
+from secateur.base.sections import Strict
 from secateur.gconv import config, permutation, search
 from secateur.gconv.search import Assignment, Budget, Candidate, SearchSpace, Strategy
 from secateur.nn import cost

@@ -26,7 +26,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor
 
 from secateur.base.errors import ArgumentError
-from secateur.base.settings import Seed, Strict
+from secateur.base.sections import Seed, Strict
 from secateur.pruning import criteria, group_scores
 from secateur.pruning.decision import (
     PruningContext,

@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from secateur.base.errors import PruningError
-from secateur.base.settings import Strict
+from secateur.base.sections import Strict
 from secateur.channels import scales
 from secateur.pruning.decision import PruningContext, PruningDecision
 from secateur.pruning.target import Target, solve

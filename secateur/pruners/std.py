@@ -6,7 +6,7 @@ Keep w if |w| >= sensitivity * std(w), the population deviation (divisor n) of i
 zeros included.
 """
 
-from secateur.base.settings import NonNegative, Strict
+from secateur.base.sections import NonNegative, Strict
 from secateur.pruning.decision import PruningContext, PruningDecision
 from secateur.sparsity.masks import Scope, prunable
 

@@ -4,7 +4,7 @@ Source: the `T` scripts of H. Yang, W. Wen, H. Li, DeepHoyer, ICLR 2020.
 Keep w if |w| >= sensitivity.
 """
 
-from secateur.base.settings import NonNegative, Strict
+from secateur.base.sections import NonNegative, Strict
 from secateur.pruning.decision import PruningContext, PruningDecision
 from secateur.sparsity.masks import Scope, prunable
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from secateur.base.settings import Export
+from secateur.base.sections import Export
 from secateur.pruning import proof, removal
 from secateur.pruning.decision import PruningDecision
 from secateur.sparsity import masks

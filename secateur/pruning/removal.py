@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.base.settings import Export
+from secateur.base.sections import Export
 from secateur.channels.graph import ChannelGraph, Selection, build_channel_graph
 from secateur.channels.groups import by_channel
 from secateur.channels.planner import ShapePlan

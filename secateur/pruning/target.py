@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from secateur.base.errors import PruningError
-from secateur.base.settings import Strict
+from secateur.base.sections import Strict
 from secateur.nn import cost
 from secateur.pruning.decision import PruningContext, PruningDecision
 from secateur.sparsity import masks

@@ -1,6 +1,6 @@
 """Training epochs of a pruned network for the computation of the dense one."""
 
-from secateur.base.settings import Finetune
+from secateur.base.sections import Finetune
 
 
 def extend_epochs(settings: Finetune, dense_macs: int, pruned_macs: int) -> Finetune:

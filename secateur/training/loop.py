@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from secateur.base.errors import ArgumentError, StateError, TrainingError
-from secateur.base.settings import Train
+from secateur.base.sections import Train
 from secateur.data.batches import Batches
 from secateur.data.dataset import Dataset
 from secateur.sparsity import masks as masking

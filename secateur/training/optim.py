@@ -6,7 +6,7 @@ from typing import get_args
 import torch
 from torch import nn
 
-from secateur.base.settings import Train
+from secateur.base.sections import Train
 from secateur.sparsity.masks import BatchNorm
 
 NORMS = (*get_args(BatchNorm), nn.LayerNorm, nn.GroupNorm)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from secateur.base import plugin
-from secateur.base.settings import Train
+from secateur.base.sections import Train
 from secateur.training.callbacks import Row
 
 

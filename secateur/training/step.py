@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secateur.base.errors import TrainingError
-from secateur.base.settings import Train
+from secateur.base.sections import Train
 from secateur.training import optim
 from secateur.training.engine import Engine
 from secateur.training.penalty import Penalty, SteppingPenalty

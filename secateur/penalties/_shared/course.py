@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from secateur.base.errors import ArgumentError, cut
-from secateur.base.settings import Strict
+from secateur.base.sections import Strict
 from secateur.penalties._shared.formula import ClosedFormPenalty, NormPenalty, lasso
 from secateur.sparsity import choices
 from secateur.sparsity.choices import Choices

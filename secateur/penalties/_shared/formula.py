@@ -17,7 +17,7 @@ import torch
 from pydantic import model_validator
 from torch import Tensor, nn
 
-from secateur.base.settings import Strict
+from secateur.base.sections import Strict
 from secateur.sparsity import masks
 
 Value = Callable[[Tensor], Tensor]

@@ -20,7 +20,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from secateur.base.errors import ArgumentError, cut
-from secateur.base.settings import Positive, Strict
+from secateur.base.sections import Positive, Strict
 from secateur.penalties._shared.coupled import CoupledWeights
 from secateur.sparsity import choices, masks
 from secateur.sparsity.choices import Choices, Granularity
