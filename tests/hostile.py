@@ -2,14 +2,17 @@
 
 import contextlib
 import ctypes
+import io
 import json
 import os
 import resource
 import signal
 import socket
 import struct
+import zipfile
 from pathlib import Path
 
+import torch
 from hypothesis import strategies as st
 
 SECONDS, MEGABYTES = 10, 1024
@@ -127,6 +130,8 @@ def changed(tree, place, value):
     copy = dict(tree) if isinstance(tree, dict) else list(tree)
     if len(place) == 1 and value is ...:
         del copy[place[0]]
+    elif len(place) == 1:
+        copy[place[0]] = value
     else:
         copy[place[0]] = changed(tree[place[0]], place[1:], value)
     return copy
@@ -217,10 +222,10 @@ TYPES = ["F32", "F64", "F16", "BF16", "I64", "I32", "I8", "U8", "BOOL", "F8_E4M3
 
 
 @st.composite
-def damaged_tensors(draw, content):
-    """A safetensors file with our header, its own header, or its tensors changed."""
+def damaged_tensors(draw, content, ours=True):
+    """A safetensors file with our header (if it has one), its own, or its tensors changed."""
     header, data = parts_of(content)
-    how = draw(st.sampled_from(["ours", "ours", "ours", "entry", "values", "types"]))
+    how = draw(st.sampled_from(["ours"] * 3 * ours + ["entry", "values", "types"]))
     names = [name for name in header if name != "__metadata__"]
     if how == "ours":
         ours = draw(documents(json.loads(header["__metadata__"]["secateur"])))
@@ -239,6 +244,87 @@ def damaged_tensors(draw, content):
             filled = (pattern * (end - begin))[: end - begin]
             data = data[:begin] + filled + data[end:]
     return joined(json.dumps(header), data)
+
+
+# -- files of torch.save ---------------------------------------------------------------------------
+
+
+def doubled(levels, keys):
+    """Every level has the same next one twice or more: few objects, very many paths."""
+    value = {"a": 1}
+    for _ in range(levels):
+        value = dict.fromkeys(keys, value)
+    return value
+
+
+def nested(levels, value):
+    for _ in range(levels):
+        value = {"state_dict": value}
+    return value
+
+
+def in_itself():
+    value = {"epoch": 1}
+    value["state_dict"] = value
+    return value
+
+
+ONE = torch.zeros(1)
+ODD_OBJECTS = [
+    None, True, -1, 10**30, 1e308, "", "a" * 10_000, b"\0", [], {}, (), {1, 2}, [[[]]], {"a": 1},
+    {1: ONE}, {"": ONE}, {"a" * 10_000: ONE}, {"a\n": ONE}, {"fc": {"weight": ONE}}, {(1, 2): 3},
+    nested(90, {"a": ONE}), doubled(40, ["model", "net", "state_dict"]), in_itself(),
+    ONE.expand(2**40), ONE.expand(2**20, 2**20), ONE.expand(2**20, 2**20, 1, 1), ONE.view([1] * 60),
+    torch.zeros(()), torch.zeros(0), torch.zeros(4)[::2], torch.full((3,), torch.nan),
+    *(torch.zeros(3, dtype=kind) for kind in (torch.bool, torch.int64, torch.complex64)),
+    *(torch.zeros(3, dtype=kind) for kind in (torch.bfloat16, torch.float8_e4m3fn)),
+    torch.zeros(3, 3).to_sparse(), torch.zeros(2**40, device="meta"), torch.nn.Parameter(ONE),
+    torch.Size([1, 2]), torch.float32,
+]  # fmt: skip
+"""What may stand in a file of torch.save in the place of a tensor or a table of them."""
+ODD_NAMES = ["conv.mask", "module.conv.mask", "fc.ind_in", "fc.conv2d.weight", "net", "", 0]
+
+
+@st.composite
+def saved(draw, path):
+    """Bytes of a file of torch.save with one to three values changed, taken out or added."""
+    tree = torch.load(path, weights_only=True)
+    found = places(tree)
+    for _ in range(draw(st.integers(1, 3))):
+        place = draw(st.sampled_from(found))
+        value = draw(st.sampled_from(ODD_OBJECTS))
+        if place and draw(st.booleans()):
+            more = draw(st.booleans())
+            place = (*place[:-1], draw(st.sampled_from(ODD_NAMES))) if more else place
+            value = value if more else ...
+        with contextlib.suppress(LookupError, TypeError):  # what was above it has been replaced
+            tree = changed(tree, place, value)
+    content = io.BytesIO()
+    torch.save(tree, content, _use_new_zipfile_serialization=draw(st.booleans()))
+    return content.getvalue()
+
+
+@st.composite
+def repacked(draw, content):
+    """An archive of torch.save with one part damaged, taken out, or there twice; else intact."""
+    made = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(made, "w") as new:
+        parts = [(item.filename, old.read(item)) for item in old.infolist()]
+        at = draw(st.integers(0, len(parts) - 1))
+        if draw(st.booleans()):
+            at = next(n for n, (name, _) in enumerate(parts) if name.endswith("data.pkl"))
+        how = draw(st.sampled_from(["bytes", "bytes", "bytes", "gone", "twice", "large"]))
+        for number, (name, data) in enumerate(parts):
+            if number == at and how == "gone":
+                continue
+            changed_data = draw(damaged_bytes(data)) if number == at and how == "bytes" else data
+            if number == at and how == "large":
+                changed_data = data + bytes(2**26)
+            kind = zipfile.ZIP_DEFLATED if how == "large" else zipfile.ZIP_STORED
+            new.writestr(name, changed_data, kind)
+            if number == at and how == "twice":
+                new.writestr(f"{name}2", changed_data)
+    return made.getvalue()
 
 
 # -- folders ---------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ from secateur.data import dataset
 from secateur.data.batches import sequential_batches
 from secateur.data.dataset import Images, InMemoryImages
 from secateur.gconv import config
-from secateur.nn import checkpoint
+from secateur.nn import checkpoint, matching, weights
 from secateur.nn.checkpoint import Header
 from secateur.pipeline import recipe, record, tracking
 from secateur.pipeline.record import RunRecord
@@ -96,6 +96,10 @@ def yaml_of(draw, path):
 
 def tensors_of(draw, path):
     path.write_bytes(draw(hostile.damaged_tensors(path.read_bytes())))
+
+
+def entries_of(draw, path):
+    path.write_bytes(draw(hostile.damaged_tensors(path.read_bytes(), ours=False)))
 
 
 def make_settings(folder):
@@ -404,6 +408,84 @@ def make_pictures(folder):
                 Image.fromarray(pixels).save(folder / "images" / part / name / f"x.{suffix}")
 
 
+class Foreign(torch.nn.Module):
+    """A network whose weights come from elsewhere."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(1, 4, 3, bias=False)
+        self.norm = torch.nn.BatchNorm2d(4)
+        self.fc = torch.nn.Linear(4, 3)
+
+
+def foreign_state(prefix=""):
+    state = Foreign().state_dict()
+    return {f"{prefix}{name.replace('norm', 'bn')}": tensor for name, tensor in state.items()}
+
+
+def make_saved(folder):
+    """Each kind of file that torch.save writes: a table, the format of before 1.6, a network."""
+    state = foreign_state("module.")
+    state["module.conv.mask"] = torch.ones(4, 1)  # of gconv-prune
+    optimizer = {"state": {0: {"step": 3}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
+    file = {"epoch": 3, "state_dict": state, "best_acc": 0.9, "optimizer": optimizer}
+    torch.save(file, folder / "best.pth.tar")
+    torch.save(foreign_state(), folder / "old.pt", _use_new_zipfile_serialization=False)
+    torch.save({"net": torch.nn.DataParallel(Foreign()), "acc": 95.0}, folder / "whole.pth")
+
+
+def make_safetensors(folder):
+    """One file, and a folder as Hugging Face's hub has it, with two parts."""
+    state = foreign_state()
+    safetensors.torch.save_file(state, folder / "a.safetensors", {"format": "pt"})
+    (folder / "hub").mkdir()
+    parts = {"1.safetensors": list(state)[:3], "2.safetensors": list(state)[3:]}
+    for name, names in parts.items():
+        safetensors.torch.save_file({n: state[n] for n in names}, folder / "hub" / name)
+    table = {n: part for part, names in parts.items() for n in names}
+    for name, content in (
+        ("model.safetensors.index.json", {"metadata": {}, "weight_map": table}),
+        ("config.json", {"pretrained_cfg": {"mean": [0.5], "std": [0.2], "input_size": [1, 8, 8]}}),
+        ("preprocessor_config.json", {"image_mean": [0.5], "image_std": [0.2], "size": 8}),
+    ):
+        (folder / "hub" / name).write_text(json.dumps(content))
+
+
+def read_weights(folder):
+    return [weights.read(path) for path in sorted(folder.iterdir())]
+
+
+def use_weights(found):
+    """As baseline does: renamed, matched, filled in; a network that they do not fit stays as is."""
+    for one in found:
+        assert all(isinstance(name, str) for name in one.tensors)
+        assert len(one.mean) == len(one.std) and all(s > 0 for s in one.std)
+        model = Foreign()
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        rename = {"*bn": "*norm"} if any("bn." in name for name in one.tensors) else {}
+        try:
+            matching.fill(model, one, rename=rename)
+        except SecateurError as error:
+            assert "\n" not in str(error) and len(str(error)) < 4000, len(str(error))
+            assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+        else:
+            assert all(t.isfinite().all() for t in model.state_dict().values())
+
+
+def saved_of(draw, path):
+    if path.name == "whole.pth":
+        bytes_of(draw, path)
+    else:
+        path.write_bytes(draw(hostile.saved(path)))
+
+
+def parts_of(draw, path):
+    if path.name == "old.pt":
+        bytes_of(draw, path)
+    else:
+        path.write_bytes(draw(hostile.repacked(path.read_bytes())))
+
+
 READERS = {
     "settings": Reader(
         make_settings,
@@ -416,6 +498,15 @@ READERS = {
         lambda folder: checkpoint.load(folder / "model.safetensors"),
         use_checkpoint,
         one_of("*.safetensors", tensors_of, tensors_of, tensors_of),
+    ),
+    "weights of torch.save": Reader(
+        make_saved, read_weights, use_weights, one_of("*.p*", saved_of, saved_of, parts_of)
+    ),
+    "weights in safetensors": Reader(
+        make_safetensors, read_weights, use_weights,
+        lambda data, folder: data.draw(st.sampled_from([
+            one_of("*.json", json_of, json_of), one_of("*.safetensors", entries_of, entries_of),
+        ]))(data, folder),
     ),
     "prepared data in memory": Reader(
         make_prepared, dataset.load, use_dataset,
@@ -593,7 +684,43 @@ def of_file(name, change):
     return lambda folder: change(folder / name)
 
 
+def saved_as(make):
+    """Another object in a file of torch.save."""
+    return lambda folder: torch.save(make(), folder / "best.pth.tar")
+
+
+def tied(levels):
+    """A network of few modules, each of which has the next one twice."""
+    network = torch.nn.Linear(1, 1)
+    for _ in range(levels):
+        network = torch.nn.Sequential(network, network)
+    return network
+
+
+def in_itself():
+    network = torch.nn.Sequential(torch.nn.Linear(1, 1))
+    network._modules["1"] = network
+    return network
+
+
 REFUSED = [
+    (
+        "weights of torch.save",
+        saved_as(lambda: hostile.doubled(40, ["model", "net", "state_dict"])),
+        "no weights in it",
+    ),
+    ("weights of torch.save", saved_as(lambda: tied(40)), "too many parts, or contains itself"),
+    ("weights of torch.save", saved_as(in_itself), "too many parts, or contains itself"),
+    (
+        "weights of torch.save",
+        saved_as(lambda: {"fc.weight": torch.zeros(1).expand(2**20, 2**20)}),
+        "fc.weight: not an ordinary tensor .1,099,511,627,776 elements that share memory",
+    ),
+    (
+        "weights of torch.save",
+        lambda folder: hostile.as_sparse(2**40)(folder / "old.pt"),
+        "old.pt: 1,099,511,627,776 bytes; at most",
+    ),
     ("checkpoint", header_with(classes=[]), "classes = .*at least one"),
     ("checkpoint", header_with(classes='"abc"'), "classes = 'abc'"),
     ("checkpoint", header_with(classes=10), "classes = 10"),

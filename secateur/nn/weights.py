@@ -31,6 +31,8 @@ ENTRIES = (
 """Keys under which dictionaries keep a state dict; the first that has one is taken."""
 MAX_PICKLE = 2**26
 """Bytes of the pickle in a file of torch.save, tensors not counted: 64 MiB."""
+MAX_PARTS, MAX_NAME = 100_000, 1000
+"""Modules and tensors of a pickled network, each counted as often as it has a name; characters."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,8 @@ def read(path: Path) -> Weights:
     if files.is_folder(path, CheckpointError):
         return _read_folder(path)
     size = files.file_size(path, CheckpointError)
+    if size > files.MEMORY:
+        raise CheckpointError(f"{path}: {size:,} bytes; at most {files.MEMORY:,} are read")
     try:
         with path.open("rb") as file:
             start = file.read(9)
@@ -168,42 +172,61 @@ def _unpickle(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def _find_tensors(content: Any, entry: str = "") -> tuple[str, dict[str, Tensor]] | None:
-    """The state dict in what a file held, and the key that it was found under."""
+def _find_tensors(
+    content: Any, entry: str = "", seen: frozenset[int] | set[int] = frozenset()
+) -> tuple[str, dict[str, Tensor]] | None:
+    """The state dict in what a file held, and the key that it was found under.
+
+    `seen` are the ids of dictionaries that have been searched: one may contain itself.
+    """
     if isinstance(content, _Inert):
         tensors = dict(_tensors_of_network(content))
         return (entry or "network", tensors) if tensors else None
-    if not isinstance(content, Mapping):
+    if not isinstance(content, Mapping) or id(content) in seen:
         return None
+    seen = seen if isinstance(seen, set) else set()
+    seen.add(id(content))
     for key in ENTRIES:
-        if (found := _find_tensors(content.get(key), key)) is not None:
+        if (found := _find_tensors(content.get(key), key, seen)) is not None:
             return found
     tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
     return (entry, tensors) if tensors else None
 
 
-def _tensors_of_network(module: _Inert, depth: int = 0) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers of a pickled network, by the names of `state_dict`."""
-    if depth > 100 or not isinstance(module.state, dict):
-        return
-    transient = module.state.get("_non_persistent_buffers_set")
-    for kind in ("_parameters", "_buffers"):
-        own = module.state.get(kind)
-        for name, value in own.items() if isinstance(own, dict) else ():
-            if isinstance(value, Tensor) and not (transient and name in transient):
-                yield str(name), value
-    children = module.state.get("_modules")
-    for name, child in children.items() if isinstance(children, dict) else ():
-        if isinstance(child, _Inert):
-            for path, tensor in _tensors_of_network(child, depth + 1):
-                yield f"{name}.{path}", tensor
+def _tensors_of_network(network: _Inert) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers of a pickled network, by the names of `state_dict`.
+
+    ValueError if it has more than MAX_PARTS parts or longer names than MAX_NAME, as one that
+    contains itself.
+    """
+    waiting, count = [("", network)], 0
+    while waiting:
+        prefix, module = waiting.pop()
+        state = module.state if isinstance(module.state, dict) else {}
+        transient = state.get("_non_persistent_buffers_set") or ()
+        children = []
+        for kind in ("_parameters", "_buffers", "_modules"):
+            own = state.get(kind)
+            for name, value in own.items() if isinstance(own, dict) else ():
+                count += 1
+                if count > MAX_PARTS or len(prefix) > MAX_NAME:
+                    raise ValueError("the network in it has too many parts, or contains itself")
+                if kind == "_modules" and isinstance(value, _Inert):
+                    children.append((f"{prefix}{name}.", value))
+                elif isinstance(value, Tensor) and name not in transient:
+                    yield f"{prefix}{name}", value
+        waiting += reversed(children)
 
 
 def _plain(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors, detached; CheckpointError for one that is not an ordinary tensor in memory."""
     for name, tensor in tensors.items():
+        kind = ""
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
             kind = f"{str(tensor.layout).removeprefix('torch.')} on {tensor.device}"
+        elif tensor.nbytes > tensor.untyped_storage().nbytes():  # would grow when it is copied
+            kind = f"{tensor.numel():,} elements that share memory"
+        if kind:
             raise CheckpointError(f"{path}: {cut(name)}: not an ordinary tensor ({kind})")
     return {name: tensor.detach() for name, tensor in tensors.items()}
 
