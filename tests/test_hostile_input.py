@@ -224,7 +224,7 @@ def trained():
     optimizer = torch.optim.Adam(model.parameters())
     model(torch.randn(4, 3)).sum().backward()
     optimizer.step()
-    return TrainingState(model, optimizer, None)
+    return TrainingState(model, optimizer, {})
 
 
 def make_state(folder):

@@ -73,6 +73,20 @@ class Data(Strict):
     """Which images are held out. Kept apart from `seed`, so that seeds compare on one split."""
 
 
+class Averaging(Strict):
+    """An average of the weights, which is evaluated and kept in their place."""
+
+    kind: Literal["none", "ema", "swa"] = "none"
+    """ema: with weights that fall off exponentially, over steps. swa: the mean over epochs."""
+    decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """Of ema: share of the average that stays, at every step."""
+    start: Steps = 0.0
+    """Steps, or below 1 a share of the training, before the average begins."""
+    recalibrate: Annotated[int, Field(ge=0)] = 4096
+    """Training images to measure statistics of batch normalisations on for the average; 0: those
+    of the network that is trained."""
+
+
 class Train(Strict):
     """One training: baseline, sparse_train and finetune have one each."""
 
@@ -109,6 +123,7 @@ class Train(Strict):
     """torch.compile: pays for long trainings on GPUs; takes minutes to start."""
     keep: Literal["best", "last"] = "best"
     """The epoch that is kept: best on the validation images, or simply the last."""
+    average: Averaging = Averaging()
 
     @model_validator(mode="after")
     def _schedule_fits(self) -> Self:
@@ -159,7 +174,56 @@ class Baseline(Train):
         return self
 
 
-class Finetune(Train):
+NO_TEACHER, DENSE_PARENT = "weights/none", "models/baseline"
+
+
+def _teacher(path: str) -> str:
+    """The path; ValueError unless it names what may teach."""
+    parts = Path(path).parts
+    if path not in (NO_TEACHER, DENSE_PARENT) and (
+        len(parts) < 2 or parts[0] != "weights" or ".." in parts
+    ):
+        raise ValueError(
+            f"{NO_TEACHER} (none), {DENSE_PARENT} (the dense network), or weights/<a checkpoint>"
+        )
+    return path
+
+
+class Distillation(Strict):
+    """A teacher whose outputs are imitated beside the labels; see training/distillation.py."""
+
+    teacher: Annotated[str, AfterValidator(_teacher)] = NO_TEACHER
+    """A path, which dvc.yaml names as a dependency: weights/none, a file that never changes, for no
+    teacher; models/baseline for the dense network; or a checkpoint of the same architecture."""
+    temperature: Positive = 4.0
+    """Logits are divided by it before the softmax."""
+    weight: Annotated[float, Field(ge=0, le=1)] = 0.9
+    """Of the teacher's outputs in the loss; that of the labels is 1 - weight."""
+    features: tuple[str, ...] = ()
+    """Layers whose outputs are compared too."""
+    features_weight: NonNegative = 1.0
+    """Of the mean square of their differences in the loss, summed over the layers."""
+
+    @model_validator(mode="after")
+    def _features_need_a_teacher(self) -> Self:
+        if self.features and self.teacher == NO_TEACHER:
+            raise ValueError(f"features: {list(self.features)}: of no effect without a teacher")
+        return self
+
+
+class ContinuedTrain(Train):
+    """A training that goes on from the network of an earlier stage."""
+
+    distillation: Distillation = Distillation()
+
+    @model_validator(mode="after")
+    def _features_are_seen(self) -> Self:
+        if self.compile and self.distillation.features:
+            raise ValueError("compile: true; distillation.features needs the layers one by one")
+        return self
+
+
+class Finetune(ContinuedTrain):
     """Training after pruning."""
 
     init: Literal["inherit", "scratch"] = "inherit"
@@ -246,7 +310,7 @@ class ExportedFiles(Strict):
     """name or name@alias of the registered model in MLflow that becomes this network."""
 
 
-class RoundSparseTrain(Train):
+class RoundSparseTrain(ContinuedTrain):
     """Section sparse_train as a round may change it, and the penalty's strength and settings."""
 
     decay: NonNegative

@@ -17,6 +17,7 @@ from secateur.base.documents import read_yaml
 from secateur.base.errors import ArgumentError, SettingsError, cut, shorten
 from secateur.base.sections import (
     Baseline,
+    ContinuedTrain,
     Data,
     Evaluate,
     ExportedFiles,
@@ -33,7 +34,6 @@ from secateur.base.sections import (
     Sensitivity,
     Strict,
     Table,
-    Train,
     types_in,
 )
 
@@ -69,7 +69,7 @@ class Params(Strict):
     seed: Seed
     data: Data
     baseline: Baseline
-    sparse_train: Train
+    sparse_train: ContinuedTrain
     prune: Prune
     finetune: Finetune
     rounds: dict[RoundName, Round]
@@ -112,6 +112,7 @@ class Params(Strict):
         Raises SettingsError naming the key of the round.
         """
         found, held = self.rounds[name], vars(self)
+        _check_files(name, found)
         changed: dict[str, Any] = {}
         if "sparse_train" in held:
             plain = held["sparse_train"].model_dump() | {"decay": self.decay}
@@ -218,6 +219,18 @@ def chain(rounds: Mapping[str, Round]) -> tuple[str, ...]:
             "round is after 'finetuned' (or 'pruned', which is the same before finetuning)"
         )
     return tuple(order)
+
+
+def _check_files(name: str, given: Round) -> None:
+    """SettingsError if a round names files of its own: DVC would not know that it reads them."""
+    for section, table in (("sparse_train", given.sparse_train), ("finetune", given.finetune)):
+        distillation = table.get("distillation")
+        if isinstance(distillation, Mapping) and "teacher" in distillation:
+            raise SettingsError(
+                f"{FILE}: rounds.{name}.{section}.distillation.teacher: all rounds have the "
+                f"teacher of {section}.distillation.teacher, which dvc.yaml makes a dependency; a "
+                "round may have another weight (0: no teacher)"
+            )
 
 
 def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

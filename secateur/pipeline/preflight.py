@@ -5,14 +5,16 @@ hours of training. No result depends on this module.
 """
 
 import copy
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from secateur.base import plugin, sections, settings
-from secateur.base.errors import SecateurError, SettingsError
+from secateur.base.errors import ArgumentError, SecateurError, SettingsError
 from secateur.data.dataset import DatasetInfo
 from secateur.pruning.decision import PruningContext
+from secateur.training import distillation
 from secateur.training import parametrization as parametrizations
 from secateur.training import penalty as penalties
 from secateur.training.penalty import Course, ScheduledPenalty, SteppingPenalty
@@ -65,6 +67,9 @@ def _check(model: nn.Module, info: DatasetInfo, params: settings.Params) -> None
             parametrization = parametrizations.build(name, own, trial)
             term = parametrizations.joined(name, parametrization, penalty)
         _check_course(term, params.sparse_train, info)
+        for key in ("sparse_train", "finetune"):
+            with settings.section(key):
+                _check_teacher(getattr(params, key).distillation, model)
         if parametrization is not None:
             parametrization.collapse()
         elif params.pruner == "chosen" and not isinstance(penalty, ScheduledPenalty):
@@ -93,6 +98,13 @@ def _check_course(term: object, training: sections.Train, info: DatasetInfo) -> 
         steps = training.epochs * -(-images // training.batch_size)
         with settings.section("sparse_train"):
             term.start(Course(training, steps, images))
+
+
+def _check_teacher(wanted: sections.Distillation, model: nn.Module) -> None:
+    """ArgumentError for a teacher that is missing, or layers that the network does not have."""
+    if wanted.teacher.startswith("weights/") and not Path(wanted.teacher).exists():
+        raise ArgumentError("distillation.teacher", "no such file", wanted.teacher)
+    distillation.check_layers(wanted.features, model)
 
 
 def _check_removal(context: PruningContext) -> None:

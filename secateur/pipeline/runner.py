@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from secateur.base import files, machine
 from secateur.base.errors import CheckpointError, SettingsError, cut, shorten
-from secateur.base.sections import Train
+from secateur.base.sections import NO_TEACHER, ContinuedTrain, Train
 from secateur.base.settings import Params, chain, section
 from secateur.base.stage import Stage, open_stage, revision
 from secateur.data import dataset
@@ -28,6 +28,7 @@ from secateur.sparsity.choices import Choices
 from secateur.sparsity.masks import Masks
 from secateur.training import loop, resume
 from secateur.training.callbacks import HISTORY_COLUMNS, Callback, Row
+from secateur.training.distillation import Distiller
 from secateur.training.engine import Engine, relaunch
 from secateur.training.penalty import Penalty
 from secateur.training.state import StateStore
@@ -130,10 +131,14 @@ class TrainingContext(StageContext):
         penalty: Penalty | None = None,
         masks: Masks | None = None,
     ) -> loop.FitResult:
-        """Train `model` in place by these settings, from the saved state if there is one."""
+        """Train `model` in place by these settings, from the saved state if there is one.
+
+        Settings that name a teacher are those of a network that goes on to be trained.
+        """
         bar = console.Training(self.stage.name)
         try:
             with section(_module(self.stage.name)):
+                distiller = self._distiller(model, settings)
                 result = loop.fit(
                     model,
                     self.data,
@@ -144,12 +149,39 @@ class TrainingContext(StageContext):
                     engine=self.engine,
                     penalty=penalty,
                     masks=masks,
+                    distiller=distiller,
                 )
         finally:
             bar.close()
         if self.engine.is_main:
             bar.finish(result.history, result.best_epoch)
         return result
+
+    def _distiller(self, model: nn.Module, settings: Train) -> Distiller | None:
+        """What imitates the teacher that the settings name; None if they name none.
+
+        Raises CheckpointError if the teacher is no network for these images and classes.
+        """
+        if not isinstance(settings, ContinuedTrain):
+            return None
+        wanted, info = settings.distillation, self.data.info
+        if wanted.teacher == NO_TEACHER:
+            return None
+        path = self.stage.input(wanted.teacher)
+        file = path / "model.safetensors" if path.is_dir() else path
+        arch = self.params.arch
+        own_code = self.params.archs.get(arch) if arch == checkpoint.OWN_CODE else None
+        found = checkpoint.load(file, arch, own_code)
+        header = found.header
+        own = ("classes", info.classes), ("shape", info.shape), ("mean", info.mean)
+        for key, value in (*own, ("std", info.std)):
+            if getattr(header, key) != value:
+                raise CheckpointError(
+                    f"{file}: cannot teach: its {key} = {shorten(getattr(header, key))}, those of "
+                    f"the data {shorten(value)}"
+                )
+        shape = tuple(info.shape)
+        return Distiller(wanted, found.model(), model, shape, self.params.seed)
 
 
 def open_context(name: str, round_name: str | None = None) -> StageContext:

@@ -14,8 +14,9 @@ from secateur.data.batches import Batches
 from secateur.data.dataset import Dataset
 from secateur.sparsity import masks as masking
 from secateur.sparsity.masks import Masks
-from secateur.training import determinism, optim
+from secateur.training import averaging, determinism, optim
 from secateur.training.callbacks import Callback, Row
+from secateur.training.distillation import Distiller
 from secateur.training.engine import Engine
 from secateur.training.evaluation import accuracy
 from secateur.training.penalty import (
@@ -49,9 +50,12 @@ def fit(
     engine: Engine | None = None,
     penalty: Penalty | None = None,
     masks: Masks | None = None,
+    distiller: Distiller | None = None,
 ) -> FitResult:
     """Train `model` in place on `data.train`; the loss is cross-entropy + penalty.
 
+    With a `distiller`, which knows the same model, the loss of imitating its teacher is added.
+    With `settings.average` the average of the weights is what is evaluated and kept.
     Weights that `masks` prune stay zero. The final weights are those of the epoch with the highest
     accuracy on `data.val` (ties: the lower loss), or of the last epoch if `settings.keep` is "last"
     or there is no val. Without epochs only the masks are applied. Training resumes from the state
@@ -65,14 +69,18 @@ def fit(
     engine = engine or Engine(settings.precision)
     with determinism.deterministic(engine.device):
         _place(model, engine.device)
-        optimizer = optim.optimizer(model, settings)
+        more = distiller.on(engine.device) if distiller else ()
+        optimizer = optim.optimizer(model, settings, more)
         masking.hold(model, masks or {}, optimizer)
-        state = TrainingState(model, optimizer, penalty)
         batches = _batches(data, settings, seed, engine)
+        average = averaging.build(settings, model, len(batches))
+        parts = {"penalty": penalty, "distillation": distiller, "average": average}
+        state = TrainingState(model, optimizer, parts)
+        extras = (distiller, average)
+        step = TrainStep(model, optimizer, penalty, settings, engine, len(batches), *extras)
         try:
             _start(penalty, settings, data, len(batches), masks or {})
             _resume(state, store, engine)
-            step = TrainStep(model, optimizer, penalty, settings, engine, len(batches))
             for callback in callbacks:
                 callback.on_train_start(settings.epochs, len(batches), state.history)
             for epoch in range(len(state.history), settings.epochs):
@@ -80,12 +88,16 @@ def fit(
                     break
                 determinism.seed_layers(seed, epoch, engine.rank)
                 row = _train_epoch(step, batches, epoch, callbacks)
-                _evaluate_epoch(row, model, data, settings, engine)
-                state.record(row, keep_best=settings.keep == "best" and len(data.val) > 0)
+                evaluated = average.network(data) if average else model
+                _evaluate_epoch(row, evaluated, data, settings, engine)
+                state.record(row, settings.keep == "best" and len(data.val) > 0, evaluated)
                 _save(state, store, callbacks, engine)
         finally:
             batches.close()
+            step.close()
         state.load_best()
+        if average and not state.best_weights:
+            model.load_state_dict(average.network(data).state_dict())
     return FitResult(state.history, state.best_epoch or len(state.history))
 
 

@@ -1,6 +1,7 @@
 """Optimizer and learning rate from settings."""
 
 import math
+from collections.abc import Sequence
 from typing import get_args
 
 import torch
@@ -12,12 +13,17 @@ from secateur.sparsity.masks import BatchNorm
 NORMS = (*get_args(BatchNorm), nn.LayerNorm, nn.GroupNorm)
 
 
-def optimizer(model: nn.Module, settings: Train) -> torch.optim.Optimizer:
-    """Build the optimizer of the settings, in its fused implementation."""
+def optimizer(
+    model: nn.Module, settings: Train, more: Sequence[nn.Parameter] = ()
+) -> torch.optim.Optimizer:
+    """Build the optimizer of the settings, in its fused implementation.
+
+    `more` are parameters beside those of the model, which are trained without weight decay.
+    """
     lr = settings.lr
     groups = [
         {"params": parameters, "weight_decay": decay}
-        for parameters, decay in _groups_by_decay(model, settings)
+        for parameters, decay in [*_groups_by_decay(model, settings), ([*more], 0.0)]
         if parameters
     ]
     if settings.optimizer == "sgd":

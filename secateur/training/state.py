@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from secateur.base.documents import validated
 from secateur.base.errors import StateError, cut
 from secateur.training.callbacks import Row
-from secateur.training.penalty import Penalty
 
 
 class StateStore(Protocol):
@@ -24,22 +23,38 @@ class StateStore(Protocol):
         """Copy the state after an epoch; returns whether it is on disk already."""
 
 
+class Stateful(Protocol):
+    """A part of a training that remembers something from one step to the next."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a resumed training restores."""
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore what `state_dict` returned; an error if it does not fit."""
+
+
 class TrainingState:
-    """All that a resumed training needs: weights, optimizer, penalty, history, best epoch."""
+    """All that a resumed training needs: weights, optimizer, history, best epoch, other parts."""
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, penalty: Penalty | None
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        parts: Mapping[str, Stateful | None],
     ) -> None:
-        self.model, self.optimizer, self.penalty = model, optimizer, penalty
+        """`parts` by the prefix of their tensors, such as `penalty`; None where there is none."""
+        self.model, self.optimizer = model, optimizer
+        self.parts = {name: part for name, part in parts.items() if part is not None}
         self.history: list[Row] = []
         self.best_epoch = 0
         """Counted from 1; 0 as long as no epoch has been compared."""
         self.best_weights: dict[str, Tensor] = {}
 
-    def record(self, row: Row, keep_best: bool) -> None:
+    def record(self, row: Row, keep_best: bool, evaluated: nn.Module | None = None) -> None:
         """Append an epoch to the history; with `keep_best`, copy its weights if it is the best.
 
-        The best epoch has the highest accuracy on val, and the lowest loss among equal ones.
+        `evaluated` is the network that the row is about, if it is not the one that is trained. The
+        best epoch has the highest accuracy on val, and the lowest loss among equal ones.
         """
         self.history.append(row)
         if not keep_best:
@@ -50,7 +65,8 @@ class TrainingState:
             if rank >= (-best["val_accuracy"], best["val_loss"]):
                 return
         self.best_epoch = len(self.history)
-        self.best_weights = {n: t.detach().clone() for n, t in self.model.state_dict().items()}
+        source = evaluated or self.model
+        self.best_weights = {n: t.detach().clone() for n, t in source.state_dict().items()}
 
     def load_best(self) -> None:
         """Load the weights of the best epoch into the model, if epochs were compared."""
@@ -63,8 +79,8 @@ class TrainingState:
         tensors |= {f"best/{n}": t for n, t in self.best_weights.items()}
         for index, values in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer/{index}/{n}": v for n, v in values.items() if v is not None}
-        if self.penalty is not None:
-            tensors |= {f"penalty/{n}": t for n, t in self.penalty.state_dict().items()}
+        for name, part in self.parts.items():
+            tensors |= {f"{name}/{n}": t for n, t in part.state_dict().items()}
         return tensors, {"history": self.history, "best": self.best_epoch}
 
     def load_state_dict(self, tensors: dict[str, Tensor], info: dict[str, Any]) -> None:
@@ -86,7 +102,7 @@ class TrainingState:
         progress = validated(_PROGRESS, info, "history", StateError)
         progress.check()
         kinds = {name.split("/")[0] for name in tensors}
-        if unknown := kinds - {"model", "best", "optimizer", "penalty"}:
+        if unknown := kinds - {"model", "best", "optimizer", *self.parts}:
             raise ValueError(f"tensors of {sorted(unknown)[0]}")
         weights, best = with_prefix(tensors, "model/"), with_prefix(tensors, "best/")
         own = self.model.state_dict()
@@ -98,8 +114,8 @@ class TrainingState:
         device = next(self.model.parameters()).device
         self.best_weights = {n: t.to(device) for n, t in best.items()}
         self._load_optimizer(with_prefix(tensors, "optimizer/"))
-        if self.penalty is not None:
-            self.penalty.load_state_dict(with_prefix(tensors, "penalty/"))
+        for name, part in self.parts.items():
+            part.load_state_dict(with_prefix(tensors, f"{name}/"))
         self.history, self.best_epoch = list(progress.history), progress.best
 
     def _load_optimizer(self, tensors: dict[str, Tensor]) -> None:

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from secateur.base.errors import TrainingError
 from secateur.base.sections import Train
 from secateur.training import optim
+from secateur.training.averaging import WeightAverage
+from secateur.training.distillation import Distiller
 from secateur.training.engine import Engine
 from secateur.training.penalty import Penalty, SteppingPenalty
 
@@ -22,12 +24,17 @@ class TrainStep:
         settings: Train,
         engine: Engine,
         steps_per_epoch: int,
+        distiller: Distiller | None = None,
+        average: WeightAverage | None = None,
     ) -> None:
         self.model, self.forward = model, engine.prepare(model, settings.compile)
         self.optimizer, self.penalty = optimizer, penalty
+        self.distiller, self.average = distiller, average
         self.settings, self.engine, self.steps_per_epoch = settings, engine, steps_per_epoch
         self.stepping = penalty if isinstance(penalty, SteppingPenalty) else None
         self.lr = 0.0
+        if distiller is not None:
+            distiller.listen()
 
     @property
     def finished(self) -> bool:
@@ -41,6 +48,11 @@ class TrainStep:
         zero = torch.zeros((), device=self.engine.device)
         self.loss_sum, self.correct, self.penalty_sum = zero, zero.clone(), zero.clone()
 
+    def close(self) -> None:
+        """Leave the model without anything that belongs to this training."""
+        if self.distiller is not None:
+            self.distiller.close()
+
     def __call__(self, images: Tensor, labels: Tensor, count: int, number: int) -> Tensor:
         """Take step `number` (from 0, over all epochs) and return the loss, penalty included.
 
@@ -52,17 +64,21 @@ class TrainStep:
             group["lr"] = self.lr
         self.optimizer.zero_grad()
         if self.settings.accumulate_grad_batches == 1:
-            loss = total = self._cross_entropy(images, labels, count)
+            loss = total = self._loss(images, labels, count)
             if self.penalty is not None:
                 total = loss + self._penalty(number)
             total.backward()
         else:
             loss, total = self._accumulate(images, labels, count, number)
+        if self.distiller is not None:
+            self.distiller.average_gradients(self.engine)
         if self.stepping is not None:
             self.stepping.before_step(number, self.optimizer)
         self.optimizer.step()
         if self.stepping is not None:
             self.stepping.after_step(number, self.optimizer)
+        if self.average is not None:
+            self.average.after_step(number)
         self.loss_sum += loss.detach() * count
         return total.detach()
 
@@ -76,15 +92,18 @@ class TrainStep:
         for index, (part_images, part_labels) in enumerate(pairs):
             last = index == len(pairs) - 1
             with self.engine.no_sync(self.forward, not last):
-                part = part_total = self._cross_entropy(part_images, part_labels, count)
+                part = part_total = self._loss(part_images, part_labels, count)
                 if last and self.penalty is not None:
                     part_total = part + self._penalty(number)
                 part_total.backward()
             loss, total = loss + part.detach(), total + part_total.detach()
         return loss, total
 
-    def _cross_entropy(self, images: Tensor, labels: Tensor, count: int) -> Tensor:
-        """Sum of the cross-entropies over some images, divided by the batch size `count`."""
+    def _loss(self, images: Tensor, labels: Tensor, count: int) -> Tensor:
+        """Sum of the cross-entropies over some images, divided by the batch size `count`.
+
+        With a teacher, its part of the loss is added to the part of the labels.
+        """
         if not len(labels):  # a last batch smaller than the number of processes
             images = images.new_zeros(1, *images.shape[1:])
             return self.forward(images).sum() * 0.0
@@ -102,9 +121,12 @@ class TrainStep:
         logits = logits.float()
         self.correct += (logits.detach().argmax(1) == labels).sum()
         smooth = self.settings.label_smoothing
-        if len(labels) == count and self.engine.world == 1:
+        if len(labels) == count and self.engine.world == 1 and self.distiller is None:
             return F.cross_entropy(logits, labels, label_smoothing=smooth)
         summed = F.cross_entropy(logits, labels, label_smoothing=smooth, reduction="sum")
+        if self.distiller is not None:
+            imitated = self.distiller(images, logits, self.engine)
+            summed = (1 - self.distiller.settings.weight) * summed + imitated
         return summed * (self.engine.world / count)  # the processes' gradients are averaged
 
     def _penalty(self, number: int) -> Tensor:

@@ -1,0 +1,181 @@
+"""Distillation: a teacher network whose outputs the trained network imitates beside the labels."""
+
+import difflib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from secateur.base.errors import ArgumentError, shorten
+from secateur.base.sections import Distillation
+from secateur.training.engine import Engine
+
+
+def softened_divergence(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """T^2 times the divergence of the softened outputs, by image: (n, classes) twice -> (n,).
+
+    That is the sum over classes of p (log p - log q), where p is the teacher's softmax of logits
+    over T and q the network's; T^2 keeps the gradients as large as those of the labels. Source:
+    G. Hinton, O. Vinyals, J. Dean, Distilling the knowledge in a neural network, 2015.
+    """
+    ours = F.log_softmax(logits / temperature, 1)
+    theirs = F.log_softmax(teacher / temperature, 1)
+    return temperature**2 * F.kl_div(ours, theirs, reduction="none", log_target=True).sum(1)
+
+
+def check_layers(names: tuple[str, ...], model: nn.Module, whose: str = "the network") -> None:
+    """Raise ArgumentError naming the first of the layers that the network does not have."""
+    known = {name for name, _ in model.named_modules() if name}
+    for name in names:
+        if name not in known:
+            close = difflib.get_close_matches(name, sorted(known), n=3) or sorted(known)[:8]
+            raise ArgumentError(
+                "distillation.features",
+                f"{whose} has no layer {shorten(name)}; it has {', '.join(close)}",
+                list(names),
+            )
+
+
+class Distiller:
+    """The loss of one training by which a network imitates a teacher.
+
+    With `features`, outputs of layers of the same name are compared too: the mean square of their
+    difference (A. Romero et al., FitNets, ICLR 2015). Where the teacher's layer is wider, which it
+    is when the network has been pruned, the network's output first passes a linear map of the
+    channels (a 1x1 convolution), which is trained with the network and not kept.
+    """
+
+    def __init__(
+        self,
+        settings: Distillation,
+        teacher: nn.Module,
+        model: nn.Module,
+        shape: tuple[int, ...],
+        seed: int,
+    ) -> None:
+        """`shape` is that of an image; `seed` decides on the initial weights of the maps.
+
+        Raises ArgumentError for a layer that a network lacks or whose outputs differ in more than
+        their width.
+        """
+        self.settings, self.model = settings, model
+        self.teacher = teacher.eval().requires_grad_(False)
+        check_layers(settings.features, model)
+        check_layers(settings.features, teacher, "the teacher")
+        self._ours: dict[str, Tensor] = {}
+        self._theirs: dict[str, Tensor] = {}
+        self._hooks: list[Any] = []
+        self.maps = self._make_maps(shape, seed) if settings.features else {}
+
+    def _make_maps(self, shape: tuple[int, ...], seed: int) -> dict[str, nn.Module]:
+        """Layer -> map of its outputs to the teacher's width, where that differs."""
+        device, training = next(self.model.parameters()).device, self.model.training
+        image = torch.zeros(1, *shape, device=device)
+        self.listen()
+        with torch.no_grad():
+            self.model.eval()(image)
+            self.teacher.to(device)(image)
+        self.close()
+        self.model.train(training)
+        maps: dict[str, nn.Module] = {}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            for name in self.settings.features:
+                made = _map(name, self._ours.pop(name), self._theirs.pop(name))
+                if made is not None:
+                    maps[name] = made
+        return maps
+
+    def on(self, device: torch.device) -> list[nn.Parameter]:
+        """Move teacher and maps to a device; the parameters of the maps, to be trained too."""
+        self.teacher.to(device)
+        return [p for module in self.maps.values() for p in module.to(device).parameters()]
+
+    def __call__(self, images: Tensor, logits: Tensor, engine: Engine) -> Tensor:
+        """The loss, summed over images (n, channels, height, width), of which the network has just
+        computed `logits` (n, classes): that of the outputs by `weight`, and that of the features
+        by `features_weight`. It can be differentiated with respect to the network alone."""
+        with torch.no_grad(), engine.autocast():
+            wanted = self.teacher(images).float()
+        settings = self.settings
+        loss = settings.weight * softened_divergence(logits, wanted, settings.temperature).sum()
+        for name in settings.features:
+            ours, theirs = self._ours.pop(name).float(), self._theirs.pop(name).float()
+            if name in self.maps:
+                ours = self.maps[name](ours)
+            squares = (ours - theirs).square().flatten(1).mean(1).sum()
+            loss = loss + settings.features_weight * squares
+        return loss
+
+    def average_gradients(self, engine: Engine) -> None:
+        """Give all processes the same gradients of the maps: the mean."""
+        if engine.world > 1:
+            for parameter in self.on(engine.device):
+                own = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
+                parameter.grad = engine.all_reduce(own) / engine.world
+
+    def listen(self) -> None:
+        """Take the outputs of the layers in question whenever one of the networks computes."""
+        self._hooks = [
+            network.get_submodule(name).register_forward_hook(_keep(found, name))
+            for network, found in ((self.model, self._ours), (self.teacher, self._theirs))
+            for name in self.settings.features
+        ]
+
+    def close(self) -> None:
+        """Stop listening."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The weights of the maps; the teacher's never change."""
+        return {
+            f"{name}/{key}": tensor
+            for name, module in self.maps.items()
+            for key, tensor in module.state_dict().items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore what `state_dict` returned; ValueError if it does not fit."""
+        if state.keys() != self.state_dict().keys():
+            raise ValueError("distillation: not the maps of this training")
+        for name, module in self.maps.items():
+            own = {k: state[f"{name}/{k}"] for k in module.state_dict()}
+            module.load_state_dict(own)
+
+
+def _keep(found: dict[str, Tensor], name: str) -> Callable[..., None]:
+    """A hook that stores the output of a layer."""
+
+    def store(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        found[name] = output
+
+    return store
+
+
+def _map(name: str, ours: Tensor, theirs: Tensor) -> nn.Module | None:
+    """A linear map from the channels of one output to those of another; None where they agree.
+
+    Channels are the second axis, of sequences (n, length, channels) the last.
+    """
+    if ours.shape == theirs.shape:
+        return None
+    axis = 2 if ours.dim() == 3 else 1
+    rest = [[*t.shape[:axis], *t.shape[axis + 1 :]] for t in (ours, theirs)]
+    if ours.dim() != theirs.dim() or rest[0] != rest[1] or ours.dim() not in (2, 3, 4):
+        raise ArgumentError(
+            "distillation.features",
+            f"{name} gives {_sizes(ours)}, in the teacher {_sizes(theirs)}: only the number of "
+            "channels may differ",
+            name,
+        )
+    before, after = ours.shape[axis], theirs.shape[axis]
+    if ours.dim() == 4:
+        return nn.Conv2d(before, after, 1, bias=False)
+    return nn.Linear(before, after, bias=False)
+
+
+def _sizes(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape[1:]))

@@ -1,0 +1,203 @@
+"""Distillation and averages of weights: formulas by hand, resume, what is kept, what is refused."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_train import Watcher, content, digits, fit, network, project, state_left  # noqa: F401
+from torch import nn
+
+from secateur.base.errors import ArgumentError
+from secateur.base.sections import ContinuedTrain, Distillation, Train
+from secateur.training import distillation
+from secateur.training.distillation import Distiller
+from secateur.training.engine import Engine
+
+TEACHER = "models/baseline"
+RATES = {"epochs": 3, "batch_size": 32, "lr": 0.002}
+
+
+def settings(**given):
+    return ContinuedTrain(distillation={"teacher": TEACHER, **given}, **RATES)
+
+
+def small(width, seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 10))
+
+
+def distiller(model, teacher, how):
+    return Distiller(how.distillation, teacher, model, (1, 8, 8), 3)
+
+
+def test_the_gradient_of_the_divergence_is_that_of_the_paper():
+    """T (q - p) for one image, with q and p the softened outputs: Hinton et al., eq. 2."""
+    torch.manual_seed(0)
+    ours, theirs = torch.randn(2, 5, 7, dtype=torch.float64).unbind(0)
+    ours.requires_grad_()
+    for temperature in (0.5, 1.0, 4.0):
+        loss = distillation.softened_divergence(ours, theirs, temperature)
+        (gradient,) = torch.autograd.grad(loss.sum(), ours)
+        q, p = ((x / temperature).softmax(1) for x in (ours, theirs))
+        assert torch.allclose(gradient, temperature * (q - p), rtol=1e-12)
+        plain = temperature**2 * (p * (p.log() - q.log())).sum(1)
+        assert torch.allclose(loss, plain, rtol=1e-10)
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_a_step_of_training_is_that_of_the_whole_formula(parts):
+    """Labels, outputs and features together, against autograd of the formula written out."""
+    prepared, model, teacher = digits(100), small(6), small(9, seed=1)
+    by_hand, theirs = copy.deepcopy(model), copy.deepcopy(teacher)
+    how = ContinuedTrain(
+        epochs=1, batch_size=100, optimizer="sgd", momentum=0, lr=0.1, schedule="constant",
+        accumulate_grad_batches=parts, keep="last", average={"kind": "none"},
+        distillation={"teacher": TEACHER, "temperature": 3, "weight": 0.7,
+                      "features": ["1", "3"], "features_weight": 0.5},
+    )  # fmt: skip
+    made = distiller(model, teacher, how)
+    (name,) = made.maps
+    to_teacher = copy.deepcopy(made.maps[name])
+    assert name == "1" and to_teacher.weight.shape == (9, 6)
+    images = (prepared.train.pixels.permute(0, 3, 1, 2) / 255 - 0.3) / 0.4
+    labels, total = prepared.train.labels, 0.0
+    hidden, wanted = by_hand[1](images.flatten(1)), theirs[1](images.flatten(1))
+    logits, taught = by_hand[3](hidden.relu()), theirs[3](wanted.relu())
+    total = 0.3 * F.cross_entropy(logits, labels)
+    total += 0.7 * distillation.softened_divergence(logits, taught, 3.0).mean()
+    total += 0.5 * (F.mse_loss(to_teacher(hidden), wanted) + F.mse_loss(logits, taught))
+    parameters = [*by_hand.parameters(), to_teacher.weight]
+    gradients = torch.autograd.grad(total, parameters)
+    expected = [p - 0.1 * g for p, g in zip(parameters, gradients, strict=True)]
+    fit(model, prepared, how, distiller=made)
+    found = [*model.parameters(), made.maps[name].weight]
+    for ours, theirs_ in zip(found, expected, strict=True):
+        assert torch.allclose(ours, theirs_, rtol=1e-4, atol=1e-6)
+
+
+def test_the_teacher_is_left_as_it_is_and_stays_outside_of_the_model():
+    teacher = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Linear(64, 10))
+    model = small(6)
+    names, before = model.state_dict().keys(), content(teacher)
+    fit(model, digits(), settings(), distiller=distiller(model, teacher, settings()))
+    assert content(teacher) == before and not teacher.training
+    assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
+    assert model.state_dict().keys() == names
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("kind", ["none", "ema", "swa"])
+def test_a_training_with_teacher_and_average_resumes_to_the_same_bytes(kind):
+    prepared, teacher = digits(), small(9, seed=1)
+    how = settings(features=["1"])
+    how = how.model_copy(update={"average": Train(epochs=1, average={"kind": kind}).average})
+
+    def run(name, watcher=None):
+        model = small(6)
+        watching = watcher and Watcher(model, *watcher)
+        made = distiller(model, copy.deepcopy(teacher), how)
+        fit(model, prepared, how, name, watcher=watching, distiller=made)
+        return content(model)
+
+    whole = run("whole")
+    with pytest.raises(KeyboardInterrupt):
+        run("killed", (2, 3))
+    tensors, info = state_left("killed")
+    of_distillation = [n for n in tensors if n.startswith("distillation/")]
+    assert len(info["history"]) == 1 and of_distillation == ["distillation/1/weight"]
+    assert any(n.startswith("average/") for n in tensors) == (kind != "none")
+    assert run("killed") == whole
+
+
+def test_features_that_do_not_fit_are_one_line():
+    model = small(6)
+    for features, words in [
+        (("1", "Q"), "the network has no layer 'Q'; it has 0, 1, 2, 3"),
+        (("0",), "0 gives 64, in the teacher 1x8x8: only the number of channels may differ"),
+    ]:
+        teacher = small(9)
+        if features == ("0",):
+            teacher = nn.Sequential(nn.Identity(), nn.Flatten(), nn.Linear(64, 10))
+        with pytest.raises(ArgumentError, match=r"distillation\.features") as refused:
+            distiller(model, teacher, settings(features=features))
+        assert words in str(refused.value) and "\n" not in str(refused.value)
+    with pytest.raises(ValueError, match="of no effect without a teacher"):
+        Distillation(features=("1",))
+    with pytest.raises(ValueError, match="or weights/<a checkpoint>"):
+        Distillation(teacher="models/pruned")
+
+
+def averaged(kind, **given):
+    return Train(average={"kind": kind, **given}, keep="last", **RATES)
+
+
+def weights_after_each_step(prepared, how):
+    """The weights of a training without an average, after every step."""
+    model, seen = network("lenet300"), []
+
+    class Looker(Watcher):
+        def on_step_end(self, epoch, step):
+            seen.append({n: t.clone() for n, t in model.state_dict().items()})
+
+    fit(model, prepared, how, "plain", watcher=Looker(model))
+    return seen
+
+
+@pytest.mark.parametrize("kind", ["ema", "swa"])
+def test_averages_are_those_of_the_definition(kind):
+    prepared, model = digits(), network("lenet300")
+    steps = weights_after_each_step(prepared, Train(keep="last", **RATES))
+    fit(model, prepared, averaged(kind, decay=0.8, start=1 / 3), kind)
+    per_epoch = len(steps) // 3
+    for name, found in model.state_dict().items():
+        if kind == "swa":
+            expected = torch.stack([steps[k * per_epoch - 1][name] for k in (1, 2, 3)]).mean(0)
+        else:
+            expected = steps[per_epoch - 1][name]
+            for later in steps[per_epoch:]:
+                expected = 0.8 * expected + 0.2 * later[name]
+        assert torch.allclose(found, expected, rtol=1e-4, atol=1e-6), name
+
+
+def test_what_is_masked_stays_zero_in_an_average_and_before_its_start_nothing_is_averaged():
+    prepared, model = digits(), network("lenet300")
+    mask = torch.rand(16, 64) > 0.5
+    fit(model, prepared, averaged("ema"), masks={"fc1.weight": mask})
+    weight = model.get_parameter("fc1.weight")
+    assert not weight[~mask].any() and weight[mask].any()
+    models = [network("lenet300") for _ in range(2)]
+    fit(models[0], prepared, averaged("swa", start=10_000), "late")
+    fit(models[1], prepared, Train(keep="last", **RATES), "none")
+    assert content(models[0]) == content(models[1])
+
+
+def test_statistics_of_an_average_are_measured_for_its_weights():
+    """In float64, against the mean and variance of the batches of 100 images computed directly."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(108, 10))
+    prepared = digits(200, validation=0.5)
+    fit(model, prepared, averaged("ema", recalibrate=100))
+    images = (prepared.train.pixels.permute(0, 3, 1, 2) / 255 - 0.3) / 0.4
+    with torch.no_grad():
+        outputs = model[0](images).transpose(0, 1).flatten(1)
+    assert torch.allclose(model[1].running_mean, outputs.mean(1), atol=1e-5)
+    assert torch.allclose(model[1].running_var, outputs.var(1), rtol=1e-4)
+
+
+def test_with_several_processes_the_maps_get_the_mean_gradient():
+    model, how = small(6), settings(features=["1"])
+    made = distiller(model, small(9, seed=1), how)
+    made.maps["1"].weight.grad = torch.ones(9, 6)
+
+    class Two(Engine):
+        world = 2
+
+        def __init__(self):
+            self.device = torch.device("cpu")
+
+        def all_reduce(self, values):
+            return values + 3.0  # of the other process
+
+    made.average_gradients(Two())
+    assert torch.equal(made.maps["1"].weight.grad, torch.full((9, 6), 2.0))
