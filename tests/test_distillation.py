@@ -1,15 +1,24 @@
 """Distillation and averages of weights: formulas by hand, resume, what is kept, what is refused."""
 
 import copy
+import json
 
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
+import yaml
 from test_train import Watcher, content, digits, fit, network, project, state_left  # noqa: F401
 from torch import nn
+from workspace import ROOT
 
-from secateur.base.errors import ArgumentError
+from secateur.base.errors import ArgumentError, CheckpointError, SettingsError
 from secateur.base.sections import ContinuedTrain, Distillation, Train
+from secateur.base.settings import Params, validate
+from secateur.base.stage import Stage
+from secateur.nn import checkpoint
+from secateur.nn.checkpoint import Header
+from secateur.pipeline import runner
 from secateur.training import distillation
 from secateur.training.distillation import Distiller
 from secateur.training.engine import Engine
@@ -126,6 +135,69 @@ def test_features_that_do_not_fit_are_one_line():
         Distillation(features=("1",))
     with pytest.raises(ValueError, match="or weights/<a checkpoint>"):
         Distillation(teacher="models/pruned")
+
+
+def saved(path, classes, arch="lenet300"):
+    """A small network as a checkpoint of a stage."""
+    prepared = digits()
+    header = Header(
+        arch=arch, arch_settings={"hidden": [5]}, classes=classes, shape=prepared.info.shape,
+        mean=prepared.info.mean, std=prepared.info.std, split="", stage="baseline",
+    )  # fmt: skip
+    path.parent.mkdir(exist_ok=True)
+    checkpoint.save(path, header, checkpoint.build_architecture(header), {})
+
+
+def test_a_teacher_comes_from_a_file_that_fits_the_data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name, data = "weights/teacher.safetensors", digits()
+    path, how = tmp_path / name, settings(teacher=name)
+
+    def made(declared=name):
+        params = Params.model_construct(arch="lenet300", archs={}, seed=1)
+        stage = Stage("finetune", params, {}, {declared: ""})
+        context = runner.TrainingContext(stage, data, {}, Engine(), None, ())
+        return context._distiller(small(6), how)
+
+    saved(path, data.info.classes)
+    assert isinstance(made().teacher.get_submodule("fc1"), nn.Linear)
+    with pytest.raises(SettingsError, match="does not declare"):
+        made("models/baseline")
+    for classes, arch, words in [
+        (["a", "b"], "lenet300", "cannot teach: its classes = "),
+        (data.info.classes, "lenet5", "holds architecture 'lenet5', params ask for 'lenet300'"),
+    ]:
+        saved(path, classes, arch) if arch == "lenet300" else rename_architecture(path, arch)
+        with pytest.raises(CheckpointError, match=r"weights/teacher\.safetensors") as refused:
+            made()
+        assert words in str(refused.value) and "\n" not in str(refused.value)
+
+
+def rename_architecture(path, arch):
+    """The file with another architecture in its header."""
+    content = safetensors.torch.load_file(path)
+    with safetensors.safe_open(path, "pt") as file:
+        header = json.loads(file.metadata()["secateur"]) | {"arch": arch}
+    safetensors.torch.save_file(content, path, {"secateur": json.dumps(header)})
+
+
+def test_the_teacher_is_a_dependency_of_the_stages_that_have_one():
+    """`weights/none` never changes: so the path alone decides. A round has no other file."""
+    for file, names in [("dvc.yaml", ""), ("stages/rounds/dvc.yaml", "do")]:
+        stages = yaml.safe_load((ROOT / file).read_text())["stages"]
+        for stage, section in [("sparse-train", "sparse_train"), ("finetune", "finetune")]:
+            found = stages[stage][names] if names else stages[stage]
+            assert f"${{{section}.distillation.teacher}}" in found["deps"]
+    given = yaml.safe_load((ROOT / "params.yaml").read_text())
+    for section in ("sparse_train", "finetune"):
+        assert given[section]["distillation"]["teacher"] == "weights/none"
+    given["rounds"] = {
+        "round2": {"after": "finetuned", "sparse_train": {}, "prune": {},
+                   "finetune": {"distillation": {"teacher": TEACHER}}}
+    }  # fmt: skip
+    params = validate(Params, given, "")
+    with pytest.raises(SettingsError, match=r"rounds\.round2\.finetune\.distillation\.teacher"):
+        params.of_round("round2")
 
 
 def averaged(kind, **given):
