@@ -82,6 +82,7 @@ format: $(READY)  ## put the code into the project's format
 	@ruff format .
 
 ui: $(RUN)  ## compare runs at http://127.0.0.1:5000
+	-@python -m secateur sync
 	@mlflow ui
 
 sync: $(RUN)  ## write runs that MLflow lacks, from the tracked files

@@ -20,10 +20,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from torch import nn
 
 from secateur.base import files, machine, timing
+from secateur.base.files import Table
 from secateur.data.batches import first_images
 from secateur.nn import cost
 from secateur.nn.cost import LayerCost
@@ -48,9 +48,9 @@ def main() -> None:
     histories = {stage: tracking.read_history(model.history) for stage, model in models.items()}
     report, layers = measure(context, records)
     files.write_text(REPORT, json.dumps(report, indent=2) + "\n")
-    files.write_text(LAYERS, layers.to_csv(index=False))
+    files.write_text(LAYERS, layers.csv())
     seconds = sum(records[stage].seconds for stage in ROUND)
-    files.write_text(ROUNDS, rounds_table(report, seconds).to_csv(index=False))
+    files.write_text(ROUNDS, rounds_table(report, seconds).csv())
     store = Store()
     written = [REPORT, LAYERS, ROUNDS]
     run_id = tracking.pipeline(records, histories, report, written, store)
@@ -73,7 +73,7 @@ def remove_old_rounds(chain: Chain, folder: Path = Path("models/rounds")) -> Non
 
 def measure(
     context: runner.StageContext, records: Mapping[str, record.RunRecord]
-) -> tuple[dict[str, Any], pd.DataFrame]:
+) -> tuple[dict[str, Any], Table]:
     """Make the report, and a table with one row for each layer of each model."""
     params, test, info = context.params, context.data.test, context.data.info
     device = machine.device()
@@ -164,7 +164,7 @@ def _sizes(
     }
 
 
-def _layers(costs: Mapping[str, Sequence[LayerCost]]) -> pd.DataFrame:
+def _layers(costs: Mapping[str, Sequence[LayerCost]]) -> Table:
     """One row for each layer of each model; sparsity also relative to the layer's dense weight."""
     dense = {layer.layer: layer.params for layer in costs["baseline"]}
     rows = []
@@ -172,10 +172,10 @@ def _layers(costs: Mapping[str, Sequence[LayerCost]]) -> pd.DataFrame:
         for layer in found:
             sparsity = 1 - layer.nonzero / dense[layer.layer]
             rows.append({"model": model, **asdict(layer), "sparsity_of_dense": sparsity})
-    return pd.DataFrame(rows)
+    return Table.of(rows)
 
 
-def rounds_table(report: Mapping[str, Any], seconds: float) -> pd.DataFrame:
+def rounds_table(report: Mapping[str, Any], seconds: float) -> Table:
     """One row for the dense network, round 0, and for what each round has left.
 
     `seconds` are those of a chain of one round, which stand nowhere in its report.
@@ -185,7 +185,7 @@ def rounds_table(report: Mapping[str, Any], seconds: float) -> pd.DataFrame:
     dense = report["baseline"] | {"compression": 1.0, "seconds": 0.0}
     found = {"dense": dense, **report.get("rounds", only)}
     rows = [{"round": k, "name": name, **row} for k, (name, row) in enumerate(found.items())]
-    return pd.DataFrame(rows)[columns]
+    return Table(columns, [{key: row.get(key) for key in columns} for row in rows])
 
 
 def asked(context: runner.StageContext, report: Mapping[str, Any]) -> str:

@@ -16,10 +16,10 @@ measured again (prune.recalibrate).
 from dataclasses import replace
 from itertools import islice
 
-import pandas as pd
 from torch import nn
 
 from secateur.base import machine, plugin
+from secateur.base.files import Table
 from secateur.base.settings import section
 from secateur.data.batches import Batches, example_batch
 from secateur.gconv import export
@@ -33,6 +33,8 @@ from secateur.training.recalibrate import recalibrate
 
 BATCH = 128
 """Images over which statistics are averaged at once."""
+OUTPUTS = ("layer", "outputs", "outputs_left")
+"""Columns of outputs.csv."""
 
 
 def main(round_name: str | None) -> None:
@@ -72,16 +74,16 @@ def prune(context: runner.StageContext) -> runner.StageResult:
             requested=asked,
         )
     outputs = _outputs(model, pruned.model)
-    console.outputs(list(outputs.itertuples(index=False, name=None)))
+    console.outputs(outputs)
     metrics = {**decision.notes, **pruned.differences}
     metrics |= _measure(context, pruned, checkpoint.build_architecture(sparse.header), asked)
-    metrics["removed_outputs"] = float((outputs.outputs - outputs.outputs_left).sum())
+    metrics["removed_outputs"] = float(sum(before - left for _, before, left in outputs))
     return runner.StageResult(
         pruned.model,
         context.header(sparse, asked=asked, reached=dict(metrics)),
         pruned.masks,
         metrics=metrics,
-        tables={"outputs": outputs},
+        tables={"outputs": Table.of([dict(zip(OUTPUTS, row, strict=True)) for row in outputs])},
         texts=decision.files,
     )
 
@@ -133,14 +135,13 @@ def measure_again(context: runner.StageContext, model: nn.Module, images: int) -
     return metrics
 
 
-def _outputs(before: nn.Module, after: nn.Module) -> pd.DataFrame:
-    """Number of outputs of every layer of a network, before and after pruning."""
+def _outputs(before: nn.Module, after: nn.Module) -> list[tuple[str, int, int]]:
+    """Every layer of a network with its number of outputs before and after pruning."""
     left = masks.prunable(after, "weights")
-    rows = [
+    return [
         (name.removesuffix(".weight"), len(weight), len(left[name]))
         for name, weight in masks.prunable(before, "weights").items()
     ]
-    return pd.DataFrame(rows, columns=["layer", "outputs", "outputs_left"])
 
 
 if __name__ == "__main__":

@@ -14,8 +14,7 @@ A killed training, run again, resumes from its last saved epoch and ends with th
 
 from dataclasses import replace
 
-import pandas as pd
-
+from secateur.base.files import Table
 from secateur.base.settings import section
 from secateur.pipeline import console, preflight, runner
 from secateur.training import parametrization as parametrizations
@@ -56,9 +55,9 @@ def train_sparse(context: runner.TrainingContext) -> runner.StageResult:
         header = context.header(start, **notes, parametrization=name)
         result = replace(runner.trained(model, header, fit, start.masks), choices=zeros)
     if not isinstance(penalty, ScheduledPenalty):
-        return replace(result, tables={"growth": pd.DataFrame(columns=GROWTH)})
-    rows = penalty.growth_table()
-    growth = pd.DataFrame(rows, columns=None if rows else GROWTH).astype({"step": int})
+        return replace(result, tables={"growth": Table(GROWTH, ())})
+    rows = [row | {"step": int(row["step"])} for row in penalty.growth_table()]
+    growth = Table.of(rows, GROWTH)
     return replace(result, choices=penalty.choices(), tables={"growth": growth})
 
 

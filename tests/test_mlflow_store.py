@@ -443,3 +443,69 @@ def test_the_experiment_opens_as_one_of_training_models(tracked):
     store = Store(strict=True)
     tags = store.client.get_experiment(store.experiment).tags
     assert tags["mlflow.experimentKind"] == "custom_model_development"
+
+
+class Late:
+    """A stage whose clock is moved by hand."""
+
+    def __init__(self, folder, at_once=False):
+        self.stage = Stage("baseline", None, {"seed": 1}, {})
+        self.late = tracking.LateRun(self.begin, at_once)
+
+    def begin(self, seconds):
+        run = tracking.Run(Store(strict=True), self.stage, {})
+        run.open(None, {"name": "toy", "hash": "00"}, seconds)
+        return run
+
+    def epoch(self, number):
+        self.late.on_step_end(number, 1)
+        self.late.on_epoch_end({"epoch": number, "train_loss": 1 / number})
+        self.late.on_state_saved()
+
+
+def test_a_stage_is_shown_once_it_has_worked_for_a_while_with_all_its_epochs(tracked):
+    done = Late(tracked)
+    done.late.on_train_start(4, 1, [{"epoch": 1, "train_loss": 1.0}])  # of an interrupted process
+    done.epoch(2)
+    assert done.late.run is None
+    done.late.since -= tracking.LIVE_AFTER
+    done.epoch(3)
+    done.epoch(4)
+    assert done.late.close({"accuracy": 1.0}, "models/toy/model", "ab") is not None
+    client, found = done.late.run.store.client, done.late.run.id
+    logged = client.get_metric_history(found, "epoch/train_loss")
+    assert {m.step: m.value for m in logged} == {1: 1.0, 2: 1 / 2, 3: 1 / 3, 4: 1 / 4}
+    assert len(logged) == 4
+    run = client.get_run(found)
+    assert run.info.status == "FINISHED"
+    assert run.info.end_time - run.info.start_time > 1000 * tracking.LIVE_AFTER
+
+
+@pytest.mark.parametrize("end", ["closed", "KILLED", "FAILED"])
+def test_a_short_stage_leaves_its_run_to_its_record_unless_it_fails(end, tracked):
+    done = Late(tracked)
+    done.epoch(1)
+    if end == "closed":
+        assert done.late.close({}, "models/toy/model", "ab") is None
+    else:
+        done.late.end(end)
+    assert [run.info.status for run in Store(strict=True).runs("")] == ["FAILED"] * (
+        end == "FAILED"
+    )
+    assert Late(tracked, at_once=True).late.run is not None
+
+
+def test_runs_made_from_records_are_linked_by_models_and_have_their_own_time(tracked):
+    store = Store(strict=True)
+    known = {"run_id": None, "experiment": "mine", "revision": "cd" * 20, "ended": 1e9}
+    dense, _ = tracking.restore(store, record(**known, seconds=10.0), [], {})
+    rows = [{"epoch": float(n), "train_loss": 1 / n} for n in (1, 2)]
+    later = record(**known, seconds=4.0, stage="sparse-train", fingerprint="ef" * 16, sha256="cd")
+    sparse, _ = tracking.restore(store, later, rows, {"baseline": dense})
+    run, made = store.client.get_run(sparse), store.client.get_run(dense).outputs
+    assert (run.info.start_time, run.info.end_time) == (999_999_996_000, 1_000_000_000_000)
+    assert [m.model_id for m in run.inputs.model_inputs] == [made.model_outputs[0].model_id]
+    assert run.data.tags["dvc.exp_name"] == "mine"
+    assert run.data.tags["mlflow.source.git.commit"] == "cd" * 20
+    logged = store.client.get_metric_history(sparse, "epoch/train_loss")
+    assert [m.timestamp for m in logged] == [999_999_998_000, 1_000_000_000_000]

@@ -124,6 +124,31 @@ def test_sgd_is_the_textbook_one(nesterov):
     assert torch.allclose(weight, by_hand, rtol=1e-12)
 
 
+@pytest.mark.parametrize("kind", ["SGD", "Adam", "AdamW"])
+def test_without_its_decorators_an_optimizer_of_torch_does_the_same(kind):
+    """To the byte, with its hooks and its state, also after instances of torch's own class."""
+    settings = {"lr": 0.1, "fused": True, "weight_decay": 0.01}
+    settings |= {"momentum": 0.9, "nesterov": True} if kind == "SGD" else {}
+    found, calls = [], []
+    for make in (getattr(torch.optim, kind), getattr(optim, kind)):
+        weight = nn.Parameter(torch.linspace(-1, 1, 7))
+        made = make([weight], **settings)
+        made.register_step_post_hook(lambda *_: calls.append(1))
+        for step in range(3):
+            made.zero_grad()
+            (weight.sin() * (step + 1)).sum().backward()
+            made.step()
+        state = made.state_dict()
+        again = make([weight], **settings)
+        again.load_state_dict(state)
+        weight.grad = torch.ones_like(weight)
+        again.step()
+        found.append([weight.detach().clone(), *again.state_dict()["state"][0].values()])
+    assert len(calls) == 6
+    for own, other in zip(*found, strict=True):
+        assert torch.equal(torch.as_tensor(own), torch.as_tensor(other))
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("parts", [1, 2, 3, 10])
 def test_a_step_in_parts_is_the_whole_step(parts, smoothing):

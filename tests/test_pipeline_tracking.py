@@ -120,7 +120,7 @@ def test_a_dead_tracking_server_costs_seconds_and_a_warning(project, tmp_path):
             copy.params(seed=2 + seed)
             started[uri] = copy, subprocess.Popen(
                 ["python", "-m", "stages.baseline"],
-                cwd=copy.path, env=copy.env(SECATEUR_TRACKING="on", MLFLOW_TRACKING_URI=uri),
+                cwd=copy.path, env=copy.env(SECATEUR_TRACKING="live", MLFLOW_TRACKING_URI=uri),
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             )  # fmt: skip
         for uri, (copy, process) in started.items():

@@ -1,6 +1,7 @@
 """What happens at a stage's start: settings are checked once, library versions every time."""
 
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -89,3 +90,57 @@ def test_changed_values_leave_the_rest_of_params_yaml_as_it_is(tmp_path):
     (std, new_std), (torch, new_torch) = changed
     assert new_std == std.replace("0.25 ", "0.75 ") and "#" in new_std
     assert torch.startswith("  torch: ") and new_torch == "  torch: 9.8.7"
+
+
+LIGHT = """
+import stages
+from stages import baseline, evaluate, finetune, prune, sparse_train
+import dataclasses, sys, torch
+from secateur.base.sections import Train
+from secateur.data import dataset
+from secateur.data.dataset import InMemoryImages
+from secateur.pipeline.runner import _NoStore
+from secateur.training import loop
+images = InMemoryImages(torch.zeros(8, 1, 2, 2, dtype=torch.uint8), torch.arange(8) % 2)
+info = dataset.DatasetInfo("toy", ["0", "1"], (1, 2, 2), [0.0], [1.0], "", {})
+model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2))
+data = dataset.Dataset(info, images, images, images)
+for optimizer in ("sgd", "adam"):
+    loop.fit(model, data, Train(epochs=1, batch_size=4, optimizer=optimizer), 1, _NoStore(), [])
+heavy = {"lightning_fabric", "mlflow", "pandas", "scipy", "sklearn", "sympy", "torch._dynamo"}
+sys.exit(" ".join(sorted(heavy & set(sys.modules))) or 0)
+"""
+
+
+def test_what_takes_seconds_to_import_is_not_imported_by_a_stage_that_trains():
+    """In a process of its own, and not one of the warm ones."""
+    done = subprocess.run(
+        [sys.executable, "-c", LIGHT], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+LEAVING = """
+import atexit, sys
+from secateur.base import allocator
+atexit.register(allocator._exit_fast)
+atexit.register(print, "at exit")
+class Slow:
+    def __del__(self): print("taken apart")
+kept = sys.modules["kept"] = Slow()
+print("work")
+{}
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "left"),
+    [("allocator.succeeded(); sys.exit(0)", False), ("sys.exit(3)", True), ("1 / 0", True)],
+)
+def test_a_process_that_succeeds_is_not_taken_apart_and_loses_no_output(end, left):
+    done = subprocess.run(
+        [sys.executable, "-c", LEAVING.format(end)],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == {"s": 3, "1": 1}.get(end[0], 0)
+    assert done.stdout.splitlines() == ["work", "at exit", *(["taken apart"] if left else [])]

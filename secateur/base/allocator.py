@@ -1,4 +1,4 @@
-"""Thread and memory policy of a process, and trimming of glibc's heap between training steps.
+"""Thread, memory and exit policy of a process; trimming of glibc's heap between training steps.
 
 Importing this module changes nothing and does not import torch. `tune_process` must run before
 torch is imported; the stages call it from `stages/__init__.py`.
@@ -10,6 +10,7 @@ can leave a hole at every step. `trim` returns such holes to the system once the
 needs.
 """
 
+import atexit
 import contextlib
 import ctypes
 import os
@@ -24,16 +25,19 @@ SLACK = 64 * 2**20
 
 
 def tune_process() -> None:
-    """Set the thread and memory policy of this process; call it before torch is imported.
+    """Set the policies of this process; call it before torch is imported.
 
     - OpenMP workers stop spinning after microseconds instead of milliseconds. With one process on
       the machine this costs a few per cent; beside a second busy process (a DVC queue with two
       workers) it decides between half the speed and a hundredth of it.
     - glibc keeps freed memory: a training step allocates the same tensors as the step before, and
       fetching their pages anew takes a quarter of the step of a small convolutional network.
+    - After `succeeded`, the process ends without taking its modules apart, which takes 0.3 s with
+      torch; what was registered at exit after this call still runs.
 
     Existing environment variables (GOMP_SPINCOUNT, OMP_WAIT_POLICY, MALLOC_*) take precedence.
     """
+    atexit.register(_exit_fast)  # first, so it is called last
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "30000")
     if sys.platform != "linux" or any(name.startswith("MALLOC_") for name in os.environ):
@@ -43,6 +47,23 @@ def tune_process() -> None:
         mallopt(-4, 0)  # M_MMAP_MAX: allocate large blocks from the heap too
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never shrink the heap automatically
         mallopt(-2, 64 * 2**20)  # M_TOP_PAD: grow it in large steps
+
+
+def succeeded() -> None:
+    """Note that this process is about to end with status 0; `tune_process` says what for."""
+    global _succeeded
+    _succeeded = True
+
+
+_succeeded = False
+
+
+def _exit_fast() -> None:
+    if not _succeeded:
+        return
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()  # an error, such as a full disk, is reported as Python does it
+    os._exit(0)
 
 
 class _Mallinfo(ctypes.Structure):

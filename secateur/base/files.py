@@ -1,17 +1,44 @@
 """Reading ordinary files only, and writing them in one step: the old content or the new one."""
 
 import contextlib
+import csv
+import io
 import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Self
 
 from secateur.base.errors import SecateurError
 
 MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 """Bytes of the machine; a file that is read as a whole must be smaller."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A small table to be written as CSV: pandas, which reads it later, takes 0.4 s to import."""
+
+    columns: Sequence[str]
+    rows: Sequence[Mapping[str, Any]]
+
+    @classmethod
+    def of(cls, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> Self:
+        """A table with the columns of its rows; `columns` are those of one without rows."""
+        found = dict.fromkeys(key for row in rows for key in row)
+        return cls(tuple(found) or tuple(columns), rows)
+
+    def csv(self) -> str:
+        """A header and a line for each row, numbers in full; empty where a value is missing."""
+        stream = io.StringIO()
+        writer = csv.DictWriter(stream, self.columns, lineterminator="\n")
+        writer.writeheader()
+        for row in self.rows:  # only not-a-number differs from itself
+            writer.writerow({key: value for key, value in row.items() if value == value})
+        return stream.getvalue()
 
 
 def file_size(path: Path, error: type[SecateurError], cure: str = "") -> int:

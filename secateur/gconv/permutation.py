@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import Field
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from secateur.base.errors import PruningError
@@ -169,7 +168,7 @@ def sort_groups(
 def _match_groups(values: Floats, groups: int, rows: Ints, columns: Ints) -> tuple[Ints, Ints]:
     """Divide both orders into groups and match them by the Hungarian method."""
     blocks = values[rows][:, columns].reshape(groups, -1, groups, len(columns) // groups)
-    first, second = linear_sum_assignment(blocks.sum(axis=(1, 3)), maximize=True)
+    first, second = _assignment(blocks.sum(axis=(1, 3)))
     row_group, column_group = np.empty(len(rows), np.int64), np.empty(len(columns), np.int64)
     row_group[rows.reshape(groups, -1)[first]] = np.arange(groups)[:, None]
     column_group[columns.reshape(groups, -1)[second]] = np.arange(groups)[:, None]
@@ -238,10 +237,18 @@ def _balanced(sums: Floats) -> Ints:
     """Groups of equal size for all rows with the largest sum, as a linear assignment problem."""
     count, groups = sums.shape
     size = count // groups
-    rows, places = linear_sum_assignment(np.repeat(sums, size, axis=1), maximize=True)
+    rows, places = _assignment(np.repeat(sums, size, axis=1))
     group = np.empty(count, np.int64)
     group[rows] = places // size
     return group
+
+
+def _assignment(gains: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Rows and their columns, one each, with the largest sum of gains (Hungarian method)."""
+    from scipy.optimize import linear_sum_assignment  # 0.4 s, which `prune` seldom needs
+
+    rows, columns = linear_sum_assignment(gains, maximize=True)
+    return rows, columns
 
 
 def _numbered(row_group: Ints, column_group: Ints) -> Grouping:

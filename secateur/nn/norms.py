@@ -2,12 +2,12 @@
 
 from typing import Any
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from secateur.base.files import Table
 from secateur.sparsity.masks import BatchNorm
 
 BIN_WIDTH = 0.02
@@ -75,7 +75,7 @@ def scaled_norms(model: nn.Module) -> dict[str, BatchNorm]:
     return {name: norm for name, norm in found.items() if norm.affine}
 
 
-def distribution(model: nn.Module) -> pd.DataFrame:
+def distribution(model: nn.Module) -> Table:
     """Histogram of |gamma|: `scale`, the lower edge of a bin, and `count`, the scales in it.
 
     The bins start at 0 in every network and end at its largest scale; without scales there are
@@ -83,7 +83,11 @@ def distribution(model: nn.Module) -> pd.DataFrame:
     """
     scales = [norm.weight.detach().abs().flatten().cpu() for norm in scaled_norms(model).values()]
     if not scales:
-        return pd.DataFrame(columns=["scale", "count"])
+        return Table(("scale", "count"), ())
     counts = torch.cat(scales).double().div(BIN_WIDTH).floor().long().bincount()
-    lower = [round(place * BIN_WIDTH, 2) for place in range(len(counts))]
-    return pd.DataFrame({"scale": lower, "count": counts.tolist()})
+    return Table.of(
+        [
+            {"scale": round(place * BIN_WIDTH, 2), "count": count}
+            for place, count in enumerate(counts.tolist())
+        ]
+    )

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from secateur.base import allocator
 from secateur.base.errors import ArgumentError, SecateurError
 from secateur.pipeline.record import MODELS
 from secateur.training.callbacks import Callback, Row
@@ -46,6 +47,7 @@ def main(
         fail(str(error))
     except KeyboardInterrupt:
         fail("interrupted; run the same command again to go on where it was", 130)
+    allocator.succeeded()
     sys.exit(0)
 
 

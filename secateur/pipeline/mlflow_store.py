@@ -164,6 +164,11 @@ def tracking_on() -> bool:
     return os.environ.get("SECATEUR_TRACKING", "on").lower() not in ("off", "0", "false", "no")
 
 
+def tracking_live() -> bool:
+    """Whether SECATEUR_TRACKING asks for runs that begin as soon as their stage does."""
+    return os.environ.get("SECATEUR_TRACKING", "").lower() == "live"
+
+
 def clone_tags() -> dict[str, str]:
     """Tags that name this clone and its machine.
 

@@ -209,6 +209,8 @@ class RunRecord:
     seconds: Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True)]
     """Wall time of the work, over all attempts."""
     hardware: str
+    ended: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    """When it was finished, in seconds since 1970."""
     run_id: str | None = None
     """MLflow run; None if it was not tracked."""
     model_id: str | None = None

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
-import pandas as pd
 from torch import Tensor, nn
 
 from secateur.base import files, machine
 from secateur.base.errors import CheckpointError, SettingsError, cut, shorten
+from secateur.base.files import Table
 from secateur.base.sections import NO_TEACHER, ContinuedTrain, Train
 from secateur.base.settings import Params, chain, section
 from secateur.base.stage import Stage, open_stage, revision
@@ -22,7 +22,7 @@ from secateur.data.dataset import Dataset
 from secateur.nn import checkpoint, norms
 from secateur.nn.checkpoint import Checkpoint, Header
 from secateur.pipeline import console, record, tracking
-from secateur.pipeline.mlflow_store import Store
+from secateur.pipeline.mlflow_store import Store, tracking_live
 from secateur.pipeline.record import STAGES, Chain, StageSpec, model_spec, stage_spec
 from secateur.sparsity.choices import Choices
 from secateur.sparsity.masks import Masks
@@ -46,7 +46,7 @@ class StageResult:
     metrics: dict[str, float] = field(default_factory=dict)
     history: list[Row] | None = None
     """One row per epoch, possibly none; None if the stage does not train."""
-    tables: dict[str, pd.DataFrame] = field(default_factory=dict)
+    tables: dict[str, Table] = field(default_factory=dict)
     """Name -> a further <name>.csv beside the model."""
     texts: Mapping[str, str] = field(default_factory=dict)
     """Name -> content of a further file beside the model."""
@@ -344,7 +344,9 @@ def _once(
         store.finish()
 
 
-def _write(context: StageContext, result: StageResult, run: tracking.Run, seconds: float) -> None:
+def _write(
+    context: StageContext, result: StageResult, late: tracking.LateRun, seconds: float
+) -> None:
     """Write the model, its tables and its record, and close the MLflow run."""
     model, stage, info = model_spec(context.stage.name), context.stage, context.data.info
     folder = Path(model.folder)
@@ -352,16 +354,16 @@ def _write(context: StageContext, result: StageResult, run: tracking.Run, second
         model.checkpoint, result.header, result.model, result.masks, result.choices
     )
     if result.history is not None:
-        columns = None if result.history else list(HISTORY_COLUMNS)
-        table = pd.DataFrame(result.history, columns=columns).astype({"epoch": int})
-        files.write_text(model.history, table.to_csv(index=False))
+        rows = [row | {"epoch": int(row["epoch"])} for row in result.history]
+        files.write_text(model.history, Table.of(rows, HISTORY_COLUMNS).csv())
     tables = {"scales": norms.distribution(result.model)} | result.tables
     for name, table in tables.items():
-        files.write_text(folder / f"{name}.csv", table.to_csv(index=False))
+        files.write_text(folder / f"{name}.csv", table.csv())
     for name, text in result.texts.items():
         files.write_text(folder / name, text)
     path = str(model.checkpoint)
-    model_id = run.close(result.metrics | {"seconds": seconds}, path, sha256)
+    model_id = late.close(result.metrics | {"seconds": seconds}, path, sha256)
+    run = late.run
     made = record.RunRecord(
         stage=stage.name,
         fingerprint=stage.fingerprint,
@@ -372,9 +374,10 @@ def _write(context: StageContext, result: StageResult, run: tracking.Run, second
         dataset={"name": info.name, "hash": info.hash, **info.counts},
         seconds=round(seconds, 3),
         hardware=machine.hardware(),
-        run_id=run.id,
+        ended=round(time.time(), 3),
+        run_id=run.id if run else None,
         model_id=model_id,
-        tracking_uri=run.store.uri if run.id else None,
+        tracking_uri=run.store.uri if run and run.id else None,
         experiment=os.environ.get("DVC_EXP_NAME") or None,
         revision=revision(),
         upstream={maker: found.sha256 for maker, found in context.upstream.items()},
@@ -382,17 +385,22 @@ def _write(context: StageContext, result: StageResult, run: tracking.Run, second
     record.save(model.record, made)
 
 
-def _open_run(context: StageContext, store: resume.ResumeStore) -> tracking.Run:
-    """Begin or resume the stage's MLflow run, linked to those of the models it reads."""
+def _open_run(context: StageContext, store: resume.ResumeStore) -> tracking.LateRun:
+    """The stage's MLflow run, linked to those of the models it reads; resumed if it exists."""
     upstream = {}
     for maker in context.upstream:
         path = model_spec(maker).record  # only for the link, so it may be missing
         upstream[maker] = record.load(path) if path.exists() else None
-    run = tracking.Run(Store(), context.stage, upstream)
-    info = context.data.info
-    run.open(store.note("run_id"), {"name": info.name, "hash": info.hash, **info.counts})
-    store.note("run_id", run.id)
-    return run
+    info, known = context.data.info, store.note("run_id")
+
+    def begin(seconds: float) -> tracking.Run:
+        run = tracking.Run(Store(), context.stage, upstream)
+        dataset = {"name": info.name, "hash": info.hash, **info.counts}
+        run.open(known, dataset, seconds)
+        store.note("run_id", run.id)
+        return run
+
+    return tracking.LateRun(begin, at_once=known is not None or tracking_live())
 
 
 class _NoStore:

@@ -3,8 +3,9 @@
 One run for every stage that really ran, with the params that dvc.yaml declares for it, and one
 `pipeline` run for every result, with the params and metrics of the whole chain and links to its
 stage runs. DVC's files are the truth: whatever is missing here can be written again from them
-(`secateur sync`). Nothing in this file may stop a stage: the first failure is one line of warning,
-and the rest of the stage goes untracked.
+(`secateur sync`). A run is begun when its stage has worked for LIVE_AFTER; those of shorter stages
+are written from their records, by `evaluate` or `secateur sync`. Nothing in this file may stop a
+stage: the first failure is one line of warning, and the rest of the stage goes untracked.
 """
 
 import csv
@@ -14,7 +15,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +24,9 @@ from secateur.base.stage import Stage, revision
 from secateur.pipeline.mlflow_store import Store, clone_tags
 from secateur.pipeline.record import RunRecord, flat, model_spec, stage_spec
 from secateur.training.callbacks import Callback, Row
+
+LIVE_AFTER = 20.0
+"""Seconds of work after which MLflow is imported, which takes two, to show a stage as it runs."""
 
 HEADLINES = ("compression", "theoretical_speedup", "measured_speedup")
 
@@ -38,11 +42,11 @@ class Run(Callback):
         self.id: str | None = None
         self.rows: list[tuple[Row, float]] = []
 
-    def open(self, run_id: str | None, dataset: Mapping[str, Any]) -> None:
-        """Resume the run `run_id` if this store has it, or begin one."""
+    def open(self, run_id: str | None, dataset: Mapping[str, Any], seconds: float = 0.0) -> None:
+        """Resume the run `run_id` if this store has it, or begin one of work so far in seconds."""
         if self.store.client is None:
             return
-        self.id = self.store.attempt(lambda: self._resume(run_id) or self._create(dataset))
+        self.id = self.store.attempt(lambda: self._resume(run_id) or self._create(dataset, seconds))
 
     def _resume(self, run_id: str | None) -> str | None:
         """Set an interrupted run to RUNNING again; None if this store does not have it."""
@@ -53,17 +57,15 @@ class Run(Callback):
             self.store.client.update_run(run_id, "RUNNING")
         return run_id
 
-    def _create(self, dataset: Mapping[str, Any]) -> str:
+    def _create(self, dataset: Mapping[str, Any], seconds: float) -> str:
         links = {f"upstream.{name}": r.run_id for name, r in self.upstream.items() if r.run_id}
         params = flat(self.stage.declared)
         tags = _tags(self.stage.name) | links | {"fingerprint": self.stage.fingerprint}
-        run_id = _create_run(self.store, self.stage.name, self.stage.fingerprint, tags, params)
+        name, fingerprint = self.stage.name, self.stage.fingerprint
+        began = time.time() - seconds
+        run_id = _create_run(self.store, f"{name}-{fingerprint[:8]}", tags, params, began)
         _log_dataset(self.store, run_id, dataset)
-        inputs = [r.model_id for r in self.upstream.values() if r.model_id]
-        if inputs:
-            from mlflow.entities import LoggedModelInput
-
-            self.store.client.log_inputs(run_id, models=[LoggedModelInput(i) for i in inputs])
+        _log_inputs(self.store, run_id, [r.model_id for r in self.upstream.values() if r.model_id])
         return run_id
 
     def on_train_start(self, epochs: int, steps_per_epoch: int, history: Sequence[Row]) -> None:
@@ -105,6 +107,62 @@ class Run(Callback):
         self.on_state_saved()
         if self.id is not None and self.store.client is not None:
             self.store.attempt(lambda: self.store.client.set_terminated(self.id, status))
+
+
+class LateRun(Callback):
+    """The MLflow run of a stage, begun when the stage has worked for LIVE_AFTER seconds.
+
+    `begin` opens the run of work that has taken so many seconds.
+    """
+
+    def __init__(self, begin: Callable[[float], Run], at_once: bool) -> None:
+        self.begin, self.run = begin, (begin(0.0) if at_once else None)
+        self.since = time.monotonic()
+        self._training: tuple[int, int, Sequence[Row]] | None = None
+        self._rows: list[tuple[Row, float]] = []
+
+    def _look(self, now: bool = False) -> Run | None:
+        """The run, begun if it is time."""
+        seconds = time.monotonic() - self.since
+        if self.run is None and (now or seconds > LIVE_AFTER):
+            self.run = self.begin(seconds)
+            if self._training is not None:
+                self.run.on_train_start(*self._training)
+            self.run.rows += self._rows
+        return self.run
+
+    def on_train_start(self, epochs: int, steps_per_epoch: int, history: Sequence[Row]) -> None:
+        """Log the epochs that an interrupted process has left, or remember to do so."""
+        self._training = epochs, steps_per_epoch, list(history)
+        if self.run is not None:
+            self.run.on_train_start(*self._training)
+
+    def on_step_end(self, epoch: int, step: int) -> None:
+        """Begin the run if it is time."""
+        self._look()
+
+    def on_epoch_end(self, row: Row) -> None:
+        """Remember an epoch."""
+        if self.run is None:
+            self._rows.append((row, time.time()))
+        else:
+            self.run.on_epoch_end(row)
+
+    def on_state_saved(self) -> None:
+        """Send what has been collected, if the run has begun."""
+        if (run := self._look()) is not None:
+            run.on_state_saved()
+
+    def close(self, metrics: Mapping[str, float], model: str, sha256: str) -> str | None:
+        """End a run that has begun, or is due, as finished; returns the id of its model if so."""
+        run = self._look()
+        return run.close(metrics, model, sha256) if run is not None else None
+
+    def end(self, status: str) -> None:
+        """End the run as FAILED, which begins it, or as KILLED; another process resumes it."""
+        run = self._look(now=status == "FAILED")
+        if run is not None:
+            run.end(status)
 
 
 def pipeline(
@@ -151,9 +209,9 @@ def _pipeline(
     seconds = sum(record.seconds for record in records.values())
     if not run_id:
         tags = _tags("evaluate") | {"kind": "pipeline", "pipeline.key": key}
-        run_id = _create_run(store, "evaluate", key, tags, params, seconds, _name(params))
+        run_id = _create_run(store, _name(params), tags, params, time.time() - seconds)
         _log_dataset(store, run_id, next(iter(records.values())).dataset, "test")
-    from mlflow.entities import LoggedModelInput, Metric
+    from mlflow.entities import Metric
 
     now = int(time.time() * 1000)
     results = {key: report[key] for key in HEADLINES if key in report}
@@ -166,9 +224,7 @@ def _pipeline(
         store.log(run_id, [Metric(f"round/{k}", float(v), now, place) for k, v in row.items()])
     for name, stage_id in ids.items():
         store.client.set_tag(run_id, f"run.{name}", stage_id)
-    models = [r.model_id for n, r in records.items() if r.model_id and ids[n] == r.run_id]
-    if models:
-        store.client.log_inputs(run_id, models=[LoggedModelInput(model) for model in models])
+    _log_inputs(store, run_id, [model for i in ids.values() for model in _models(store, i)])
     _add_name(store, run_id, experiment_name or os.environ.get("DVC_EXP_NAME"))
     store.client.set_tag(run_id, "mlflow.note.content", _note(store, ids, report))
     for file in files:
@@ -195,8 +251,9 @@ def restore(
 ) -> tuple[str, bool]:
     """Find the run of this record in the store, or make it from the record; under `store.lock`.
 
-    Returns its id, and whether it was made. A restored run that is not finished was left by a
-    process that was killed while it wrote it, and is made anew.
+    `upstream` has the runs of the models that it was made from, by stage. Returns its id, and
+    whether it was made. A restored run that is not finished was left by a process that was killed
+    while it wrote it, and is made anew.
     """
     if store.status(record.run_id) is not None:
         return str(record.run_id), False
@@ -204,18 +261,21 @@ def restore(
         if run.info.status == "FINISHED":
             return str(run.info.run_id), False
         store.client.delete_run(run.info.run_id)
-    tags = _tags(record.stage) | {
+    tags = _tags(record.stage, record) | {
         "restored": "true",
         "origin.run_id": record.identity,
         "fingerprint": record.fingerprint,
     }
     tags |= {f"upstream.{name}": run_id for name, run_id in upstream.items()}
-    run_id = _create_run(
-        store, record.stage, record.fingerprint, tags, flat(record.params), record.seconds
-    )
+    ended = record.ended or time.time()
+    began = ended - record.seconds
+    name, params = f"{record.stage}-{record.fingerprint[:8]}", flat(record.params)
+    run_id = _create_run(store, name, tags, params, began)
     _log_dataset(store, run_id, record.dataset)
-    store.log(run_id, _metrics([(row, time.time()) for row in rows]))
-    _close_run(store, run_id, record.stage, record.metrics, record.model, record.sha256)
+    _log_inputs(store, run_id, [m for i in upstream.values() for m in _models(store, i)])
+    times = [began + record.seconds * place / len(rows) for place in range(1, len(rows) + 1)]
+    store.log(run_id, _metrics([*zip(rows, times, strict=True)]))
+    _close_run(store, run_id, record.stage, record.metrics, record.model, record.sha256, ended)
     return run_id, True
 
 
@@ -238,22 +298,13 @@ def parse_history(content: bytes, where: str) -> list[Row]:
 
 
 def _create_run(
-    store: Store,
-    stage: str,
-    key: str,
-    tags: Mapping[str, str],
-    params: Mapping[str, Any],
-    seconds: float = 0.0,
-    name: str | None = None,
+    store: Store, name: str, tags: Mapping[str, str], params: Mapping[str, Any], began: float
 ) -> str:
-    """A new run, of work that has taken this many seconds so far."""
+    """A new run, of work that began at this time, in seconds since 1970."""
     from mlflow.entities import Param
 
     run = store.client.create_run(
-        store.experiment,
-        start_time=int(1000 * (time.time() - seconds)),
-        tags=dict(tags),
-        run_name=name or f"{stage}-{key[:8]}",
+        store.experiment, start_time=int(1000 * began), tags=dict(tags), run_name=name
     )
     store.log(run.info.run_id, params=[Param(_key(k), str(v)) for k, v in params.items()])
     return str(run.info.run_id)
@@ -265,14 +316,23 @@ def _key(name: str) -> str:
 
 
 def _close_run(
-    store: Store, run_id: str, stage: str, metrics: Mapping[str, float], model: str, sha256: str
+    store: Store,
+    run_id: str,
+    stage: str,
+    metrics: Mapping[str, float],
+    model: str,
+    sha256: str,
+    ended: float | None = None,
 ) -> str:
-    """Log final metrics and the checkpoint as a model that DVC holds; returns the model's id."""
+    """Log final metrics and the checkpoint as a model that DVC holds; returns the model's id.
+
+    The run ends now, or at the time `ended`, in seconds since 1970.
+    """
     import mlflow
     from mlflow.entities import LoggedModelOutput, Metric
 
-    now = int(time.time() * 1000)
-    store.log(run_id, [Metric(k, float(v), now, 0) for k, v in metrics.items()])
+    end = int(1000 * (ended or time.time()))
+    store.log(run_id, [Metric(k, float(v), end, 0) for k, v in metrics.items()])
     condition = f"source_run_id = '{run_id}'"  # a process may have been killed after these lines
     found = list(store.client.search_logged_models([store.experiment], condition))
     entry = next((m for m in found if m.tags.get("sha256") == sha256), None)
@@ -287,8 +347,22 @@ def _close_run(
     known = store.client.get_run(run_id).outputs
     if known is None or entry.model_id not in [m.model_id for m in known.model_outputs]:
         store.client.log_outputs(run_id, [LoggedModelOutput(entry.model_id, 0)])
-    store.client.set_terminated(run_id, "FINISHED")
+    store.client.set_terminated(run_id, "FINISHED", end_time=end)
     return str(entry.model_id)
+
+
+def _models(store: Store, run_id: str) -> list[str]:
+    """Ids of the models that a run has made."""
+    outputs = store.client.get_run(run_id).outputs
+    return [output.model_id for output in outputs.model_outputs] if outputs else []
+
+
+def _log_inputs(store: Store, run_id: str, models: Sequence[str]) -> None:
+    """Log the models that a run reads."""
+    from mlflow.entities import LoggedModelInput
+
+    if models:
+        store.client.log_inputs(run_id, models=[LoggedModelInput(model) for model in models])
 
 
 def _log_dataset(
@@ -312,18 +386,21 @@ def _log_dataset(
     store.client.set_tag(run_id, "data.hash", digest)
 
 
-def _tags(stage: str) -> dict[str, str]:
-    """Tags of a stage: its script, the commit, and what DVC says in the environment."""
+def _tags(stage: str, record: RunRecord | None = None) -> dict[str, str]:
+    """Tags of a stage: its script, commit and DVC experiment, by its record or the environment."""
     tags = {
         "kind": "stage",
         "stage": stage,
-        "dvc.stage": os.environ.get("DVC_STAGE", ""),
-        "dvc.exp_name": os.environ.get("DVC_EXP_NAME", ""),
-        "dvc.exp_baseline_rev": os.environ.get("DVC_EXP_BASELINE_REV", ""),
         "mlflow.source.name": f"stages/{stage_spec(stage.partition('@')[0]).module}.py",
-        "mlflow.source.git.commit": revision() or "",
         **clone_tags(),
     }
+    if record is not None:
+        tags["dvc.exp_name"] = record.experiment or ""
+        tags["mlflow.source.git.commit"] = record.revision or ""
+    else:
+        names = ("DVC_STAGE", "DVC_EXP_NAME", "DVC_EXP_BASELINE_REV")
+        tags |= {name.lower().replace("_", ".", 1): os.environ.get(name, "") for name in names}
+        tags["mlflow.source.git.commit"] = revision() or ""
     return {key: value for key, value in tags.items() if value}
 
 

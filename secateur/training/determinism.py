@@ -11,27 +11,30 @@ _LAYER_STREAM = 0x64726F70
 
 
 @contextlib.contextmanager
-def deterministic(device: torch.device) -> Iterator[None]:
+def deterministic(device: torch.device, compiled: bool = False) -> Iterator[None]:
     """Set the global torch state that a training needs; restore it on return and on errors.
 
     Inside, only deterministic kernels are allowed and denormal numbers are flushed to zero. On
     leaving, both settings and the states of the global random number generators (of the CPU, and of
-    `device` if it is a GPU) are what they were before.
+    `device` if it is a GPU) are what they were before. `compiled`: whether torch.compile is used.
     """
-    algorithms = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    mode = torch.get_deterministic_debug_mode()
     fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     flushed = _denormals_are_flushed()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         try:
-            torch.use_deterministic_algorithms(True)
+            torch.set_deterministic_debug_mode("error")
+            if compiled:  # tells the compiler too, which takes more than a second to import
+                torch.use_deterministic_algorithms(True)
             # deterministic mode also fills fresh memory, as a debugging aid: a tenth of a step
             torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
             # weights that a penalty keeps shrinking would become denormal, which is slow on a CPU
             torch.set_flush_denormal(True)
             yield
         finally:
-            torch.use_deterministic_algorithms(algorithms, warn_only=warn_only)
+            if compiled:
+                torch.use_deterministic_algorithms(mode > 0, warn_only=mode == 1)
+            torch.set_deterministic_debug_mode(mode)
             torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
             torch.set_flush_denormal(flushed)
 

@@ -1,4 +1,4 @@
-"""Device, precision and processes of a training, through Lightning Fabric.
+"""Device, precision and processes of a training; several processes are joined by Lightning Fabric.
 
 One process and one device unless the environment has started several: torchrun or SLURM's srun.
 Setting SECATEUR_LAUNCH to the beginning of such a command (`torchrun --nproc-per-node 4`, or
@@ -33,26 +33,16 @@ class Engine:
 
     def __init__(self, precision: str = "float32") -> None:
         """Join the processes that the environment has started. `precision`: see `resolve`."""
-        from lightning_fabric import Fabric
-        from lightning_fabric.strategies.ddp import DDPStrategy
-
-        logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
-        logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
         self.world, local, nodes = processes()
-        chosen = device()
-        kind = chosen.type
-        options: dict[str, Any] = {"accelerator": kind, "devices": 1}
-        if kind == "cuda" and chosen.index is not None:  # SECATEUR_DEVICE=cuda:1
-            options["devices"] = [chosen.index]
-        if self.world > 1:
-            backend = "nccl" if kind == "cuda" else "gloo"
-            strategy = DDPStrategy(process_group_backend=backend, timeout=TIMEOUT)
-            options |= {"strategy": strategy, "devices": local, "num_nodes": nodes}
         self.half = resolve(precision) == "bfloat16"
-        self._fabric = Fabric(precision="bf16-mixed" if self.half else "32-true", **options)
-        self._fabric.launch()
-        self.rank = self._fabric.global_rank
-        self.device = self._fabric.device
+        self.rank, self.device = 0, device()
+        self._fabric: Any = None
+        if self.world > 1:
+            self._fabric = _joined(self.device.type, local, nodes)
+            self.rank, self.device = self._fabric.global_rank, self._fabric.device
+        elif self.device.type == "cuda":
+            self.device = torch.device("cuda", self.device.index or 0)  # SECATEUR_DEVICE=cuda:1
+            torch.cuda.set_device(self.device)
 
     @property
     def is_main(self) -> bool:
@@ -72,23 +62,39 @@ class Engine:
 
     def autocast(self) -> Any:
         """Context in which matrix products and convolutions have the requested precision."""
-        return self._fabric.autocast()
+        half = torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return half if self.half else contextlib.nullcontext()
 
     def no_sync(self, model: nn.Module, on: bool) -> Any:
         """Context in which, if `on`, a backward pass does not exchange gradients."""
         if self.world == 1:
             return contextlib.nullcontext()
-        return self._fabric.no_backward_sync(model, enabled=on)  # type: ignore[arg-type]
+        return self._fabric.no_backward_sync(model, enabled=on)
 
     def all_reduce(self, values: Tensor) -> Tensor:
         """Sum over all processes."""
-        summed = self._fabric.all_reduce(values, reduce_op="sum") if self.world > 1 else values
-        assert isinstance(summed, Tensor)
+        if self.world == 1:
+            return values
+        summed: Tensor = self._fabric.all_reduce(values, reduce_op="sum")
         return summed
 
     def broadcast(self, value: T) -> T:
         """The first process's value, returned in every process."""
         return self._fabric.broadcast(value) if self.world > 1 else value
+
+
+def _joined(kind: str, local: int, nodes: int) -> Any:
+    """Fabric, imported only here, since that takes over a second, with all processes joined."""
+    from lightning_fabric import Fabric
+    from lightning_fabric.strategies.ddp import DDPStrategy
+
+    for name in ("lightning_fabric", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    backend = "nccl" if kind == "cuda" else "gloo"
+    strategy = DDPStrategy(process_group_backend=backend, timeout=TIMEOUT)
+    fabric = Fabric(accelerator=kind, strategy=strategy, devices=local, num_nodes=nodes)
+    fabric.launch()
+    return fabric
 
 
 def resolve(precision: str) -> str:

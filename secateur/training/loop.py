@@ -67,7 +67,7 @@ def fit(
     ArgumentError before the first step if there are fewer steps than the penalty needs.
     """
     engine = engine or Engine(settings.precision)
-    with determinism.deterministic(engine.device):
+    with determinism.deterministic(engine.device, settings.compile):
         _place(model, engine.device)
         more = distiller.on(engine.device) if distiller else ()
         optimizer = optim.optimizer(model, settings, more)

@@ -1,8 +1,9 @@
 """Optimizer and learning rate from settings."""
 
+import inspect
 import math
 from collections.abc import Sequence
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -28,11 +29,23 @@ def optimizer(
     ]
     if settings.optimizer == "sgd":
         nesterov = settings.nesterov and settings.momentum > 0
-        return torch.optim.SGD(
-            groups, lr, momentum=settings.momentum, nesterov=nesterov, fused=True
-        )
-    kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
+        return SGD(groups, lr, momentum=settings.momentum, nesterov=nesterov, fused=True)
+    kind = AdamW if settings.optimizer == "adamw" else Adam
     return kind(groups, lr, fused=True)
+
+
+def _uncompiled(kind: type[torch.optim.Optimizer]) -> Any:
+    """The optimizer without decorators of torch that import the compiler: more than a second.
+
+    They only tell the compiler what not to trace; nothing here compiles the steps of an optimizer.
+    """
+    names = ("add_param_group", "load_state_dict", "state_dict", "zero_grad")
+    methods: dict[str, Any] = {name: inspect.unwrap(getattr(kind, name)) for name in names}
+    methods["step"] = torch.no_grad()(inspect.unwrap(kind.step))
+    return type(kind.__name__, (kind,), methods)
+
+
+SGD, Adam, AdamW = map(_uncompiled, (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW))
 
 
 def _groups_by_decay(model: nn.Module, settings: Train) -> list[tuple[list[nn.Parameter], float]]:

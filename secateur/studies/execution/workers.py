@@ -37,15 +37,12 @@ def import_everything() -> None:
     commands = re.findall(r"cmd: python -m ([\w.]+)", Path("dvc.yaml").read_text())
     for name in commands:
         importlib.import_module(name)
-    for name in ("dvc.repo", "dvc.stage.run", "dvc.output", "sklearn.datasets", "pandas"):
+    for name in ("dvc.repo", "dvc.stage.run", "dvc.output", "sklearn.datasets", "scipy.optimize"):
         importlib.import_module(name)
     from secateur.base import settings
 
     with contextlib.suppress(SecateurError):  # each cell is checked by itself
         settings.check()
-    import torch
-
-    torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)  # imports its compiler
 
 
 def serve(channel: socket.socket) -> tuple[work.Task, Path]:
