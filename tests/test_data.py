@@ -18,11 +18,13 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 from PIL import Image
+from scipy.ndimage import map_coordinates
+from scipy.stats import kstest
 
 from secateur.base import machine, plugin, stage
 from secateur.base.errors import DataError, SettingsError
 from secateur.base.torchvision_import import import_torchvision
-from secateur.data import augment, dataset, image_files
+from secateur.data import augment, dataset, image_files, warp
 from secateur.data.augment import Augment, FileAugment
 from secateur.data.batches import (
     Batches,
@@ -434,6 +436,78 @@ def test_without_augmentation_images_come_as_they_are_and_as_they_came_before_th
     normalise = Normalise(plain.info.mean, plain.info.std, CPU)
     images = torch.cat([images for images, _ in batches_of(plain, epoch=2)])
     assert torch.equal(images, normalise(plain.train.images[order]))
+
+
+def still(count, angle=0.0, right=0.0, down=0.0):
+    """The same distortion for all images."""
+    moved = torch.tensor([float(right), float(down)])[:, None, None].expand(count, 2, warp.GRID, warp.GRID)
+    return warp.WarpPlan(torch.full((count,), angle), moved)
+
+
+def test_turns_and_displacements_move_pixels_where_they_should():
+    """A quarter turn, whole pixels and half pixels can be told by hand; scipy tells the rest."""
+    pixels = torch.randint(0, 256, (3, 6, 6, 2), dtype=torch.uint8)
+    whole = pixels.float()
+    torch.testing.assert_close(warp.warp(pixels, still(3)), whole, atol=1e-3, rtol=0)
+    turned = warp.warp(pixels, still(3, angle=math.pi / 2))
+    torch.testing.assert_close(turned, whole.rot90(1, (1, 2)), atol=1e-3, rtol=0)
+    moved = warp.warp(pixels, still(3, right=1, down=-2))
+    expected = torch.zeros_like(whole)
+    expected[:, 2:, :-1] = whole[:, :-2, 1:]
+    torch.testing.assert_close(moved, expected, atol=1e-3, rtol=0)
+    half = warp.warp(pixels, still(3, right=0.5))[:, :, :-1]
+    torch.testing.assert_close(half, (whole[:, :, 1:] + whole[:, :, :-1]) / 2, atol=1e-3, rtol=0)
+    plan = warp.plan_warps(3, 1, 2, Augment(rotate=20, elastic=0.7))
+    fine = zoom_cubic(plan.displacement.double().numpy(), 6)
+    found = warp.warp(pixels, plan).numpy()
+    for image in range(3):
+        angle = float(plan.angle[image])
+        down, across = np.mgrid[:6, :6] - 2.5
+        x = math.cos(angle) * across - math.sin(angle) * down + fine[image, 0] + 2.5
+        y = math.sin(angle) * across + math.cos(angle) * down + fine[image, 1] + 2.5
+        for channel in range(2):
+            source = whole[image, :, :, channel].numpy()
+            by_scipy = map_coordinates(source, [y, x], order=1, mode="grid-constant")
+            assert np.abs(found[image, :, :, channel] - by_scipy).max() < 0.05
+
+
+def zoom_cubic(coarse, size):
+    """Keys's cubic convolution (a = -0.75) with repeated borders, corner on corner."""
+
+    def weight(t):
+        t, a = abs(t), -0.75
+        if t <= 1:
+            return (a + 2) * t**3 - (a + 3) * t**2 + 1
+        return a * t**3 - 5 * a * t**2 + 8 * a * t - 4 * a if t < 2 else 0.0
+
+    count = coarse.shape[-1]
+    matrix = np.zeros((size, count))
+    for row in range(size):
+        place = row * (count - 1) / (size - 1)
+        for near in range(math.floor(place) - 1, math.floor(place) + 3):
+            matrix[row, min(max(near, 0), count - 1)] += weight(place - near)
+    return matrix @ coarse @ matrix.T
+
+
+def test_distortions_are_drawn_as_asked_and_depend_on_seed_and_epoch_alone():
+    how = Augment(rotate=15, elastic=1.5)
+    plan = warp.plan_warps(4000, 3, 7, how)
+    degrees = np.rad2deg(plan.angle.numpy())
+    assert np.abs(degrees).max() <= 15 and kstest(degrees, "uniform", (-15, 30)).pvalue > 1e-4
+    assert abs(float(plan.displacement.std()) / 1.5 - 1) < 0.02
+    assert abs(float(plan.displacement.mean())) < 0.03
+    again, other = warp.plan_warps(4000, 3, 7, how), warp.plan_warps(4000, 3, 8, how)
+    assert torch.equal(plan.angle, again.angle) and not torch.equal(plan.angle, other.angle)
+    assert warp.plan_warps(4, 0, 0, Augment(pad=2, flip=True)) is None
+    prepared = coloured(shape=(1, 7, 5), pad=1, rotate=10, elastic=0.5)
+    alone = batches_of(prepared, epoch=2)
+    assert same(alone, batches_of(prepared, epoch=2))
+    ranks = [batches_of(prepared, epoch=2, rank=r, world=2) for r in (0, 1)]
+    for whole, *parts in zip(alone, *ranks, strict=True):
+        for rank, part in enumerate(parts):
+            torch.testing.assert_close(part[0], whole[0][rank::2])
+    plain = batches_of(coloured(shape=(1, 7, 5), pad=1), epoch=2)
+    assert all(torch.equal(a[1], b[1]) for a, b in zip(alone, plain, strict=True)), "same order"
 
 
 def test_augmentation_depends_on_seed_and_epoch_alone():

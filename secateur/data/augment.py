@@ -18,6 +18,10 @@ class Augment(Strict):
     """Pixels of black padding around an image before a crop of its own size; 0 is off."""
     flip: bool = False
     """Mirror half of the images, left to right."""
+    rotate: Annotated[float, Field(ge=0, le=180)] = 0.0
+    """Turn each image by an angle of up to so many degrees to either side; see data/warp.py."""
+    elastic: Annotated[float, Field(ge=0, le=64)] = 0.0
+    """Standard deviation, in pixels, of the displacements of an elastic distortion."""
 
 
 class FileAugment(Augment):

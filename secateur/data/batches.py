@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from secateur.base import allocator
-from secateur.data import augment
+from secateur.data import augment, warp
 from secateur.data.augment import Augment, SamplePlan
 from secateur.data.dataset import DatasetInfo, InMemoryImages, Split, channels_first
 from secateur.data.image_loader import ImageFileLoader
@@ -56,10 +56,13 @@ class Batches:
         Raises DataError naming the file if an image cannot be decoded.
         """
         plan = augment.plan_epoch(len(self.split), self.seed, number, self.info.augment)
+        warps = warp.plan_warps(len(self.split), self.seed, number, self.info.augment)
         labels = self.split.labels[plan.image].to(self.device)
         parts = _rank_slices(len(self.split), self.batch_size, self.rank, self.world)
         for pixels, part in zip(self.loader.batches(plan, parts), parts, strict=True):
             allocator.trim()
+            if warps is not None:
+                pixels = warp.warp(pixels, warps.part(part).to(self.device))
             yield self.normalise(channels_first(pixels)), labels[part]
 
     def close(self) -> None:

@@ -3,9 +3,11 @@
 Source: H. Xiao, K. Rasul, R. Vollgraf, Fashion-MNIST, arXiv:1708.07747, 2017.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 from secateur.base.sections import Strict
+from secateur.data.augment import Augment
 from secateur.data.dataset import Images
 from secateur.datasets import _torchvision
 
@@ -16,14 +18,16 @@ _CLASSES = [
 
 
 class Settings(Strict):
-    """How the pixels are scaled."""
+    """How the pixels are scaled, and training images distorted."""
 
     normalise: bool = False
     """Take off the mean 0.2860 and divide by the deviation 0.3530; else pixels stay in [0, 1]."""
+    augment: Augment = Augment()
 
 
 def read(settings: Settings, root: Path) -> Images:
     """The images from `root`/FashionMNIST/raw, downloaded only if they are not there."""
-    return _torchvision.idx_images(
+    images = _torchvision.idx_images(
         "FashionMNIST", root, _CLASSES, 0.2860, 0.3530, settings.normalise
     )
+    return replace(images, augment=settings.augment)

@@ -4,22 +4,26 @@ Source: Y. LeCun, L. Bottou, Y. Bengio, P. Haffner, Gradient-based learning appl
 recognition, Proceedings of the IEEE, 1998.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 from secateur.base.sections import Strict
+from secateur.data.augment import Augment
 from secateur.data.dataset import Images
 from secateur.datasets import _torchvision
 
 
 class Settings(Strict):
-    """How the pixels are scaled."""
+    """How the pixels are scaled, and training images distorted."""
 
     normalise: bool = False
     """Take off the mean 0.1307 and divide by the deviation 0.3081; else pixels stay in [0, 1]."""
+    augment: Augment = Augment()
 
 
 def read(settings: Settings, root: Path) -> Images:
     """The images from `root`/MNIST/raw, downloaded only if they are not there."""
-    return _torchvision.idx_images(
+    images = _torchvision.idx_images(
         "MNIST", root, list("0123456789"), 0.1307, 0.3081, settings.normalise
     )
+    return replace(images, augment=settings.augment)
