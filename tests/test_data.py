@@ -440,7 +440,8 @@ def test_without_augmentation_images_come_as_they_are_and_as_they_came_before_th
 
 def still(count, angle=0.0, right=0.0, down=0.0):
     """The same distortion for all images."""
-    moved = torch.tensor([float(right), float(down)])[:, None, None].expand(count, 2, warp.GRID, warp.GRID)
+    moved = torch.zeros(count, 2, warp.GRID, warp.GRID)
+    moved[:, 0], moved[:, 1] = right, down
     return warp.WarpPlan(torch.full((count,), angle), moved)
 
 
