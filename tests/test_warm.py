@@ -1,6 +1,7 @@
 """A process that starts warm (tests/warm) does what the real program does."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -67,10 +68,18 @@ def run(project, program, *arguments, text="", **env):
 
 
 def without_places(text):
-    """A traceback without the frames of the server, which stand before those of the command."""
+    """A traceback without the frames of the server, which stand before those of the command.
+
+    The source lines below the command's frames are left out too: Python 3.13 prints them, but only
+    where it starts the command itself.
+    """
     lines = text.splitlines(keepends=True)
     start = next((n for n, line in enumerate(lines) if 'File "<string>"' in line), None)
-    return text if start is None else "".join(lines[start:])
+    if start is None:
+        return text
+    return re.sub(
+        r'(  File "<string>", line \d+, in .*\n)(?: {4}.*\n)+', r"\1", "".join(lines[start:])
+    )
 
 
 @pytest.mark.parametrize("command", ["code", "module"])
