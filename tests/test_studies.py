@@ -195,17 +195,17 @@ def test_each_training_runs_once_and_dvc_has_nothing_to_add_to_a_cell(
     project,
 ):
     study_of(
-        project, seeds=[3, 4],
+        project, seeds=[4],
         axes={"pruners.std.sensitivity": [0.5, 0.75], "decay": [0.001]},
     )  # fmt: skip
     shown = run_study(project, "--plan")
-    assert "cells      4" in shown and "trainings  8, of them 8 to be run" in shown
+    assert "cells      2" in shown and "trainings  4, of them 4 to be run" in shown
     log = run_study(project)
-    assert "4 of 4 cells are experiments of DVC; 16 pieces of work were run" in log
+    assert "2 of 2 cells are experiments of DVC; 8 pieces of work were run" in log
     again = run_study(project)
-    assert "4 of 4 cells are experiments of DVC; 0 pieces of work were run" in again
+    assert "2 of 2 cells are experiments of DVC; 0 pieces of work were run" in again
     listed = project.dvc("exp", "list", "--name-only").split()
-    names = {f"mine-{t}-0.001-s{s}" for t in ("0.5", "0.75") for s in (3, 4)}
+    names = {f"mine-{t}-0.001-s4" for t in ("0.5", "0.75")}
     assert names <= set(listed)
     project.run("git", "stash", "-u", "-q")
     project.dvc("exp", "apply", "mine-0.75-0.001-s4")
@@ -256,7 +256,7 @@ def _descendants(pid):
 @pytest.mark.pipeline
 def test_what_a_stage_refuses_is_one_line_and_the_other_cells_are_finished(project):
     study_of(
-        project, seeds=[6],
+        project, settings={}, seeds=[params_file.read(project.path / "params.yaml")["seed"]],
         axes={"method": {
             "good": {}, "bad": {"pruner": "magnitude", "pruners": {"magnitude": {
                 "ratios": {"nosuchlayer": 0.5}}}},

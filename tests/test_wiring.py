@@ -52,6 +52,7 @@ def executed(node: ast.AST) -> Iterator[ast.AST]:
         yield from executed(child)
 
 
+@functools.cache
 def imports(file: str, root: Path = ROOT) -> set[str]:
     """Files of the project that a file imports, wherever in it the import stands."""
     found: set[str] = set()
