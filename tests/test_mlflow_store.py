@@ -511,3 +511,19 @@ def test_runs_made_from_records_are_linked_by_models_and_have_their_own_time(tra
     assert run.data.tags["mlflow.source.git.commit"] == "cd" * 20
     logged = store.client.get_metric_history(sparse, "epoch/train_loss")
     assert [m.timestamp for m in logged] == [999_999_998_000, 1_000_000_000_000]
+
+
+@pytest.mark.parametrize(
+    ("surroundings", "live"),
+    [
+        ({}, True),
+        ({"DVC_STAGE": "baseline"}, False),
+        ({"DVC_STAGE": "baseline", "SECATEUR_TRACKING": "live"}, True),
+    ],
+)
+def test_a_stage_run_by_itself_is_tracked_from_its_start(monkeypatch, surroundings, live):
+    for name in ("DVC_STAGE", "SECATEUR_TRACKING"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in surroundings.items():
+        monkeypatch.setenv(name, value)
+    assert mlflow_store.tracking_live() is live

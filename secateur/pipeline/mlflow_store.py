@@ -165,8 +165,11 @@ def tracking_on() -> bool:
 
 
 def tracking_live() -> bool:
-    """Whether SECATEUR_TRACKING asks for runs that begin as soon as their stage does."""
-    return os.environ.get("SECATEUR_TRACKING", "").lower() == "live"
+    """Whether runs begin as soon as their stage does: without DVC, or with SECATEUR_TRACKING=live.
+
+    A stage that DVC runs is part of a chain, whose end writes the runs of its short stages.
+    """
+    return "DVC_STAGE" not in os.environ or os.environ.get("SECATEUR_TRACKING") == "live"
 
 
 def clone_tags() -> dict[str, str]:
