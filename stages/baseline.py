@@ -4,13 +4,15 @@ Reads   data/<dataset>, and what baseline.weights names: a file or folder in wei
         weights that torchvision or timm publish for the architecture.
 Writes  models/baseline/model.safetensors, history.csv (one row per epoch) and scales.csv (histogram
         of the scales of batch normalisations), and models/baseline.run.json, which names the run
-        that made them.
+        that made them; with baseline.keep_epoch also epoch.safetensors, the weights of that epoch.
 
 With baseline.epochs: 0 the weights are taken as they are; otherwise they are trained on. Images are
 normalised as the weights' source says, if it does. A killed training, run again, resumes from its
 last saved epoch and ends with the same bytes.
 """
 
+import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +47,12 @@ def make_dense(context: runner.TrainingContext) -> runner.StageResult:
         if context.engine.is_main:
             console.say(f"baseline: {_describe(found, header)}")
     preflight.check_network(model, context.data.info)
-    result = runner.trained(model, context.header(**notes), context.fit(model, settings))
+    fit = context.fit(model, settings, keep_epoch=settings.keep_epoch)
+    result = runner.trained(model, context.header(**notes), fit)
+    if fit.kept:
+        early = copy.deepcopy(model)
+        early.load_state_dict(fit.kept)
+        result = replace(result, more={"epoch": early})
     if found is not None and not settings.epochs and len(context.data.val):
         values = accuracy(model, context.data.val, context.data.info, context.engine)
         result.metrics.update(zip(("val_accuracy", "val_loss"), values, strict=True))

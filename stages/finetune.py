@@ -7,7 +7,8 @@ Writes  models/finetuned/model.safetensors with its masks, history.csv (one row 
         below models/rounds/<round>/.
 
 With finetune.init: scratch, the pruned architecture is trained from new weights: the control
-that shows what the inherited weights contribute. With finetune.budget: compute it trains for as
+that shows what the inherited weights contribute. With rewind, from the dense network's weights of
+an early epoch. With finetune.budget: compute it trains for as
 much computation as the given epochs take for the dense network. A killed training, run again,
 resumes from its last saved epoch.
 """
@@ -15,6 +16,7 @@ resumes from its last saved epoch.
 import torch
 from torch import nn
 
+from secateur.base.errors import PruningError
 from secateur.base.sections import Finetune
 from secateur.nn import checkpoint, cost
 from secateur.nn.resizing import reset_parameters
@@ -35,12 +37,32 @@ def finetune(context: runner.TrainingContext) -> runner.StageResult:
     if settings.init == "scratch":
         torch.manual_seed(context.params.seed)
         reset_parameters(model)
+    elif settings.init == "rewind":
+        rewind(model, context)
     masks.apply(model, pruned.masks)
     if settings.budget == "compute":
         settings = _by_compute(context, checkpoint.build_architecture(pruned.header), model)
     fit = context.fit(model, settings, masks=pruned.masks)
     notes = pruned.header.notes | {"init": settings.init, "epochs": settings.epochs}
     return runner.trained(model, context.header(pruned, **notes), fit, pruned.masks)
+
+
+def rewind(model: nn.Module, context: runner.TrainingContext) -> None:
+    """Load the weights that the dense network had after an early epoch, in place.
+
+    Raises PruningError if channels have been removed: weights of that epoch do not fit any more.
+    """
+    path = context.stage.input(context.params.finetune.rewind_to) / "epoch.safetensors"
+    early = checkpoint.load(path, context.params.arch, split=context.data.info.hash).tensors
+    for name, tensor in model.state_dict().items():
+        if name not in early or early[name].shape != tensor.shape:
+            was = f"{[*early[name].shape]}" if name in early else "not there"
+            raise PruningError(
+                f"finetune.init = 'rewind': {name} is {[*tensor.shape]}, at the epoch to rewind to "
+                f"it was {was}: only networks of their first shape can be rewound; set "
+                "prune.remove_dead = false, and prune single weights"
+            )
+    model.load_state_dict({name: early[name] for name in model.state_dict()})
 
 
 def _by_compute(context: runner.TrainingContext, dense: nn.Module, pruned: nn.Module) -> Finetune:

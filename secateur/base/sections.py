@@ -111,6 +111,9 @@ class Train(Strict):
     """The rate over the epochs; see training/optim.py."""
     schedule_by: Literal["step", "epoch"] = "step"
     """Change the rate at every step, or only at the beginning of an epoch."""
+    schedule_after: NonNegative = 0.0
+    """Epochs of the schedule that count as past, so that it goes on from there over `epochs` more
+    (learning-rate rewinding: A. Renda et al., ICLR 2020)."""
     warmup: NonNegative = 0.0
     """Epochs over which the rate rises to lr; not with one_cycle, which has its own."""
     milestones: tuple[NonNegative, ...] = ()
@@ -132,19 +135,18 @@ class Train(Strict):
             raise ValueError(f"accumulate_grad_batches: {parts} parts of {self.batch_size} images")
         if not self.epochs:
             return self
-        late = [m for m in self.milestones if m >= self.epochs]
+        end = self.schedule_after + self.epochs
+        late = [m for m in self.milestones if m >= end]
         if late:
-            raise ValueError(
-                f"milestones: {late[0]:g} is not before the last of {self.epochs} epochs"
-            )
+            raise ValueError(f"milestones: {late[0]:g} is not before the last of {end:g} epochs")
         if list(self.milestones) != sorted(set(self.milestones)):
             raise ValueError(f"milestones: {list(self.milestones)} must rise")
         if self.schedule == "multistep" and not self.milestones:
             raise ValueError("milestones: multistep needs at least one")
         if self.schedule == "one_cycle" and self.warmup:
             raise ValueError(f"warmup: {self.warmup:g}; one_cycle rises by itself, so it must be 0")
-        if self.warmup >= self.epochs:
-            raise ValueError(f"warmup: {self.warmup:g} must be less than the {self.epochs} epochs")
+        if self.warmup >= end:
+            raise ValueError(f"warmup: {self.warmup:g} must be less than the {end:g} epochs")
         return self
 
 
@@ -166,6 +168,15 @@ class Baseline(Train):
     """Name of a tensor or module in the file -> name in the network; * stands for any text."""
     head: Literal["inherit", "reset"] = "inherit"
     """reset: a new classifier, for other classes than those of the weights; it must be trained."""
+    keep_epoch: Annotated[int, Field(ge=0)] | None = None
+    """The weights after this epoch are kept too, as models/baseline/epoch.safetensors, for networks
+    that are rewound to them; 0: those before the first."""
+
+    @model_validator(mode="after")
+    def _epoch_is_one_of_the_training(self) -> Self:
+        if self.keep_epoch is not None and self.keep_epoch > self.epochs:
+            raise ValueError(f"keep_epoch: {self.keep_epoch} of {self.epochs} epochs")
+        return self
 
     @model_validator(mode="after")
     def _new_classifier_is_trained(self) -> Self:
@@ -174,17 +185,18 @@ class Baseline(Train):
         return self
 
 
-NO_TEACHER, DENSE_PARENT = "weights/none", "models/baseline"
+NOTHING, DENSE_PARENT = "weights/none", "models/baseline"
+"""Paths of dependencies: a file that never changes, and the dense network."""
 
 
 def _teacher(path: str) -> str:
     """The path; ValueError unless it names what may teach."""
     parts = Path(path).parts
-    if path not in (NO_TEACHER, DENSE_PARENT) and (
+    if path not in (NOTHING, DENSE_PARENT) and (
         len(parts) < 2 or parts[0] != "weights" or ".." in parts
     ):
         raise ValueError(
-            f"{NO_TEACHER} (none), {DENSE_PARENT} (the dense network), or weights/<a checkpoint>"
+            f"{NOTHING} (none), {DENSE_PARENT} (the dense network), or weights/<a checkpoint>"
         )
     return path
 
@@ -192,7 +204,7 @@ def _teacher(path: str) -> str:
 class Distillation(Strict):
     """A teacher whose outputs are imitated beside the labels; see training/distillation.py."""
 
-    teacher: Annotated[str, AfterValidator(_teacher)] = NO_TEACHER
+    teacher: Annotated[str, AfterValidator(_teacher)] = NOTHING
     """A path, which dvc.yaml names as a dependency: weights/none, a file that never changes, for no
     teacher; models/baseline for the dense network; or a checkpoint of the same architecture."""
     temperature: Positive = 4.0
@@ -206,7 +218,7 @@ class Distillation(Strict):
 
     @model_validator(mode="after")
     def _features_need_a_teacher(self) -> Self:
-        if self.features and self.teacher == NO_TEACHER:
+        if self.features and self.teacher == NOTHING:
             raise ValueError(f"features: {list(self.features)}: of no effect without a teacher")
         return self
 
@@ -226,14 +238,25 @@ class ContinuedTrain(Train):
 class Finetune(ContinuedTrain):
     """Training after pruning."""
 
-    init: Literal["inherit", "scratch"] = "inherit"
-    """Start from the pruned weights, or from new ones in the same pruned shape."""
+    init: Literal["inherit", "scratch", "rewind"] = "inherit"
+    """Start from the pruned weights, from new ones in the same pruned shape, or from those that
+    `rewind_to` has (J. Frankle et al., Linear mode connectivity and the lottery ticket hypothesis,
+    ICML 2020)."""
+    rewind_to: Literal["weights/none", "models/baseline"] = "weights/none"
+    """A path, which dvc.yaml names as a dependency: models/baseline for init: rewind, whose weights
+    are those of baseline.keep_epoch; else weights/none, a file that never changes."""
     budget: Literal["epochs", "compute"] = "epochs"
     """epochs: as many as are given. compute: as much computation as so many epochs of the dense
     network, so more epochs for a smaller one (with init: scratch: Scratch-B of Z. Liu et al.,
     Rethinking the value of network pruning, ICLR 2019)."""
     budget_limit: Annotated[float, Field(ge=1)] = 2.0
     """Of compute: at most so many times the epochs."""
+
+    @model_validator(mode="after")
+    def _weights_to_rewind_to(self) -> Self:
+        if (self.init == "rewind") and self.rewind_to == NOTHING:
+            raise ValueError("init: rewind; rewind_to must then be models/baseline")
+        return self
 
 
 Export = Literal["none", "gconv"]

@@ -16,6 +16,7 @@ from secateur.base import plugin
 from secateur.base.documents import read_yaml
 from secateur.base.errors import ArgumentError, SettingsError, cut, shorten
 from secateur.base.sections import (
+    NOTHING,
     Baseline,
     ContinuedTrain,
     Data,
@@ -178,6 +179,11 @@ def check(path: Path | str = FILE) -> Params:
             f"{FILE}: parametrization = {params.parametrization!r}: with further rounds it must be "
             "'none': weights that are pruned could not be held at zero"
         )
+    if params.finetune.rewind_to != NOTHING and params.baseline.keep_epoch is None:
+        raise SettingsError(
+            f"{FILE}: finetune.rewind_to = {params.finetune.rewind_to!r}: baseline.keep_epoch must "
+            "say which epoch's weights the baseline is to keep"
+        )
     for name in chain(params.rounds):
         params.of_round(name)
     return params
@@ -223,6 +229,11 @@ def chain(rounds: Mapping[str, Round]) -> tuple[str, ...]:
 
 def _check_files(name: str, given: Round) -> None:
     """SettingsError if a round names files of its own: DVC would not know that it reads them."""
+    if "rewind_to" in given.finetune:
+        raise SettingsError(
+            f"{FILE}: rounds.{name}.finetune.rewind_to: the same for all rounds, "
+            "finetune.rewind_to, which dvc.yaml makes a dependency; a round may have another init"
+        )
     for section, table in (("sparse_train", given.sparse_train), ("finetune", given.finetune)):
         distillation = table.get("distillation")
         if isinstance(distillation, Mapping) and "teacher" in distillation:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from secateur.base import files, machine
 from secateur.base.errors import CheckpointError, SettingsError, cut, shorten
 from secateur.base.files import Table
-from secateur.base.sections import NO_TEACHER, ContinuedTrain, Train
+from secateur.base.sections import NOTHING, ContinuedTrain, Train
 from secateur.base.settings import Params, chain, section
 from secateur.base.stage import Stage, open_stage, revision
 from secateur.data import dataset
@@ -48,6 +48,8 @@ class StageResult:
     """One row per epoch, possibly none; None if the stage does not train."""
     tables: dict[str, Table] = field(default_factory=dict)
     """Name -> a further <name>.csv beside the model."""
+    more: Mapping[str, nn.Module] = field(default_factory=dict)
+    """Name -> network of the same shape that is saved as a further <name>.safetensors."""
     texts: Mapping[str, str] = field(default_factory=dict)
     """Name -> content of a further file beside the model."""
 
@@ -130,6 +132,7 @@ class TrainingContext(StageContext):
         *,
         penalty: Penalty | None = None,
         masks: Masks | None = None,
+        keep_epoch: int | None = None,
     ) -> loop.FitResult:
         """Train `model` in place by these settings, from the saved state if there is one.
 
@@ -150,6 +153,7 @@ class TrainingContext(StageContext):
                     penalty=penalty,
                     masks=masks,
                     distiller=distiller,
+                    keep_epoch=keep_epoch,
                 )
         finally:
             bar.close()
@@ -165,7 +169,7 @@ class TrainingContext(StageContext):
         if not isinstance(settings, ContinuedTrain):
             return None
         wanted, info = settings.distillation, self.data.info
-        if wanted.teacher == NO_TEACHER:
+        if wanted.teacher == NOTHING:
             return None
         path = self.stage.input(wanted.teacher)
         file = path / "model.safetensors" if path.is_dir() else path
@@ -353,6 +357,8 @@ def _write(
     sha256 = checkpoint.save(
         model.checkpoint, result.header, result.model, result.masks, result.choices
     )
+    for name, network in result.more.items():
+        checkpoint.save(folder / f"{name}.safetensors", result.header, network, {})
     if result.history is not None:
         rows = [row | {"epoch": int(row["epoch"])} for row in result.history]
         files.write_text(model.history, Table.of(rows, HISTORY_COLUMNS).csv())

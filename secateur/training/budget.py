@@ -20,5 +20,6 @@ def extend_epochs(settings: Finetune, dense_macs: int, pruned_macs: int) -> Fine
             "epochs": epochs,
             "milestones": tuple(exact * m for m in settings.milestones),
             "warmup": exact * settings.warmup,
+            "schedule_after": exact * settings.schedule_after,
         }
     )

@@ -3,10 +3,10 @@
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from secateur.base.errors import ArgumentError, StateError, TrainingError
 from secateur.base.sections import Train
@@ -37,6 +37,8 @@ class FitResult:
     history: list[Row]
     best_epoch: int
     """The epoch whose weights were kept, counted from 1; 0 if there were no epochs."""
+    kept: dict[str, Tensor] = field(default_factory=dict)
+    """The weights after the epoch that was asked for; empty if none was."""
 
 
 def fit(
@@ -51,17 +53,19 @@ def fit(
     penalty: Penalty | None = None,
     masks: Masks | None = None,
     distiller: Distiller | None = None,
+    keep_epoch: int | None = None,
 ) -> FitResult:
     """Train `model` in place on `data.train`; the loss is cross-entropy + penalty.
 
-    With a `distiller`, which knows the same model, the loss of imitating its teacher is added.
-    With `settings.average` the average of the weights is what is evaluated and kept.
+    With a `distiller` on the same model, the loss of imitating its teacher is added. With
+    `settings.average`, the average of the weights is evaluated and kept. The result has the weights
+    after `keep_epoch` epochs too.
+
     Weights that `masks` prune stay zero. The final weights are those of the epoch with the highest
     accuracy on `data.val` (ties: the lower loss), or of the last epoch if `settings.keep` is "last"
     or there is no val. Without epochs only the masks are applied. Training resumes from the state
     in `store` and ends with the same bytes; a penalty that is finished ends it after that step.
-    With several processes, each calls this and ends with the same weights. Global torch state is
-    restored (see `determinism`).
+    With several processes, each calls this and ends with the same weights.
 
     Raises TrainingError when the loss is no longer finite, the last good state being kept, and
     ArgumentError before the first step if there are fewer steps than the penalty needs.
@@ -69,15 +73,15 @@ def fit(
     engine = engine or Engine(settings.precision)
     with determinism.deterministic(engine.device, settings.compile):
         _place(model, engine.device)
-        more = distiller.on(engine.device) if distiller else ()
-        optimizer = optim.optimizer(model, settings, more)
+        maps = distiller.on(engine.device) if distiller else ()
+        optimizer = optim.optimizer(model, settings, maps)
         masking.hold(model, masks or {}, optimizer)
         batches = _batches(data, settings, seed, engine)
         average = averaging.build(settings, model, len(batches))
         parts = {"penalty": penalty, "distillation": distiller, "average": average}
-        state = TrainingState(model, optimizer, parts)
-        extras = (distiller, average)
-        step = TrainStep(model, optimizer, penalty, settings, engine, len(batches), *extras)
+        state = TrainingState(model, optimizer, parts, keep_epoch)
+        how = (settings, engine, len(batches), distiller, average)
+        step = TrainStep(model, optimizer, penalty, *how)
         try:
             _start(penalty, settings, data, len(batches), masks or {})
             _resume(state, store, engine)
@@ -95,10 +99,8 @@ def fit(
         finally:
             batches.close()
             step.close()
-        state.load_best()
-        if average and not state.best_weights:
-            model.load_state_dict(average.network(data).state_dict())
-    return FitResult(state.history, state.best_epoch or len(state.history))
+        state.load_best(average.network(data) if average else model)
+    return FitResult(state.history, state.best_epoch or len(state.history), state.kept_weights)
 
 
 def _place(model: nn.Module, device: torch.device) -> None:

@@ -71,11 +71,13 @@ def rate(settings: Train, step: int, steps_per_epoch: int) -> float:
     constant; multistep: multiplied by gamma at each milestone; cosine: half a cosine down to 0
     after the warm-up (I. Loshchilov, F. Hutter, SGDR, ICLR 2017); one_cycle: half a cosine up from
     lr / 25 over the first 30 % and down to lr / 10,000 (L. Smith, N. Topin, Super-convergence,
-    2019). The warm-up is linear. The rate is above zero at the last step.
+    2019). The warm-up is linear. The rate is above zero at the last step. With `schedule_after`,
+    step 0 has the rate of that epoch in a training that is longer by as much.
     """
     if settings.schedule_by == "epoch":
         step -= step % steps_per_epoch
-    now, end = step / steps_per_epoch, float(settings.epochs)
+    now = settings.schedule_after + step / steps_per_epoch
+    end = settings.schedule_after + settings.epochs
     warm = settings.warmup
     if now < warm:
         rise = 1.0 if settings.schedule_by == "epoch" else 1.0 / steps_per_epoch

@@ -41,14 +41,21 @@ class TrainingState:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         parts: Mapping[str, Stateful | None],
+        keep_epoch: int | None = None,
     ) -> None:
-        """`parts` by the prefix of their tensors, such as `penalty`; None where there is none."""
+        """`parts` by the prefix of their tensors, such as `penalty`; None where there is none.
+
+        The weights after `keep_epoch` epochs are remembered.
+        """
         self.model, self.optimizer = model, optimizer
         self.parts = {name: part for name, part in parts.items() if part is not None}
         self.history: list[Row] = []
         self.best_epoch = 0
         """Counted from 1; 0 as long as no epoch has been compared."""
         self.best_weights: dict[str, Tensor] = {}
+        self.keep_epoch = keep_epoch
+        self.kept_weights: dict[str, Tensor] = _copy(model) if keep_epoch == 0 else {}
+        """Those after `keep_epoch` epochs."""
 
     def record(self, row: Row, keep_best: bool, evaluated: nn.Module | None = None) -> None:
         """Append an epoch to the history; with `keep_best`, copy its weights if it is the best.
@@ -57,6 +64,8 @@ class TrainingState:
         best epoch has the highest accuracy on val, and the lowest loss among equal ones.
         """
         self.history.append(row)
+        if len(self.history) == self.keep_epoch:
+            self.kept_weights = _copy(self.model)
         if not keep_best:
             return
         if self.best_epoch:
@@ -65,18 +74,20 @@ class TrainingState:
             if rank >= (-best["val_accuracy"], best["val_loss"]):
                 return
         self.best_epoch = len(self.history)
-        source = evaluated or self.model
-        self.best_weights = {n: t.detach().clone() for n, t in source.state_dict().items()}
+        self.best_weights = _copy(evaluated or self.model)
 
-    def load_best(self) -> None:
-        """Load the weights of the best epoch into the model, if epochs were compared."""
+    def load_best(self, last: nn.Module) -> None:
+        """Load the weights of the best epoch into the model; without any, those of `last`."""
         if self.best_weights:
             self.model.load_state_dict(self.best_weights)
+        elif last is not self.model:
+            self.model.load_state_dict(last.state_dict())
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Named tensors and plain values that describe the whole state."""
         tensors = {f"model/{n}": t for n, t in self.model.state_dict().items()}
         tensors |= {f"best/{n}": t for n, t in self.best_weights.items()}
+        tensors |= {f"kept/{n}": t for n, t in self.kept_weights.items()}
         for index, values in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer/{index}/{n}": v for n, v in values.items() if v is not None}
         for name, part in self.parts.items():
@@ -102,17 +113,20 @@ class TrainingState:
         progress = validated(_PROGRESS, info, "history", StateError)
         progress.check()
         kinds = {name.split("/")[0] for name in tensors}
-        if unknown := kinds - {"model", "best", "optimizer", *self.parts}:
+        if unknown := kinds - {"model", "best", "kept", "optimizer", *self.parts}:
             raise ValueError(f"tensors of {sorted(unknown)[0]}")
         weights, best = with_prefix(tensors, "model/"), with_prefix(tensors, "best/")
-        own = self.model.state_dict()
-        for found in (weights, best) if progress.best else (weights,):
-            _check_like(own, found)
+        kept, own = with_prefix(tensors, "kept/"), self.model.state_dict()
+        past = self.keep_epoch is not None and len(progress.history) >= self.keep_epoch
+        for found, there in ((weights, True), (best, progress.best), (kept, past)):
+            if there:
+                _check_like(own, found)
         if best and not progress.best:
             raise ValueError("weights of a best epoch that there is not")
         self.model.load_state_dict(weights)
         device = next(self.model.parameters()).device
         self.best_weights = {n: t.to(device) for n, t in best.items()}
+        self.kept_weights = {n: t.to(device) for n, t in kept.items()} if past else {}
         self._load_optimizer(with_prefix(tensors, "optimizer/"))
         for name, part in self.parts.items():
             part.load_state_dict(with_prefix(tensors, f"{name}/"))
@@ -163,6 +177,11 @@ class _Progress:
 
 
 _PROGRESS = TypeAdapter(_Progress)
+
+
+def _copy(model: nn.Module) -> dict[str, Tensor]:
+    """Weights and buffers as they are now."""
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
 def _check_like(own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
