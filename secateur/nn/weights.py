@@ -233,9 +233,9 @@ def _plain(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _explain(error: Exception, is_zip: bool) -> str:
     """What is wrong with a file of torch.save, in words."""
-    if isinstance(error, OSError) and error.strerror:
-        return "truncated or damaged"  # torch reads beyond the end of an archive without a list
     text = str(error)
+    if (isinstance(error, OSError) and error.strerror) or "central directory" in text:
+        return "truncated or damaged"  # torch reads beyond the end of an archive without a list
     if text.startswith("Weights only load failed"):  # around the reason: advice to load unchecked
         text = text.partition("WeightsUnpickler error:")[2] or text.partition("\n")[2]
     text = " ".join(text.split())
