@@ -108,6 +108,16 @@ def _libraries(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _groups(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", help="of the file in recipes/groups/")
+    parser.add_argument(
+        "--groups",
+        type=_positive,
+        metavar="N",
+        help="of every convolution whose channels it divides; default: -1, to be filled in",
+    )
+
+
 def _predict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help=".safetensors, .onnx or .pt2 file, or a folder with one")
     parser.add_argument("image", nargs="+", help="pictures, and folders of pictures")
@@ -198,6 +208,16 @@ COMMANDS = (
         "Results depend on the versions of torch and torchvision, so a stage only runs with those\n"
         "that params.yaml names. After --update, `dvc status` lists what `dvc repro` will make\n"
         "again.",
+    ),
+    Command(
+        "groups",
+        "write a form with every convolution of the network, for pruner gconv",
+        "secateur.pipeline.group_file:command",
+        _groups,
+        "The network is that of arch and dataset in params.yaml; the data must be prepared.\n\n"
+        "examples:\n"
+        "  secateur groups mine\n"
+        "  secateur groups mine --groups 4",
     ),
     Command(
         "predict",

@@ -6,11 +6,11 @@ Writes  models/finetuned/model.safetensors with its masks, history.csv (one row 
         models/finetuned.run.json, which names the run that made them; in a further round the same
         below models/rounds/<round>/.
 
-With finetune.init: scratch, the pruned architecture is trained from new weights: the control
-that shows what the inherited weights contribute. With rewind, from the dense network's weights of
-an early epoch. With finetune.budget: compute it trains for as
-much computation as the given epochs take for the dense network. A killed training, run again,
-resumes from its last saved epoch.
+With finetune.init: scratch or orthogonal, the pruned architecture is trained from new weights:
+the control that shows what the inherited weights contribute. With rewind, from the dense network's
+weights of an early epoch. With finetune.budget: compute it trains for as much computation as the
+given epochs take for the dense network. A killed training, run again, resumes from its last saved
+epoch.
 """
 
 import torch
@@ -19,7 +19,7 @@ from torch import nn
 from secateur.base.errors import PruningError
 from secateur.base.sections import Finetune
 from secateur.nn import checkpoint, cost
-from secateur.nn.resizing import reset_parameters
+from secateur.nn.resizing import orthogonalise, reset_parameters
 from secateur.pipeline import console, runner
 from secateur.sparsity import masks
 from secateur.training import budget
@@ -34,9 +34,11 @@ def finetune(context: runner.TrainingContext) -> runner.StageResult:
     """Train the pruned network on without a penalty."""
     settings, pruned = context.params.finetune, context.start
     model = pruned.model()
-    if settings.init == "scratch":
+    if settings.init in ("scratch", "orthogonal"):
         torch.manual_seed(context.params.seed)
         reset_parameters(model)
+    if settings.init == "orthogonal":
+        orthogonalise(model)
     elif settings.init == "rewind":
         rewind(model, context)
     masks.apply(model, pruned.masks)

@@ -530,6 +530,20 @@ def test_a_pruned_network_starts_from_scratch_by_its_own_fan_out():
     assert model.eval()(torch.randn(2, *CIFAR)).isfinite().all()
 
 
+def test_orthogonal_weights_are_orthonormal_by_group_and_biases_are_zero():
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.Conv2d(8, 12, 1, groups=2), nn.Conv2d(12, 30, 1), nn.Linear(30, 4)
+    ).double()  # more rows than columns in the third
+    resizing.orthogonalise(model)
+    for layer in model:
+        assert not layer.bias.any()
+        for part in layer.weight.detach().chunk(getattr(layer, "groups", 1)):
+            matrix = part.flatten(1)
+            matrix = matrix if len(matrix) <= matrix.shape[1] else matrix.T
+            identity = torch.eye(len(matrix), dtype=torch.float64)
+            assert torch.allclose(matrix @ matrix.T, identity, atol=1e-12, rtol=0)
+
+
 @pytest.mark.parametrize(("arch", "deviation"), [("vgg", 0.01), ("resnext", math.sqrt(2 / 256))])
 def test_classifiers_with_a_start_of_their_own(arch, deviation):
     small = {} if arch == "vgg" else {"depth": 11, "cardinality": 2, "base_width": 8, "widen": 1}

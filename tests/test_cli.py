@@ -1,5 +1,6 @@
 """The command `secateur`: help, subcommands, completion, and whose code runs where."""
 
+import json
 import os
 import re
 import shutil
@@ -8,8 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 
 from secateur import __version__, cli
+from secateur.base import plugin
+from secateur.data import dataset
+from secateur.data.dataset import Images, InMemoryImages
+from secateur.gconv import config
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = "import sys\nfrom secateur.__main__ import script\nsys.exit(script())\n"
@@ -189,3 +196,34 @@ def test_libraries_lists_written_and_installed_versions(tmp_path, monkeypatch, c
     done = printed(capsys, "libraries", "--update")
     assert f"libraries.torch: 1.0.0 -> {version}" in done
     assert f"torch: {version}" in params.read_text()
+
+
+def test_groups_writes_a_form_that_names_every_convolution(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(ROOT / "dvc.yaml", tmp_path)
+    params = yaml.safe_load((ROOT / "params.yaml").read_text()) | {"arch": "resnet_cifar"}
+    params["archs"]["resnet_cifar"] |= {"depth": 8, "shortcut": "B"}
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
+    with pytest.raises(SystemExit):
+        cli.main(["groups", "mine"])
+    assert "run `dvc repro prepare` to make it" in capsys.readouterr().err
+    parts = [
+        InMemoryImages.from_pixels(torch.zeros(4, 8, 8, 1, dtype=torch.uint8), torch.arange(4))
+        for _ in ("train", "test")
+    ]
+    images = Images(*parts, ["a", "b", "c", "d"], (0.5,), (0.5,))
+    dataset.save(tmp_path / "data/digits", dataset.prepare("digits", images, 0, 0))
+
+    module = plugin.load("archs", "resnet_cifar")
+    model = module.build(module.Settings(depth=8, shortcut="B"), 4, (1, 8, 8))
+    assert "recipes/groups/mine.json: 9 convolutions" in printed(capsys, "groups", "mine")
+    form = json.loads((tmp_path / "recipes/groups/mine.json").read_text())
+    assert [name.removeprefix("module.") for name in form] == [*config.convolutions(model)]
+    assert {entry["G"] for entry in form.values()} == {-1}
+    printed(capsys, "groups", "four", "--groups", "4")
+    groups = config.read(tmp_path / "recipes/groups/four.json", model)
+    assert groups.pop("conv1") == 1 and set(groups.values()) == {4}
+    for name, words in (("mine", "is there already"), ("../mine", "the name of a file in")):
+        with pytest.raises(SystemExit):
+            cli.main(["groups", name])
+        assert words in capsys.readouterr().err

@@ -7,6 +7,7 @@ Needs timm (`pip install '.[timm]'`).
 """
 
 import difflib
+import logging
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch.func import functional_call
 
 from secateur.base import optional
 from secateur.base.errors import ArgumentError, DataError, cut
+from secateur.base.logs import muted
 from secateur.base.sections import Strict
 from secateur.base.torchvision_import import import_torchvision
 from secateur.nn import weights
@@ -114,12 +116,17 @@ def _file(name: str, known: Any) -> Path:
         return old
     hub = optional.load("huggingface_hub", "to load the weights that timm publishes")
     reason: Exception | None = None
-    for file in (known.hf_hub_filename, "model.safetensors", "pytorch_model.bin"):
-        if file and known.hf_hub_id:
-            try:
-                return Path(hub.hf_hub_download(known.hf_hub_id, file))
-            except Exception as error:  # no network, no such file: each has its own type
-                reason = reason or error
+    names = [known.hf_hub_filename, "model.safetensors", "pytorch_model.bin"]
+    tries = [(name, local) for local in (True, False) for name in names if name]
+    for name_of_file, local in tries if known.hf_hub_id else ():
+        try:
+            with muted(logging.WARNING):  # a line for each attempt to connect
+                path = hub.hf_hub_download(known.hf_hub_id, name_of_file, local_files_only=local)
+            return Path(path)
+        except Exception as error:  # no network, no such file: each has its own type
+            reason = error
+            if not local and not isinstance(error, hub.errors.RemoteEntryNotFoundError):
+                break  # nor would another file come
     raise DataError(
         f"baseline.weights = published: those of {name} ({known.hf_hub_id or url}) are in no "
         f"cache and were not downloaded ({cut(str(reason), 120)}); run `hf download "

@@ -238,10 +238,10 @@ class ContinuedTrain(Train):
 class Finetune(ContinuedTrain):
     """Training after pruning."""
 
-    init: Literal["inherit", "scratch", "rewind"] = "inherit"
-    """Start from the pruned weights, from new ones in the same pruned shape, or from those that
-    `rewind_to` has (J. Frankle et al., Linear mode connectivity and the lottery ticket hypothesis,
-    ICML 2020)."""
+    init: Literal["inherit", "scratch", "orthogonal", "rewind"] = "inherit"
+    """Start from the pruned weights; from new ones in the same pruned shape, as the architecture
+    draws them, or orthogonal; or from those that `rewind_to` has (J. Frankle et al., Linear mode
+    connectivity and the lottery ticket hypothesis, ICML 2020)."""
     rewind_to: Literal["weights/none", "models/baseline"] = "weights/none"
     """A path, which dvc.yaml names as a dependency: models/baseline for init: rewind, whose weights
     are those of baseline.keep_epoch; else weights/none, a file that never changes."""

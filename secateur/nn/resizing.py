@@ -129,10 +129,27 @@ def reset_parameters(model: nn.Module) -> None:
         if not _can_reset(module) and next(module.parameters(recurse=False), None) is not None:
             raise SettingsError(
                 f"cannot draw new weights for {name or 'the network'} "
-                f"({type(module).__name__} has no reset_parameters); finetune.init = scratch "
-                "needs an architecture that can"
+                f"({type(module).__name__} has no reset_parameters); finetune.init other "
+                "than inherit needs an architecture that can"
             )
     _reset(model)
+
+
+@torch.no_grad()
+def orthogonalise(model: nn.Module) -> None:
+    """Draw orthogonal weights for convolutions and linear layers, in place; biases become 0.
+
+    The rows of a weight, flattened to (outputs, inputs x kernel), are orthonormal, or its columns
+    if there are fewer of them (A. Saxe, J. McClelland, S. Ganguli, Exact solutions to the nonlinear
+    dynamics of learning in deep linear neural networks, ICLR 2014); of grouped convolutions those
+    of each group. The re-initialisation of GReg's code (`--reinit orth`).
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            for part in module.weight.chunk(getattr(module, "groups", 1)):
+                nn.init.orthogonal_(part)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
 
 
 def _can_reset(module: nn.Module) -> bool:

@@ -279,7 +279,7 @@ def _read_folder(folder: Path) -> Weights:
 
 
 def _is_file_name(name: Any) -> bool:
-    return isinstance(name, str) and Path(name).name == name and name not in ("", ".", "..")
+    return isinstance(name, str) and Path(name).name == name != ".." and 0 < len(name) < 256
 
 
 def describe(folder: Path) -> Weights:
