@@ -448,8 +448,15 @@ def test_a_kill_while_the_folder_is_filled_leaves_the_old_one(old, tmp_path):
     assert folder.exists() == old
     if old:
         assert [file.read_text() for file in folder.iterdir()] == ["old"]
-    files.write_folder(folder, lambda place: (place / "model.pt2").write_text("newer"))
-    assert [file.name for file in folder.iterdir()] == ["model.pt2"]
+    assert len(list(tmp_path.glob(".export.*"))) == 1
+
+    def while_another_writes(place):
+        (place / "model.pt2").write_text("newer")
+        files.write_folder(folder, lambda other: (other / "model.pt2").write_text("newest"))
+
+    files.write_folder(folder, while_another_writes)
+    assert [file.read_text() for file in folder.iterdir()] == ["newer"]
+    assert list(tmp_path.iterdir()) == [folder], "what the killed process left is gone"
 
 
 def test_an_error_while_the_folder_is_filled_leaves_the_old_one_and_nothing_else(tmp_path):

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import fcntl
 import io
 import os
 import shutil
@@ -152,12 +153,12 @@ def write_folder(path: Path, fill: Callable[[Path], object]) -> None:
     """Replace the folder `path` by the one that `fill` fills, an empty one beside it at first.
 
     If `fill` raises, or the process is killed meanwhile, what was there before stays. Whoever is
-    killed while the folders change places leaves none: never one that is half old, half new.
-    Raises SecateurError if it cannot be written.
+    killed while the folders change places leaves none: never one that is half old, half new. What
+    a killed process has left beside it is removed. Raises SecateurError if it cannot be written.
     """
     temporary = None
     try:
-        with _replacing(path):
+        with _replacing(path), _without_leftovers(path):
             temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
             new = temporary / "new"
             new.mkdir()
@@ -170,6 +171,22 @@ def write_folder(path: Path, fill: Callable[[Path], object]) -> None:
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _without_leftovers(path: Path) -> Iterator[None]:
+    """Remove temporary folders of `path` unless another process writes beside it; inside, no other
+    process removes ours. Where the file system has no locks, they stay."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            folder = os.open(path.parent, os.O_RDONLY)
+            stack.callback(os.close, folder)
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                for left in path.parent.glob(f".{path.name}.*/"):
+                    shutil.rmtree(left, ignore_errors=True)
+            fcntl.flock(folder, fcntl.LOCK_SH)
+        yield
 
 
 def _finish(file: Path) -> None:
