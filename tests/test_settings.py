@@ -93,7 +93,7 @@ MISTAKES = [  # key, value, what the line must hold beside both
     ("data.validation", True, "a number is needed"),
     ("data.seed", "x", "valid integer"),
     ("prune.remove_dead", "maybe", "valid boolean"),
-    ("finetune.init", "new", "'inherit', 'scratch' or 'rewind'"),
+    ("finetune.init", "new", "'inherit', 'scratch', 'orthogonal' or 'rewind'"),
     ("evaluate.latency_batch", 0, "greater than or equal to 1"),
     ("evaluate.latency_repeats", 2, "greater than or equal to 3"),
     ("archs.lenet300.hidden", [], "at least one is needed"),
