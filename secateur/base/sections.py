@@ -271,6 +271,9 @@ class Prune(Strict):
     """gconv: masks made of groups of channels become group convolutions; see gconv/export.py."""
     recalibrate: Annotated[int, Field(ge=0)] = 0
     """Training images to measure statistics of batch normalisations on again; 0: as they are."""
+    latency: Literal["none", "torch", "onnxruntime", "openvino"] = "none"
+    """Runtime whose table of measured layers a pruner's target {latency: ...} is predicted from;
+    `dvc repro` then measures it (stages/latency)."""
 
 
 class Evaluate(Strict):
@@ -309,6 +312,18 @@ class Sensitivity(Strict):
 
 
 Engine = Literal["torch", "onnxruntime", "openvino"]
+
+
+class MeasuredLatency(Strict):
+    """How the pipeline in stages/latency measures layers and networks."""
+
+    batch: Annotated[int, Field(ge=1)] = 1
+    """Images per pass."""
+    threads: Annotated[int, Field(ge=1)] = 1
+    repeats: Annotated[int, Field(ge=3)] = 30
+    """Timed passes of whole networks, taking turns, after a warm-up."""
+
+
 Count = Annotated[int, Field(ge=1)]
 Registered = Annotated[str, Field(pattern=r"^[\w.-]+(@[a-zA-Z][\w-]*)?$", max_length=250)]
 

@@ -24,6 +24,7 @@ from secateur.base.sections import (
     ExportedFiles,
     Finetune,
     Libraries,
+    MeasuredLatency,
     Name,
     NonNegative,
     Prune,
@@ -77,6 +78,7 @@ class Params(Strict):
     """Further rounds, each after another one; see `chain`."""
     evaluate: Evaluate
     sensitivity: Sensitivity
+    latency: MeasuredLatency
     export: ExportedFiles
     datasets: Table
     archs: Table

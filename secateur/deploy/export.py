@@ -111,6 +111,19 @@ def pt2_bytes(program: ExportedProgram, metadata: Metadata) -> bytes:
 
 def onnx_bytes(program: ExportedProgram, metadata: Metadata) -> bytes:
     """The ONNX model, with `metadata` among its properties, one key for each field."""
+    model = onnx_model(program)
+    model.producer_name, model.producer_version = "secateur", metadata.secateur
+    for key, value in metadata.to_text().items():
+        entry = model.metadata_props.add()
+        entry.key, entry.value = key, value
+    if model.ByteSize() > MAX_ONNX:
+        raise SecateurError("the network has more than 2 GiB, which one ONNX file cannot hold")
+    content: bytes = model.SerializeToString(deterministic=True)
+    return content
+
+
+def onnx_model(program: ExportedProgram) -> Any:
+    """The ONNX model (a ModelProto) without metadata."""
     check_packages()
     with muted(logging.WARNING, warn=False):
         converted: Any = torch.onnx.export(
@@ -127,14 +140,7 @@ def onnx_bytes(program: ExportedProgram, metadata: Metadata) -> bytes:
     for value in (*model.graph.input, *model.graph.output):
         value.type.tensor_type.shape.dim[0].dim_param = "batch"
     del model.graph.value_info[:]  # shapes in between, which runtimes infer themselves
-    model.producer_name, model.producer_version = "secateur", metadata.secateur
-    for key, value in metadata.to_text().items():
-        entry = model.metadata_props.add()
-        entry.key, entry.value = key, value
-    if model.ByteSize() > MAX_ONNX:
-        raise SecateurError("the network has more than 2 GiB, which one ONNX file cannot hold")
-    content: bytes = model.SerializeToString(deterministic=True)
-    return content
+    return model
 
 
 def _parts(graph: Any) -> Iterator[Any]:

@@ -35,7 +35,7 @@ from secateur.pruning.decision import (
     unprunable_layers,
 )
 from secateur.pruning.group_scores import GroupRanking, Normalisation, Ranking, Reduction
-from secateur.pruning.target import Target, solve
+from secateur.pruning.target import Target, solve_rounded
 from secateur.sparsity import choices, masks, semi_structured
 from secateur.sparsity.choices import Choices, Granularity, Pick
 from secateur.sparsity.layer_ratios import (
@@ -86,9 +86,9 @@ class Settings(Strict):
     """Layers that are not pruned: names, or stage.block."""
     target: Target | None = None
     """What is to be left of the network; `ratios` then are the proportions between layers."""
-    round_to: Annotated[int, Field(ge=1)] = 1
+    round_to: Annotated[int, Field(ge=1)] | None = None
     """The filters or channels that are kept are a multiple of this; all of them if there are
-    fewer."""
+    fewer. null: 1, and with a target of latency what the measured layers suggest."""
     keep_at_least: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Share of each layer, or channel group, that is kept whatever the ranking. null: a quarter
     where channel groups are compared with each other, else one filter, channel or weight."""
@@ -127,6 +127,14 @@ class Settings(Strict):
                     )
         return self
 
+    @model_validator(mode="after")
+    def _latency_of_channels(self) -> Self:
+        if self.granularity == "weight" and self.target is not None and self.target.latency:
+            raise ValueError(
+                "target: latency needs whole channels, so granularity: group, filter or channel"
+            )
+        return self
+
     @property
     def least(self) -> float:
         """The share that is kept at least."""
@@ -154,13 +162,13 @@ def prune(settings: Settings, context: PruningContext) -> PruningDecision:
     scores = pick(scores, settings.pick, settings.seed)
 
     choose = _by_layer(scores) if settings.ranking == "layer" else _over_all_layers(scores)
-    multiple = 1 if granularity == "weight" else settings.round_to
 
     def least(name: str, choice: Tensor) -> int:
         biases = not name.endswith("weight")
         return 0 if biases else choices.number_kept(settings.least, choice.numel())
 
-    def decide(ratios: dict[str, float]) -> PruningDecision:
+    def decide(ratios: dict[str, float], multiple: int) -> PruningDecision:
+        multiple = 1 if granularity == "weight" else multiple
         chosen = {
             name: choices.keep_at_least(choice, scores[name], least(name, choice), multiple)
             for name, choice in choose(ratios).items()
@@ -172,8 +180,13 @@ def prune(settings: Settings, context: PruningContext) -> PruningDecision:
         return PruningDecision(decision.masks, decision.channels, notes)
 
     if settings.target is None:
-        return decide(ratios)
-    return solve(lambda highest: decide(scaled(ratios, highest)), settings.target, context).decision
+        return decide(ratios, settings.round_to or 1)
+    return solve_rounded(
+        lambda highest, multiple: decide(scaled(ratios, highest), multiple),
+        settings.target,
+        context,
+        settings.round_to,
+    )
 
 
 def _ratios(
@@ -223,7 +236,7 @@ def _prune_groups(settings: Settings, context: PruningContext) -> PruningDecisio
         tuple(ratios[number] for number in chosen),
         settings.ranking,
         settings.least,
-        settings.round_to,
+        settings.round_to or 1,
     )
     total = sum(group.units.numel() for group in ranked.groups)
 
@@ -237,9 +250,14 @@ def _prune_groups(settings: Settings, context: PruningContext) -> PruningDecisio
 
     if settings.target is None:
         return decide(ranked)
-    return solve(
-        lambda highest: decide(ranked.with_highest(highest)), settings.target, context
-    ).decision
+    return solve_rounded(
+        lambda highest, multiple: decide(
+            replace(ranked.with_highest(highest), multiple=multiple)
+        ),
+        settings.target,
+        context,
+        settings.round_to,
+    )
 
 
 Chooser = Callable[[dict[str, float]], Choices]

@@ -19,7 +19,7 @@ from secateur.base.errors import PruningError
 from secateur.base.sections import Strict
 from secateur.channels import scales
 from secateur.pruning.decision import PruningContext, PruningDecision
-from secateur.pruning.target import Target, solve
+from secateur.pruning.target import Target, solve_rounded
 from secateur.sparsity.choices import keep_at_least
 
 
@@ -39,8 +39,9 @@ class Settings(Strict):
     """How keep_at_least becomes a number: 0.01 of 256 is 3 (null: up), or 2 (classifier-pruner)."""
     target: Target | None = None
     """What is to be left of the network, in place of a ratio."""
-    round_to: Annotated[int, Field(ge=1)] = 1
-    """The channels that are kept are a multiple of this; all of them if there are fewer."""
+    round_to: Annotated[int, Field(ge=1)] | None = None
+    """The channels that are kept are a multiple of this; all of them if there are fewer. null: 1,
+    and with a target of latency what the measured layers suggest."""
 
 
 def prune(settings: Settings, context: PruningContext) -> PruningDecision:
@@ -51,8 +52,8 @@ def prune(settings: Settings, context: PruningContext) -> PruningDecision:
     """
     slimming = _Slimming(settings, context)
     if settings.target is None:
-        return slimming.decide(settings.ratio)
-    return solve(slimming.decide, settings.target, context).decision
+        return slimming.decide(settings.ratio, settings.round_to or 1)
+    return solve_rounded(slimming.decide, settings.target, context, settings.round_to)
 
 
 class _Slimming:
@@ -93,11 +94,11 @@ class _Slimming:
                 unlocked[group.ids] = True
         return unlocked
 
-    def decide(self, ratio: float) -> PruningDecision:
-        """The channels below the threshold that belongs to this ratio."""
+    def decide(self, ratio: float, multiple: int) -> PruningDecision:
+        """The channels below the threshold that belongs to this ratio; see `round_to`."""
         place = floor(Decimal(repr(ratio)) * len(self.scales))
         threshold = self.scales.sort().values[place]
-        below = self._with_enough_kept(self.prunable & (self.score < threshold))
+        below = self._with_enough_kept(self.prunable & (self.score < threshold), multiple)
         chosen = {}
         for name, index in self.graph.selection(below.nonzero().flatten()).items():
             score = self.score[self.graph.group(name).ids[index]]
@@ -112,7 +113,7 @@ class _Slimming:
         }
         return PruningDecision({}, channels, notes)
 
-    def _with_enough_kept(self, chosen: Tensor) -> Tensor:
+    def _with_enough_kept(self, chosen: Tensor, multiple: int) -> Tensor:
         """Keep the best channels of layers that would lose too many, or end between multiples.
 
         Repeated over all layers until nothing changes, since layers of a sum share channels.
@@ -125,8 +126,6 @@ class _Slimming:
             for outputs in self.graph.output_ids().values():
                 ids = outputs.unique()
                 least = max(1, whole(share * len(ids)))
-                chosen[ids] = keep_at_least(
-                    chosen[ids], self.score[ids], least, self.settings.round_to
-                )
+                chosen[ids] = keep_at_least(chosen[ids], self.score[ids], least, multiple)
             if int(chosen.sum()) == before:
                 return chosen

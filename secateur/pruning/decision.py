@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.channels.graph import ChannelGraph, build_channel_graph
+from secateur.pruning.latency import LatencyTable
 from secateur.sparsity.choices import Choices, Granularity, masks_from_choices, validate_choices
 from secateur.sparsity.masks import Masks
 
@@ -42,14 +43,17 @@ class PruningContext:
         images: Tensor,
         labels: Tensor | None = None,
         choices: Choices | None = None,
+        latency: LatencyTable | None = None,
     ) -> None:
         """`images` (N, C, H, W) are some of the training images, normalised; `labels` (N,) int64.
 
-        `choices` are those of the penalty; a penalty that does not choose has none.
+        `choices` are those of the penalty; a penalty that does not choose has none. `latency` has
+        measured times of the network's layers, for a target of it.
         """
         self.model, self.images = model, images
         self.labels = torch.empty(0, dtype=torch.int64) if labels is None else labels
         self.choices: Choices = choices or {}
+        self.latency = latency
 
     @cached_property
     def graph(self) -> ChannelGraph:

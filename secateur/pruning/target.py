@@ -3,21 +3,25 @@
 `target: {macs: 0.5}` leaves half of the multiply-accumulates (MACs) of the network that is pruned,
 `target: {params: 0.3}` three tenths of its parameters. Single weights that the decision masks count
 as removed; weights that were zero before do not. `target: {bytes: 0.3}` leaves three tenths of the
-bytes of all parameters and buffers, of which masked weights take as many as others.
+bytes of all parameters and buffers, of which masked weights take as many as others. `target:
+{latency: 0.5}` leaves half of the time of a pass, predicted from measured layers
+(pruning/latency.py); there only whole channels count.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Annotated, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from secateur.base.errors import PruningError
+from secateur.base.errors import ArgumentError, PruningError
 from secateur.base.sections import Strict
 from secateur.nn import cost
 from secateur.pruning.decision import PruningContext, PruningDecision
+from secateur.pruning.latency import widths_left
 from secateur.sparsity import masks
 
 MAX_BISECTIONS = 30
@@ -30,7 +34,7 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 
 
 class Target(Strict):
-    """The share of the network that is to be left, of MACs, of parameters or of bytes."""
+    """The share that is to be left of the network's MACs, parameters, bytes or time."""
 
     macs: Share | None = None
     """Of the multiply-accumulates of convolutions and linear layers."""
@@ -38,23 +42,25 @@ class Target(Strict):
     """Of all parameters."""
     bytes: Share | None = None
     """Of the parameters and buffers as a checkpoint stores them, masked weights included."""
+    latency: Share | None = None
+    """Of the time of a pass, in the runtime whose table of measured layers is given."""
 
     @model_validator(mode="after")
     def _one_of_them(self) -> Self:
         if len(self._given) != 1:
             raise ValueError(
-                "macs: one of macs, params and bytes is needed, the share that is left"
+                "macs: one of macs, params, bytes and latency is needed, the share that is left"
             )
         return self
 
     @property
     def _given(self) -> list[tuple[str, float]]:
-        shares = {"macs": self.macs, "params": self.params, "bytes": self.bytes}
-        return [(kind, share) for kind, share in shares.items() if share is not None]
+        shares = [(kind, getattr(self, kind)) for kind in type(self).model_fields]
+        return [(kind, share) for kind, share in shares if share is not None]
 
     @property
     def wanted(self) -> tuple[str, float]:
-        """`macs`, `params` or `bytes`, and the share."""
+        """`macs`, `params`, `bytes` or `latency`, and the share."""
         return self._given[0]
 
     def __str__(self) -> str:
@@ -85,7 +91,7 @@ class RemainingShare:
         self.bytes = sum(t.numel() * t.element_size() for t in self.tensors.values())
 
     def __call__(self, decision: PruningDecision) -> dict[str, float]:
-        """Shares of `macs`, `params` and `bytes` that are left."""
+        """Shares of `macs`, `params` and `bytes` that are left; of `latency` if it can be told."""
         macs, params, size = self.macs, self.params, self.bytes
         kept = self._kept(decision)
         for name, mask in kept.items():
@@ -100,7 +106,20 @@ class RemainingShare:
             if name in self.weights:
                 macs -= lost * self.positions[name.removesuffix(".weight")]
         shares = {"macs": macs / self.macs, "params": params / self.params}
-        return shares | {"bytes": size / self.bytes}
+        shares["bytes"] = size / self.bytes
+        if self.context.latency is not None:
+            shares["latency"] = self._time(decision) / self.time
+        return shares
+
+    @cached_property
+    def time(self) -> float:
+        """Predicted milliseconds of a pass of the network as it is."""
+        return self._time(PruningDecision())
+
+    def _time(self, decision: PruningDecision) -> float:
+        """Predicted milliseconds of a pass once the decision's channels are removed."""
+        assert self.context.latency is not None
+        return self.context.latency.time(widths_left(self.context.graph, decision.channels))
 
     def _lost(self, name: str, mask: Tensor) -> int:
         """Number of entries of a tensor for which a mask is False."""
@@ -152,6 +171,7 @@ def solve(
     for and the share reached. Raises PruningError if the highest ratio leaves more than the target.
     """
     kind, wanted = target.wanted
+    check_latency(target, context)
     remaining = RemainingShare(context)
     low, high = (0.0, decide(0.0)), (HIGHEST_RATIO, decide(HIGHEST_RATIO))
     shares = {ratio: remaining(decision)[kind] for ratio, decision in (low, high)}
@@ -174,3 +194,49 @@ def solve(
     ratio, decision = best
     notes = {f"{kind}_left_asked": wanted, f"{kind}_left_reached": shares[ratio]}
     return Solution(replace(decision, notes={**decision.notes, **notes}), ratio)
+
+
+def solve_rounded(
+    decide: Callable[[float, int], PruningDecision],
+    target: Target,
+    context: PruningContext,
+    round_to: int | None,
+) -> PruningDecision:
+    """As `solve`, where `decide` takes a ratio and the multiple that widths are rounded up to.
+
+    Without `round_to` it is 1; for a latency it is that of the table of measured layers, or, if the
+    target cannot be reached with it, the largest half, quarter, ... of it with which it can. The
+    notes then have it as `round_to`.
+    """
+    check_latency(target, context)
+    if round_to is not None or context.latency is None or target.latency is None:
+        multiple = round_to or 1
+        return solve(lambda ratio: decide(ratio, multiple), target, context).decision
+    for multiple in _halves(context.latency.multiple):
+        try:
+            found = solve(lambda ratio, by=multiple: decide(ratio, by), target, context)  # type: ignore[misc]
+        except PruningError:
+            if multiple == 1:
+                raise
+        else:
+            notes = {**found.decision.notes, "round_to": float(multiple)}
+            return replace(found.decision, notes=notes)
+    raise AssertionError("the last multiple is 1")
+
+
+def _halves(multiple: int) -> Iterator[int]:
+    """The multiple, its half, and so on down to 1."""
+    while multiple >= 1:
+        yield multiple
+        multiple //= 2
+
+
+def check_latency(target: Target, context: PruningContext) -> None:
+    """Raise ArgumentError if a latency is asked for and nothing has been measured."""
+    if target.latency is not None and context.latency is None:
+        raise ArgumentError(
+            "target",
+            "latency is predicted from a table of measured layers; name the runtime as "
+            "prune.latency in params.yaml, or give `latency` to secateur.prune",
+            str(target),
+        )

@@ -1,0 +1,420 @@
+"""Times of a network's layers at several widths, measured in the runtime that will run it.
+
+What is measured becomes a `pruning.latency.LatencyTable`, from which a pruner predicts the time of
+narrower networks. Layers of equal shape are measured once. Weights are random: they have no
+influence on the time, unless they are denormal numbers.
+"""
+
+import contextlib
+import math
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from secateur.base import machine, timing
+from secateur.base.sections import Engine
+from secateur.channels.graph import ChannelGraph, build_channel_graph
+from secateur.deploy import export, runtimes
+from secateur.nn import cost
+from secateur.pruning import removal
+from secateur.pruning.latency import LatencyTable, MeasuredLayer, MeasuredNetwork, widths_left
+from secateur.sparsity import choices
+
+PARTS = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1.0)
+"""Shares of a layer's outputs and inputs at which it is measured."""
+NETWORKS = (0.75, 0.5, 0.35, 0.25)
+"""Shares of all channel groups that are left in the networks measured as a whole."""
+MULTIPLES = (1, 2, 4, 8, 16)
+"""Of the widths of layers; 16 float32 numbers fill the widest vector registers."""
+WASTE = 1.05
+"""Rounding the widths of a layer up to a multiple may take so much longer, on average."""
+LAYER_REPEATS = 10
+"""Passes of layers; of whole networks their number is a setting."""
+Pass = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """All that the time of a layer depends on."""
+
+    outputs: int
+    inputs: int
+    bias: bool
+    positions: tuple[int, ...]
+    """Height and width of the images that a convolution gets; of a linear layer how often it is
+    applied for each image."""
+    kernel: tuple[int, ...] = ()
+    """Empty for a linear layer."""
+    stride: tuple[int, ...] = ()
+    padding: tuple[int, ...] = ()
+    """Top, left, bottom, right."""
+    dilation: tuple[int, ...] = ()
+    groups: int = 1
+
+    @property
+    def depthwise(self) -> bool:
+        """Every input has filters of its own."""
+        return self.groups > 1 and self.groups == self.inputs
+
+    def narrower(self, outputs: int, inputs: int) -> "LayerShape":
+        """The same at other widths; a depthwise convolution has as many groups as inputs."""
+        if not self.depthwise:
+            return replace(self, outputs=outputs, inputs=inputs)
+        groups = max(1, outputs * self.inputs // self.outputs)
+        return replace(self, outputs=outputs, inputs=groups, groups=groups)
+
+
+def measure(
+    model: nn.Module,
+    image: Tensor,
+    *,
+    runtime: Engine,
+    batch: int = 1,
+    threads: int = 1,
+    repeats: int = 30,
+    on_step: Callable[[str], object] = lambda _what: None,
+) -> LatencyTable:
+    """The table of a network, of which `image` is one input, (1, channels, height, width).
+
+    `repeats` are the passes of whole networks. `on_step` is told what is measured next. Raises
+    SecateurError if the runtime is not installed or the network cannot be exported, PruningError if
+    its channels cannot be followed.
+    """
+    check_packages([runtime])
+    model = model.eval()
+    graph = build_channel_graph(model, image)
+    shapes = _shapes(model, graph, image)
+    with tempfile.TemporaryDirectory() as folder, runtimes.torch_threads(threads):
+        opener = _Opener(runtime, batch, threads, Path(folder))
+        on_step("multiples")
+        multiple = _multiple(opener, shapes.values())
+        fixed = _fixed_sides(graph)
+        layers: dict[str, MeasuredLayer] = {}
+        known: dict[tuple[LayerShape, tuple[bool, bool]], MeasuredLayer] = {}
+        for number, (name, shape) in enumerate(shapes.items(), start=1):
+            on_step(f"layer {number} of {len(shapes)}")
+            key = (shape, fixed[name])
+            if key not in known:
+                positions = math.prod(shape.positions[:1]) if not shape.kernel else _outputs(shape)
+                known[key] = _measure_layer(opener, shape, fixed[name], multiple, positions)
+            layers[name] = known[key]
+        on_step("whole networks")
+        networks = _measure_networks(opener, model, graph, image, multiple, repeats)
+    return LatencyTable(
+        runtime=runtime,
+        batch=batch,
+        threads=threads,
+        hardware=machine.hardware(),
+        versions=machine.versions() | _version(runtime),
+        multiple=multiple,
+        layers=layers,
+        networks=tuple(networks),
+    )
+
+
+def compare(
+    networks: Mapping[str, nn.Module],
+    image: Tensor,
+    *,
+    runtime: Engine,
+    batch: int,
+    threads: int,
+    repeats: int,
+) -> dict[str, float]:
+    """Milliseconds of each network, taking turns: the shortest of `repeats` passes.
+
+    What else a machine does only makes a pass longer.
+    """
+    with tempfile.TemporaryDirectory() as folder, runtimes.torch_threads(threads):
+        opener = _Opener(runtime, batch, threads, Path(folder))
+        passes = {name: opener.network(model, image) for name, model in networks.items()}
+        return _shortest(passes, repeats)
+
+
+def check_packages(names: Iterable[str]) -> None:
+    """Raise SecateurError, with the command that installs it, if a runtime is missing."""
+    others = [name for name in names if name != "torch"]
+    if others:
+        export.check_packages()
+    runtimes.check_packages(others)
+
+
+class _Opener:
+    """Opens layers and networks in one runtime, as functions without arguments."""
+
+    def __init__(self, runtime: Engine, batch: int, threads: int, folder: Path) -> None:
+        self.runtime, self.batch, self.threads, self.folder = runtime, batch, threads, folder
+        self.opened = 0
+
+    def layer(self, shape: LayerShape) -> Pass:
+        """One layer with random weights and inputs."""
+        torch.manual_seed(0)
+        module = _module(shape)
+        size = shape.positions if shape.kernel else (*shape.positions, shape.inputs)
+        size = (shape.inputs, *size) if shape.kernel else size
+        images = torch.randn(self.batch, *size)
+        if self.runtime == "torch":
+            return _inferring(module.eval(), images)
+        return self._file(_onnx_layer(shape, module, tuple(images.shape)), images)
+
+    def network(self, model: nn.Module, image: Tensor) -> Pass:
+        """A whole network, as `export` writes it."""
+        program = export.trace(model, image.shape[1:])
+        images = image.expand(self.batch, *image.shape[1:]).contiguous()
+        if self.runtime == "torch":
+            return _inferring(program.module(), images)
+        return self._file(export.onnx_model(program).SerializeToString(), images)
+
+    def _file(self, content: bytes, images: Tensor) -> Pass:
+        self.opened += 1  # a runtime may have the file mapped, so it is not written again
+        path = self.folder / f"{self.opened}.onnx"
+        path.write_bytes(content)
+        run = runtimes.open_model(path, self.runtime, self.threads)
+        with contextlib.suppress(OSError):  # of a mapped file, where the system forbids it
+            path.unlink()
+        return partial(run, images.numpy())
+
+
+def _inferring(module: Any, images: Tensor) -> Pass:
+    @torch.inference_mode()
+    def run() -> None:
+        module(images)
+
+    return run
+
+
+def _module(shape: LayerShape) -> nn.Module:
+    if not shape.kernel:
+        return nn.Linear(shape.inputs, shape.outputs, shape.bias)
+    top, left, bottom, right = shape.padding
+    layer = nn.Conv2d(
+        shape.inputs,
+        shape.outputs,
+        shape.kernel,  # type: ignore[arg-type]
+        shape.stride,  # type: ignore[arg-type]
+        (max(top, bottom), max(left, right)),
+        shape.dilation,  # type: ignore[arg-type]
+        shape.groups,
+        shape.bias,
+    )
+    return layer
+
+
+def _onnx_layer(shape: LayerShape, module: nn.Module, size: tuple[int, ...]) -> bytes:
+    """An ONNX model of one layer, written without torch's exporter, which takes a second."""
+    import onnx
+    from onnx import helper, numpy_helper
+
+    weight = module.get_parameter("weight").detach().numpy()
+    if not shape.kernel:
+        weight = np.ascontiguousarray(weight.T)
+    tensors = [numpy_helper.from_array(weight, "weight")]
+    if shape.bias:
+        tensors.append(
+            numpy_helper.from_array(module.get_parameter("bias").detach().numpy(), "bias")
+        )
+    given = ["x", *(tensor.name for tensor in tensors)]
+    if shape.kernel:
+        options = {"strides": shape.stride, "pads": shape.padding, "dilations": shape.dilation}
+        nodes = [helper.make_node("Conv", given, ["y"], group=shape.groups, **options)]
+    else:
+        product = "product" if shape.bias else "y"
+        nodes = [helper.make_node("MatMul", given[:2], [product])]
+        if shape.bias:
+            nodes.append(helper.make_node("Add", [product, "bias"], ["y"]))
+    kind = onnx.TensorProto.FLOAT
+    graph = helper.make_graph(
+        nodes,
+        "layer",
+        [helper.make_tensor_value_info("x", kind, size)],
+        [helper.make_tensor_value_info("y", kind, None)],
+        tensors,
+    )
+    version = helper.make_opsetid("", export.OPSET)
+    made = helper.make_model(graph, opset_imports=[version], ir_version=10)
+    content: bytes = made.SerializeToString()
+    return content
+
+
+def _shapes(model: nn.Module, graph: ChannelGraph, image: Tensor) -> dict[str, LayerShape]:
+    """The shape of every layer of the channel graph, in the order of execution."""
+    positions = cost.output_positions(model, image)
+    sizes: dict[str, tuple[int, ...]] = {}
+    hooks = [
+        module.register_forward_pre_hook(
+            lambda _m, given, name=name: sizes.__setitem__(name, tuple(given[0].shape[2:]))
+        )
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d)
+    ]
+    try:
+        with torch.no_grad():
+            model(image)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    found = {}
+    for name, layer in graph.layers.items():
+        module = dict(model.named_modules()).get(name)
+        widths = (len(layer.outputs), len(layer.inputs), layer.bias is not None)
+        if isinstance(module, nn.Conv2d):
+            found[name] = LayerShape(
+                *widths,
+                sizes[name],
+                tuple(module.kernel_size),
+                tuple(module.stride),
+                _padding(module),
+                tuple(module.dilation),
+                layer.groups,
+            )
+        else:
+            applied = positions[layer.weight.removesuffix(".weight")]
+            found[name] = LayerShape(*widths, (applied,) if applied > 1 else ())
+    return found
+
+
+def _padding(layer: nn.Conv2d) -> tuple[int, ...]:
+    """Top, left, bottom, right."""
+    if layer.padding == "same":
+        total = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+        return (total[0] // 2, total[1] // 2, -(-total[0] // 2), -(-total[1] // 2))
+    if isinstance(layer.padding, str):
+        return (0, 0, 0, 0)
+    return (layer.padding[0], layer.padding[1], layer.padding[0], layer.padding[1])
+
+
+def _outputs(shape: LayerShape) -> int:
+    """Output positions of a convolution for one image."""
+    found = 1
+    for axis in (0, 1):
+        wide = shape.positions[axis] + shape.padding[axis] + shape.padding[axis + 2]
+        reach = shape.dilation[axis] * (shape.kernel[axis] - 1)
+        found *= (wide - reach - 1) // shape.stride[axis] + 1
+    return found
+
+
+def _fixed_sides(graph: ChannelGraph) -> dict[str, tuple[bool, bool]]:
+    """For each layer, whether all of its outputs, and all of its inputs, are locked."""
+    free = torch.zeros(len(graph.canonical), dtype=torch.bool)
+    for group in graph.groups:
+        free[group.ids] = group.locked is None
+    return {
+        name: tuple(not bool(free[graph.canonical[ids[ids >= 0]]].any()) for ids in sides)
+        for name, layer in graph.layers.items()
+        for sides in [(layer.outputs, layer.inputs)]
+    }  # type: ignore[misc]
+
+
+def _multiple(opener: _Opener, shapes: Iterable[LayerShape]) -> int:
+    """The largest multiple that widths can be brought up to at hardly any cost in time.
+
+    It is looked for in the two convolutions or linear layers and the depthwise convolution that
+    compute most, at 32 numbers of outputs in a row.
+    """
+    span = 2 * MULTIPLES[-1]
+    wide = [shape for shape in dict.fromkeys(shapes) if shape.outputs >= 2 * span]
+    work = sorted(wide, key=_work)
+    probed = [s for s in work if s.groups == 1][-2:] + [s for s in work if s.depthwise][-1:]
+    allowed = set(MULTIPLES if probed else MULTIPLES[:1])
+    for shape in probed:
+        top = min(shape.outputs // 2, 2 * span) // span * span
+        widths = range(top - span + 1, top + 1)
+        passes = {w: opener.layer(shape.narrower(w, shape.inputs)) for w in widths}
+        times = _shortest(passes, 2 * LAYER_REPEATS)
+        for multiple in MULTIPLES[1:]:
+            waste = [times[-(-width // multiple) * multiple] / times[width] for width in widths]
+            if sum(waste) / len(waste) > WASTE:
+                allowed.discard(multiple)
+    return max(allowed)
+
+
+def _work(shape: LayerShape) -> int:
+    """Multiply-accumulates, up to a stride."""
+    per_output = shape.inputs // shape.groups * math.prod(shape.kernel)
+    return shape.outputs * per_output * math.prod(shape.positions)
+
+
+def _measure_layer(
+    opener: _Opener,
+    shape: LayerShape,
+    fixed: tuple[bool, bool],
+    multiple: int,
+    positions: int,
+) -> MeasuredLayer:
+    """Times of one layer at all combinations of widths."""
+    outputs = _widths(shape.outputs, fixed[0], multiple, 1 if shape.depthwise else shape.groups)
+    inputs = _widths(shape.inputs, fixed[1], multiple, shape.groups)
+    if shape.depthwise:
+        inputs = [shape.inputs]
+    passes = {
+        (out, into): opener.layer(shape.narrower(out, into)) for out in outputs for into in inputs
+    }
+    times = _shortest(passes, LAYER_REPEATS)
+    ms = tuple(tuple(times[out, into] for into in inputs) for out in outputs)
+    return MeasuredLayer(
+        outputs=tuple(outputs), inputs=tuple(inputs), ms=ms, positions=positions
+    )
+
+
+def _widths(width: int, fixed: bool, multiple: int, groups: int) -> list[int]:
+    """Widths at which a side of a layer is measured, ascending."""
+    if fixed:
+        return [width]
+    step = math.lcm(multiple, groups)
+    if step >= width:
+        step = groups
+    found = {min(width, max(step, round(part * width / step) * step)) for part in PARTS}
+    return sorted(found)
+
+
+def _measure_networks(
+    opener: _Opener,
+    model: nn.Module,
+    graph: ChannelGraph,
+    image: Tensor,
+    multiple: int,
+    repeats: int,
+) -> list[MeasuredNetwork]:
+    """The network as it is, and with shares of all channel groups left."""
+    widths = [widths_left(graph, {})]
+    passes = {0: opener.network(model, image)}
+    for share in NETWORKS:
+        selection = _narrower(graph, share, multiple)
+        own = widths_left(graph, selection)
+        if own not in widths:
+            small = removal.remove(model, selection, image, {}, graph).model.eval()
+            passes[len(widths)] = opener.network(small, image)
+            widths.append(own)
+    times = _shortest(passes, repeats)
+    return [MeasuredNetwork(widths=own, ms=times[number]) for number, own in enumerate(widths)]
+
+
+def _narrower(graph: ChannelGraph, share: float, multiple: int) -> dict[str, Tensor]:
+    """A selection that leaves this share of the channels of every group."""
+    chosen = {}
+    for group in graph.groups:
+        if group.locked is None:
+            order = torch.arange(group.size, dtype=torch.float32)
+            lost = choices.choose_smallest(order, choices.number_pruned(1 - share, group.size))
+            lost = choices.keep_at_least(lost, order, multiple=multiple)
+            chosen[group.name] = lost.nonzero().flatten()
+    return graph.removable({name: index for name, index in chosen.items() if len(index)})
+
+
+def _shortest(passes: Mapping[Any, Pass], repeats: int) -> dict[Any, float]:
+    """Milliseconds of the shortest pass of each, taking turns."""
+    return {key: min(taken) for key, taken in timing.take_turns(passes, repeats).items()}
+
+
+def _version(runtime: str) -> dict[str, str]:
+    """The version of the runtime, if it is not torch."""
+    if runtime == "torch":
+        return {}
+    return {runtime: str(runtimes._engine(runtime).__version__)}
