@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from secateur.api import PruneResult as PruneResult
     from secateur.api import channel_graph as channel_graph
     from secateur.api import load as load
+    from secateur.api import load_latency as load_latency
+    from secateur.api import measure_latency as measure_latency
     from secateur.api import prune as prune
     from secateur.api import save as save
     from secateur.base.errors import SecateurError as SecateurError
@@ -29,6 +31,8 @@ __all__ = [
     "SecateurError",
     "channel_graph",
     "load",
+    "load_latency",
+    "measure_latency",
     "prune",
     "pruners",
     "save",

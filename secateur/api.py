@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from secateur.base import plugin
 from secateur.base.callable_plugin import ConfiguredPruner, arguments_of
 from secateur.base.errors import CheckpointError, PruningError, SettingsError
-from secateur.base.sections import Export
+from secateur.base.sections import Engine, Export
 from secateur.channels.graph import ChannelGraph, build_channel_graph
 from secateur.nn import checkpoint, cost, matching, weights
 from secateur.nn.checkpoint import Checkpoint, Header
@@ -25,6 +25,7 @@ from secateur.nn.matching import Names
 from secateur.nn.weights import Weights
 from secateur.pruning.apply import PrunedNetwork, apply_decision
 from secateur.pruning.decision import PruningContext
+from secateur.pruning.latency import LatencyTable, load_table
 from secateur.sparsity.choices import Choices
 from secateur.sparsity.masks import Masks
 
@@ -198,6 +199,7 @@ def prune(
     pruner: ConfiguredPruner,
     *,
     labels: Tensor | None = None,
+    latency: LatencyTable | None = None,
     remove_dead: bool = True,
     export: Export = "none",
 ) -> PruneResult:
@@ -206,6 +208,7 @@ def prune(
     `images` (N, C, H, W) are some training images as the network gets them, normalised; with
     `labels` (N,), int64, for criteria that look at the loss (taylor). Weights are set to zero, and
     channels removed, as the pruner decides; masks that the network was loaded with stay in force.
+    A target of latency needs the table of `measure_latency` as `latency`.
     With `remove_dead`, channels that no longer matter to the output are removed too.
     `export="gconv"` turns masks made of groups of channels into group convolutions. The compact
     network is compared to the masked one on `images`, in float64 and in float32, before it is
@@ -218,7 +221,7 @@ def prune(
     dense = copy.deepcopy(model).eval()
     origin = getattr(model, "origin", None)
     choices = origin.choices if isinstance(origin, Origin) else {}
-    context = PruningContext(dense, images, labels, choices)
+    context = PruningContext(dense, images, labels, choices, latency)
     with arguments_of(pruner.name):
         decision = plugin.load("pruners", pruner.name).prune(pruner.settings, context)
     earlier = _masks_of(origin, dense)
@@ -244,6 +247,51 @@ def prune(
         pruner=str(pruner),
         header=header,
     )
+
+
+def measure_latency(
+    model: nn.Module,
+    images: Tensor,
+    runtime: Engine = "torch",
+    *,
+    batch: int = 1,
+    threads: int = 1,
+    repeats: int = 30,
+) -> LatencyTable:
+    """Times of a network's layers at several widths on this machine, for a target of latency.
+
+    `images` is a batch of inputs, (N, C, H, W), of which only the shape of one matters; `batch` is
+    the number of images of a pass, and `repeats` how often whole networks are timed. The table has
+    `save`; `secateur.load_latency` reads it. Raises SettingsError for an argument that is not
+    allowed, SecateurError if the runtime is not installed or the network cannot be exported, and
+    PruningError if it cannot be traced.
+    """
+    from secateur.deploy import layer_times  # takes a while to import
+
+    _check_batch(images)
+    if runtime not in get_args(Engine):
+        raise SettingsError(f"runtime = {runtime!r}: must be one of {', '.join(get_args(Engine))}")
+    for name, value, least in (
+        ("batch", batch, 1), ("threads", threads, 1), ("repeats", repeats, 3)
+    ):  # fmt: skip
+        if value < least:
+            raise SettingsError(f"{name} = {value}: must be at least {least}")
+    return layer_times.measure(
+        copy.deepcopy(model).eval(),
+        images[:1],
+        runtime=runtime,
+        batch=batch,
+        threads=threads,
+        repeats=repeats,
+    )
+
+
+def load_latency(path: str | Path) -> LatencyTable:
+    """The table that `measure_latency(...).save`, or stage `latency`, has written.
+
+    Raises SecateurError naming the file if it is missing or damaged.
+    """
+    return load_table(Path(path))
 
 
 def save(result: PruneResult, path: str | Path) -> None:

@@ -1,7 +1,8 @@
 """prune: select weights or channels, set them to zero, and remove what no longer has an effect.
 
 Reads   data/<dataset> (a batch for the proof and for criteria that look at the loss; with
-        prune.recalibrate more of it), models/sparse.
+        prune.recalibrate more of it), models/sparse; for a target of latency the table of measured
+        layers, latency/<runtime>.json.
 Writes  models/pruned/model.safetensors with its masks, outputs.csv (outputs of every layer before
         and after) and scales.csv (histogram of the scales of batch normalisations), and
         models/pruned.run.json; in a further round the same below models/rounds/<round>/.
@@ -24,9 +25,10 @@ from secateur.base.settings import section
 from secateur.data.batches import Batches, example_batch
 from secateur.gconv import export
 from secateur.nn import checkpoint, cost
-from secateur.pipeline import console, runner
+from secateur.pipeline import console, latency_check, runner
 from secateur.pruning.apply import PrunedNetwork, apply_decision
 from secateur.pruning.decision import PruningContext
+from secateur.pruning.latency import LatencyTable, load_table
 from secateur.sparsity import masks
 from secateur.training.evaluation import accuracy
 from secateur.training.recalibrate import recalibrate
@@ -49,7 +51,8 @@ def prune(context: runner.StageContext) -> runner.StageResult:
     images, labels = example_batch(context.data.train, context.data.info)
     with section(f"pruners.{params.pruner}"):
         settings = params.chosen("pruners")
-        network = PruningContext(model, images, labels, sparse.choices)
+        table = _latencies(context)
+        network = PruningContext(model, images, labels, sparse.choices, table)
         decision = plugin.load("pruners", params.pruner).prune(settings, network)
     decision = replace(decision, masks=masks.joined(decision.masks, sparse.masks))
     asked = ", ".join([params.pruner, *(f"{k} {v}" for k, v in settings if v is not None)])
@@ -78,14 +81,25 @@ def prune(context: runner.StageContext) -> runner.StageResult:
     metrics = {**decision.notes, **pruned.differences}
     metrics |= _measure(context, pruned, checkpoint.build_architecture(sparse.header), asked)
     metrics["removed_outputs"] = float(sum(before - left for _, before, left in outputs))
+    header = context.header(sparse, asked=asked, reached=dict(metrics))
+    if table is not None and "latency_left_asked" in metrics:  # after the header: times vary
+        metrics |= latency_check.check(table, model, pruned.model, images[:1])
     return runner.StageResult(
         pruned.model,
-        context.header(sparse, asked=asked, reached=dict(metrics)),
+        header,
         pruned.masks,
         metrics=metrics,
         tables={"outputs": Table.of([dict(zip(OUTPUTS, row, strict=True)) for row in outputs])},
         texts=decision.files,
     )
+
+
+def _latencies(context: runner.StageContext) -> LatencyTable | None:
+    """The table of measured layers that the params name, if they do."""
+    runtime = context.params.prune.latency
+    if runtime == "none":
+        return None
+    return load_table(context.stage.input(f"latency/{runtime}.json"))
 
 
 def _measure(

@@ -218,7 +218,8 @@ def test_an_argument_error_gets_the_whole_key_of_its_setting():
 def test_an_unknown_key_of_a_table_that_may_be_absent_is_told_too(name, tmp_path):
     line = complaint(changed(f"pruners.{name}.target", {"flops": 0.5}), tmp_path)
     assert line == (
-        f"params.yaml: pruners.{name}.target.flops: unknown key; allowed: bytes, macs, params"
+        f"params.yaml: pruners.{name}.target.flops: unknown key; "
+        "allowed: bytes, latency, macs, params"
     )
 
 

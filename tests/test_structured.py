@@ -474,7 +474,7 @@ def test_a_target_out_of_reach_is_told_with_what_can_be_reached(pruner):
 
 @pytest.mark.parametrize("written", [{}, {"macs": 0.5, "params": 0.5}])
 def test_a_target_is_one_of_two(written):
-    with pytest.raises(SettingsError, match="one of macs, params and bytes is needed"):
+    with pytest.raises(SettingsError, match="one of macs, params, bytes and latency is needed"):
         prune("magnitude", toy(), SHAPE, target=written)
 
 

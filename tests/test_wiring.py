@@ -21,8 +21,11 @@ ROOMS = [
 """Top to bottom: a room imports only from those before it."""
 OBSERVERS = {
     f"secateur/pipeline/{name}.py"
-    for name in ("tracking", "mlflow_store", "mlflow_file", "mlflow_model", "console", "preflight")
-}
+    for name in (
+        "tracking", "mlflow_store", "mlflow_file", "mlflow_model", "console", "preflight",
+        "latency_check",
+    )
+}  # fmt: skip
 """No result depends on them."""
 WIRING = yaml.safe_load((ROOT / "dvc.yaml").read_text())
 APART = [yaml.safe_load(file.read_text()) for file in sorted(ROOT.glob("stages/*/dvc.yaml"))]
@@ -80,7 +83,7 @@ def reached(start: set[str], root: Path = ROOT) -> set[str]:
 
 
 def script(stage: dict) -> str:
-    match = re.fullmatch(r"python -m stages\.(\w+)( --round \$\{key\})?", stage["cmd"])
+    match = re.fullmatch(r"python -m stages\.(\w+)( --round \$\{key\}| \$\{item\})?", stage["cmd"])
     assert match, stage["cmd"]
     file = f"stages/{match[1]}.py"
     return file if file in CODE else f"stages/{match[1]}/__main__.py"
@@ -172,7 +175,8 @@ def test_costly_outs_are_cached_and_none_persists():
         for out in [*stage.get("outs", []), *stage.get("metrics", [])]:
             options = next(iter(out.values())) if isinstance(out, dict) else {}
             assert not options.get("persist")
-            assert name in ("evaluate", "sensitivity", "export") or options.get("cache", True)
+            uncached = ("evaluate", "sensitivity", "export", "latency@x")
+            assert name in uncached or options.get("cache", True)
 
 
 PROTOCOLS = {
@@ -202,7 +206,8 @@ def test_the_table_of_stages_agrees_with_dvc_yaml(name):
     """Names, scripts, inputs and models of record.STAGES."""
     spec, stage = record.stage_spec(name), STAGES[name]
     first, _, round_name = name.partition("@")
-    argument = " --round ${key}" if round_name else ""
+    by_runtime = " ${item}" if first == "latency" else " --round ${key}"
+    argument = by_runtime if round_name else ""
     assert stage["cmd"] == f"python -m stages.{record.STAGES[first].module}{argument}"
     assert (name in WIRING["stages"]) == (spec.pipeline == "dvc.yaml")
     read = [record.model_spec(maker).folder for maker in spec.inputs]

@@ -33,10 +33,11 @@ def hardware() -> str:
     """Name of the device in words, for reports."""
     if device().type == "cuda":
         return torch.cuda.get_device_name(device())
-    return f"{_cpu_name()}, {torch.get_num_threads()} threads"
+    return f"{cpu_name()}, {torch.get_num_threads()} threads"
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The model of the processor."""
     try:
         with open("/proc/cpuinfo") as lines:  # noqa: PTH123
             return next(x.split(":", 1)[1].strip() for x in lines if x.startswith("model name"))

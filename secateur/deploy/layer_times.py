@@ -8,7 +8,7 @@ influence on the time, unless they are denormal numbers.
 import contextlib
 import math
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -111,7 +111,7 @@ def measure(
         runtime=runtime,
         batch=batch,
         threads=threads,
-        hardware=machine.hardware(),
+        hardware=machine.cpu_name(),
         versions=machine.versions() | _version(runtime),
         multiple=multiple,
         layers=layers,
@@ -194,7 +194,7 @@ def _module(shape: LayerShape) -> nn.Module:
     if not shape.kernel:
         return nn.Linear(shape.inputs, shape.outputs, shape.bias)
     top, left, bottom, right = shape.padding
-    layer = nn.Conv2d(
+    return nn.Conv2d(
         shape.inputs,
         shape.outputs,
         shape.kernel,  # type: ignore[arg-type]
@@ -204,7 +204,6 @@ def _module(shape: LayerShape) -> nn.Module:
         shape.groups,
         shape.bias,
     )
-    return layer
 
 
 def _onnx_layer(shape: LayerShape, module: nn.Module, size: tuple[int, ...]) -> bytes:
@@ -222,7 +221,11 @@ def _onnx_layer(shape: LayerShape, module: nn.Module, size: tuple[int, ...]) -> 
         )
     given = ["x", *(tensor.name for tensor in tensors)]
     if shape.kernel:
-        options = {"strides": shape.stride, "pads": shape.padding, "dilations": shape.dilation}
+        options: dict[str, Any] = {
+            "strides": shape.stride,
+            "pads": shape.padding,
+            "dilations": shape.dilation,
+        }
         nodes = [helper.make_node("Conv", given, ["y"], group=shape.groups, **options)]
     else:
         product = "product" if shape.bias else "y"
@@ -305,11 +308,11 @@ def _fixed_sides(graph: ChannelGraph) -> dict[str, tuple[bool, bool]]:
     free = torch.zeros(len(graph.canonical), dtype=torch.bool)
     for group in graph.groups:
         free[group.ids] = group.locked is None
-    return {
-        name: tuple(not bool(free[graph.canonical[ids[ids >= 0]]].any()) for ids in sides)
-        for name, layer in graph.layers.items()
-        for sides in [(layer.outputs, layer.inputs)]
-    }  # type: ignore[misc]
+
+    def fixed(ids: Tensor) -> bool:
+        return not bool(free[graph.canonical[ids[ids >= 0]]].any())
+
+    return {name: (fixed(own.outputs), fixed(own.inputs)) for name, own in graph.layers.items()}
 
 
 def _multiple(opener: _Opener, shapes: Iterable[LayerShape]) -> int:
@@ -358,20 +361,21 @@ def _measure_layer(
     }
     times = _shortest(passes, LAYER_REPEATS)
     ms = tuple(tuple(times[out, into] for into in inputs) for out in outputs)
-    return MeasuredLayer(
-        outputs=tuple(outputs), inputs=tuple(inputs), ms=ms, positions=positions
-    )
+    return MeasuredLayer(outputs=tuple(outputs), inputs=tuple(inputs), ms=ms, positions=positions)
 
 
 def _widths(width: int, fixed: bool, multiple: int, groups: int) -> list[int]:
     """Widths at which a side of a layer is measured, ascending."""
     if fixed:
         return [width]
-    step = math.lcm(multiple, groups)
-    if step >= width:
-        step = groups
+    step = math.lcm(_fine(multiple, width), groups)
     found = {min(width, max(step, round(part * width / step) * step)) for part in PARTS}
     return sorted(found)
+
+
+def _fine(multiple: int, width: int) -> int:
+    """The multiple, or, of what is narrow, a quarter of its width."""
+    return max(1, min(multiple, width // 4))
 
 
 def _measure_networks(
@@ -403,7 +407,7 @@ def _narrower(graph: ChannelGraph, share: float, multiple: int) -> dict[str, Ten
         if group.locked is None:
             order = torch.arange(group.size, dtype=torch.float32)
             lost = choices.choose_smallest(order, choices.number_pruned(1 - share, group.size))
-            lost = choices.keep_at_least(lost, order, multiple=multiple)
+            lost = choices.keep_at_least(lost, order, multiple=_fine(multiple, group.size))
             chosen[group.name] = lost.nonzero().flatten()
     return graph.removable({name: index for name, index in chosen.items() if len(index)})
 

@@ -22,11 +22,16 @@ from secateur.training.callbacks import Callback, Row
 
 
 def main(
-    work: Callable[..., None], stage: str, about: str | None, rounds: bool = False
+    work: Callable[..., None],
+    stage: str,
+    about: str | None,
+    rounds: bool = False,
+    choices: Sequence[str] = (),
 ) -> NoReturn:
     """Run a stage as a command: --help, one line for a mistake, exit status 0, 1, 130 or 143.
 
-    With `rounds` it takes --round NAME, which `work` gets; None without it.
+    With `rounds` it takes --round NAME, which `work` gets; None without it. With `choices` it takes
+    one of them.
     """
     parser = argparse.ArgumentParser(
         prog=f"python -m stages.{stage}",
@@ -37,10 +42,12 @@ def main(
     )
     if rounds:
         parser.add_argument("--round", metavar="NAME", help="a further round (docs/rounds.md)")
+    if choices:
+        parser.add_argument("of", choices=choices)
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, _terminated)
     try:
-        work(options.round) if rounds else work()
+        work(*([options.round] if rounds else []), *([options.of] if choices else []))
     except ArgumentError as error:
         fail(f"params.yaml: {error}")
     except SecateurError as error:

@@ -6,6 +6,7 @@ hours of training. No result depends on this module.
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -78,17 +79,33 @@ def _check(model: nn.Module, info: DatasetInfo, params: settings.Params) -> None
                 "prune; take one that does (greg1, greg2, gradual, rigl, gsm), a parametrization, "
                 "or another pruner"
             )
+        chosen = _without_latency(params)
         images, labels = torch.zeros(1, *info.shape), torch.zeros(1, dtype=torch.int64)
         context = PruningContext(trial, images, labels)
         if params.prune.remove_dead or params.prune.export != "none":
             _check_removal(context)
         try:
             with settings.section(f"pruners.{params.pruner}"):
-                plugin.load("pruners", params.pruner).prune(params.chosen("pruners"), context)
+                plugin.load("pruners", params.pruner).prune(chosen, context)
         except SettingsError:
             raise
         except SecateurError:
             return  # the trained network may pass
+
+
+def _without_latency(params: settings.Params) -> Any:
+    """The pruner's settings, without a target of latency whose table prune will find.
+
+    Raises SecateurError if the runtime to measure it in is not installed.
+    """
+    chosen, runtime = params.chosen("pruners"), params.prune.latency
+    target = getattr(chosen, "target", None)
+    if runtime == "none" or target is None or target.latency is None:
+        return chosen
+    from secateur.deploy import layer_times  # takes a while to import
+
+    layer_times.check_packages([runtime])
+    return chosen.model_copy(update={"target": None})
 
 
 def _check_course(term: object, training: sections.Train, info: DatasetInfo) -> None:

@@ -90,6 +90,7 @@ STAGES = {
             "evaluate", inputs=("baseline", "sparse-train", "prune", "finetune"), rounds="all"
         ),
         StageSpec("sensitivity", inputs=("baseline",), pipeline="stages/sensitivity/dvc.yaml"),
+        StageSpec("latency", pipeline="stages/latency/dvc.yaml"),
         StageSpec(
             "export",
             inputs=("baseline", "prune", "finetune"),
@@ -111,7 +112,7 @@ FIRST = "round1"
 
 
 def stage_spec(name: str, after: str = "finetuned") -> StageSpec:
-    """The stage of this name, of the main chain or of a round; KeyError if there is none.
+    """The stage of this name, of the main chain, a round or a runtime; KeyError if there is none.
 
     `after` is the model, below models/, that the round starts from.
     """
@@ -119,6 +120,8 @@ def stage_spec(name: str, after: str = "finetuned") -> StageSpec:
     spec = STAGES[stage]
     if not at:
         return spec
+    if stage == "latency":
+        return replace(spec, name=name)
     if stage not in ROUND or spec.model is None or not re.fullmatch(r"[a-z]\w{,63}", round_name):
         raise KeyError(name)
     place = ROUND.index(stage)

@@ -251,9 +251,7 @@ def _prune_groups(settings: Settings, context: PruningContext) -> PruningDecisio
     if settings.target is None:
         return decide(ranked)
     return solve_rounded(
-        lambda highest, multiple: decide(
-            replace(ranked.with_highest(highest), multiple=multiple)
-        ),
+        lambda highest, multiple: decide(replace(ranked.with_highest(highest), multiple=multiple)),
         settings.target,
         context,
         settings.round_to,

@@ -1,11 +1,11 @@
 """Time of a network at other widths, predicted from a table of measured layers.
 
 The table has the time of every layer at several numbers of outputs and inputs, between which it is
-interpolated, and the time of the whole network as it is and with all channel groups narrower. With S
-the sum over the layers and A the number of their outputs at all positions, a network takes the time
-of the dense one less a * (dense S - S) + b * (dense A - A). The factors a and b, not negative, are
-those that fit the measured networks best: layers on their own take another time than within a
-network, and what lies between them (norms, activations, sums, attention) takes time for each output.
+interpolated, and the time of the whole network as it is and with all channel groups narrower. With
+S the sum over the layers and A the number of their outputs at all positions, a network takes the
+time of the dense one less a * (dense S - S) + b * (dense A - A). The factors a and b, not negative,
+are those that fit the measured networks best: layers on their own take another time than within a
+network, and what lies between them (norms, activations, sums, attention) takes time by output.
 
 Source of the table by layer: T.-J. Yang et al., NetAdapt: Platform-aware neural network adaptation
 for mobile applications, ECCV 2018. The correction by whole networks is Secateur's own.
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Annotated, Self
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, TypeAdapter, model_validator
 
 from secateur.base import files
 from secateur.base.documents import read_json, validated
@@ -56,7 +56,8 @@ class MeasuredLayer(Strict):
         column, right = _place(self.inputs, inputs)
         rows = []
         for number in (row, min(row + 1, len(self.outputs) - 1)):
-            low, high = self.ms[number][column], self.ms[number][min(column + 1, len(self.inputs) - 1)]
+            low = self.ms[number][column]
+            high = self.ms[number][min(column + 1, len(self.inputs) - 1)]
             rows.append(low + right * (high - low))
         return rows[0] + up * (rows[1] - rows[0])
 
@@ -87,12 +88,19 @@ class LatencyTable(Strict):
     """Images per pass."""
     threads: Annotated[int, Field(ge=1)]
     hardware: str
+    """The model of the processor."""
     versions: dict[str, str]
     multiple: Annotated[int, Field(ge=1)]
     """Widths between its multiples take about as long as the next one."""
     layers: dict[str, MeasuredLayer]
     networks: Annotated[tuple[MeasuredNetwork, ...], Field(min_length=1)]
     """The dense network first."""
+
+    @property
+    def about(self) -> str:
+        """Runtime, threads and images per pass in words."""
+        threads = f"{self.threads} thread{'s'[: self.threads != 1]}"
+        return f"{self.runtime}, {threads}, batch {self.batch}"
 
     @cached_property
     def factors(self) -> tuple[float, float]:
@@ -136,15 +144,15 @@ class LatencyTable(Strict):
             outputs += out * layer.positions
         return layers, outputs
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write it as JSON."""
-        files.write_text(path, self.model_dump_json(indent=1) + "\n")
+        files.write_text(Path(path), self.model_dump_json(indent=1) + "\n")
 
 
 def load_table(path: Path) -> LatencyTable:
     """The table in a file; SecateurError naming it if it is damaged."""
     found = read_json(path, SecateurError, "run `dvc repro` to measure it")
-    return validated(LatencyTable, found, path, SecateurError)
+    return validated(TypeAdapter(LatencyTable), found, str(path), SecateurError)
 
 
 def widths_left(graph: ChannelGraph, selection: Selection) -> dict[str, tuple[int, int]]:

@@ -113,9 +113,11 @@ def ratios_by_group(
     `ratios_by_layer` does, and if layers of one group are given different ratios.
     """
     positions = layer_positions(model)
-    skipped = {name for entry in skip for name in _skipped_layers(entry, positions)}
     named = [name for name, layers in groups.items() if layers]
+    skipped = {name for entry in skip for name in _skipped_layers(entry, positions, named)}
     given = _named(rules, positions, named) if rules.named else _given(rules, positions)
+    if rules.everywhere is not None:  # also projections that a MultiheadAttention holds itself
+        given = dict.fromkeys((*positions, *named), (rules.everywhere, ""))
     result: dict[str, float] = {}
     for group, layers in groups.items():
         known = [given[name] for name in dict.fromkeys(layers) if name in given]
@@ -130,7 +132,7 @@ def ratios_by_group(
                     "give one ratio",
                 )
         ratio, origin = min(known, default=(0.0, ""))
-        if skipped.intersection(layers):
+        if skipped.intersection((group, *layers)):
             ratio = 0.0
         if ratio > 0 and group in refused:
             if rules.named:
@@ -238,11 +240,16 @@ def _matching(
     return names
 
 
-def _skipped_layers(entry: Skipped, positions: Mapping[str, Position]) -> list[str]:
-    """The layers that an entry of `skip` names; ArgumentError if there is none."""
+def _skipped_layers(
+    entry: Skipped, positions: Mapping[str, Position], others: Iterable[str] = ()
+) -> list[str]:
+    """The layers that an entry of `skip` names; ArgumentError if there is none.
+
+    `others` are further names that a pattern may be for.
+    """
     blocks = any(position.block is not None for position in positions.values())
     if not blocks or not re.fullmatch(r"\d+(\.\d+){0,2}", entry.text):
-        return _matching("skip", entry.text, positions)
+        return _matching("skip", entry.text, positions, others)
     wanted = [int(part) for part in entry.text.split(".")]
 
     def matches(position: Position, numbers: list[int]) -> bool:
