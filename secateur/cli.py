@@ -188,7 +188,7 @@ COMMANDS = (
     Command(
         "report",
         "write the page that compares experiments: tables, plot, statistics",
-        "secateur.studies.page:command",
+        "secateur.studies.report.page:command",
         _report,
         "Seeds of equal settings are one method at one operating point.",
     ),

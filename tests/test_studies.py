@@ -9,6 +9,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from urllib.parse import urlparse
 
 import pytest
 import yaml
@@ -156,19 +157,9 @@ def study_of(project, **content):
     )
 
 
-def run_study(project, *options, **more):
-    return project.run(
-        "python",
-        "-m",
-        "secateur",
-        "study",
-        "mine",
-        "--workers",
-        "2",
-        "--no-mlflow",
-        *options,
-        **more,
-    )
+def run_study(project, *options, tracking="off", **more):
+    command = ["python", "-m", "secateur", "study", "mine", "--workers", "2", *options]
+    return project.run(*command, SECATEUR_TRACKING=tracking, **more)
 
 
 @pytest.mark.pipeline
@@ -270,3 +261,25 @@ def test_what_a_stage_refuses_is_one_line_and_the_other_cells_are_finished(proje
     again = {"after": "finetuned", "sparse_train": {}, "prune": {}, "finetune": {}}
     study_of(project, settings={"rounds": {"round2": again}})
     assert "error: cell mine-s1: rounds: round2: a study runs" in run_study(project, ok=False)
+
+
+@pytest.mark.pipeline
+def test_mlflow_gets_a_parent_with_the_page_and_children_once(project):
+    """Into the real store; what is there and unchanged is written again only into another store."""
+    seed = params_file.read(project.path / "params.yaml")["seed"]
+    study_of(project, seeds=[seed], settings={})
+    first = run_study(project, tracking="on")
+    (parent,) = project.runs("tags.kind = 'study'")
+    (child,) = project.runs(f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
+    assert (parent.info.status, child.data.tags["kind"]) == ("FINISHED", "pipeline")
+    assert child.info.run_name == f"mine-s{seed}" and "MLflow: " in first
+    report = json.loads((project.path / "metrics/evaluate.json").read_text())
+    assert child.data.metrics["finetuned/accuracy"] == report["finetuned"]["accuracy"]
+    page = Path(urlparse(parent.info.artifact_uri).path, "index.html")  # of the copied project
+    assert page.read_bytes() == (project.path / "report/mine/index.html").read_bytes()
+    again = run_study(project, tracking="on")
+    assert "report/mine/index.html: up to date" in again and "MLflow" not in again
+    (project.path / "mlflow.db").rename(project.path / "elsewhere.db")
+    run_study(project, tracking="on")
+    assert len(project.runs("tags.kind = 'study'")) == 1
+    assert len(project.runs("tags.kind = 'pipeline'")) == 1

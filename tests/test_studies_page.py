@@ -11,7 +11,8 @@ import pytest
 from scipy import stats
 
 from secateur.base.errors import SecateurError
-from secateur.studies import artifacts, compare, page, results, statistics, tables
+from secateur.studies import compare, results
+from secateur.studies.report import artifacts, page, statistics, tables
 from secateur.studies.results import Cell
 
 

@@ -69,6 +69,10 @@ class Plan:
         """Pieces that are not finished, each after those that it reads."""
         return [work for id, work in self.works.items() if id not in self.entries]
 
+    def entries_of(self, cell: int) -> dict[str, Entry]:
+        """The finished stages of a cell by name."""
+        return {self.works[id].stage.name: self.entries[id] for id in self.by_cell[cell]}
+
     def finished(self, cell: int) -> bool:
         """Whether every stage of a cell is finished."""
         return all(id in self.entries for id in self.by_cell[cell])

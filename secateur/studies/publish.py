@@ -9,24 +9,25 @@ from secateur.base.errors import SecateurError
 from secateur.pipeline import console, sync, tracking
 from secateur.pipeline.mlflow_store import Store, clone_tags, tracking_on
 from secateur.pipeline.record import RunRecord, parse
-from secateur.studies import page
 from secateur.studies.definition import Study
 from secateur.studies.plan import Plan
+from secateur.studies.report import page
 from secateur.studies.results import Cell
 
 
-def write_mlflow(study: Study, made: Plan, folder: Path) -> None:
+def write_mlflow(study: Study, made: Plan, folder: Path) -> bool:
     """Write the runs that MLflow lacks, and a parent run of the study with its page.
 
     All from the files in DVC's cache, one cell after the other, without a workspace. A failure of
-    MLflow is one line of warning.
+    MLflow is one line of warning. Returns whether MLflow has everything.
     """
     if not tracking_on():
-        return
+        return False
     store, began, written = Store(), time.monotonic(), 0
     parent = store.attempt(lambda: _parent(store, study)) if store.client is not None else None
     if parent is None:
-        return
+        return False
+    whole = True
     for number in range(len(made.cells)):
         if not made.finished(number) or store.client is None:
             continue
@@ -37,10 +38,12 @@ def write_mlflow(study: Study, made: Plan, folder: Path) -> None:
             store.attempt(lambda n=number, s=source: _adopt(store, made, n, s, parent))  # type: ignore[misc]
         except SecateurError as error:
             console.say(f"{source.name}: {error}")
+            whole = False
     if store.client is not None:
         store.attempt(lambda: _finish(store, parent, folder))
         seconds = time.monotonic() - began
         console.say(f"MLflow: {written} runs written in {seconds:.0f} s; the store is {store.uri}")
+    return whole and store.client is not None
 
 
 def _parent(store: Store, study: Study) -> str:
@@ -103,11 +106,11 @@ def _finish(store: Store, parent: str, folder: Path) -> None:
     store.client.set_terminated(parent, "FINISHED")
 
 
-def write_page(study: Study, made: Plan, folder: Path) -> None:
+def write_page(study: Study, made: Plan, folder: Path, digest: str) -> None:
     """Write the page about the finished cells."""
     cells = [
         Cell(c.name, c.method, c.point, c.seed, c.control)
         for number, c in enumerate(made.cells)
         if made.finished(number)
     ]
-    page.write(folder, study.name, cells)
+    page.write(folder, study.name, cells, digest)

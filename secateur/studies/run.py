@@ -17,7 +17,7 @@ from typing import NoReturn
 from secateur.base.errors import SecateurError, cut
 from secateur.pipeline import console, recipe
 from secateur.pipeline.params_file import read as read_params
-from secateur.studies import definition, estimate, plan
+from secateur.studies import definition, estimate, marks, plan
 from secateur.studies.definition import Study
 from secateur.studies.execution import check, local, snapshot
 from secateur.studies.execution.experiments import Experiments
@@ -106,13 +106,25 @@ def run(state: Snapshot, study: Study, made: Plan, options: argparse.Namespace) 
         "workspace"
     )
     if done:
-        from secateur.studies import page, publish
-
-        folder = page.REPORTS / study.name
-        publish.write_page(study, made, folder)
-        if not options.no_mlflow:
-            publish.write_mlflow(study, made, folder)
+        _publish(state, study, made, with_mlflow=not options.no_mlflow)
     return progress.failure()
+
+
+def _publish(state: Snapshot, study: Study, made: Plan, with_mlflow: bool) -> None:
+    """Write page and runs in MLflow, unless both are up to date: their libraries take seconds."""
+    folder, digest = Path("report", study.name), marks.digest(state, study, made)
+    if marks.has_page(folder, digest):
+        console.say(f"{folder / marks.PAGE}: up to date")
+    else:
+        from secateur.studies import publish
+
+        publish.write_page(study, made, folder, digest)
+    mark = marks.InMlflow(state, study, digest)
+    if with_mlflow and not mark.complete():
+        from secateur.studies import publish
+
+        if publish.write_mlflow(study, made, folder):
+            mark.set_complete()
 
 
 def _executor(options: argparse.Namespace, state: Snapshot, made: Plan) -> Executor:

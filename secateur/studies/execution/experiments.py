@@ -40,7 +40,7 @@ class Experiments:
         for number, cell in enumerate(self.plan.cells):
             if not self.plan.finished(number):
                 continue
-            entries = self._entries(number)
+            entries = self.plan.entries_of(number)
             content = [self.snapshot.tree, cell.settings, entries]
             text = json.dumps(content, sort_keys=True, default=str)
             digest = hashlib.sha256(text.encode()).hexdigest()[:32]
@@ -52,11 +52,6 @@ class Experiments:
             _import(self.snapshot, b"".join(commands))
             self._known |= written
         return len(written)
-
-    def _entries(self, cell: int) -> dict[str, Entry]:
-        """Finished stages of a cell by name."""
-        ids = self.plan.by_cell[cell]
-        return {self.plan.works[id].stage.name: self.plan.entries[id] for id in ids}
 
     def _commit(self, number: int, ref: str, entries: Mapping[str, Entry], digest: str) -> bytes:
         """Commands of fast-import for a commit: the project's files, and what the cell changes."""

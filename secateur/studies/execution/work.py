@@ -18,7 +18,6 @@ from typing import Any, NoReturn
 from secateur.base import files
 from secateur.base.errors import SecateurError
 from secateur.pipeline import params_file
-from secateur.pipeline.mlflow_store import tracking_on
 from secateur.studies.execution.keys import PARAMS, Entry
 from secateur.studies.execution.snapshot import Snapshot
 
@@ -102,6 +101,8 @@ def _run(repo: Any, stage: Any, task: Task) -> Entry:
     from dvc.stage.cache import _get_stage_hash
     from dvc.stage.run import cmd_run
     from dvc.stage.serialize import to_single_stage_lockfile
+
+    from secateur.pipeline.mlflow_store import tracking_on  # needs torch, as the stages do
 
     stage.save_deps()
     key = _get_stage_hash(stage)

@@ -6,9 +6,9 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from secateur.studies import statistics
+from secateur.studies.report import statistics
+from secateur.studies.report.statistics import Interval
 from secateur.studies.results import Cell, Result
-from secateur.studies.statistics import Interval
 
 HEADINGS = ("method", "point", "dense %", "final %", "compression", "MACs left %", "latency ms")
 

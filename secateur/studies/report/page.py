@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 
 from secateur.base import files
 from secateur.base.errors import SecateurError
-from secateur.studies import artifacts, compare, plots, results, statistics, tables
-from secateur.studies.artifacts import Artifacts
+from secateur.studies import compare, results
+from secateur.studies.report import artifacts, plots, statistics, tables
+from secateur.studies.report.artifacts import Artifacts
+from secateur.studies.report.tables import Row
 from secateur.studies.results import Cell, Result
-from secateur.studies.tables import Row
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -61,8 +62,11 @@ def _is_amount(key: str, found: Sequence[Result]) -> bool:
     return all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
 
 
-def write(folder: Path, title: str, cells: Sequence[Cell]) -> None:
-    """Write the page of these experiments into `folder`; SecateurError if none can be read."""
+def write(folder: Path, title: str, cells: Sequence[Cell], digest: str = "") -> None:
+    """Write the page of these experiments into `folder`; SecateurError if none can be read.
+
+    `digest`, near the beginning of index.html, says what it was made of.
+    """
     by_name = {result.name: result for result in results.read([cell.experiment for cell in cells])}
     pairs = [(cell, by_name[cell.experiment]) for cell in cells if cell.experiment in by_name]
     if not pairs:
@@ -80,7 +84,7 @@ def write(folder: Path, title: str, cells: Sequence[Cell]) -> None:
     files.write_text(folder / "table.csv", tables.as_csv(rows))
     files.write_text(folder / "table.md", tables.as_markdown(rows))
     files.write_text(folder / "table.tex", tables.as_latex(rows))
-    files.write_text(folder / "index.html", _html(title, rows, pictures, left))
+    files.write_text(folder / "index.html", _html(title, rows, pictures, left, digest))
     print(f"{folder / 'index.html'}: {len(pairs)} experiments, {len(rows)} rows", flush=True)
 
 
@@ -152,6 +156,7 @@ def _html(
     rows: Sequence[Row],
     pictures: Mapping[str, bytes],
     left: Mapping[str, Artifacts],
+    digest: str,
 ) -> str:
     from jinja2 import Environment
 
@@ -161,6 +166,7 @@ def _html(
            for name, text in svg.items()}  # fmt: skip
     return environment.from_string(TEMPLATE).render(
         title=title,
+        digest=digest,
         rows=rows,
         svg={CAPTIONS[name]: picture for name, picture in svg.items()},
         headings=tables.HEADINGS,
@@ -174,6 +180,7 @@ def _html(
 TEMPLATE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="digest" content="{{ digest }}">
 <style>
 body {font: 15px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 2rem auto; padding: 0 1rem;
  color: #222}

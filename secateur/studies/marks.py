@@ -1,0 +1,64 @@
+"""What of a study's page and runs in MLflow is up to date, so that both are not made anew.
+
+Only a shortcut: what is marked can be deleted at any time and is then written again.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from secateur.base import files
+from secateur.studies.definition import Study
+from secateur.studies.execution.snapshot import PLACE, Snapshot
+from secateur.studies.plan import Plan
+
+PAGE = "index.html"
+
+
+def digest(state: Snapshot, study: Study, made: Plan) -> str:
+    """Hash of the project's files and of all that the finished cells have made."""
+    cells = [
+        [cell.name, cell.method, cell.point, cell.control, made.entries_of(number)]
+        for number, cell in enumerate(made.cells)
+        if made.finished(number)
+    ]
+    text = json.dumps([state.tree, study.about, cells], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def has_page(folder: Path, digest: str) -> bool:
+    """Whether the page in this folder was made of the same."""
+    try:
+        with (folder / PAGE).open("rb") as page:
+            return digest.encode() in page.read(1000)
+    except OSError:
+        return False
+
+
+class InMlflow:
+    """What the store that MLflow uses has been given; looked up before MLflow is imported."""
+
+    def __init__(self, state: Snapshot, study: Study, digest: str) -> None:
+        self.file = state.root / PLACE / f"{study.name}.mlflow.json"
+        self._own = state.root / "mlflow.db"
+        self._named = os.environ.get("MLFLOW_TRACKING_URI")  # MLflow sets it too
+        experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME")
+        self._about = {"digest": digest, "uri": self._named, "experiment": experiment}
+
+    def _content(self) -> dict[str, object]:
+        """The inode tells the project's own store from one that was made anew."""
+        own = self._named is None and self._own.is_file()
+        return self._about | {"inode": self._own.stat().st_ino if own else None}
+
+    def complete(self) -> bool:
+        """Whether it has been given all of this."""
+        try:
+            known = json.loads(self.file.read_text())
+        except (OSError, ValueError):
+            return False
+        return bool(known == self._content())
+
+    def set_complete(self) -> None:
+        """Note that it has."""
+        files.write_text(self.file, json.dumps(self._content()))
