@@ -1,6 +1,7 @@
 """Pruners and masks: exact choices by hand, and what is pruned stays exactly zero."""
 
 import copy
+import itertools
 import statistics
 from itertools import pairwise
 from typing import Literal, get_args, get_origin
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from secateur.base import plugin
-from secateur.base.errors import PruningError
+from secateur.base.errors import PruningError, SettingsError
 from secateur.base.sections import Train
 from secateur.data import dataset
 from secateur.nn import checkpoint
@@ -28,6 +29,7 @@ NAMES = plugin.names("pruners")
 GRADED = [n for n in NAMES if "sensitivity" in plugin.load("pruners", n).Settings.model_fields]
 SCOPED = GRADED
 ARCHS = ["lenet300", "lenet5"]
+FEW = {"oracle": {"ratios": {"1": 0.001}}}  # one filter of one layer: a hundred trials
 NORMED = ["network_slimming"]  # looks at scales of batch normalisations
 
 
@@ -76,8 +78,9 @@ def variants(name):
         for choice in get_args(field.annotation)
     ]
     needed = {"isomorphic": {"granularity": "group"}}
+    few = FEW.get(name, {})
     return [
-        schema(**chosen, **next((needed[v] for v in chosen.values() if v in needed), {}))
+        schema(**few, **chosen, **next((needed[v] for v in chosen.values() if v in needed), {}))
         for chosen in [{}, *choices]
     ]
 
@@ -384,3 +387,56 @@ def test_apply_zeroes_what_goes_and_leaves_the_rest_bit_for_bit():
     assert model[0].weight.tolist() == [[1, 0, 3]]
     assert not model[0].weight.signbit().any()
     assert model[0].bias.tolist() == [4]
+
+
+def small_classifier(seed=0):
+    """Two convolutions of four filters; which of them matter differs by a factor of hundreds."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(1), nn.Linear(4, 3),
+    ).eval().double()  # fmt: skip
+    for parameter in model.parameters():
+        parameter.data = torch.randn_like(parameter)
+    return model
+
+
+def loss_without(model, first, second, images, labels):
+    """With zeros in every tensor of these filters, written out for this network."""
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for number in first:
+            for tensor in (copied[0].weight, copied[0].bias, copied[1].weight, copied[1].bias):
+                tensor[number] = 0
+        for number in second:
+            copied[3].weight[number], copied[3].bias[number] = 0, 0
+        return float(nn.functional.cross_entropy(copied(images), labels))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_oracle_finds_the_lowest_loss_of_all_choices(seed):
+    model = small_classifier(seed)
+    images = torch.randn(20, 1, 8, 8, dtype=torch.float64)
+    labels = torch.arange(20) % 3
+    module = plugin.load("pruners", "oracle")
+    wanted = module.Settings(ratios={"0": 0.5, "1": 0.25})
+    decision = module.prune(wanted, PruningContext(model, images, labels))
+    losses = {
+        (first, second): loss_without(model, first, (second,), images, labels)
+        for first in itertools.combinations(range(4), 2)
+        for second in range(4)
+    }
+    best = min(losses, key=losses.get)
+    found = [tuple(channels.tolist()) for channels in decision.channels.values()]
+    assert found == [best[0], (best[1],)]
+    assert decision.notes["trials"] == len(losses) == 24
+    assert decision.notes["loss"] == pytest.approx(losses[best], abs=1e-12)
+
+
+def test_oracle_refuses_more_choices_than_it_may_try_before_any_is_tried():
+    module = plugin.load("pruners", "oracle")
+    with pytest.raises(SettingsError, match=r"ratios: more than 10,000 choices of filters"):
+        module.prune(module.Settings(), subject(network("lenet5")))
+    with pytest.raises(PruningError, match="needs images with labels"):
+        model = small_classifier().float()
+        module.prune(module.Settings(), PruningContext(model, torch.zeros(1, 1, 8, 8)))
