@@ -46,6 +46,22 @@ def _recipe(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _rounds(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("steps", type=_positive, help="rounds in all")
+    parser.add_argument(
+        "--to",
+        type=float,
+        required=True,
+        metavar="SHARE",
+        help="of the dense network that is left at last, such as 0.02",
+    )
+    parser.add_argument(
+        "--of", choices=("params", "macs", "bytes"), default="params", help="default: params"
+    )
+    parser.add_argument("--equal", action="store_true", help="equal steps; default: geometric ones")
+    parser.add_argument("--apply", action="store_true", help="write them into params.yaml")
+
+
 def _study(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", nargs="?", help="the study; without it, all are listed")
     parser.add_argument("--plan", action="store_true", help="show what would run, run nothing")
@@ -161,6 +177,16 @@ COMMANDS = (
         "  secateur recipe\n"
         "  secateur recipe mnist-lenet300-element --seeds 1 2 3\n"
         "  secateur recipe mnist-lenet300-element --apply",
+    ),
+    Command(
+        "rounds",
+        "settings of rounds that lead to a target in several steps",
+        "secateur.pipeline.rounds:command",
+        _rounds,
+        "For the pruner that params.yaml has switched on: magnitude or network_slimming.\n\n"
+        "examples:\n"
+        "  secateur rounds 5 --to 0.02              # of the parameters, in geometric steps\n"
+        "  secateur rounds 3 --to 0.4 --of macs --equal --apply && dvc repro",
     ),
     Command(
         "study",

@@ -48,11 +48,12 @@ def prune(context: runner.StageContext) -> runner.StageResult:
     """Apply the pruner's decision to the sparse-trained network, and remove dead channels."""
     params, sparse = context.params, context.start
     model = sparse.model().eval()
+    dense = checkpoint.build_architecture(sparse.header).eval()
     images, labels = example_batch(context.data.train, context.data.info)
     with section(f"pruners.{params.pruner}"):
         settings = params.chosen("pruners")
         table = _latencies(context)
-        network = PruningContext(model, images, labels, sparse.choices, table)
+        network = PruningContext(model, images, labels, sparse.choices, table, dense)
         decision = plugin.load("pruners", params.pruner).prune(settings, network)
     decision = replace(decision, masks=masks.joined(decision.masks, sparse.masks))
     asked = ", ".join([params.pruner, *(f"{k} {v}" for k, v in settings if v is not None)])
@@ -79,7 +80,7 @@ def prune(context: runner.StageContext) -> runner.StageResult:
     outputs = _outputs(model, pruned.model)
     console.outputs(outputs)
     metrics = {**decision.notes, **pruned.differences}
-    metrics |= _measure(context, pruned, checkpoint.build_architecture(sparse.header), asked)
+    metrics |= _measure(context, pruned, dense, asked)
     metrics["removed_outputs"] = float(sum(before - left for _, before, left in outputs))
     header = context.header(sparse, asked=asked, reached=dict(metrics))
     if table is not None and "latency_left_asked" in metrics:  # after the header: times vary

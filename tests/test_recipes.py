@@ -68,7 +68,7 @@ def test_a_penalty_that_prunes_meanwhile_suits_the_training_that_a_recipe_gives_
     module = plugin.load("penalties", made["penalty"])
     own = settings.validate(module.Settings, made["penalties"][made["penalty"]], "")
     penalty = module.build(own, nn.Sequential(nn.Linear(40, 40)), made["decay"])
-    training = settings.validate(sections.Train, made["sparse_train"], "")
+    training = settings.validate(sections.ContinuedTrain, made["sparse_train"], "")
     images = TRAINING_IMAGES[made["dataset"]]
     steps = training.epochs * math.ceil(images / training.batch_size)
     penalty.start(Course(training, steps, images))

@@ -219,7 +219,7 @@ def test_an_unknown_key_of_a_table_that_may_be_absent_is_told_too(name, tmp_path
     line = complaint(changed(f"pruners.{name}.target", {"flops": 0.5}), tmp_path)
     assert line == (
         f"params.yaml: pruners.{name}.target.flops: unknown key; "
-        "allowed: bytes, latency, macs, params"
+        "allowed: bytes, latency, macs, of, params"
     )
 
 

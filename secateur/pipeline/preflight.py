@@ -81,7 +81,7 @@ def _check(model: nn.Module, info: DatasetInfo, params: settings.Params) -> None
             )
         chosen = _without_latency(params)
         images, labels = torch.zeros(1, *info.shape), torch.zeros(1, dtype=torch.int64)
-        context = PruningContext(trial, images, labels)
+        context = PruningContext(trial, images, labels, dense=trial)
         if params.prune.remove_dead or params.prune.export != "none":
             _check_removal(context)
         try:

@@ -44,13 +44,15 @@ class PruningContext:
         labels: Tensor | None = None,
         choices: Choices | None = None,
         latency: LatencyTable | None = None,
+        dense: nn.Module | None = None,
     ) -> None:
         """`images` (N, C, H, W) are some of the training images, normalised; `labels` (N,) int64.
 
         `choices` are those of the penalty; a penalty that does not choose has none. `latency` has
-        measured times of the network's layers, for a target of it.
+        measured times of the network's layers, for a target of it. `dense` is the network before
+        any pruning, with any weights, where it is known.
         """
-        self.model, self.images = model, images
+        self.model, self.images, self.dense = model, images, dense
         self.labels = torch.empty(0, dtype=torch.int64) if labels is None else labels
         self.choices: Choices = choices or {}
         self.latency = latency

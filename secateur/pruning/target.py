@@ -1,8 +1,8 @@
 """A target for what is left of a network, in place of a ratio, reached by bisection.
 
 `target: {macs: 0.5}` leaves half of the multiply-accumulates (MACs) of the network that is pruned,
-`target: {params: 0.3}` three tenths of its parameters. Single weights that the decision masks count
-as removed; weights that were zero before do not. `target: {bytes: 0.3}` leaves three tenths of the
+`target: {params: 0.3}` three tenths of its parameters; with `of: dense`, of those of the dense
+network. Single weights that the decision masks count as removed; weights that were zero before do not. `target: {bytes: 0.3}` leaves three tenths of the
 bytes of all parameters and buffers, of which masked weights take as many as others. `target:
 {latency: 0.5}` leaves half of the time of a pass, predicted from measured layers
 (pruning/latency.py); there only whole channels count.
@@ -11,11 +11,11 @@ bytes of all parameters and buffers, of which masked weights take as many as oth
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from secateur.base.errors import ArgumentError, PruningError
 from secateur.base.sections import Strict
@@ -44,12 +44,23 @@ class Target(Strict):
     """Of the parameters and buffers as a checkpoint stores them, masked weights included."""
     latency: Share | None = None
     """Of the time of a pass, in the runtime whose table of measured layers is given."""
+    of: Literal["given", "dense"] = "given"
+    """Of the network that is pruned, or of the dense one that it comes from: in further rounds the
+    network that is pruned has lost much already."""
 
     @model_validator(mode="after")
     def _one_of_them(self) -> Self:
         if len(self._given) != 1:
             raise ValueError(
                 "macs: one of macs, params, bytes and latency is needed, the share that is left"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _times_are_of_the_given_network(self) -> Self:
+        if self.latency is not None and self.of == "dense":
+            raise ValueError(
+                "of: dense; layers of the dense network are not measured: macs or params"
             )
         return self
 
@@ -66,15 +77,15 @@ class Target(Strict):
     def __str__(self) -> str:
         """As in params.yaml."""
         kind, share = self.wanted
-        return f"{{{kind}: {share:g}}}"
+        return f"{{{kind}: {share:g}{', of: dense' if self.of == 'dense' else ''}}}"
 
 
 class RemainingShare:
     """The share of a network that a decision leaves, found without removing anything."""
 
-    def __init__(self, context: PruningContext) -> None:
-        """Runs the network on one image."""
-        self.context = context
+    def __init__(self, context: PruningContext, dense: nn.Module | None = None) -> None:
+        """Runs the network on one image. The shares are of `dense`, or else of the network."""
+        self.context, self.dense = context, dense
         model = context.model
         device = next(model.parameters()).device
         self.positions = cost.output_positions(model, context.images[:1].to(device))
@@ -89,6 +100,10 @@ class RemainingShare:
         names = {id(tensor): name for name, tensor in reversed(stored.items())}  # the first name
         self.tensors: dict[str, Tensor] = {name: stored[name] for name in names.values()}
         self.bytes = sum(t.numel() * t.element_size() for t in self.tensors.values())
+        self.whole = {"macs": self.macs, "params": self.params, "bytes": self.bytes}
+        if dense is not None:
+            before = RemainingShare(PruningContext(dense, context.images))
+            self.whole = before.whole
 
     def __call__(self, decision: PruningDecision) -> dict[str, float]:
         """Shares of `macs`, `params` and `bytes` that are left; of `latency` if it can be told."""
@@ -105,8 +120,8 @@ class RemainingShare:
             params -= lost
             if name in self.weights:
                 macs -= lost * self.positions[name.removesuffix(".weight")]
-        shares = {"macs": macs / self.macs, "params": params / self.params}
-        shares["bytes"] = size / self.bytes
+        left = {"macs": macs, "params": params, "bytes": size}
+        shares = {kind: count / self.whole[kind] for kind, count in left.items()}
         if self.context.latency is not None:
             shares["latency"] = self._time(decision) / self.time
         return shares
@@ -172,7 +187,9 @@ def solve(
     """
     kind, wanted = target.wanted
     check_latency(target, context)
-    remaining = RemainingShare(context)
+    if target.of == "dense" and context.dense is None:
+        raise ArgumentError("target.of", "the dense network is known in the pipeline only", "dense")
+    remaining = RemainingShare(context, context.dense if target.of == "dense" else None)
     low, high = (0.0, decide(0.0)), (HIGHEST_RATIO, decide(HIGHEST_RATIO))
     shares = {ratio: remaining(decision)[kind] for ratio, decision in (low, high)}
     if shares[HIGHEST_RATIO] > wanted:

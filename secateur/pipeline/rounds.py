@@ -1,0 +1,78 @@
+"""Rounds that lead to a target in several steps, written into params.yaml."""
+
+import argparse
+import io
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from secateur.base import plugin
+from secateur.base.errors import SettingsError
+from secateur.base.settings import Params, check, validate
+from secateur.pipeline import console, params_file
+from secateur.pipeline.record import FIRST
+
+
+def shares(target: float, steps: int, equal: bool = False) -> list[float]:
+    """The share of the dense network that is left after each of the steps.
+
+    Geometric steps leave the same share of what was there, equal ones take away as much each time.
+    """
+    if equal:
+        return [1 - (1 - target) * step / steps for step in range(1, steps + 1)]
+    return [target ** (step / steps) for step in range(1, steps + 1)]
+
+
+def settings(pruner: str, kind: str, left: list[float]) -> dict[str, Any]:
+    """Dotted keys of params.yaml -> values: one round of the main chain, and the further ones."""
+    first, *more = ({kind: float(f"{share:.6g}"), "of": "dense"} for share in left)
+    rounds: dict[str, Any] = {}
+    after = "finetuned"
+    for number, target in enumerate(more, start=2):
+        name = FIRST.replace("1", str(number))
+        rounds[name] = {
+            "after": after,
+            "sparse_train": {},
+            "prune": {"pruners": {pruner: {"target": target}}},
+            "finetune": {},
+        }
+        after = f"rounds/{name}/finetuned"
+    return {f"pruners.{pruner}.target": first, "rounds": rounds}
+
+
+def command(options: argparse.Namespace) -> None:
+    """Print the settings, or write them into params.yaml; SettingsError if they do not fit it."""
+    if not 0 < options.to < 1:
+        raise SettingsError(f"--to {options.to:g}: a share between 0 and 1 is needed")
+    params = check()
+    if "target" not in plugin.load("pruners", params.pruner).Settings.model_fields:
+        raise SettingsError(
+            f"params.yaml: pruner = {params.pruner!r}: has no target; magnitude and "
+            "network_slimming have one"
+        )
+    left = shares(options.to, options.steps, options.equal)
+    changed = settings(params.pruner, options.of, left)
+    _check(changed)
+    if options.apply:
+        params_file.update(changed)
+        steps = ", ".join(f"{share:.4g}" for share in left)
+        console.say(f"params.yaml: {options.steps} rounds, after which {steps} is left")
+        return
+    written = io.StringIO()
+    nested = {"pruners": {params.pruner: {"target": changed[f"pruners.{params.pruner}.target"]}}}
+    yaml.safe_dump(nested | {"rounds": changed["rounds"]}, written, sort_keys=False)
+    console.say(written.getvalue().rstrip())
+
+
+def _check(changed: Mapping[str, Any]) -> None:
+    """SettingsError if params.yaml with these values would be refused."""
+    text = params_file.updated(_text(), changed)
+    whole = validate(Params, yaml.safe_load(text), "")
+    whole.chosen("pruners")
+    for name in whole.rounds:
+        whole.of_round(name)
+
+
+def _text() -> str:
+    return yaml.safe_dump(params_file.read(), sort_keys=False)

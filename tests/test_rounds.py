@@ -1,0 +1,88 @@
+"""Targets over rounds: shares of the dense network, step by step, with and without masks."""
+
+import argparse
+import copy
+
+import pytest
+import torch
+import yaml
+from workspace import ROOT
+
+from secateur.base import plugin
+from secateur.base.errors import ArgumentError, SettingsError
+from secateur.base.settings import check
+from secateur.nn import cost
+from secateur.pipeline import rounds
+from secateur.pruning.apply import apply_decision
+from secateur.pruning.decision import PruningContext
+from secateur.pruning.target import Target, solve
+from secateur.sparsity import masks as masking
+
+
+def dense(seed=0):
+    module = plugin.load("archs", "lenet5")
+    torch.manual_seed(seed)
+    return module.build(module.Settings(filters=[6, 8], hidden=20), 10, (1, 28, 28))
+
+
+@pytest.mark.parametrize(("granularity", "remove"), [("weight", False), ("filter", True)])
+def test_every_round_leaves_its_share_of_the_dense_network(granularity, remove):
+    """Counted from the networks that are left, not by the solver: masks are held from round to
+    round, and compact networks are what the next round starts from."""
+    magnitude = plugin.load("pruners", "magnitude")
+    first, model, held = dense(), dense(), {}
+    images = torch.randn(4, 1, 28, 28)
+    for share in rounds.shares(0.2, 3):
+        chosen = magnitude.Settings(
+            granularity=granularity, ranking="global", ratios=0.5,
+            target={"params": share, "of": "dense"},
+        )  # fmt: skip
+        found = magnitude.prune(chosen, PruningContext(model, images, dense=first))
+        joined = masking.joined(found.masks, held)
+        found = type(found)(joined, found.channels, found.notes)
+        made = apply_decision(model, found, images, remove_dead=remove, requested="x")
+        model, held = made.model, dict(made.masks)
+        left = cost.nonzero(model, held) / cost.parameters(first)
+        step = 0 if granularity == "weight" else 0.06  # a filter of so small a network
+        assert abs(left - share) <= step + 1e-3
+        assert found.notes["params_left_asked"] == share
+
+
+def test_without_a_dense_network_a_target_of_it_is_refused():
+    context = PruningContext(dense(), torch.randn(1, 1, 28, 28))
+    with pytest.raises(ArgumentError, match=r"target\.of"):
+        solve(lambda ratio: None, Target(macs=0.5, of="dense"), context)
+
+
+def test_steps_are_geometric_or_equal_and_end_at_the_target():
+    assert rounds.shares(0.008, 3) == pytest.approx([0.2, 0.04, 0.008])
+    assert rounds.shares(0.1, 3, equal=True) == pytest.approx([0.7, 0.4, 0.1])
+    assert rounds.shares(0.3, 1) == [0.3]
+
+
+def command(**options):
+    given = {"steps": 3, "to": 0.1, "of": "macs", "equal": False, "apply": True}
+    rounds.command(argparse.Namespace(**given | options))
+
+
+def test_the_command_writes_rounds_that_params_yaml_accepts(tmp_path, monkeypatch, capsys):
+    text = (ROOT / "params.yaml").read_text()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "params.yaml").write_text(text)
+    with pytest.raises(SettingsError, match="has no target"):
+        command()
+    (tmp_path / "params.yaml").write_text(text.replace("pruner: std ", "pruner: magnitude "))
+    with pytest.raises(SettingsError, match="--to 1: a share between 0 and 1"):
+        command(to=1.0)
+    command(apply=False)
+    printed = yaml.safe_load(capsys.readouterr().out)
+    command()
+    params = check(tmp_path / "params.yaml")
+    asked = [params, *(params.of_round(name) for name in ("round2", "round3"))]
+    left = [p.chosen("pruners").target for p in asked]
+    assert [t.macs for t in left] == pytest.approx([0.1 ** (k / 3) for k in (1, 2, 3)], rel=1e-5)
+    assert {t.of for t in left} == {"dense"} and list(params.rounds) == ["round2", "round3"]
+    assert (
+        copy.deepcopy(printed["rounds"])
+        == yaml.safe_load((tmp_path / "params.yaml").read_text())["rounds"]
+    )
