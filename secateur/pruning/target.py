@@ -2,10 +2,10 @@
 
 `target: {macs: 0.5}` leaves half of the multiply-accumulates (MACs) of the network that is pruned,
 `target: {params: 0.3}` three tenths of its parameters; with `of: dense`, of those of the dense
-network. Single weights that the decision masks count as removed; weights that were zero before do not. `target: {bytes: 0.3}` leaves three tenths of the
-bytes of all parameters and buffers, of which masked weights take as many as others. `target:
-{latency: 0.5}` leaves half of the time of a pass, predicted from measured layers
-(pruning/latency.py); there only whole channels count.
+network. Single weights that the decision masks count as removed; weights that were zero before do
+not. `target: {bytes: 0.3}` leaves three tenths of the bytes of all parameters and buffers, of which
+masked weights take as many as others. `target: {latency: 0.5}` leaves half of the time of a pass,
+predicted from measured layers (pruning/latency.py); there only whole channels count.
 """
 
 from collections.abc import Callable, Iterator
@@ -59,14 +59,13 @@ class Target(Strict):
     @model_validator(mode="after")
     def _times_are_of_the_given_network(self) -> Self:
         if self.latency is not None and self.of == "dense":
-            raise ValueError(
-                "of: dense; layers of the dense network are not measured: macs or params"
-            )
+            raise ValueError("of: dense; the dense network's layers are not measured")
         return self
 
     @property
     def _given(self) -> list[tuple[str, float]]:
-        shares = [(kind, getattr(self, kind)) for kind in type(self).model_fields]
+        kinds = [kind for kind in type(self).model_fields if kind != "of"]
+        shares = [(kind, getattr(self, kind)) for kind in kinds]
         return [(kind, share) for kind, share in shares if share is not None]
 
     @property
