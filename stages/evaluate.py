@@ -15,6 +15,7 @@ has are removed: DVC has them in its cache.
 import contextlib
 import json
 import shutil
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -24,6 +25,7 @@ from torch import nn
 
 from secateur.base import files, machine, timing
 from secateur.base.files import Table
+from secateur.base.sections import Evaluate
 from secateur.data.batches import first_images
 from secateur.nn import cost
 from secateur.nn.cost import LayerCost
@@ -31,6 +33,7 @@ from secateur.pipeline import console, record, runner, tracking
 from secateur.pipeline.mlflow_store import Store
 from secateur.pipeline.record import FIRST, MODELS, ROUND, Chain
 from secateur.sparsity.masks import Masks, prunable
+from secateur.training.callbacks import Row
 from secateur.training.evaluation import accuracy
 
 REPORT, LAYERS, ROUNDS = (Path("metrics", n) for n in ("evaluate.json", "layers.csv", "rounds.csv"))
@@ -47,6 +50,9 @@ def main() -> None:
     }
     histories = {stage: tracking.read_history(model.history) for stage, model in models.items()}
     report, layers = measure(context, records)
+    for stage, model in MODELS.items():
+        last = end_of_training(histories[context.chain.last[stage]], context.params.evaluate)
+        report[model.key] |= last
     files.write_text(REPORT, json.dumps(report, indent=2) + "\n")
     files.write_text(LAYERS, layers.csv())
     seconds = sum(records[stage].seconds for stage in ROUND)
@@ -55,6 +61,18 @@ def main() -> None:
     written = [REPORT, LAYERS, ROUNDS]
     run_id = tracking.pipeline(records, histories, report, written, store)
     console.summary(report, asked(context, report), store.uri if run_id else None)
+
+
+def end_of_training(history: Sequence[Row], settings: Evaluate) -> dict[str, dict[str, float]]:
+    """Mean of the accuracy on val over the last epochs of a training, and its deviation (n - 1);
+    empty if they are not asked for, or there is no val."""
+    rows = history[-settings.last_epochs :] if settings.last_epochs else []
+    found = [row["val_accuracy"] for row in rows if "val_accuracy" in row]
+    if not found:
+        return {}
+    spread = statistics.stdev(found) if len(found) > 1 else 0.0
+    figures = {"mean": statistics.fmean(found), "deviation": spread, "epochs": float(len(found))}
+    return {"val_accuracy_at_end": figures}
 
 
 def remove_old_rounds(chain: Chain, folder: Path = Path("models/rounds")) -> None:

@@ -162,3 +162,13 @@ def test_all_stages_and_mlflow_agree(name, data, store, tmp_path, capsys):
     assert run.data.metrics["compression"] == report["compression"]
     stage = store.client.get_run(run.data.tags["run.prune"])
     assert stage.data.metrics["compression"] == report["compression"]
+
+
+def test_the_end_of_a_training_is_the_mean_and_deviation_of_its_last_epochs():
+    history = [{"epoch": k, "val_accuracy": a} for k, a in enumerate((0.1, 0.5, 0.7, 0.9), 1)]
+    (found,) = evaluate.end_of_training(history, Evaluate(last_epochs=3)).values()
+    assert found == pytest.approx({"mean": 0.7, "deviation": 0.2, "epochs": 3})
+    (found,) = evaluate.end_of_training(history[:1], Evaluate(last_epochs=3)).values()
+    assert found == {"mean": 0.1, "deviation": 0.0, "epochs": 1}
+    for rows, count in ((history, 0), ([], 3), ([{"epoch": 1, "loss": 1.0}], 3)):
+        assert evaluate.end_of_training(rows, Evaluate(last_epochs=count)) == {}

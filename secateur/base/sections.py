@@ -283,6 +283,9 @@ class Evaluate(Strict):
     """Images per forward pass while the latency is measured."""
     latency_repeats: Annotated[int, Field(ge=3)] = 100
     """Timed passes of each model, interleaved, after a warm-up."""
+    last_epochs: Annotated[int, Field(ge=0)] = 0
+    """Epochs at the end of each training whose accuracy on the validation images is reported as a
+    mean with its deviation, as GReg's code does of five; 0: none."""
 
 
 Ratio = Annotated[float, Field(gt=0, lt=1)]

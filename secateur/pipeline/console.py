@@ -293,6 +293,12 @@ def summary(report: Mapping[str, Any], asked: str, store: str | None) -> None:
     )
     if report["measured_speedup"] < 0.5 * report["theoretical_speedup"]:
         say("         (single zeros among the weights save no time in dense kernels)")
+    for title, row in (dense | rows).items():
+        if end := row.get("val_accuracy_at_end"):
+            say(
+                f"at end   {title}: {end['mean']:.2%} ± {end['deviation']:.2%} on val "
+                f"over the last {end['epochs']:.0f} epochs"
+            )
     say("see      metrics/evaluate.json, metrics/layers.csv; `dvc plots show` for the curves")
     if store is not None:
         where = "`mlflow ui`" if store.startswith("sqlite:") else store
