@@ -173,7 +173,7 @@ def _unpickle(path: Path) -> Any:
 
 
 def _find_tensors(
-    content: Any, entry: str = "", seen: frozenset[int] | set[int] = frozenset()
+    content: Any, entry: str = "", seen: set[int] | None = None
 ) -> tuple[str, dict[str, Tensor]] | None:
     """The state dict in what a file held, and the key that it was found under.
 
@@ -182,9 +182,9 @@ def _find_tensors(
     if isinstance(content, _Inert):
         tensors = dict(_tensors_of_network(content))
         return (entry or "network", tensors) if tensors else None
+    seen = set() if seen is None else seen
     if not isinstance(content, Mapping) or id(content) in seen:
         return None
-    seen = seen if isinstance(seen, set) else set()
     seen.add(id(content))
     for key in ENTRIES:
         if (found := _find_tensors(content.get(key), key, seen)) is not None:
