@@ -11,14 +11,17 @@ from cutting import at_random, build, check, difference, free, images, rebuilt
 from torch import nn
 from torch.nn import functional
 
+import secateur
+from secateur.base import plugin
 from secateur.base.errors import CheckpointError, PruningError
 from secateur.base.torchvision_import import import_torchvision
 from secateur.channels import graph as channels
 from secateur.nn import attention, checkpoint, cost, norms
 from secateur.pruning import proof, removal
 from secateur.pruning.apply import apply_decision
-from secateur.pruning.decision import PruningDecision
+from secateur.pruning.decision import PruningContext, PruningDecision
 from secateur.sparsity import masks
+from secateur.training import penalty as penalties
 
 import_torchvision()
 
@@ -430,3 +433,31 @@ def test_sizes_of_a_file_that_the_network_does_not_have_are_refused(
     file.write_bytes(struct.pack("<Q", len(changed)) + changed + content[8 + length :])
     with pytest.raises(CheckpointError, match="has no size"):
         checkpoint.load(file).model()
+
+
+# ---- heads are chosen as other groups are -------------------------------------------------------
+
+
+@pytest.mark.parametrize("skip", [[], ["*.in_proj_weight"]])
+def test_heads_have_the_ratio_that_is_meant_for_all_and_can_be_skipped(skip):
+    model = build(vit, 0)
+    pruner = secateur.pruners.magnitude(granularity="group", ratios=0.5, skip=skip)
+    found = secateur.prune(model.float(), images(2, 8, 0).float(), pruner).model
+    heads = [m.num_heads for m in found.modules() if isinstance(m, nn.MultiheadAttention)]
+    assert heads == ([3, 3] if skip else [1, 1])  # the half of 3, rounded up, goes
+    assert found.hidden_dim == 12
+
+
+@pytest.mark.parametrize("name", ["greg1", "gradual"])
+def test_heads_that_a_penalty_has_chosen_are_removed(name):
+    """Names of the choice are those of parameters: `in_proj_weight` is a weight without a layer."""
+    model = build(vit, 0).float()
+    module = plugin.load("penalties", name)
+    chosen = module.Settings(granularity="group", ratios=0.5)
+    penalty = penalties.build(name, chosen, model, 1e-3, [3, 8, 8])
+    penalty.groups.choose()
+    context = PruningContext(model, images(2, 8, 0).float(), None, penalty.choices())
+    decision = plugin.load("pruners", "chosen").prune(None, context)
+    heads = "encoder.layers.encoder_layer_0.self_attention.in_proj_weight"
+    assert len(decision.channels[heads]) == 2
+    assert not decision.masks

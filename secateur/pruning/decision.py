@@ -98,7 +98,8 @@ def decision_from_choices(context: PruningContext, choices: Choices) -> PruningD
     for name, choice in by_layer.items():
         ids = getattr(graph.layers[name], _side(choice))
         if bool(torch.isin(graph.canonical[ids[choice.flatten().cpu()]], removed).all()):
-            del rest[f"{name}.weight"]
+            rest.pop(f"{name}.weight", None)
+            rest.pop(name, None)  # a projection that a MultiheadAttention holds itself
     return PruningDecision(masks_from_choices(context.model, rest), selection)
 
 
