@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import secateur
-from secateur.base import optional, settings
+from secateur.base import optional, plugin, settings
 from secateur.base.errors import PruningError, SecateurError, SettingsError
 from secateur.base.torchvision_import import import_torchvision
 from secateur.channels.graph import build_channel_graph
@@ -16,6 +16,7 @@ from secateur.deploy import layer_times
 from secateur.nn import cost
 from secateur.pipeline import latency_check, preflight
 from secateur.pruning import latency
+from secateur.pruning.decision import PruningContext
 from secateur.pruning.latency import LatencyTable, MeasuredLayer, MeasuredNetwork
 
 import_torchvision()
@@ -175,6 +176,24 @@ def test_widths_are_multiples_as_the_table_suggests_unless_the_target_needs_othe
     assert narrow.notes["round_to"] < 8
     with pytest.raises(PruningError, match=r"target\.latency = 0\.0001 cannot be reached"):
         pruned(table, model, target={"latency": 1e-4})
+
+
+def test_a_further_round_may_ask_for_a_share_of_the_dense_network():
+    """Its layers are narrower ones of the dense network, which the table has."""
+    dense = net()
+    table = by_macs(dense, image())
+    first = pruned(table, dense, target={"latency": 0.6}).model
+    context = PruningContext(first, image(4), latency=table, dense=dense)
+    shares = {}
+    for of in ("dense", "given"):
+        settings = {"granularity": "group", "target": {"latency": 0.3, "of": of}}
+        pruner = secateur.pruners.magnitude(**settings)
+        found = plugin.load("pruners", "magnitude").prune(pruner.settings, context)
+        left = latency.widths_left(context.graph, found.channels)
+        shares[of] = table.time(left) / table.networks[0].ms
+        assert abs(found.notes["latency_left_reached"] - 0.3) < 0.03
+    assert abs(shares["dense"] - 0.3) < 0.03
+    assert abs(shares["given"] - 0.3 * 0.6) < 0.03
 
 
 def test_filters_and_scales_reach_a_latency_too():

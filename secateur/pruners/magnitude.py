@@ -22,6 +22,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Annotated, Any, Literal, Self
 
+import torch
 from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor
 
@@ -240,8 +241,14 @@ def _prune_groups(settings: Settings, context: PruningContext) -> PruningDecisio
     )
     total = sum(group.units.numel() for group in ranked.groups)
 
+    known: dict[bytes, dict[str, Tensor]] = {}
+
     def decide(ranked: GroupRanking) -> PruningDecision:
-        channels = graph.removable(ranked.selection(graph))
+        units = ranked.chosen()
+        key = torch.cat(units).numpy().tobytes()  # neighbouring ratios often choose the same
+        if key not in known:
+            known[key] = graph.removable(ranked.selection(graph, units))
+        channels = known[key]
         pairs = zip(ranked.ratios, ranked.groups, strict=True)
         asked = sum(ratio * group.units.numel() for ratio, group in pairs)
         reached = sum(len(index) for index in channels.values())

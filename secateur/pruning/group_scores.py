@@ -212,11 +212,16 @@ class GroupRanking:
                 found[number] = self._kept_apart(number, ranks[str(number)] < count)
         return found
 
-    def selection(self, graph: ChannelGraph) -> dict[str, Tensor]:
-        """The channels of the chosen units by channel group, the least important first."""
+    def selection(
+        self, graph: ChannelGraph, units: Sequence[Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """The channels of the chosen units by channel group, the least important first.
+
+        `units` is what `chosen` returns, where it is known.
+        """
         by_id = torch.zeros(len(graph.canonical), dtype=torch.float64)
         ids = []
-        for group, chosen in zip(self.groups, self.chosen(), strict=True):
+        for group, chosen in zip(self.groups, units or self.chosen(), strict=True):
             own = group.units[chosen]
             by_id[own] = group.scores[chosen].to(by_id).unsqueeze(1).expand(own.shape)
             ids.append(own.flatten())

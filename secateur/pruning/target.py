@@ -56,12 +56,6 @@ class Target(Strict):
             )
         return self
 
-    @model_validator(mode="after")
-    def _times_are_of_the_given_network(self) -> Self:
-        if self.latency is not None and self.of == "dense":
-            raise ValueError("of: dense; the dense network's layers are not measured")
-        return self
-
     @property
     def _given(self) -> list[tuple[str, float]]:
         kinds = [kind for kind in type(self).model_fields if kind != "of"]
@@ -108,14 +102,15 @@ class RemainingShare:
         """Shares of `macs`, `params` and `bytes` that are left; of `latency` if it can be told."""
         macs, params, size = self.macs, self.params, self.bytes
         kept = self._kept(decision)
-        for name, mask in kept.items():
-            size -= self._lost(name, mask) * self.tensors[name].element_size()
-        for name, mask in decision.masks.items():
-            kept[name] = mask.cpu() & kept[name] if name in kept else mask.cpu()
-        for name, mask in kept.items():
+        for name in {**kept, **decision.masks}:
+            tensor, own = self.tensors[name], kept.get(name, _KeptEntries({}))
+            stays = own.count(tensor)
+            size -= (tensor.numel() - stays) * tensor.element_size()
             if name not in self.parameters:
                 continue
-            lost = self._lost(name, mask)
+            if name in decision.masks:
+                stays = int((own.mask(tensor) & decision.masks[name].cpu()).sum())
+            lost = tensor.numel() - stays
             params -= lost
             if name in self.weights:
                 macs -= lost * self.positions[name.removesuffix(".weight")]
@@ -127,7 +122,9 @@ class RemainingShare:
 
     @cached_property
     def time(self) -> float:
-        """Predicted milliseconds of a pass of the network as it is."""
+        """Milliseconds of a pass of the network as it is, predicted, or of the dense one."""
+        if self.dense is not None and self.context.latency is not None:
+            return self.context.latency.networks[0].ms
         return self._time(PruningDecision())
 
     def _time(self, decision: PruningDecision) -> float:
@@ -135,36 +132,57 @@ class RemainingShare:
         assert self.context.latency is not None
         return self.context.latency.time(widths_left(self.context.graph, decision.channels))
 
-    def _lost(self, name: str, mask: Tensor) -> int:
-        """Number of entries of a tensor for which a mask is False."""
-        count = self.tensors[name].numel()
-        return count - int(mask.sum()) * (count // mask.numel())
-
-    def _kept(self, decision: PruningDecision) -> dict[str, Tensor]:
-        """Masks, broadcastable, of the tensors that have members of removed channels."""
-        kept: dict[str, Tensor] = {}
+    def _kept(self, decision: PruningDecision) -> dict[str, "_KeptEntries"]:
+        """What is left of the tensors that have members of removed channels."""
+        kept: dict[str, _KeptEntries] = {}
         for name, chosen in decision.channels.items():
             for member in self.context.graph.group(name).members:
                 tensor = self.tensors.get(member.tensor)
                 if tensor is None:  # a buffer that checkpoints do not hold
                     continue
-                entries = torch.ones(tensor.shape[member.axis] * member.groups, dtype=torch.bool)
-                entries[member.index[chosen.cpu()].flatten()] = False
-                mask = _along_axis(entries, tensor, member.axis, member.groups)
-                before = kept.get(member.tensor)
-                kept[member.tensor] = mask if before is None else before & mask
+                along = kept.setdefault(member.tensor, _KeptEntries({})).along
+                key = (member.axis, member.groups)
+                if key not in along:
+                    count = tensor.shape[member.axis] * member.groups
+                    along[key] = torch.ones(count, dtype=torch.bool)
+                along[key][member.index[chosen.cpu()].flatten()] = False
         return kept
 
 
-def _along_axis(entries: Tensor, parameter: Tensor, axis: int, groups: int) -> Tensor:
-    """Entries of an axis in a shape that broadcasts; for `groups` see `by_channel`."""
-    if groups > 1:  # inputs over all groups of a convolution -> (outputs, inputs of a group)
-        outputs = parameter.shape[0]
-        rows = entries.view(groups, 1, -1).expand(groups, outputs // groups, -1)
-        return rows.reshape(outputs, -1, *[1] * (parameter.dim() - 2))
-    shape = [1] * parameter.dim()
-    shape[axis] = -1
-    return entries.view(shape)
+@dataclass(frozen=True)
+class _KeptEntries:
+    """The entries of a tensor that are kept, by axis."""
+
+    along: dict[tuple[int, int], Tensor]
+    """Axis and number of groups (see `by_channel`) -> bool, (entries,)."""
+
+    def count(self, tensor: Tensor) -> int:
+        """Number of entries that are kept: the product over the axes."""
+        number, axes = tensor.numel(), dict(self.along)
+        for axis, groups in self.along:
+            if groups > 1:  # each group of a convolution by itself
+                whole = torch.ones(tensor.shape[0], dtype=torch.bool)
+                outputs = axes.pop((0, 1), whole).view(groups, -1).sum(1)
+                inputs = axes.pop((axis, groups)).view(groups, -1).sum(1)
+                number //= tensor.shape[0] * tensor.shape[axis]
+                number *= int((inputs * outputs).sum())
+        for (axis, _), entries in axes.items():
+            number = number // tensor.shape[axis] * int(entries.sum())
+        return number
+
+    def mask(self, tensor: Tensor) -> Tensor:
+        """True where the entry is kept, in a shape that broadcasts to the tensor's."""
+        found = torch.ones([1] * tensor.dim(), dtype=torch.bool)
+        for (axis, groups), entries in self.along.items():
+            shape = [1] * tensor.dim()
+            if groups > 1:  # inputs over all groups of a convolution -> (outputs, inputs of one)
+                outputs = tensor.shape[0]
+                rows = entries.view(groups, 1, -1).expand(groups, outputs // groups, -1)
+                found = found & rows.reshape(outputs, -1, *shape[2:])
+            else:
+                shape[axis] = -1
+                found = found & entries.view(shape)
+        return found
 
 
 @dataclass(frozen=True)
@@ -189,8 +207,16 @@ def solve(
     if target.of == "dense" and context.dense is None:
         raise ArgumentError("target.of", "the dense network is known in the pipeline only", "dense")
     remaining = RemainingShare(context, context.dense if target.of == "dense" else None)
+    known: dict[int, tuple[PruningDecision, float]] = {}
+
+    def share_left(decision: PruningDecision) -> float:
+        """That of a decision with the very same channels is not computed again."""
+        if decision.masks or id(decision.channels) not in known:
+            known[id(decision.channels)] = decision, remaining(decision)[kind]
+        return known[id(decision.channels)][1]
+
     low, high = (0.0, decide(0.0)), (HIGHEST_RATIO, decide(HIGHEST_RATIO))
-    shares = {ratio: remaining(decision)[kind] for ratio, decision in (low, high)}
+    shares = {ratio: share_left(decision) for ratio, decision in (low, high)}
     if shares[HIGHEST_RATIO] > wanted:
         raise PruningError(
             f"target.{kind} = {wanted:g} cannot be reached: with the highest ratio that the "
@@ -203,7 +229,7 @@ def solve(
             break
         middle = (low[0] + high[0]) / 2
         found = (middle, decide(middle))
-        shares[middle] = remaining(found[1])[kind]
+        shares[middle] = share_left(found[1])
         if abs(shares[middle] - wanted) < abs(shares[best[0]] - wanted):
             best = found
         low, high = (found, high) if shares[middle] > wanted else (low, found)
