@@ -883,7 +883,7 @@ def test_the_stage_takes_both_kinds_of_decisions(kind, dead, monkeypatch):
 
     class Params:
         pruner = "own"
-        prune = SimpleNamespace(remove_dead=dead, recalibrate=0, export="none")
+        prune = SimpleNamespace(remove_dead=dead, recalibrate=0, export="none", latency="none")
 
         def chosen(self, kind):
             return {"amount": 1}.items()

@@ -148,7 +148,7 @@ def test_all_stages_and_mlflow_agree(name, data, store, tmp_path, capsys):
     assert report["compression"] == pruned.metrics["compression"] == every / left
     assert report["pruned"]["nonzero"] == report["finetuned"]["nonzero"] == left
     assert report["baseline"]["nonzero"] == report["baseline"]["params"] == every
-    of_layers = layers[layers.model == "finetuned"].nonzero.sum()
+    of_layers = sum(row["nonzero"] for row in layers.rows if row["model"] == "finetuned")
     of_norms = sum(
         p.numel() for m in final.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters()
     )

@@ -1,11 +1,13 @@
 """Settings that do not fit the network are refused before the first training."""
 
+import copy
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from torch import nn
+from workspace import yaml_text
 
 from secateur.base import plugin
 from secateur.base.errors import SettingsError
@@ -21,14 +23,14 @@ def network(tmp_path, monkeypatch):
     """LeNet-5, with params.yaml beside it: what differs is given by dotted key."""
 
     def made(**changes):
-        params = yaml.safe_load(yaml.safe_dump(PARAMS))
+        params = copy.deepcopy(PARAMS)
         for key, value in changes.items():
             *sections, last = key.split("__")
             table = params
             for section in sections:
                 table = table[section]
             table[last] = value
-        (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
+        (tmp_path / "params.yaml").write_text(yaml_text(params))
         monkeypatch.chdir(tmp_path)
         module = plugin.load("archs", "lenet5")
         return module.build(module.Settings(), 2, (1, 8, 8))

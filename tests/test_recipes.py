@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from torch import nn
+from workspace import yaml_text
 
 from secateur import cli
 from secateur.base import plugin, sections, settings
@@ -27,7 +28,7 @@ TRAINING_IMAGES = {"cifar10": 50_000, "cifar100": 50_000, "imagenet": 1_281_167,
 def test_a_recipe_on_top_of_params_yaml_is_sound(name, tmp_path):
     made = recipe.load(name)
     path = tmp_path / "params.yaml"
-    path.write_text(yaml.safe_dump(settings.merged(PARAMS, made.settings)))
+    path.write_text(yaml_text(settings.merged(PARAMS, made.settings)))
     settings.check(path)
     assert made.about and "{" not in made.about
 

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 from pydantic import Field
+from workspace import yaml_text
 
 from secateur.base import plugin, sections, settings
 from secateur.base.errors import ArgumentError, SettingsError
@@ -38,7 +39,7 @@ def changed(path, value, drop=False):
 def complaint(params, tmp_path):
     """The one line that `check` says about these params."""
     path = tmp_path / "params.yaml"
-    path.write_text(params if isinstance(params, str) else yaml.safe_dump(params))
+    path.write_text(params if isinstance(params, str) else yaml_text(params))
     with pytest.raises(SettingsError) as caught:
         settings.check(path)
     assert "\n" not in str(caught.value)
@@ -301,7 +302,7 @@ def test_every_plugin_runs_on_its_section_and_on_none(kind, name, tmp_path):
     path = tmp_path / "params.yaml"
     for section in (PARAMS[kind][name], None, {}):
         params[kind][name] = section
-        path.write_text(yaml.safe_dump(params))
+        path.write_text(yaml_text(params))
         settings.check(path)
         raw = {plugin.KEYS[kind]: name, kind: {name: section}}
         chosen = settings.Params.declared(raw).chosen(kind)

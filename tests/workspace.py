@@ -30,6 +30,11 @@ PROGRAMS: dict[str, str] = {}
 """Variables with which `python` and `dvc` start warm (tests/warm); set by conftest.py."""
 
 
+def yaml_text(value):
+    """YAML of a value, by the dumper in C where there is one: ten times as fast."""
+    return yaml.dump(value, Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper), sort_keys=False)
+
+
 def ran(log):
     """Names of the stages that DVC has run, in their order."""
     return [line.split("'")[1] for line in log.splitlines() if line.startswith("Running stage")]
@@ -102,14 +107,14 @@ class Project:
     def params(self, **changes):
         """Change params.yaml; `section__key` stands for a nested key."""
         file = self.path / "params.yaml"
-        params = yaml.safe_load(file.read_text())
+        params = yaml.load(file.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
         for key, value in changes.items():
             *sections, last = key.split("__")
             table = params
             for section in sections:
                 table = table[section]
             table[last] = value
-        file.write_text(yaml.safe_dump(params, sort_keys=False))
+        file.write_text(yaml_text(params))
 
     def runs(self, condition=""):
         """Runs in the project's MLflow store."""

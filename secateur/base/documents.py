@@ -18,6 +18,9 @@ MAX_DEPTH = 32
 MAX_VALUES = 100_000
 """Of a YAML file, counting what an alias stands for wherever it is used."""
 
+YAML_LOADER: type[yaml.SafeLoader] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+"""The safe loader, in C where there is one: ten times as fast, and with a limit of depth."""
+
 T = TypeVar("T")
 
 _TOKEN = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[{]|[\]}]', re.DOTALL)
@@ -71,7 +74,7 @@ def read_yaml(path: Path, error: type[SecateurError], cure: str = "") -> Any:
         _check_size(value)
     except Exception as reason:  # beside YAMLError: ValueError, KeyError, AttributeError, ...
         words = " ".join(str(reason).replace('in "<unicode string>", ', "").split())
-        if isinstance(reason, RecursionError):
+        if isinstance(reason, RecursionError) or "maximum nesting depth" in words:
             words = f"nested more than {MAX_DEPTH} deep"
         elif not isinstance(reason, yaml.YAMLError | ValueError):
             words = f"a value that its type does not allow: {words}"
@@ -80,7 +83,7 @@ def read_yaml(path: Path, error: type[SecateurError], cure: str = "") -> Any:
     return value
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(YAML_LOADER):  # type: ignore[misc, valid-type]
     """YAML in which a key that occurs twice is a mistake, as it is for DVC."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:

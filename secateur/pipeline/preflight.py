@@ -119,7 +119,8 @@ def _check_course(term: object, training: sections.Train, info: DatasetInfo) -> 
 
 def _check_teacher(wanted: sections.Distillation, model: nn.Module) -> None:
     """ArgumentError for a teacher that is missing, or layers that the network does not have."""
-    if wanted.teacher.startswith("weights/") and not Path(wanted.teacher).exists():
+    named = wanted.teacher not in (sections.NOTHING, sections.DENSE_PARENT)
+    if named and not Path(wanted.teacher).exists():
         raise ArgumentError("distillation.teacher", "no such file", wanted.teacher)
     distillation.check_layers(wanted.features, model)
 

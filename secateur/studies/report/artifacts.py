@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from secateur.base.documents import parse_json
+from secateur.base.documents import YAML_LOADER, parse_json
 from secateur.base.errors import SecateurError
 from secateur.pipeline import record
 from secateur.pipeline.record import MODELS, ModelSpec
 from secateur.studies import results
 from secateur.studies.execution.snapshot import cache_folder
-from secateur.studies.results import LOADER, Result
+from secateur.studies.results import Result
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -112,7 +112,7 @@ def _histories(
 def _outs(lock: bytes | None) -> dict[str, str]:
     """Path -> hash of the outs in a dvc.lock; none if it is damaged."""
     try:
-        content: Any = yaml.load(lock or b"", LOADER) or {}
+        content: Any = yaml.load(lock or b"", YAML_LOADER) or {}
         return {
             out["path"]: out["md5"]
             for stage in content.get("stages", {}).values()
