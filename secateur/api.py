@@ -256,7 +256,7 @@ def measure_latency(
     *,
     batch: int = 1,
     threads: int = 1,
-    repeats: int = 30,
+    repeats: int = 100,
 ) -> LatencyTable:
     """Times of a network's layers at several widths on this machine, for a target of latency.
 

@@ -257,6 +257,51 @@ def test_rounding_keeps_multiples_where_there_are_as_many():
     assert found.notes["ratio_reached"] == pytest.approx(8 / 23)
 
 
+class TwoScales(nn.Module):
+    """A sum of two layers, each with scales of its own, and a layer of two channels behind it."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1)
+        self.norm_a, self.norm_b = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+        self.c, self.norm_c = nn.Conv2d(4, 2, 1), nn.BatchNorm2d(2)
+        self.head = nn.Linear(2, 3)
+        self.norm_a.weight.data = torch.tensor([0.1, 0.2, 0.9, 0.8])
+        self.norm_b.weight.data = torch.tensor([0.9, 0.3, 0.1, 0.7])
+        self.norm_c.weight.data = torch.tensor([0.25, 4.0])
+
+    def forward(self, x):
+        x = self.norm_a(self.a(x)) + self.norm_b(self.b(x))
+        return self.head(self.norm_c(self.c(x.relu())).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("chosen", "wanted"),
+    [  # largest .9 .3 .9 .8 and .25 4; mean .5 .25 .5 .75 and .25 4; product .09 .06 .09 .56
+        ({"ratio": 0.5}, {"a": [1], "c": [0]}),  # 5 of 10 scales are below .7: .1 .2 .1 .3 .25
+        ({"ratio": 0.2, "reduce": "max"}, {"c": [0]}),  # 1 of 6 channels is below .3
+        ({"ratio": 0.4, "reduce": "max"}, {"a": [1], "c": [0]}),
+        ({"ratio": 0.5, "reduce": "mean"}, {"a": [1], "c": [0]}),  # ties at the threshold stay
+        ({"ratio": 0.7, "reduce": "prod"}, {"a": [0, 1, 2], "c": [0]}),
+        # divided by the largest of the group: .67 .33 .67 1 and .06 1
+        ({"ratio": 0.4, "reduce": "mean", "normalise": "max"}, {"a": [1], "c": [0]}),
+        ({"ratio": 0.7, "reduce": "mean", "normalise": "max"}, {"a": [0, 1, 2], "c": [0]}),
+    ],
+)
+def test_scales_of_a_channel_become_one_number(chosen, wanted):
+    found = prune("network_slimming", TwoScales().eval(), coupled="union", **chosen)
+    gone = {name: sorted(index.tolist()) for name, index in found.channels.items()}
+    assert gone == wanted
+    if "reduce" in chosen:
+        assert found.notes["scales"] == 6
+        assert found.notes["ratio_reached"] == sum(map(len, wanted.values())) / 6
+
+
+def test_scales_are_reduced_in_unions_alone():
+    with pytest.raises(SettingsError, match="reduce: needs coupled: union"):
+        prune("network_slimming", TwoScales().eval(), reduce="mean")
+
+
 @pytest.mark.parametrize("seed", range(30))
 @pytest.mark.parametrize("coupled", ["skip", "union"])
 def test_both_couplings_against_brute_force(coupled, seed):

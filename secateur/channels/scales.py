@@ -63,10 +63,16 @@ class FlatScales:
 
     def largest_by_channel(self, count: int) -> Tensor:
         """Largest scale of each channel, NaN if it has none: (count,), by canonical id."""
-        largest = torch.full((count,), float("-inf"), dtype=self.values.dtype)
+        return self.by_channel(count, "amax")
+
+    def by_channel(self, count: int, reduce: Literal["sum", "mean", "amax", "prod"]) -> Tensor:
+        """One number for the scales of each channel, NaN if it has none: (count,), by canonical
+        id."""
         known = self.ids >= 0
-        largest.scatter_reduce_(0, self.ids[known], self.values[known], "amax")
-        return torch.where(largest.isinf(), torch.nan, largest)
+        found = torch.full((count,), torch.nan, dtype=self.values.dtype)
+        return found.scatter_reduce_(
+            0, self.ids[known], self.values[known], reduce, include_self=False
+        )
 
 
 def prunable_norms(model: nn.Module, coupled: Coupled) -> dict[str, BatchNorm]:

@@ -35,7 +35,7 @@ MULTIPLES = (1, 2, 4, 8, 16)
 """Of the widths of layers; 16 float32 numbers fill the widest vector registers."""
 WASTE = 1.05
 """Rounding the widths of a layer up to a multiple may take so much longer, on average."""
-LAYER_REPEATS = 10
+LAYER_REPEATS = 15
 """Passes of layers; of whole networks their number is a setting."""
 Pass = Callable[[], object]
 
@@ -78,7 +78,7 @@ def measure(
     runtime: Engine,
     batch: int = 1,
     threads: int = 1,
-    repeats: int = 30,
+    repeats: int = 100,
     on_step: Callable[[str], object] = lambda _what: None,
 ) -> LatencyTable:
     """The table of a network, of which `image` is one input, (1, channels, height, width).

@@ -10,7 +10,7 @@ from secateur.base import machine
 from secateur.pipeline import console
 from secateur.pruning.latency import LatencyTable
 
-REPEATS = 50
+REPEATS = 100
 
 
 def check(

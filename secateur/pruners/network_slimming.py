@@ -4,21 +4,24 @@ Source: Z. Liu, J. Li, Z. Shen, G. Huang, S. Yan, C. Zhang, Learning efficient c
 networks through network slimming, ICCV 2017. The threshold is the value at place
 floor(ratio * number of scales) of all |gamma| in ascending order. A channel with several scales is
 pruned only if all of them are below. A channel that a layer reads without a scale in between is
-kept, because no scale is a measure of its importance.
+kept, because no scale is a measure of its importance. With `reduce` or `normalise` a channel has
+one number in place of its scales, and the threshold is found among these numbers; both follow
+G. Fang et al., DepGraph: Towards any structural pruning, CVPR 2023.
 """
 
 from decimal import Decimal
 from math import ceil, floor
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from secateur.base.errors import PruningError
 from secateur.base.sections import Strict
 from secateur.channels import scales
 from secateur.pruning.decision import PruningContext, PruningDecision
+from secateur.pruning.group_scores import Normalisation, Reduction, normalise
 from secateur.pruning.target import Target, solve_rounded
 from secateur.sparsity.choices import keep_at_least
 
@@ -33,6 +36,12 @@ class Settings(Strict):
     pruned if its scales are below the threshold in all layers whose outputs are added; blocks: as
     skip, but in networks with residual blocks only channels inside them, not the stem's (the way of
     the code classifier-pruner: 7,552 scales of ResNet-50, where skip has 7,616)."""
+    reduce: Reduction | None = None
+    """Of coupled: union: how the scales of a channel become one number, which is compared with the
+    threshold; null: max, so that all of them must be below."""
+    normalise: Normalisation | None = None
+    """Of coupled: union: what makes these numbers of different channel groups compare, as in
+    pruning/group_scores.py; null: none."""
     keep_at_least: Annotated[float, Field(ge=0, lt=1)] = 0.01
     """Share of each layer's channels that is kept whatever the threshold; at least one channel."""
     keep_rounds: Literal["up", "down"] | None = None
@@ -42,6 +51,13 @@ class Settings(Strict):
     round_to: Annotated[int, Field(ge=1)] | None = None
     """The channels that are kept are a multiple of this; all of them if there are fewer. null: 1,
     and with a target of latency what the measured layers suggest."""
+
+    @model_validator(mode="after")
+    def _only_of_union(self) -> Self:
+        for key in ("reduce", "normalise"):
+            if getattr(self, key) is not None and self.coupled != "union":
+                raise ValueError(f"{key}: needs coupled: union, where a channel has several scales")
+        return self
 
 
 def prune(settings: Settings, context: PruningContext) -> PruningDecision:
@@ -54,6 +70,14 @@ def prune(settings: Settings, context: PruningContext) -> PruningDecision:
     if settings.target is None:
         return slimming.decide(settings.ratio, settings.round_to or 1)
     return solve_rounded(slimming.decide, settings.target, context, settings.round_to)
+
+
+_REDUCTIONS: dict[str, Literal["sum", "mean", "amax", "prod"]] = {
+    "sum": "sum",
+    "mean": "mean",
+    "max": "amax",
+    "prod": "prod",
+}
 
 
 class _Slimming:
@@ -78,11 +102,25 @@ class _Slimming:
         known = entries.ids.clamp_min(0)
         own = self.prunable[known] & (entries.ids >= 0)
         self.scales, self.ids = entries.values[own], known[own]
+        if settings.reduce or settings.normalise:
+            self._score_groups(entries)
         if not len(self.scales):
             raise PruningError(
                 "pruner = 'network_slimming': no scale of a batch normalisation decides about a "
                 f"channel that may go (pruners.network_slimming.coupled = {settings.coupled!r})"
             )
+
+    def _score_groups(self, entries: scales.FlatScales) -> None:
+        """One number for each channel in place of its scales; see the settings."""
+        how = _REDUCTIONS[self.settings.reduce or "max"]
+        found = entries.by_channel(len(self.score), how).double()
+        for group in self.graph.groups:
+            ids = group.ids[self.prunable[group.ids] & ~found[group.ids].isnan()]
+            if len(ids):
+                found[ids] = normalise(found[ids], self.settings.normalise or "none")
+        self.score = scales.with_selected_scales(self.graph, found)
+        self.ids = self.ids.unique()
+        self.scales = found[self.ids]
 
     def _unlocked(self, count: int, union: bool) -> Tensor:
         """Channels that are not locked, and, without `union`, that one layer alone produces."""
