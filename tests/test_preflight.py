@@ -65,6 +65,46 @@ def test_what_does_not_fit_the_network_is_refused(changes, line, network):
         check_network(network(**changes), INFO)
 
 
+class Branching(nn.Module):
+    """What it computes depends on the images, so that it cannot be traced."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(1, 4, 3), nn.Linear(4, 2)
+
+    def forward(self, x):
+        x = self.conv(x)
+        return self.head((x if x.sum() > 0 else -x).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"pruner": "threshold"}, r"^params\.yaml: prune\.remove_dead: .*torch\.fx"),
+        (
+            {"pruner": "magnitude", "prune__remove_dead": False},
+            r"^params\.yaml: pruner: .*torch\.fx",
+        ),
+        (
+            {
+                "pruner": "magnitude",
+                "prune__remove_dead": False,
+                "pruners__magnitude__granularity": "group",
+            },
+            r"^params\.yaml: pruner: .*torch\.fx",
+        ),
+        ({"pruner": "threshold", "prune__remove_dead": False}, None),  # single weights only
+    ],
+)
+def test_a_network_that_cannot_be_followed_is_refused_without_a_penalty_too(changes, line, network):
+    network(penalty="none", **changes)
+    if line is None:
+        check_network(Branching(), INFO)
+    else:
+        with pytest.raises(SettingsError, match=line):
+            check_network(Branching(), INFO)
+
+
 @pytest.mark.parametrize(
     "changes",
     [

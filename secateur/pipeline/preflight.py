@@ -89,8 +89,8 @@ def _check(model: nn.Module, info: DatasetInfo, params: settings.Params) -> None
                 plugin.load("pruners", params.pruner).prune(chosen, context)
         except SettingsError:
             raise
-        except SecateurError:
-            return  # the trained network may pass
+        except SecateurError as error:
+            _check_followed(context, error)  # otherwise the trained network may pass
 
 
 def _without_latency(params: settings.Params) -> Any:
@@ -123,6 +123,15 @@ def _check_teacher(wanted: sections.Distillation, model: nn.Module) -> None:
     if named and not Path(wanted.teacher).exists():
         raise ArgumentError("distillation.teacher", "no such file", wanted.teacher)
     distillation.check_layers(wanted.features, model)
+
+
+def _check_followed(context: PruningContext, error: SecateurError) -> None:
+    """SettingsError if a pruner has refused the network because it cannot be followed."""
+    try:
+        _ = context.graph
+    except SecateurError as reason:
+        if str(reason) == str(error):
+            raise SettingsError(f"params.yaml: pruner: {error}") from None
 
 
 def _check_removal(context: PruningContext) -> None:
