@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from secateur.base import machine, timing
+from secateur.base import machine, optional, timing
 from secateur.base.sections import Engine
 from secateur.channels.graph import ChannelGraph, build_channel_graph
 from secateur.deploy import export, runtimes
@@ -208,9 +208,8 @@ def _module(shape: LayerShape) -> nn.Module:
 
 def _onnx_layer(shape: LayerShape, module: nn.Module, size: tuple[int, ...]) -> bytes:
     """An ONNX model of one layer, written without torch's exporter, which takes a second."""
-    import onnx
-    from onnx import helper, numpy_helper
-
+    onnx = optional.load("onnx", "to time layers in runtimes of .onnx files")
+    helper, numpy_helper = onnx.helper, onnx.numpy_helper
     weight = module.get_parameter("weight").detach().numpy()
     if not shape.kernel:
         weight = np.ascontiguousarray(weight.T)
