@@ -11,12 +11,12 @@ import pytest
 pytestmark = pytest.mark.pipeline
 
 
-def kill(process, project):
+def kill(process, project, stage="baseline"):
     """Kill -9; a process that started warm dies an instant after the one that stands for it."""
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    for path in project.path.glob(".resume/baseline/*/lock"):
+    for path in project.path.glob(f".resume/{stage}/*/lock"):
         with path.open() as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
 

@@ -1,9 +1,11 @@
 """Further rounds with real DVC: what runs, what comes from the cache, and what stays pruned."""
 
 import json
+import time
 
 import pytest
 import safetensors.torch
+from test_pipeline_resume import kill
 from workspace import ran
 
 pytestmark = pytest.mark.pipeline
@@ -21,7 +23,7 @@ def stages(name):
     return [f"stages/rounds/dvc.yaml:{stage}@{name}" for stage in STAGES]
 
 
-def test_a_round_that_is_added_reuses_all_before_and_holds_their_masks(project):
+def test_a_round_that_is_added_reuses_all_before_also_in_a_clone_and_holds_masks(project, tmp_path):
     before = project.model_bytes()
     assert ran(add(project, "round2", "finetuned")) == [*stages("round2"), "evaluate"]
     second = (project.path / "models/rounds/round2/finetuned/model.safetensors").read_bytes()
@@ -39,3 +41,33 @@ def test_a_round_that_is_added_reuses_all_before_and_holds_their_masks(project):
         assert masks
         for name in masks:
             assert not tensors[name.removeprefix("mask:")][~tensors[name]].any()
+    project.dvc("remote", "add", "-d", "shelf", str(tmp_path / "shelf"))
+    project.commit()
+    project.dvc("push", "--run-cache")
+    clone = type(project)(tmp_path / "clone")
+    project.run("git", "clone", "-q", str(project.path), str(clone.path))
+    clone.dvc("pull", "--run-cache", ok=None)  # evaluate's report is Git's, not the remote's
+    assert set(ran(clone.dvc("repro"))) <= {"evaluate"}
+    files = [f"models/rounds/{name}/finetuned/model.safetensors" for name in ("round2", "round3")]
+    for file in files:
+        assert (clone.path / file).read_bytes() == (project.path / file).read_bytes()
+
+
+def test_a_round_that_was_killed_ends_with_the_same_bytes(project, tmp_path):
+    """kill -9 in the middle of round 2; the undisturbed round has a project of its own."""
+    whole = {"after": "finetuned", "sparse_train": {"epochs": 300}, "prune": {}, "finetune": {}}
+    project.params(rounds={"round2": whole})
+    undisturbed = project.copy(tmp_path / "undisturbed")
+    arguments, stage = ("sparse_train", "--round", "round2"), "sparse-train@round2"
+    undisturbed.stage(*arguments)
+    process = project.start(*arguments)
+    while process.poll() is None and not project.saved_states(stage):
+        time.sleep(0.02)
+    assert process.poll() is None, process.communicate()[0]
+    kill(process, project, stage)
+    assert "going on after epoch" in project.stage(*arguments)
+    for file in ("model.safetensors", "history.csv"):
+        ours, theirs = (
+            p.path / "models/rounds/round2/sparse" / file for p in (project, undisturbed)
+        )
+        assert ours.read_bytes() == theirs.read_bytes(), file

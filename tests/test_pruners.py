@@ -29,7 +29,10 @@ NAMES = plugin.names("pruners")
 GRADED = [n for n in NAMES if "sensitivity" in plugin.load("pruners", n).Settings.model_fields]
 SCOPED = GRADED
 ARCHS = ["lenet300", "lenet5"]
-FEW = {"oracle": {"ratios": {"1": 0.001}}}  # one filter of one layer: a hundred trials
+FEW = {
+    "oracle": {"ratios": {"1": 0.001}},  # one filter of one layer: a hundred trials
+    "obs": {"ratios": {"0": 0.5}},
+}
 NORMED = ["network_slimming"]  # looks at scales of batch normalisations
 
 

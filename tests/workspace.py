@@ -69,14 +69,14 @@ class Project:
     def dvc(self, *arguments, **options):
         return self.run("dvc", *arguments, **options)
 
-    def stage(self, name, **options):
-        return self.run("python", "-m", f"stages.{name}", **options)
+    def stage(self, name, *arguments, **options):
+        return self.run("python", "-m", f"stages.{name}", *arguments, **options)
 
-    def start(self, name):
+    def start(self, name, *arguments):
         """Start a stage in a process group of its own, and do not wait for it."""
         return subprocess.Popen(
-            ["python", "-m", f"stages.{name}"], cwd=self.path, env=self.env(), text=True,
-            stdout=subprocess.PIPE, start_new_session=True,
+            ["python", "-m", f"stages.{name}", *arguments], cwd=self.path, env=self.env(),
+            text=True, stdout=subprocess.PIPE, start_new_session=True,
         )  # fmt: skip
 
     def stage_here(self, name, *arguments, ok=True, **env):

@@ -43,9 +43,9 @@ def apply_decision(
 ) -> PrunedNetwork:
     """The network as the decision leaves it, in eval mode; `model` itself is not changed.
 
-    Weights are set to zero by the decision's masks, and its channels are removed. With
-    `remove_dead`, so are the channels that are dead after that; `export` says what becomes of masks
-    made of groups of channels (see gconv/export.py). If anything may be removed, the compact
+    Weights get the decision's values and are set to zero by its masks; its channels are removed.
+    With `remove_dead`, so are the channels that are dead after that; `export` says what becomes of
+    masks made of groups of channels (see gconv/export.py). If anything may be removed, the compact
     network is compared to the masked one on `images`, (N, C, H, W), in float64 and in float32.
 
     Raises PruningError if a layer would be left empty (`requested` then names what the user asked
@@ -55,6 +55,9 @@ def apply_decision(
     masks.refuse_empty(model, decision.masks, requested)
     images = images.to(next(model.parameters()).device)
     masked = copy.deepcopy(model).eval()
+    with torch.no_grad():
+        for name, values in decision.weights.items():
+            masked.get_parameter(name).copy_(values)
     masks.apply(masked, decision.masks)
     if not (remove_dead or decision.channels or export != "none"):
         return PrunedNetwork(masked, decision.masks)

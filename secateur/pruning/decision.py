@@ -30,6 +30,8 @@ class PruningDecision:
     """Figures for the log, such as the ratio asked for and the ratio reached."""
     lines: tuple[str, ...] = ()
     """Lines of text for the user."""
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
+    """Parameter name -> values that its entries get; other parameters stay as they are."""
     files: Mapping[str, str] = field(default_factory=dict)
     """File name -> text to be written beside the model."""
 

@@ -1,0 +1,104 @@
+"""Optimal brain surgeon: every removal against brute force, the weights against least squares."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from secateur.base import plugin
+from secateur.base.errors import ArgumentError
+from secateur.pruning.apply import apply_decision
+from secateur.pruning.decision import PruningContext
+
+OBS = plugin.load("pruners", "obs")
+
+
+def least_squares(inputs, row, stay):
+    """The best weights on these inputs, and the mean square of what they change."""
+    found = torch.zeros_like(row)
+    if stay:
+        part = inputs[:, list(stay)]
+        found[list(stay)] = torch.linalg.lstsq(part, inputs @ row).solution
+    return found, float((inputs @ (found - row)).square().mean())
+
+
+def linear(rows=3, inputs=5, samples=40, seed=0):
+    torch.manual_seed(seed)
+    x = torch.randn(samples, inputs, dtype=torch.float64) @ torch.randn(inputs, inputs).double()
+    return x, torch.randn(rows, inputs, dtype=torch.float64), x.T @ x / samples
+
+
+def test_each_removal_is_the_cheapest_one_and_costs_what_brute_force_finds():
+    x, rows, second = linear()
+    order, costs = OBS.removal(rows, torch.linalg.inv(second))
+    for row, chosen, cost in zip(rows, order.tolist(), costs.tolist(), strict=True):
+        stay, before = set(range(5)), 0.0
+        for removed, added in zip(chosen, cost, strict=True):
+            tried = {p: least_squares(x, row, stay - {p})[1] for p in stay}
+            assert min(tried, key=tried.get) == removed
+            assert tried[removed] - before == pytest.approx(added, rel=1e-6)
+            stay, before = stay - {removed}, tried[removed]
+
+
+def test_what_stays_is_the_least_squares_solution():
+    x, rows, second = linear(seed=1)
+    kept = OBS.choose(rows, second, 8)
+    assert int((~kept).sum()) == 8
+    found = OBS.reconstruct(rows, second, kept)
+    for row, mask, weights in zip(rows, kept, found, strict=True):
+        stay = mask.nonzero().flatten().tolist()
+        assert torch.allclose(weights, least_squares(x, row, stay)[0], rtol=1e-7, atol=1e-9)
+
+
+def test_outputs_share_a_ratio_by_what_the_next_removal_costs():
+    """With inputs that do not depend on each other the cost is w^2: all small ones go, wherever."""
+    rows = torch.tensor([[1.0, -2.0, 3.0], [0.1, 0.2, -5.0], [0.3, 0.4, 0.5]], dtype=torch.float64)
+    kept = OBS.choose(rows, torch.eye(3, dtype=torch.float64), 5)
+    assert torch.equal(kept, rows.abs() > 0.5)
+    for count in range(10):
+        assert int((~OBS.choose(rows, torch.eye(3).double(), count)).sum()) == count
+
+
+def network():
+    torch.manual_seed(0)
+    layers = nn.Conv2d(2, 3, 3, padding=1, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(27, 4)
+    return nn.Sequential(*layers).eval()
+
+
+def test_layers_of_a_network_lose_their_share_and_outputs_change_less_than_without_updates():
+    model, images = network(), torch.randn(64, 2, 6, 6)
+    context = PruningContext(model, images)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    found = OBS.prune(OBS.Settings(ratios=0.5, damping=1e-6), context)
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters()), "read only"
+    assert {n: int((~m).sum()) for n, m in found.masks.items()} == {"0.weight": 27, "3.weight": 54}
+    made = apply_decision(model, found, images, remove_dead=False).model
+    with torch.no_grad():
+        first, inputs = model[0](images), model[:3](images)
+        plain = {n: before[n] * mask for n, mask in found.masks.items()}
+        bias = before["0.bias"]
+        without = nn.functional.conv2d(images, plain["0.weight"], bias, stride=2, padding=1)
+        assert (made[0](images) - first).norm() < (without - first).norm()
+        without = nn.functional.linear(inputs, plain["3.weight"], before["3.bias"])
+        assert (made[3](inputs) - model[3](inputs)).norm() < (without - model[3](inputs)).norm()
+        best = min(
+            float((nn.functional.linear(inputs, before["3.weight"] * mask) - model[3](inputs)
+                   + before["3.bias"]).norm())
+            for mask in (torch.rand(4, 27).argsort(1) < 13 for _ in itertools.repeat(0, 20))
+        )  # fmt: skip
+        assert (made[3](inputs) - model[3](inputs)).norm() < best, "than any of 20 random masks"
+
+
+def test_zeros_go_first_and_refusals_are_one_line():
+    model, images = network(), torch.randn(8, 2, 6, 6)
+    with torch.no_grad():
+        model[3].weight[torch.rand(4, 27) < 0.4] = 0
+    zeros = model[3].weight == 0
+    found = OBS.prune(OBS.Settings(ratios=0.5, skip=["0"]), PruningContext(model, images))
+    assert not found.masks["3.weight"][zeros].any()
+    with pytest.raises(ArgumentError, match=r"damping.*inputs of 3\.weight depend on each other"):
+        OBS.prune(OBS.Settings(ratios=0.5, skip=["0"], damping=0), PruningContext(model, images))
+    grouped = nn.Sequential(nn.Conv2d(2, 2, 1, groups=2), nn.Flatten(), nn.Linear(72, 2))
+    with pytest.raises(ArgumentError, match=r"skip.*0\.weight is of a convolution with groups"):
+        OBS.prune(OBS.Settings(), PruningContext(grouped, images))
