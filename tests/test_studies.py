@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -172,7 +173,7 @@ def test_the_keys_are_those_of_dvc_and_so_is_the_experiment(project):
     show = ["git", "show", f"refs/exps/{_baseline(project)}/mine-s{seed}:dvc.lock"]
     ours = yaml.safe_load(project.run(*show))
     assert ours == yaml.safe_load((project.path / "dvc.lock").read_text())
-    changed = project.run("git", "diff", "--stat", "HEAD", show[2].partition(":")[0])
+    changed = project.run("git", "diff", "HEAD", show[2].partition(":")[0])
     assert not changed
 
 
@@ -195,6 +196,15 @@ def test_each_training_runs_once_and_dvc_has_nothing_to_add_to_a_cell(
     assert "2 of 2 cells are experiments of DVC; 8 pieces of work were run" in log
     again = run_study(project)
     assert "2 of 2 cells are experiments of DVC; 0 pieces of work were run" in again
+    pair = ["mine-0.5-0.001-s3", "mine-0.75-0.001-s3"]
+    log = project.run("python", "-m", "secateur", "report", *pair, "--name", "two")
+    reports = [json.loads(project.run("git", "show", f"{ref}:metrics/evaluate.json"))
+               for ref in (f"refs/exps/{_baseline(project)}/{name}" for name in pair)]  # fmt: skip
+    page = (project.path / "report/two/index.html").read_text()
+    words = r"same (\d+) test images: only the first is right on (\d+), only the second on (\d+)"
+    images, first, second = map(int, re.search(words, page).groups())
+    gap = reports[0]["finetuned"]["accuracy"] - reports[1]["finetuned"]["accuracy"]
+    assert (first - second) / images == pytest.approx(gap, abs=1e-9)
     listed = project.dvc("exp", "list", "--name-only").split()
     names = {f"mine-{t}-0.001-s4" for t in ("0.5", "0.75")}
     assert names <= set(listed)
@@ -283,3 +293,54 @@ def test_mlflow_gets_a_parent_with_the_page_and_children_once(project):
     run_study(project, tracking="on")
     assert len(project.runs("tags.kind = 'study'")) == 1
     assert len(project.runs("tags.kind = 'pipeline'")) == 1
+
+
+EXECUTE = """
+import json, sys
+from pathlib import Path
+from secateur.pipeline import params_file
+from secateur.studies import definition, run
+from secateur.studies.execution import local, on_ray, on_slurm, snapshot
+from secateur.studies.execution.experiments import Experiments
+state = snapshot.take(Path.cwd())
+study = definition.load("mine", params_file.read())
+made = run.prepare(state, study)
+executor = {
+    "local": lambda: local.LocalExecutor(state, 2, made.graph.ignored),
+    "ray": lambda: on_ray.RayExecutor(state, made.graph.ignored, 2),
+    "slurm": lambda: on_slurm.SlurmExecutor(state, 4, {}, cluster="local"),
+}[sys.argv[1]]()
+progress = run._Run(state, made, Experiments(state, made, study.name))
+try:
+    progress.finish(executor)
+finally:
+    executor.close()
+models = {
+    cell.name: {out["path"]: out["md5"] for entry in made.entries_of(number).values()
+                for out in entry["outs"] if out["md5"].endswith(".dir")}
+    for number, cell in enumerate(made.cells)
+}
+print(json.dumps({"ran": progress.ran, "failed": progress.failed, "models": models}))
+"""
+
+
+def executed(project, kind):
+    """What an executor has run, and hashes of all folders that the cells have."""
+    log = project.run(sys.executable, "-c", EXECUTE, kind, PYTHONPATH=str(project.path))
+    return json.loads(log.splitlines()[-1])
+
+
+@pytest.mark.pipeline
+@pytest.mark.parametrize(("kind", "package"), [("ray", "ray"), ("slurm", "submitit")])
+def test_all_executors_make_the_same_bytes_and_each_of_them_once(kind, package, project, tmp_path):
+    """submitit's own local cluster stands for slurm: processes in place of jobs."""
+    pytest.importorskip(package)
+    study_of(project, seeds=[7], axes={"pruners.std.sensitivity": [0.5, 0.75]})
+    here = executed(project.copy(tmp_path / "local"), "local")
+    there = executed(project, kind)
+    once = {"baseline": 1, "sparse-train": 1, "prune": 2, "finetune": 2, "evaluate": 2}
+    assert Counter(here["ran"]) == Counter(there["ran"]) == once
+    assert here["failed"] == there["failed"] == {}
+    assert here["models"] == there["models"]
+    finetuned = {cell["models/finetuned"] for cell in there["models"].values()}
+    assert len(there["models"]["mine-0.5-s7"]) >= 5 and len(finetuned) == 2

@@ -12,8 +12,8 @@ from scipy import stats
 
 from secateur.base.errors import SecateurError
 from secateur.studies import compare, results
-from secateur.studies.report import artifacts, page, statistics, tables
-from secateur.studies.results import Cell
+from secateur.studies.report import anchors, artifacts, fairness, page, statistics, tables
+from secateur.studies.results import Cell, Result
 
 
 def test_interval_is_that_of_scipy():
@@ -221,3 +221,59 @@ def test_damaged_tables_are_left_out(experiments, tmp_path):
     cells = experiments(1, seeds=(1,))
     page.write(tmp_path / "report", "mine", cells)
     assert page.CAPTIONS["layers"] not in (tmp_path / "report/index.html").read_text()
+
+
+def test_bootstrap_by_the_normal_approximation():
+    """1,000 images, of which 60 only the first gets right and 20 only the second."""
+    first = [True] * 60 + [False] * 20 + [True] * 920
+    second = [False] * 60 + [True] * 20 + [True] * 920
+    low, high = statistics.bootstrap(first, second)
+    mean, spread = 0.04, 1.96 * ((0.08 - 0.04**2) / 1000) ** 0.5
+    assert (low, high) == pytest.approx((mean - spread, mean + spread), abs=2e-3)
+    assert statistics.bootstrap(first, first) == (0.0, 0.0)
+
+
+SAME = {
+    "dataset": "digits", "arch": "lenet300", "archs.lenet300.hidden": [3], "baseline.epochs": 9,
+    "finetune.epochs": 5, "finetune.lr": 0.1, "sparse_train.epochs": 4, "sparse_train.lr": 0.2,
+    "seed": 1, "penalty": "none", "archs.vgg.depth": 11,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changed", "label", "lacks"),
+    [
+        ({"pruner": "other", "archs.vgg.depth": 19}, "S4.2", ""),
+        ({"sparse_train.lr": 0.3}, "S4.1", "sparse_train.lr 0.2 and 0.3"),
+        ({"sparse_train.epochs": 8}, "S3.2", "sparse_train.epochs 4 and 8"),
+        ({"finetune.lr": 0.2}, "S3.1", "finetune.lr 0.1 and 0.2"),
+        ({"finetune.epochs": 6, "finetune.lr": 0.2}, "S2", "finetune.epochs 5 and 6"),
+        ({"baseline.epochs": 10}, "S1", "baseline.epochs 9 and 10"),
+        ({"arch": "lenet5"}, "none", "arch lenet300 and lenet5"),
+        ({"compression": 2.2}, "none", "compression 2.0 and 2.2"),
+    ],
+)
+def test_the_setup_is_the_strictest_that_two_methods_fulfil(changed, label, lacks):
+    rows = [
+        tables.Row("m", "1", False, (Result("x", params, {"compression": compression}),))
+        for params, compression in ((SAME, 2.0), (SAME | changed, changed.get("compression", 2.02)))
+    ]
+    assert fairness.setup(*rows) == (label, lacks)
+
+
+def test_published_results_are_drawn_and_marked_as_not_ours(experiments, tmp_path, monkeypatch):
+    cells = experiments(2)
+    known = [anchors.Anchor("theirs", 0.9, "a paper", compression=3.0)]
+    monkeypatch.setitem(anchors.PUBLISHED, ("digits", "lenet300", None), known)
+    page.write(tmp_path / "report", "mine", cells)
+    html = (tmp_path / "report/index.html").read_text()
+    assert "Published results" in html and "a paper" in html
+    assert "theirs, published, not ours" in (tmp_path / "report/compression.svg").read_text()
+    assert "theirs" not in (tmp_path / "report/macs.svg").read_text(), "no figure of MACs known"
+
+
+def test_short_names_of_settings_are_as_long_as_it_takes():
+    keys = ["baseline.epochs", "finetune.epochs", "pruners.std.sensitivity"]
+    params = {"pruner": "std", "finetune.epochs": 3, "pruners.std.sensitivity": 0.5}
+    said = compare.differences(Result("x", params, {}), keys)
+    assert said == "finetune.epochs 3, sensitivity 0.5"

@@ -74,8 +74,18 @@ def differences(result: Result, keys: Sequence[str]) -> str:
         if kind in chosen and rest.split(".")[0] != result.params.get(chosen[kind]):
             continue  # a setting of a plug-in that this result did not use
         if result.params.get(key) is not None:
-            words.append(f"{key.rpartition('.')[2]} {result.params[key]}")
+            words.append(f"{_short(key, keys)} {result.params[key]}")
     return ", ".join(words)
+
+
+def _short(key: str, keys: Sequence[str]) -> str:
+    """The last part of a key, with as many before it as tell it from the others."""
+    parts = key.split(".")
+    for count in range(1, len(parts)):
+        name = ".".join(parts[-count:])
+        if sum(other == name or other.endswith(f".{name}") for other in keys) == 1:
+            return name
+    return key
 
 
 def _print(rows: Sequence[Mapping[str, Any]]) -> None:

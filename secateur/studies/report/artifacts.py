@@ -54,6 +54,23 @@ def read(found: Sequence[Result]) -> dict[str, Artifacts]:
     return left
 
 
+def link(result: Result, folders: Mapping[str, Path]) -> None:
+    """Make tracked folders of an experiment at other places, of links into DVC's cache.
+
+    Raises SecateurError if the cache lacks one.
+    """
+    commit = results.commits([result.name])[result.name]
+    outs = _outs(results.objects([f"{commit}:{LOCK}"])[f"{commit}:{LOCK}"])
+    cache = cache_folder(Path.cwd())
+    for path, target in folders.items():
+        listing = _listing(cache, outs.get(path))
+        if listing is None:
+            raise SecateurError(f"{result.name}: {path} is not in DVC's cache (`dvc exp pull`)")
+        for name, md5 in listing.items():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            (target / name).symlink_to(_object(cache, md5).resolve())
+
+
 def validation_curves(artifacts: Sequence[Artifacts]) -> dict[str, list[float]]:
     """Stage -> validation accuracy by epoch, a fraction, mean over the experiments."""
     import pandas as pd
@@ -126,9 +143,16 @@ def _outs(lock: bytes | None) -> dict[str, str]:
 def _cached(cache: Path, md5: str | None, file: str) -> bytes | None:
     """A file of a folder in the cache; None if either is not there."""
     try:
+        return _object(cache, (_listing(cache, md5) or {})[file]).read_bytes()
+    except (OSError, KeyError):
+        return None
+
+
+def _listing(cache: Path, md5: str | None) -> dict[str, str] | None:
+    """File -> hash of a folder in the cache; None if it is not there."""
+    try:
         listing = parse_json(_object(cache, str(md5)).read_bytes())
-        hashes = {entry["relpath"]: entry["md5"] for entry in listing}
-        return _object(cache, hashes[file]).read_bytes()
+        return {entry["relpath"]: entry["md5"] for entry in listing}
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING
 
 from secateur.base import files
 from secateur.base.errors import SecateurError
+from secateur.pipeline import console
 from secateur.studies import compare, results
-from secateur.studies.report import artifacts, plots, statistics, tables
+from secateur.studies.report import anchors, artifacts, fairness, plots, statistics, tables
+from secateur.studies.report.anchors import Anchor
 from secateur.studies.report.artifacts import Artifacts
 from secateur.studies.report.tables import Row
 from secateur.studies.results import Cell, Result
@@ -28,7 +30,15 @@ def command(options: argparse.Namespace) -> None:
     if not re.fullmatch(r"[\w.-]*\w[\w.-]*", options.name):
         raise SecateurError(f"--name {options.name}: letters, digits, '-', '_' and '.' are allowed")
     found = results.read(dict.fromkeys(options.experiment))
-    write(REPORTS / options.name, options.name, cells_of(found))
+    pair: list[str] = []
+    if len(found) == 2:  # two single models
+        from secateur.studies.report import predictions
+
+        try:
+            pair = [predictions.words(found)]
+        except SecateurError as error:
+            console.say(f"no comparison image by image: {error}")
+    write(REPORTS / options.name, options.name, cells_of(found), said=pair)
 
 
 def cells_of(found: Sequence[Result]) -> list[Cell]:
@@ -62,17 +72,20 @@ def _is_amount(key: str, found: Sequence[Result]) -> bool:
     return all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
 
 
-def write(folder: Path, title: str, cells: Sequence[Cell], digest: str = "") -> None:
+def write(
+    folder: Path, title: str, cells: Sequence[Cell], digest: str = "", said: Sequence[str] = ()
+) -> None:
     """Write the page of these experiments into `folder`; SecateurError if none can be read.
 
-    `digest`, near the beginning of index.html, says what it was made of.
+    `digest`, near the beginning of index.html, says what it was made of; `said` are further notes.
     """
     by_name = {result.name: result for result in results.read([cell.experiment for cell in cells])}
     pairs = [(cell, by_name[cell.experiment]) for cell in cells if cell.experiment in by_name]
     if not pairs:
         raise SecateurError(f"{title}: none of its experiments can be read")
     rows = tables.rows(pairs)
-    figures = {"compression": _figure(rows, "compression"), "macs": _figure(rows, "macs")}
+    published = _published(rows)
+    figures = {cost: _figure(rows, cost, published) for cost in ("compression", "macs", "latency")}
     left = artifacts.read([result for row in rows for result in row.results])
     figures |= _details(rows, left)
     folder.mkdir(parents=True, exist_ok=True)
@@ -84,22 +97,42 @@ def write(folder: Path, title: str, cells: Sequence[Cell], digest: str = "") -> 
     files.write_text(folder / "table.csv", tables.as_csv(rows))
     files.write_text(folder / "table.md", tables.as_markdown(rows))
     files.write_text(folder / "table.tex", tables.as_latex(rows))
-    files.write_text(folder / "index.html", _html(title, rows, pictures, left, digest))
+    files.write_text(
+        folder / "index.html",
+        _html(title, rows, pictures, [*_notes(rows, left), *said], published, digest),
+    )
     print(f"{folder / 'index.html'}: {len(pairs)} experiments, {len(rows)} rows", flush=True)
 
 
-def _figure(rows: Sequence[Row], cost: str) -> "Figure":
+def _published(rows: Sequence[Row]) -> list[Anchor]:
+    """Published results on the one network and data set that all rows are of."""
+    kinds = {
+        (str(r.params.get("dataset")), str(r.params.get("arch"))) for x in rows for r in x.results
+    }
+    if len(kinds) != 1:
+        return []
+    ((dataset, arch),) = kinds
+    depth = rows[0].results[0].params.get(f"archs.{arch}.depth")
+    return anchors.of(dataset, arch, depth if isinstance(depth, int) else None)
+
+
+TITLES = {
+    "compression": "parameters of the dense network / non-zeros that are left",
+    "macs": "MACs of the dense network / MACs that are left",
+    "latency": "latency of the dense network / latency, both dense in torch",
+}
+
+
+def _figure(rows: Sequence[Row], cost: str, published: Sequence[Anchor]) -> "Figure":
     lines: dict[str, list[plots.Point]] = {}
     for row in rows:
         accuracy = row.final
-        where = row.compression.mean if cost == "compression" else 1 / row.macs.mean
-        point = plots.Point(where, accuracy.mean, accuracy.half_width)
+        point = plots.Point(tables.gain(row, cost), accuracy.mean, accuracy.half_width)
         lines.setdefault(row.label, []).append(point)
-    best = tables.best(rows, cost)
     dense = sum(row.dense.mean for row in rows) / len(rows)
-    titles = {"compression": "parameters of the dense network / non-zeros that are left",
-              "macs": "MACs of the dense network / MACs that are left"}  # fmt: skip
-    return plots.trade_off(lines, dense, best, titles[cost])
+    known = [(a.method, getattr(a, cost, None), a.accuracy) for a in published]
+    others = [(method, value, accuracy) for method, value, accuracy in known if value is not None]
+    return plots.trade_off(lines, dense, tables.best(rows, cost), TITLES[cost], others)
 
 
 MOST_CURVES = 10
@@ -131,6 +164,8 @@ def _details(rows: Sequence[Row], left: Mapping[str, Artifacts]) -> "dict[str, F
 CAPTIONS = {
     "compression": "Accuracy against compression; bars are 95 % intervals over seeds.",
     "macs": "Accuracy against MACs; bars are 95 % intervals over seeds.",
+    "latency": "Accuracy against latency as evaluate measured it; zeros save no time in a dense "
+    "layer.",
     "curves": "Validation accuracy by epoch, mean over seeds, at the last operating point of each "
     f"method (the first {MOST_CURVES}).",
     "layers": "Sparsity by layer of the finetuned networks, mean over seeds.",
@@ -140,7 +175,11 @@ CAPTIONS = {
 def _notes(rows: Sequence[Row], left: Mapping[str, Artifacts]) -> list[str]:
     """What the comparison is of, and what it cannot tell."""
     revisions = sorted({each.revision[:10] for each in left.values() if each.revision})
-    said = [*tables.notes(rows), f"revision of the code: {', '.join(revisions) or 'not recorded'}"]
+    said = [
+        *tables.notes(rows),
+        *fairness.notes(rows),
+        f"revision of the code: {', '.join(revisions) or 'not recorded'}",
+    ]
     images = next((each.test_images for each in left.values() if each.test_images), None)
     if images:
         error = 100 * statistics.standard_error(rows[0].dense.mean, images)
@@ -155,7 +194,8 @@ def _html(
     title: str,
     rows: Sequence[Row],
     pictures: Mapping[str, bytes],
-    left: Mapping[str, Artifacts],
+    notes: Sequence[str],
+    published: Sequence[Anchor],
     digest: str,
 ) -> str:
     from jinja2 import Environment
@@ -171,8 +211,10 @@ def _html(
         svg={CAPTIONS[name]: picture for name, picture in svg.items()},
         headings=tables.HEADINGS,
         cells=tables.cells,
-        pairs=tables.differences(rows),
-        notes=_notes(rows, left),
+        pairs=fairness.differences(rows),
+        enough=fairness.ENOUGH,
+        notes=notes,
+        published=published,
         volumes=tables.volumes(rows),
     )
 
@@ -213,12 +255,21 @@ seed {{ result.seed }}: {{ "%.2f" | format(100 * result.final) }} % at
 {% endfor %}</div>
 <h2>Differences between methods, paired by seed</h2>
 <p>Points of final accuracy, at the same operating point; p of the paired t-test, adjusted by Holm
-for all rows of this table.</p>
+for all rows of this table. The setup says what is the same for both (Wang et al., arXiv
+2301.05219): S1 network, data and ratio, S2 the base model too, S3 epochs (.1) and schedule (.2) of
+finetuning, S4 those of sparse-train; {{ enough }} is what the authors ask for at least.</p>
 {% if pairs %}
 <div class="wide"><table><thead><tr><th>first</th><th>second</th><th>point</th><th>seeds</th>
-<th>first − second</th><th>p</th><th>Holm</th><th></th></tr></thead><tbody>
+<th>first − second</th><th>p</th><th>Holm</th><th></th><th>setup</th></tr></thead><tbody>
 {% for pair in pairs %}<tr>{% for cell in pair %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}
 </tbody></table></div>{% else %}<p>No two methods share an operating point and seeds.</p>{% endif %}
+{% if published %}<h2>Published results</h2>
+<p>Not ours: as the sources have them, with other base models and trainings.</p>
+<div class="wide"><table><thead><tr><th>method</th><th>source</th><th>accuracy %</th>
+<th>compression</th><th>MACs, dense / left</th></tr></thead><tbody>
+{% for a in published %}<tr><td>{{ a.method }}</td><td>{{ a.source }}</td>
+<td>{{ "%.2f" | format(100 * a.accuracy) }}</td><td>{{ a.compression or "" }}</td>
+<td>{{ a.macs or "" }}</td></tr>{% endfor %}</tbody></table></div>{% endif %}
 <h2>Hypervolume</h2>
 <p>Area between the front of (share of MACs left, accuracy) and the reference point, which is all
 MACs and an accuracy of 0.</p>

@@ -22,11 +22,16 @@ class Point:
 
 
 def trade_off(
-    lines: Mapping[str, Sequence[Point]], dense: float, best: Sequence[tuple[float, float]], x: str
+    lines: Mapping[str, Sequence[Point]],
+    dense: float,
+    best: Sequence[tuple[float, float]],
+    x: str,
+    published: Sequence[tuple[str, float, float]] = (),
 ) -> "Figure":
     """Accuracy in percent against a cost on a log axis, the dense network as a line.
 
-    `best` are the points (cost, accuracy) of the front, which no other point beats in both.
+    `best` are the points (cost, accuracy) of the front, which no other point beats in both;
+    `published` those of others: label, cost, accuracy.
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
@@ -60,6 +65,16 @@ def trade_off(
             alpha=0.5,
             zorder=0,
             label="Pareto front",
+        )
+    for place, (label, cost, accuracy) in enumerate(published):
+        axes.plot(
+            [cost],
+            [100 * accuracy],
+            linestyle="none",
+            marker=f"${place + 1}$",
+            markersize=7,
+            color="0.35",
+            label=f"{place + 1}: {label}, published, not ours",
         )
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

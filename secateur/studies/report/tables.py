@@ -23,6 +23,11 @@ class Row:
     results: tuple[Result, ...]
 
     @property
+    def seeds(self) -> tuple[int, ...]:
+        """Those of the results."""
+        return tuple(result.seed for result in self.results)
+
+    @property
     def dense(self) -> Interval:
         """Test accuracy of the dense networks, a fraction."""
         return statistics.interval([result.dense for result in self.results])
@@ -41,6 +46,11 @@ class Row:
     def macs(self) -> Interval:
         """Share of multiply-accumulates that is left."""
         return statistics.interval([result.macs for result in self.results])
+
+    @property
+    def speedup(self) -> Interval:
+        """Latency of the dense network / latency of the finetuned one."""
+        return statistics.interval([result.speedup for result in self.results])
 
     @property
     def latency(self) -> Interval:
@@ -113,9 +123,16 @@ def _latex(text: str) -> str:
     return "".join(special.get(letter, letter) for letter in text)
 
 
+def gain(row: Row, cost: str) -> float:
+    """How many times less the finetuned network has: parameters, MACs or latency."""
+    if cost == "latency":
+        return row.speedup.mean
+    return row.compression.mean if cost == "compression" else 1 / row.macs.mean
+
+
 def best(found: Sequence[Row], cost: str) -> list[tuple[float, float]]:
-    """Front of (compression or 1 / MACs left, accuracy): high in both, by means over seeds."""
-    gains = [row.compression.mean if cost == "compression" else 1 / row.macs.mean for row in found]
+    """Front of (gain, accuracy): high in both, by means over seeds."""
+    gains = [gain(row, cost) for row in found]
     values = [row.final.mean for row in found]
     places = statistics.front([(-gain, value) for gain, value in zip(gains, values, strict=True)])
     return sorted((gains[place], values[place]) for place in places)
@@ -129,18 +146,23 @@ def volumes(found: Sequence[Row]) -> dict[str, float]:
     return {label: statistics.hypervolume(own, (1.0, 0.0)) for label, own in points.items()}
 
 
+def pairs(found: Sequence[Row]) -> list[tuple[Row, Row]]:
+    """Every two methods at one point that have seeds in common."""
+    return [
+        (first, second)
+        for first, second in itertools.combinations(found, 2)
+        if first.point == second.point and set(first.seeds) & set(second.seeds)
+    ]
+
+
 def differences(found: Sequence[Row]) -> list[list[str]]:
-    """Every two methods at one point, with the seeds that both have, as text."""
+    """A line of text for each of the `pairs`."""
     lines: list[list[str]] = []
     p_values: list[tuple[int, float]] = []
-    for first, second in itertools.combinations(found, 2):
-        if first.point != second.point:
-            continue
+    for first, second in pairs(found):
         own = {result.seed: result.final for result in first.results}
         other = {result.seed: result.final for result in second.results}
         shared = sorted(own.keys() & other.keys())
-        if not shared:
-            continue
         change, p = statistics.paired([own[s] for s in shared], [other[s] for s in shared])
         enough = len(shared) >= 3 and p is not None
         if p is not None and enough:

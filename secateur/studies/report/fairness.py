@@ -1,0 +1,79 @@
+"""How fair a comparison of two methods is, by the setups of Wang et al. (arXiv 2301.05219, 2023).
+
+From S1 to S4.2 more and more is the same for both: network, data and ratio (S1), base model (S2),
+epochs (S3.1) and learning-rate schedule (S3.2) of the finetuning, epochs (S4.1) and schedule (S4.2)
+of the pruning, which is `sparse_train` here. The authors ask for S3.2 at least.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from secateur.studies.report import tables
+from secateur.studies.report.tables import Row
+
+SETUPS = ("S1", "S2", "S3.1", "S3.2", "S4.1", "S4.2")
+ENOUGH = "S3.2"
+CLOSE = 0.05
+"""Relative difference of compression up to which two ratios count as the same."""
+
+
+def setup(first: Row, second: Row) -> tuple[str, str]:
+    """The strictest setup that two rows fulfil, `none` below S1, and what the next one lacks."""
+    reached = "none"
+    for name, lacks in zip(SETUPS, _lacking(first, second), strict=True):
+        if lacks:
+            return reached, lacks
+        reached = name
+    return reached, ""
+
+
+def differences(found: Sequence[Row]) -> list[list[str]]:
+    """The table of differences with the setup of each pair."""
+    both = zip(tables.differences(found), tables.pairs(found), strict=True)
+    return [[*line, setup(*pair)[0]] for line, pair in both]
+
+
+def notes(found: Sequence[Row]) -> list[str]:
+    """The weakest setup of two methods, and what it lacks; nothing without two methods."""
+    pairs = [pair for pair in tables.pairs(found) if not (pair[0].control or pair[1].control)]
+    if not pairs:
+        return []
+    order = ("none", *SETUPS)
+    (name, lacks), (first, second) = min(
+        ((setup(*pair), pair) for pair in pairs), key=lambda each: order.index(each[0][0])
+    )
+    line = f"setup of Wang et al. (arXiv 2301.05219) of all pairs of methods: at least {name}"
+    if lacks:
+        where = f" at {first.point}" if first.point else ""
+        line += f"; {first.label} and {second.label}{where} differ in {lacks}"
+    return [line]
+
+
+def _lacking(first: Row, second: Row) -> list[str]:
+    """For each setup what keeps the two rows from it, beyond those before; empty if nothing."""
+    one, other = first.results[0].params, second.results[0].params
+    dataset, arch = one.get("dataset"), one.get("arch")
+    network = ("dataset", "arch", "data.", f"datasets.{dataset}.", f"archs.{arch}.")
+    return [
+        _differing(one, other, network) or _ratio(first, second),
+        _differing(one, other, ("baseline.",)),
+        _differing(one, other, ("finetune.epochs", "finetune.budget", "finetune.init")),
+        _differing(one, other, ("finetune.",)),
+        _differing(one, other, ("sparse_train.epochs",)),
+        _differing(one, other, ("sparse_train.",)),
+    ]
+
+
+def _differing(one: Mapping[str, Any], other: Mapping[str, Any], parts: tuple[str, ...]) -> str:
+    """The settings under these keys that are not the same."""
+    keys = [key for key in one.keys() | other.keys() if key.startswith(parts)]
+    found = [key for key in sorted(keys) if one.get(key) != other.get(key)]
+    return ", ".join(f"{key} {one.get(key)} and {other.get(key)}" for key in found[:2])
+
+
+def _ratio(first: Row, second: Row) -> str:
+    """The compressions, if they are not about the same."""
+    one, other = first.compression.mean, second.compression.mean
+    if abs(one - other) <= CLOSE * min(one, other):
+        return ""
+    return f"compression {one:.1f} and {other:.1f}"
