@@ -148,7 +148,7 @@ def test_the_page_holds_every_method_and_asks_for_nothing_else(experiments, tmp_
     cells = experiments(methods, seeds=(1, 2, 3) if methods == 3 else (1,))
     page.write(tmp_path / "page", "a <comparison>", cells)
     text = (tmp_path / "page/index.html").read_text()
-    assert "a &lt;comparison&gt;" in text and text.count("<svg") == 2
+    assert "a &lt;comparison&gt;" in text and text.count("<svg") == 3
     assert all(f"<td>m{number}</td>" in text for number in range(methods))
     assert "<script" not in text and 'src="' not in text and "<link" not in text
     for name in ("compression.svg", "macs.png", "table.md", "table.tex", "table.csv"):

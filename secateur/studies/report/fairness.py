@@ -65,8 +65,9 @@ def _lacking(first: Row, second: Row) -> list[str]:
 
 
 def _differing(one: Mapping[str, Any], other: Mapping[str, Any], parts: tuple[str, ...]) -> str:
-    """The settings under these keys that are not the same."""
-    keys = [key for key in one.keys() | other.keys() if key.startswith(parts)]
+    """The settings of these names, or below those that end in a dot, that are not the same."""
+    below = tuple(part for part in parts if part.endswith("."))
+    keys = [key for key in one.keys() | other.keys() if key in parts or key.startswith(below)]
     found = [key for key in sorted(keys) if one.get(key) != other.get(key)]
     return ", ".join(f"{key} {one.get(key)} and {other.get(key)}" for key in found[:2])
 

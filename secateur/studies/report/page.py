@@ -106,9 +106,8 @@ def write(
 
 def _published(rows: Sequence[Row]) -> list[Anchor]:
     """Published results on the one network and data set that all rows are of."""
-    kinds = {
-        (str(r.params.get("dataset")), str(r.params.get("arch"))) for x in rows for r in x.results
-    }
+    reports = [result.report for row in rows for result in row.results]
+    kinds = {(str(report.get("dataset")), str(report.get("arch"))) for report in reports}
     if len(kinds) != 1:
         return []
     ((dataset, arch),) = kinds

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
@@ -56,6 +57,21 @@ def trade_off(
             label=label,
         )
     axes.axhline(100 * dense, color="0.4", linestyle="--", linewidth=1, label="dense")
+    _draw_front(axes, best)
+    _draw_published(axes, published)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel(x)
+    axes.set_ylabel("test accuracy %")
+    axes.grid(alpha=0.25)
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False,
+                  ncols=1 + len(lines) // 30)  # fmt: skip
+    return figure
+
+
+def _draw_front(axes: "Axes", best: Sequence[tuple[float, float]]) -> None:
+    """A broad line behind the points, if there are several."""
     if len(best) > 1:
         axes.plot(
             [cost for cost, _ in best],
@@ -66,25 +82,21 @@ def trade_off(
             zorder=0,
             label="Pareto front",
         )
-    for place, (label, cost, accuracy) in enumerate(published):
+
+
+def _draw_published(axes: "Axes", published: Sequence[tuple[str, float, float]]) -> None:
+    """A grey number for each method of others."""
+    labels = dict.fromkeys(label for label, _, _ in published)
+    for number, label in enumerate(labels, 1):
         axes.plot(
-            [cost],
-            [100 * accuracy],
+            [cost for name, cost, _ in published if name == label],
+            [100 * accuracy for name, _, accuracy in published if name == label],
             linestyle="none",
-            marker=f"${place + 1}$",
+            marker=f"${number}$",
             markersize=7,
             color="0.35",
-            label=f"{place + 1}: {label}, published, not ours",
+            label=f"{number}: {label}, published, not ours",
         )
-    axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel(x)
-    axes.set_ylabel("test accuracy %")
-    axes.grid(alpha=0.25)
-    figure.legend(loc="outside right upper", fontsize=8, frameon=False,
-                  ncols=1 + len(lines) // 30)  # fmt: skip
-    return figure
 
 
 def curves(lines: Mapping[str, Mapping[str, Sequence[float]]]) -> "Figure":
