@@ -91,7 +91,11 @@ def measure(
     model = model.eval()
     graph = build_channel_graph(model, image)
     shapes = _shapes(model, graph, image)
-    with tempfile.TemporaryDirectory() as folder, runtimes.torch_threads(threads):
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        runtimes.torch_threads(threads),
+        torch.random.fork_rng(devices=[]),
+    ):
         opener = _Opener(runtime, batch, threads, Path(folder))
         on_step("multiples")
         multiple = _multiple(opener, shapes.values())
@@ -112,7 +116,7 @@ def measure(
         batch=batch,
         threads=threads,
         hardware=machine.cpu_name(),
-        versions=machine.versions() | _version(runtime),
+        versions=machine.versions() | {runtime: runtimes.version(runtime)},
         multiple=multiple,
         layers=layers,
         networks=tuple(networks),
@@ -414,10 +418,3 @@ def _narrower(graph: ChannelGraph, share: float, multiple: int) -> dict[str, Ten
 def _shortest(passes: Mapping[Any, Pass], repeats: int) -> dict[Any, float]:
     """Milliseconds of the shortest pass of each, taking turns."""
     return {key: min(taken) for key, taken in timing.take_turns(passes, repeats).items()}
-
-
-def _version(runtime: str) -> dict[str, str]:
-    """The version of the runtime, if it is not torch."""
-    if runtime == "torch":
-        return {}
-    return {runtime: str(runtimes._engine(runtime).__version__)}

@@ -60,6 +60,11 @@ def check_packages(names: Iterable[str]) -> None:
         _engine(name)
 
 
+def version(name: str) -> str:
+    """The version of a runtime that is installed."""
+    return str(_engine(name).__version__)
+
+
 def for_file(path: Path) -> list[str]:
     """Names of the runtimes that open files of this suffix, in the order of RUNTIMES."""
     return [runtime.name for runtime in RUNTIMES.values() if runtime.suffix == path.suffix]
