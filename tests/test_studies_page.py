@@ -268,7 +268,7 @@ def test_published_results_are_drawn_and_marked_as_not_ours(experiments, tmp_pat
     page.write(tmp_path / "report", "mine", cells)
     html = (tmp_path / "report/index.html").read_text()
     assert "Published results" in html and "a paper" in html
-    assert "theirs, published, not ours" in (tmp_path / "report/compression.svg").read_text()
+    assert "theirs (not ours)" in (tmp_path / "report/compression.svg").read_text()
     assert "theirs" not in (tmp_path / "report/macs.svg").read_text(), "no figure of MACs known"
 
 

@@ -225,7 +225,8 @@ TEMPLATE = """<!DOCTYPE html>
 <style>
 body {font: 15px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 2rem auto; padding: 0 1rem;
  color: #222}
-.wide {overflow-x: auto} table {border-collapse: collapse; font-variant-numeric: tabular-nums}
+.wide {overflow: auto; max-height: 46rem} thead th {position: sticky; top: 0; background: #fff}
+table {border-collapse: collapse; font-variant-numeric: tabular-nums}
 th, td {padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #e4e4e4;
  white-space: nowrap}
 th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) {text-align: left}
@@ -237,6 +238,10 @@ details {color: #555; font-size: 13px} h2 {margin-top: 2rem}
 </style></head><body>
 <h1>{{ title }}</h1>
 <ul>{% for note in notes %}<li>{{ note }}</li>{% endfor %}</ul>
+<h2>Figures</h2>
+<div class="figures">{% for caption, picture in svg.items() %}
+<figure>{{ picture | safe }}<figcaption>{{ caption }}</figcaption></figure>
+{% endfor %}</div>
 <h2>Accuracy and cost</h2>
 <p>Mean over seeds ± half-width of the 95 % t-interval of the mean. Accuracies are of the test
 images, in percent.</p>
@@ -248,10 +253,6 @@ images, in percent.</p>
 seed {{ result.seed }}: {{ "%.2f" | format(100 * result.final) }} % at
 {{ "%.2f" | format(result.compression) }}x<br>{% endfor %}</details></td></tr>{% endfor %}
 </tbody></table></div>
-<h2>Figures</h2>
-<div class="figures">{% for caption, picture in svg.items() %}
-<figure>{{ picture | safe }}<figcaption>{{ caption }}</figcaption></figure>
-{% endfor %}</div>
 <h2>Differences between methods, paired by seed</h2>
 <p>Points of final accuracy, at the same operating point; p of the paired t-test, adjusted by Holm
 for all rows of this table. The setup says what is the same for both (Wang et al., arXiv
@@ -266,7 +267,8 @@ finetuning, S4 those of sparse-train; {{ enough }} is what the authors ask for a
 <p>Not ours: as the sources have them, with other base models and trainings.</p>
 <div class="wide"><table><thead><tr><th>method</th><th>source</th><th>accuracy %</th>
 <th>compression</th><th>MACs, dense / left</th></tr></thead><tbody>
-{% for a in published %}<tr><td>{{ a.method }}</td><td>{{ a.source }}</td>
+{% for a in published %}<tr><td>{{ a.method }}</td>
+<td style="white-space: normal">{{ a.source }}</td>
 <td>{{ "%.2f" | format(100 * a.accuracy) }}</td><td>{{ a.compression or "" }}</td>
 <td>{{ a.macs or "" }}</td></tr>{% endfor %}</tbody></table></div>{% endif %}
 <h2>Hypervolume</h2>

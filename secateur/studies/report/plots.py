@@ -29,16 +29,18 @@ def trade_off(
     x: str,
     published: Sequence[tuple[str, float, float]] = (),
 ) -> "Figure":
-    """Accuracy in percent against a cost on a log axis, the dense network as a line.
+    """Accuracy in percent against a cost, the dense network as a line; a wide range on a log axis.
 
     `best` are the points (cost, accuracy) of the front, which no other point beats in both;
     `published` those of others: label, cost, accuracy.
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    figure = Figure(figsize=(8, 5 + 0.12 * max(0, len(lines) - 12)), layout="constrained")
+    columns = 1 + len(lines) // 30
+    height = 5 + 0.12 * max(0, len(lines) - 12)
+    figure = Figure(figsize=(6 + 2.5 * columns, height), layout="constrained")
     axes = figure.add_subplot()
     colours = colormaps["tab10" if len(lines) <= 10 else "turbo"]
     markers = "osD^vP*X<>"
@@ -59,14 +61,17 @@ def trade_off(
     axes.axhline(100 * dense, color="0.4", linestyle="--", linewidth=1, label="dense")
     _draw_front(axes, best)
     _draw_published(axes, published)
-    axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    costs = [point.cost for points in lines.values() for point in points]
+    if max(costs) > 3 * min(costs):
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel(x)
     axes.set_ylabel("test accuracy %")
     axes.grid(alpha=0.25)
     figure.legend(loc="outside right upper", fontsize=8, frameon=False,
-                  ncols=1 + len(lines) // 30)  # fmt: skip
+                  ncols=columns)  # fmt: skip
     return figure
 
 
@@ -95,7 +100,7 @@ def _draw_published(axes: "Axes", published: Sequence[tuple[str, float, float]])
             marker=f"${number}$",
             markersize=7,
             color="0.35",
-            label=f"{number}: {label}, published, not ours",
+            label=f"{number}: {label} (not ours)",
         )
 
 

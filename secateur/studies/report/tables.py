@@ -189,7 +189,7 @@ def notes(found: Sequence[Row]) -> list[str]:
     said.append(f"seeds: {', '.join(map(str, seeds))}")
     few = [f"{row.label} ({row.point})" for row in found if len(row.results) < 3]
     if few:
-        said.append(f"fewer than three seeds, so no test of differences: {', '.join(few)}")
+        said.append(f"fewer than three seeds, so no test of differences: {_some(few)}")
     points: dict[str, set[str]] = {}
     for row in found:
         if not row.control:
@@ -198,6 +198,12 @@ def notes(found: Sequence[Row]) -> list[str]:
     if scarce:
         said.append(
             "fewer than the five operating points that ShrinkBench (Blalock et al., MLSys 2020) "
-            f"asks for: {', '.join(scarce)}"
+            f"asks for: {_some(scarce)}"
         )
     return said
+
+
+def _some(names: Sequence[str], most: int = 6) -> str:
+    """The names, or the first of them and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
