@@ -51,6 +51,12 @@ def test_a_round_that_is_added_reuses_all_before_also_in_a_clone_and_holds_masks
     files = [f"models/rounds/{name}/finetuned/model.safetensors" for name in ("round2", "round3")]
     for file in files:
         assert (clone.path / file).read_bytes() == (project.path / file).read_bytes()
+    said = clone.run("python", "-m", "secateur.sync", SECATEUR_TRACKING="on")
+    (chain,) = clone.runs("tags.kind = 'pipeline'")
+    assert "warning" not in said and {"prune_round3/seconds"} <= chain.data.metrics.keys()
+    (last,) = clone.runs("tags.stage = 'finetune@round3'")
+    assert chain.data.tags["run.finetune_round3"] == last.info.run_id
+    assert chain.data.metrics["round/accuracy"] == report["rounds"]["round3"]["accuracy"]
 
 
 def test_a_round_that_was_killed_ends_with_the_same_bytes(project, tmp_path):

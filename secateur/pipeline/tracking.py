@@ -58,7 +58,9 @@ class Run(Callback):
         return run_id
 
     def _create(self, dataset: Mapping[str, Any], seconds: float) -> str:
-        links = {f"upstream.{name}": r.run_id for name, r in self.upstream.items() if r.run_id}
+        links = {
+            f"upstream.{_key(name)}": r.run_id for name, r in self.upstream.items() if r.run_id
+        }
         params = flat(self.stage.declared)
         tags = _tags(self.stage.name) | links | {"fingerprint": self.stage.fingerprint}
         name, fingerprint = self.stage.name, self.stage.fingerprint
@@ -218,12 +220,12 @@ def _pipeline(
     chain = {key: value for key, value in report.items() if isinstance(value, dict)}
     numbers = {"accuracy": report["finetuned"]["accuracy"], **results, **flat(chain, "/")}
     numbers = {key: value for key, value in numbers.items() if _number(value)}
-    numbers |= {f"{name}/seconds": record.seconds for name, record in records.items()}
+    numbers |= {f"{_key(name)}/seconds": record.seconds for name, record in records.items()}
     store.log(run_id, [Metric(k, float(v), now, 0) for k, v in numbers.items()])
     for place, row in enumerate(report.get("rounds", {}).values(), 1):  # as curves over the rounds
         store.log(run_id, [Metric(f"round/{k}", float(v), now, place) for k, v in row.items()])
     for name, stage_id in ids.items():
-        store.client.set_tag(run_id, f"run.{name}", stage_id)
+        store.client.set_tag(run_id, f"run.{_key(name)}", stage_id)
     _log_inputs(store, run_id, [model for i in ids.values() for model in _models(store, i)])
     _add_name(store, run_id, experiment_name or os.environ.get("DVC_EXP_NAME"))
     store.client.set_tag(run_id, "mlflow.note.content", _note(store, ids, report))
@@ -266,7 +268,7 @@ def restore(
         "origin.run_id": record.identity,
         "fingerprint": record.fingerprint,
     }
-    tags |= {f"upstream.{name}": run_id for name, run_id in upstream.items()}
+    tags |= {f"upstream.{_key(name)}": run_id for name, run_id in upstream.items()}
     ended = record.ended or time.time()
     began = ended - record.seconds
     name, params = f"{record.stage}-{record.fingerprint[:8]}", flat(record.params)
@@ -311,7 +313,8 @@ def _create_run(
 
 
 def _key(name: str) -> str:
-    """A param's name as MLflow allows it: keys may be patterns of layer names."""
+    """A name as MLflow allows it: those of params may be patterns of layer names, and stages of
+    further rounds have an @."""
     return re.sub(r"[^\w\-./ :]", "_", name)
 
 
