@@ -139,7 +139,7 @@ def compare(
     with tempfile.TemporaryDirectory() as folder, runtimes.torch_threads(threads):
         opener = _Opener(runtime, batch, threads, Path(folder))
         passes = {name: opener.network(model, image) for name, model in networks.items()}
-        return _shortest(passes, repeats)
+        return _shortest(passes, repeats, untimed=1)
 
 
 def check_packages(names: Iterable[str]) -> None:
@@ -399,7 +399,7 @@ def _measure_networks(
             small = removal.remove(model, selection, image, {}, graph).model.eval()
             passes[len(widths)] = opener.network(small, image)
             widths.append(own)
-    times = _shortest(passes, repeats)
+    times = _shortest(passes, repeats, untimed=1)
     return [MeasuredNetwork(widths=own, ms=times[number]) for number, own in enumerate(widths)]
 
 
@@ -415,6 +415,11 @@ def _narrower(graph: ChannelGraph, share: float, multiple: int) -> dict[str, Ten
     return graph.removable({name: index for name, index in chosen.items() if len(index)})
 
 
-def _shortest(passes: Mapping[Any, Pass], repeats: int) -> dict[Any, float]:
-    """Milliseconds of the shortest pass of each, taking turns."""
-    return {key: min(taken) for key, taken in timing.take_turns(passes, repeats).items()}
+def _shortest(passes: Mapping[Any, Pass], repeats: int, untimed: int = 0) -> dict[Any, float]:
+    """Milliseconds of the shortest pass of each, taking turns; see `timing.take_turns`.
+
+    Of whole networks an untimed pass goes before each timed one, as if the network were the only
+    one in use: how many others take turns would otherwise decide how much is in the caches.
+    """
+    times = timing.take_turns(passes, repeats, untimed)
+    return {key: min(taken) for key, taken in times.items()}
