@@ -306,7 +306,7 @@ def test_the_file_holds_groups_and_permutation_and_needs_no_code_that_pruned(tmp
 def run_stage(model, images, decide, monkeypatch, **settings):
     class Params:
         pruner = "own"
-        prune = SimpleNamespace(**settings)
+        prune = SimpleNamespace(latency="none", **settings)
 
         def chosen(self, kind):
             return {"amount": 1}.items()
@@ -337,7 +337,13 @@ def test_the_stage_exports_and_proves(dead, monkeypatch, capsys):
         return gconv.prune(gconv.Settings(groups=4), subject)
 
     kept = run_stage(
-        model, images, decide, monkeypatch, remove_dead=dead, recalibrate=0, export="none"
+        model,
+        images,
+        decide,
+        monkeypatch,
+        remove_dead=dead,
+        recalibrate=0,
+        export="none",
     )
     made = run_stage(
         model, images, decide, monkeypatch, remove_dead=dead, recalibrate=0, export="gconv"

@@ -28,13 +28,16 @@ def update(values: Mapping[str, Any], path: Path | str = settings.FILE) -> None:
 def updated(text: str, values: Mapping[str, Any]) -> str:
     """The text of params.yaml with each value set at its dotted key."""
     from ruamel.yaml import YAML
+    from ruamel.yaml.representer import RoundTripRepresenter
 
+    class WithNull(RoundTripRepresenter):
+        """None is written as null; representers belong to a class, and DVC uses the original."""
+
+    WithNull.add_representer(type(None), lambda made, _: made.represent_scalar(_NULL, "null"))
     editor = YAML()
+    editor.Representer = WithNull
     editor.preserve_quotes = True
     editor.width = 1000  # no line is wrapped
-    editor.representer.add_representer(
-        type(None), lambda made, _: made.represent_scalar(_NULL, "null")
-    )
     params = editor.load(text)
     for key, value in values.items():
         *sections, last = key.split(".")
