@@ -15,30 +15,38 @@ LONGEST = [
     "test_processes.py",
     "test_data.py",  # forks to decode images, which must be before a runtime has started threads
     "test_pipeline_queue.py",
-    "test_archs.py",
     "test_pipeline_resume.py",
     "test_channels_zoo.py",
     "test_channels.py",
     "test_pipeline_tracking.py",
-    "test_export.py",
-    "test_growing.py",
     "test_pipeline_rounds.py",
     "test_weights.py",
     "test_mlflow_store.py",
-    "test_train.py",
-    "test_hostile_input.py",
-    "test_structured.py",
     "test_regroup.py",
     "test_recipes.py",
     "test_pipeline_models.py",
     "test_pipeline_experiments.py",
     "test_docs.py",
-    "test_mlflow_model.py",
     "test_settings.py",
     "test_stage_start.py",
     "test_pipeline_errors.py",
 ]
 """Files of tests that come first, in the order in which workers are given them."""
+LAST = [
+    "test_export.py",
+    "test_mlflow_model.py",
+    "test_predict.py",
+    "test_latency_targets.py",
+    "test_quantisation.py",
+    "test_latency.py",
+    "test_runtimes.py",
+    "test_archs.py",
+    "test_hostile_input.py",
+    "test_structured.py",
+]
+"""Files that come last: those that compute in ONNX Runtime and OpenVINO, and some that start no
+processes. On processors with AMX, workers have been ended by a signal of the kernel (SIGSEGV with
+code SI_KERNEL) as they waited for a process after these runtimes had been in use."""
 
 
 def pytest_xdist_auto_num_workers(config):
@@ -49,6 +57,7 @@ def pytest_xdist_auto_num_workers(config):
 
 def pytest_collection_modifyitems(items):
     place = {name: number for number, name in enumerate(LONGEST)}
+    place |= {name: len(LONGEST) + 1 + number for number, name in enumerate(LAST)}
     items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
 
 
