@@ -454,9 +454,9 @@ class Late:
         self.stage = Stage("baseline", None, {"seed": 1}, {})
         self.late = tracking.LateRun(self.begin, at_once)
 
-    def begin(self, seconds):
+    def begin(self, began):
         run = tracking.Run(Store(strict=True), self.stage, {})
-        run.open(None, {"name": "toy", "hash": "00"}, seconds)
+        run.open(None, {"name": "toy", "hash": "00"}, began)
         return run
 
     def epoch(self, number):
@@ -471,6 +471,7 @@ def test_a_stage_is_shown_once_it_has_worked_for_a_while_with_all_its_epochs(tra
     done.epoch(2)
     assert done.late.run is None
     done.late.since -= tracking.LIVE_AFTER
+    done.late.began -= tracking.LIVE_AFTER
     done.epoch(3)
     done.epoch(4)
     assert done.late.close({"accuracy": 1.0}, "models/toy/model", "ab") is not None
@@ -480,6 +481,7 @@ def test_a_stage_is_shown_once_it_has_worked_for_a_while_with_all_its_epochs(tra
     assert len(logged) == 4
     run = client.get_run(found)
     assert run.info.status == "FINISHED"
+    assert run.info.start_time == int(1000 * done.late.began), "importing MLflow takes seconds"
     assert run.info.end_time - run.info.start_time > 1000 * tracking.LIVE_AFTER
 
 

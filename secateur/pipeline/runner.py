@@ -399,10 +399,10 @@ def _open_run(context: StageContext, store: resume.ResumeStore) -> tracking.Late
         upstream[maker] = record.load(path) if path.exists() else None
     info, known = context.data.info, store.note("run_id")
 
-    def begin(seconds: float) -> tracking.Run:
+    def begin(began: float) -> tracking.Run:
         run = tracking.Run(Store(), context.stage, upstream)
         dataset = {"name": info.name, "hash": info.hash, **info.counts}
-        run.open(known, dataset, seconds)
+        run.open(known, dataset, began)
         store.note("run_id", run.id)
         return run
 

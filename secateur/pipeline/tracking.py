@@ -42,11 +42,17 @@ class Run(Callback):
         self.id: str | None = None
         self.rows: list[tuple[Row, float]] = []
 
-    def open(self, run_id: str | None, dataset: Mapping[str, Any], seconds: float = 0.0) -> None:
-        """Resume the run `run_id` if this store has it, or begin one of work so far in seconds."""
+    def open(
+        self, run_id: str | None, dataset: Mapping[str, Any], began: float | None = None
+    ) -> None:
+        """Resume the run `run_id` if this store has it, or make one.
+
+        `began`, in seconds since 1970, is when the work began; now by default.
+        """
+        began = time.time() if began is None else began
         if self.store.client is None:
             return
-        self.id = self.store.attempt(lambda: self._resume(run_id) or self._create(dataset, seconds))
+        self.id = self.store.attempt(lambda: self._resume(run_id) or self._create(dataset, began))
 
     def _resume(self, run_id: str | None) -> str | None:
         """Set an interrupted run to RUNNING again; None if this store does not have it."""
@@ -57,14 +63,13 @@ class Run(Callback):
             self.store.client.update_run(run_id, "RUNNING")
         return run_id
 
-    def _create(self, dataset: Mapping[str, Any], seconds: float) -> str:
+    def _create(self, dataset: Mapping[str, Any], began: float) -> str:
         links = {
             f"upstream.{_key(name)}": r.run_id for name, r in self.upstream.items() if r.run_id
         }
         params = flat(self.stage.declared)
         tags = _tags(self.stage.name) | links | {"fingerprint": self.stage.fingerprint}
         name, fingerprint = self.stage.name, self.stage.fingerprint
-        began = time.time() - seconds
         run_id = _create_run(self.store, f"{name}-{fingerprint[:8]}", tags, params, began)
         _log_dataset(self.store, run_id, dataset)
         _log_inputs(self.store, run_id, [r.model_id for r in self.upstream.values() if r.model_id])
@@ -114,20 +119,19 @@ class Run(Callback):
 class LateRun(Callback):
     """The MLflow run of a stage, begun when the stage has worked for LIVE_AFTER seconds.
 
-    `begin` opens the run of work that has taken so many seconds.
+    `begin` opens the run of work that began at a time, in seconds since 1970.
     """
 
     def __init__(self, begin: Callable[[float], Run], at_once: bool) -> None:
-        self.begin, self.run = begin, (begin(0.0) if at_once else None)
-        self.since = time.monotonic()
+        self.since, self.began = time.monotonic(), time.time()
+        self.begin, self.run = begin, (begin(self.began) if at_once else None)
         self._training: tuple[int, int, Sequence[Row]] | None = None
         self._rows: list[tuple[Row, float]] = []
 
     def _look(self, now: bool = False) -> Run | None:
         """The run, begun if it is time."""
-        seconds = time.monotonic() - self.since
-        if self.run is None and (now or seconds > LIVE_AFTER):
-            self.run = self.begin(seconds)
+        if self.run is None and (now or time.monotonic() - self.since > LIVE_AFTER):
+            self.run = self.begin(self.began)
             if self._training is not None:
                 self.run.on_train_start(*self._training)
             self.run.rows += self._rows
