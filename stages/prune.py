@@ -15,14 +15,13 @@ measured again (prune.recalibrate).
 """
 
 from dataclasses import replace
-from itertools import islice
 
 from torch import nn
 
 from secateur.base import machine, plugin
 from secateur.base.files import Table
 from secateur.base.settings import section
-from secateur.data.batches import Batches, example_batch
+from secateur.data.batches import example_batch
 from secateur.gconv import export
 from secateur.nn import checkpoint, cost
 from secateur.pipeline import console, latency_check, runner
@@ -31,10 +30,8 @@ from secateur.pruning.decision import PruningContext
 from secateur.pruning.latency import LatencyTable, load_table
 from secateur.sparsity import masks
 from secateur.training.evaluation import accuracy
-from secateur.training.recalibrate import recalibrate
+from secateur.training.recalibrate import recalibrate_on
 
-BATCH = 128
-"""Images over which statistics are averaged at once."""
 OUTPUTS = ("layer", "outputs", "outputs_left")
 """Columns of outputs.csv."""
 
@@ -133,14 +130,8 @@ def measure_again(context: runner.StageContext, model: nn.Module, images: int) -
     metrics: dict[str, float] = {}
     if len(data.val):
         metrics["val_accuracy_before"], _ = accuracy(model, data.val, data.info)
-    size = min(BATCH, images, len(data.train))
-    batches = Batches(data.train, data.info, size, 0, device=device)
-    whole = max(1, min(images, len(data.train)) // size)  # of equal size, so that all weigh equally
-    try:
-        norms = recalibrate(model, (x for x, _ in islice(batches.epoch(0), whole)))
-    finally:
-        batches.close()
-    line = f"prune: statistics of {norms} batch normalisations from {whole * size:,} images"
+    norms, used = recalibrate_on(model, data, images, device)
+    line = f"prune: statistics of {norms} batch normalisations from {used:,} images"
     if len(data.val):
         metrics["val_accuracy_recalibrated"], _ = accuracy(model, data.val, data.info)
         before, after = metrics.values()

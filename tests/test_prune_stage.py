@@ -10,7 +10,7 @@ from torch import nn
 from secateur.base.sections import Finetune
 from secateur.data import dataset
 from secateur.training import budget
-from secateur.training.recalibrate import recalibrate
+from secateur.training.recalibrate import recalibrate, recalibrate_on
 from stages import prune
 
 
@@ -38,6 +38,18 @@ def test_statistics_are_the_averages_over_batches_and_nothing_else_changes():
     assert {name.split(".")[1][:7] for name in changed} == {"running", "num_bat"}
     assert (model[1].momentum, model[4].momentum) == (0.3, 0.1)
     assert not any(module.training for module in model.modules())
+
+
+def test_the_images_are_drawn_from_all_also_where_classes_stand_one_after_the_other():
+    pixels = torch.zeros(640, 1, 2, 2, dtype=torch.uint8)
+    pixels[320:] = 255
+    split = dataset.InMemoryImages(pixels, torch.arange(640) // 320)
+    images = dataset.Images(split, split, ["dark", "bright"], (0.0,), (1.0,))
+    prepared = dataset.prepare("toy", images, 0, 0)
+    assert prepared.train.labels.diff().ne(0).sum() == 1, "still in order"
+    model = nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(4, 2))
+    assert recalibrate_on(model, prepared, 256, torch.device("cpu")) == (1, 256)
+    assert 0.3 < float(model[0].running_mean) < 0.7  # 256 of 640 without return: 0.02 about 0.5
 
 
 def test_a_network_without_norms_is_left_as_it_is():

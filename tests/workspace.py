@@ -138,6 +138,16 @@ class Project:
         self.run("git", "add", "-A")
         self.run("git", "commit", "-q", "--allow-empty", "-m", "state")
 
+    def clone(self, path, remote):
+        """A Git clone that has what DVC knows of this project, by way of a remote in a folder."""
+        self.dvc("remote", "add", "-d", "shelf", str(remote))
+        self.commit()
+        self.dvc("push", "--run-cache")
+        self.run("git", "clone", "-q", str(self.path), str(path))
+        clone = Project(path)
+        clone.dvc("pull", "--run-cache", ok=None)  # evaluate's report is Git's, not the remote's
+        return clone
+
     def copy(self, path):
         shutil.copytree(self.path, path, symlinks=True)
         return Project(path)

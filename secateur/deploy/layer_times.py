@@ -23,6 +23,7 @@ from secateur.base.sections import Engine
 from secateur.channels.graph import ChannelGraph, build_channel_graph
 from secateur.deploy import export, runtimes
 from secateur.nn import cost
+from secateur.nn.hooks import watched_inputs
 from secateur.pruning import removal
 from secateur.pruning.latency import LatencyTable, MeasuredLayer, MeasuredNetwork, widths_left
 from secateur.sparsity import choices
@@ -57,6 +58,8 @@ class LayerShape:
     """Top, left, bottom, right."""
     dilation: tuple[int, ...] = ()
     groups: int = 1
+    applied: int = 1
+    """Positions of the outputs for one image."""
 
     @property
     def depthwise(self) -> bool:
@@ -106,8 +109,7 @@ def measure(
             on_step(f"layer {number} of {len(shapes)}")
             key = (shape, fixed[name])
             if key not in known:
-                positions = math.prod(shape.positions[:1]) if not shape.kernel else _outputs(shape)
-                known[key] = _measure_layer(opener, shape, fixed[name], multiple, positions)
+                known[key] = _measure_layer(opener, shape, fixed[name], multiple)
             layers[name] = known[key]
         on_step("whole networks")
         networks = _measure_networks(opener, model, graph, image, multiple, repeats)
@@ -251,24 +253,17 @@ def _onnx_layer(shape: LayerShape, module: nn.Module, size: tuple[int, ...]) -> 
 
 def _shapes(model: nn.Module, graph: ChannelGraph, image: Tensor) -> dict[str, LayerShape]:
     """The shape of every layer of the channel graph, in the order of execution."""
-    positions = cost.output_positions(model, image)
     sizes: dict[str, tuple[int, ...]] = {}
-    hooks = [
-        module.register_forward_pre_hook(
-            lambda _m, given, name=name: sizes.__setitem__(name, tuple(given[0].shape[2:]))
-        )
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Conv2d)
-    ]
-    try:
-        with torch.no_grad():
-            model(image)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    modules = dict(model.named_modules())
+    convolutions = {name: m for name, m in modules.items() if isinstance(m, nn.Conv2d)}
+    with watched_inputs(
+        convolutions, lambda name, given: sizes.update({name: tuple(given.shape[2:])})
+    ):
+        positions = cost.output_positions(model, image)
     found = {}
     for name, layer in graph.layers.items():
-        module = dict(model.named_modules()).get(name)
+        module = modules.get(name)
+        applied = positions[layer.weight.removesuffix(".weight")]
         widths = (len(layer.outputs), len(layer.inputs), layer.bias is not None)
         if isinstance(module, nn.Conv2d):
             found[name] = LayerShape(
@@ -279,10 +274,10 @@ def _shapes(model: nn.Module, graph: ChannelGraph, image: Tensor) -> dict[str, L
                 _padding(module),
                 tuple(module.dilation),
                 layer.groups,
+                applied=applied,
             )
         else:
-            applied = positions[layer.weight.removesuffix(".weight")]
-            found[name] = LayerShape(*widths, (applied,) if applied > 1 else ())
+            found[name] = LayerShape(*widths, (applied,) if applied > 1 else (), applied=applied)
     return found
 
 
@@ -294,16 +289,6 @@ def _padding(layer: nn.Conv2d) -> tuple[int, ...]:
     if isinstance(layer.padding, str):
         return (0, 0, 0, 0)
     return (layer.padding[0], layer.padding[1], layer.padding[0], layer.padding[1])
-
-
-def _outputs(shape: LayerShape) -> int:
-    """Output positions of a convolution for one image."""
-    found = 1
-    for axis in (0, 1):
-        wide = shape.positions[axis] + shape.padding[axis] + shape.padding[axis + 2]
-        reach = shape.dilation[axis] * (shape.kernel[axis] - 1)
-        found *= (wide - reach - 1) // shape.stride[axis] + 1
-    return found
 
 
 def _fixed_sides(graph: ChannelGraph) -> dict[str, tuple[bool, bool]]:
@@ -352,7 +337,6 @@ def _measure_layer(
     shape: LayerShape,
     fixed: tuple[bool, bool],
     multiple: int,
-    positions: int,
 ) -> MeasuredLayer:
     """Times of one layer at all combinations of widths."""
     outputs = _widths(shape.outputs, fixed[0], multiple, 1 if shape.depthwise else shape.groups)
@@ -364,7 +348,9 @@ def _measure_layer(
     }
     times = _shortest(passes, LAYER_REPEATS)
     ms = tuple(tuple(times[out, into] for into in inputs) for out in outputs)
-    return MeasuredLayer(outputs=tuple(outputs), inputs=tuple(inputs), ms=ms, positions=positions)
+    return MeasuredLayer(
+        outputs=tuple(outputs), inputs=tuple(inputs), ms=ms, positions=shape.applied
+    )
 
 
 def _widths(width: int, fixed: bool, multiple: int, groups: int) -> list[int]:

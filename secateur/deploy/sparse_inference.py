@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from secateur.base import timing
 from secateur.deploy.runtimes import torch_threads
+from secateur.nn.hooks import watched_inputs
 from secateur.sparsity import masks
 
 LEAST_ZEROS = 0.5
@@ -95,16 +96,13 @@ def with_sparse_layers(model: nn.Module, names: Sequence[str]) -> nn.Module:
 def layer_inputs(model: nn.Module, images: Tensor) -> Mapping[str, Tensor]:
     """What each linear layer that has many zeros gets from these images, by its name."""
     found: dict[str, Tensor] = {}
-    hooks = [
-        layer.register_forward_pre_hook(lambda _m, args, n=name: found.update({n: args[0]}))
+    layers = {
+        name: layer
         for name, layer in masks.layers(model).items()
         if isinstance(layer, nn.Linear) and _zeros(layer.weight) >= LEAST_ZEROS
-    ]
-    try:
+    }
+    with watched_inputs(layers, found.__setitem__):
         model(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return found
 
 

@@ -7,13 +7,11 @@ With -1 for each number of groups the form is to be filled in by hand, as that o
 import argparse
 from pathlib import Path
 
-import torch
-
-from secateur.base import files, plugin, settings
+from secateur.base import files, settings
 from secateur.base.errors import SettingsError
 from secateur.data import dataset
 from secateur.gconv import config
-from secateur.pipeline import console
+from secateur.pipeline import console, preflight
 
 FOLDER = Path("recipes/groups")
 EMPTY = -1
@@ -32,10 +30,7 @@ def command(options: argparse.Namespace) -> None:
         raise SettingsError(f"{path}: is there already; remove it, or take another name")
     params = settings.read()
     info = dataset.load(Path("data") / params.dataset).info
-    channels, height, width = info.shape
-    with torch.random.fork_rng(devices=[]), settings.section(f"archs.{params.arch}"):
-        build = plugin.load("archs", params.arch).build
-        model = build(params.chosen("archs"), len(info.classes), (channels, height, width))
+    model = preflight.build_network(params, info)
     layers = config.convolutions(model)
     if not layers:
         raise SettingsError(f"params.yaml: arch = {params.arch!r}: has no convolution")

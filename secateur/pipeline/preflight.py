@@ -27,12 +27,22 @@ def check_settings(info: DatasetInfo) -> None:
     The architecture is built for these images, then checked by `check_network`. Nothing that it
     downloads is needed, and the state of the random number generator is not changed.
     """
-    params = settings.read()
+    check_network(build_network(settings.read(), info), info)
+
+
+def build_network(params: settings.Params, info: DatasetInfo) -> nn.Module:
+    """The network that params.yaml asks for, made for these images, with random weights.
+
+    Raises SettingsError if its settings do not fit them. The state of the random number generator
+    is not changed.
+    """
     with torch.random.fork_rng(devices=[]), settings.section(f"archs.{params.arch}"):
         build = plugin.load("archs", params.arch).build
         channels, height, width = info.shape
-        model = build(params.chosen("archs"), len(info.classes), (channels, height, width))
-    check_network(model, info)
+        model: nn.Module = build(
+            params.chosen("archs"), len(info.classes), (channels, height, width)
+        )
+        return model
 
 
 def check_network(model: nn.Module, info: DatasetInfo, round_name: str | None = None) -> None:

@@ -1,15 +1,14 @@
 """Rounds that lead to a target in several steps, written into params.yaml."""
 
 import argparse
-import io
-from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
 
-from secateur.base import plugin
+from secateur.base import files, plugin
 from secateur.base.errors import SettingsError
-from secateur.base.settings import Params, check, validate
+from secateur.base.settings import FILE, Params, check, validate
 from secateur.pipeline import console, params_file
 from secateur.pipeline.record import FIRST
 
@@ -53,26 +52,21 @@ def command(options: argparse.Namespace) -> None:
         )
     left = shares(options.to, options.steps, options.equal)
     changed = settings(params.pruner, options.of, left)
-    _check(changed)
+    text = params_file.updated(Path(FILE).read_text(), changed)
+    _check(text)
     if options.apply:
-        params_file.update(changed)
+        files.write_text(Path(FILE), text)
         steps = ", ".join(f"{share:.4g}" for share in left)
         console.say(f"params.yaml: {options.steps} rounds, after which {steps} is left")
         return
-    written = io.StringIO()
     nested = {"pruners": {params.pruner: {"target": changed[f"pruners.{params.pruner}.target"]}}}
-    yaml.safe_dump(nested | {"rounds": changed["rounds"]}, written, sort_keys=False)
-    console.say(written.getvalue().rstrip())
+    shown = yaml.safe_dump(nested | {"rounds": changed["rounds"]}, sort_keys=False)
+    console.say(shown.rstrip())
 
 
-def _check(changed: Mapping[str, Any]) -> None:
-    """SettingsError if params.yaml with these values would be refused."""
-    text = params_file.updated(_text(), changed)
+def _check(text: str) -> None:
+    """SettingsError if params.yaml with this text would be refused."""
     whole = validate(Params, yaml.safe_load(text), "")
     whole.chosen("pruners")
     for name in whole.rounds:
         whole.of_round(name)
-
-
-def _text() -> str:
-    return yaml.safe_dump(params_file.read(), sort_keys=False)

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from secateur.base.errors import ArgumentError
 from secateur.base.sections import Strict
+from secateur.nn.hooks import watched_inputs
 from secateur.pruning.decision import PruningContext, PruningDecision
 from secateur.sparsity import masks
 from secateur.sparsity.layer_ratios import ratios_by_parameter
@@ -97,16 +98,8 @@ def _second_moments(
         sums[name] = sums.get(name, torch.zeros(())) + flat.T @ flat
         counts[name] = counts.get(name, 0) + len(flat)
 
-    hooks = [
-        layer.register_forward_pre_hook(lambda _m, inputs, n=name: add(n, inputs[0]))
-        for name, layer in layers.items()
-    ]
-    try:
-        with torch.no_grad():
-            context.model.eval()(context.images.to(next(context.model.parameters()).device))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with watched_inputs(layers, add), torch.no_grad():
+        context.model.eval()(context.images.to(next(context.model.parameters()).device))
     return {name: total / counts[name] for name, total in sums.items()}
 
 

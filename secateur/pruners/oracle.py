@@ -28,7 +28,7 @@ from secateur.pruning.decision import (
     decision_from_choices,
     unprunable_layers,
 )
-from secateur.sparsity import choices
+from secateur.sparsity import choices, masks
 from secateur.sparsity.choices import Choices
 from secateur.sparsity.layer_ratios import ratios_by_layer
 from secateur.sparsity.ratios import Ratios, Rules, Skip
@@ -104,7 +104,6 @@ def _combinations(sizes: dict[str, int], numbers: dict[str, int]) -> Iterator[Ch
 def _loss(context: PruningContext, decision: PruningDecision) -> float:
     """Mean cross-entropy of the network without what the decision prunes."""
     model = removal.mask(context.model, decision.channels, context.images[:1], context.graph).eval()
-    for name, kept in decision.masks.items():
-        model.get_parameter(name).mul_(kept)
+    masks.apply(model, decision.masks)
     logits = model(context.images)
     return float(functional.cross_entropy(logits.double(), context.labels))

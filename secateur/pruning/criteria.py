@@ -39,6 +39,7 @@ from torch.nn import functional as F
 
 from secateur.base.errors import ArgumentError, PruningError
 from secateur.channels import scales
+from secateur.nn.hooks import watched_inputs
 from secateur.pruning.decision import PruningContext
 from secateur.sparsity import masks
 from secateur.sparsity.choices import Granularity, magnitude_scores
@@ -145,16 +146,8 @@ def input_products(context: PruningContext, weights: Mapping[str, Tensor]) -> di
         square = inputs.square().sum([a for a in range(inputs.dim()) if a != channels])
         squares[name] = squares[name] + square if name in squares else square
 
-    hooks = [
-        layer.register_forward_pre_hook(lambda _m, inputs, n=name: add(n, inputs[0]))
-        for name, layer in layers.items()
-    ]
-    try:
-        with _evaluated(context.model), torch.no_grad():
-            context.model(context.images.to(next(context.model.parameters()).device))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with watched_inputs(layers, add), _evaluated(context.model), torch.no_grad():
+        context.model(context.images.to(next(context.model.parameters()).device))
     return {
         name: weights[name].detach().abs() * _by_column(squares[name].sqrt(), layer)
         for name, layer in layers.items()

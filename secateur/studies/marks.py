@@ -13,7 +13,8 @@ from secateur.studies.definition import Study
 from secateur.studies.execution.snapshot import PLACE, Snapshot
 from secateur.studies.plan import Plan
 
-PAGE = "index.html"
+REPORTS, PAGE = Path("report"), "index.html"
+"""Folder of the reports, and the page in each of them."""
 
 
 def digest(state: Snapshot, study: Study, made: Plan) -> str:

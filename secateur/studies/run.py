@@ -112,7 +112,7 @@ def run(state: Snapshot, study: Study, made: Plan, options: argparse.Namespace) 
 
 def _publish(state: Snapshot, study: Study, made: Plan, with_mlflow: bool) -> None:
     """Write page and runs in MLflow, unless both are up to date: their libraries take seconds."""
-    folder, digest = Path("report", study.name), marks.digest(state, study, made)
+    folder, digest = marks.REPORTS / study.name, marks.digest(state, study, made)
     if marks.has_page(folder, digest):
         console.say(f"{folder / marks.PAGE}: up to date")
     else:

@@ -1,19 +1,14 @@
 """Averages of the weights over a training (EMA, SWA), which are evaluated and kept."""
 
 from collections.abc import Mapping
-from itertools import islice
 
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from secateur.base.sections import Train
-from secateur.data.batches import sequential_batches
 from secateur.data.dataset import Dataset
 from secateur.sparsity.masks import BatchNorm
-from secateur.training.recalibrate import recalibrate
-
-BATCH = 250
-"""Images of a batch on which statistics are measured: they count alike, so the last is left out."""
+from secateur.training.recalibrate import recalibrate_on
 
 
 def build(settings: Train, model: nn.Module, steps_per_epoch: int) -> "WeightAverage | None":
@@ -63,10 +58,7 @@ class WeightAverage:
         network: nn.Module = self.averaged.module
         if self.settings.recalibrate and any(isinstance(m, BatchNorm) for m in network.modules()):
             device = next(network.parameters()).device
-            count = min(self.settings.recalibrate, len(data.train))
-            size = min(BATCH, count)
-            batches = sequential_batches(data.train, data.info, device=device, size=size)
-            recalibrate(network, (images for images, _ in islice(batches, count // size)))
+            recalibrate_on(network, data, self.settings.recalibrate, device)
         return network
 
     def state_dict(self) -> dict[str, Tensor]:

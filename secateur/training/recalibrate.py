@@ -1,11 +1,34 @@
 """New statistics of batch normalisations; pruning changes what they should be."""
 
 from collections.abc import Iterable
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
 
+from secateur.data.batches import Batches
+from secateur.data.dataset import Dataset
 from secateur.sparsity.masks import BatchNorm
+
+BATCH = 128
+"""Images over which statistics are averaged at once."""
+
+
+def recalibrate_on(
+    model: nn.Module, data: Dataset, images: int, device: torch.device
+) -> tuple[int, int]:
+    """Recalibrate on so many training images at most, drawn at random, the same ones every time.
+
+    The network is on the device. Returns the numbers of normalisations and of images.
+    """
+    size = min(BATCH, images, len(data.train))
+    whole = max(1, min(images, len(data.train)) // size)  # of equal size, so that all weigh equally
+    batches = Batches(data.train, data.info, size, 0, device=device)
+    try:
+        norms = recalibrate(model, (x for x, _ in islice(batches.epoch(0), whole)))
+    finally:
+        batches.close()
+    return norms, whole * size
 
 
 @torch.no_grad()

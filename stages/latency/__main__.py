@@ -14,10 +14,9 @@ from typing import get_args
 
 import torch
 
-from secateur.base import plugin
 from secateur.base.sections import Engine
-from secateur.base.settings import section
 from secateur.deploy import layer_times
+from secateur.nn import checkpoint
 from secateur.pipeline import console, runner
 
 
@@ -26,10 +25,7 @@ def main(runtime: Engine) -> None:
     layer_times.check_packages([runtime])
     context = runner.open_context(f"latency@{runtime}")
     params, info = context.params, context.data.info
-    with section(f"archs.{params.arch}"):
-        build = plugin.load("archs", params.arch).build
-        channels, height, width = info.shape
-        model = build(params.chosen("archs"), len(info.classes), (channels, height, width))
+    model = checkpoint.build_architecture(context.header())
     settings = params.latency
     table = layer_times.measure(
         model.eval(),

@@ -13,6 +13,7 @@ from secateur.base import files
 from secateur.base.errors import SecateurError
 from secateur.pipeline import console
 from secateur.studies import compare, results
+from secateur.studies.marks import PAGE, REPORTS
 from secateur.studies.report import anchors, artifacts, fairness, plots, statistics, tables
 from secateur.studies.report.anchors import Anchor
 from secateur.studies.report.artifacts import Artifacts
@@ -21,8 +22,6 @@ from secateur.studies.results import Cell, Result
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-REPORTS = Path("report")
 
 
 def command(options: argparse.Namespace) -> None:
@@ -98,10 +97,10 @@ def write(
     files.write_text(folder / "table.md", tables.as_markdown(rows))
     files.write_text(folder / "table.tex", tables.as_latex(rows))
     files.write_text(
-        folder / "index.html",
+        folder / PAGE,
         _html(title, rows, pictures, [*_notes(rows, left), *said], published, digest),
     )
-    print(f"{folder / 'index.html'}: {len(pairs)} experiments, {len(rows)} rows", flush=True)
+    print(f"{folder / PAGE}: {len(pairs)} experiments, {len(rows)} rows", flush=True)
 
 
 def _published(rows: Sequence[Row]) -> list[Anchor]:
