@@ -1,5 +1,6 @@
 """Projects for the tests that run the pipeline, and the order of the files of tests."""
 
+import gc
 import os
 import shutil
 
@@ -59,6 +60,13 @@ def pytest_collection_modifyitems(items):
     place = {name: number for number, name in enumerate(LONGEST)}
     place |= {name: len(LONGEST) + 1 + number for number, name in enumerate(LAST)}
     items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
+
+
+def pytest_collection_finish():
+    """Hundreds of thousands of objects of the libraries stay for good: the collector skips them."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
 
 
 @pytest.fixture(scope="session")

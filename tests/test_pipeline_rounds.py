@@ -56,7 +56,7 @@ def test_a_round_that_is_added_reuses_all_before_also_in_a_clone_and_holds_masks
 
 def test_a_round_that_was_killed_ends_with_the_same_bytes(project, tmp_path):
     """kill -9 in the middle of round 2; the undisturbed round has a project of its own."""
-    whole = {"after": "finetuned", "sparse_train": {"epochs": 300}, "prune": {}, "finetune": {}}
+    whole = {"after": "finetuned", "sparse_train": {"epochs": 40}, "prune": {}, "finetune": {}}
     project.params(rounds={"round2": whole})
     undisturbed = project.copy(tmp_path / "undisturbed")
     arguments, stage = ("sparse_train", "--round", "round2"), "sparse-train@round2"

@@ -173,13 +173,13 @@ def workers(pid):
 def started(project, epochs):
     """The stage, really in two processes, and the processes, after the first saved state.
 
-    Nothing if it has ended before: a state is saved once a second.
+    Nothing if it has ended before.
     """
     project.params(baseline__epochs=epochs)
     states = project.saved_states("baseline")
     process = subprocess.Popen(
         [sys.executable, "-m", "stages.baseline"],
-        cwd=project.path, env=project.env(**REAL), text=True,
+        cwd=project.path, env=project.env(**REAL, SECATEUR_SAVE_SECONDS="0"), text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     deadline = time.monotonic() + 600
@@ -197,7 +197,7 @@ def test_a_killed_worker_ends_the_stage_and_the_next_run_goes_on(project, tmp_pa
     project.params(baseline__keep="last")
     (project.path / "models/baseline/model.safetensors").unlink()
     undisturbed = project.copy(tmp_path / "undisturbed")
-    for epochs in (40, 200, 1000):
+    for epochs in (60, 1000):
         if begun := started(project, epochs):
             break
         (project.path / "models/baseline/model.safetensors").unlink()

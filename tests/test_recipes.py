@@ -19,7 +19,8 @@ from secateur.training.penalty import Course
 
 PARAMS = yaml.safe_load(Path("params.yaml").read_text())
 NAMES = recipe.names()
-GROWING = [n for n in NAMES if recipe.load(n).settings.get("penalty") in ("greg1", "greg2")]
+PENALTIES = {n: recipe.load(n).settings.get("penalty") for n in NAMES}
+GROWING = [n for n in NAMES if PENALTIES[n] in ("greg1", "greg2")]
 TRAINING_IMAGES = {"cifar10": 50_000, "cifar100": 50_000, "imagenet": 1_281_167, "digits": 1_293,
                    "mnist": 54_000, "image_folder": 45_000}  # fmt: skip
 
@@ -58,9 +59,7 @@ def test_a_growing_penalty_fits_into_the_epochs_that_a_recipe_gives_it(name):
     assert made["pruner"] == "chosen"
 
 
-STEPPING = [
-    n for n in NAMES if recipe.load(n).settings.get("penalty") in ("gradual", "rigl", "gsm")
-]
+STEPPING = [n for n in NAMES if PENALTIES[n] in ("gradual", "rigl", "gsm")]
 
 
 @pytest.mark.parametrize("name", STEPPING)

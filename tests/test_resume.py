@@ -15,7 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from secateur.base.errors import SecateurError
+from secateur.base.errors import SecateurError, SettingsError
 from secateur.base.stage import Stage
 from secateur.training import resume
 from secateur.training.resume import ResumeStore, single_flight
@@ -91,6 +91,26 @@ def test_state_is_written_after_a_second_and_then_it_says_so(monkeypatch):
     assert store.load()[1] == {"epoch": 2}
     assert not store.save({"a": torch.zeros(1)}, {"epoch": 3})
     assert store.load()[1] == {"epoch": 2}
+
+
+@pytest.mark.parametrize(("wanted", "written"), [("0", [1, 2, 3]), ("2.5", [3]), ("60", [])])
+def test_the_time_between_states_is_that_of_the_variable(wanted, written, monkeypatch):
+    clock = SimpleNamespace(now=100.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr(resume, "time", clock)
+    monkeypatch.setenv("SECATEUR_SAVE_SECONDS", wanted)
+    store, found = ResumeStore(Path("folder"), []), []
+    for epoch in (1, 2, 3):
+        clock.now += 1.0
+        if store.save({"a": torch.zeros(1)}, {"epoch": epoch}):
+            found.append(epoch)
+    assert found == written
+
+
+@pytest.mark.parametrize("wanted", ["-1", "soon", "1e3", "0.0001", "1000000"])
+def test_a_time_between_states_that_is_none_is_named(wanted, monkeypatch):
+    monkeypatch.setenv("SECATEUR_SAVE_SECONDS", wanted)
+    with pytest.raises(SettingsError, match=f"^SECATEUR_SAVE_SECONDS = .*{wanted}.*: seconds from"):
+        ResumeStore(Path("folder"), [])
 
 
 @pytest.mark.parametrize("error", [ValueError, SecateurError, KeyboardInterrupt, SystemExit])

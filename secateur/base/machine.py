@@ -64,6 +64,21 @@ def workers(world: int = 1) -> int:
     return int(wanted)
 
 
+def save_interval() -> float:
+    """Seconds between two saved states of a training: 1, or what SECATEUR_SAVE_SECONDS says.
+
+    More of them spare a slow disk, and a kill then costs as many; 0 saves after every epoch.
+    """
+    wanted = os.environ.get("SECATEUR_SAVE_SECONDS")
+    if not wanted:
+        return 1.0
+    if not re.fullmatch(r"[0-9]{1,5}(\.[0-9]{1,3})?", wanted):
+        raise SettingsError(
+            f"SECATEUR_SAVE_SECONDS = {shorten(wanted)}: seconds from 0 to 99999, such as 0.5 or 60"
+        )
+    return float(wanted)
+
+
 def versions() -> dict[str, str]:
     """Versions of the libraries that results depend on, of those that are installed."""
     found: dict[str, str] = {}

@@ -28,7 +28,7 @@ import torch
 from pydantic import Field, TypeAdapter
 from torch import Tensor
 
-from secateur.base import files, tensor_files
+from secateur.base import files, machine, tensor_files
 from secateur.base.documents import read_json, validated
 from secateur.base.errors import SecateurError, StateError
 from secateur.base.stage import Stage, content_hash, project_root
@@ -47,6 +47,7 @@ class ResumeStore:
     def __init__(self, folder: Path, outs: list[str]) -> None:
         self.folder, self.outs = folder, outs
         self._unwritten: tuple[dict[str, Tensor], dict[str, Any]] | None = None
+        self._interval = machine.save_interval()
         self._last_write = time.monotonic()
         self._write_seconds = 0.0
 
@@ -105,12 +106,14 @@ class ResumeStore:
     def save(self, tensors: Mapping[str, Tensor], info: dict[str, Any]) -> bool:
         """Copy the state after an epoch to memory; returns whether it was also written to disk.
 
-        It is written at most every second, and at most a twentieth of the time is spent on it.
-        What a kill loses in between is computed again, to the same bytes.
+        It is written at most every second (`machine.save_interval`), and at most a twentieth of the
+        time is spent on it, unless every epoch is to be saved. What a kill loses in between is
+        computed again, to the same bytes.
         """
         copies = {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()}
         self._unwritten = (copies, info)
-        if time.monotonic() - self._last_write >= max(1.0, 20 * self._write_seconds):
+        pause = max(self._interval, 20 * self._write_seconds) if self._interval else 0.0
+        if time.monotonic() - self._last_write >= pause:
             self.flush()
             return True
         return False
