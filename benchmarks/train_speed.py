@@ -7,6 +7,7 @@ with one batch size, alternately, each in a separate process.
     python -m benchmarks.train_speed --net lenet300 --batch 512
     python -m benchmarks.train_speed --net resnet20 vgg16 densenet100 --turns 2
     python -m benchmarks.train_speed --net resnet20 --batch 1024 --compile --turns 2
+    python -m benchmarks.train_speed --net lenet5 --precisions float32 --turns 2
 """
 
 import argparse
@@ -35,6 +36,7 @@ from secateur.training.engine import Engine
 
 ROOT = Path(__file__).resolve().parents[1]
 GREY, COLOUR = [1, 28, 28], [3, 32, 32]
+PRECISIONS = ["float32", "bfloat16"]
 NETS: dict[str, dict[str, Any]] = {
     "lenet300": {"arch": "lenet300", "settings": {}, "shape": GREY, "images": 60_000},
     "lenet5": {"arch": "lenet5", "settings": {}, "shape": GREY, "images": 6_000},
@@ -223,7 +225,9 @@ def flops(net: str) -> float:
     return 3 * 2 * cost.macs(network(what), torch.zeros(1, *what["shape"]))
 
 
-def measure(net: str, turns: int, shared: dict[str, Any], compiled: bool) -> None:
+def measure(
+    net: str, turns: int, shared: dict[str, Any], compiled: bool, precisions: list[str]
+) -> None:
     """Print the speed of each variant, and its speed-up over the fastest reference."""
     grey = NETS[net]["shape"] == GREY
     variants: dict[str, tuple[Callable[..., float], dict[str, Any]]] = {
@@ -242,6 +246,11 @@ def measure(net: str, turns: int, shared: dict[str, Any], compiled: bool) -> Non
         variants["reference + penalty"] = (reference, {"workers": 0, "decay": 1e-6})
     variants["secateur, float32 + penalty"] = (secateur, {"decay": 1e-6})
     variants["secateur, bfloat16 + penalty"] = (secateur, {"precision": "bfloat16", "decay": 1e-6})
+    variants = {
+        name: variant
+        for name, variant in variants.items()
+        if name.startswith("reference") or any(kind in name for kind in precisions)
+    }
     found: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(turns):
         for name, (measured, more) in variants.items():
@@ -254,7 +263,7 @@ def measure(net: str, turns: int, shared: dict[str, Any], compiled: bool) -> Non
         ratio = statistics.median(a / b for a, b in zip(values, found[compared], strict=True))
         note = "" if name.startswith("reference") else f"  {ratio:5.1f}x {compared}"
         print(f"{net:12} {name:28} {speed[name]:10,.0f} images/s{note}", flush=True)
-    for kind in ("float32", "bfloat16"):
+    for kind in precisions:
         extra = speed[f"secateur, {kind}"] / speed[f"secateur, {kind} + penalty"] - 1
         rate = speed[f"secateur, {kind}"] * flops(net) / 1e9
         print(f"{net:12} {kind}: hoyer_square adds {extra:.0%}; {rate:.0f} GFLOP/s", flush=True)
@@ -277,6 +286,7 @@ def main() -> None:
         "--batch", type=int, help="batch size; default: that of the original scripts"
     )
     parser.add_argument("--compile", action="store_true", help="measure torch.compile too")
+    parser.add_argument("--precisions", nargs="+", default=PRECISIONS, choices=PRECISIONS)
     parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
     parser.add_argument("--parts", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -284,11 +294,12 @@ def main() -> None:
         one(options.one) if options.one else parts(options.parts)
         return
     print(f"{hardware()}; torch {torch.__version__}")
-    for dtype in (torch.float32, torch.bfloat16):
-        print(f"largest matrix products: {peak(dtype):,.0f} GFLOP/s in {dtype}")
+    for precision in options.precisions:
+        rate = peak(getattr(torch, precision))
+        print(f"largest matrix products: {rate:,.0f} GFLOP/s in {precision}")
     for net in options.net:
         shared = {"batch": options.batch} if options.batch else {}
-        measure(net, options.turns, shared, options.compile)
+        measure(net, options.turns, shared, options.compile, options.precisions)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import time
 
 import pytest
 import safetensors.torch
+import yaml
 from test_pipeline_resume import kill
 from workspace import ran
 
@@ -27,7 +28,10 @@ def test_a_round_that_is_added_reuses_all_before_also_in_a_clone_and_holds_masks
     before = project.model_bytes()
     assert ran(add(project, "round2", "finetuned")) == [*stages("round2"), "evaluate"]
     second = (project.path / "models/rounds/round2/finetuned/model.safetensors").read_bytes()
-    assert ran(add(project, "round3", "rounds/round2/finetuned")) == [*stages("round3"), "evaluate"]
+    params = yaml.safe_load((project.path / "params.yaml").read_text())
+    third = yaml.safe_load(f"{ROUND}, after: rounds/round2/finetuned}}")
+    project.params(rounds={**params["rounds"], "round3": third})
+    assert ran(project.dvc("repro")) == [*stages("round3"), "evaluate"]
     assert project.model_bytes() == before
     again = (project.path / "models/rounds/round2/finetuned/model.safetensors").read_bytes()
     assert again == second
