@@ -413,7 +413,7 @@ def test_masked_equals_compact_once(arch, chosen, shape):
 
 @narrow
 @given(seed=st.integers(0, 10**6))
-@examples(max_examples=4, deadline=None, derandomize=True)
+@examples(max_examples=10, deadline=None, derandomize=True)
 def test_masked_equals_compact(arch, chosen, shape, seed):
     model, found = graph_of(arch, chosen, shape)
     randomise(model, seed)
@@ -453,7 +453,7 @@ def test_dead_channels_go_once(arch, chosen, shape):
 
 @narrow
 @given(seed=st.integers(0, 10**6))
-@examples(max_examples=4, deadline=None, derandomize=True)
+@examples(max_examples=8, deadline=None, derandomize=True)
 def test_dead_channels_go_and_nothing_changes(arch, chosen, shape, seed):
     without_dead_channels(arch, chosen, shape, seed)
 

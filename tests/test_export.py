@@ -116,9 +116,6 @@ def forms(rows):
 QUICK = {"lenet5", "resnet_cifar", "resnext", "densenet", "condensenet"}
 """Of these int8 is computed in every run: they have a shortcut with zeros, groups, concatenations;
 for the others it takes a second each."""
-SLOW = {"vgg", "resnet_slim", "wide_resnet", "torchvision"}
-"""These have no layers but those of the others, and more of them; the test of all files of the
-larger forms has them."""
 
 
 @pytest.fixture(scope="module")
@@ -129,8 +126,8 @@ def form(request, tmp_path_factory):
     return model, shape, tmp_path_factory.mktemp(arch)
 
 
-@forms([row for row in SMALLEST if row[0] not in SLOW])
-def test_both_files_of_a_network_compute_what_it_computes(form):
+@forms(SMALLEST)
+def test_both_files_of_every_network_compute_what_it_computes(form):
     proved(*form)
 
 

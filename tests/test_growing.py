@@ -132,27 +132,24 @@ def test_the_published_courses_need_as_many_steps_as_published(name, interval, s
     assert penalty.max_steps == steps
 
 
-@pytest.mark.parametrize(
-    ("name", "ceiling", "updates"),
-    [("greg1", 0.1, 1_000), ("greg2", 0.1, 1_001 + 900), ("greg1", 1.0, 10_000),
-     pytest.param("greg2", 1.0, 1_001 + 9_900, marks=pytest.mark.slow)],
-)  # fmt: skip
-def test_the_clock_announces_exactly_the_steps_that_the_course_takes(name, ceiling, updates):
-    # up to 10,000 updates and more, as published, on a layer so small that it takes a second
+@pytest.mark.parametrize("name", METHODS)
+def test_the_clock_announces_exactly_the_steps_that_the_course_takes(name):
+    # the real thing, 10,000 updates and more, on a layer so small that it takes a second
     model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
-    penalty = build(name, model, interval=1, stabilise=7, magnitude_ratio=1e9, ceiling=ceiling)
+    penalty = build(name, model, interval=1, stabilise=7, magnitude_ratio=1e9)
     changes, before = [], -1.0
     for step in range(20_000):
         assert not penalty.finished
         penalty(step)
-        if (factor := float(penalty.factor.max())) != before:
-            before = factor
+        if float(penalty.factor.max()) != before:
+            before = float(penalty.factor.max())
             changes.append(step)
         if penalty.finished:
             break
+    updates = {"greg1": 10_000, "greg2": 1_001 + 9_900}[name]
     assert changes == list(range(updates))
     assert step + 1 == penalty.max_steps == updates + 7
-    assert before > ceiling >= before - 1.1e-4
+    assert before > 1.0 >= before - 1.1e-4
 
 
 def test_the_gradient_grows_by_factor_times_weight_and_by_nothing_else():
@@ -485,7 +482,7 @@ def test_killed_at_any_step_of_any_phase_it_ends_with_the_same_bytes(name, kind)
     needs = build(name, network(), **how).max_steps
     phases = {row["phase"] for row in alone[1].history}
     assert phases >= ({0, 1, 2, 3} if name == "greg2" else {1, 2, 3})
-    every = 5  # steps, of which there are 2 an update and 3 an epoch: each pair is met
+    every = 1 if kind == "weight" else 3  # steps: 2 an update, 3 an epoch
     for stop in range(1, needs + 1, every):
         assert run(f"killed {stop}", stop) is None
         assert run(f"killed {stop}") == alone, stop

@@ -1,0 +1,67 @@
+"""Speed-up of coupled groups whose widths are rounded to multiples, in three runtimes.
+
+ResNet-20 with random weights is pruned to a share of its MACs by single filters, and by channel
+groups of any width and of multiples (`pruners.magnitude.round_to`). Dense and pruned networks are
+timed in turns; a time is the shortest of all passes.
+
+    python -m benchmarks.width_multiples
+    python -m benchmarks.width_multiples --share 0.3 --multiples 1 8 --runtimes torch
+"""
+
+import argparse
+
+import torch
+from torch import nn
+
+import secateur
+from benchmarks.surgery_time import build
+from secateur.base.machine import cpu_name
+from secateur.deploy import layer_times
+from secateur.nn import cost
+
+RUNTIMES = ["torch", "onnxruntime", "openvino"]
+
+
+def pruned(model: nn.Module, images: torch.Tensor, share: float, multiple: int) -> nn.Module:
+    """The network with about that share of its MACs; multiple 0 stands for single filters."""
+    chosen = {"granularity": "group", "round_to": multiple} if multiple else {}
+    pruner = secateur.pruners.magnitude(
+        **{"granularity": "filter", **chosen}, criterion="l2", target={"macs": share}
+    )
+    return secateur.prune(model, images, pruner).model
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--share", type=float, default=0.5, help="of the MACs that is asked for")
+    parser.add_argument("--multiples", nargs="+", type=int, default=[1, 4, 8, 16])
+    parser.add_argument("--runtimes", nargs="+", default=RUNTIMES, choices=RUNTIMES)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=100)
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    dense, image = build("resnet_cifar", {"depth": 20, "shortcut": "B"})
+    models = {"dense": dense, "filters": pruned(dense, image, options.share, 0)}
+    for multiple in options.multiples:
+        name = f"groups, multiples of {multiple}" if multiple > 1 else "groups, any width"
+        models[name] = pruned(dense, image, options.share, multiple)
+    times = {
+        runtime: layer_times.compare(
+            models, image, runtime=runtime, batch=options.batch, threads=options.threads,
+            repeats=options.repeats,
+        )
+        for runtime in options.runtimes
+    }  # fmt: skip
+    print(f"{cpu_name()}; torch {torch.__version__}; batch {options.batch}")
+    print(f"| network | MACs left % | {' | '.join(options.runtimes)} |")
+    print("|---|---:|" + "---:|" * len(options.runtimes))
+    for name, model in models.items():
+        macs = cost.macs(model, image) / cost.macs(dense, image)
+        speed = [f"{taken['dense'] / taken[name]:.2f}x" for taken in times.values()]
+        print(f"| {name} | {macs:.1%} | {' | '.join(speed)} |")
+
+
+if __name__ == "__main__":
+    main()
