@@ -91,6 +91,27 @@ def _study(parser: argparse.ArgumentParser) -> None:
         "--no-mlflow", action="store_true", help="leave out MLflow; `secateur sync --all` writes it"
     )
 
+    _latency(parser)
+
+
+def _latency(parser: argparse.ArgumentParser) -> None:
+    """Of the commands that write a page."""
+    group = parser.add_argument_group("latency columns of the page")
+    group.add_argument(
+        "--latency",
+        nargs="+",
+        choices=("torch", "onnxruntime", "openvino"),
+        default=[],
+        metavar="RUNTIME",
+        help="measure the dense and finetuned networks in torch, onnxruntime, openvino and keep "
+        "the times in report/NAME/latency.csv",
+    )
+    group.add_argument("--batch", type=_positive, default=1, metavar="N", help="default: 1")
+    group.add_argument("--threads", type=_positive, default=1, metavar="N", help="default: 1")
+    group.add_argument(
+        "--repeats", type=_positive, default=100, metavar="N", help="timed passes; default: 100"
+    )
+
 
 def _compare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("experiment", nargs="*", help="default: the workspace, and all of HEAD")
@@ -110,6 +131,7 @@ def _compare(parser: argparse.ArgumentParser) -> None:
 def _report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("experiment", nargs="+", help="names of experiments")
     parser.add_argument("--name", default="comparison", help="folder in report/, and the title")
+    _latency(parser)
 
 
 def _sync(parser: argparse.ArgumentParser) -> None:

@@ -174,6 +174,10 @@ def test_the_keys_are_those_of_dvc_and_so_is_the_experiment(project):
     ours = yaml.safe_load(project.run(*show))
     assert ours == yaml.safe_load((project.path / "dvc.lock").read_text())
     assert project.run("git", "diff", "HEAD", show[2].partition(":")[0]) == ""
+    again = run_study(project, "--latency", "torch", "--repeats", "3")
+    assert f"latency: 1 of 1: mine-s{seed}" in again and "0 pieces of work" in again
+    assert "torch speed-up" in (project.path / "report/mine/table.md").read_text()
+    assert "up to date" in run_study(project, "--latency", "torch", "--repeats", "3")
 
 
 def _baseline(project):

@@ -1,18 +1,32 @@
 """Comparison of experiments: results read from Git, statistics, the table and the page."""
 
+import csv
 import hashlib
 import itertools
 import json
+import shutil
 import subprocess
 from argparse import Namespace
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from scipy import stats
 
 from secateur.base.errors import SecateurError
+from secateur.nn import checkpoint
+from secateur.nn.checkpoint import Header
 from secateur.studies import compare, results
-from secateur.studies.report import anchors, artifacts, fairness, page, statistics, tables
+from secateur.studies.report import (
+    anchors,
+    artifacts,
+    fairness,
+    latencies,
+    page,
+    statistics,
+    tables,
+)
+from secateur.studies.report.latencies import Latency
 from secateur.studies.results import Cell, Result
 
 
@@ -213,6 +227,71 @@ def test_curves_and_layers_come_from_the_cache_by_the_hashes_of_the_lock(experim
     text = (tmp_path / "report/index.html").read_text()
     assert page.CAPTIONS["curves"] in text and page.CAPTIONS["layers"] in text
     assert (tmp_path / "report/layers.svg").is_file()
+
+
+def test_latencies_are_columns_of_the_models_that_were_measured(experiments, tmp_path):
+    """Means by hand; a time of another model of that name, or a damaged table, is no time."""
+    lock = {"stages": {"finetune": {"outs": [{"path": "models/finetuned", "md5": "1.dir"}]}}}
+    (tmp_path / "dvc.lock").write_text(json.dumps(lock))
+    cells = [cell for cell in experiments(1) if cell.point == "2x"]
+    place = ("onnxruntime", 1, 1, "a processor")
+    times = [
+        Latency("m0-2-s1", "1.dir", *place, dense_ms=4.0, latency_ms=2.0),
+        Latency("m0-2-s2", "1.dir", *place, dense_ms=4.0, latency_ms=1.0),
+        Latency("m0-2-s3", "0.dir", *place, dense_ms=4.0, latency_ms=0.01),
+    ]
+    folder = tmp_path / "report"
+    folder.mkdir()
+    latencies.write(folder, times)
+    assert latencies.read(folder) == times
+    page.write(folder, "mine", cells)
+    (line,) = csv.DictReader((folder / "table.csv").read_text().splitlines())
+    assert float(line["latency ONNX Runtime"]) == 1.5
+    assert float(line["speedup ONNX Runtime"]) == 3.0
+    half = stats.t.ppf(0.975, 1) * 1.0  # 2 and 4: s / sqrt(2) = 1
+    assert float(line["speedup ONNX Runtime_half_width"]) == pytest.approx(half)
+    text = (folder / "index.html").read_text()
+    assert "<th>ONNX Runtime speed-up</th>" in text and page.MEASURED in text
+    assert "latency in ONNX Runtime: batch 1, 1 thread, float32, a processor" in text
+    assert (folder / "latency-onnx-runtime.svg").is_file()
+    found = results.read([cell.experiment for cell in cells])
+    other = [replace(times[0], batch=8), *times]
+    assert list(latencies.columns(found, other)) == [
+        "ONNX Runtime, batch 8, threads 1, a processor",
+        "ONNX Runtime, batch 1, threads 1, a processor",
+    ]
+    for damage in ("experiment,model\na,b\n", "\0", (folder / "latency.csv").read_text() + "x,y\n"):
+        (folder / "latency.csv").write_text(damage)
+        assert latencies.read(folder) == []
+    page.write(folder, "mine", cells)
+    assert "ONNX" not in (folder / "index.html").read_text()
+
+
+def test_networks_of_the_cache_are_measured_once(experiments, tmp_path):
+    """Real checkpoints in DVC's cache; what is not there costs a line."""
+    header = Header("lenet300", {"hidden": [6, 5]}, ["a", "b"], [1, 8, 8], [0.5], [0.5], "5", "a")
+    outs = []
+    for name, width in (("baseline", 6), ("finetuned", 3)):
+        own = replace(header, arch_settings={"hidden": [width, 5]})
+        checkpoint.save(tmp_path / "m", own, checkpoint.build_architecture(own), {})
+        md5 = _keep(tmp_path / ".dvc/cache", (tmp_path / "m").read_bytes())
+        listing = json.dumps([{"relpath": "model.safetensors", "md5": md5}]).encode()
+        outs.append({"path": f"models/{name}", "md5": _keep(tmp_path / ".dvc/cache", listing)})
+    (tmp_path / "dvc.lock").write_text(json.dumps({"stages": {"all": {"outs": outs}}}))
+    cells = experiments(1, seeds=(1,))
+    found = results.read([cell.experiment for cell in cells])
+    conditions, said = latencies.Conditions(("torch",), repeats=3), []
+    times = list(latencies.measure(found, conditions, [], said.append))
+    assert [line.experiment for line in times] == [result.name for result in found]
+    assert all(line.dense_ms > 0 and line.latency_ms > 0 for line in times) and len(said) == 2
+    assert list(latencies.measure(found, conditions, times, said.append)) == []
+    assert len(said) == 2
+    networks, image = latencies._networks(found[0])
+    assert networks["dense"].fc1.out_features == 6 and networks["finetuned"].fc1.out_features == 3
+    assert image.shape == (1, 1, 8, 8)
+    shutil.rmtree(tmp_path / ".dvc/cache")
+    assert list(latencies.measure(found[:1], conditions, [], said.append)) == []
+    assert "models/baseline is not in DVC's cache" in said[-1]
 
 
 def test_damaged_tables_are_left_out(experiments, tmp_path):

@@ -15,16 +15,22 @@ from secateur.studies.plan import Plan
 
 REPORTS, PAGE = Path("report"), "index.html"
 """Folder of the reports, and the page in each of them."""
+LATENCIES = "latency.csv"
+"""Beside the page: latencies that were measured for it."""
 
 
 def digest(state: Snapshot, study: Study, made: Plan) -> str:
-    """Hash of the project's files and of all that the finished cells have made."""
+    """Hash of the project's files, of all that the finished cells have made, and of latencies."""
     cells = [
         [cell.name, cell.method, cell.point, cell.control, made.entries_of(number)]
         for number, cell in enumerate(made.cells)
         if made.finished(number)
     ]
-    text = json.dumps([state.tree, study.about, cells], sort_keys=True, default=str)
+    try:
+        times = (REPORTS / study.name / LATENCIES).read_text()
+    except (OSError, ValueError):
+        times = ""
+    text = json.dumps([state.tree, study.about, cells, times], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 

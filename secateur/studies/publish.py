@@ -1,5 +1,6 @@
 """What a finished study leaves for people: its page, and its runs in MLflow."""
 
+import argparse
 import contextlib
 import io
 import time
@@ -9,6 +10,7 @@ from secateur.base.errors import SecateurError
 from secateur.pipeline import console, sync, tracking
 from secateur.pipeline.mlflow_store import Store, clone_tags, tracking_on
 from secateur.pipeline.record import RunRecord, parse
+from secateur.studies import results
 from secateur.studies.definition import Study
 from secateur.studies.plan import Plan
 from secateur.studies.report import page
@@ -104,6 +106,12 @@ def _finish(store: Store, parent: str, folder: Path) -> None:
     if folder.is_dir():
         store.client.log_artifacts(parent, str(folder))
     store.client.set_terminated(parent, "FINISHED")
+
+
+def measure_latency(made: Plan, folder: Path, options: argparse.Namespace) -> None:
+    """Measure the networks of the finished cells as the options ask."""
+    names = [c.name for number, c in enumerate(made.cells) if made.finished(number)]
+    page.measure(folder, results.read(names), options)
 
 
 def write_page(study: Study, made: Plan, folder: Path, digest: str) -> None:

@@ -106,13 +106,18 @@ def run(state: Snapshot, study: Study, made: Plan, options: argparse.Namespace) 
         "workspace"
     )
     if done:
-        _publish(state, study, made, with_mlflow=not options.no_mlflow)
+        _publish(state, study, made, options)
     return progress.failure()
 
 
-def _publish(state: Snapshot, study: Study, made: Plan, with_mlflow: bool) -> None:
+def _publish(state: Snapshot, study: Study, made: Plan, options: argparse.Namespace) -> None:
     """Write page and runs in MLflow, unless both are up to date: their libraries take seconds."""
-    folder, digest = marks.REPORTS / study.name, marks.digest(state, study, made)
+    folder = marks.REPORTS / study.name
+    if options.latency:
+        from secateur.studies import publish
+
+        publish.measure_latency(made, folder, options)
+    digest = marks.digest(state, study, made)
     if marks.has_page(folder, digest):
         console.say(f"{folder / marks.PAGE}: up to date")
     else:
@@ -120,7 +125,7 @@ def _publish(state: Snapshot, study: Study, made: Plan, with_mlflow: bool) -> No
 
         publish.write_page(study, made, folder, digest)
     mark = marks.InMlflow(state, study, digest)
-    if with_mlflow and not mark.complete():
+    if not options.no_mlflow and not mark.complete():
         from secateur.studies import publish
 
         if publish.write_mlflow(study, made, folder):

@@ -71,6 +71,17 @@ def link(result: Result, folders: Mapping[str, Path]) -> None:
             (target / name).symlink_to(_object(cache, md5).resolve())
 
 
+def final_models(found: Sequence[Result]) -> dict[str, str]:
+    """Hash of the folder of each experiment's finetuned network, by name; empty if unknown."""
+    commits = results.commits([result.name for result in found])
+    locks = results.objects([f"{commit}:{LOCK}" for commit in commits.values()])
+    models = {}
+    for result in found:
+        folder = record.model_spec(record.chain_of(result.report).last["finetune"]).folder
+        models[result.name] = _outs(locks[f"{commits[result.name]}:{LOCK}"]).get(folder, "")
+    return models
+
+
 def validation_curves(artifacts: Sequence[Artifacts]) -> dict[str, list[float]]:
     """Stage -> validation accuracy by epoch, a fraction, mean over the experiments."""
     import pandas as pd

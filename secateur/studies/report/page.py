@@ -4,6 +4,7 @@ index.html, table.md, table.csv, table.tex, and the plot as SVG and PNG.
 """
 
 import argparse
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,9 +15,18 @@ from secateur.base.errors import SecateurError
 from secateur.pipeline import console
 from secateur.studies import compare, results
 from secateur.studies.marks import PAGE, REPORTS
-from secateur.studies.report import anchors, artifacts, fairness, plots, statistics, tables
+from secateur.studies.report import (
+    anchors,
+    artifacts,
+    fairness,
+    latencies,
+    plots,
+    statistics,
+    tables,
+)
 from secateur.studies.report.anchors import Anchor
 from secateur.studies.report.artifacts import Artifacts
+from secateur.studies.report.latencies import Conditions
 from secateur.studies.report.tables import Row
 from secateur.studies.results import Cell, Result
 
@@ -37,7 +47,20 @@ def command(options: argparse.Namespace) -> None:
             pair = [predictions.words(found)]
         except SecateurError as error:
             console.say(f"no comparison image by image: {error}")
-    write(REPORTS / options.name, options.name, cells_of(found), said=pair)
+    folder = REPORTS / options.name
+    measure(folder, found, options)
+    write(folder, options.name, cells_of(found), said=pair)
+
+
+def measure(folder: Path, found: Sequence[Result], options: argparse.Namespace) -> None:
+    """Measure the latencies that are asked for, and keep them in the folder of the page."""
+    if options.latency:
+        conditions = Conditions(options.latency, options.batch, options.threads, options.repeats)
+        times = latencies.read(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for time in latencies.measure(found, conditions, tuple(times), console.say):
+            times.append(time)
+            latencies.write(folder, times)
 
 
 def cells_of(found: Sequence[Result]) -> list[Cell]:
@@ -82,9 +105,11 @@ def write(
     pairs = [(cell, by_name[cell.experiment]) for cell in cells if cell.experiment in by_name]
     if not pairs:
         raise SecateurError(f"{title}: none of its experiments can be read")
-    rows = tables.rows(pairs)
+    times = latencies.columns(list(by_name.values()), latencies.read(folder))
+    rows = tables.rows(pairs, times)
     published = _published(rows)
     figures = {cost: _figure(rows, cost, published) for cost in ("compression", "macs", "latency")}
+    figures |= {_file_name(runtime): _figure(rows, runtime, []) for runtime in times}
     left = artifacts.read([result for row in rows for result in row.results])
     figures |= _details(rows, left)
     folder.mkdir(parents=True, exist_ok=True)
@@ -98,7 +123,14 @@ def write(
     files.write_text(folder / "table.tex", tables.as_latex(rows))
     files.write_text(
         folder / PAGE,
-        _html(title, rows, pictures, [*_notes(rows, left), *said], published, digest),
+        _html(
+            title,
+            rows,
+            pictures,
+            [*_notes(rows, left), *latencies.notes(times), *said],
+            published,
+            digest,
+        ),
     )
     print(f"{folder / PAGE}: {len(pairs)} experiments, {len(rows)} rows", flush=True)
 
@@ -122,7 +154,9 @@ TITLES = {
 
 
 def _figure(rows: Sequence[Row], cost: str, published: Sequence[Anchor]) -> "Figure":
+    """`cost` is one of TITLES or the title of a runtime; a row that lacks it is left out."""
     lines: dict[str, list[plots.Point]] = {}
+    rows = [row for row in rows if not math.isnan(tables.gain(row, cost))]
     for row in rows:
         accuracy = row.final
         point = plots.Point(tables.gain(row, cost), accuracy.mean, accuracy.half_width)
@@ -130,7 +164,17 @@ def _figure(rows: Sequence[Row], cost: str, published: Sequence[Anchor]) -> "Fig
     dense = sum(row.dense.mean for row in rows) / len(rows)
     known = [(a.method, getattr(a, cost, None), a.accuracy) for a in published]
     others = [(method, value, accuracy) for method, value, accuracy in known if value is not None]
-    return plots.trade_off(lines, dense, tables.best(rows, cost), TITLES[cost], others)
+    return plots.trade_off(lines, dense, tables.best(rows, cost), _axis(cost), others)
+
+
+def _axis(cost: str) -> str:
+    """What the axis of a cost shows."""
+    return TITLES.get(cost, f"latency of the dense network / latency, in {cost}")
+
+
+def _file_name(runtime: str) -> str:
+    """Name of the figure of a runtime that was measured."""
+    return "latency-" + re.sub(r"[^a-z0-9]+", "-", runtime.lower()).strip("-")
 
 
 MOST_CURVES = 10
@@ -170,6 +214,9 @@ CAPTIONS = {
 }
 
 
+MEASURED = "Accuracy against latency, as measured for this page."
+
+
 def _notes(rows: Sequence[Row], left: Mapping[str, Artifacts]) -> list[str]:
     """What the comparison is of, and what it cannot tell."""
     revisions = sorted({each.revision[:10] for each in left.values() if each.revision})
@@ -206,8 +253,8 @@ def _html(
         title=title,
         digest=digest,
         rows=rows,
-        svg={CAPTIONS[name]: picture for name, picture in svg.items()},
-        headings=tables.HEADINGS,
+        svg=[(CAPTIONS.get(name, MEASURED), picture) for name, picture in svg.items()],
+        headings=tables.headings(rows),
         cells=tables.cells,
         pairs=fairness.differences(rows),
         enough=fairness.ENOUGH,
@@ -238,7 +285,7 @@ details {color: #555; font-size: 13px} h2 {margin-top: 2rem}
 <h1>{{ title }}</h1>
 <ul>{% for note in notes %}<li>{{ note }}</li>{% endfor %}</ul>
 <h2>Figures</h2>
-<div class="figures">{% for caption, picture in svg.items() %}
+<div class="figures">{% for caption, picture in svg %}
 <figure>{{ picture | safe }}<figcaption>{{ caption }}</figcaption></figure>
 {% endfor %}</div>
 <h2>Accuracy and cost</h2>

@@ -18,9 +18,14 @@ class Interval:
 
 
 def interval(values: Sequence[float], level: float = 0.95) -> Interval:
-    """Mean and t-interval: half-width t(level, n - 1) * s / sqrt(n), s the sample deviation."""
+    """Mean and t-interval: half-width t(level, n - 1) * s / sqrt(n), s the sample deviation.
+
+    The mean of no values is NaN.
+    """
     from scipy import stats
 
+    if not values:
+        return Interval(math.nan, None, 0)
     count, mean = len(values), float(np.mean(values))
     if count < 2:
         return Interval(mean, None, count)

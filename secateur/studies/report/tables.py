@@ -3,14 +3,17 @@
 import csv
 import io
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from secateur.studies.report import statistics
+from secateur.studies.report.latencies import Column, Latency
 from secateur.studies.report.statistics import Interval
 from secateur.studies.results import Cell, Result
 
-HEADINGS = ("method", "point", "dense %", "final %", "compression", "MACs left %", "latency ms")
+FIXED = ("method", "point", "dense %", "final %", "compression", "MACs left %", "latency ms")
+"""Headings of the columns that every table has; the latency is that which evaluate measured."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,8 @@ class Row:
     point: str
     control: bool
     results: tuple[Result, ...]
+    times: Mapping[str, Column] = field(default_factory=dict)
+    """Title of a runtime -> times by experiment, also of others; empty if none was measured."""
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -58,18 +63,39 @@ class Row:
         times = [float(r.report["finetuned"].get("latency_ms", "nan")) for r in self.results]
         return statistics.interval(times)
 
+    def latency_in(self, runtime: str) -> Interval:
+        """Milliseconds of a pass of the finetuned network in this runtime."""
+        return statistics.interval([line.latency_ms for line in self._lines(runtime)])
 
-def rows(pairs: Sequence[tuple[Cell, Result]]) -> list[Row]:
+    def speedup_in(self, runtime: str) -> Interval:
+        """Latency of the dense network / latency of the finetuned one in this runtime."""
+        return statistics.interval([line.speedup for line in self._lines(runtime)])
+
+    def _lines(self, runtime: str) -> list[Latency]:
+        column = self.times[runtime]
+        return [column[result.name] for result in self.results if result.name in column]
+
+
+def rows(
+    pairs: Sequence[tuple[Cell, Result]], times: Mapping[str, Column] | None = None
+) -> list[Row]:
     """The cells by method and point, in the order of their first cells."""
     found: dict[tuple[str, str, bool], list[Result]] = {}
     for cell, result in pairs:
         label = cell.method if cell.control is None else f"{cell.control}: {cell.method}"
         found.setdefault((label, cell.point, cell.control is not None), []).append(result)
-    return [Row(*key, tuple(members)) for key, members in found.items()]
+    return [Row(*key, tuple(members), times or {}) for key, members in found.items()]
+
+
+def headings(found: Sequence[Row]) -> list[str]:
+    """The names of the columns; two more for each runtime that was measured for the page."""
+    more = [[f"{runtime} ms", f"{runtime} speed-up"] for runtime in found[0].times]
+    return [*FIXED, *itertools.chain.from_iterable(more)]
 
 
 def cells(row: Row) -> list[str]:
-    """The row as text, in the order of HEADINGS."""
+    """The row as text, in the order of the headings."""
+    measured = [(row.latency_in(runtime), row.speedup_in(runtime)) for runtime in row.times]
     return [
         row.label,
         row.point,
@@ -78,10 +104,13 @@ def cells(row: Row) -> list[str]:
         _text(row.compression),
         _text(row.macs, 100),
         _text(row.latency, digits=3),
+        *(text for ms, gain in measured for text in (_text(ms, digits=3), _text(gain))),
     ]
 
 
 def _text(value: Interval, factor: float = 1, digits: int = 2) -> str:
+    if math.isnan(value.mean):
+        return ""
     mean = f"{factor * value.mean:.{digits}f}"
     if value.half_width is None:
         return mean
@@ -94,9 +123,13 @@ def as_csv(found: Sequence[Row]) -> str:
     writer = csv.writer(stream, lineterminator="\n")
     names = ("dense", "final", "compression", "macs", "latency")
     both = [f"{name}{end}" for name in names for end in ("", "_half_width")]
-    writer.writerow(["method", "point", "seeds", *both])
+    runtimes = [f"{name} {runtime}{end}" for runtime in found[0].times
+                for name in ("latency", "speedup") for end in ("", "_half_width")]  # fmt: skip
+    writer.writerow(["method", "point", "seeds", *both, *runtimes])
     for row in found:
         values = [getattr(row, name) for name in names]
+        for runtime in row.times:
+            values += [row.latency_in(runtime), row.speedup_in(runtime)]
         numbers = [number for value in values for number in (value.mean, value.half_width)]
         writer.writerow([row.label, row.point, len(row.results), *numbers])
     return stream.getvalue()
@@ -104,16 +137,18 @@ def as_csv(found: Sequence[Row]) -> str:
 
 def as_markdown(found: Sequence[Row]) -> str:
     """The table for a README."""
-    lines = [HEADINGS, ("---", "---", *["---:"] * (len(HEADINGS) - 2)), *map(cells, found)]
+    names = headings(found)
+    lines = [names, ["---", "---", *["---:"] * (len(names) - 2)], *map(cells, found)]
     escaped = [[cell.replace("|", "\\|") for cell in line] for line in lines]
     return "".join(f"| {' | '.join(line)} |\n" for line in escaped)
 
 
 def as_latex(found: Sequence[Row]) -> str:
     """The table for a paper."""
-    lines = [" & ".join(map(_latex, line)) + r" \\" for line in [HEADINGS, *map(cells, found)]]
+    names = headings(found)
+    lines = [" & ".join(map(_latex, line)) + r" \\" for line in [names, *map(cells, found)]]
     body = "\n".join([lines[0], r"\hline", *lines[1:]])
-    columns = "ll" + "r" * (len(HEADINGS) - 2)
+    columns = "ll" + "r" * (len(names) - 2)
     return f"\\begin{{tabular}}{{{columns}}}\n{body}\n\\end{{tabular}}\n"
 
 
@@ -124,7 +159,12 @@ def _latex(text: str) -> str:
 
 
 def gain(row: Row, cost: str) -> float:
-    """How many times less the finetuned network has: parameters, MACs or latency."""
+    """How many times less the finetuned network has: parameters, MACs or latency.
+
+    `cost` is compression, macs, latency, or the title of a runtime that was measured.
+    """
+    if cost in row.times:
+        return row.speedup_in(cost).mean
     if cost == "latency":
         return row.speedup.mean
     return row.compression.mean if cost == "compression" else 1 / row.macs.mean

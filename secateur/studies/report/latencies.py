@@ -1,0 +1,189 @@
+"""Latency of finished networks by runtime, measured for a page and kept beside it.
+
+`evaluate` times torch alone, and while a study runs, beside other trainings. Here the dense and the
+finetuned network of each experiment take turns in every runtime that is asked for, when nothing of
+the study runs any more. A line is valid for the model whose hash it names: a model that is made
+anew is measured anew.
+"""
+
+import csv
+import io
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field, TypeAdapter
+
+from secateur.base import files
+from secateur.base.errors import SecateurError
+from secateur.base.sections import Engine
+from secateur.pipeline import record
+from secateur.studies.marks import LATENCIES
+from secateur.studies.report import artifacts
+from secateur.studies.results import Result
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+TITLES: dict[Engine, str] = {
+    "torch": "torch", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """How to measure; without runtimes, nothing is."""
+
+    runtimes: Sequence[Engine] = ()
+    batch: int = 1
+    threads: int = 1
+    repeats: int = 100
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Times of one experiment's networks in one runtime: a line of the table."""
+
+    experiment: str
+    model: str
+    """Hash of the finetuned network's folder, as dvc.lock has it."""
+    runtime: Engine
+    batch: int
+    threads: int
+    hardware: str
+    dense_ms: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    """The shortest pass of the dense network, in milliseconds."""
+    latency_ms: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    """The shortest pass of the finetuned network, in milliseconds."""
+
+    @property
+    def conditions(self) -> tuple[Engine, int, int, str]:
+        """What times must have in common to stand in one column."""
+        return self.runtime, self.batch, self.threads, self.hardware
+
+    @property
+    def speedup(self) -> float:
+        """How many times as fast as the dense network."""
+        return self.dense_ms / self.latency_ms
+
+
+_LINES = TypeAdapter(list[Latency])
+
+Column = Mapping[str, Latency]
+"""Experiment -> its times, of all experiments that were measured under one set of conditions."""
+
+
+def read(folder: Path) -> list[Latency]:
+    """The table in the folder of a page; empty if there is none that can be read."""
+    try:
+        return _LINES.validate_python(
+            list(csv.DictReader(io.StringIO((folder / LATENCIES).read_text())))
+        )
+    except (OSError, ValueError, csv.Error):  # pydantic's error is a ValueError
+        return []
+
+
+def write(folder: Path, times: Sequence[Latency]) -> None:
+    """Write the table into the folder of a page."""
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, [f.name for f in fields(Latency)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(line) for line in times)
+    files.write_text(folder / LATENCIES, stream.getvalue())
+
+
+def columns(found: Sequence[Result], times: Iterable[Latency]) -> dict[str, Column]:
+    """Title -> times of these experiments' present models; a column for each set of conditions."""
+    models = artifacts.final_models(found)
+    by_conditions: dict[tuple[Engine, int, int, str], dict[str, Latency]] = {}
+    for line in times:
+        if line.model and models.get(line.experiment) == line.model:
+            by_conditions.setdefault(line.conditions, {})[line.experiment] = line
+    return {_title(key, list(by_conditions)): column for key, column in by_conditions.items()}
+
+
+def _title(
+    key: tuple[Engine, int, int, str], others: Sequence[tuple[Engine, int, int, str]]
+) -> str:
+    """The runtime, and the other conditions where that alone does not tell columns apart."""
+    runtime, batch, threads, hardware = key
+    if sum(other[0] == runtime for other in others) == 1:
+        return TITLES[runtime]
+    return f"{TITLES[runtime]}, batch {batch}, threads {threads}, {hardware}"
+
+
+def notes(times: Mapping[str, Column]) -> list[str]:
+    """Under which conditions the columns were measured, in words."""
+    said = []
+    for title, column in times.items():
+        line = next(iter(column.values()))
+        threads = "1 thread" if line.threads == 1 else f"{line.threads} threads"
+        said.append(
+            f"latency in {title}: batch {line.batch}, {threads}, float32, {line.hardware}; the "
+            "shortest of many passes, dense and finetuned network taking turns"
+        )
+    return said
+
+
+def measure(
+    found: Sequence[Result],
+    conditions: Conditions,
+    known: Sequence[Latency],
+    say: Callable[[str], object],
+) -> Iterator[Latency]:
+    """Measure the times that are not known, with the models in DVC's cache, one after the other.
+
+    Raises SecateurError if a runtime is not installed; a model that is not in the cache costs one
+    line.
+    """
+    from secateur.base.machine import cpu_name
+    from secateur.deploy import layer_times
+
+    layer_times.check_packages(conditions.runtimes)
+    models, hardware = artifacts.final_models(found), cpu_name()
+    have = {(line.experiment, line.model, *line.conditions) for line in known}
+    for number, result in enumerate(found, 1):
+        model, place = models[result.name], (conditions.batch, conditions.threads, hardware)
+        missing = [
+            runtime
+            for runtime in conditions.runtimes
+            if (result.name, model, runtime, *place) not in have
+        ]
+        if not missing:
+            continue
+        say(f"latency: {number} of {len(found)}: {result.name}")
+        try:
+            networks, image = _networks(result)
+        except SecateurError as error:
+            say(f"latency: left out: {error}")
+            continue
+        for runtime in missing:
+            ms = layer_times.compare(
+                networks, image, runtime=runtime, batch=conditions.batch,
+                threads=conditions.threads, repeats=conditions.repeats,
+            )  # fmt: skip
+            yield Latency(result.name, model, runtime, *place, ms["dense"], ms["finetuned"])
+
+
+def _networks(result: Result) -> "tuple[dict[str, nn.Module], Tensor]":
+    """The dense and the finetuned network of an experiment, and a random image for them."""
+    import torch
+
+    from secateur.nn import checkpoint
+
+    chain = record.chain_of(result.report)
+    stages = {"dense": "baseline", "finetuned": chain.last["finetune"]}
+    with tempfile.TemporaryDirectory() as place:
+        folders = {name: Path(place, name) for name in stages}
+        artifacts.link(
+            result,
+            {record.model_spec(stage).folder: folders[name] for name, stage in stages.items()},
+        )
+        loaded = {
+            name: checkpoint.load(folder / "model.safetensors") for name, folder in folders.items()
+        }
+        networks = {name: found.model().eval() for name, found in loaded.items()}
+    torch.manual_seed(0)
+    return networks, torch.randn(1, *loaded["dense"].header.shape)
