@@ -81,8 +81,9 @@ format: $(READY)  ## put the code into the project's format
 	@ruff check --fix .
 	@ruff format .
 
-ui: $(RUN)  ## compare runs at http://127.0.0.1:5000
+ui: $(RUN)  ## compare runs in MLflow, at the address that it prints
 	-@python -m secateur sync
+	@echo "the runs: http://127.0.0.1:5000/#/experiments/1?workflowType=machine_learning"
 	@mlflow ui
 
 sync: $(RUN)  ## write runs that MLflow lacks, from the tracked files

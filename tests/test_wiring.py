@@ -23,7 +23,7 @@ OBSERVERS = {
     f"secateur/pipeline/{name}.py"
     for name in (
         "tracking", "mlflow_store", "mlflow_file", "mlflow_model", "console", "preflight",
-        "latency_check",
+        "latency_check", "figures",
     )
 }  # fmt: skip
 """No result depends on them."""

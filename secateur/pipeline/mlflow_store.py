@@ -27,6 +27,20 @@ from secateur.pipeline.record import stage_spec
 from secateur.training import resume
 
 EXPERIMENT = "secateur"
+TAGS = {
+    "mlflow.experimentKind": "custom_model_development",  # and not GenAI, where pages ask for it
+    "mlflow.note.content": """\
+Pruned image classifiers: prepare, baseline, sparse-train, prune, finetune, evaluate.
+
+- `tags.kind = 'pipeline'`: a result, with parameters, metrics and figures of its whole chain.
+- `tags.kind = 'stage'`: one training or pruning, with its curves.
+- `tags.kind = 'study'`: a comparison of many results, which are its children.
+
+DVC's files are the reference; `make sync` writes the runs that are missing here.
+""",
+}
+"""Tags of the experiment, unless it has others: what its page says about it, as Markdown."""
+
 LOCK_SECONDS = 120.0
 """Creating a store takes a few seconds; a process that holds the lock for longer is stuck."""
 
@@ -130,9 +144,9 @@ class Store:
             if found
             else client.create_experiment(name, artifact_location=place)
         )
-        kind = "mlflow.experimentKind"  # the UI opens it for training models, not for GenAI
-        if found is None or kind not in found.tags:
-            client.set_experiment_tag(self.experiment, kind, "custom_model_development")
+        for key, value in TAGS.items():
+            if found is None or key not in found.tags:
+                client.set_experiment_tag(self.experiment, key, value)
         self.client = client
 
     def runs(self, condition: str) -> list[Any]:

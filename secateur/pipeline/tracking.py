@@ -8,6 +8,7 @@ are written from their records, by `evaluate` or `secateur sync`. Nothing in thi
 stage: the first failure is one line of warning, and the rest of the stage goes untracked.
 """
 
+import contextlib
 import csv
 import hashlib
 import io
@@ -21,12 +22,16 @@ from typing import Any, Literal
 
 from secateur.base.errors import SecateurError, cut
 from secateur.base.stage import Stage, revision
+from secateur.pipeline import figures
 from secateur.pipeline.mlflow_store import Store, clone_tags
 from secateur.pipeline.record import RunRecord, flat, model_spec, stage_spec
 from secateur.training.callbacks import Callback, Row
 
 LIVE_AFTER = 20.0
 """Seconds of work after which MLflow is imported, which takes two, to show a stage as it runs."""
+
+FIGURES = "figures"
+"""Folder of the pipeline run's artifacts."""
 
 HEADLINES = ("compression", "theoretical_speedup", "measured_speedup")
 
@@ -211,11 +216,13 @@ def _pipeline(
     for record in records.values():
         params |= flat(record.params)
     key = pipeline_key(records)
+    experiment = experiment_name or os.environ.get("DVC_EXP_NAME")
     run_id = find_pipeline(store, records) or ""
     seconds = sum(record.seconds for record in records.values())
     if not run_id:
         tags = _tags("evaluate") | {"kind": "pipeline", "pipeline.key": key}
-        run_id = _create_run(store, _name(params), tags, params, time.time() - seconds)
+        name = f"{experiment or f'pipeline-{key[:8]}'}: {_name(params)}"
+        run_id = _create_run(store, name, tags, params, time.time() - seconds)
         _log_dataset(store, run_id, next(iter(records.values())).dataset, "test")
     from mlflow.entities import Metric
 
@@ -231,10 +238,11 @@ def _pipeline(
     for name, stage_id in ids.items():
         store.client.set_tag(run_id, f"run.{_key(name)}", stage_id)
     _log_inputs(store, run_id, [model for i in ids.values() for model in _models(store, i)])
-    _add_name(store, run_id, experiment_name or os.environ.get("DVC_EXP_NAME"))
+    _add_name(store, run_id, experiment)
     store.client.set_tag(run_id, "mlflow.note.content", _note(store, ids, report))
     for file in files:
         store.client.log_artifact(run_id, str(file))
+    _log_figures(store, run_id, histories, files)
     began = store.client.get_run(run_id).info.start_time
     store.client.set_terminated(run_id, "FINISHED", end_time=began + round(1000 * seconds))
     return run_id
@@ -411,8 +419,22 @@ def _tags(stage: str, record: RunRecord | None = None) -> dict[str, str]:
     return {key: value for key, value in tags.items() if value}
 
 
+def _log_figures(
+    store: Store, run_id: str, histories: Mapping[str, Sequence[Row]], files: Sequence[Path]
+) -> None:
+    """Draw curves and layers, unless the run has them: importing matplotlib takes half a second."""
+    if store.client.list_artifacts(run_id, FIGURES):
+        return
+    drawn = {"curves": figures.curves(histories)}
+    for table in [file for file in files if file.name == "layers.csv"]:
+        with contextlib.suppress(ValueError, KeyError, TypeError, csv.Error):  # damaged
+            drawn["layers"] = figures.layers(table)
+    for name, figure in drawn.items():
+        store.client.log_figure(run_id, figure, f"{FIGURES}/{name}.png")
+
+
 def _name(params: Mapping[str, Any]) -> str:
-    """Name of the chain in a table of runs: penalty, parametrization, pruner, seed, network and
+    """The chain's settings for a table of runs: penalty, parametrization, pruner, seed, network and
     data."""
     pruner = params.get("pruner", "")
     own = {key.removeprefix(f"pruners.{pruner}."): value for key, value in params.items()}
