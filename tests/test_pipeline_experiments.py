@@ -1,13 +1,16 @@
 """Models that are reused elsewhere, trained anew, and the pipeline of sensitivity."""
 
+import csv
 import json
+import re
+import shlex
 from collections import Counter
 
 import pandas as pd
 import pytest
 import safetensors.torch
 import yaml
-from workspace import ran
+from workspace import ROOT, ran
 
 pytestmark = pytest.mark.pipeline
 
@@ -58,3 +61,50 @@ def test_sensitivity_is_a_pipeline_of_its_own_whose_suggestion_the_main_one_take
     plots = project.dvc("plots", "show", "-o", "shown")
     page = (project.path / "shown/index.html").read_text()
     assert "accuracy after pruning outputs of one layer" in page, plots
+
+
+def specifications(page):
+    """Name -> what Vega is given for it, of the plots on a page of `dvc plots show`."""
+    found = re.findall(r"var spec = (.*);\n\s*vegaEmbed\('#(.*)', spec\)", page)
+    return {name: json.loads(content) for content, name in found}
+
+
+def test_plots_show_the_trainings_in_colours_and_leave_out_what_never_ran(finished):
+    shown = finished.path.parent / "shown"
+    log = finished.dvc("plots", "show", "-o", str(shown))
+    assert "failed" not in log.lower()
+    page = (shown / "index.html").read_text()
+    plots = specifications(page)
+    empty = {name for name, content in plots.items() if not content}
+    assert empty == {
+        "distribution_of_batch-norm_scales",
+        "mean_magnitude_of_kept_and_chosen_weights",
+        "metrics_sensitivity_csv",
+    }
+    assert page.index("document.querySelector(id).remove()") < page.index("var spec = ")
+    for name, column in (("training_loss", "train_loss"), ("validation_accuracy", "val_accuracy")):
+        text = json.dumps(plots[name])
+        assert "<DVC_METRIC" not in text and f"toNumber(datum['{column}'])" in text
+        assert plots[name]["encoding"]["color"]["field"] == "curve"
+        files = {row["filename"] for row in plots[name]["data"]["values"]}
+        assert files == {f"{model}/history.csv" for model in ("baseline", "sparse", "finetuned")}
+    assert plots["training_loss"]["encoding"]["y"]["scale"] == {"type": "log"}
+
+
+def test_the_columns_of_the_documented_exp_show_are_few(project):
+    project.dvc("exp", "run", "-n", "wide", "-S", "pruners.std.sensitivity=0.75")
+    (line,) = re.findall("^dvc (exp show .*)$", (ROOT / "README.md").read_text(), re.M)
+    table = project.run("dvc", *shlex.split(line), "--csv")
+    head, *rows = [
+        row for row in csv.reader(table.splitlines()) if "Experiment" in row or "wide" in row
+    ]
+    assert len(rows) == 1 and {"compression", "finetuned.accuracy"} <= set(head)
+    assert rows[0][head.index("pruners.std.sensitivity")] == "0.75"
+    assert len(head) <= 12 and not any("/" in column for column in head)
+
+
+def test_what_a_run_leaves_in_git_is_what_the_readme_says_to_commit(finished):
+    (added,) = re.findall("^git add (.*) && git commit", (ROOT / "README.md").read_text(), re.M)
+    left = finished.run("git", "diff", "--name-only", "HEAD~1", "HEAD").split()
+    kept = finished.run("git", "ls-files", *added.split()).split()
+    assert set(left) <= set(kept) and {"dvc.lock", "metrics/evaluate.json"} <= set(left)
