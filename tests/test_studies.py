@@ -1,6 +1,8 @@
 """Studies: what they mean, how many pieces of work they are, and that DVC agrees."""
 
 import contextlib
+import csv
+import itertools
 import json
 import os
 import re
@@ -17,7 +19,7 @@ import yaml
 
 from secateur.base.errors import SettingsError
 from secateur.pipeline import params_file
-from secateur.studies import definition
+from secateur.studies import definition, search
 
 ROOT = Path(__file__).resolve().parents[1]
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
@@ -107,6 +109,7 @@ def test_controls_change_one_thing(write_study):
         ({"axes": {"m": {"a b": {}, "a-b": {}}}}, "would both be named mine-a-b-s1"),
         ({"recipe": "nosuch"}, "recipe 'nosuch': there is none"),
         ({"extra": 1}, "extra: unknown"),
+        ({"axes": {"decay": {"low": 1e-5, "high": 1e-3}}}, "axes.decay: a range is for a search"),
         ({"axes": {"seed": [*range(200)], "decay": [*range(200)]}}, "40,000 cells"),
     ],
 )
@@ -114,6 +117,134 @@ def test_what_is_wrong_with_a_study_is_said_in_one_line(write_study, content, me
     with pytest.raises(SettingsError) as error:
         write_study(**content)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+RANGES = {"decay": {"low": "1e-5", "high": 1e-3, "log": True}, "method": METHODS}
+SOUGHT = {"search": {"trials": 6}}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"axes": {"decay": {"low": 1, "high": 1}}}, "low = 1 is not below high = 1"),
+        ({"axes": {"decay": {"low": 0, "high": 1, "log": True}}}, "log needs low > 0"),
+        ({"axes": {"decay": {"low": 0.5, "high": 1, "step": 2}}}, "step = 2: more than 0"),
+        ({"axes": {"decay": {"low": 1, "high": 9, "step": 0.5}}}, "step = 0.5: a whole number"),
+        ({"axes": {"decay": {"low": 1, "high": 9, "extra": 1}}}, "extra: unknown"),
+        ({"axes": {"nosuch": {"low": 1, "high": 9}}}, "axes.nosuch: neither a key"),
+        ({"axes": {"decay": []}}, "axes.decay: has no values"),
+        ({"axes": {}}, "there are no axes"),
+        ({"controls": ["dense"]}, "controls: not together with search"),
+        ({"exclude": [{"decay": 1}]}, "exclude: not together with search"),
+        ({"search": {"trials": 0}}, "search.trials = 0"),
+        ({"search": {"trials": 1, "objectives": ["macs", "macs"]}}, "each only once"),
+        ({"search": {"trials": 1, "objectives": ["speed"]}}, "search.objectives.0 = 'speed'"),
+        ({"search": {"trials": 1, "sampler": "grid"}}, "search.sampler = 'grid'"),
+    ],
+)
+def test_what_is_wrong_with_a_search_is_said_in_one_line(write_study, content, message):
+    with pytest.raises(SettingsError) as error:
+        write_study(**({"axes": RANGES} | SOUGHT | content))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_cells_of_a_trial_have_the_values_that_were_chosen(write_study):
+    axes = {"ratio": {"low": 0.1, "high": 0.9}, "method": METHODS, "baseline.epochs": [3, 5]}
+    study = write_study(axes=axes, seeds=[1, 2], **SOUGHT)
+    assert study.cells == () and study.space.axes["method"] == ("L1", "slim")
+    chosen = {"ratio": 0.12345, "method": "slim", "baseline.epochs": "5"}
+    first, second = study.space.cells("t007", chosen)
+    assert (first.name, second.name) == ("mine-t007-s1", "mine-t007-s2")
+    assert (first.method, first.point) == ("slim", "t007: ratio 0.123 epochs 5")
+    assert first.settings["pruners"] == {"network_slimming": {"ratio": 0.12345}}
+    assert first.settings["baseline"] == {"epochs": 5} and second.settings["seed"] == 2
+
+
+def _searched(space, interrupt):
+    """Trials by values of a function of the choice; a search that is started again every time."""
+    while True:
+        trials = search.Trials("mine", space)
+        trials.claim("as it is")
+        if not trials.missing():
+            return trials
+        for trial in trials.propose():
+            if next(interrupt):
+                break
+            decay, slim = trial.params["decay"], trial.params["method"] == "slim"
+            trials.tell(trial, {"accuracy": 1 - abs(decay - 3e-4), "macs": decay + slim})
+
+
+@pytest.mark.parametrize("sampler", ["random", "tpe", "nsga2"])
+def test_an_interrupted_search_proposes_the_trials_of_one_that_was_not(write_study, sampler):
+    how = {"trials": 14, "sampler": sampler, "objectives": ["accuracy", "macs"], "batch": 3}
+    space = write_study(axes=RANGES, search=how).space
+    pytest.importorskip("optuna")
+    whole = _searched(space, itertools.repeat(False)).finished()
+    search.journal("mine").unlink()
+    broken = _searched(space, itertools.cycle([False, False, True, False, True]))
+    assert [t.params for t in broken.finished()] == [t.params for t in whole]
+    assert len(whole) == 14 and len({t.params["decay"] for t in whole}) > 4
+    assert all(1e-5 <= t.params["decay"] <= 1e-3 for t in whole)
+    better = {
+        one.number
+        for one in whole
+        if not any(
+            other.values[0] >= one.values[0] and other.values[1] <= one.values[1]
+            and other.values != one.values
+            for other in whole
+        )
+    }  # fmt: skip
+    assert {trial.number for trial in broken.best()} == better
+    assert {row.number for row in broken.rows() if row.best} == better
+
+
+def test_a_journal_of_something_else_is_refused(write_study, tmp_path):
+    pytest.importorskip("optuna")
+    space = write_study(axes=RANGES, **SOUGHT).space
+    search.Trials("mine", space).claim("one state of the code")
+    search.Trials("mine", space).claim("one state of the code")
+    with pytest.raises(SettingsError, match="other axes, objectives, seeds, settings, code or"):
+        search.Trials("mine", space).claim("another")
+    one = write_study(axes=RANGES, search={"trials": 2, "objectives": ["accuracy"]}).space
+    with pytest.raises(SettingsError, match=r"mine\.journal"):
+        search.Trials("mine", one)
+    (tmp_path / "studies/mine.journal").write_text("{]\n")
+    with pytest.raises(SettingsError, match=r"mine\.journal"):
+        search.Trials("mine", space)
+
+
+@pytest.mark.pipeline
+def test_a_search_evaluates_what_no_other_trial_beats(project):
+    pytest.importorskip("optuna")
+    axes = {"pruners.std.sensitivity": {"low": 0.1, "high": 2.0}}
+    how = {"trials": 4, "sampler": "random", "batch": 2}
+    study_of(project, axes=axes, search=how)
+    log = run_study(project)
+    assert "trial 3 of 4: accuracy" in log
+    with (project.path / "report/mine/trials.csv").open() as lines:
+        rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(lines)]
+    best = [
+        int(one["trial"])
+        for one in rows
+        if not any(
+            (other["accuracy"], -other["parameters"]) != (one["accuracy"], -one["parameters"])
+            and other["accuracy"] >= one["accuracy"]
+            and other["parameters"] <= one["parameters"]
+            for other in rows
+        )
+    ]
+    assert len(rows) == 4 and best == [int(row["trial"]) for row in rows if row["best"]]
+    named = project.run("git", "for-each-ref", "--format=%(refname:lstrip=4)", "refs/exps")
+    assert {f"mine-t{number:03d}-s1" for number in best} == {
+        name for name in named.split() if name.startswith("mine-t")
+    }
+    for number in best:  # what the search has counted is what evaluate reports
+        show = f"refs/exps/{_baseline(project)}/mine-t{number:03d}-s1:metrics/evaluate.json"
+        report = json.loads(project.run("git", "show", show))
+        assert 1 / report["compression"] == pytest.approx(rows[number]["parameters"])
+    again = run_study(project)
+    assert "0 pieces of work were run" in again and "trial" not in again.replace("trials", "")
+    assert "4 in studies/mine.journal, 0 to be run" in run_study(project, "--plan")
 
 
 def test_a_study_that_is_not_there_is_named_with_those_that_are(write_study):
@@ -305,6 +436,7 @@ from secateur.pipeline import params_file
 from secateur.studies import definition, run
 from secateur.studies.execution import local, on_ray, on_slurm, snapshot
 from secateur.studies.execution.experiments import Experiments
+from secateur.studies.progress import Progress
 state = snapshot.take(Path.cwd())
 study = definition.load("mine", params_file.read())
 made = run.prepare(state, study)
@@ -313,7 +445,7 @@ executor = {
     "ray": lambda: on_ray.RayExecutor(state, made.graph.ignored, 2),
     "slurm": lambda: on_slurm.SlurmExecutor(state, 4, {}, cluster="local"),
 }[sys.argv[1]]()
-progress = run._Run(state, made, Experiments(state, made, study.name))
+progress = Progress(state, made, Experiments(state, made, study.name))
 try:
     progress.finish(executor)
 finally:

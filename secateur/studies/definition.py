@@ -12,6 +12,8 @@
     exclude: [{method: L2, ratio: 0.7}]
     controls: [dense, random]
 
+With `search`, axes may also be ranges, and a sampler chooses the combinations (`space`).
+
 A cell is one combination of values with one seed, or a control: one run of the whole pipeline.
 """
 
@@ -21,11 +23,11 @@ import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, JsonValue, Tag, TypeAdapter
 
 from secateur.base.documents import read_yaml, validated
 from secateur.base.errors import SettingsError, shorten
@@ -33,12 +35,28 @@ from secateur.base.settings import merged
 from secateur.pipeline import recipe
 from secateur.studies import controls
 from secateur.studies.controls import Control
+from secateur.studies.space import Range, Search
 
 FOLDER = Path("studies")
 MAX_CELLS = 20_000
 
 Label = str | int | float
 Bundle = dict[str, JsonValue]
+
+
+def _kind(axis: Any) -> str:
+    """Which kind of axis is written here."""
+    if isinstance(axis, list):
+        return "values"
+    return "range" if isinstance(axis, Range | dict) and {"low", "high"} & {*axis} else "labels"
+
+
+Axis = Annotated[
+    Annotated[list[JsonValue], Tag("values")]
+    | Annotated[dict[Label, Bundle], Tag("labels")]
+    | Annotated[Range, Tag("range")],
+    Discriminator(_kind),
+]
 
 
 class _Written(BaseModel):
@@ -49,13 +67,14 @@ class _Written(BaseModel):
     about: str
     recipe: str | None = None
     settings: Bundle = {}
-    axes: dict[str, list[JsonValue] | dict[Label, Bundle]] = {}
+    axes: dict[str, Axis] = {}
     seeds: Annotated[list[int], Field(min_length=1)] = [1, 2, 3]
     exclude: list[dict[str, Label | list[Label]]] = []
     controls: list[Control] | dict[Control, list[str]] = []
     """By name: of every method for which they can be said in settings; or with those methods."""
     method: list[str] | None = None
     """Axes whose labels together name the method; default: `method`, or those with labels."""
+    search: Search | None = None
 
 
 _WRITTEN = TypeAdapter(_Written)
@@ -85,6 +104,46 @@ class Study:
     cells: tuple[PlannedCell, ...]
     notes: tuple[str, ...]
     """Controls that cannot be said for a method, and why."""
+    space: "Space | None" = None
+    """What a search may choose; the study then has no cells before the search has chosen some."""
+    remarks: tuple[str, ...] = ()
+    """Sentences for the page."""
+
+
+@dataclass(frozen=True)
+class Space:
+    """The axes of a search, and the cells that come of a choice."""
+
+    study: str
+    search: Search
+    axes: Mapping[str, Range | tuple[str, ...]]
+    """Numbers of a range, or labels."""
+    seeds: tuple[int, ...]
+    _written: _Written
+    _common: Mapping[str, Any]
+    _params: Mapping[str, Any]
+
+    def cells(self, name: str, chosen: Mapping[str, str | int | float]) -> list[PlannedCell]:
+        """One cell for each seed; `name` stands in their experiments' names."""
+        written, where = self._written, str(FOLDER / f"{self.study}.yaml")
+        values = {axis: self._value(axis, value) for axis, value in chosen.items()}
+        settings = _settings(self._common, written.axes, values, self._params, where)
+        methods = _method_axes(written, where)
+        method = " ".join(_text(values[axis]) for axis in methods) or self.study
+        point = " ".join(
+            f"{axis.rpartition('.')[2]} {_rounded(v)}"
+            for axis, v in values.items()
+            if axis not in methods
+        )
+        cells = [_cell(self.study, name, "", seed, None, settings) for seed in self.seeds]
+        return [replace(cell, method=method, point=f"{name}: {point}") for cell in cells]
+
+    def _value(self, axis: str, chosen: str | int | float) -> Any:
+        """The value that a label stands for; a number is its own."""
+        written = self._written.axes[axis]
+        if isinstance(written, Range):
+            return chosen
+        return next(value for value in written if _text(value) == chosen)
 
 
 def load(name: str, params: Mapping[str, Any]) -> Study:
@@ -103,8 +162,46 @@ def load(name: str, params: Mapping[str, Any]) -> Study:
     written = validated(_WRITTEN, read_yaml(path, SettingsError), str(path), SettingsError)
     below = recipe.load(written.recipe).settings if written.recipe else {}
     common = merged(below, written.settings)
+    if written.search is not None:
+        space = _space(name, written, written.search, common, params)
+        return Study(name, written.about, (), (), space)
     cells, notes = _cells(name, written, common, params, str(path))
     return Study(name, written.about, tuple(cells), tuple(notes))
+
+
+def _space(
+    name: str,
+    written: _Written,
+    search: Search,
+    common: Mapping[str, Any],
+    params: Mapping[str, Any],
+) -> Space:
+    """What the search may choose."""
+    where = str(FOLDER / f"{name}.yaml")
+    for key in ("exclude", "controls"):
+        if getattr(written, key):
+            raise SettingsError(f"{where}: {key}: not together with search")
+    if not written.axes:
+        raise SettingsError(f"{where}: search: there are no axes")
+    _check_seeds(written, where)
+    _check_axes(written, where)
+    axes = {
+        axis: values if isinstance(values, Range) else tuple(_text(value) for value in values)
+        for axis, values in written.axes.items()
+    }
+    space = Space(name, search, axes, tuple(written.seeds), written, common, params)
+    _check_names(space.cells("t000", {a: first(v) for a, v in axes.items()}), where)
+    return space
+
+
+def first(axis: Range | tuple[str, ...]) -> str | int | float:
+    """The lowest number of an axis, or its first label."""
+    return axis.low if isinstance(axis, Range) else axis[0]
+
+
+def _check_seeds(written: _Written, where: str) -> None:
+    if len(set(written.seeds)) < len(written.seeds):
+        raise SettingsError(f"{where}: seeds = {written.seeds}: each only once")
 
 
 def names() -> list[str]:
@@ -120,9 +217,11 @@ def _cells(
     where: str,
 ) -> tuple[list[PlannedCell], list[str]]:
     """All cells of the file, those of the controls last, and what cannot be said of controls."""
-    if len(set(written.seeds)) < len(written.seeds):
-        raise SettingsError(f"{where}: seeds = {written.seeds}: each only once")
-    count = math.prod(len(axis) for axis in written.axes.values()) * len(written.seeds)
+    _check_seeds(written, where)
+    ranges = [axis for axis, kind in written.axes.items() if isinstance(kind, Range)]
+    if ranges:
+        raise SettingsError(f"{where}: axes.{ranges[0]}: a range is for a search: add `search`")
+    count = math.prod(len(list(axis)) for axis in written.axes.values()) * len(written.seeds)
     if count > MAX_CELLS:
         raise SettingsError(f"{where}: axes: {count:,} cells; at most {MAX_CELLS:,}")
     _check_axes(written, where)
@@ -154,6 +253,8 @@ def _cells(
 def _check_axes(written: _Written, where: str) -> None:
     """Raise SettingsError for an axis without values, or a value that is no label."""
     for axis, values in written.axes.items():
+        if isinstance(values, Range):
+            continue
         if not values:
             raise SettingsError(f"{where}: axes.{axis}: has no values")
         labels = [_text(value) for value in values]
@@ -276,6 +377,11 @@ def _numbers(tree: Any) -> Any:
     if isinstance(tree, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", tree):
         return float(tree)
     return tree
+
+
+def _rounded(value: Any) -> str:
+    """A value of an axis in words; numbers with three digits."""
+    return f"{value:.3g}" if isinstance(value, float) else _text(value)
 
 
 def _text(value: Any) -> str:

@@ -17,21 +17,29 @@ REPORTS, PAGE = Path("report"), "index.html"
 """Folder of the reports, and the page in each of them."""
 LATENCIES = "latency.csv"
 """Beside the page: latencies that were measured for it."""
+TRIALS = "trials.csv"
+"""Beside the page: what a search has tried."""
 
 
 def digest(state: Snapshot, study: Study, made: Plan) -> str:
-    """Hash of the project's files, of all that the finished cells have made, and of latencies."""
+    """Hash of the project's files, of all that the finished cells have made, and of the tables
+    beside the page."""
     cells = [
         [cell.name, cell.method, cell.point, cell.control, made.entries_of(number)]
         for number, cell in enumerate(made.cells)
         if made.finished(number)
     ]
-    try:
-        times = (REPORTS / study.name / LATENCIES).read_text()
-    except (OSError, ValueError):
-        times = ""
-    text = json.dumps([state.tree, study.about, cells, times], sort_keys=True, default=str)
+    beside = [_content(REPORTS / study.name / name) for name in (LATENCIES, TRIALS)]
+    text = json.dumps([state.tree, study.about, cells, beside], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _content(path: Path) -> str:
+    """Of a file; empty if there is none."""
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""
 
 
 def has_page(folder: Path, digest: str) -> bool:

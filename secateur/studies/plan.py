@@ -78,10 +78,11 @@ class Plan:
         return all(id in self.entries for id in self.by_cell[cell])
 
 
-def make(graph: Graph, cells: Sequence[PlannedCell]) -> Plan:
+def make(graph: Graph, cells: Sequence[PlannedCell], last: str | None = None) -> Plan:
     """The plan for these cells; nothing is looked up yet.
 
-    Raises SettingsError for a cell with further rounds.
+    With `last`, only for that stage and those whose outs it needs. Raises SettingsError for a cell
+    with further rounds.
     """
     plan = Plan(graph, cells)
     for number in range(len(cells)):
@@ -92,7 +93,7 @@ def make(graph: Graph, cells: Sequence[PlannedCell]) -> Plan:
                 "chains of one round; `dvc exp run` runs further ones"
             )
         ids: dict[str, str] = {}
-        for work in _works(graph, params, number, ids):
+        for work in _works(graph, params, number, ids, last):
             plan.works.setdefault(work.id, work)
         plan.by_cell.append(list(ids.values()))
     return plan
@@ -111,10 +112,13 @@ def section(stage: str) -> str:
 
 
 def _works(
-    graph: Graph, params: Mapping[str, Any], cell: int, ids: dict[str, str]
+    graph: Graph, params: Mapping[str, Any], cell: int, ids: dict[str, str], last: str | None
 ) -> Iterator[Work]:
     """The pieces of one cell; `ids` gets the id of each stage."""
+    needed = _needed(graph.stages(params), last)
     for stage in graph.stages(params):
+        if stage.name not in needed:
+            continue
         made_by = {name: ids[name] for name in stage.upstream}
         outs = {path for other in graph.stages(params) for path in other.outs}
         key = {
@@ -129,3 +133,14 @@ def _works(
         text = json.dumps(key, sort_keys=True, default=str)
         ids[stage.name] = hashlib.sha256(text.encode()).hexdigest()[:32]
         yield Work(ids[stage.name], stage, made_by, cell)
+
+
+def _needed(stages: Sequence[ResolvedStage], last: str | None) -> set[str]:
+    """Names of the stage `last` and of all before it; of every stage if there is none."""
+    if last is None:
+        return {stage.name for stage in stages}
+    needed = {last}
+    for stage in reversed(stages):  # each stands after those whose outs it reads
+        if stage.name in needed:
+            needed.update(stage.upstream)
+    return needed

@@ -121,4 +121,5 @@ def write_page(study: Study, made: Plan, folder: Path, digest: str) -> None:
         for number, c in enumerate(made.cells)
         if made.finished(number)
     ]
-    page.write(folder, study.name, cells, digest)
+    objectives = study.space.search.objectives if study.space else ()
+    page.write(folder, study.name, cells, digest, study.remarks, objectives)

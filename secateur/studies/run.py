@@ -6,29 +6,19 @@ secateur study NAME                runs it; interrupted at any moment, the same 
 """
 
 import argparse
-import heapq
-import signal
-import time
-from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
-from typing import NoReturn
 
-from secateur.base.errors import SecateurError, cut
-from secateur.pipeline import console, recipe
+from secateur.base.errors import SecateurError
+from secateur.pipeline import console
 from secateur.pipeline.params_file import read as read_params
-from secateur.studies import definition, estimate, marks, plan
+from secateur.studies import definition, estimate, marks, plan, progress
 from secateur.studies.definition import Study
-from secateur.studies.execution import check, local, snapshot
+from secateur.studies.execution import check, snapshot
 from secateur.studies.execution.experiments import Experiments
-from secateur.studies.execution.keys import Entry, Graph, run_key
-from secateur.studies.execution.local import Executor, Outcome
+from secateur.studies.execution.keys import Graph
 from secateur.studies.execution.snapshot import Snapshot
-from secateur.studies.execution.work import Task
 from secateur.studies.plan import Plan
-
-KILLS = 5
-"""How often a piece of work is begun again after its process was killed."""
+from secateur.studies.progress import Progress, executor_of
 
 
 def command(options: argparse.Namespace) -> None:
@@ -40,6 +30,13 @@ def command(options: argparse.Namespace) -> None:
     state = snapshot.take(Path.cwd())
     with state.held():
         study = definition.load(options.name, read_params())
+        if study.space is not None:
+            from secateur.studies import search
+
+            if options.plan:
+                search.show(study, study.space)
+                return
+            study = search.run(state, study, study.space, options)
         made = prepare(state, study)
         if options.plan:
             show(study, made)
@@ -79,7 +76,7 @@ def show(study: Study, made: Plan) -> None:
         )
     seconds, unknown = estimate.seconds(made, missing)
     if missing:
-        words = f"about {_duration(seconds)} of work" if seconds else "no records to go by"
+        words = f"about {progress.duration(seconds)} of work" if seconds else "no records to go by"
         more = f", without {', '.join(unknown)}, of which there are no records" if unknown else ""
         console.say(f"estimate   {words}{more if seconds else ''}")
     for note in study.notes:
@@ -88,26 +85,21 @@ def show(study: Study, made: Plan) -> None:
 
 def run(state: Snapshot, study: Study, made: Plan, options: argparse.Namespace) -> str | None:
     """Run what is missing and write all results; one line about what failed, or None."""
-    progress = _Run(state, made, Experiments(state, made, study.name))
-    progress.experiments.write()
+    work = Progress(state, made, Experiments(state, made, study.name))
+    work.write_experiments()
     if made.missing():
         check.settings(made)
-        executor = _executor(options, state, made)
-        before = signal.signal(signal.SIGTERM, _terminated)
-        try:
-            progress.finish(executor)
-        finally:
-            executor.close()
-            signal.signal(signal.SIGTERM, before)
+        with executor_of(options, state, made.graph, len(made.missing())) as executor:
+            work.finish(executor)
     done = [cell for number, cell in enumerate(made.cells) if made.finished(number)]
     console.say(
-        f"{len(done)} of {len(made.cells)} cells are experiments of DVC; {len(progress.ran)} "
+        f"{len(done)} of {len(made.cells)} cells are experiments of DVC; {len(work.ran)} "
         f"pieces of work were run; `dvc exp apply {made.cells[0].name}` brings one into the "
         "workspace"
     )
     if done:
         _publish(state, study, made, options)
-    return progress.failure()
+    return work.failure()
 
 
 def _publish(state: Snapshot, study: Study, made: Plan, options: argparse.Namespace) -> None:
@@ -130,167 +122,3 @@ def _publish(state: Snapshot, study: Study, made: Plan, options: argparse.Namesp
 
         if publish.write_mlflow(study, made, folder):
             mark.set_complete()
-
-
-def _executor(options: argparse.Namespace, state: Snapshot, made: Plan) -> Executor:
-    """The executor that was asked for."""
-    slots, ignored = options.workers or local.processors(), made.graph.ignored
-    if options.executor == "local":
-        return local.LocalExecutor(state, min(slots, len(made.missing())), ignored)
-    if options.executor == "ray":
-        from secateur.studies.execution import on_ray
-
-        return on_ray.RayExecutor(state, ignored, options.workers, options.cpus, options.gpus)
-    from secateur.studies.execution import on_slurm
-
-    given = dict(pair.split("=", 1) for pair in options.slurm)
-    parameters = {k: int(v) if v.isdecimal() else v for k, v in given.items()}
-    return on_slurm.SlurmExecutor(state, options.workers or 64, parameters)
-
-
-@dataclass
-class _Run:
-    """A study while it runs."""
-
-    state: Snapshot
-    plan: Plan
-    experiments: Experiments
-    ran: list[str] = field(default_factory=list)
-    """Stages that were really worked on, in the order in which they ended."""
-    failed: dict[str, str] = field(default_factory=dict)
-    """Id of a piece -> what its log says."""
-    kills: dict[str, int] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        works = self.plan.works
-        self._order = {id: number for number, id in enumerate(works)}
-        self._readers: dict[str, list[str]] = {id: [] for id in works}
-        for work in works.values():
-            for other in work.upstream.values():
-                self._readers[other].append(work.id)
-        self._ready: list[tuple[int, int, str]] = []
-        self._tasks: dict[str, tuple[Task, list[str]]] = {}
-        self._began = self._said = self._wrote = time.monotonic()
-
-    def finish(self, executor: Executor) -> None:
-        """Run all pieces that are missing."""
-        for work in self.plan.missing():
-            self._consider(work.id)
-        while self._ready or self._tasks:
-            while self._ready and len(self._tasks) < executor.slots:
-                self._begin(heapq.heappop(self._ready)[2], executor)
-            if not self._tasks:
-                continue
-            for outcome in executor.wait():
-                self._end(outcome, executor)
-            self._report()
-        self.experiments.write()
-
-    def _consider(self, id: str) -> None:
-        """Put a piece among those that can begin, if all that it reads is finished."""
-        work = self.plan.works[id]
-        if all(other in self.plan.entries for other in work.upstream.values()):
-            heapq.heappush(self._ready, (work.cell, self._order[id], id))
-
-    def _begin(self, id: str, executor: Executor) -> None:
-        """Hand a piece to the executor, unless the cache has it or another has the same key."""
-        entry = self.plan.pending(id)
-        assert entry is not None, "all that it reads is finished"
-        found = self.plan.graph.find(entry)
-        if found is not None:
-            self._finished(id, found)
-            return
-        key = run_key(entry)
-        if key in self._tasks:
-            self._tasks[key][1].append(id)
-            return
-        work = self.plan.works[id]
-        cell, graph = self.plan.cells[work.cell], self.plan.graph
-        task = Task(
-            key=key,
-            stage=work.stage.name,
-            settings=recipe.changes(cell.settings, graph.params),
-            upstream=[self.plan.entries[other] for other in work.upstream.values()],
-            root=str(self.state.root),
-            revision=self.state.revision,
-            tree=self.state.tree,
-            cache=str(self.state.cache),
-            ignored=graph.ignored,
-            experiment=cell.name,
-        )
-        self._tasks[key] = (task, [id])
-        executor.submit(task)
-
-    def _end(self, outcome: Outcome, executor: Executor) -> None:
-        """Take over the result of a piece; begin it again if its process was killed."""
-        task, ids = self._tasks.pop(outcome.key)
-        if outcome.status < 0:
-            kills = self.kills[task.key] = self.kills.get(task.key, 0) + 1
-            if kills < KILLS:
-                self._tasks[task.key] = (task, ids)
-                executor.submit(task)
-                return
-        found = local.read_result(task) if outcome.status == 0 else None
-        if found is None:
-            words = _last_line(task.log) or f"ended with status {outcome.status}"
-            for id in ids:
-                self.failed[id] = words
-            console.say(f"failed: {task.stage} of {task.experiment}: {words}; see {task.log}")
-            return
-        self.ran.append(task.stage)
-        for id in ids:
-            self._finished(id, found)
-
-    def _finished(self, id: str, entry: Entry) -> None:
-        self.plan.entries[id] = entry
-        for reader in self._readers[id]:
-            self._consider(reader)
-
-    def _report(self) -> None:
-        """Say from time to time how far it is, and write the experiments that are finished."""
-        now = time.monotonic()
-        if now - self._said < 10:
-            return
-        self._said = now
-        if now - self._wrote > 30:
-            self.experiments.write()
-            self._wrote = now
-        total, left = len(self.plan.works), len(self.plan.missing())
-        cells = sum(map(self.plan.finished, range(len(self.plan.cells))))
-        rest = estimate.seconds(self.plan, self.plan.missing())[0] / max(len(self._tasks), 1)
-        words = f", about {_duration(rest)} left" if rest else ""
-        console.say(
-            f"{total - left} of {total} pieces, {cells} of {len(self.plan.cells)} cells, after "
-            f"{_duration(now - self._began)}{words}"
-        )
-
-    def failure(self) -> str | None:
-        """One line about all that failed."""
-        if not self.failed:
-            return None
-        lost = sum(not self.plan.finished(number) for number in range(len(self.plan.cells)))
-        first = next(iter(self.failed.values()))
-        return (
-            f"{len(self.failed)} pieces of work failed, so {lost} cells are missing: {first}; the "
-            "same command tries again"
-        )
-
-
-def _last_line(log: Path) -> str:
-    """What a stage has said last, without `error:`."""
-    try:
-        lines = log.read_text(errors="replace").strip().splitlines()
-    except OSError:
-        return ""
-    return cut(lines[-1].removeprefix("error: "), 300) if lines else ""
-
-
-def _duration(seconds: float) -> str:
-    """Seconds in words."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-def _terminated(_signal: int, _frame: FrameType | None) -> NoReturn:
-    raise SystemExit(143)

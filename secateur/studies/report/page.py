@@ -23,6 +23,7 @@ from secateur.studies.report import (
     plots,
     statistics,
     tables,
+    trials,
 )
 from secateur.studies.report.anchors import Anchor
 from secateur.studies.report.artifacts import Artifacts
@@ -95,11 +96,17 @@ def _is_amount(key: str, found: Sequence[Result]) -> bool:
 
 
 def write(
-    folder: Path, title: str, cells: Sequence[Cell], digest: str = "", said: Sequence[str] = ()
+    folder: Path,
+    title: str,
+    cells: Sequence[Cell],
+    digest: str = "",
+    said: Sequence[str] = (),
+    objectives: Sequence[str] = (),
 ) -> None:
     """Write the page of these experiments into `folder`; SecateurError if none can be read.
 
-    `digest`, near the beginning of index.html, says what it was made of; `said` are further notes.
+    `digest`, near the beginning of index.html, says what it was made of; `said` are further notes;
+    `objectives` are those of a search whose trials are in the folder.
     """
     by_name = {result.name: result for result in results.read([cell.experiment for cell in cells])}
     pairs = [(cell, by_name[cell.experiment]) for cell in cells if cell.experiment in by_name]
@@ -112,6 +119,9 @@ def write(
     figures |= {_file_name(runtime): _figure(rows, runtime, []) for runtime in times}
     left = artifacts.read([result for row in rows for result in row.results])
     figures |= _details(rows, left)
+    searched = trials.figure(folder, objectives) if objectives else None
+    if searched is not None:
+        figures["trials"] = searched
     folder.mkdir(parents=True, exist_ok=True)
     pictures = {}
     for name, figure in figures.items():
@@ -211,6 +221,7 @@ CAPTIONS = {
     "curves": "Validation accuracy by epoch, mean over seeds, at the last operating point of each "
     f"method (the first {MOST_CURVES}).",
     "layers": "Sparsity by layer of the finetuned networks, mean over seeds.",
+    "trials": "All trials of the search, by the validation images; trials.csv has the values.",
 }
 
 

@@ -36,7 +36,6 @@ def trade_off(
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     columns = 1 + len(lines) // 30
     height = 5 + 0.12 * max(0, len(lines) - 12)
@@ -62,17 +61,24 @@ def trade_off(
     _draw_front(axes, best)
     _draw_published(axes, published)
     costs = [point.cost for points in lines.values() for point in points]
-    if max(costs) > 3 * min(costs):
-        axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.xaxis.set_minor_formatter(NullFormatter())
+    scale_x(axes, costs)
     axes.set_xlabel(x)
     axes.set_ylabel("test accuracy %")
     axes.grid(alpha=0.25)
     figure.legend(loc="outside right upper", fontsize=8, frameon=False,
                   ncols=columns)  # fmt: skip
     return figure
+
+
+def scale_x(axes: "Axes", values: Sequence[float]) -> None:
+    """A log axis with plain numbers, if the values are spread widely."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    if max(values) > 3 * min(values) > 0:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _draw_front(axes: "Axes", best: Sequence[tuple[float, float]]) -> None:
@@ -139,7 +145,7 @@ def layers(rows: Mapping[str, Mapping[str, float]]) -> "Figure":
 
     columns = list(dict.fromkeys(layer for row in rows.values() for layer in row))
     values = [[row.get(layer, float("nan")) for layer in columns] for row in rows.values()]
-    figure = Figure(figsize=(8, 1.4 + 0.22 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(8, max(2.6, 1.4 + 0.22 * len(rows))), layout="constrained")
     axes = figure.add_subplot()
     image = axes.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
     axes.set_yticks(range(len(rows)), list(rows), fontsize=8)

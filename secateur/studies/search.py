@@ -1,0 +1,343 @@
+"""A study whose values a sampler chooses: random, TPE or NSGA-II of Optuna.
+
+J. Bergstra et al., Algorithms for hyper-parameter optimization, NeurIPS 2011 (TPE); K. Deb et al.,
+A fast and elitist multiobjective genetic algorithm: NSGA-II, 2002.
+
+A trial is run up to `finetune` and judged by the validation images; what no other trial beats is
+then evaluated on the test images, as the cells of an ordinary study. Trials are kept in Optuna's
+journal, studies/<name>.journal: a search that was interrupted goes on with the trials that it would
+have had.
+"""
+
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import json
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from secateur.base import optional
+from secateur.base.errors import SecateurError, SettingsError
+from secateur.pipeline import console
+from secateur.pipeline.record import MODELS, parse
+from secateur.studies import definition, marks, plan
+from secateur.studies.definition import PlannedCell, Space, Study
+from secateur.studies.execution import check
+from secateur.studies.execution.keys import Entry, Graph
+from secateur.studies.execution.local import Executor
+from secateur.studies.execution.snapshot import PLACE, Snapshot
+from secateur.studies.plan import Plan
+from secateur.studies.progress import Progress, executor_of
+from secateur.studies.report import trials as table
+from secateur.studies.report.trials import Trial
+from secateur.studies.space import MAXIMISED, Range, Search
+
+LAST = "finetune"
+"""The stage that ends a trial."""
+
+
+def show(study: Study, space: Space) -> None:
+    """Print what is searched, and how far the search is."""
+    console.say(f"{study.name}: {study.about}")
+    for axis, values in space.axes.items():
+        console.say(f"axis       {axis}: {_words(values)}")
+    search = space.search
+    console.say(
+        f"search     {search.trials} trials by {search.sampler}, seeds "
+        f"{', '.join(map(str, space.seeds))} each, "
+        f"for {' and '.join(search.objectives)}"
+    )
+    path = journal(study.name)
+    done = len(Trials(study.name, space).finished()) if path.is_file() else 0
+    console.say(f"trials     {done} in {path}, {max(search.trials - done, 0)} to be run")
+
+
+def run(state: Snapshot, study: Study, space: Space, options: argparse.Namespace) -> Study:
+    """Run the trials that are missing; returns the study with the cells of the best ones."""
+    search, began = space.search, time.monotonic()
+    graph = Graph(state.copy("plan"), state.root)
+    with _alone(state, study.name):
+        trials = Trials(study.name, space)
+        trials.claim(_digest(graph, space))
+        if trials.missing():
+            with executor_of(options, state, graph, search.batch * len(space.seeds)) as executor:
+                first = True
+                while trials.missing() and not _late(search, began):
+                    _batch(state, graph, space, trials, executor, checked=not first)
+                    first = False
+        best = trials.best()
+        folder = marks.REPORTS / study.name
+        folder.mkdir(parents=True, exist_ok=True)
+        table.write(folder, trials.rows())
+    cells = [cell for trial in best for cell in space.cells(_name(trial), trial.params)]
+    return replace(study, cells=tuple(cells), remarks=(_remark(space, len(trials.finished())),))
+
+
+def _batch(
+    state: Snapshot,
+    graph: Graph,
+    space: Space,
+    trials: "Trials",
+    executor: Executor,
+    checked: bool,
+) -> None:
+    """Run the next trials up to the end of their batch, and tell the sampler what they reached."""
+    open_trials = trials.propose()
+    cells = {t.number: space.cells(_name(t), t.params) for t in open_trials}
+    made = plan.make(graph, [cell for own in cells.values() for cell in own], LAST)
+    made.look_up()
+    if not checked:
+        check.settings(made)
+    progress = Progress(state, made)
+    progress.finish(executor)
+    numbers = iter(range(len(made.cells)))
+    for trial in open_trials:
+        own = [next(numbers) for _ in cells[trial.number]]
+        if not all(map(made.finished, own)):
+            trials.fail(trial)
+            console.say(f"trial {trial.number}: failed: {next(iter(progress.failed.values()), '')}")
+            continue
+        reached = judged(made, own, space.search.objectives)
+        trials.tell(trial, reached)
+        words = ", ".join(f"{name} {value:.4g}" for name, value in reached.items())
+        console.say(f"trial {trial.number} of {space.search.trials}: {words}")
+
+
+def judged(made: Plan, cells: Sequence[int], objectives: Sequence[str]) -> dict[str, float]:
+    """What the finished cells of one trial have reached: means over seeds."""
+    found = [_reached(made, made.entries_of(cell), objectives) for cell in cells]
+    return {name: statistics.fmean(values[name] for values in found) for name in objectives}
+
+
+def _reached(
+    made: Plan, entries: Mapping[str, Entry], objectives: Sequence[str]
+) -> dict[str, float]:
+    """Accuracy on the validation images, and what is left of parameters and MACs."""
+    values: dict[str, float] = {}
+    if "accuracy" in objectives:
+        path = str(MODELS[LAST].record)
+        metrics = parse(made.graph.read(entries[LAST], path), path).metrics
+        if "val_accuracy" not in metrics:
+            raise SettingsError("search: there are no validation images; set data.val above 0")
+        values["accuracy"] = metrics["val_accuracy"]
+    if {"parameters", "macs"} & {*objectives}:
+        values |= _costs(made, entries)
+    return values
+
+
+def _costs(made: Plan, entries: Mapping[str, Entry]) -> dict[str, float]:
+    """Shares of the dense network's parameters and MACs that are left, non-zeros alone."""
+    import torch
+
+    from secateur.nn import checkpoint, cost
+
+    with tempfile.TemporaryDirectory() as place:
+        loaded = []
+        for stage in ("baseline", LAST):
+            path = Path(place, f"{stage}.safetensors")
+            path.write_bytes(
+                made.graph.read(entries[stage], f"{MODELS[stage].folder}/model.safetensors")
+            )
+            loaded.append(checkpoint.load(path))
+        dense, final = loaded
+        image = torch.zeros(1, *dense.header.shape)
+        network, small = dense.model(), final.model()
+        left = sum(layer.macs for layer in cost.layer_costs(small, image, final.masks))
+    return {
+        "parameters": 1 / cost.compression(network, small, final.masks),
+        "macs": left / cost.macs(network, image),
+    }
+
+
+class Trials:
+    """The journal of a search."""
+
+    def __init__(self, name: str, space: Space) -> None:
+        self.space, self.search = space, space.search
+        self._optuna = optional.load("optuna", "for a search")
+        self._optuna.logging.set_verbosity(self._optuna.logging.ERROR)
+        self.path = journal(name)
+        backend = self._optuna.storages.journal.JournalFileBackend(str(self.path))
+        directions = [
+            "maximize" if objective in MAXIMISED else "minimize"
+            for objective in self.search.objectives
+        ]
+        with self._damaged():
+            self._study = self._optuna.create_study(
+                study_name=name,
+                storage=self._optuna.storages.JournalStorage(backend),
+                directions=directions,
+                load_if_exists=True,
+            )
+            if [each.name.lower() for each in self._study.directions] != directions:
+                raise ValueError("other objectives")
+        self._distributions = {axis: self._distribution(v) for axis, v in space.axes.items()}
+
+    @contextlib.contextmanager
+    def _damaged(self) -> Iterator[None]:
+        """SettingsError for a journal that is none, or is of other objectives."""
+        try:
+            yield
+        except (ValueError, KeyError, TypeError, AssertionError) as error:
+            raise SettingsError(
+                f"{self.path}: no journal of this search ({type(error).__name__}: {error}); "
+                "delete it, or give the study another name"
+            ) from None
+
+    def claim(self, digest: str) -> None:
+        """Raise SettingsError if the journal's trials were of other code, settings or data."""
+        known = self._study.user_attrs.get("digest")
+        if known is None:
+            self._study.set_user_attr("digest", digest)
+        elif known != digest:
+            raise SettingsError(
+                f"{self.path}: its trials were of other axes, objectives, seeds, settings, code or "
+                "data; delete it, or give the study another name (what is trained stays in DVC's "
+                "cache)"
+            )
+
+    def finished(self) -> list[Any]:
+        """The trials that have been told, also those that failed, by number."""
+        return [trial for trial in self._study.get_trials() if trial.state.is_finished()]
+
+    def missing(self) -> bool:
+        """Whether there are to be more trials."""
+        return len(self.finished()) < self.search.trials
+
+    def propose(self) -> list[Any]:
+        """The trials to be run next: those that were begun and not told, and the rest of a batch.
+
+        Every proposal has a sampler of its own, whose seed is that of the search and the number of
+        the trial, so that it depends on the trials before it alone.
+        """
+        all_trials = self._study.get_trials()
+        open_trials = [trial for trial in all_trials if not trial.state.is_finished()]
+        count, batch = len(all_trials), self.search.batch
+        end = min(-(-count // batch) * batch if open_trials else count + batch, self.search.trials)
+        for number in range(count, end):
+            self._study.sampler = self._sampler(number)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", self._optuna.exceptions.ExperimentalWarning)
+                self._study.ask(self._distributions)
+        return [trial for trial in self._study.get_trials() if not trial.state.is_finished()]
+
+    def tell(self, trial: Any, reached: Mapping[str, float]) -> None:
+        """Note what a trial has reached, by objective."""
+        self._study.tell(trial.number, [reached[name] for name in self.search.objectives])
+
+    def fail(self, trial: Any) -> None:
+        """Note that a trial has failed."""
+        self._study.tell(trial.number, state=self._optuna.trial.TrialState.FAIL)
+
+    def best(self) -> list[Any]:
+        """The trials that no other beats in every objective; SecateurError if all have failed."""
+        complete = [trial for trial in self.finished() if trial.values is not None]
+        if not complete:
+            raise SecateurError("search: no trial has succeeded")
+        if len(self.search.objectives) == 1:
+            return [self._study.best_trial]
+        return sorted(self._study.best_trials, key=lambda trial: trial.number)
+
+    def rows(self) -> list[Trial]:
+        """All trials for the table."""
+        best = {trial.number for trial in self.best()}
+        return [
+            Trial(
+                trial.number,
+                trial.params,
+                dict(zip(self.search.objectives, trial.values or [], strict=False)),
+                trial.number in best,
+            )
+            for trial in self.finished()
+        ]
+
+    def _sampler(self, number: int) -> Any:
+        """The sampler for one proposal."""
+        seed = (self.search.seed * 1_000_003 + number) % 2**32
+        samplers = self._optuna.samplers
+        if self.search.sampler == "random":
+            return samplers.RandomSampler(seed=seed)
+        if self.search.sampler == "nsga2":
+            size = max(self.search.batch, self.search.trials // 5, 2)
+            return samplers.NSGAIISampler(seed=seed, population_size=size)
+        return samplers.TPESampler(seed=seed)
+
+    def _distribution(self, axis: Range | tuple[str, ...]) -> Any:
+        kinds = self._optuna.distributions
+        if not isinstance(axis, Range):
+            return kinds.CategoricalDistribution(axis)
+        if axis.whole:
+            return kinds.IntDistribution(axis.low, axis.high, log=axis.log, step=axis.step or 1)
+        return kinds.FloatDistribution(axis.low, axis.high, log=axis.log, step=axis.step)
+
+
+def journal(name: str) -> Path:
+    """Where the trials of a study are kept."""
+    return definition.FOLDER / f"{name}.journal"
+
+
+def _name(trial: Any) -> str:
+    """Of a trial, in the names of its experiments."""
+    return f"t{trial.number:03d}"
+
+
+def _late(search: Search, began: float) -> bool:
+    return search.hours is not None and time.monotonic() - began > 3600 * search.hours
+
+
+def _digest(graph: Graph, space: Space) -> str:
+    """Hash of all that values of trials depend on, but for the choice itself.
+
+    The pieces of work of one choice for every label stand for code, settings and data.
+    """
+    start = {axis: definition.first(values) for axis, values in space.axes.items()}
+    choices = [start] + [
+        start | {axis: label}
+        for axis, values in space.axes.items()
+        if not isinstance(values, Range)
+        for label in values
+    ]
+    cells: list[PlannedCell] = [
+        cell for chosen in choices for cell in space.cells("digest", chosen)
+    ]
+    ids = list(plan.make(graph, cells, LAST).works)
+    axes = {axis: repr(values) for axis, values in space.axes.items()}
+    text = json.dumps([ids, axes, list(space.seeds), list(space.search.objectives)])
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+@contextlib.contextmanager
+def _alone(state: Snapshot, name: str) -> Iterator[None]:
+    """Hold the search against a second one of this name; SecateurError if it is running."""
+    path = state.root / PLACE / f"{name}.search.lock"
+    with path.open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SecateurError(f"search {name}: is running already") from None
+        yield
+
+
+def _words(axis: Range | tuple[str, ...]) -> str:
+    """An axis for people."""
+    if not isinstance(axis, Range):
+        return " | ".join(axis)
+    kind = ", by its logarithm" if axis.log else f", step {axis.step}" if axis.step else ""
+    return f"{axis.low} to {axis.high}{kind}"
+
+
+def _remark(space: Space, done: int) -> str:
+    """What the page has to say about where its rows come from."""
+    axes = "; ".join(f"{axis}: {_words(values)}" for axis, values in space.axes.items())
+    return (
+        f"search: {done} trials by {space.search.sampler} over {axes}, judged by "
+        f"{' and '.join(space.search.objectives)} on the validation images; the rows are those "
+        "trials that no other beats in all of these, and they alone were evaluated on test images"
+    )

@@ -1,0 +1,81 @@
+"""What a search may choose: the schema of ranges and of the search in studies/<name>.yaml.
+
+axes:
+  decay: {low: 1e-5, high: 1e-3, log: true}        # numbers of a range
+  pruners.magnitude.criterion: [l1, l2, taylor]    # or of a list, or labels with settings
+search: {trials: 40, sampler: tpe, objectives: [accuracy, macs]}
+"""
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+Objective = Literal["accuracy", "parameters", "macs"]
+"""Accuracy on the validation images; share of the dense network's parameters or MACs that is left,
+non-zeros alone."""
+MAXIMISED = ("accuracy",)
+
+
+def _number(value: Any) -> Any:
+    """A number that YAML 1.1 has left as text, as in 1e-4."""
+    if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
+        return float(value)
+    return value
+
+
+Number = Annotated[int | float, BeforeValidator(_number), Field(allow_inf_nan=False)]
+
+
+class Range(BaseModel):
+    """Numbers from `low` to `high`, both included; whole ones if both are whole."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    low: Number
+    high: Number
+    step: Number | None = None
+    """Distance of the numbers; any number of the range without it (whole ones: each)."""
+    log: bool = False
+    """Sample the logarithm evenly."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "Range":
+        if not self.low < self.high:
+            raise ValueError(f"low = {self.low} is not below high = {self.high}")
+        if self.log and (self.low <= 0 or self.step is not None):
+            raise ValueError("log needs low > 0 and goes without step")
+        if self.step is not None and not 0 < self.step <= self.high - self.low:
+            raise ValueError(f"step = {self.step}: more than 0, at most high - low")
+        if self.whole and isinstance(self.step, float):
+            raise ValueError(f"step = {self.step}: a whole number, as low and high are")
+        return self
+
+    @property
+    def whole(self) -> bool:
+        """Whether it has whole numbers only."""
+        return isinstance(self.low, int) and isinstance(self.high, int)
+
+
+class Search(BaseModel):
+    """How values are chosen, and what is sought."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    trials: Annotated[int, Field(ge=1, le=100_000)]
+    """How many there are to be in all; more may be asked for later."""
+    hours: Annotated[float, Field(gt=0)] | None = None
+    """No trial is begun after so many hours of one call of the command."""
+    sampler: Literal["random", "tpe", "nsga2"] = "tpe"
+    objectives: Annotated[list[Objective], Field(min_length=1)] = ["accuracy", "parameters"]
+    batch: Annotated[int, Field(ge=1, le=1000)] = 4
+    """Trials that are proposed together, so that they can run at the same time: what is proposed
+    depends on this number and not on how many workers there are."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Of the sampler."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "Search":
+        if len(set(self.objectives)) < len(self.objectives):
+            raise ValueError(f"objectives = {self.objectives}: each only once")
+        return self
