@@ -11,6 +11,8 @@ counts. It is no dependency of the project: without it its columns are empty.
 
 import argparse
 import importlib
+import multiprocessing
+from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
@@ -79,22 +81,49 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", default=NETWORKS, help="names of networks")
+    parser.add_argument("--limit", type=float, default=120, help="seconds for Torch-Pruning")
+    options = parser.parse_args()
     print("| network | groups | theirs | channels | rows | theirs |")
     print("|---|---:|---:|---:|---:|---:|")
-    for name in parser.parse_args().only:
-        print(f"| {name} | {_row(*build(name))} |", flush=True)
+    for name in options.only:
+        print(f"| {name} | {_row(*build(name), options.limit)} |", flush=True)
 
 
-def _row(model: nn.Module, image: Tensor) -> str:
+def _row(model: nn.Module, image: Tensor, limit: float) -> str:
     groups, channels, rows = ours(model, image)
-    try:
-        other = theirs(model, image)
-    except Exception as error:  # of any type: it is the other library that fails
-        found = " ".join(str(error).split())[:60] or type(error).__name__
-        return f"{groups} | fails | {channels:,} | {rows:,} | {found}"
+    other = apart(model, image, limit)
+    if isinstance(other, str):
+        return f"{groups} | fails | {channels:,} | {rows:,} | {other}"
     if other is None:
         return f"{groups} | | {channels:,} | {rows:,} | "
     return f"{groups} | {other[0]} | {channels:,} | {rows:,} | {other[1]:,}"
+
+
+def apart(model: nn.Module, image: Tensor, limit: float) -> Counts | str | None:
+    """What `theirs` finds, in a process of its own: with some networks it does not come to an end,
+    or ends the process. The reason, in words, if it fails."""
+    context = multiprocessing.get_context("fork")
+    ours, its = context.Pipe(duplex=False)
+    process = context.Process(target=_send, args=(model, image, its), daemon=True)
+    process.start()
+    its.close()
+    try:
+        found: Counts | str | None = (
+            ours.recv() if ours.poll(limit) else f"no end within {limit:g} s"
+        )
+    except EOFError:
+        process.join()
+        found = f"ended with status {process.exitcode}"
+    process.kill()
+    process.join()
+    return found
+
+
+def _send(model: nn.Module, image: Tensor, channel: Connection) -> None:
+    try:
+        channel.send(theirs(model, image))
+    except Exception as error:  # of any type: it is the other library that fails
+        channel.send(" ".join(str(error).split())[:60] or type(error).__name__)
 
 
 if __name__ == "__main__":
