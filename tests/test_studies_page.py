@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from scipy import stats
 
 from secateur.base.errors import SecateurError
@@ -23,6 +24,7 @@ from secateur.studies.report import (
     fairness,
     latencies,
     page,
+    plots,
     statistics,
     tables,
 )
@@ -169,6 +171,19 @@ def test_the_page_holds_every_method_and_asks_for_nothing_else(experiments, tmp_
         assert (tmp_path / "page" / name).stat().st_size
     assert ("cannot be told apart" in text) == (methods == 3)
     assert ("fewer than 3 seeds: no test" in text) == (methods == 40)
+
+
+def test_a_wide_axis_of_accuracies_has_equal_room_for_equal_ratios_of_errors():
+    narrow, wide = Figure().add_subplot(), Figure().add_subplot()
+    plots.scale_accuracy(narrow, [98.0, 98.5])
+    plots.scale_accuracy(wide, [60.0, 90.0, 99.9])
+    assert narrow.get_yscale() == "linear" and wide.get_yscale() == "function"
+    low, middle, high = (wide.transData.transform((0, y))[1] for y in (90.0, 99.0, 99.9))
+    assert middle - low == pytest.approx(high - middle) and high > middle
+    bottom, top = wide.get_ylim()
+    assert bottom < 60 and 99.9 < top < 100
+    plots.scale_accuracy(wide, [0.0, 100.0])  # no error at all has a place too
+    assert np.isfinite(wide.transData.transform((0, 100.0))).all()
 
 
 def test_seeds_are_one_row_with_the_differences_paired(experiments):

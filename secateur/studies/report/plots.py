@@ -5,9 +5,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ def trade_off(
     x: str,
     published: Sequence[tuple[str, float, float]] = (),
 ) -> "Figure":
-    """Accuracy in percent against a cost, the dense network as a line; a wide range on a log axis.
+    """Accuracy in percent against a cost, the dense network as a line; wide ranges on log axes.
 
     `best` are the points (cost, accuracy) of the front, which no other point beats in both;
     `published` those of others: label, cost, accuracy.
@@ -62,6 +65,9 @@ def trade_off(
     _draw_published(axes, published)
     costs = [point.cost for points in lines.values() for point in points]
     scale_x(axes, costs)
+    reached = [point.accuracy for points in lines.values() for point in points]
+    reached += [dense, *(accuracy for _, _, accuracy in published)]
+    scale_accuracy(axes, [100 * accuracy for accuracy in reached])
     axes.set_xlabel(x)
     axes.set_ylabel("test accuracy %")
     axes.grid(alpha=0.25)
@@ -79,6 +85,34 @@ def scale_x(axes: "Axes", values: Sequence[float]) -> None:
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+ACCURACIES = (20, 50, 70, 80, 90, 95, 97, 98, 99, 99.5, 99.7, 99.8, 99.9)
+"""Ticks of a log axis, in percent."""
+LEAST_ERROR = 0.01
+"""In percent: where a log axis ends."""
+
+
+def scale_accuracy(axes: "Axes", values: Sequence[float]) -> None:
+    """The axis of accuracies in percent by the logarithm of the error, if errors are spread widely:
+    as much room for 98 to 99 as for 96 to 98."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    low, high = min(values), min(max(values), 100 - LEAST_ERROR)
+    if 100 - low <= 3 * (100 - high):
+        return
+
+    def forward(accuracy: "NDArray[np.float64]") -> "NDArray[np.float64]":
+        return -np.log10(np.maximum(100 - np.asarray(accuracy), LEAST_ERROR))
+
+    def backward(place: "NDArray[np.float64]") -> "NDArray[np.float64]":
+        return 100 - 10 ** -np.asarray(place)
+
+    axes.set_yscale("function", functions=(forward, backward))
+    axes.yaxis.set_major_locator(FixedLocator(ACCURACIES))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.set_ylim(100 - 1.4 * (100 - low), 100 - 0.8 * (100 - high))
 
 
 def _draw_front(axes: "Axes", best: Sequence[tuple[float, float]]) -> None:
