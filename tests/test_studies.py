@@ -220,7 +220,7 @@ def test_a_search_evaluates_what_no_other_trial_beats(project):
     how = {"trials": 4, "sampler": "random", "batch": 2}
     study_of(project, axes=axes, search=how)
     log = run_study(project)
-    assert "trial 3 of 4: accuracy" in log
+    assert "trial 3: accuracy" in log and "4 of 4 done" in log
     with (project.path / "report/mine/trials.csv").open() as lines:
         rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(lines)]
     best = [

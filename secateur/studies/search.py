@@ -55,7 +55,7 @@ def show(study: Study, space: Space) -> None:
         f"for {' and '.join(search.objectives)}"
     )
     path = journal(study.name)
-    done = len(Trials(study.name, space).finished()) if path.is_file() else 0
+    done = Trials(study.name, space).count() if path.is_file() else 0
     console.say(f"trials     {done} in {path}, {max(search.trials - done, 0)} to be run")
 
 
@@ -77,7 +77,7 @@ def run(state: Snapshot, study: Study, space: Space, options: argparse.Namespace
         folder.mkdir(parents=True, exist_ok=True)
         table.write(folder, trials.rows())
     cells = [cell for trial in best for cell in space.cells(_name(trial), trial.params)]
-    return replace(study, cells=tuple(cells), remarks=(_remark(space, len(trials.finished())),))
+    return replace(study, cells=tuple(cells), remarks=(_remark(space, trials.count()),))
 
 
 def _batch(
@@ -102,12 +102,14 @@ def _batch(
         own = [next(numbers) for _ in cells[trial.number]]
         if not all(map(made.finished, own)):
             trials.fail(trial)
-            console.say(f"trial {trial.number}: failed: {next(iter(progress.failed.values()), '')}")
+            console.say(f"trial {trial.number}: failed")
             continue
         reached = judged(made, own, space.search.objectives)
         trials.tell(trial, reached)
         words = ", ".join(f"{name} {value:.4g}" for name, value in reached.items())
-        console.say(f"trial {trial.number} of {space.search.trials}: {words}")
+        console.say(
+            f"trial {trial.number}: {words}; {trials.count()} of {space.search.trials} done"
+        )
 
 
 def judged(made: Plan, cells: Sequence[int], objectives: Sequence[str]) -> dict[str, float]:
@@ -207,9 +209,13 @@ class Trials:
         """The trials that have been told, also those that failed, by number."""
         return [trial for trial in self._study.get_trials() if trial.state.is_finished()]
 
+    def count(self) -> int:
+        """How many trials have been told."""
+        return len(self.finished())
+
     def missing(self) -> bool:
         """Whether there are to be more trials."""
-        return len(self.finished()) < self.search.trials
+        return self.count() < self.search.trials
 
     def propose(self) -> list[Any]:
         """The trials to be run next: those that were begun and not told, and the rest of a batch.
