@@ -1,14 +1,16 @@
 """Speed-up of coupled groups whose widths are rounded to multiples, in three runtimes.
 
-ResNet-20 with random weights is pruned to a share of its MACs by single filters, and by channel
+A network with random weights is pruned to a share of its MACs by single filters, and by channel
 groups of any width and of multiples (`pruners.magnitude.round_to`). Dense and pruned networks are
-timed in turns; a time is the shortest of all passes.
+timed in turns; a time is the shortest of all passes. Images are 32x32.
 
     python -m benchmarks.width_multiples
+    python -m benchmarks.width_multiples --net mobilenet_v3_small --share 0.75
     python -m benchmarks.width_multiples --share 0.3 --multiples 1 8 --runtimes torch
 """
 
 import argparse
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,6 +21,10 @@ from secateur.base.machine import cpu_name
 from secateur.deploy import layer_times
 from secateur.nn import cost
 
+NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
+    "resnet20": ("resnet_cifar", {"depth": 20, "shortcut": "B"}),
+    "mobilenet_v3_small": ("torchvision", {"name": "mobilenet_v3_small"}),
+}
 RUNTIMES = ["torch", "onnxruntime", "openvino"]
 
 
@@ -34,6 +40,7 @@ def pruned(model: nn.Module, images: torch.Tensor, share: float, multiple: int) 
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--net", default="resnet20", choices=NETWORKS)
     parser.add_argument("--share", type=float, default=0.5, help="of the MACs that is asked for")
     parser.add_argument("--multiples", nargs="+", type=int, default=[1, 4, 8, 16])
     parser.add_argument("--runtimes", nargs="+", default=RUNTIMES, choices=RUNTIMES)
@@ -42,7 +49,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=100)
     options = parser.parse_args()
     torch.manual_seed(0)
-    dense, image = build("resnet_cifar", {"depth": 20, "shortcut": "B"})
+    dense, _ = build(*NETWORKS[options.net])
+    image = torch.randn(1, 3, 32, 32)
     models = {"dense": dense, "filters": pruned(dense, image, options.share, 0)}
     for multiple in options.multiples:
         name = f"groups, multiples of {multiple}" if multiple > 1 else "groups, any width"
