@@ -203,7 +203,7 @@ COMMANDS = (
     Command(
         "rounds",
         "settings of rounds that lead to a target in several steps",
-        "secateur.pipeline.rounds:command",
+        "secateur.pipeline.commands.rounds:command",
         _rounds,
         "For the pruner that params.yaml has switched on: magnitude or network_slimming.\n\n"
         "examples:\n"
@@ -251,7 +251,7 @@ COMMANDS = (
     Command(
         "libraries",
         "compare the versions of libraries in params.yaml with those installed",
-        "secateur.pipeline.libraries:command",
+        "secateur.pipeline.commands.libraries:command",
         _libraries,
         "Results depend on the versions of torch and torchvision, so a stage only runs with those\n"
         "that params.yaml names. After --update, `dvc status` lists what `dvc repro` will make\n"
@@ -260,7 +260,7 @@ COMMANDS = (
     Command(
         "groups",
         "write a form with every convolution of the network, for pruner gconv",
-        "secateur.pipeline.group_file:command",
+        "secateur.pipeline.commands.group_file:command",
         _groups,
         "The network is that of arch and dataset in params.yaml; the data must be prepared.\n\n"
         "examples:\n"

@@ -12,7 +12,7 @@ from secateur.base import plugin
 from secateur.base.errors import ArgumentError, SettingsError
 from secateur.base.settings import check
 from secateur.nn import cost
-from secateur.pipeline import rounds
+from secateur.pipeline.commands import rounds
 from secateur.pruning.apply import apply_decision
 from secateur.pruning.decision import PruningContext
 from secateur.pruning.target import Target, solve

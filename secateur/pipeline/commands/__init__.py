@@ -1,0 +1,1 @@
+"""Subcommands of `secateur` that write settings, and nothing that a stage imports."""
