@@ -16,8 +16,11 @@ from urllib.parse import urlparse
 
 import pytest
 import yaml
+from workspace import yaml_text
 
 from secateur.base.errors import SettingsError
+from secateur.base.settings import check as check_settings
+from secateur.base.settings import merged
 from secateur.pipeline import params_file
 from secateur.studies import definition, search
 
@@ -146,6 +149,21 @@ def test_what_is_wrong_with_a_search_is_said_in_one_line(write_study, content, m
     with pytest.raises(SettingsError) as error:
         write_study(**({"axes": RANGES} | SOUGHT | content))
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in ROOT.glob("studies/*.yaml")))
+def test_the_studies_of_this_repository_ask_for_what_is_allowed(name, monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    study = definition.load(name, PARAMS)
+    cells = study.cells
+    if study.space is not None:
+        lowest = {axis: definition.first(values) for axis, values in study.space.axes.items()}
+        cells = study.space.cells("t000", lowest)
+    differing = {yaml.safe_dump(cell.settings | {"seed": 0}): cell for cell in cells}
+    assert differing
+    for cell in differing.values():
+        (tmp_path / "params.yaml").write_text(yaml_text(merged(PARAMS, cell.settings)))
+        check_settings(tmp_path / "params.yaml")
 
 
 def test_cells_of_a_trial_have_the_values_that_were_chosen(write_study):
