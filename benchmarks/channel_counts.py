@@ -103,13 +103,13 @@ def apart(model: nn.Module, image: Tensor, limit: float) -> Counts | str | None:
     """What `theirs` finds, in a process of its own: with some networks it does not come to an end,
     or ends the process. The reason, in words, if it fails."""
     context = multiprocessing.get_context("fork")
-    ours, its = context.Pipe(duplex=False)
-    process = context.Process(target=_send, args=(model, image, its), daemon=True)
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send, args=(model, image, sender), daemon=True)
     process.start()
-    its.close()
+    sender.close()
     try:
         found: Counts | str | None = (
-            ours.recv() if ours.poll(limit) else f"no end within {limit:g} s"
+            receiver.recv() if receiver.poll(limit) else f"no end within {limit:g} s"
         )
     except EOFError:
         process.join()

@@ -35,7 +35,7 @@ from secateur.base.settings import merged
 from secateur.pipeline import recipe
 from secateur.studies import controls
 from secateur.studies.controls import Control
-from secateur.studies.space import Range, Search
+from secateur.studies.space import Range, Search, as_number
 
 FOLDER = Path("studies")
 MAX_CELLS = 20_000
@@ -374,9 +374,7 @@ def _numbers(tree: Any) -> Any:
         return {key: _numbers(value) for key, value in tree.items()}
     if isinstance(tree, list):
         return [_numbers(value) for value in tree]
-    if isinstance(tree, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", tree):
-        return float(tree)
-    return tree
+    return as_number(tree)
 
 
 def _rounded(value: Any) -> str:

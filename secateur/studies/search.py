@@ -15,7 +15,6 @@ import fcntl
 import hashlib
 import json
 import statistics
-import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -140,18 +139,17 @@ def _costs(made: Plan, entries: Mapping[str, Entry]) -> dict[str, float]:
 
     from secateur.nn import checkpoint, cost
 
-    with tempfile.TemporaryDirectory() as place:
-        loaded = []
-        for stage in ("baseline", LAST):
-            path = Path(place, f"{stage}.safetensors")
-            path.write_bytes(
-                made.graph.read(entries[stage], f"{MODELS[stage].folder}/model.safetensors")
-            )
-            loaded.append(checkpoint.load(path))
-        dense, final = loaded
-        image = torch.zeros(1, *dense.header.shape)
-        network, small = dense.model(), final.model()
-        left = sum(layer.macs for layer in cost.layer_costs(small, image, final.masks))
+    loaded = []
+    for stage in ("baseline", LAST):
+        path = f"{MODELS[stage].folder}/model.safetensors"
+        place = made.graph.locate(entries[stage], path)
+        if place is None:
+            raise SecateurError(f"{path}: the stage has not written it")
+        loaded.append(checkpoint.load(place))
+    dense, final = loaded
+    image = torch.zeros(1, *dense.header.shape)
+    network, small = dense.model(), final.model()
+    left = sum(layer.macs for layer in cost.layer_costs(small, image, final.masks))
     return {
         "parameters": 1 / cost.compression(network, small, final.masks),
         "macs": left / cost.macs(network, image),

@@ -17,14 +17,14 @@ non-zeros alone."""
 MAXIMISED = ("accuracy",)
 
 
-def _number(value: Any) -> Any:
-    """A number that YAML 1.1 has left as text, as in 1e-4."""
+def as_number(value: Any) -> Any:
+    """A number that YAML 1.1 has left as text, as in 1e-4; any other value as it is."""
     if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
         return float(value)
     return value
 
 
-Number = Annotated[int | float, BeforeValidator(_number), Field(allow_inf_nan=False)]
+Number = Annotated[int | float, BeforeValidator(as_number), Field(allow_inf_nan=False)]
 
 
 class Range(BaseModel):

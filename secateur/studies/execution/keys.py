@@ -190,15 +190,20 @@ class Graph:
 
     def read_if_there(self, entry: Entry, path: str) -> bytes | None:
         """The same; None if the stage has written no such file."""
+        place = self.locate(entry, path)
+        return None if place is None else place.read_bytes()
+
+    def locate(self, entry: Entry, path: str) -> Path | None:
+        """Where the cache keeps a file that a finished stage has written; None if it has not."""
         for out in entry["outs"]:
             if out["path"] == path:
-                return self.object(out["md5"]).read_bytes()
+                return self.object(out["md5"])
             if path.startswith(f"{out['path']}/") and out["md5"].endswith(".dir"):
                 rest = path.removeprefix(f"{out['path']}/")
                 inside = json.loads(self.object(out["md5"]).read_bytes())
                 for file in inside:
                     if file["relpath"] == rest:
-                        return self.object(file["md5"]).read_bytes()
+                        return self.object(file["md5"])
         return None
 
 
