@@ -18,11 +18,12 @@ import pytest
 import yaml
 from workspace import yaml_text
 
-from secateur.base.errors import SettingsError
+from secateur.base.errors import SecateurError, SettingsError
 from secateur.base.settings import check as check_settings
 from secateur.base.settings import merged
+from secateur.cli import build_parser
 from secateur.pipeline import params_file
-from secateur.studies import definition, search
+from secateur.studies import definition, run, search
 
 ROOT = Path(__file__).resolve().parents[1]
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
@@ -263,6 +264,15 @@ def test_a_search_evaluates_what_no_other_trial_beats(project):
     again = run_study(project)
     assert "0 pieces of work were run" in again and "trial" not in again.replace("trials", "")
     assert "4 in studies/mine.journal, 0 to be run" in run_study(project, "--plan")
+
+
+def test_a_runtime_that_is_missing_is_named_before_anything_runs(monkeypatch, tmp_path):
+    """In an empty folder, where anything else would say that there is no study."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    options = build_parser().parse_args(["study", "mine", "--latency", "openvino"])
+    with pytest.raises(SecateurError, match=r"openvino is needed to run \.onnx files"):
+        run.command(options)
 
 
 def test_a_study_that_is_not_there_is_named_with_those_that_are(write_study):

@@ -27,6 +27,10 @@ def command(options: argparse.Namespace) -> None:
         for name in definition.names():
             console.say(name)
         return
+    if options.latency:
+        from secateur.deploy import layer_times
+
+        layer_times.check_packages(options.latency)  # before hours of training
     state = snapshot.take(Path.cwd())
     with state.held():
         study = definition.load(options.name, read_params())
