@@ -12,6 +12,7 @@ import torch.nn.functional as F
 import yaml
 from torch import fx, nn
 
+from secateur.archs import resnet_slim, vgg
 from secateur.base import plugin, settings
 from secateur.base.errors import SettingsError
 from secateur.base.torchvision_import import import_torchvision
@@ -21,6 +22,27 @@ from secateur.nn.checkpoint import Header
 from secateur.sparsity import masks
 
 CIFAR, IMAGENET = (3, 32, 32), (3, 224, 224)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_norms():
+    """Without memory torch computes a batch norm as a dozen operations: only its shape matters."""
+    computed = F.batch_norm
+
+    def batch_norm(x, *arguments, **options):
+        return x if x.is_meta else computed(x, *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "batch_norm", batch_norm)
+        yield
+
+
+@pytest.fixture
+def smaller(monkeypatch):
+    """Forms of the two largest families as small as those of others, through their tables: VGG of
+    an eighth of the widths, and a ResNet of which one stage alone has a second block."""
+    monkeypatch.setattr(vgg, "WIDTHS", tuple(width // 8 for width in vgg.WIDTHS))
+    monkeypatch.setitem(resnet_slim.COUNTS, 18, (2, 1, 1, 1))
 
 
 def build(arch, classes=10, shape=CIFAR, seed=0, **chosen):
@@ -290,6 +312,7 @@ def test_every_architecture_is_tested():
 
 
 @pytest.mark.parametrize(("shape", "classes"), SHAPES, ids=[f"{s}" for s, _ in SHAPES])
+@pytest.mark.usefixtures("smaller")
 @pytest.mark.parametrize(("arch", "chosen", "least"), FORMS, ids=NAMES)
 def test_it_learns_is_saved_and_traced(arch, chosen, least, shape, classes, tmp_path):
     fits = shape[0] == 3 if least == COLOUR else min(shape[1:]) >= least
@@ -345,6 +368,7 @@ def content(model):
     return [t.numpy().tobytes() for t in model.state_dict().values()]
 
 
+@pytest.mark.usefixtures("smaller")
 @pytest.mark.parametrize(("arch", "chosen", "least"), FORMS, ids=NAMES)
 def test_the_seed_decides_the_weights(arch, chosen, least):
     one, same, other = (content(build(arch, seed=seed, **chosen)) for seed in (3, 3, 4))
@@ -583,8 +607,9 @@ def test_depths_between_are_named():
 @pytest.mark.parametrize(("name", "side", "window"), [("alexnet", 224, 1), ("vgg11", 448, 2)])
 def test_torchvision_pooling_of_fixed_windows_is_the_adaptive_one(name, side, window):
     module = plugin.load("archs", "torchvision")
-    ours = module.build(module.Settings(name=name), 3, (3, side, side)).avgpool
-    theirs = getattr(import_torchvision().models, name)(num_classes=3).avgpool
+    with torch.device("meta"):  # 130 million weights that nothing reads
+        ours = module.build(module.Settings(name=name), 3, (3, side, side)).avgpool
+        theirs = getattr(import_torchvision().models, name)(num_classes=3).avgpool
     assert ours.kernel_size == (window, window)
     maps = torch.randn(2, 4, *(window * size for size in theirs.output_size))
     assert torch.allclose(ours(maps), theirs(maps), atol=1e-6)
@@ -592,6 +617,7 @@ def test_torchvision_pooling_of_fixed_windows_is_the_adaptive_one(name, side, wi
 
 def test_torchvision_pooling_stays_adaptive_where_windows_differ():
     module = plugin.load("archs", "torchvision")
-    model = module.build(module.Settings(name="vgg11"), 3, (3, 64, 64))
+    with torch.device("meta"):
+        model = module.build(module.Settings(name="vgg11"), 3, (3, 64, 64))
     assert isinstance(model.avgpool, nn.AdaptiveAvgPool2d)
     assert model.training
