@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import hashlib
 import math
 from dataclasses import replace
@@ -40,16 +41,17 @@ def project(tmp_path, monkeypatch):
     monkeypatch.setenv("SECATEUR_DEVICE", "cpu")
 
 
+@functools.cache
 def digits(count=200, validation=0.2):
     images = DIGITS.read(DIGITS.Settings(), None)
     images = replace(images, train=images.train.take(range(count)), mean=(0.3,), std=(0.4,))
     return dataset.prepare("digits", images, validation, 0)
 
 
-def network(arch, small=True, seed=0):
+def network(arch, chosen=None, seed=0):
     module = plugin.load("archs", arch)
     torch.manual_seed(seed)
-    return module.build(module.Settings(**SMALL.get(arch, {}) if small else {}), 10, (1, 8, 8))
+    return module.build(module.Settings(**SMALL[arch] if chosen is None else chosen), 10, (1, 8, 8))
 
 
 def content(model):
@@ -110,10 +112,15 @@ def chosen_penalty(name, model, decay):
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("arch", ARCHS)
-def test_the_digits_are_learnt(arch, precision):
-    prepared, model = digits(1437), network(arch, small=False)
-    result = fit(model, prepared, Train(epochs=5, batch_size=64, lr=0.002, precision=precision))
+@pytest.mark.parametrize(
+    ("arch", "chosen", "epochs", "lr"),
+    [("lenet300", {}, 5, 0.002), ("lenet5", {"filters": [8, 16], "hidden": 64}, 4, 0.015)],
+    ids=ARCHS,
+)
+def test_the_digits_are_learnt(arch, chosen, epochs, lr, precision):
+    prepared, model = digits(1437), network(arch, chosen)
+    how = Train(epochs=epochs, batch_size=64, lr=lr, precision=precision)
+    result = fit(model, prepared, how)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert result.history[-1]["train_accuracy"] > 0.9
     assert accuracy(model, prepared.test, prepared.info)[0] > 0.9
