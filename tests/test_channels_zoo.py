@@ -81,16 +81,19 @@ NETWORKS = [(name, 64) for name in ("resnet18", "mobilenet_v2", "densenet121")] 
 WIDE = {"resnet_slim", "vgg", "alexnet_cifar"}  # hundreds of channels in the smallest form
 
 
-def forms(*marks):
-    """All small forms; wide ones with these marks."""
-    rows = [(a, c, s, marks if a in WIDE else ()) for a, c, s in SMALL]
+def forms(rows, *marks):
+    """These forms; wide ones with these marks."""
     return pytest.mark.parametrize(
         ("arch", "chosen", "shape"),
-        [pytest.param(a, c, s, id=f"{a}-{c}-{s[1]}", marks=m) for a, c, s, m in rows],
+        [
+            pytest.param(a, c, s, id=f"{a}-{c}-{s[1]}", marks=marks if a in WIDE else ())
+            for a, c, s in rows
+        ],
     )
 
 
-small, narrow = forms(), forms(pytest.mark.slow)
+small, narrow = forms(SMALL), forms(SMALL, pytest.mark.slow)
+wide = forms([row for row in SMALL if row[0] in WIDE])
 
 
 def graph(arch, chosen, shape, seed=0, classes=4):
@@ -124,8 +127,7 @@ def test_every_architecture_is_here():
 
 @small
 def test_only_the_image_and_the_classes_are_locked(arch, chosen, shape):
-    model = graph(arch, chosen, shape)
-    found = channels.build_channel_graph(model, pictures(shape))
+    model, found = graph_of(arch, chosen, shape)
     last = list(masks.layers(model))[-1]
     assert locked(found) == {"input": "an input of the network", last: "an output of the network"}
     sizes = {name: layer.weight.shape[0] for name, layer in masks.layers(model).items()}
@@ -404,7 +406,7 @@ def graph_of(arch, chosen, shape):
     return FOUND[key]
 
 
-@small
+@wide
 def test_masked_equals_compact_once(arch, chosen, shape):
     model, found = graph_of(arch, chosen, shape)
     randomise(model, 11)
@@ -446,7 +448,7 @@ def test_every_group_alone(arch, chosen, shape):
         check(model, found, selection, batch)
 
 
-@small
+@wide
 def test_dead_channels_go_once(arch, chosen, shape):
     without_dead_channels(arch, chosen, shape, 12)
 
@@ -459,8 +461,9 @@ def test_dead_channels_go_and_nothing_changes(arch, chosen, shape, seed):
 
 
 def without_dead_channels(arch, chosen, shape, seed):
-    _, found = graph_of(arch, chosen, shape)
-    model, batch = graph(arch, chosen, shape, seed), pictures(shape, seed=seed)
+    model, found = graph_of(arch, chosen, shape)
+    batch = pictures(shape, seed=seed)
+    randomise(model, seed)
     mask = weights_at_random(model, found, seed)
     masks.apply(model, mask)
     try:
@@ -474,7 +477,7 @@ def without_dead_channels(arch, chosen, shape, seed):
         assert left.shape == compact.model.get_parameter(name).shape
         assert not compact.model.get_parameter(name)[~left].any()
     single = compact.to(torch.float32)
-    assert difference(model.float(), single.model, batch.float()) < 1e-4
+    assert difference(copy.deepcopy(model).float(), single.model, batch.float()) < 1e-4
 
 
 def assert_idle(model, shape, error):
