@@ -430,9 +430,10 @@ def test_what_a_stage_refuses_is_one_line_and_the_other_cells_are_finished(proje
     assert "error: 1 pieces of work failed, so 1 cells are missing:" in log and "nosuchlayer" in log
     study_of(project, axes={"decay": [-1.0]})
     assert "error: cell mine-1-s1: params.yaml: decay" in run_study(project, ok=False)
-    again = {"after": "finetuned", "sparse_train": {}, "prune": {}, "finetune": {}}
+    again = {"after": "rounds/no/pruned", "sparse_train": {}, "prune": {}, "finetune": {}}
     study_of(project, settings={"rounds": {"round2": again}})
-    assert "error: cell mine-s1: rounds: round2: a study runs" in run_study(project, ok=False)
+    said = "error: cell mine-s1: params.yaml: rounds.round2.after = 'rounds/no/pruned': there is no"
+    assert said in run_study(project, ok=False)
 
 
 @pytest.mark.pipeline

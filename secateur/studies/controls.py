@@ -9,12 +9,17 @@
 - `smaller`: a narrower dense network: outputs taken at random, layer by layer, from the untrained
   network, and the rest trained from new weights as the dense network was. It needs a method that
   removes whole outputs.
+
+The epochs of `dense_longer` are those of all rounds; `random` picks at random in each of them; of
+`scratch` and `smaller` only the last network counts.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from secateur.base.settings import merged
+from secateur.pipeline.record import FIRST
+from secateur.studies import rounds
+from secateur.studies.rounds import in_round, merged
 
 Control = Literal[
     "dense", "dense_longer", "random", "scratch", "scratch_epochs", "scratch_compute", "smaller"
@@ -29,6 +34,7 @@ UNPRUNED: dict[str, Any] = {
     "pruners": {"threshold": {"sensitivity": 0.0}},
     "prune": {"remove_dead": False, "export": "none"},
     "finetune": {"epochs": 0, "warmup": 0, "init": "inherit", "budget": "epochs"},
+    "rounds": {},
 }
 """Settings of a chain that hands the dense network on as it is."""
 
@@ -53,17 +59,11 @@ def make(
     notes: list[str] = []
     for method, point, settings in chosen:
         above = build(settings, params)
-        if above is None:
-            notes.append(f"{method}: no control '{control}': {_WHY[control]}")
+        if isinstance(above, str):
+            notes.append(f"{method}: no control '{control}': {above}")
         else:
             made.append((method, point, merged(settings, above)))
     return made, [*dict.fromkeys(notes)]
-
-
-_WHY = {
-    "random": "its pruner has no `pick: random`",
-    "smaller": "it does not remove whole outputs by pruner magnitude",
-}
 
 
 def _value(settings: Mapping[str, Any], params: Mapping[str, Any], key: str) -> Any:
@@ -84,8 +84,9 @@ def _dense(
     for _, _, settings in chosen:
         above = merged(settings, UNPRUNED)
         if control == "dense_longer":
-            sections = ("baseline", "sparse_train", "finetune")
-            total = sum(int(_value(settings, params, f"{part}.epochs") or 0) for part in sections)
+            whole = rounds.whole(params, settings)
+            parts = (rounds.epochs(whole, section) for section in ("sparse_train", "finetune"))
+            total = int(whole["baseline"]["epochs"]) + sum(map(sum, parts))
             above = merged(above, {"baseline": {"epochs": total}})
         keys = ("dataset", "arch", "baseline", "data", "datasets", "archs")
         same = repr([_value(above, params, key) for key in keys])
@@ -97,33 +98,58 @@ def _dense(
     ]
 
 
-def _random(settings: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What is pruned is picked at random; by the penalty if the penalty picks."""
+def _random(settings: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Any] | str:
+    """What is pruned is picked at random, in every round; by the penalty if the penalty picks."""
     pruner, penalty = _value(settings, params, "pruner"), _value(settings, params, "penalty")
     if pruner == "chosen" and _value(settings, params, f"penalties.{penalty}.pick") is not None:
-        return {"penalties": {penalty: {"pick": "random"}}}
-    if _value(settings, params, f"pruners.{pruner}.pick") is not None:
-        return {"pruners": {pruner: {"pick": "random"}}}
-    return None
+        above = {"penalties": {penalty: {"pick": "random"}}}
+    elif _value(settings, params, f"pruners.{pruner}.pick") is not None:
+        above = {"pruners": {pruner: {"pick": "random"}}}
+    else:
+        return "its pruner has no `pick: random`"
+    found: dict[str, Any] = above
+    for name in settings.get(rounds.KEY, {}):
+        found = merged(found, in_round(name, above))
+    return found
 
 
 def _scratch(settings: Mapping[str, Any], params: Mapping[str, Any], budget: str) -> dict[str, Any]:
-    """The pruned shape from new weights, trained as the dense network was."""
+    """The pruned shape from new weights, trained as the dense network was, in the last round."""
+    return in_round(_last_round(settings), {"finetune": _anew(settings, params, budget)})
+
+
+def _anew(settings: Mapping[str, Any], params: Mapping[str, Any], budget: str) -> dict[str, Any]:
+    """Settings of `finetune` that train new weights as the dense network was trained."""
     known = params["finetune"]
     below = merged(params["baseline"], settings.get("baseline", {}))
     training = {key: value for key, value in below.items() if key in known}
-    return {"finetune": training | {"init": "scratch", "budget": budget}}
+    return training | {"init": "scratch", "budget": budget}
 
 
-def _smaller(settings: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Any] | None:
+def _smaller(settings: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Any] | str:
     """A narrower network, from new weights."""
-    granularity = _value(settings, params, "pruners.magnitude.granularity")
-    if _value(settings, params, "pruner") != "magnitude" or granularity == "weight":
-        return None
-    above = _scratch(settings, params, "epochs")
-    return above | {
+    table = settings.get(rounds.KEY, {})
+    final = table.get(_last_round(settings), {}).get("prune", {})
+    pruning = {key: value for key, value in final.items() if key != "pruners"}
+    own = merged(settings, {"pruners": final.get("pruners", {}), "prune": pruning})
+    granularity = _value(own, params, "pruners.magnitude.granularity")
+    if _value(own, params, "pruner") != "magnitude" or granularity == "weight":
+        return "it does not remove whole outputs by pruner magnitude"
+    if table and _value(own, params, "pruners.magnitude.target.of") != "dense":
+        return "its last round has no target with `of: dense`, so no cut of one round is as large"
+    return {
+        "finetune": _anew(settings, params, "epochs"),
         "baseline": {"epochs": 0, "weights": "none", "warmup": 0, "milestones": []},
         "penalty": "none",
         "sparse_train": {"epochs": 0, "warmup": 0},
-        "pruners": {"magnitude": {"pick": "random", "ranking": "layer"}},
+        "pruners": merged(
+            final.get("pruners", {}), {"magnitude": {"pick": "random", "ranking": "layer"}}
+        ),
+        "rounds": {},
+        **({"prune": pruning} if pruning else {}),
     }
+
+
+def _last_round(settings: Mapping[str, Any]) -> str:
+    """The round that makes the final network."""
+    return [FIRST, *rounds.names(settings)][-1]

@@ -31,10 +31,10 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, JsonValue, Tag
 
 from secateur.base.documents import read_yaml, validated
 from secateur.base.errors import SettingsError, shorten
-from secateur.base.settings import merged
 from secateur.pipeline import recipe
-from secateur.studies import controls
+from secateur.studies import controls, rounds
 from secateur.studies.controls import Control
+from secateur.studies.rounds import merged
 from secateur.studies.space import Range, Search, as_number
 
 FOLDER = Path("studies")
@@ -92,7 +92,7 @@ class PlannedCell:
     seed: int
     control: str | None
     settings: dict[str, Any]
-    """What differs from params.yaml, as nested tables."""
+    """What differs from params.yaml, as nested tables; `rounds` has all of them or is not there."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ def load(name: str, params: Mapping[str, Any]) -> Study:
         )
     written = validated(_WRITTEN, read_yaml(path, SettingsError), str(path), SettingsError)
     below = recipe.load(written.recipe).settings if written.recipe else {}
-    common = merged(below, written.settings)
+    common = merged(merged(rounds.start(params), below), written.settings)
     if written.search is not None:
         space = _space(name, written, written.search, common, params)
         return Study(name, written.about, (), (), space)
@@ -331,16 +331,22 @@ def _settings(
     for axis, value in values.items():
         if axis in used:
             continue
-        table: Any = params
-        for part in axis.split("."):
-            if not isinstance(table, Mapping) or part not in table:
-                raise SettingsError(
-                    f"{where}: axes.{axis}: neither a key of params.yaml nor used as "
-                    f"'{{{axis}}}' in the settings"
-                )
-            table = table[part]
+        if not _is_key(axis, rounds.whole(params, settings)):
+            raise SettingsError(
+                f"{where}: axes.{axis}: neither a key of params.yaml nor used as "
+                f"'{{{axis}}}' in the settings"
+            )
         settings = merged(settings, nested({axis: value}))
     return _numbers(settings)
+
+
+def _is_key(axis: str, table: Any) -> bool:
+    """Whether the settings have this key; a section of a round may lack it."""
+    for place, part in enumerate(axis.split(".")):
+        if not isinstance(table, Mapping) or part not in table:
+            return isinstance(table, Mapping) and place > 2 and axis.startswith("rounds.")
+        table = table[part]
+    return True
 
 
 def nested(flat: Mapping[str, Any]) -> dict[str, Any]:

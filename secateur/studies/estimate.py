@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from secateur.studies import plan as plans
-from secateur.studies.execution.keys import PARAMS, Entry, value_at
+from secateur.studies.execution.keys import Entry
+from secateur.studies.execution.stages import PARAMS
 from secateur.studies.plan import Plan, Work
 
 FEWEST_EPOCHS = 1.0
@@ -20,16 +21,17 @@ def seconds(plan: Plan, works: Sequence[Work]) -> tuple[float, list[str]]:
         name = plan.works[id].stage.name
         if (took := _took(plan, entry)) is not None:
             declared = entry.get("params", {}).get(PARAMS, {})
-            kind = (name, declared.get("dataset"), declared.get("arch"))
+            kind = (_base(name), declared.get("dataset"), declared.get("arch"))
             known.setdefault(kind, []).append(took / _epochs(name, declared))
     total, unknown = 0.0, []
     for work in works:
         declared = plan.graph.declared(work.stage, plan.params(work.cell))
-        kind = (work.stage.name, declared.get("dataset"), declared.get("arch"))
+        name = _base(work.stage.name)
+        kind = (name, declared.get("dataset"), declared.get("arch"))
         if kind in known:
             total += statistics.median(known[kind]) * _epochs(work.stage.name, declared)
-        elif plans.trains(plan, work) and work.stage.name not in unknown:
-            unknown.append(work.stage.name)
+        elif plans.trains(plan, work) and name not in unknown:
+            unknown.append(name)
     return total, unknown
 
 
@@ -44,7 +46,12 @@ def _took(plan: Plan, entry: Entry) -> float | None:
     return None
 
 
+def _base(stage: str) -> str:
+    """The stage of the first round: those of further ones take as long."""
+    return stage.partition("@")[0]
+
+
 def _epochs(stage: str, declared: Mapping[str, Any]) -> float:
     """Epochs of the stage's own section."""
-    found = value_at(declared.get(plans.section(stage), {}), "epochs")
+    found = plans.epochs(stage, declared)
     return max(float(found), FEWEST_EPOCHS) if isinstance(found, int | float) else FEWEST_EPOCHS

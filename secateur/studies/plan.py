@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from secateur.base.errors import SettingsError
-from secateur.base.settings import merged
+from secateur.studies import rounds
 from secateur.studies.definition import PlannedCell
-from secateur.studies.execution.keys import Entry, Graph, ResolvedStage
+from secateur.studies.execution.keys import Entry, Graph
+from secateur.studies.execution.stages import ResolvedStage
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,11 @@ class Plan:
 
     def params(self, cell: int) -> dict[str, Any]:
         """The whole of params.yaml for a cell."""
-        return merged(self.graph.params, self.cells[cell].settings)
+        return rounds.whole(self.graph.params, self.cells[cell].settings)
+
+    def changes(self, cell: int) -> dict[str, Any]:
+        """What a cell changes in params.yaml, by dotted key."""
+        return rounds.changes(self.cells[cell].settings, self.graph.params)
 
     def pending(self, id: str) -> Entry | None:
         """The entry of a piece before it runs; None while one that it reads is not finished."""
@@ -81,19 +86,18 @@ class Plan:
 def make(graph: Graph, cells: Sequence[PlannedCell], last: str | None = None) -> Plan:
     """The plan for these cells; nothing is looked up yet.
 
-    With `last`, only for that stage and those whose outs it needs. Raises SettingsError for a cell
-    with further rounds.
+    With `last`, a stage that makes a model, only for that stage, in the last round, and those whose
+    outs it needs. Raises SettingsError for a cell whose rounds are no chain.
     """
     plan = Plan(graph, cells)
     for number in range(len(cells)):
         params = plan.params(number)
-        if params.get("rounds"):
-            raise SettingsError(
-                f"cell {cells[number].name}: rounds: {', '.join(params['rounds'])}: a study runs "
-                "chains of one round; `dvc exp run` runs further ones"
-            )
+        try:
+            final = rounds.last(params, last or "finetune")
+        except SettingsError as error:
+            raise SettingsError(f"cell {cells[number].name}: {error}") from None
         ids: dict[str, str] = {}
-        for work in _works(graph, params, number, ids, last):
+        for work in _works(graph, params, number, ids, last and final):
             plan.works.setdefault(work.id, work)
         plan.by_cell.append(list(ids.values()))
     return plan
@@ -102,13 +106,18 @@ def make(graph: Graph, cells: Sequence[PlannedCell], last: str | None = None) ->
 def trains(plan: Plan, work: Work) -> bool:
     """Whether the stage has a section of params with at least one epoch."""
     declared = plan.graph.declared(work.stage, plan.params(work.cell))
-    own = declared.get(section(work.stage.name))
-    return isinstance(own, Mapping) and bool(own.get("epochs"))
+    return bool(epochs(work.stage.name, declared))
 
 
-def section(stage: str) -> str:
-    """The section of params.yaml that a stage has, if it has one."""
-    return stage.replace("-", "_")
+def epochs(stage: str, declared: Mapping[str, Any]) -> Any:
+    """Epochs in the stage's own section of params.yaml, or in its round; None if it has none."""
+    name, _, round_name = stage.partition("@")
+    section = name.replace("-", "_")
+    found = None
+    for key in (section, f"rounds.{round_name}.{section}"):
+        own = declared.get(key)
+        found = own.get("epochs", found) if isinstance(own, Mapping) else found
+    return found
 
 
 def _works(

@@ -12,7 +12,7 @@ from types import FrameType
 from typing import NoReturn
 
 from secateur.base.errors import cut
-from secateur.pipeline import console, recipe
+from secateur.pipeline import console
 from secateur.studies import estimate
 from secateur.studies.execution import local
 from secateur.studies.execution.experiments import Experiments
@@ -126,8 +126,8 @@ class Progress:
         cell, graph = self.plan.cells[work.cell], self.plan.graph
         task = Task(
             key=key,
-            stage=work.stage.name,
-            settings=recipe.changes(cell.settings, graph.params),
+            stage=work.stage.address,
+            settings=self.plan.changes(work.cell),
             upstream=[self.plan.entries[other] for other in work.upstream.values()],
             root=str(self.state.root),
             revision=self.state.revision,
@@ -135,6 +135,7 @@ class Progress:
             cache=str(self.state.cache),
             ignored=graph.ignored,
             experiment=cell.name,
+            folders={path: graph.own_files(path) for path in work.stage.folders},
         )
         self._tasks[key] = (task, [id])
         executor.submit(task)

@@ -68,15 +68,18 @@ def show(study: Study, made: Plan) -> None:
     console.say(f"cells      {len(made.cells)}, of them {controls} controls; {seeds} seeds")
     trainings = {work.id for work in made.works.values() if plan.trains(made, work)}
     open_trainings = [work for work in missing if work.id in trainings]
-    stages: dict[str, list[int]] = {}
+    longest = max(made.by_cell, key=len)  # of the most rounds: the stages in their order
+    names = [made.works[id].stage.name for id in longest]
+    stages: dict[str, list[int]] = {name: [0, 0] for name in names}
     for work in made.works.values():
         counts = stages.setdefault(work.stage.name, [0, 0])
         counts[0] += 1
         counts[1] += work.id not in made.entries
     console.say(f"trainings  {len(trainings)}, of them {len(open_trainings)} to be run")
+    width = max(14, *map(len, stages))
     for stage, (count, to_run) in stages.items():
         console.say(
-            f"  {stage:14} {count:5}, {count - to_run:5} from the cache, {to_run:5} to be run"
+            f"  {stage:{width}} {count:5}, {count - to_run:5} from the cache, {to_run:5} to be run"
         )
     seconds, unknown = estimate.seconds(made, missing)
     if missing:

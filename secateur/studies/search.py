@@ -25,8 +25,8 @@ from typing import Any
 from secateur.base import optional
 from secateur.base.errors import SecateurError, SettingsError
 from secateur.pipeline import console
-from secateur.pipeline.record import MODELS, parse
-from secateur.studies import definition, marks, plan
+from secateur.pipeline.record import model_spec, parse
+from secateur.studies import definition, marks, plan, rounds
 from secateur.studies.definition import PlannedCell, Space, Study
 from secateur.studies.execution import check
 from secateur.studies.execution.keys import Entry, Graph
@@ -39,7 +39,7 @@ from secateur.studies.report.trials import Trial
 from secateur.studies.space import MAXIMISED, Range, Search
 
 LAST = "finetune"
-"""The stage that ends a trial."""
+"""The stage that ends a trial; that of the last round, if there are several."""
 
 
 def show(study: Study, space: Space) -> None:
@@ -113,35 +113,38 @@ def _batch(
 
 def judged(made: Plan, cells: Sequence[int], objectives: Sequence[str]) -> dict[str, float]:
     """What the finished cells of one trial have reached: means over seeds."""
-    found = [_reached(made, made.entries_of(cell), objectives) for cell in cells]
+    found = [
+        _reached(made, made.entries_of(cell), rounds.last(made.params(cell), LAST), objectives)
+        for cell in cells
+    ]
     return {name: statistics.fmean(values[name] for values in found) for name in objectives}
 
 
 def _reached(
-    made: Plan, entries: Mapping[str, Entry], objectives: Sequence[str]
+    made: Plan, entries: Mapping[str, Entry], last: str, objectives: Sequence[str]
 ) -> dict[str, float]:
     """Accuracy on the validation images, and what is left of parameters and MACs."""
     values: dict[str, float] = {}
     if "accuracy" in objectives:
-        path = str(MODELS[LAST].record)
-        metrics = parse(made.graph.read(entries[LAST], path), path).metrics
+        path = str(model_spec(last).record)
+        metrics = parse(made.graph.read(entries[last], path), path).metrics
         if "val_accuracy" not in metrics:
             raise SettingsError("search: there are no validation images; set data.val above 0")
         values["accuracy"] = metrics["val_accuracy"]
     if {"parameters", "macs"} & {*objectives}:
-        values |= _costs(made, entries)
+        values |= _costs(made, entries, last)
     return values
 
 
-def _costs(made: Plan, entries: Mapping[str, Entry]) -> dict[str, float]:
+def _costs(made: Plan, entries: Mapping[str, Entry], last: str) -> dict[str, float]:
     """Shares of the dense network's parameters and MACs that are left, non-zeros alone."""
     import torch
 
     from secateur.nn import checkpoint, cost
 
     loaded = []
-    for stage in ("baseline", LAST):
-        path = f"{MODELS[stage].folder}/model.safetensors"
+    for stage in ("baseline", last):
+        path = str(model_spec(stage).checkpoint)
         place = made.graph.locate(entries[stage], path)
         if place is None:
             raise SecateurError(f"{path}: the stage has not written it")

@@ -13,12 +13,12 @@ from dvc.repo.experiments.refs import ExpRefInfo
 from dvc.utils.serialize import dumps_yaml, loads_yaml
 
 from secateur.base.errors import SecateurError, cut
-from secateur.pipeline import params_file, recipe
-from secateur.studies.execution.keys import PARAMS, Entry
+from secateur.pipeline import params_file
+from secateur.studies.execution.keys import Entry
 from secateur.studies.execution.snapshot import Snapshot, git
+from secateur.studies.execution.stages import PARAMS
 from secateur.studies.plan import Plan
 
-LOCK = "dvc.lock"
 NOTE = "Secateur-Cell: "
 
 
@@ -30,8 +30,7 @@ class Experiments:
         self._committer = git(snapshot.root, "var", "GIT_COMMITTER_IDENT")
         self._known = _read_digests(snapshot)
         self._params = (plan.graph.folder / PARAMS).read_text()
-        lock = plan.graph.folder / LOCK
-        self._lock: dict[str, Any] = loads_yaml(lock.read_text()) if lock.is_file() else {}
+        self._locks: dict[str, dict[str, Any]] = {}
 
     def write(self) -> int:
         """Write an experiment for every finished cell that has none yet; returns how many."""
@@ -56,16 +55,16 @@ class Experiments:
     def _commit(self, number: int, ref: str, entries: Mapping[str, Entry], digest: str) -> bytes:
         """Commands of fast-import for a commit: the project's files, and what the cell changes."""
         cell, graph = self.plan.cells[number], self.plan.graph
-        changed = recipe.changes(cell.settings, graph.params)
-        lock = {"schema": "2.0", "stages": {}} | self._lock
-        lock["stages"] = {**lock["stages"], **entries}
-        contents = {
-            PARAMS: params_file.updated(self._params, changed).encode(),
-            LOCK: dumps_yaml(lock).encode(),
-        }
-        for id in self.plan.by_cell[number]:
-            for path in self.plan.works[id].stage.uncached:
-                contents[path] = graph.read(self.plan.entries[id], path)
+        stages = [self.plan.works[id].stage for id in self.plan.by_cell[number]]
+        changed = self.plan.changes(number)
+        contents = {PARAMS: params_file.updated(self._params, changed).encode()}
+        for path in dict.fromkeys(stage.lock for stage in stages):
+            lock = {"schema": "2.0", "stages": {}} | self._lock(path)
+            own = {stage.name: entries[stage.name] for stage in stages if stage.lock == path}
+            contents[path] = dumps_yaml(lock | {"stages": {**lock["stages"], **own}}).encode()
+        for stage in stages:
+            for path in stage.uncached:
+                contents[path] = graph.read(entries[stage.name], path)
         message = f"study {self.study}: {cell.name}\n\n{NOTE}{digest}\n".encode()
         lines = [
             f"commit {ref}\n".encode(),
@@ -78,6 +77,13 @@ class Experiments:
             lines.append(f"M 100644 inline {path}\n".encode())
             lines.append(b"data %d\n%s\n" % (len(content), content))
         return b"".join(lines)
+
+    def _lock(self, path: str) -> dict[str, Any]:
+        """A lock file of the project; empty if there is none."""
+        if path not in self._locks:
+            file = self.plan.graph.folder / path
+            self._locks[path] = loads_yaml(file.read_text()) if file.is_file() else {}
+        return self._locks[path]
 
 
 def _read_digests(snapshot: Snapshot) -> dict[str, str]:

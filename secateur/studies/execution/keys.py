@@ -1,53 +1,34 @@
-"""The stages of dvc.yaml for given params, their keys in DVC's run cache, and what lies there.
+"""The files of a project, the keys of its stages in DVC's run cache, and what lies there.
 
-DVC's own code resolves the templates, hashes the files and the keys; here is only the walk over the
-stages that `dvc repro` would make for one state of the workspace, without a workspace for each.
+DVC's own code hashes files, folders and keys; here is only the walk over the stages that `dvc
+repro` would make for one state of the workspace, without a workspace for each.
 """
 
-import graphlib
 import json
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dvc.dependency import loads_from
 from dvc.exceptions import DvcException
-from dvc.parsing import DataResolver
-from dvc.parsing.context import Context
 from dvc.repo import Repo
 from dvc.schema import COMPILED_LOCK_FILE_STAGE_SCHEMA
 from dvc.stage import PipelineStage, create_stage
 from dvc.stage.cache import _get_cache_hash
 from dvc.stage.serialize import to_single_stage_lockfile
 from dvc.utils.serialize import load_yaml
+from dvc_data.hashfile.hash_info import HashInfo
+from dvc_data.hashfile.tree import Tree
 from voluptuous import Invalid
 
 from secateur.base.errors import SecateurError, SettingsError, cut
+from secateur.studies.execution import stages
 from secateur.studies.execution.snapshot import bring
+from secateur.studies.execution.stages import PARAMS, ResolvedStage
 
-PARAMS = "params.yaml"
 Entry = dict[str, Any]
 """A stage as it stands in dvc.lock and in the run cache: cmd, deps, params, outs."""
-
-
-@dataclass(frozen=True)
-class ResolvedStage:
-    """A stage of dvc.yaml, with `${...}` filled in."""
-
-    name: str
-    cmd: str
-    deps: tuple[str, ...]
-    """Paths, sorted as in dvc.lock."""
-    params: tuple[str, ...]
-    """Dotted keys of params.yaml."""
-    outs: tuple[str, ...]
-    """Paths, sorted."""
-    uncached: tuple[str, ...]
-    """The outs that Git keeps."""
-    upstream: tuple[str, ...]
-    """Stages whose outs it reads."""
 
 
 class Graph:
@@ -61,7 +42,7 @@ class Graph:
         self.ignored: list[str] = []
         """Files that stages depend on and Git ignores, brought from the project."""
         self.repo = Repo(str(folder))
-        self.wiring = load_yaml(str(folder / "dvc.yaml"))
+        self.wiring = stages.read(folder)
         self.params: dict[str, Any] = load_yaml(str(folder / PARAMS))
         """Of the copy's params.yaml, as DVC reads it."""
         self.cache = Path(self.repo.cache.local.path)
@@ -70,6 +51,9 @@ class Graph:
         self._names = sorted(set(re.findall(r"\$\{([\w.]+)\}", json.dumps(self.wiring))))
         self._resolved: dict[str, tuple[ResolvedStage, ...]] = {}
         self._files: dict[str, Entry] = {}
+        self._folders: dict[tuple[str, ...], Entry] = {}
+        self._trees: dict[str, Tree] = {}
+        """Dependency that is a folder -> its files."""
         self._whole: dict[str, bool] = {}
         placeholder = {"name": "files", "cmd": "-", "wdir": str(folder), "deps": [], "outs": []}
         self._holder = create_stage(
@@ -80,37 +64,8 @@ class Graph:
         """All stages for these params, each after those whose outs it reads."""
         used = json.dumps([value_at(params, name) for name in self._names], default=str)
         if used not in self._resolved:
-            self._resolved[used] = self._resolve(params)
+            self._resolved[used] = stages.resolve(self.repo, self.wiring, params)
         return self._resolved[used]
-
-    def _resolve(self, params: Mapping[str, Any]) -> tuple[ResolvedStage, ...]:
-        try:
-            resolver = DataResolver(self.repo, str(self.folder), self.wiring)
-            context = Context(dict(params))
-            for definition in resolver.definitions.values():
-                definition.context = context
-            resolver.context = context
-            found = resolver.resolve()["stages"]
-        except DvcException as error:
-            raise SettingsError(f"dvc.yaml: {cut(str(error), 200)}") from None
-        makers: dict[str, str] = {}
-        outs: dict[str, tuple[list[str], list[str]]] = {}
-        for name, stage in found.items():
-            outs[name] = _outs(name, stage)
-            makers |= dict.fromkeys(outs[name][0], name)
-        resolved = {
-            name: ResolvedStage(
-                name,
-                stage["cmd"],
-                tuple(sorted(stage["deps"])),
-                tuple(_keys(name, stage)),
-                tuple(outs[name][0]),
-                tuple(outs[name][1]),
-                tuple(dict.fromkeys(makers[d] for d in stage["deps"] if d in makers)),
-            )
-            for name, stage in found.items()
-        }
-        return tuple(_ordered(resolved))
 
     def file(self, path: str) -> Entry:
         """A dependency that no stage makes, as it stands in dvc.lock; hashed once."""
@@ -123,9 +78,49 @@ class Graph:
                 dep.save()
             except (DvcException, OSError) as error:
                 raise SettingsError(f"dvc.yaml: {path}: {cut(str(error), 200)}") from None
+            if isinstance(dep.obj, Tree):
+                self._trees[path] = dep.obj
             self._holder.deps = [dep]
             (self._files[path],) = to_single_stage_lockfile(self._holder)["deps"]
         return self._files[path]
+
+    def own_files(self, path: str) -> list[str]:
+        """Files of the project itself in a folder that stages write into, relative to it."""
+        self.file(path)
+        return ["/".join(key) for key, _, _ in self._trees[path]] if path in self._trees else []
+
+    def shared_folder(self, path: str, outs: Sequence[Entry]) -> Entry:
+        """A dependency that is a folder with these outs in it, as it stands in dvc.lock.
+
+        DVC hashes it like any folder; what is in it is known from the outs' own hashes. It is in
+        the cache no more than any other dependency that no stage makes.
+        """
+        inside = [out for out in outs if out["path"].startswith(f"{path}/")]
+        if not inside:
+            return self.file(path)
+        key = (path, *(f"{out['path']} {out['md5']}" for out in inside))
+        if key not in self._folders:
+            own = self.file(path)
+            whole = Tree()
+            for parts, meta, hash_info in self._trees.get(path, ()):
+                whole.add(parts, meta, hash_info)
+            for out in inside:
+                parts = tuple(out["path"].removeprefix(f"{path}/").split("/"))
+                for below, md5 in self._content(out):
+                    whole.add((*parts, *below), None, HashInfo("md5", md5))
+            whole.digest()
+            assert whole.hash_info is not None, "digest sets it"
+            size = own.get("size", 0) + sum(out.get("size", 0) for out in inside)
+            sizes = {"size": size, "nfiles": len(whole)}
+            self._folders[key] = own | {"md5": whole.hash_info.value} | sizes
+        return self._folders[key]
+
+    def _content(self, out: Entry) -> list[tuple[tuple[str, ...], str]]:
+        """Path and hash of each file of an out; of an out that is a file, its own."""
+        if not out["md5"].endswith(".dir"):
+            return [((), out["md5"])]
+        files = json.loads(self.object(out["md5"]).read_bytes())
+        return [(tuple(file["relpath"].split("/")), file["md5"]) for file in files]
 
     def declared(self, stage: ResolvedStage, params: Mapping[str, Any]) -> dict[str, Any]:
         """The values that the stage declares, by dotted key in DVC's order."""
@@ -144,13 +139,19 @@ class Graph:
         `upstream` has the finished entries of the stages that it reads.
         """
         made = {out["path"]: out for entry in upstream.values() for out in entry["outs"]}
-        deps = [dict(made[path]) if path in made else self.file(path) for path in stage.deps]
+        deps = [self._dependency(stage, path, made) for path in stage.deps]
+        declared = {PARAMS: self.declared(stage, params)}
         return {
             "cmd": stage.cmd,
             "deps": deps,
-            "params": {PARAMS: self.declared(stage, params)},
+            **({"params": declared} if stage.params else {}),
             "outs": [{"path": path} for path in stage.outs],
         }
+
+    def _dependency(self, stage: ResolvedStage, path: str, made: Mapping[str, Entry]) -> Entry:
+        if path in stage.folders:
+            return self.shared_folder(path, list(made.values()))
+        return dict(made[path]) if path in made else self.file(path)
 
     def find(self, entry: Entry) -> Entry | None:
         """What DVC would restore for it: the newest entry of its key, if all objects are there."""
@@ -238,42 +239,3 @@ def _newest_first(folder: Path) -> Iterator[Path]:
         except OSError:
             continue
     yield from sorted((p for p in times if not p.name.endswith(".tmp")), key=lambda p: -times[p])
-
-
-def _outs(name: str, stage: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """Paths of all outs of a stage, and of those that Git keeps."""
-    paths, uncached = [], []
-    for kind in ("outs", "metrics", "plots"):
-        for out in stage.get(kind, []):
-            path, options = next(iter(out.items())) if isinstance(out, dict) else (out, {})
-            paths.append(path)
-            if options.get("cache") is False:
-                uncached.append(path)
-            if options.get("persist"):
-                raise SettingsError(
-                    f"dvc.yaml: stage {name}: persist: DVC never takes it from its cache"
-                )
-    refused = next((k for k in ("always_changed", "frozen", "wdir") if stage.get(k)), None)
-    missing = next((k for k in ("cmd", "deps") if not stage.get(k)), None)
-    if refused or missing or not paths:
-        what = refused or f"no {missing or 'outs'}"
-        raise SettingsError(
-            f"dvc.yaml: stage {name}: {what}: a study cannot take it from the cache"
-        )
-    return sorted(paths), uncached
-
-
-def _keys(name: str, stage: Mapping[str, Any]) -> Iterator[str]:
-    for key in stage.get("params", []):
-        if not isinstance(key, str):
-            raise SettingsError(f"dvc.yaml: stage {name}: params of {PARAMS} only, in a study")
-        yield key
-
-
-def _ordered(stages: Mapping[str, ResolvedStage]) -> Iterator[ResolvedStage]:
-    """Every stage after those that it reads."""
-    order = graphlib.TopologicalSorter({name: stage.upstream for name, stage in stages.items()})
-    try:
-        yield from [stages[name] for name in order.static_order()]
-    except graphlib.CycleError:
-        raise SettingsError("dvc.yaml: stages read each other's outs in a circle") from None

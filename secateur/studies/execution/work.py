@@ -10,7 +10,7 @@ import os
 import re
 import runpy
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,8 +18,9 @@ from typing import Any, NoReturn
 from secateur.base import files
 from secateur.base.errors import SecateurError
 from secateur.pipeline import params_file
-from secateur.studies.execution.keys import PARAMS, Entry
+from secateur.studies.execution.keys import Entry
 from secateur.studies.execution.snapshot import Snapshot
+from secateur.studies.execution.stages import MAIN, PARAMS
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Task:
     key: str
     """Of DVC's run cache."""
     stage: str
+    """Its address, as DVC names it in the project's folder."""
     settings: dict[str, Any]
     """Values of params.yaml to be changed, by dotted key."""
     upstream: list[Entry]
@@ -42,6 +44,8 @@ class Task:
     """Files that Git ignores and stages depend on."""
     experiment: str
     """The cell that it runs for."""
+    folders: dict[str, list[str]]
+    """Deps that are folders into which stages write -> files of the project itself in each."""
 
     @property
     def place(self) -> Path:
@@ -86,14 +90,33 @@ def execute(task: Task, folder: Path) -> Entry:
     busy, lock = folder / ".dvc" / "tmp" / "busy", task.place / f"{task.key}.lock"
     with _locked(busy), _locked(lock), Repo(str(folder)) as repo:
         _set_params(folder, task)
-        (folder / "dvc.lock").unlink(missing_ok=True)
-        stage = repo.stage.load_one("dvc.yaml", task.stage)
+        file, _, name = task.stage.rpartition(":")
+        stage_file = folder / (file or MAIN)
+        stage_file.with_suffix(".lock").unlink(missing_ok=True)
+        stage = repo.stage.load_one(str(stage_file), name)
+        _clear(folder, task)
         for finished in task.upstream:  # all outs: records are no deps, but must fit their models
             for out in repo.stage_cache._create_stage(finished).outs:
                 out.checkout(force=True)
         found = _run(repo, stage, task)
         files.write_text(task.result, json.dumps(found))
     return found
+
+
+def _clear(folder: Path, task: Task) -> None:
+    """Remove what stages of other cells have left in folders that this one depends on as a whole.
+
+    Also what a killed process has left there, which no lock file knows.
+    """
+    wanted = [Path(out["path"]) for entry in task.upstream for out in entry["outs"]]
+    for path, own in task.folders.items():
+        kept = {Path(path, name) for name in own} | {
+            out for out in wanted if out.is_relative_to(path)
+        }
+        for file in (folder / path).rglob("*"):
+            place = file.relative_to(folder)
+            if not file.is_dir() and not kept & {place, *place.parents}:
+                file.unlink()
 
 
 def _run(repo: Any, stage: Any, task: Task) -> Entry:
@@ -123,11 +146,11 @@ def _run(repo: Any, stage: Any, task: Task) -> Entry:
     if not (server and tracking_on()):
         environment["SECATEUR_TRACKING"] = "off"  # the coordinator writes the store's file
     os.environ.update(environment)
-    module = re.fullmatch(r"python -m ([\w.]+)", stage.cmd)
+    module = re.fullmatch(r"python -m ([\w.]+)((?: [\w./=-]+)*)", stage.cmd)
     if module is None:
         cmd_run(stage, run_env=environment)
     else:
-        _run_module(module[1])
+        _run_module(module[1], module[2].split())
     stage.save(run_cache=False)
     for out in stage.outs:  # objects first, so that what the run cache names is there
         out.commit(relink=False)
@@ -135,10 +158,10 @@ def _run(repo: Any, stage: Any, task: Task) -> Entry:
     return _plain(to_single_stage_lockfile(stage))
 
 
-def _run_module(name: str) -> None:
-    """What `python -m NAME` does, in this process; SystemExit if it ends with an error."""
+def _run_module(name: str, options: Sequence[str]) -> None:
+    """What `python -m NAME OPTIONS` does, in this process; SystemExit if it ends with an error."""
     sys.modules.pop(name, None)
-    arguments, sys.argv = sys.argv, [name]
+    arguments, sys.argv = sys.argv, [name, *options]
     try:
         runpy.run_module(name, run_name="__main__", alter_sys=True)
     except SystemExit as end:

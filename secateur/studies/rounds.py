@@ -1,0 +1,72 @@
+"""The further rounds of a cell: how a study merges them, and what they add to its settings."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from secateur.base import settings
+from secateur.base.settings import Params, chain
+from secateur.pipeline import recipe
+from secateur.pipeline.record import FIRST, Chain
+
+KEY = "rounds"
+
+
+def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Both tables as anywhere, but `rounds: {}` above takes away those below."""
+    both = settings.merged(below, above)
+    if above.get(KEY) == {}:
+        del both[KEY]
+        both |= {KEY: {}} if KEY in below else {}
+    return both
+
+
+def start(params: Mapping[str, Any]) -> dict[str, Any]:
+    """What a cell's settings begin with, so that the rounds in them are all that there are."""
+    return {KEY: params[KEY]} if params.get(KEY) else {}
+
+
+def whole(params: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """The whole of params.yaml with the settings of a cell."""
+    return settings.merged(params, own) | ({KEY: own[KEY]} if KEY in own else {})
+
+
+def changes(own: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a cell by dotted keys of params.yaml; its rounds as one table."""
+    found = recipe.changes({key: value for key, value in own.items() if key != KEY}, params)
+    return found | ({KEY: own[KEY]} if own.get(KEY, params.get(KEY)) != params.get(KEY) else {})
+
+
+def names(params: Mapping[str, Any]) -> tuple[str, ...]:
+    """The further rounds in their order; SettingsError unless they are a chain."""
+    if not params.get(KEY):
+        return ()
+    return chain(Params.declared({KEY: params[KEY]}).rounds)
+
+
+def last(params: Mapping[str, Any], stage: str) -> str:
+    """The stage of the last round that stands for this one of the first."""
+    return Chain(names(params)).last[stage]
+
+
+def epochs(params: Mapping[str, Any], section: str) -> list[int]:
+    """Epochs of `sparse_train` or `finetune` in every round."""
+    names(params)  # of the right form
+    tables = [params, *(params.get(KEY) or {}).values()]
+    own = [(table.get(section) or {}).get("epochs") for table in tables]
+    return [int(own[0] or 0) if count is None else int(count) for count in own]
+
+
+def in_round(name: str, above: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of params.yaml as those of one round; those that a round has no place for stay."""
+    if name == FIRST:
+        return dict(above)
+    found: dict[str, Any] = {}
+    for key, value in above.items():
+        place = {"decay": "sparse_train", "penalties": "sparse_train", "pruners": "prune"}.get(key)
+        if place:
+            value = {key: value}
+        if place or key in ("sparse_train", "prune", "finetune"):
+            found = settings.merged(found, {KEY: {name: {place or key: value}}})
+        else:
+            found[key] = value
+    return found
