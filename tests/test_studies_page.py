@@ -21,6 +21,7 @@ from secateur.studies import compare, results
 from secateur.studies.report import (
     anchors,
     artifacts,
+    by_hand,
     fairness,
     latencies,
     page,
@@ -201,7 +202,7 @@ def test_seeds_are_one_row_with_the_differences_paired(experiments):
 
 def test_cells_made_by_hand_differ_in_method_and_point(experiments):
     names = [cell.experiment for cell in experiments(2, seeds=(1,))]
-    made = page.cells_of(results.read(names))
+    made = by_hand.cells_of(results.read(names))
     assert {(cell.method, cell.point) for cell in made} == {
         ("p0, magnitude", "ratios 0.5"), ("p0, magnitude", "ratios 0.75"),
         ("p1, magnitude", "ratios 0.5"), ("p1, magnitude", "ratios 0.75")}  # fmt: skip
@@ -220,10 +221,12 @@ def test_curves_and_layers_come_from_the_cache_by_the_hashes_of_the_lock(experim
     history = _keep(tmp_path / "shared", b"epoch,val_accuracy\n1,0.5\n2,0.75\n")
     listing = json.dumps([{"relpath": "history.csv", "md5": history}]).encode()
     folder = _keep(tmp_path / "shared", listing)
-    outs = {"baseline": ("models/baseline", folder), "finetune": ("models/finetuned", "0" * 32),
-            "finetune@more": ("models/rounds/more/finetuned", folder)}  # fmt: skip
-    stages = {name: {"outs": [{"path": p, "md5": md5}]} for name, (p, md5) in outs.items()}
-    (tmp_path / "dvc.lock").write_text(json.dumps({"stages": stages}))
+    outs = {"baseline": ("models/baseline", folder), "finetune": ("models/finetuned", "0" * 32)}
+    more = {"finetune@more": ("models/rounds/more/finetuned", folder)}
+    (tmp_path / "stages/rounds").mkdir(parents=True)
+    for file, made in (("dvc.lock", outs), ("stages/rounds/dvc.lock", more)):
+        stages = {name: {"outs": [{"path": p, "md5": md5}]} for name, (p, md5) in made.items()}
+        (tmp_path / file).write_text(json.dumps({"stages": stages}))
     (tmp_path / ".dvc").mkdir()
     (tmp_path / ".dvc/config.local").write_text("[cache]\n    dir = ../shared\n")
     (tmp_path / "metrics/layers.csv").write_text(

@@ -67,6 +67,19 @@ class Result:
         return float(self.report["measured_speedup"])
 
     @property
+    def rounds(self) -> dict[str, dict[str, float]]:
+        """Round -> accuracy, compression and share of MACs of what it has left; empty for one."""
+        dense = self.report["baseline"]
+        return {
+            name: {
+                "accuracy": float(row["accuracy"]),
+                "compression": float(row["compression"]),
+                "macs": float(row["macs"]) / float(dense["macs_dense"]),
+            }
+            for name, row in self.report.get("rounds", {}).items()
+        }
+
+    @property
     def seed(self) -> int:
         """Seed of weights and batches."""
         return int(self.report["seed"])
@@ -123,13 +136,14 @@ def parse(name: str, params: bytes | None, report: bytes | None) -> Result:
         settings = yaml.load(params, YAML_LOADER)
         result = Result(name, record.flat(settings), parse_json(report))
         record.chain_of(result.report)
-        numbers = (result.dense, result.final, result.compression, result.macs, result.speedup)
+        numbers = [result.dense, result.final, result.compression, result.macs, result.speedup]
+        numbers += [number for row in result.rounds.values() for number in row.values()]
         if not all(number >= 0 for number in numbers) or result.seed < 0:
             raise ValueError("a number below zero")
     except (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise SecateurError(f"{REPORT} or {PARAMS}: {cut(repr(error))}") from None
     except ZeroDivisionError:
-        raise SecateurError(f"{REPORT}: theoretical_speedup = 0") from None
+        raise SecateurError(f"{REPORT}: theoretical_speedup or macs_dense = 0") from None
     return result
 
 

@@ -1,10 +1,11 @@
 """What experiments have left beside their figures: layers in Git, histories in DVC's cache.
 
-The cache is read by the hashes in dvc.lock, without DVC; what a clone has not pulled is left out.
+The cache is read by the hashes in dvc.lock, also in that of the rounds, without DVC; what a clone
+has not pulled is left out.
 """
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,9 @@ from secateur.studies.results import Result
 if TYPE_CHECKING:
     import pandas as pd
 
-LAYERS, LOCK = "metrics/layers.csv", "dvc.lock"
+LAYERS = "metrics/layers.csv"
+LOCKS = ("dvc.lock", "stages/rounds/dvc.lock")
+"""The lock files of the main chain and of further rounds."""
 
 
 @dataclass(frozen=True)
@@ -42,13 +45,14 @@ class Artifacts:
 def read(found: Sequence[Result]) -> dict[str, Artifacts]:
     """The artifacts of these experiments by name."""
     commits = results.commits([result.name for result in found])
-    contents = results.objects([f"{c}:{path}" for c in commits.values() for path in (LAYERS, LOCK)])
+    contents = results.objects([f"{commit}:{LAYERS}" for commit in commits.values()])
+    locked = _locked(commits.values())
     cache = cache_folder(Path.cwd())
     left = {}
     for result in found:
         name, commit = result.name, commits[result.name]
         layers = (contents[f"{commit}:{LAYERS}"] or b"").decode(errors="replace")
-        outs = _outs(contents[f"{commit}:{LOCK}"])
+        outs = locked[commit]
         histories = _histories(outs, cache, record.chain_of(result.report).models)
         left[name] = Artifacts(layers, histories, *_record(outs, cache))
     return left
@@ -60,7 +64,7 @@ def link(result: Result, folders: Mapping[str, Path]) -> None:
     Raises SecateurError if the cache lacks one.
     """
     commit = results.commits([result.name])[result.name]
-    outs = _outs(results.objects([f"{commit}:{LOCK}"])[f"{commit}:{LOCK}"])
+    outs = _locked([commit])[commit]
     cache = cache_folder(Path.cwd())
     for path, target in folders.items():
         listing = _listing(cache, outs.get(path))
@@ -74,11 +78,11 @@ def link(result: Result, folders: Mapping[str, Path]) -> None:
 def final_models(found: Sequence[Result]) -> dict[str, str]:
     """Hash of the folder of each experiment's finetuned network, by name; empty if unknown."""
     commits = results.commits([result.name for result in found])
-    locks = results.objects([f"{commit}:{LOCK}" for commit in commits.values()])
+    locked = _locked(commits.values())
     models = {}
     for result in found:
         folder = record.model_spec(record.chain_of(result.report).last["finetune"]).folder
-        models[result.name] = _outs(locks[f"{commits[result.name]}:{LOCK}"]).get(folder, "")
+        models[result.name] = locked[commits[result.name]].get(folder, "")
     return models
 
 
@@ -134,6 +138,17 @@ def _histories(
         content = _cached(cache, outs.get(model.folder), model.history.name)
         if content is not None:
             found[stage] = content.decode(errors="replace")
+    return found
+
+
+def _locked(commits: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Commit -> path -> hash of the outs in its lock files."""
+    commits = [*commits]
+    contents = results.objects([f"{commit}:{lock}" for commit in commits for lock in LOCKS])
+    found: dict[str, dict[str, str]] = {}
+    for commit in commits:
+        outs = [_outs(contents[f"{commit}:{lock}"]) for lock in LOCKS]
+        found[commit] = outs[0] | outs[1]
     return found
 
 

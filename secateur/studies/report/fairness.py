@@ -2,14 +2,16 @@
 
 From S1 to S4.2 more and more is the same for both: network, data and ratio (S1), base model (S2),
 epochs (S3.1) and learning-rate schedule (S3.2) of the finetuning, epochs (S4.1) and schedule (S4.2)
-of the pruning, which is `sparse_train` here. The authors ask for S3.2 at least.
+of the pruning, which is `sparse_train` here. The authors ask for S3.2 at least. Epochs are those of
+all rounds, and schedules are the same only for as many rounds.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from secateur.studies.report import tables
+from secateur.studies.report import rounds, tables
 from secateur.studies.report.tables import Row
+from secateur.studies.results import Result
 
 SETUPS = ("S1", "S2", "S3.1", "S3.2", "S4.1", "S4.2")
 ENOUGH = "S3.2"
@@ -51,25 +53,49 @@ def notes(found: Sequence[Row]) -> list[str]:
 
 def _lacking(first: Row, second: Row) -> list[str]:
     """For each setup what keeps the two rows from it, beyond those before; empty if nothing."""
-    one, other = first.results[0].params, second.results[0].params
+    results = first.results[0], second.results[0]
+    one, other = map(rounds.numbered, results)
     dataset, arch = one.get("dataset"), one.get("arch")
     network = ("dataset", "arch", "data.", f"datasets.{dataset}.", f"archs.{arch}.")
+    counts = [1 + len(rounds.chain(result)) for result in results]
+    several = f"rounds {counts[0]} and {counts[1]}" if counts[0] != counts[1] else ""
+    how = ("finetune.budget", "finetune.init")
     return [
         _differing(one, other, network) or _ratio(first, second),
         _differing(one, other, ("baseline.",)),
-        _differing(one, other, ("finetune.epochs", "finetune.budget", "finetune.init")),
-        _differing(one, other, ("finetune.",)),
-        _differing(one, other, ("sparse_train.epochs",)),
-        _differing(one, other, ("sparse_train.",)),
+        _epochs(results, "finetune") or _differing(one, other, how),
+        several or _differing(one, other, ("finetune.",)),
+        _epochs(results, "sparse_train"),
+        several or _differing(one, other, ("sparse_train.",)),
     ]
+
+
+def _epochs(results: tuple[Result, Result], section: str) -> str:
+    """The epochs over all rounds, if they are not the same."""
+    one, other = (rounds.epochs(result, section) for result in results)
+    in_all = ", over all rounds" if any(map(rounds.chain, results)) else ""
+    return f"{section}.epochs {one} and {other}{in_all}" if one != other else ""
 
 
 def _differing(one: Mapping[str, Any], other: Mapping[str, Any], parts: tuple[str, ...]) -> str:
     """The settings of these names, or below those that end in a dot, that are not the same."""
     below = tuple(part for part in parts if part.endswith("."))
-    keys = [key for key in one.keys() | other.keys() if key in parts or key.startswith(below)]
+    keys = [
+        key
+        for key in one.keys() | other.keys()
+        if (own := _of_round(key)) in parts or own.startswith(below)
+    ]
     found = [key for key in sorted(keys) if one.get(key) != other.get(key)]
     return ", ".join(f"{key} {one.get(key)} and {other.get(key)}" for key in found[:2])
+
+
+def _of_round(key: str) -> str:
+    """The key that a setting of a round replaces, if it is one of a section of its own."""
+    _, round_name, rest = key.partition("rounds.")
+    section, _, name = rest.partition(".")[2].partition(".")
+    if not round_name or name.partition(".")[0] in rounds.SECTIONS.get(section, ()):
+        return key
+    return f"{section}.{name}"
 
 
 def _ratio(first: Row, second: Row) -> str:

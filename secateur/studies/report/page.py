@@ -1,6 +1,7 @@
 """The page of a comparison: one HTML file that needs no network, and its parts as files.
 
-index.html, table.md, table.csv, table.tex, and the plot as SVG and PNG.
+index.html, table.md, table.csv, table.tex, rounds.csv where there are several rounds, and the plots
+as SVG and PNG.
 """
 
 import argparse
@@ -13,14 +14,16 @@ from typing import TYPE_CHECKING
 from secateur.base import files
 from secateur.base.errors import SecateurError
 from secateur.pipeline import console
-from secateur.studies import compare, results
+from secateur.studies import results
 from secateur.studies.marks import PAGE, REPORTS
 from secateur.studies.report import (
     anchors,
     artifacts,
+    by_hand,
     fairness,
     latencies,
     plots,
+    rounds,
     statistics,
     tables,
     trials,
@@ -28,6 +31,7 @@ from secateur.studies.report import (
 from secateur.studies.report.anchors import Anchor
 from secateur.studies.report.artifacts import Artifacts
 from secateur.studies.report.latencies import Conditions
+from secateur.studies.report.statistics import Interval
 from secateur.studies.report.tables import Row
 from secateur.studies.results import Cell, Result
 
@@ -50,7 +54,7 @@ def command(options: argparse.Namespace) -> None:
             console.say(f"no comparison image by image: {error}")
     folder = REPORTS / options.name
     measure(folder, found, options)
-    write(folder, options.name, cells_of(found), said=pair)
+    write(folder, options.name, by_hand.cells_of(found), said=pair)
 
 
 def measure(folder: Path, found: Sequence[Result], options: argparse.Namespace) -> None:
@@ -62,37 +66,6 @@ def measure(folder: Path, found: Sequence[Result], options: argparse.Namespace) 
         for time in latencies.measure(found, conditions, tuple(times), console.say):
             times.append(time)
             latencies.write(folder, times)
-
-
-def cells_of(found: Sequence[Result]) -> list[Cell]:
-    """Cells of experiments that were made by hand, by the settings that are not the same in all.
-
-    The operating point is the strength of the penalty and the numbers and patterns of its settings
-    and the pruner's; the method is penalty, pruner, and every other setting that differs.
-    """
-    keys = [key for key in results.different(found) if key not in ("penalty", "pruner")]
-    amounts = [key for key in keys if _is_amount(key, found)]
-    others = [key for key in keys if key not in amounts]
-    cells = []
-    for result in found:
-        words = [str(result.params.get("penalty")), str(result.params.get("pruner"))]
-        words += filter(None, [compare.differences(result, others)])
-        point = compare.differences(result, amounts) or "as set"
-        cells.append(Cell(result.name, ", ".join(words), point, result.seed))
-    return cells
-
-
-def _is_amount(key: str, found: Sequence[Result]) -> bool:
-    """Whether it says how much is pruned, not how: no choice among words, and no seed."""
-    if key == "decay":
-        return True
-    kind, _, name = key.partition(".")
-    if kind not in ("pruners", "penalties") or name.endswith(".seed"):
-        return False
-    if ".ratio" in name or ".target" in name:
-        return True
-    values = [result.params[key] for result in found if result.params.get(key) is not None]
-    return all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
 
 
 def write(
@@ -129,6 +102,8 @@ def write(
         files.write_bytes(folder / f"{name}.svg", pictures[name])
         files.write_bytes(folder / f"{name}.png", plots.png(figure))
     files.write_text(folder / "table.csv", tables.as_csv(rows))
+    if rounds.lines(rows):
+        files.write_text(folder / "rounds.csv", rounds.as_csv(rows))
     files.write_text(folder / "table.md", tables.as_markdown(rows))
     files.write_text(folder / "table.tex", tables.as_latex(rows))
     files.write_text(
@@ -204,6 +179,15 @@ def _details(rows: Sequence[Row], left: Mapping[str, Artifacts]) -> "dict[str, F
     figures = {}
     if drawn:
         figures["curves"] = plots.curves(dict(list(drawn.items())[:MOST_CURVES]))
+    by_round = {
+        f"{row.label} {row.point}": [_point(figures) for figures in rounds.steps(row).values()]
+        for row, _ in last.values()
+    }
+    drawn_rounds = {label: points for label, points in by_round.items() if points}
+    if drawn_rounds:
+        chosen = dict(list(drawn_rounds.items())[:MOST_CURVES])
+        dense = sum(row.dense.mean for row in rows) / len(rows)
+        figures["rounds"] = plots.trade_off(chosen, dense, [], TITLES["compression"], [])
     sparsity = {
         f"{row.label} {row.point}": artifacts.layer_sparsity(found)
         for row, found in zip(rows, of_row, strict=True)
@@ -213,6 +197,12 @@ def _details(rows: Sequence[Row], left: Mapping[str, Artifacts]) -> "dict[str, F
     return figures
 
 
+def _point(figures: Mapping[str, Interval]) -> plots.Point:
+    """What a round has left, in a figure."""
+    accuracy = figures["accuracy"]
+    return plots.Point(figures["compression"].mean, accuracy.mean, accuracy.half_width)
+
+
 CAPTIONS = {
     "compression": "Accuracy against compression; bars are 95 % intervals over seeds.",
     "macs": "Accuracy against MACs; bars are 95 % intervals over seeds.",
@@ -220,6 +210,8 @@ CAPTIONS = {
     "layer.",
     "curves": "Validation accuracy by epoch, mean over seeds, at the last operating point of each "
     f"method (the first {MOST_CURVES}).",
+    "rounds": "Accuracy against compression after each round, at the last operating point of each "
+    f"method (the first {MOST_CURVES}); bars are 95 % intervals over seeds.",
     "layers": "Sparsity by layer of the finetuned networks, mean over seeds.",
     "trials": "All trials of the search, by the validation images; trials.csv has the values.",
 }
@@ -272,6 +264,8 @@ def _html(
         notes=notes,
         published=published,
         volumes=tables.volumes(rows),
+        by_round=rounds.lines(rows),
+        text=tables.text,
     )
 
 
@@ -310,6 +304,14 @@ images, in percent.</p>
 seed {{ result.seed }}: {{ "%.2f" | format(100 * result.final) }} % at
 {{ "%.2f" | format(result.compression) }}x<br>{% endfor %}</details></td></tr>{% endfor %}
 </tbody></table></div>
+{% if by_round %}<h2>By round</h2>
+<p>What each round has left; the last one's network is that of the table above.</p>
+<div class="wide"><table><thead><tr><th>method</th><th>point</th><th>round</th><th>accuracy %</th>
+<th>compression</th><th>MACs left %</th></tr></thead><tbody>
+{% for row, name, figures in by_round %}<tr><td>{{ row.label }}</td><td>{{ row.point }}</td>
+<td>{{ name }}</td><td>{{ text(figures.accuracy, 100) }}</td>
+<td>{{ text(figures.compression) }}</td><td>{{ text(figures.macs, 100) }}</td></tr>
+{% endfor %}</tbody></table></div>{% endif %}
 <h2>Differences between methods, paired by seed</h2>
 <p>Points of final accuracy, at the same operating point; p of the paired t-test, adjusted by Holm
 for all rows of this table. The setup says what is the same for both (Wang et al., arXiv

@@ -155,7 +155,7 @@ def curves(lines: Mapping[str, Mapping[str, Sequence[float]]]) -> "Figure":
     figure = Figure(figsize=(8, 4.4), layout="constrained")
     axes = figure.add_subplot()
     for place, (label, stages) in enumerate(lines.items()):
-        first = 1
+        first, named = 1, False
         for stage, values in stages.items():
             axes.plot(
                 range(first, first + len(values)),
@@ -163,9 +163,9 @@ def curves(lines: Mapping[str, Mapping[str, Sequence[float]]]) -> "Figure":
                 {"baseline": ":", "sparse-train": "--"}.get(stage.partition("@")[0], "-"),
                 color=colormaps["tab10"](place % 10),
                 linewidth=1.3,
-                label=label if first == 1 else None,
+                label=None if named else label,
             )
-            first += len(values)
+            first, named = first + len(values), True
     axes.set_xlabel("epoch; dotted: baseline, dashed: sparse-train, solid: finetune")
     axes.set_ylabel("validation accuracy %")
     axes.grid(alpha=0.25)

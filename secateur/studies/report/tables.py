@@ -99,16 +99,17 @@ def cells(row: Row) -> list[str]:
     return [
         row.label,
         row.point,
-        _text(row.dense, 100),
-        _text(row.final, 100),
-        _text(row.compression),
-        _text(row.macs, 100),
-        _text(row.latency, digits=3),
-        *(text for ms, gain in measured for text in (_text(ms, digits=3), _text(gain))),
+        text(row.dense, 100),
+        text(row.final, 100),
+        text(row.compression),
+        text(row.macs, 100),
+        text(row.latency, digits=3),
+        *(cell for ms, gain in measured for cell in (text(ms, digits=3), text(gain))),
     ]
 
 
-def _text(value: Interval, factor: float = 1, digits: int = 2) -> str:
+def text(value: Interval, factor: float = 1, digits: int = 2) -> str:
+    """Mean ± half-width; empty if there are no values."""
     if math.isnan(value.mean):
         return ""
     mean = f"{factor * value.mean:.{digits}f}"
@@ -207,9 +208,9 @@ def differences(found: Sequence[Row]) -> list[list[str]]:
         enough = len(shared) >= 3 and p is not None
         if p is not None and enough:
             p_values.append((len(lines), p))
-        text = _text(change, 100)
+        said = text(change, 100)
         words = "fewer than 3 seeds: no test" if len(shared) < 3 else "equal differences: no test"
-        lines.append([first.label, second.label, first.point, str(len(shared)), text,
+        lines.append([first.label, second.label, first.point, str(len(shared)), said,
                       f"{p:.3g}" if enough else "", "", "" if enough else words])  # fmt: skip
     adjusted = statistics.holm([p for _, p in p_values])
     for (place, _), value in zip(p_values, adjusted, strict=True):
