@@ -12,6 +12,7 @@ from workspace import PROGRAMS, Project, fresh_project
 LONGEST = [
     "test_pipeline_runs.py",  # makes the finished project
     "test_studies.py",
+    "test_studies_rounds.py",
     "test_studies_page.py",  # in fresh workers: others have ended in them, for an unknown reason
     "test_processes.py",
     "test_data.py",  # forks to decode images, which must be before a runtime has started threads
