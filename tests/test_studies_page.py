@@ -139,6 +139,9 @@ def test_results_come_from_git_and_damage_costs_one_line(experiments, tmp_path, 
     assert len(errors) == 2
     assert "evaluate.json" in errors[0] and "no-such-thing: left out" in errors[1]
     assert set(results.experiments()) == {cell.experiment for cell in cells}
+    experiments.git("update-ref", f"refs/exps/ff/{'f' * 38}/m0-2-s1", commit)
+    experiments.git("update-ref", f"refs/exps/00/{'0' * 38}/m0-2-s1", commit)
+    assert [r.name for r in results.read(["m0-2-s1"])] == ["m0-2-s1"], "that of HEAD is meant"
 
 
 def test_compare_sorts_and_says_what_differs(experiments, tmp_path, capsys):

@@ -115,8 +115,11 @@ def read(names: Iterable[str]) -> list[Result]:
 
 
 def commits(names: Iterable[str]) -> dict[str, str]:
-    """Name -> commit of these experiments; any other name is that of a Git revision."""
-    known = experiments(everything=True)
+    """Name -> commit of these experiments; any other name is that of a Git revision.
+
+    Of several experiments of one name, that of HEAD is meant.
+    """
+    known = experiments(everything=True) | experiments()
     return {name: known.get(name, name) for name in names}
 
 
