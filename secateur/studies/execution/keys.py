@@ -5,7 +5,6 @@ repro` would make for one state of the workspace, without a workspace for each.
 """
 
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from voluptuous import Invalid
 from secateur.base.errors import SecateurError, SettingsError, cut
 from secateur.studies.execution import stages
 from secateur.studies.execution.snapshot import bring
-from secateur.studies.execution.stages import PARAMS, ResolvedStage
+from secateur.studies.execution.stages import PARAMS, ResolvedStage, value_at
 
 Entry = dict[str, Any]
 """A stage as it stands in dvc.lock and in the run cache: cmd, deps, params, outs."""
@@ -48,7 +47,7 @@ class Graph:
         self.cache = Path(self.repo.cache.local.path)
         """The folder of the objects, by the beginning of their hashes."""
         self._runs = Path(self.repo.stage_cache.cache_dir)
-        self._names = sorted(set(re.findall(r"\$\{([\w.]+)\}", json.dumps(self.wiring))))
+        self._used = stages.Used(self.wiring)
         self._resolved: dict[str, tuple[ResolvedStage, ...]] = {}
         self._files: dict[str, Entry] = {}
         self._folders: dict[tuple[str, ...], Entry] = {}
@@ -62,7 +61,7 @@ class Graph:
 
     def stages(self, params: Mapping[str, Any]) -> tuple[ResolvedStage, ...]:
         """All stages for these params, each after those whose outs it reads."""
-        used = json.dumps([value_at(params, name) for name in self._names], default=str)
+        used = self._used.values(params)
         if used not in self._resolved:
             self._resolved[used] = stages.resolve(self.repo, self.wiring, params)
         return self._resolved[used]
@@ -211,13 +210,6 @@ class Graph:
 def run_key(entry: Entry) -> str:
     """DVC's key of the run cache: sha256 of cmd, deps, params and the paths of the outs."""
     return str(_get_cache_hash(dict(entry), key=True))
-
-
-def value_at(tree: Any, key: str) -> Any:
-    """The value at a dotted key; None if there is none."""
-    for part in key.split("."):
-        tree = tree.get(part) if isinstance(tree, Mapping) else None
-    return tree
 
 
 def _has(tree: Any, key: str) -> bool:

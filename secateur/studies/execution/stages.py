@@ -4,6 +4,8 @@ DVC's own code resolves the templates of both files.
 """
 
 import graphlib
+import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +61,34 @@ class ResolvedStage:
 def read(folder: Path) -> dict[str, dict[str, Any]]:
     """The content of the files, by path."""
     return {file: load_yaml(str(folder / file)) for file in FILES if (folder / file).is_file()}
+
+
+class Used:
+    """The settings on which it depends which stages there are: those in the files' templates."""
+
+    def __init__(self, wiring: Mapping[str, dict[str, Any]]) -> None:
+        text = json.dumps(wiring)
+        self._tables = sorted(set(re.findall(r'"foreach": "\$\{([\w.]+)\}"', text)))
+        names = set(re.findall(r"\$\{([\w.]+)\}", text)) - {*self._tables}
+        self._items = sorted(n.removeprefix("item.") for n in names if n.startswith("item."))
+        self._names = sorted(names)
+
+    def values(self, params: Mapping[str, Any]) -> str:
+        """Their values as text; of an entry of a `foreach`, only what its stages name."""
+        found = [value_at(params, name) for name in self._names]
+        for name in self._tables:
+            table = value_at(params, name)
+            if isinstance(table, Mapping):
+                table = {k: [value_at(v, item) for item in self._items] for k, v in table.items()}
+            found.append(table)
+        return json.dumps(found, default=str)
+
+
+def value_at(tree: Any, key: str) -> Any:
+    """The value at a dotted key; None if there is none."""
+    for part in key.split("."):
+        tree = tree.get(part) if isinstance(tree, Mapping) else None
+    return tree
 
 
 def resolve(
