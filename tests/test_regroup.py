@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from secateur.archs import resnet_slim, vgg
 from secateur.base import plugin
 from secateur.base.errors import PruningError, SettingsError
 from secateur.channels import graph as channels
@@ -33,7 +34,7 @@ ZOO = {
     "preresnet-basic": {"arch": "preresnet", "depth": 14, "block": "basic"},
     "resnet-a": {"arch": "resnet_cifar", "depth": 20, "groups": 2},  # stream padded with zeros
     "resnet-b": {"arch": "resnet_cifar", "depth": 14, "shortcut": "B"},
-    "resnet-slim": {"arch": "resnet_slim", "depth": 18, "side": 32},
+    "resnet-slim": {"arch": "resnet_slim", "depth": 18, "side": 8},
     "resnext": {"arch": "resnext", "depth": 11, "cardinality": 8, "base_width": 16, "groups": 16},
     "wide-resnet": {"arch": "wide_resnet", "depth": 10, "widen": 2},
     "densenet": {"arch": "densenet", "depth": 13},
@@ -43,10 +44,19 @@ ZOO = {
     "vgg": {"arch": "vgg", "depth": 11, "side": 32},
     "vgg-plain": {"arch": "vgg", "depth": 11, "side": 32, "batch_norm": False},
     "alexnet": {"arch": "alexnet_cifar", "side": 32, "groups": 2},
-    "resnet18": {"arch": "torchvision", "name": "resnet18", "side": 64},
+    "resnet18": {"arch": "torchvision", "name": "resnet18", "side": 32},
     "mobilenet": {"arch": "torchvision", "name": "mobilenet_v2", "side": 32},
     "shufflenet": {"arch": "torchvision", "name": "shufflenet_v2_x1_0", "side": 64, "groups": 2},
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def smaller():
+    """VGG of a quarter of its widths, and a ResNet of which one stage alone has a second block."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vgg, "WIDTHS", tuple(width // 4 for width in vgg.WIDTHS))
+        patch.setitem(resnet_slim.COUNTS, 18, (2, 1, 1, 1))
+        yield
 
 
 def build(arch, side=16, groups=4, trained=None, **chosen):
