@@ -127,6 +127,12 @@ def experiments(tmp_path, monkeypatch):
     return make
 
 
+@pytest.fixture
+def vectors(monkeypatch):
+    """Pictures are drawn as SVG alone: PNG, which takes as long, is looked at by one test."""
+    monkeypatch.setattr(plots, "png", lambda figure: b"")
+
+
 def test_results_come_from_git_and_damage_costs_one_line(experiments, tmp_path, capsys):
     cells = experiments(1)
     (tmp_path / results.REPORT).write_text("{")
@@ -220,6 +226,7 @@ def _keep(cache, content):
     return md5
 
 
+@pytest.mark.usefixtures("vectors")
 def test_curves_and_layers_come_from_the_cache_by_the_hashes_of_the_lock(experiments, tmp_path):
     history = _keep(tmp_path / "shared", b"epoch,val_accuracy\n1,0.5\n2,0.75\n")
     listing = json.dumps([{"relpath": "history.csv", "md5": history}]).encode()
@@ -250,6 +257,7 @@ def test_curves_and_layers_come_from_the_cache_by_the_hashes_of_the_lock(experim
     assert (tmp_path / "report/layers.svg").is_file()
 
 
+@pytest.mark.usefixtures("vectors")
 def test_latencies_are_columns_of_the_models_that_were_measured(experiments, tmp_path):
     """Means by hand; a time of another model of that name, or a damaged table, is no time."""
     lock = {"stages": {"finetune": {"outs": [{"path": "models/finetuned", "md5": "1.dir"}]}}}
@@ -315,6 +323,7 @@ def test_networks_of_the_cache_are_measured_once(experiments, tmp_path):
     assert "models/baseline is not in DVC's cache" in said[-1]
 
 
+@pytest.mark.usefixtures("vectors")
 def test_damaged_tables_are_left_out(experiments, tmp_path):
     (tmp_path / "metrics/layers.csv").write_text('a,b\n1,2,3\n"')
     (tmp_path / "dvc.lock").write_text("stages: [1")
@@ -361,6 +370,7 @@ def test_the_setup_is_the_strictest_that_two_methods_fulfil(changed, label, lack
     assert fairness.setup(*rows) == (label, lacks)
 
 
+@pytest.mark.usefixtures("vectors")
 def test_published_results_are_drawn_and_marked_as_not_ours(experiments, tmp_path, monkeypatch):
     cells = experiments(2)
     known = [anchors.Anchor("theirs", 0.9, "a paper", compression=3.0)]
