@@ -628,17 +628,44 @@ def test_damaged_files_give_an_object_or_one_of_our_errors(name, valid):
 def test_whatever_stands_in_the_place_of_a_file_or_folder_is_no_crash_and_no_hang(
     name, kind, valid
 ):
+    paths = [path.relative_to(valid[name]) for path in sorted(valid[name].rglob("*"))]
     with copy_of(valid[name]) as folder:
-        count = len(list(folder.rglob("*")))
         outcome(name, folder)  # imports what it needs while it may
-    for number in range(count):
-        with copy_of(valid[name]) as folder:
-            path = sorted(folder.rglob("*"))[number]
-            if kind == "plain file" and not path.is_dir():
+        for path in paths:
+            if kind == "plain file" and not (folder / path).is_dir():
                 continue
-            hostile.KINDS[kind](path)
+            hostile.KINDS[kind](folder / path)
             with hostile.ordinary_user() if kind == "unreadable" else contextlib.nullcontext():
                 outcome(name, folder)
+            restore(folder, valid[name])
+
+
+def restore(folder, source):
+    """Make a folder what it was when it was copied."""
+    for path in sorted(folder.rglob("*")):
+        if not os.path.lexists(source / path.relative_to(folder)) and os.path.lexists(path):
+            hostile.remove(path)
+    for original in sorted(source.rglob("*")):
+        path = folder / original.relative_to(source)
+        if original.is_dir():
+            if path.is_symlink() or not path.is_dir():
+                path.unlink(missing_ok=True)
+                path.mkdir()
+            path.chmod(original.stat().st_mode)
+        elif not same(path, original):
+            if os.path.lexists(path):
+                hostile.remove(path)
+            shutil.copy2(original, path)
+
+
+def same(path, original):
+    """Whether a plain file has the mode and the content of another."""
+    if path.is_symlink() or not path.is_file():
+        return False
+    here, there = path.stat(), original.stat()
+    return (here.st_mode, here.st_size) == (there.st_mode, there.st_size) and (
+        path.read_bytes() == original.read_bytes()
+    )
 
 
 def header_with(**fields):
