@@ -54,19 +54,20 @@ def subject(model, shape=SHAPE, count=8):
     )
 
 
-def prune(name, model, shape=SHAPE, **chosen):
+def prune(name, model, shape=SHAPE, context=None, **chosen):
+    """The decision of a pruner; with `context`, the model's, it is not traced again."""
     module = plugin.load("pruners", name)
     own = validate(module.Settings, chosen, f"pruners.{name}")
     with section(f"pruners.{name}"):
-        return module.prune(own, subject(model, shape))
+        return module.prune(own, context or subject(model, shape))
 
 
-def compacted(model, found, shape=SHAPE):
+def compacted(model, found, shape=SHAPE, graph=None):
     """The compact network, proved equal to the masked one in float64."""
     model = model.double()
     batch = torch.randn(4, *shape, dtype=torch.float64)
     masks.apply(model, found.masks)
-    masked = removal.mask(model, found.channels, batch)
+    masked = removal.mask(model, found.channels, batch, graph)
     small = removal.compact(model, found.channels, found.masks, batch[:1], dead=False)
     with torch.no_grad():
         before, after = masked.eval()(batch), small.model.eval()(batch)
@@ -399,9 +400,10 @@ def test_masked_equals_compact_and_less_is_left(network, way):
     arch, built = NETWORKS[network]
     pruner, chosen = WAYS[way]
     model = zoo(arch, **built)
-    found = prune(pruner, model, **chosen)
-    predicted = target.RemainingShare(subject(model))(found)
-    small = compacted(zoo(arch, **built), found)
+    context = subject(model)
+    found = prune(pruner, model, context=context, **chosen)
+    predicted = target.RemainingShare(context)(found)
+    small = compacted(zoo(arch, **built), found, graph=context.graph)
     real = shares(zoo(arch, **built), small)
     assert predicted["macs"] == pytest.approx(real["macs"], rel=1e-9)
     assert predicted["params"] == pytest.approx(real["params"], rel=1e-9)
@@ -495,10 +497,12 @@ def test_targets_are_reached(pruner, chosen, wanted, kind):
 
 def test_the_nearest_reachable_value_against_all_of_them():
     model = toy()
-    left = target.RemainingShare(subject(model, SHAPE))
-    reachable = [left(slim(model, ratio=k / 100))["params"] for k in range(100)]
+    context = subject(model, SHAPE)
+    left = target.RemainingShare(context)
+    found = [slim(model, context=context, ratio=k / 100) for k in range(100)]
+    reachable = [left(decision)["params"] for decision in found]
     for wanted in (0.6, 0.7, 0.8, 0.95):
-        found = slim(model, target={"params": wanted})
+        found = slim(model, context=context, target={"params": wanted})
         nearest = min(abs(share - wanted) for share in reachable)
         assert abs(left(found)["params"] - wanted) == pytest.approx(nearest, abs=1e-9)
 
