@@ -5,6 +5,7 @@ and the groups themselves against derivations that use no graph.
 """
 
 import copy
+import functools
 from collections import OrderedDict
 from types import SimpleNamespace
 
@@ -404,13 +405,20 @@ SMALL = [
 ]  # fmt: skip
 
 
+@functools.cache
+def graph_of(make):
+    """A network and its channels, which are the same whatever its weights are."""
+    model = build(make)
+    return model, channels.build_channel_graph(model, images())
+
+
 @pytest.mark.parametrize("make", SMALL)
 @given(seed=st.integers(0, 10**6))
 @examples(max_examples=5, deadline=None, derandomize=True)
 def test_masked_equals_compact(make, seed):
-    model, batch = build(make, seed), images(seed=seed)
+    (model, graph), batch = graph_of(make), images(seed=seed)
+    randomise(model, seed)
     before = copy.deepcopy(model.state_dict())
-    graph = channels.build_channel_graph(model, batch)
     masked, compact = check(model, graph, at_random(graph, seed), batch)
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
     assert difference(rebuilt(make, compact), compact.model, batch) == 0
@@ -422,8 +430,8 @@ LOCKED_WHOLLY = {unequal}  # nothing of it can go but what is inside
 
 @pytest.mark.parametrize("make", SMALL)
 def test_every_group_alone(make):
-    model, batch = build(make), images()
-    graph = channels.build_channel_graph(model, batch)
+    (model, graph), batch = graph_of(make), images()
+    randomise(model, 0)
     assert free(graph) or make in LOCKED_WHOLLY
     bound = {name for b in graph.balances for part in b.parts for name, _ in part}
     for group in free(graph):
@@ -475,8 +483,9 @@ def test_whole_groups_of_a_convolution_go_and_unequal_ones_are_refused():
 @given(seed=st.integers(0, 10**6))
 @examples(max_examples=5, deadline=None, derandomize=True)
 def test_dead_channels_go_and_nothing_changes(make, seed):
-    model, batch = build(make, seed), images(seed=seed)
-    chosen = weights_at_random(model, channels.build_channel_graph(model, batch), seed)
+    (model, graph), batch = graph_of(make), images(seed=seed)
+    randomise(model, seed)
+    chosen = weights_at_random(model, graph, seed)
     masks.apply(model, chosen)
     try:
         compact = removal.remove_dead(model, chosen, batch[:1])
