@@ -65,12 +65,12 @@ def epochs(result: Result, section: str) -> Any:
 
 
 def numbered(result: Result) -> dict[str, Any]:
-    """The params with rounds by number, `rounds.2.finetune.lr`, whatever they are named."""
+    """The params with rounds by number, `rounds.round2.finetune.lr`, whatever they are named."""
     found = {key: value for key, value in result.params.items() if not key.startswith("rounds.")}
     for number, name in enumerate(chain(result), 2):
         for key, value in result.params.items():
             if key.startswith(f"rounds.{name}."):
-                found[f"rounds.{number}.{key.removeprefix(f'rounds.{name}.')}"] = value
+                found[f"rounds.round{number}.{key.removeprefix(f'rounds.{name}.')}"] = value
     return found
 
 
@@ -78,7 +78,7 @@ def by_round(results: Sequence[Result]) -> list[Result]:
     """The same with the settings of the last round in place of the first one's, and `rounds`.
 
     So networks that were cut to one size are at one operating point, however many rounds that took.
-    What earlier rounds had otherwise stands as `rounds.<number>.<key>`.
+    What earlier rounds had otherwise stands as `rounds.round<number>.<key>`.
     """
     if not any(map(chain, results)):
         return list(results)
@@ -95,17 +95,17 @@ def _last_first(table: Mapping[str, Any], count: int, keys: Sequence[str]) -> di
     found = {key: value for key, value in table.items() if not key.startswith("rounds.")}
     own = {(key.split(".")[1], _main(key)): v for key, v in table.items() if "rounds." in key[:7]}
     for number in range(1, count + 1):
-        place = "" if number == count else f"rounds.{number}."
+        place = "" if number == count else f"rounds.round{number}."
         for key in keys:
-            found[place + key] = own.get((str(number), key), table.get(key))
+            found[place + key] = own.get((f"round{number}", key), table.get(key))
         if number > 1:
-            after = str(table.get(f"rounds.{number}.after"))
-            found[f"rounds.{number}.after"] = after.rpartition("/")[2]
+            after = str(table.get(f"rounds.round{number}.after"))
+            found[f"rounds.round{number}.after"] = after.rpartition("/")[2]
     return found | {"rounds": count}
 
 
 def _main(key: str) -> str:
-    """The key of the first round that `rounds.<number>.<section>.<rest>` replaces; empty for
+    """The key of the first round that `rounds.<name>.<section>.<rest>` replaces; empty for
     `after`."""
     _, _, section, *rest = key.split(".")
     if not rest:
