@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 from collections import Counter
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -26,6 +27,16 @@ def test_a_second_clone_reuses_models_and_shows_the_whole_chain(finished, tmp_pa
     assert kinds == {"baseline": 1, "sparse-train": 1, "prune": 1, "finetune": 1, "evaluate": 1}
     again = second.run("python", "-m", "secateur.sync", SECATEUR_TRACKING="on")
     assert "0 runs written" in again
+    head = first.run("git", "rev-parse", "HEAD").strip()
+    made = first.run("git", "commit-tree", "HEAD^{tree}", "-p", "HEAD", "-m", "kept").strip()
+    first.run("git", "update-ref", f"refs/exps/{head[:2]}/{head[2:]}/kept", made)
+    for record in (first.path / "models").glob("*.run.json"):
+        record.unlink()  # so that the experiment alone has what is to be written
+    for lost in ("mlflow.db", ".dvc/cache"):  # then from the remote
+        (first.path / lost).rename(tmp_path / Path(lost).name)
+        log = first.run("python", "-m", "secateur", "sync", "--all", SECATEUR_TRACKING="on")
+        assert "kept: pipeline run written" in log and "5 runs written" in log
+        (first.path / "mlflow.db").unlink()
 
 
 def test_scratch_keeps_the_shape_and_not_the_weights(project):

@@ -9,11 +9,12 @@ experiment of the repository; what is there already is left alone.
 
 import argparse
 import contextlib
+import functools
 import os
 import sqlite3
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,15 @@ from secateur.base import files
 from secateur.base.documents import parse_json
 from secateur.base.errors import SecateurError, cut
 from secateur.deploy import metadata
-from secateur.pipeline import console, mlflow_model, record, tracking
+from secateur.pipeline import console, mlflow_model, record, tracked, tracking
 from secateur.pipeline.mlflow_store import Store, tracking_on
 from secateur.pipeline.record import MODELS, Chain, RunRecord, chain_of
 from secateur.training.callbacks import Row
 
 REPORT = "metrics/evaluate.json"
 TABLES = ("metrics/layers.csv", "metrics/rounds.csv")
+PATHS = (REPORT, *TABLES, mlflow_model.PROGRAM, mlflow_model.REPORT, mlflow_model.TABLE)
+"""What is written from, beside the models of the chain."""
 
 
 @dataclass(frozen=True)
@@ -73,30 +76,59 @@ def sources(everything: bool) -> Iterator[Source]:
     yield Source(None, collected(in_workspace))
     if not everything:
         return
-    from dvc.api import DVCFileSystem
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
     try:
         with Repo() as repo:
             found = repo.experiments.ls(all_commits=True)
-        for name, revision in [pair for pairs in found.values() for pair in pairs]:
-            tree = DVCFileSystem(rev=revision or name)
-
-            def in_experiment(path: str, tree: Any = tree) -> bytes | None:
-                with contextlib.suppress(FileNotFoundError, OSError):  # never pushed, or collected
-                    return bytes(tree.read_bytes(path))
-                return None
-
-            yield Source(name, collected(in_experiment))
+        pairs = [(name, revision or name) for each in found.values() for name, revision in each]
+        yield from _experiments(pairs)
     except (DvcException, sqlite3.Error) as error:
         raise SecateurError(f"DVC cannot read its experiments: {error}") from None
 
 
+def _experiments(found: Sequence[tuple[str, str]]) -> Iterator[Source]:
+    """The experiments by name and revision."""
+    cache = tracked.cache_folder(Path.cwd())
+    locked = tracked.outs([revision for _, revision in found])
+    kept = tracked.objects([f"{revision}:{path}" for _, revision in found for path in PATHS])
+    for name, revision in found:
+        in_git = {path: kept[f"{revision}:{path}"] for path in PATHS}
+        yield Source(name, collected(_reader(revision, in_git, locked[revision], cache)))
+
+
+def _reader(
+    revision: str, in_git: Mapping[str, bytes | None], locked: Mapping[str, str], cache: Path
+) -> Callable[[str], bytes | None]:
+    """Reads the files of an experiment from Git and the cache, by the hashes `locked`.
+
+    Only a tracked file that neither has is asked of DVC, which looks into the remote.
+    """
+
+    @functools.cache
+    def tree() -> Any:
+        from dvc.api import DVCFileSystem
+
+        return DVCFileSystem(rev=revision)
+
+    def in_experiment(path: str) -> bytes | None:
+        content = in_git.get(path)
+        if content is not None:
+            return content
+        try:
+            return tracked.read(cache, locked, path)
+        except tracked.NotCachedError:
+            with contextlib.suppress(FileNotFoundError, OSError):  # never pushed, or collected
+                return bytes(tree().read_bytes(path))
+            return None
+
+    return in_experiment
+
+
 def collected(read: Callable[[str], bytes | None]) -> dict[str, bytes]:
     """The files that are there; which models there are is what the report of evaluate says."""
-    paths = [REPORT, *TABLES, mlflow_model.PROGRAM, mlflow_model.REPORT, mlflow_model.TABLE]
-    found = {path: read(path) for path in paths}
+    found = {path: read(path) for path in PATHS}
     for model in chain_in(found[REPORT]).models.values():
         found |= {str(path): read(str(path)) for path in (model.record, model.history)}
     return {path: content for path, content in found.items() if content is not None}

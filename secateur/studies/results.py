@@ -1,6 +1,5 @@
 """What experiments have measured, read from the files in Git: no model, no DVC and no MLflow."""
 
-import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ import yaml
 
 from secateur.base.documents import YAML_LOADER, parse_json
 from secateur.base.errors import SecateurError, cut
-from secateur.pipeline import record
+from secateur.pipeline import record, tracked
 from secateur.studies.execution.snapshot import git
 
 REPORT, PARAMS = "metrics/evaluate.json", "params.yaml"
@@ -103,7 +102,7 @@ def read(names: Iterable[str]) -> list[Result]:
     """Results of experiments or Git revisions by name; one that cannot be read costs one line."""
     wanted = commits(names)
     paths = [f"{commit}:{path}" for commit in wanted.values() for path in (PARAMS, REPORT)]
-    contents = objects(paths)
+    contents = tracked.objects(paths)
     found = []
     for name, commit in wanted.items():
         try:
@@ -154,18 +153,3 @@ def different(results: Sequence[Result]) -> list[str]:
     """Keys, but for the seed, whose values are not the same in all results."""
     keys = {key: None for result in results for key in result.params if key != "seed"}
     return [key for key in keys if len({str(result.params.get(key)) for result in results}) > 1]
-
-
-def objects(names: Sequence[str]) -> dict[str, bytes | None]:
-    """Content of Git objects `<revision>:<path>`; None for one that is not there."""
-    asked = "".join(f"{name}\n" for name in names).encode()
-    done = subprocess.run(["git", "cat-file", "--batch"], input=asked, capture_output=True)
-    found: dict[str, bytes | None] = {}
-    rest = done.stdout
-    for name in names:
-        header, _, rest = rest.partition(b"\n")
-        found[name] = None
-        if not header.endswith((b" missing", b" ambiguous")):
-            size = int(header.rsplit(b" ", 1)[1])
-            found[name], rest = rest[:size], rest[size + 1 :]
-    return found

@@ -17,6 +17,7 @@ from pathlib import Path
 import configobj
 
 from secateur.base.errors import SecateurError, cut
+from secateur.pipeline.tracked import cache_folder
 
 PLACE = Path(".dvc/tmp/studies")
 
@@ -96,18 +97,6 @@ def take(root: Path) -> Snapshot:
         git(root, "add", "-u", env=env)
         tree = git(root, "write-tree", env=env)
     return Snapshot(root, revision, tree, cache_folder(root))
-
-
-def cache_folder(root: Path) -> Path:
-    """The folder of the project's cache, which need not be there."""
-    from dvc.config import Config
-    from dvc.exceptions import DvcException
-
-    try:
-        named = Config(dvc_dir=str(root / ".dvc"))["cache"].get("dir")
-    except DvcException as error:
-        raise SecateurError(f".dvc/config: {cut(str(error), 200)}") from None
-    return Path(named or root / ".dvc" / "cache")
 
 
 @contextlib.contextmanager

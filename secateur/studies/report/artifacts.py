@@ -5,27 +5,22 @@ has not pulled is left out.
 """
 
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import yaml
-
-from secateur.base.documents import YAML_LOADER, parse_json
 from secateur.base.errors import SecateurError
-from secateur.pipeline import record
+from secateur.pipeline import record, tracked
 from secateur.pipeline.record import MODELS, ModelSpec
+from secateur.pipeline.tracked import cache_folder
 from secateur.studies import results
-from secateur.studies.execution.snapshot import cache_folder
 from secateur.studies.results import Result
 
 if TYPE_CHECKING:
     import pandas as pd
 
 LAYERS = "metrics/layers.csv"
-LOCKS = ("dvc.lock", "stages/rounds/dvc.lock")
-"""The lock files of the main chain and of further rounds."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +40,8 @@ class Artifacts:
 def read(found: Sequence[Result]) -> dict[str, Artifacts]:
     """The artifacts of these experiments by name."""
     commits = results.commits([result.name for result in found])
-    contents = results.objects([f"{commit}:{LAYERS}" for commit in commits.values()])
-    locked = _locked(commits.values())
+    contents = tracked.objects([f"{commit}:{LAYERS}" for commit in commits.values()])
+    locked = tracked.outs(commits.values())
     cache = cache_folder(Path.cwd())
     left = {}
     for result in found:
@@ -64,21 +59,21 @@ def link(result: Result, folders: Mapping[str, Path]) -> None:
     Raises SecateurError if the cache lacks one.
     """
     commit = results.commits([result.name])[result.name]
-    outs = _locked([commit])[commit]
+    outs = tracked.outs([commit])[commit]
     cache = cache_folder(Path.cwd())
     for path, target in folders.items():
-        listing = _listing(cache, outs.get(path))
+        listing = tracked.listing(cache, outs.get(path))
         if listing is None:
             raise SecateurError(f"{result.name}: {path} is not in DVC's cache (`dvc exp pull`)")
         for name, md5 in listing.items():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
-            (target / name).symlink_to(_object(cache, md5).resolve())
+            (target / name).symlink_to(tracked.place(cache, md5).resolve())
 
 
 def final_models(found: Sequence[Result]) -> dict[str, str]:
     """Hash of the folder of each experiment's finetuned network, by name; empty if unknown."""
     commits = results.commits([result.name for result in found])
-    locked = _locked(commits.values())
+    locked = tracked.outs(commits.values())
     models = {}
     for result in found:
         folder = record.model_spec(record.chain_of(result.report).last["finetune"]).folder
@@ -122,7 +117,7 @@ def _record(outs: Mapping[str, str], cache: Path) -> tuple[int | None, str | Non
     """Number of test images and Git commit, by the record of the dense network."""
     path = str(MODELS["baseline"].record)
     try:
-        found = record.parse(_object(cache, outs[path]).read_bytes(), path)
+        found = record.parse(tracked.place(cache, outs[path]).read_bytes(), path)
     except (OSError, KeyError, SecateurError):
         return None, None
     count = found.dataset.get("test")
@@ -135,56 +130,10 @@ def _histories(
     """Stage -> its history, of those that the cache has."""
     found = {}
     for stage, model in models.items():
-        content = _cached(cache, outs.get(model.folder), model.history.name)
+        content = tracked.file_in(cache, outs.get(model.folder), model.history.name)
         if content is not None:
             found[stage] = content.decode(errors="replace")
     return found
-
-
-def _locked(commits: Iterable[str]) -> dict[str, dict[str, str]]:
-    """Commit -> path -> hash of the outs in its lock files."""
-    commits = [*commits]
-    contents = results.objects([f"{commit}:{lock}" for commit in commits for lock in LOCKS])
-    found: dict[str, dict[str, str]] = {}
-    for commit in commits:
-        outs = [_outs(contents[f"{commit}:{lock}"]) for lock in LOCKS]
-        found[commit] = outs[0] | outs[1]
-    return found
-
-
-def _outs(lock: bytes | None) -> dict[str, str]:
-    """Path -> hash of the outs in a dvc.lock; none if it is damaged."""
-    try:
-        content: Any = yaml.load(lock or b"", YAML_LOADER) or {}
-        return {
-            out["path"]: out["md5"]
-            for stage in content.get("stages", {}).values()
-            for out in stage.get("outs", [])
-            if "md5" in out
-        }
-    except (yaml.YAMLError, AttributeError, KeyError, TypeError):
-        return {}
-
-
-def _cached(cache: Path, md5: str | None, file: str) -> bytes | None:
-    """A file of a folder in the cache; None if either is not there."""
-    try:
-        return _object(cache, (_listing(cache, md5) or {})[file]).read_bytes()
-    except (OSError, KeyError):
-        return None
-
-
-def _listing(cache: Path, md5: str | None) -> dict[str, str] | None:
-    """File -> hash of a folder in the cache; None if it is not there."""
-    try:
-        listing = parse_json(_object(cache, str(md5)).read_bytes())
-        return {entry["relpath"]: entry["md5"] for entry in listing}
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _object(cache: Path, md5: str) -> Path:
-    return cache / "files" / "md5" / md5[:2] / md5[2:]
 
 
 def _frame(text: str) -> "pd.DataFrame":
