@@ -4,6 +4,7 @@ DVC's own view of a commit costs a second, in which it resolves all stages; here
 are read in less. What the cache lacks, a remote may still have: only DVC reads that.
 """
 
+import io
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,9 +14,11 @@ import yaml
 
 from secateur.base.documents import YAML_LOADER, parse_json
 from secateur.base.errors import SecateurError, cut
+from secateur.pipeline.record import ROUND, STAGES, stage_spec
 
-LOCKS = ("dvc.lock", "stages/rounds/dvc.lock", "stages/export/dvc.lock")
-"""The lock files of the main chain, of further rounds, and of the export."""
+_PIPELINES = [*(spec.pipeline for spec in STAGES.values()), stage_spec(f"{ROUND[0]}@x").pipeline]
+LOCKS = tuple(dict.fromkeys(str(Path(file).with_suffix(".lock")) for file in _PIPELINES))
+"""The lock files of all pipelines, that of further rounds included."""
 
 
 def cache_folder(root: Path) -> Path:
@@ -35,34 +38,25 @@ def objects(names: Sequence[str]) -> dict[str, bytes | None]:
     asked = "".join(f"{name}\n" for name in names).encode()
     done = subprocess.run(["git", "cat-file", "--batch"], input=asked, capture_output=True)
     found: dict[str, bytes | None] = {}
-    rest = memoryview(done.stdout)
+    answers = io.BytesIO(done.stdout)
     for name in names:
-        header, rest = _line(rest)
+        header = answers.readline().rstrip(b"\n")
         found[name] = None
         if not header.endswith((b" missing", b" ambiguous")):
-            size = int(header.rsplit(b" ", 1)[1])
-            found[name], rest = bytes(rest[:size]), rest[size + 1 :]
+            found[name] = answers.read(int(header.rsplit(b" ", 1)[1]))
+            answers.readline()
     return found
-
-
-def _line(text: memoryview) -> tuple[bytes, memoryview]:
-    """The first line, and what follows it."""
-    size = 256
-    while b"\n" not in (start := bytes(text[:size])) and size < len(text):
-        size *= 2
-    line = start.partition(b"\n")[0]
-    return line, text[len(line) + 1 :]
 
 
 def outs(commits: Iterable[str]) -> dict[str, dict[str, str]]:
     """Commit -> path -> hash of the outs in its lock files."""
     commits = [*commits]
-    contents = objects([f"{commit}:{lock}" for commit in commits for lock in LOCKS])
+    locks = objects([f"{commit}:{lock}" for commit in commits for lock in LOCKS])
     found: dict[str, dict[str, str]] = {}
     for commit in commits:
         found[commit] = {}
         for lock in LOCKS:
-            found[commit] |= _in_lock(contents[f"{commit}:{lock}"])
+            found[commit] |= _in_lock(locks[f"{commit}:{lock}"])
     return found
 
 
@@ -116,10 +110,14 @@ def file_in(cache: Path, md5: str | None, file: str) -> bytes | None:
 def listing(cache: Path, md5: str | None) -> dict[str, str] | None:
     """File -> hash of a folder in the cache; None if it is not there."""
     try:
-        found = parse_json(place(cache, str(md5)).read_bytes())
-        return {entry["relpath"]: entry["md5"] for entry in found}
+        return contents(place(cache, str(md5)))
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def contents(object: Path) -> dict[str, str]:
+    """File -> hash of the folder that a `.dir` object lists."""
+    return {entry["relpath"]: entry["md5"] for entry in parse_json(object.read_bytes())}
 
 
 def place(cache: Path, md5: str) -> Path:

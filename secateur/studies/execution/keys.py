@@ -4,7 +4,6 @@ DVC's own code hashes files, folders and keys; here is only the walk over the st
 repro` would make for one state of the workspace, without a workspace for each.
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from dvc_data.hashfile.tree import Tree
 from voluptuous import Invalid
 
 from secateur.base.errors import SecateurError, SettingsError, cut
+from secateur.pipeline import tracked
 from secateur.studies.execution import stages
 from secateur.studies.execution.snapshot import bring
 from secateur.studies.execution.stages import PARAMS, ResolvedStage, value_at
@@ -118,8 +118,8 @@ class Graph:
         """Path and hash of each file of an out; of an out that is a file, its own."""
         if not out["md5"].endswith(".dir"):
             return [((), out["md5"])]
-        files = json.loads(self.object(out["md5"]).read_bytes())
-        return [(tuple(file["relpath"].split("/")), file["md5"]) for file in files]
+        files = tracked.contents(self.object(out["md5"]))
+        return [(tuple(path.split("/")), md5) for path, md5 in files.items()]
 
     def declared(self, stage: ResolvedStage, params: Mapping[str, Any]) -> dict[str, Any]:
         """The values that the stage declares, by dotted key in DVC's order."""
@@ -169,8 +169,8 @@ class Graph:
             self._whole[md5] = False
             path = self.object(md5)
             if path.is_file():
-                inner = json.loads(path.read_bytes()) if md5.endswith(".dir") else []
-                self._whole[md5] = all(self.object(file["md5"]).is_file() for file in inner)
+                inner = tracked.contents(path) if md5.endswith(".dir") else {}
+                self._whole[md5] = all(self.object(file).is_file() for file in inner.values())
         return self._whole[md5]
 
     def forget_missing(self) -> None:
@@ -199,11 +199,9 @@ class Graph:
             if out["path"] == path:
                 return self.object(out["md5"])
             if path.startswith(f"{out['path']}/") and out["md5"].endswith(".dir"):
-                rest = path.removeprefix(f"{out['path']}/")
-                inside = json.loads(self.object(out["md5"]).read_bytes())
-                for file in inside:
-                    if file["relpath"] == rest:
-                        return self.object(file["md5"])
+                inside = tracked.contents(self.object(out["md5"]))
+                if (md5 := inside.get(path.removeprefix(f"{out['path']}/"))) is not None:
+                    return self.object(md5)
         return None
 
 

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 from secateur.base.errors import SecateurError
 from secateur.pipeline import record, tracked
 from secateur.pipeline.record import MODELS, ModelSpec
-from secateur.pipeline.tracked import cache_folder
 from secateur.studies import results
 from secateur.studies.results import Result
 
@@ -42,7 +41,7 @@ def read(found: Sequence[Result]) -> dict[str, Artifacts]:
     commits = results.commits([result.name for result in found])
     contents = tracked.objects([f"{commit}:{LAYERS}" for commit in commits.values()])
     locked = tracked.outs(commits.values())
-    cache = cache_folder(Path.cwd())
+    cache = tracked.cache_folder(Path.cwd())
     left = {}
     for result in found:
         name, commit = result.name, commits[result.name]
@@ -60,7 +59,7 @@ def link(result: Result, folders: Mapping[str, Path]) -> None:
     """
     commit = results.commits([result.name])[result.name]
     outs = tracked.outs([commit])[commit]
-    cache = cache_folder(Path.cwd())
+    cache = tracked.cache_folder(Path.cwd())
     for path, target in folders.items():
         listing = tracked.listing(cache, outs.get(path))
         if listing is None:

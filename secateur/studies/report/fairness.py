@@ -83,19 +83,10 @@ def _differing(one: Mapping[str, Any], other: Mapping[str, Any], parts: tuple[st
     keys = [
         key
         for key in one.keys() | other.keys()
-        if (own := _of_round(key)) in parts or own.startswith(below)
+        if (own := rounds.main(key)) in parts or own.startswith(below)
     ]
     found = [key for key in sorted(keys) if one.get(key) != other.get(key)]
     return ", ".join(f"{key} {one.get(key)} and {other.get(key)}" for key in found[:2])
-
-
-def _of_round(key: str) -> str:
-    """The key that a setting of a round replaces, if it is one of a section of its own."""
-    _, round_name, rest = key.partition("rounds.")
-    section, _, name = rest.partition(".")[2].partition(".")
-    if not round_name or name.partition(".")[0] in rounds.SECTIONS.get(section, ()):
-        return key
-    return f"{section}.{name}"
 
 
 def _ratio(first: Row, second: Row) -> str:

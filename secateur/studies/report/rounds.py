@@ -83,7 +83,7 @@ def by_round(results: Sequence[Result]) -> list[Result]:
     if not any(map(chain, results)):
         return list(results)
     tables = [numbered(result) for result in results]
-    keys = {_main(key) for table in tables for key in table if key.startswith("rounds.")} - {""}
+    keys = {main(key) for table in tables for key in table if key.startswith("rounds.")} - {""}
     return [
         replace(result, params=_last_first(table, 1 + len(chain(result)), sorted(keys)))
         for result, table in zip(results, tables, strict=True)
@@ -93,7 +93,9 @@ def by_round(results: Sequence[Result]) -> list[Result]:
 def _last_first(table: Mapping[str, Any], count: int, keys: Sequence[str]) -> dict[str, Any]:
     """The params of one experiment, as `by_round` has them."""
     found = {key: value for key, value in table.items() if not key.startswith("rounds.")}
-    own = {(key.split(".")[1], _main(key)): v for key, v in table.items() if "rounds." in key[:7]}
+    own = {
+        (key.split(".")[1], main(key)): v for key, v in table.items() if key.startswith("rounds.")
+    }
     for number in range(1, count + 1):
         place = "" if number == count else f"rounds.round{number}."
         for key in keys:
@@ -104,9 +106,11 @@ def _last_first(table: Mapping[str, Any], count: int, keys: Sequence[str]) -> di
     return found | {"rounds": count}
 
 
-def _main(key: str) -> str:
-    """The key of the first round that `rounds.<name>.<section>.<rest>` replaces; empty for
-    `after`."""
+def main(key: str) -> str:
+    """The key of the first round that `rounds.<number>.<section>.<rest>` replaces, empty for
+    `after`; any other key as it is."""
+    if not key.startswith("rounds."):
+        return key
     _, _, section, *rest = key.split(".")
     if not rest:
         return ""
