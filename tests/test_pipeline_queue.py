@@ -18,20 +18,32 @@ def start_workers(project):
     )  # fmt: skip
 
 
-def wait_for_queue(project):
-    """Status of the queue when nothing is queued or running any more."""
+def wait_for_queue(project, count):
+    """Status of the queue when nothing is queued or running any more.
+
+    `dvc queue status` takes a second of CPU, from the experiments too: so it is asked when they
+    should be finished, and otherwise now and then.
+    """
     start_workers(project)
     without_workers = 0
-    for _ in range(200):
+    for _ in range(40):
+        asked = time.monotonic()
+        while len(experiments(project)) < count and time.monotonic() < asked + 10:
+            time.sleep(0.1)
         status = project.dvc("queue", "status")
         if "Queued" not in status and "Running" not in status:
             break
         without_workers = without_workers + 1 if "0 active, 0 idle" in status else 0
-        if without_workers == 15:  # workers may leave before the queue is empty
+        if without_workers == 3:  # workers may leave before the queue is empty
             start_workers(project)
             without_workers = 0
-        time.sleep(2)
+        time.sleep(0.2)
     return status
+
+
+def experiments(project):
+    """The refs of the experiments of a project in which none has been packed."""
+    return [path for path in (project.path / ".git/refs/exps").glob("??/*/*") if path.is_file()]
 
 
 def test_queued_experiments_share_models_and_none_is_lost(project):
@@ -42,7 +54,7 @@ def test_queued_experiments_share_models_and_none_is_lost(project):
     try:
         for attempt in range(2):
             project.dvc("exp", "run", "--queue", *sweep)
-            status = wait_for_queue(project)
+            status = wait_for_queue(project, 2)
             lost = [line.split()[1] for line in status.splitlines() if "Failed" in line]
             if not lost:
                 break

@@ -16,7 +16,7 @@ from urllib.parse import urlparse
 
 import pytest
 import yaml
-from workspace import yaml_text
+from workspace import warm_children, yaml_text
 
 from secateur.base.errors import SecateurError, SettingsError
 from secateur.base.settings import check as check_settings
@@ -319,7 +319,7 @@ def study_of(project, **content):
 
 def run_study(project, *options, tracking="off", **more):
     command = ["python", "-m", "secateur", "study", "mine", "--workers", "2", *options]
-    return project.run(*command, SECATEUR_TRACKING=tracking, **more)
+    return project.run(*command, SECATEUR_TRACKING=tracking, **warm_children(), **more)
 
 
 @pytest.mark.pipeline

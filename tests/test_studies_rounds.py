@@ -1,6 +1,7 @@
 """Studies of several rounds: what their cells share, that DVC agrees with it, and the page."""
 
 import contextlib
+import functools
 import os
 import shutil
 import signal
@@ -371,10 +372,12 @@ def test_rounds_are_shared_and_dvc_has_nothing_to_add_to_a_cell(project):
 
 def entries(project, part):
     """Commands in the run cache, one for each entry, with this in them."""
-    found = []
-    for path in (project.path / ".dvc/cache/runs").glob("??/*/*"):
-        if path.suffix == ".tmp":
-            continue
-        command = yaml.safe_load(path.read_text())["cmd"]
-        found += [command] if part in command else []
-    return found
+    paths = (project.path / ".dvc/cache/runs").glob("??/*/*")
+    found = [command_of(path) for path in paths if path.suffix != ".tmp"]
+    return [command for command in found if part in command]
+
+
+@functools.cache
+def command_of(path):
+    """Of an entry of the run cache, which is never written again."""
+    return yaml.safe_load(path.read_text())["cmd"]

@@ -1,14 +1,17 @@
 """A process that starts warm (tests/warm) does what the real program does."""
 
 import json
+import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
-from workspace import PROGRAMS, Project
+from workspace import PROGRAMS, Project, warm_children
 
 pytestmark = pytest.mark.pipeline
 
@@ -159,6 +162,99 @@ def test_what_libraries_set_in_the_callers_environment_does_not(project):
     code = "import sys; print('mlflow' in sys.modules)"
     assert run(project, "python", "-c", code)[1] == "True\n"
     assert run(project, "python", "-c", code, GOMP_SPINCOUNT="30000")[1] == "True\n"  # of a stage
+
+
+ROOT = Path(__file__).resolve().parents[1]
+TAKEN_OVER = """
+import sys
+from secateur.base import plugin, stage
+from secateur.pruning import criteria
+mine = [name for name in sorted(sys.modules) if name.split(".")[0] == "secateur"]
+print(json.dumps({
+    "modules": mine,
+    "files": [sys.modules[name].__file__ for name in mine],
+    "paths": [list(getattr(sys.modules[name], "__path__", [])) for name in mine],
+    "specs": [[spec.name, spec.origin, type(spec.loader).__name__, str(spec.loader_state)]
+              for spec in (sys.modules[name].__spec__ for name in mine)],
+    "packages": [sorted(k for k in vars(sys.modules[name]) if f"{name}.{k}" in sys.modules)
+                 for name in mine if hasattr(sys.modules[name], "__path__")],
+    "attributes": [hasattr(sys.modules["secateur.pruning"], name) for name in ("criteria", "dead")],
+    "plugins": [plugin.names("penalties"), str(plugin.find("penalties", "l1"))],
+}))
+from secateur.penalties import l1
+print(l1.__file__)
+"""
+
+
+@pytest.fixture
+def copied(project):
+    """A project with the code of this repository, with times of its own."""
+    shutil.copytree(ROOT / "secateur", project.path / "secateur", copy_function=shutil.copyfile)
+    return project
+
+
+def code_is_known(copied):
+    """Whether modules of the copy are taken over from the server."""
+    code = "from secateur.base import plugin; print(plugin.find.__code__.co_filename)"
+    return run(copied, "python", "-c", code)[1] == f"{ROOT}/secateur/base/plugin.py\n"
+
+
+def test_modules_of_the_same_code_are_taken_over_as_if_imported(copied):
+    (copied.path / "secateur/penalties/mine.py").touch()
+    real, warm = (
+        run(copied, program, "-c", f"import json\n{TAKEN_OVER}")
+        for program in (sys.executable, "python")
+    )
+    assert warm == real and real[0] == 0
+    assert "mine" in warm[1] and str(copied.path) in warm[1] and f"{ROOT}/secateur" not in warm[1]
+    assert code_is_known(copied)
+
+
+@pytest.mark.parametrize("changed", ["base/plugin.py", "base/errors.py", "base/__init__.py"])
+def test_changed_code_is_run_and_so_is_all_that_imports_it(copied, changed):
+    file = copied.path / "secateur" / changed
+    file.write_text(file.read_text() + "\nNEW = 1\n")
+    name = f"secateur.{changed.removesuffix('.py').removesuffix('/__init__').replace('/', '.')}"
+    code = f"import {name} as m; print(m.NEW)"
+    assert run(copied, "python", "-c", code) == (0, "1\n", "")
+    assert not code_is_known(copied)
+    file.unlink()
+    if changed != "base/__init__.py":  # which a package needs not have
+        assert "No module named" in run(copied, "python", "-c", code)[2]
+
+
+def test_a_change_elsewhere_leaves_the_rest_known(copied):
+    (copied.path / "secateur/archs/vgg.py").write_text("NEW = 2")
+    code = "from secateur.archs import vgg; print(vgg.NEW)"
+    assert run(copied, "python", "-c", code) == (0, "2\n", "")
+    assert code_is_known(copied)
+
+
+def test_the_module_that_runs_is_that_of_the_copy(copied):
+    file = copied.path / "secateur/base/errors.py"
+    file.write_text("print(__name__, __spec__.name)\n" + file.read_text())
+    assert run(copied, "python", "-m", "secateur.base.errors") == (
+        0, "__main__ secateur.base.errors\n", ""
+    )  # fmt: skip
+
+
+def test_what_it_starts_itself_is_warm_where_that_is_asked_for(project):
+    """With open files that are passed on, and an empty variable that Python ignores."""
+    read, write = os.pipe()
+    inner = f"import os, sys; os.write({write}, b'warm' if 'mlflow' in sys.modules else b'real')"
+    code = (
+        "import os, subprocess, sys\n"
+        f"subprocess.run([sys.executable, '-c', {inner!r}], pass_fds=[{write}], check=True,\n"
+        "env=os.environ | {'PYTHONPATH': ''})"
+    )
+    for more, expected in (({}, b"real"), (warm_children(), b"warm")):
+        subprocess.run(
+            ["python", "-c", code], cwd=project.path, env=project.env(**more), pass_fds=[write],
+            check=True,
+        )  # fmt: skip
+        assert os.read(read, 100) == expected
+    os.close(read)
+    os.close(write)
 
 
 def test_other_programs_are_not_taken_over(project):

@@ -35,6 +35,13 @@ def yaml_text(value):
     return yaml.dump(value, Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper), sort_keys=False)
 
 
+def warm_children():
+    """A variable with which a command that starts further Pythons, as a study does, starts them
+    warm too."""
+    server = PROGRAMS.get("WARM_SERVER")
+    return {"WARM_EXECUTABLE": str(Path(server).parent / "bin/python")} if server else {}
+
+
 def ran(log):
     """Names of the stages that DVC has run, in their order."""
     return [line.split("'")[1] for line in log.splitlines() if line.startswith("Running stage")]

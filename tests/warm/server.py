@@ -3,17 +3,19 @@
     python server.py SOCKET OWNER
 
 A stage needs half a second for its own imports, and several for those of torch, MLflow, DVC and
-pandas; the tests start hundreds of stages. This server imports the libraries, but none of the
-project's code, and forks a process for each request of `client.py`, which then runs what `python -m
-<module>`, `python -c <code>` or `dvc` would run, with the caller's arguments, environment, folder
-and streams. It ends when the process OWNER has ended.
+pandas; the tests start hundreds of stages. This server imports the libraries and forks a process
+for each request of `client.py`, which then runs what `python -m <module>`, `python -c <code>` or
+`dvc` would run, with the caller's arguments, environment, folder and streams. The project's own
+modules are taken over where the copy of the project has the same code (`known.py`). It ends when
+the process OWNER has ended.
 """
 
 import atexit
 import contextlib
+import fcntl
 import gc
 import importlib
-import json
+import marshal
 import os
 import runpy
 import select
@@ -22,9 +24,11 @@ import socket
 import struct
 import sys
 import threading
+import weakref
 from pathlib import Path
 from typing import NoReturn
 
+import known
 from client import early, limits
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,6 +59,8 @@ LIBRARIES = [
     "torch.fx",
 ]
 """What stages and the commands of DVC import; torch and torchvision come before them."""
+MOST_FILES = 16
+"""Open files that a caller may pass on."""
 
 
 def import_libraries() -> dict[str, str]:
@@ -79,6 +85,18 @@ def import_libraries() -> dict[str, str]:
     return tuned
 
 
+def leave_nothing_to_do_at_exit() -> None:
+    """Let the forked processes neither report nor take apart what the libraries have set up.
+
+    Torch would import a library to print times of compiling, of which there are none.
+    """
+    from torch._dynamo import utils
+
+    atexit.unregister(utils.dump_compile_times)
+    for finalizer in list(weakref.finalize._registry):
+        finalizer.atexit = False
+
+
 def serve(path: str, owner: int) -> tuple[list[str], str]:
     """Answer requests until the owner has ended; in a forked process, returns what it is to run."""
     listener = socket.socket(socket.AF_UNIX)
@@ -100,7 +118,7 @@ def serve(path: str, owner: int) -> tuple[list[str], str]:
         for source in ready:
             if source is listener:
                 connection, _ = listener.accept()
-                request, streams = receive(connection)
+                request, files = receive(connection)
                 pid = os.fork()
                 if pid == 0:
                     listener.close()
@@ -110,9 +128,9 @@ def serve(path: str, owner: int) -> tuple[list[str], str]:
                     signal.set_wakeup_fd(-1)
                     os.close(wake_read)
                     os.close(wake_write)
-                    return become(request, streams)
-                for stream in streams:
-                    os.close(stream)
+                    return become(request, files)
+                for file in files:
+                    os.close(file)
                 connection.sendall(struct.pack("i", pid))
                 running[pid] = connection
             elif source is wake_read:
@@ -126,13 +144,13 @@ def serve(path: str, owner: int) -> tuple[list[str], str]:
 
 
 def receive(connection: socket.socket) -> tuple[dict, list[int]]:
-    """Read a request: its length, its three streams, its JSON."""
-    head, streams, _, _ = socket.recv_fds(connection, 4, 3)
+    """Read a request: its length, its open files, its content."""
+    head, files, _, _ = socket.recv_fds(connection, 4, MOST_FILES)
     (size,) = struct.unpack("i", head)
     content = b""
     while len(content) < size:
         content += connection.recv(size - len(content))
-    return json.loads(content), list(streams)
+    return marshal.loads(content), list(files)
 
 
 def reap(running: dict[int, socket.socket]) -> None:
@@ -150,17 +168,22 @@ def reap(running: dict[int, socket.socket]) -> None:
             connection.close()
 
 
-def become(request: dict, streams: list[int]) -> tuple[list[str], str]:
-    """Take over streams, folder and environment of the client; returns command and first path."""
+def become(request: dict, files: list[int]) -> tuple[list[str], str]:
+    """Take over files, folder and environment of the client; returns command and first path."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.setpgid(0, 0)
-    for number, stream in enumerate(streams):
-        os.dup2(stream, number)
-        os.close(stream)
+    above = max(request["files"]) + 1
+    moved = [fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, above) for file in files]
+    for file in files:
+        os.close(file)
+    for number, file in zip(request["files"], moved, strict=True):
+        os.dup2(file, number)
+        os.close(file)
     os.umask(request["umask"])
     os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(request["environment"])
+    sys.executable = os.environ.get("WARM_EXECUTABLE", sys.executable)
     return request["command"], request["folder"]
 
 
@@ -177,7 +200,7 @@ def _kill(pid: int) -> None:
         os.killpg(pid, signal.SIGKILL)
 
 
-def run(command: list[str], folder: str) -> None:
+def run(command: list[str], folder: str, modules: dict[str, known.Module]) -> None:
     """Run the command as Python itself would: `dvc`, `python -c` or `python -m`."""
     sys.path.pop(0)
     if command[0] == "dvc":
@@ -186,6 +209,8 @@ def run(command: list[str], folder: str) -> None:
         sys.argv = [str(Path(sys.executable).parent / "dvc"), *command[1:]]
         sys.exit(dvc())
     sys.path.insert(0, "" if command[1] == "-c" else folder)
+    main = command[2] if command[1] == "-m" else ""
+    sys.meta_path.insert(0, known.Finder(modules, Path(folder), main))
     if command[1] == "-c":
         sys.argv = ["-c", *command[3:]]
         exec(compile(command[2], "<string>", "exec"), {"__name__": "__main__"})
@@ -227,11 +252,14 @@ def main() -> NoReturn:
     """Import, serve, and run the command of the request in each forked process."""
     path, owner = sys.argv[1], int(sys.argv[2])
     fits = [early(dict(os.environ)), import_libraries()]
-    Path(path + ".json").write_text(json.dumps([fits, limits()]))
+    modules = known.learn(ROOT)
+    leave_nothing_to_do_at_exit()
+    Path(path + ".known").write_bytes(marshal.dumps([fits, limits()]))
     gc.collect()
     gc.freeze()
+    gc.set_threshold(50_000, 20, 100)  # as in conftest.py
     try:
-        run(*serve(path, owner))
+        run(*serve(path, owner), modules)
     except BaseException as error:
         end(error)
     end(None)

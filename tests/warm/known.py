@@ -1,0 +1,167 @@
+"""The project's own modules, imported once by the server and taken over by what it forks.
+
+A copy of the project in a test has, in most cases, the very code of the repository, and importing
+it takes longer than most stages work. A module is taken over, at the moment at which it would be
+imported, if its file and the files of all modules that it imports have the same content as those
+that the server has imported; otherwise it is imported from the copy.
+"""
+
+import builtins
+import contextlib
+import functools
+import importlib
+import importlib.machinery
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+PACKAGE = "secateur"
+
+
+@dataclass
+class Module:
+    """A module as it was right after its import."""
+
+    module: ModuleType
+    path: str
+    """Of its file, relative to the project."""
+    content: bytes
+    written: tuple[int, int]
+    """Time and size of the file."""
+    needs: dict[str, None] = field(default_factory=dict)
+    """Names of the project's modules that importing it imports, in their order."""
+
+
+def learn(root: Path) -> dict[str, Module]:
+    """Import all modules of the package in `root`, and forget them.
+
+    In a folder without files, so that nothing is read from the folder in which they are imported.
+    """
+    files = sorted(path for path in (root / PACKAGE).rglob("*.py") if path.stem != "__main__")
+    names = {".".join(p.relative_to(root).with_suffix("").parts): p for p in files}
+    names = {name.removesuffix(".__init__"): path for name, path in names.items()}
+    here = os.getcwd()  # noqa: PTH109  as in client.py
+    os.chdir("/")
+    sys.path.insert(0, str(root))
+    with _recorded_imports() as needs:
+        for name in names:
+            importlib.import_module(name)
+    sys.path.remove(str(root))
+    os.chdir(here)
+    found = {}
+    for name, path in names.items():
+        module, state = sys.modules.pop(name), path.stat()
+        found[name] = Module(
+            module,
+            str(path.relative_to(root)),
+            path.read_bytes(),
+            (state.st_mtime_ns, state.st_size),
+            dict.fromkeys(other for other in needs.get(name, ()) if other in names),
+        )
+    for name, known in found.items():  # a package has only those modules that were imported
+        parent, _, last = name.rpartition(".")
+        if parent and vars(found[parent].module).get(last) is known.module:
+            delattr(found[parent].module, last)
+    return found
+
+
+@contextlib.contextmanager
+def _recorded_imports() -> Iterator[dict[str, dict[str, None]]]:
+    """Name of a module -> names that its code has imported meanwhile, packages first."""
+    found: dict[str, dict[str, None]] = {}
+    original = builtins.__import__
+
+    def record(
+        name: str,
+        globals: dict[str, Any] | None = None,
+        locals: dict[str, Any] | None = None,
+        fromlist: Sequence[str] | None = (),
+        level: int = 0,
+    ) -> ModuleType:
+        result = original(name, globals, locals, fromlist or (), level)
+        if level == 0 and globals and name.partition(".")[0] == PACKAGE:
+            parts = name.split(".")
+            names = [".".join(parts[: count + 1]) for count in range(len(parts))]
+            names += [f"{name}.{part}" for part in fromlist or ()]
+            found.setdefault(globals["__name__"], {}).update(dict.fromkeys(names))
+        return result
+
+    builtins.__import__ = record
+    try:
+        yield found
+    finally:
+        builtins.__import__ = original
+
+
+class Finder:
+    """Finds the modules that are taken over; it is their loader too."""
+
+    def __init__(self, modules: dict[str, Module], folder: Path, main: str) -> None:
+        self.modules, self.folder, self.main = modules, folder, main
+        """`main` is the module that runs as __main__: its code is that of the copy."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """A spec whose loader is this object, or None."""
+        if name not in self.modules or name == self.main or not self._same(name):
+            return None
+        spec = PathFinder.find_spec(name, path)
+        if spec is None or spec.origin != str(self.folder / self.modules[name].path):
+            return None
+        spec.loader_state, spec.loader = spec.loader, self
+        return spec
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        """The module, as if it had been imported from the copy."""
+        module = self.modules[spec.name].module
+        root = module.__file__.removesuffix(self.modules[spec.name].path).rstrip("/")
+        for name, value in vars(module).items():
+            if isinstance(value, Path) and value.is_relative_to(root):
+                setattr(module, name, self.folder / value.relative_to(root))
+        module.__file__, module.__cached__ = spec.origin, spec.cached
+        if spec.submodule_search_locations is not None:
+            module.__path__ = spec.submodule_search_locations
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Import what its code imports."""
+        spec = module.__spec__
+        spec.loader, spec.loader_state = spec.loader_state, None
+        module.__loader__ = spec.loader
+        for name in self.modules[spec.name].needs:
+            importlib.import_module(name)
+
+    @functools.cached_property
+    def _known(self) -> dict[str, bool]:
+        return {}
+
+    def _same(self, name: str) -> bool:
+        """Whether the copy has the same code, in this module and in all that it imports."""
+        todo, seen = [name], {name}
+        while todo:
+            name = todo.pop()
+            if not self._same_file(name):
+                return False
+            new = self.modules[name].needs.keys() - seen
+            seen |= new
+            todo += new
+        return True
+
+    def _same_file(self, name: str) -> bool:
+        if name not in self._known:
+            module = self.modules[name]
+            path = self.folder / module.path
+            try:
+                state = path.stat()
+                same = (state.st_mtime_ns, state.st_size) == module.written
+                self._known[name] = same or path.read_bytes() == module.content
+            except OSError:
+                self._known[name] = False
+        return self._known[name]
