@@ -2,13 +2,17 @@
 
 import gc
 import os
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import warm
 from filelock import FileLock
 from workspace import PROGRAMS, Project, fresh_project
 
+MEMORY, ROOM = Path("/dev/shm"), 6 * 2**30
+"""Where the tests write if there is as much room: there, no database waits for a disk."""
 LONGEST = [
     "test_pipeline_runs.py",  # makes the finished project
     "test_studies.py",
@@ -51,10 +55,25 @@ processes. On processors with AMX, workers have been ended by a signal of the ke
 code SI_KERNEL) as they waited for a process after these runtimes had been in use."""
 
 
+def usable(folder, room):
+    """Whether a folder in memory has so many bytes of room, and programs in it may run."""
+    try:
+        found, memory = os.statvfs(folder), Path("/proc/meminfo").read_text()
+    except OSError:
+        return False
+    available = int(re.search(r"MemAvailable: *(\d+)", memory)[1]) * 1024
+    free = min(found.f_bavail * found.f_frsize, available)
+    return free > room and not found.f_flag & getattr(os, "ST_NOEXEC", 0)
+
+
+if usable(MEMORY, ROOM):
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))  # read by pytest
+
+
 def pytest_xdist_auto_num_workers(config):
     """One more than there are processors: tests of pipelines wait for their processes."""
-    usable = getattr(os, "sched_getaffinity", None)
-    return (len(usable(0)) if usable else os.cpu_count() or 1) + 1
+    allowed = getattr(os, "sched_getaffinity", None)
+    return (len(allowed(0)) if allowed else os.cpu_count() or 1) + 1
 
 
 def pytest_collection_modifyitems(items):
@@ -78,6 +97,7 @@ def programs(tmp_path_factory):
     folder = (base.parent if workers else base) / "warm"
     owner = os.getppid() if workers else os.getpid()
     PROGRAMS.update(warm.start(folder, Project(folder).env(), owner))
+    PROGRAMS["DVC_SITE_CACHE_DIR"] = str(folder / "dvc")
 
 
 @pytest.fixture(scope="session")

@@ -56,7 +56,7 @@ ENDS = {
 
 @pytest.fixture
 def project(tmp_path, programs):
-    if not PROGRAMS:
+    if "WARM_SERVER" not in PROGRAMS:
         pytest.skip("the path of the tests' folder is too long for a socket")
     return Project(tmp_path)
 
@@ -255,6 +255,22 @@ def test_what_it_starts_itself_is_warm_where_that_is_asked_for(project):
         assert os.read(read, 100) == expected
     os.close(read)
     os.close(write)
+
+
+def test_a_text_that_is_parsed_twice_gives_values_of_their_own(project):
+    code = (
+        "from dvc.utils.serialize import loads_yaml, parse_yaml\n"
+        "text = 'a: [1, 2.5, x, null, true, {b: 2020-01-01}]\\nb: &b {c: 1}\\nd: *b'\n"
+        "one, two, other = (parse_yaml(text, '') for _ in range(3))\n"
+        "two['a'].append(3); two['b']['c'] = 2\n"
+        "print(one == other, one, loads_yaml(text, typ='rt'))\n"
+        "for _ in range(2):\n"
+        "    try: parse_yaml('a: [', 'name')\n"
+        "    except Exception as error: print(type(error), error)\n"
+    )
+    for text in (code, code.replace("2020-01-01", "2020")):
+        real, warm = (run(project, program, "-c", text) for program in (sys.executable, "python"))
+        assert real == warm and real[1].startswith("True {'a'") and "corrupted" in real[1]
 
 
 def test_other_programs_are_not_taken_over(project):

@@ -26,37 +26,76 @@ import sys
 import threading
 import weakref
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import known
 from client import early, limits
+from ruamel.yaml import YAML
 
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARIES = [
     "PIL.Image",
+    "alembic.command",
+    "dulwich.porcelain",
+    "dulwich.worktree",
+    "dvc.cachemgr",
     "dvc.cli",
+    "dvc.cli.parser",
     "dvc.commands.repro",
+    "dvc.data_cloud",
     "dvc.repo",
+    "dvc.repo.artifacts",
+    "dvc.repo.datasets",
     "dvc.repo.experiments.executor.local",
+    "dvc.repo.experiments.queue.celery",
+    "dvc.repo.experiments.queue.tasks",
+    "dvc.repo.experiments.run",
+    "dvc.repo.experiments.show",
+    "dvc.repo.graph",
+    "dvc.repo.index",
     "dvc.repo.plots",
+    "dvc.repo.stage",
+    "dvc.repo.trie",
     "dvc.stage.run",
+    "dvc.utils.hydra",
+    "dvc.utils.strictyaml",
+    "dvc_data.hashfile.db.local",
+    "dvc_data.index.push",
+    "dvc_task.worker",
+    "email.policy",
     "filelock",
+    "fsspec.implementations.memory",
     "git",
+    "hydra",
+    "importlib_metadata._adapters",
+    "jinja2",
     "lightning_fabric",
+    "matplotlib.backends.backend_agg",
+    "matplotlib.backends.backend_svg",
+    "matplotlib.figure",
     "mlflow",
     "mlflow.store.tracking.sqlalchemy_store",
+    "mlflow.store.tracking.sqlalchemy_workspace_store",
+    "mlflow.tracing.processor.otel",
+    "networkx",
     "opentelemetry.sdk.metrics",
     "pandas",
+    "platformdirs",
     "pydantic.dataclasses",
+    "pygit2",
     "pyparsing",
     "rich.progress",
     "ruamel.yaml",
     "safetensors.torch",
     "scipy.optimize",
+    "scmrepo.git.backend.pygit2",
     "sklearn.datasets",
+    "sklearn.model_selection",
+    "sqlalchemy.dialects.sqlite",
     "torch._dynamo",  # torch.optim imports it with the first optimizer
     "torch.distributed.run",
     "torch.fx",
+    "wcwidth",
 ]
 """What stages and the commands of DVC import; torch and torchvision come before them."""
 MOST_FILES = 16
@@ -95,6 +134,29 @@ def leave_nothing_to_do_at_exit() -> None:
     atexit.unregister(utils.dump_compile_times)
     for finalizer in list(weakref.finalize._registry):
         finalizer.atexit = False
+
+
+def remember_documents() -> None:
+    """Let a text of YAML be parsed once in a process, and those of the pipelines only here.
+
+    DVC parses the same files dozens of times in a command, which is most of its work.
+    """
+    parse = YAML.load
+    known: dict[str, bytes] = {}
+
+    def load(self: YAML, stream: Any) -> Any:
+        if self.typ != ["safe"] or not isinstance(stream, str):
+            return parse(self, stream)
+        if stream in known:
+            return marshal.loads(known[stream])
+        result = parse(self, stream)
+        with contextlib.suppress(ValueError):  # a date, or whatever else is no plain value
+            known[stream] = marshal.dumps(result)
+        return result
+
+    YAML.load = load
+    for file in (ROOT / "dvc.yaml", *ROOT.glob("stages/*/dvc.yaml")):
+        YAML(typ="safe").load(file.read_text())
 
 
 def serve(path: str, owner: int) -> tuple[list[str], str]:
@@ -254,6 +316,7 @@ def main() -> NoReturn:
     fits = [early(dict(os.environ)), import_libraries()]
     modules = known.learn(ROOT)
     leave_nothing_to_do_at_exit()
+    remember_documents()
     Path(path + ".known").write_bytes(marshal.dumps([fits, limits()]))
     gc.collect()
     gc.freeze()
