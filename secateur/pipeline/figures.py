@@ -1,4 +1,8 @@
-"""Pictures of a chain for its run in MLflow: the course of its trainings, and what is left."""
+"""Pictures of a chain for its run in MLflow: the course of its trainings, and what is left.
+
+Margins are worked out from the longest label: an automatic layout would draw each figure three
+times, which is most of the time that writing a run into MLflow takes.
+"""
 
 import csv
 import math
@@ -19,7 +23,11 @@ def curves(histories: Mapping[str, Sequence[Row]]) -> "Figure":
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 6), layout="constrained")
+    width, height = 9.0, 6.0
+    legend = 0.7 + 0.09 * max(map(len, histories), default=0)
+    right = 1 - legend / width
+    figure = Figure(figsize=(width, height))
+    figure.subplots_adjust(0.75 / width, 0.6 / height, right, 1 - 0.15 / height, hspace=0.08)
     loss, accuracy = figure.subplots(2, sharex=True)
     done = 0
     for stage, rows in histories.items():
@@ -30,7 +38,7 @@ def curves(histories: Mapping[str, Sequence[Row]]) -> "Figure":
         done += len(rows)
     if done:
         loss.set_yscale("log")
-        figure.legend(loc="outside right upper", frameon=False)
+        figure.legend(loc="upper left", bbox_to_anchor=(right, 1), frameon=False)
     loss.set_ylabel("training loss")
     accuracy.set_ylabel("validation accuracy %")
     accuracy.set_xlabel("epoch of the chain")
@@ -45,7 +53,10 @@ def layers(table: Path) -> "Figure":
 
     with table.open(newline="") as lines:
         rows = [row for row in csv.DictReader(lines) if row["model"] == "finetuned"]
-    figure = Figure(figsize=(8, 1.2 + 0.2 * len(rows)), layout="constrained")
+    labels = 0.2 + 0.075 * max((len(row["layer"]) for row in rows), default=0)
+    width, height = labels + 6.5, 0.8 + 0.2 * len(rows)
+    figure = Figure(figsize=(width, height))
+    figure.subplots_adjust(labels / width, 0.6 / height, 1 - 0.2 / width, 1 - 0.1 / height)
     axes = figure.add_subplot()
     gone = [100 * float(row["sparsity_of_dense"]) for row in rows]
     axes.barh(range(len(rows)), gone)

@@ -57,9 +57,10 @@ def log(
     def write() -> str:
         with store.lock:
             made_from = _records(chain) if records is None else records
-            run_id = tracking.find_pipeline(store, made_from)
-            if run_id is None:
+            run = tracking.pipeline_run(store, made_from)
+            if run is None:
                 raise SecateurError("it has no run of this chain; `secateur sync` writes it")
+            run_id = str(run.info.run_id)
             model_id = _model(store, run_id, program, example)
             _measurements(store, run_id, model_id, report, files)
             if register:

@@ -12,8 +12,9 @@ import os
 import re
 import socket
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 from urllib.parse import urlparse
 
@@ -61,6 +62,10 @@ class Store:
         self.experiment = ""
         self.lock = FileLock(project_root() / ".mlflow.lock", timeout=LOCK_SECONDS)
         """Held while a store, a restored run or a pipeline run is written."""
+        self.known_runs: dict[str, str] = {}
+        """Identity of a record -> its run; what this process has found or written."""
+        self.known_models: dict[str, list[str]] = {}
+        """Run -> the models that it has made."""
         if tracking_on():
             self.attempt(self._connect)
 
@@ -165,12 +170,20 @@ class Store:
             raise
         return str(info.status) if info.lifecycle_stage == "active" else None
 
-    def log(self, run_id: str, metrics: Sequence[Any] = (), params: Sequence[Any] = ()) -> None:
-        """Log any number of metrics and params in as few calls as MLflow allows."""
-        metrics = list(metrics)
+    def log(
+        self,
+        run_id: str,
+        metrics: Sequence[Any] = (),
+        params: Sequence[Any] = (),
+        tags: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        """Log any number of metrics, and params and tags, in as few calls as MLflow allows."""
+        from mlflow.entities import RunTag
+
+        given = [RunTag(key, value) for key, value in tags.items()]
         for start in range(0, max(len(metrics), 1), 1000):
-            batch = metrics[start : start + 1000]
-            self.client.log_batch(run_id, metrics=batch, params=params if start == 0 else ())
+            batch, first = metrics[start : start + 1000], start == 0
+            self.client.log_batch(run_id, batch, params if first else (), given if first else ())
 
 
 def tracking_on() -> bool:

@@ -1,5 +1,7 @@
 """Read params.yaml, and change values in it; its comments and the order of its keys stay."""
 
+import copy
+import functools
 import io
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,6 +29,26 @@ def update(values: Mapping[str, Any], path: Path | str = settings.FILE) -> None:
 
 def updated(text: str, values: Mapping[str, Any]) -> str:
     """The text of params.yaml with each value set at its dotted key."""
+    params = copy.deepcopy(_parsed(text))
+    for key, value in values.items():
+        *sections, last = key.split(".")
+        table = params
+        for section in sections:
+            table = table.setdefault(section, {})
+        table[last] = value
+    made = io.StringIO()
+    _editor().dump(params, made)
+    return made.getvalue()
+
+
+@functools.lru_cache(maxsize=1)
+def _parsed(text: str) -> Any:
+    """The document with its comments; a study changes the same text for each of its cells."""
+    return _editor().load(text)
+
+
+def _editor() -> Any:
+    """Keeps comments, quotes and the order of keys."""
     from ruamel.yaml import YAML
     from ruamel.yaml.representer import RoundTripRepresenter
 
@@ -38,13 +60,4 @@ def updated(text: str, values: Mapping[str, Any]) -> str:
     editor.Representer = WithNull
     editor.preserve_quotes = True
     editor.width = 1000  # no line is wrapped
-    params = editor.load(text)
-    for key, value in values.items():
-        *sections, last = key.split(".")
-        table = params
-        for section in sections:
-            table = table.setdefault(section, {})
-        table[last] = value
-    made = io.StringIO()
-    editor.dump(params, made)
-    return made.getvalue()
+    return editor

@@ -169,7 +169,7 @@ def write(store: Store, source: Source) -> int:
             if path in source.files:
                 artifacts.append(Path(scratch) / Path(path).name)
                 artifacts[-1].write_bytes(source.files[path])
-        known = store.attempt(lambda: tracking.find_pipeline(store, records))
+        known = store.attempt(lambda: tracking.pipeline_run(store, records))
         run_id = tracking.pipeline(records, histories, report, artifacts, store, source.name)
     if run_id and not known:
         written += 1

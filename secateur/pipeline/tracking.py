@@ -15,6 +15,8 @@ import io
 import json
 import os
 import re
+import shutil
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -74,11 +76,9 @@ class Run(Callback):
         }
         params = flat(self.stage.declared)
         tags = _tags(self.stage.name) | links | {"fingerprint": self.stage.fingerprint}
-        name, fingerprint = self.stage.name, self.stage.fingerprint
-        run_id = _create_run(self.store, f"{name}-{fingerprint[:8]}", tags, params, began)
-        _log_dataset(self.store, run_id, dataset)
-        _log_inputs(self.store, run_id, [r.model_id for r in self.upstream.values() if r.model_id])
-        return run_id
+        name = f"{self.stage.name}-{self.stage.fingerprint[:8]}"
+        models = [r.model_id for r in self.upstream.values() if r.model_id]
+        return _create_run(self.store, name, tags, params, began, dataset, models)
 
     def on_train_start(self, epochs: int, steps_per_epoch: int, history: Sequence[Row]) -> None:
         """Log the epochs that were saved, but not sent before the process was killed."""
@@ -212,18 +212,34 @@ def _pipeline(
     for name, record in records.items():
         links = {maker: ids[maker] for maker in record.upstream if maker in ids}
         ids[name], _ = restore(store, record, histories.get(name, ()), links)
-    params: dict[str, Any] = {}
-    for record in records.values():
-        params |= flat(record.params)
-    key = pipeline_key(records)
+    models = [model for run_id in ids.values() for model in _models(store, run_id)]
     experiment = experiment_name or os.environ.get("DVC_EXP_NAME")
-    run_id = find_pipeline(store, records) or ""
     seconds = sum(record.seconds for record in records.values())
-    if not run_id:
-        tags = _tags("evaluate") | {"kind": "pipeline", "pipeline.key": key}
+    found = pipeline_run(store, records)
+    tags = {f"run.{_key(name)}": run_id for name, run_id in ids.items()}
+    tags |= {"mlflow.note.content": _note(store, ids, report)}
+    tags |= _experiments(found.data.tags if found else {}, experiment)
+    if found is not None:
+        run_id, began = str(found.info.run_id), int(found.info.start_time)
+        _log_inputs(store, run_id, models)
+    else:
+        params: dict[str, Any] = {}
+        for record in records.values():
+            params |= flat(record.params)
+        key = pipeline_key(records)
+        tags |= _tags("evaluate") | {"kind": "pipeline", "pipeline.key": key}
         name = f"{experiment or f'pipeline-{key[:8]}'}: {_name(params)}"
-        run_id = _create_run(store, name, tags, params, time.time() - seconds)
-        _log_dataset(store, run_id, next(iter(records.values())).dataset, "test")
+        since, dataset = time.time() - seconds, next(iter(records.values())).dataset
+        run_id = _create_run(store, name, tags, params, since, dataset, models, "test")
+        began = int(1000 * since)
+    store.log(run_id, _results(records, report), tags={} if found is None else tags)
+    _log_files(store, run_id, histories, files, fresh=found is None)
+    store.client.set_terminated(run_id, "FINISHED", end_time=began + round(1000 * seconds))
+    return run_id
+
+
+def _results(records: Mapping[str, RunRecord], report: Mapping[str, Any]) -> list[Any]:
+    """The metrics of a chain: those of its report, and the seconds of its stages."""
     from mlflow.entities import Metric
 
     now = int(time.time() * 1000)
@@ -232,20 +248,12 @@ def _pipeline(
     numbers = {"accuracy": report["finetuned"]["accuracy"], **results, **flat(chain, "/")}
     numbers = {key: value for key, value in numbers.items() if _number(value)}
     numbers |= {f"{_key(name)}/seconds": record.seconds for name, record in records.items()}
-    store.log(run_id, [Metric(k, float(v), now, 0) for k, v in numbers.items()])
-    for place, row in enumerate(report.get("rounds", {}).values(), 1):  # as curves over the rounds
-        store.log(run_id, [Metric(f"round/{k}", float(v), now, place) for k, v in row.items()])
-    for name, stage_id in ids.items():
-        store.client.set_tag(run_id, f"run.{_key(name)}", stage_id)
-    _log_inputs(store, run_id, [model for i in ids.values() for model in _models(store, i)])
-    _add_name(store, run_id, experiment)
-    store.client.set_tag(run_id, "mlflow.note.content", _note(store, ids, report))
-    for file in files:
-        store.client.log_artifact(run_id, str(file))
-    _log_figures(store, run_id, histories, files)
-    began = store.client.get_run(run_id).info.start_time
-    store.client.set_terminated(run_id, "FINISHED", end_time=began + round(1000 * seconds))
-    return run_id
+    rounds = [  # as curves over the rounds
+        Metric(f"round/{key}", float(value), now, place)
+        for place, row in enumerate(report.get("rounds", {}).values(), 1)
+        for key, value in row.items()
+    ]
+    return [Metric(key, float(value), now, 0) for key, value in numbers.items()] + rounds
 
 
 def pipeline_key(records: Mapping[str, RunRecord]) -> str:
@@ -254,10 +262,10 @@ def pipeline_key(records: Mapping[str, RunRecord]) -> str:
     return hashlib.sha256(identities.encode()).hexdigest()[:32]
 
 
-def find_pipeline(store: Store, records: Mapping[str, RunRecord]) -> str | None:
-    """Id of the chain's run in this store, if it has one."""
+def pipeline_run(store: Store, records: Mapping[str, RunRecord]) -> Any | None:
+    """The chain's run in this store, as MLflow describes it, if it has one."""
     found = store.runs(f"tags.`pipeline.key` = '{pipeline_key(records)}'")
-    return str(found[0].info.run_id) if found else None
+    return found[0] if found else None
 
 
 def restore(
@@ -269,12 +277,10 @@ def restore(
     whether it was made. A restored run that is not finished was left by a process that was killed
     while it wrote it, and is made anew.
     """
-    if store.status(record.run_id) is not None:
-        return str(record.run_id), False
-    for run in store.runs(f"tags.`origin.run_id` = '{record.identity}'"):
-        if run.info.status == "FINISHED":
-            return str(run.info.run_id), False
-        store.client.delete_run(run.info.run_id)
+    known = store.known_runs.get(record.identity) or _find(store, record)
+    if known is not None:
+        store.known_runs[record.identity] = known
+        return known, False
     tags = _tags(record.stage, record) | {
         "restored": "true",
         "origin.run_id": record.identity,
@@ -284,13 +290,25 @@ def restore(
     ended = record.ended or time.time()
     began = ended - record.seconds
     name, params = f"{record.stage}-{record.fingerprint[:8]}", flat(record.params)
-    run_id = _create_run(store, name, tags, params, began)
-    _log_dataset(store, run_id, record.dataset)
-    _log_inputs(store, run_id, [m for i in upstream.values() for m in _models(store, i)])
+    models = [model for maker in upstream.values() for model in _models(store, maker)]
+    run_id = _create_run(store, name, tags, params, began, record.dataset, models)
     times = [began + record.seconds * place / len(rows) for place in range(1, len(rows) + 1)]
-    store.log(run_id, _metrics([*zip(rows, times, strict=True)]))
-    _close_run(store, run_id, record.stage, record.metrics, record.model, record.sha256, ended)
+    results = record.metrics, record.model, record.sha256
+    curves = _metrics([*zip(rows, times, strict=True)])
+    _close_run(store, run_id, record.stage, *results, ended=ended, more=curves, fresh=True)
+    store.known_runs[record.identity] = run_id
     return run_id, True
+
+
+def _find(store: Store, record: RunRecord) -> str | None:
+    """The run that the stage itself has written, or one that was restored; deletes half of one."""
+    if store.status(record.run_id) is not None:
+        return str(record.run_id)
+    for run in store.runs(f"tags.`origin.run_id` = '{record.identity}'"):
+        if run.info.status == "FINISHED":
+            return str(run.info.run_id)
+        store.client.delete_run(run.info.run_id)
+    return None
 
 
 def read_history(path: Path) -> list[Row]:
@@ -312,16 +330,28 @@ def parse_history(content: bytes, where: str) -> list[Row]:
 
 
 def _create_run(
-    store: Store, name: str, tags: Mapping[str, str], params: Mapping[str, Any], began: float
+    store: Store,
+    name: str,
+    tags: Mapping[str, str],
+    params: Mapping[str, Any],
+    began: float,
+    dataset: Mapping[str, Any],
+    models: Sequence[str],
+    part: Literal["train", "test"] = "train",
 ) -> str:
-    """A new run, of work that began at this time, in seconds since 1970."""
+    """A new run, of work that began at this time, in seconds since 1970; it read these models."""
     from mlflow.entities import Param
 
     run = store.client.create_run(
-        store.experiment, start_time=int(1000 * began), tags=dict(tags), run_name=name
+        store.experiment,
+        start_time=int(1000 * began),
+        tags={**tags, "data.hash": str(dataset["hash"])},
+        run_name=name,
     )
-    store.log(run.info.run_id, params=[Param(_key(k), str(v)) for k, v in params.items()])
-    return str(run.info.run_id)
+    run_id = str(run.info.run_id)
+    store.log(run_id, params=[Param(_key(k), str(v)) for k, v in params.items()])
+    _log_inputs(store, run_id, models, [_dataset(dataset, part)])
+    return run_id
 
 
 def _key(name: str) -> str:
@@ -337,53 +367,68 @@ def _close_run(
     metrics: Mapping[str, float],
     model: str,
     sha256: str,
+    *,
     ended: float | None = None,
+    more: Sequence[Any] = (),
+    fresh: bool = False,
 ) -> str:
     """Log final metrics and the checkpoint as a model that DVC holds; returns the model's id.
 
-    The run ends now, or at the time `ended`, in seconds since 1970.
+    The run ends now, or at the time `ended`, in seconds since 1970. `more` are further metrics.
+    A `fresh` run is one that this process has made; others may have their model already, since a
+    process may have been killed after it had logged it.
     """
     import mlflow
     from mlflow.entities import LoggedModelOutput, Metric
 
     end = int(1000 * (ended or time.time()))
-    store.log(run_id, [Metric(k, float(v), end, 0) for k, v in metrics.items()])
-    condition = f"source_run_id = '{run_id}'"  # a process may have been killed after these lines
-    found = list(store.client.search_logged_models([store.experiment], condition))
-    entry = next((m for m in found if m.tags.get("sha256") == sha256), None)
-    if entry is None:
-        entry = mlflow.create_external_model(
+    store.log(run_id, [*more, *(Metric(k, float(v), end, 0) for k, v in metrics.items())])
+    model_id = None if fresh else _logged(store, run_id, sha256)
+    if model_id is None:
+        made = mlflow.create_external_model(
             name=stage,
             source_run_id=run_id,
             model_type=model_spec(stage).kind,
             tags={"dvc.path": model, "sha256": sha256},
             experiment_id=store.experiment,
         )
-    known = store.client.get_run(run_id).outputs
-    if known is None or entry.model_id not in [m.model_id for m in known.model_outputs]:
-        store.client.log_outputs(run_id, [LoggedModelOutput(entry.model_id, 0)])
+        model_id = str(made.model_id)
+    if fresh or model_id not in _models(store, run_id):
+        store.client.log_outputs(run_id, [LoggedModelOutput(model_id, 0)])
+    store.known_models[run_id] = [model_id]
     store.client.set_terminated(run_id, "FINISHED", end_time=end)
-    return str(entry.model_id)
+    return model_id
+
+
+def _logged(store: Store, run_id: str, sha256: str) -> str | None:
+    """The model of these bytes that the run has logged, if it has."""
+    found = store.client.search_logged_models([store.experiment], f"source_run_id = '{run_id}'")
+    same = [str(model.model_id) for model in found if model.tags.get("sha256") == sha256]
+    return same[0] if same else None
 
 
 def _models(store: Store, run_id: str) -> list[str]:
     """Ids of the models that a run has made."""
-    outputs = store.client.get_run(run_id).outputs
-    return [output.model_id for output in outputs.model_outputs] if outputs else []
+    if run_id not in store.known_models:
+        outputs = store.client.get_run(run_id).outputs
+        models = outputs.model_outputs if outputs else []
+        store.known_models[run_id] = [output.model_id for output in models]
+    return store.known_models[run_id]
 
 
-def _log_inputs(store: Store, run_id: str, models: Sequence[str]) -> None:
-    """Log the models that a run reads."""
+def _log_inputs(
+    store: Store, run_id: str, models: Sequence[str], datasets: Sequence[Any] = ()
+) -> None:
+    """Log the models and data sets that a run reads."""
     from mlflow.entities import LoggedModelInput
 
-    if models:
-        store.client.log_inputs(run_id, models=[LoggedModelInput(model) for model in models])
+    inputs = [LoggedModelInput(model) for model in models]
+    if inputs or datasets:
+        store.client.log_inputs(run_id, models=inputs, datasets=[*datasets])
 
 
-def _log_dataset(
-    store: Store, run_id: str, dataset: Mapping[str, Any], part: Literal["train", "test"] = "train"
-) -> None:
-    """Log name and hash of the data, and where DVC keeps it; not the data itself.
+def _dataset(dataset: Mapping[str, Any], part: Literal["train", "test"]) -> Any:
+    """Name and hash of the data, and where DVC keeps it; not the data itself.
 
     MLflow shows the training images under the data set's name, and the test images as
     "<name> test"; the hash is that of the whole data set.
@@ -396,9 +441,7 @@ def _log_dataset(
     profile = json.dumps({"num_rows": dataset[part]}) if part in dataset else None
     entity = Dataset(shown, digest[:32], "local", source, profile=profile)
     context = {"train": "training", "test": "testing"}[part]
-    used = DatasetInput(entity, [InputTag("mlflow.data.context", context)])
-    store.client.log_inputs(run_id, datasets=[used])
-    store.client.set_tag(run_id, "data.hash", digest)
+    return DatasetInput(entity, [InputTag("mlflow.data.context", context)])
 
 
 def _tags(stage: str, record: RunRecord | None = None) -> dict[str, str]:
@@ -419,18 +462,26 @@ def _tags(stage: str, record: RunRecord | None = None) -> dict[str, str]:
     return {key: value for key, value in tags.items() if value}
 
 
-def _log_figures(
-    store: Store, run_id: str, histories: Mapping[str, Sequence[Row]], files: Sequence[Path]
+def _log_files(
+    store: Store,
+    run_id: str,
+    histories: Mapping[str, Sequence[Row]],
+    files: Sequence[Path],
+    fresh: bool,
 ) -> None:
-    """Draw curves and layers, unless the run has them: importing matplotlib takes half a second."""
-    if store.client.list_artifacts(run_id, FIGURES):
-        return
-    drawn = {"curves": figures.curves(histories)}
-    for table in [file for file in files if file.name == "layers.csv"]:
-        with contextlib.suppress(ValueError, KeyError, TypeError, csv.Error):  # damaged
-            drawn["layers"] = figures.layers(table)
-    for name, figure in drawn.items():
-        store.client.log_figure(run_id, figure, f"{FIGURES}/{name}.png")
+    """Log files and figures; figures only if the run lacks them, since they take time to draw."""
+    with tempfile.TemporaryDirectory() as scratch:
+        for file in files:
+            shutil.copy(file, scratch)
+        if fresh or not store.client.list_artifacts(run_id, FIGURES):
+            drawn = {"curves": figures.curves(histories)}
+            for table in [file for file in files if file.name == "layers.csv"]:
+                with contextlib.suppress(ValueError, KeyError, TypeError, csv.Error):  # damaged
+                    drawn["layers"] = figures.layers(table)
+            (Path(scratch) / FIGURES).mkdir()
+            for name, figure in drawn.items():
+                figure.savefig(Path(scratch, FIGURES, f"{name}.png"))
+        store.client.log_artifacts(run_id, scratch)
 
 
 def _name(params: Mapping[str, Any]) -> str:
@@ -459,14 +510,15 @@ def _note(store: Store, ids: Mapping[str, str], report: Mapping[str, Any]) -> st
     )
 
 
-def _add_name(store: Store, run_id: str, name: str | None) -> None:
-    """Add the name of a DVC experiment to the tag that lists those with this result."""
+def _experiments(tags: Mapping[str, str], name: str | None) -> dict[str, str]:
+    """The tag that lists the DVC experiments with this result, `name` added; given the run's tags.
+
+    Nothing if there is no name.
+    """
     if not name:
-        return
-    tags = store.client.get_run(run_id).data.tags
+        return {}
     known = [n for n in tags.get("dvc.exp_names", "").split(",") if n]
-    if name not in known:
-        store.client.set_tag(run_id, "dvc.exp_names", ",".join([*known, name]))
+    return {"dvc.exp_names": ",".join(known if name in known else [*known, name])}
 
 
 def _metrics(rows: Sequence[tuple[Row, float]]) -> list[Any]:

@@ -63,21 +63,21 @@ def _parent(store: Store, study: Study) -> str:
 def _adopt(store: Store, made: Plan, number: int, source: sync.Source, parent: str) -> None:
     """Make the pipeline run of a cell a child of the study, under the cell's name."""
     records = _records(source)
-    run_id = tracking.find_pipeline(store, records)
-    if run_id is None:
+    run = tracking.pipeline_run(store, records)
+    if run is None:
         return
-    cell = made.cells[number]
-    known = store.client.get_run(run_id).data.tags
+    cell, known = made.cells[number], run.data.tags
+    if known.get("mlflow.runName") != cell.name:
+        store.client.set_tag(run.info.run_id, "mlflow.runName", cell.name)
     tags = {
         "mlflow.parentRunId": parent,
-        "mlflow.runName": cell.name,
         "study.method": cell.method,
         "study.point": cell.point,
         "study.control": cell.control or "",
     }
-    for key, value in tags.items():
-        if known.get(key, "") != value:
-            store.client.set_tag(run_id, key, value)
+    new = {key: value for key, value in tags.items() if known.get(key, "") != value}
+    if new:
+        store.log(run.info.run_id, tags=new)
 
 
 def _records(source: sync.Source) -> dict[str, RunRecord]:

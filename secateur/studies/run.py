@@ -95,8 +95,8 @@ def run(state: Snapshot, study: Study, made: Plan, options: argparse.Namespace) 
     work = Progress(state, made, Experiments(state, made, study.name))
     work.write_experiments()
     if made.missing():
-        check.settings(made)
         with executor_of(options, state, made.graph, len(made.missing())) as executor:
+            check.settings(made)  # meanwhile the executor starts
             work.finish(executor)
     done = [cell for number, cell in enumerate(made.cells) if made.finished(number)]
     console.say(

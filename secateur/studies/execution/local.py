@@ -43,7 +43,10 @@ class Executor(Protocol):
 
 
 class LocalExecutor:
-    """Forks from one server, which is started again if it is killed."""
+    """Forks from one server, which is started again if it is killed.
+
+    The server begins to import as soon as there is an executor; the first `submit` waits for it.
+    """
 
     def __init__(
         self, snapshot: Snapshot, slots: int, ignored: Sequence[str], name: str = "worker"
@@ -55,12 +58,14 @@ class LocalExecutor:
         self._channel: socket.socket | None = None
         self._server: subprocess.Popen[bytes] | None = None
         self._buffer = b""
+        self._ready = False
+        self._start()
 
     def submit(self, task: Task) -> None:
         """Fork a process for it, in a copy of the project that no other works in."""
         slot = next(n for n in range(self.slots) if n not in self._running.values())
         folder = self.snapshot.copy(f"{self.name}-{slot}", self.ignored)
-        channel = self._channel or self._start()
+        channel = self._when_ready()
         self._running[task.key] = slot
         line = json.dumps({"task": asdict(task), "folder": str(folder)})
         with contextlib.suppress(OSError):  # the server was killed: `wait` says so
@@ -85,8 +90,18 @@ class LocalExecutor:
         self._running.clear()
         self._stop()
 
+    def _when_ready(self) -> socket.socket:
+        """The connection to a server that has imported everything."""
+        channel = self._channel or self._start()
+        if not self._ready:
+            self._ready = self._read() is not None
+            if not self._ready:
+                self._stop()
+                raise SecateurError("the workers could not start (see above)")
+        return channel
+
     def _start(self) -> socket.socket:
-        """Start the server in a copy of the project, and wait until it has imported everything."""
+        """Start the server in a copy of the project."""
         ours, its = socket.socketpair()
         threads = max(1, processors() // self.slots)
         environment = {"OMP_NUM_THREADS": str(threads), "DVC_ROOT": str(self.snapshot.root)}
@@ -98,10 +113,7 @@ class LocalExecutor:
             cwd=folder, env=environment, pass_fds=[its.fileno()], stdin=subprocess.DEVNULL,
         )  # fmt: skip
         its.close()
-        self._channel, self._buffer = ours, b""
-        if self._read() is None:
-            self._stop()
-            raise SecateurError("the workers could not start (see above)")
+        self._channel, self._buffer, self._ready = ours, b"", False
         return ours
 
     def _read(self) -> dict[str, object] | None:
@@ -123,6 +135,8 @@ class LocalExecutor:
         if self._channel is not None:
             self._channel.close()
         if self._server is not None:
+            if not self._ready:
+                self._server.kill()  # still importing: nothing runs that has a state to save
             self._server.wait()
         self._channel = self._server = None
 

@@ -193,6 +193,7 @@ def svg(figure: "Figure") -> bytes:
     from matplotlib import rc_context
 
     stream = io.BytesIO()
+    _fix_layout(figure)
     with rc_context({"svg.hashsalt": "secateur"}):
         figure.savefig(stream, format="svg", metadata={"Date": None})
     return stream.getvalue()
@@ -201,5 +202,13 @@ def svg(figure: "Figure") -> bytes:
 def png(figure: "Figure") -> bytes:
     """The picture as PNG."""
     stream = io.BytesIO()
+    _fix_layout(figure)
     figure.savefig(stream, format="png", dpi=150)
     return stream.getvalue()
+
+
+def _fix_layout(figure: "Figure") -> None:
+    """Arrange the parts once, and not again for each file that is saved."""
+    if figure.get_layout_engine() is not None:
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
