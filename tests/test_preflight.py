@@ -51,6 +51,10 @@ def network(tmp_path, monkeypatch):
         ({"penalty": "gradual", "penalties__gradual__end": 1501}, r"sparse_train\.epochs = 150: "),
         ({"penalty": "gsm"}, r"sparse_train\.optimizer = 'adam': penalty gsm"),
         (
+            {"finetune__progressive_resizing": [{"scale": 0.5, "until": 0.5}]},
+            r"finetune\.progressive_resizing: the network does not take images of 4x4",
+        ),
+        (
             {"parametrization": "str", "penalty": "rigl"},
             "parametrization = 'str': prunes by itself",
         ),

@@ -87,6 +87,15 @@ class Averaging(Strict):
     of the network that is trained."""
 
 
+class ImageScale(Strict):
+    """A part of a training with smaller images."""
+
+    scale: Annotated[float, Field(gt=0, lt=1)]
+    """Of the height and width of the images."""
+    until: Annotated[float, Field(gt=0, lt=1)]
+    """Share of the epochs at which this part ends."""
+
+
 class Train(Strict):
     """One training: baseline, sparse_train and finetune have one each."""
 
@@ -127,6 +136,15 @@ class Train(Strict):
     keep: Literal["best", "last"] = "best"
     """The epoch that is kept: best on the validation images, or simply the last."""
     average: Averaging = Averaging()
+    progressive_resizing: tuple[ImageScale, ...] = ()
+    """Parts of the training with smaller images, whose steps cost less; then the full size."""
+
+    @model_validator(mode="after")
+    def _sizes_follow_each_other(self) -> Self:
+        ends = [part.until for part in self.progressive_resizing]
+        if ends != sorted(set(ends)):
+            raise ValueError(f"progressive_resizing: until must rise from part to part, not {ends}")
+        return self
 
     @model_validator(mode="after")
     def _schedule_fits(self) -> Self:

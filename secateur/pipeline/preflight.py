@@ -13,6 +13,7 @@ from torch import nn
 
 from secateur.base import plugin, sections, settings
 from secateur.base.errors import ArgumentError, SecateurError, SettingsError
+from secateur.data import resizing
 from secateur.data.dataset import DatasetInfo
 from secateur.pruning.decision import PruningContext
 from secateur.training import distillation
@@ -78,9 +79,12 @@ def _check(model: nn.Module, info: DatasetInfo, params: settings.Params) -> None
             parametrization = parametrizations.build(name, own, trial)
             term = parametrizations.joined(name, parametrization, penalty)
         _check_course(term, params.sparse_train, info)
-        for key in ("sparse_train", "finetune"):
+        for key in ("baseline", "sparse_train", "finetune"):
+            training: sections.Train = getattr(params, key)
             with settings.section(key):
-                _check_teacher(getattr(params, key).distillation, model)
+                resizing.check(trial, training.progressive_resizing, info.shape)
+                if isinstance(training, sections.ContinuedTrain):
+                    _check_teacher(training.distillation, model)
         if parametrization is not None:
             parametrization.collapse()
         elif params.pruner == "chosen" and not isinstance(penalty, ScheduledPenalty):

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from secateur.base.errors import ArgumentError, StateError, TrainingError
 from secateur.base.sections import Train
+from secateur.data import resizing
 from secateur.data.batches import Batches
 from secateur.data.dataset import Dataset
+from secateur.data.resizing import ProgressiveResizing
 from secateur.sparsity import masks as masking
 from secateur.sparsity.masks import Masks
 from secateur.training import averaging, determinism, optim
@@ -68,7 +70,7 @@ def fit(
     With several processes, each calls this and ends with the same weights.
 
     Raises TrainingError when the loss is no longer finite, the last good state being kept, and
-    ArgumentError before the first step if there are fewer steps than the penalty needs.
+    ArgumentError before the first step for settings that the penalty or the network refuses.
     """
     engine = engine or Engine(settings.precision)
     with determinism.deterministic(engine.device, settings.compile):
@@ -83,7 +85,7 @@ def fit(
         how = (settings, engine, len(batches), distiller, average)
         step = TrainStep(model, optimizer, penalty, *how)
         try:
-            _start(penalty, settings, data, len(batches), masks or {})
+            _start(model, penalty, settings, data, len(batches), masks or {})
             _resume(state, store, engine)
             for callback in callbacks:
                 callback.on_train_start(settings.epochs, len(batches), state.history)
@@ -140,10 +142,11 @@ def _train_epoch(
 ) -> Row:
     """One pass over the training images, shorter if the penalty ends it; returns its row."""
     seen = index = 0
-    losses = LossCheck(epoch, step.settings.lr)
+    losses, sizes = LossCheck(epoch, step.settings.lr), ProgressiveResizing(step.settings)
     step.start_epoch()
     for index, (images, labels) in enumerate(batches.epoch(epoch)):
         count = min(batches.batch_size, len(batches.split) - index * batches.batch_size)
+        images = sizes(images, epoch)
         losses.add(step(images, labels, count, epoch * len(batches) + index))
         seen += count
         for callback in callbacks:
@@ -158,6 +161,8 @@ def _train_epoch(
         "train_loss": float(sums[0]) / seen / step.engine.world,
         "train_accuracy": float(sums[1]) / seen,
     }
+    if sizes.parts:
+        row["image_scale"] = sizes.scale(epoch)
     if step.penalty is not None:
         row["penalty"] = float(step.penalty_sum) / (index + 1)
     if isinstance(step.penalty, MeasuredPenalty):
@@ -197,9 +202,18 @@ def _save(
 
 
 def _start(
-    penalty: Penalty | None, settings: Train, data: Dataset, steps_per_epoch: int, masks: Masks
+    model: nn.Module,
+    penalty: Penalty | None,
+    settings: Train,
+    data: Dataset,
+    steps_per_epoch: int,
+    masks: Masks,
 ) -> None:
-    """Tell a penalty about the training; ArgumentError if its schedule does not fit into that."""
+    """Tell a penalty about the training; ArgumentError if its schedule does not fit into that.
+
+    The same for sizes of images that the network does not take.
+    """
+    resizing.check(model, settings.progressive_resizing, data.info.shape)
     if isinstance(penalty, SteppingPenalty):
         steps = settings.epochs * steps_per_epoch
         penalty.start(Course(settings, steps, len(data.train), masks))

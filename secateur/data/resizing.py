@@ -1,0 +1,76 @@
+"""Progressive resizing: smaller images in the first epochs of a training.
+
+The cost of a step falls with the number of pixels, and what small images teach serves the large
+ones. Source: M. Tan, Q. Le, EfficientNetV2: Smaller models and faster training, ICML 2021,
+section 4 (there the augmentation grows with the images; here it stays). Accuracies on validation
+images are always measured at the full size.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from secateur.base.errors import ArgumentError
+from secateur.base.sections import ImageScale, Train
+
+
+class ProgressiveResizing:
+    """The size of the training images by epoch."""
+
+    def __init__(self, settings: Train) -> None:
+        self.parts = [
+            (round(part.until * settings.epochs), part.scale)
+            for part in settings.progressive_resizing
+        ]
+
+    def scale(self, epoch: int) -> float:
+        """Scale of height and width in an epoch, counted from 0; 1: the full size."""
+        return next((scale for end, scale in self.parts if epoch < end), 1.0)
+
+    def __call__(self, images: Tensor, epoch: int) -> Tensor:
+        """Images (n, channels, height, width) at the size of the epoch; `images` if that is full.
+
+        Bilinear interpolation over all pixels that a smaller one covers (antialiasing).
+        """
+        scale = self.scale(epoch)
+        if scale == 1.0 or not len(images):
+            return images
+        size = scaled(images.shape[-2:], scale)
+        return F.interpolate(images, size=size, mode="bilinear", antialias=True)
+
+
+def scaled(size: Sequence[int], scale: float) -> tuple[int, int]:
+    """Height and width at a scale, rounded, at least one pixel each."""
+    height, width = (max(1, round(scale * length)) for length in size)
+    return height, width
+
+
+@torch.no_grad()
+def check(model: nn.Module, parts: Sequence[ImageScale], shape: Sequence[int]) -> None:
+    """Raise ArgumentError if the network does not take images of (channels, height, width) `shape`
+    at one of the sizes.
+
+    A network with a linear layer on the pixels of its last feature map takes one size alone; one
+    with global pooling takes many. The network is called in evaluation mode, and not changed.
+    """
+    training = model.training
+    parameter = next(model.parameters())
+    model.eval()
+    try:
+        for part in parts:
+            height, width = scaled(shape[-2:], part.scale)
+            image = torch.zeros(1, shape[0], height, width, device=parameter.device)
+            try:
+                model(image)
+            except (RuntimeError, ValueError) as error:
+                reason = " ".join(str(error).split())[:120]
+                raise ArgumentError(
+                    "progressive_resizing",
+                    f"the network does not take images of {height}x{width} (scale {part.scale:g}), "
+                    f"only of {shape[-2]}x{shape[-1]}: {reason}; take none, or a network with "
+                    "global pooling",
+                ) from None
+    finally:
+        model.train(training)
