@@ -387,3 +387,15 @@ def test_short_names_of_settings_are_as_long_as_it_takes():
     params = {"pruner": "std", "finetune.epochs": 3, "pruners.std.sensitivity": 0.5}
     said = compare.differences(Result("x", params, {}), keys)
     assert said == "finetune.epochs 3, sensitivity 0.5"
+
+
+def test_settings_of_a_further_round_are_named_after_it():
+    keys = ["pruners.threshold.sensitivity", "sparse_train.epochs"]
+    keys += [f"rounds.second.{part}.epochs" for part in ("sparse_train", "finetune")]
+    keys += ["rounds.second.prune.pruners.threshold.sensitivity", "rounds.third.finetune.epochs"]
+    params = {"pruner": "threshold"} | dict(zip(keys, range(1, 7), strict=True))
+    said = compare.differences(Result("x", params, {}), keys)
+    assert said == (
+        "sensitivity 1, epochs 2, second sparse_train.epochs 3, second finetune.epochs 4, "
+        "second sensitivity 5, third epochs 6"
+    )

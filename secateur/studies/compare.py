@@ -79,13 +79,27 @@ def differences(result: Result, keys: Sequence[str]) -> str:
 
 
 def _short(key: str, keys: Sequence[str]) -> str:
-    """The last part of a key, with as many before it as tell it from the others."""
-    parts = key.split(".")
-    for count in range(1, len(parts)):
-        name = ".".join(parts[-count:])
-        if sum(other == name or other.endswith(f".{name}") for other in keys) == 1:
-            return name
-    return key
+    """The last part of a key, with as many before it as tell it from the others of its round.
+
+    The name of a further round comes first.
+    """
+    round_name, own = _by_round(key)
+    others = [other for name, other in map(_by_round, keys) if name == round_name]
+    parts = own.split(".")
+    names = (".".join(parts[-count:]) for count in range(1, len(parts)))
+    for name in names:
+        if sum(other == name or other.endswith(f".{name}") for other in others) == 1:
+            own = name
+            break
+    return f"{round_name} {own}" if round_name else own
+
+
+def _by_round(key: str) -> tuple[str, str]:
+    """The further round that a setting belongs to, or nothing, and the rest of its key."""
+    if not key.startswith("rounds.") or key.count(".") < 2:
+        return "", key
+    _, name, own = key.split(".", 2)
+    return name, own
 
 
 def _print(rows: Sequence[Mapping[str, Any]]) -> None:
