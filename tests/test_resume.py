@@ -21,7 +21,8 @@ from secateur.training import resume
 from secateur.training.resume import ResumeStore, single_flight
 
 PROCESSES = multiprocessing.get_context("forkserver")  # pytest has threads, and so cannot fork
-PROCESSES.set_forkserver_preload(["secateur.training.resume"])
+# of libraries alone: it does not find the modules of this folder
+PROCESSES.set_forkserver_preload(["pydantic.dataclasses", "pytest", "safetensors.torch"])
 OUTS = ["models/toy", "models/toy.run.json"]
 
 
