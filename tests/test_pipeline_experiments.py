@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import safetensors.torch
 import yaml
+from mlflow import MlflowClient
 from workspace import ROOT, ran
 
 pytestmark = pytest.mark.pipeline
@@ -102,10 +103,35 @@ def test_plots_show_the_trainings_in_colours_and_leave_out_what_never_ran(finish
     assert plots["training_loss"]["encoding"]["y"]["scale"] == {"type": "log"}
 
 
-def test_the_columns_of_the_documented_exp_show_are_few(project):
-    project.dvc("exp", "run", "-n", "wide", "-S", "pruners.std.sensitivity=0.75")
+@pytest.fixture(scope="module")
+def compared(finished, tmp_path_factory):
+    """A finished project with a second result, and a third one as experiment `wide`; read it."""
+    project = finished.copy(tmp_path_factory.mktemp("compared") / "project")
+    project.params(pruners__std__sensitivity=0.5)
+    project.dvc("repro", SECATEUR_TRACKING="on")
+    wide = ("-n", "wide", "-S", "pruners.std.sensitivity=0.75")
+    project.log = project.dvc("exp", "run", *wide, SECATEUR_TRACKING="on")
+    return project
+
+
+def test_an_experiment_runs_what_reads_the_setting_that_it_changes(compared):
+    assert ran(compared.log) == ["prune", "finetune", "evaluate"]
+
+
+def test_runs_are_told_apart_by_their_first_word_and_show_pictures(compared):
+    runs = compared.runs("tags.kind = 'pipeline'")
+    first = {run.info.run_name.split(":")[0] for run in runs}
+    keys = {f"pipeline-{run.data.tags['pipeline.key'][:8]}" for run in runs}
+    assert len(runs) == len(first) == 3 and "wide" in first and len(first & keys) == 2
+    client = MlflowClient(f"sqlite:///{compared.path / 'mlflow.db'}")
+    for run in runs:
+        pictures = {file.path for file in client.list_artifacts(run.info.run_id, "figures")}
+        assert pictures == {"figures/curves.png", "figures/layers.png"}
+
+
+def test_the_columns_of_the_documented_exp_show_are_few(compared):
     (line,) = re.findall("^dvc (exp show .*)$", (ROOT / "README.md").read_text(), re.M)
-    table = project.run("dvc", *shlex.split(line), "--csv")
+    table = compared.run("dvc", *shlex.split(line), "--csv")
     head, *rows = [
         row for row in csv.reader(table.splitlines()) if "Experiment" in row or "wide" in row
     ]

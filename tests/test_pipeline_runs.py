@@ -39,6 +39,4 @@ def test_experiments_run_only_what_they_change(project):
     log = project.dvc("exp", "run", "-S", "decay=1e-5")
     assert ran(log) == ["sparse-train", "prune", "finetune", "evaluate"]
     assert ran(project.dvc("exp", "run", "-S", "decay=0.0003")) == []
-    log = project.dvc("exp", "run", "-S", "pruners.std.sensitivity=0.5")
-    assert ran(log) == ["prune", "finetune", "evaluate"]
     project.dvc("checkout")  # as `exp apply` does; the other pipeline has never run

@@ -131,21 +131,6 @@ def test_a_dead_tracking_server_costs_seconds_and_a_warning(project, tmp_path):
             assert record["run_id"] is None
 
 
-def test_runs_are_told_apart_by_their_first_word_and_show_pictures(project):
-    project.params(pruners__std__sensitivity=0.5)
-    project.dvc("repro", SECATEUR_TRACKING="on")
-    again = ("-S", "pruners.std.sensitivity=0.75")
-    project.dvc("exp", "run", "-n", "wide", *again, SECATEUR_TRACKING="on")
-    runs = project.runs("tags.kind = 'pipeline'")
-    first = {run.info.run_name.split(":")[0] for run in runs}
-    keys = {f"pipeline-{run.data.tags['pipeline.key'][:8]}" for run in runs}
-    assert len(runs) == len(first) == 3 and "wide" in first and len(first & keys) == 2
-    client = MlflowClient(f"sqlite:///{project.path / 'mlflow.db'}")
-    for run in runs:
-        pictures = {file.path for file in client.list_artifacts(run.info.run_id, "figures")}
-        assert pictures == {"figures/curves.png", "figures/layers.png"}
-
-
 def test_a_damaged_table_of_layers_costs_its_picture_and_not_the_run(project):
     (project.path / "mlflow.db").unlink()
     (project.path / "metrics/layers.csv").write_bytes(b"model,layer\nfinetuned,\xff\n")

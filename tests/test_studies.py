@@ -381,15 +381,16 @@ def test_each_training_runs_once_and_dvc_has_nothing_to_add_to_a_cell(
 @pytest.mark.pipeline
 @pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
 def test_killed_at_any_moment_the_same_command_goes_on(kills, project):
-    """Coordinator and workers are killed in turn; records count what was trained."""
+    """Coordinator and workers are killed in turn, at work; records count what was trained."""
+    alive = []
     study_of(project, seeds=[5], axes={"pruners.std.sensitivity": [0.5, 0.75]})
-    command = [sys.executable, "-m", "secateur", "study", "mine", "--workers", "2", "--no-mlflow"]
     for number in range(kills):
-        process = subprocess.Popen(
-            command, cwd=project.path, env=project.env(), stdout=subprocess.DEVNULL,
-            start_new_session=True,
-        )  # fmt: skip
-        time.sleep(4 + number % 5)
+        began = time.time()
+        process = coordinator(project, "--workers", "2", "--no-mlflow")
+        while process.poll() is None and not works_since(project, began):
+            time.sleep(0.02)
+        time.sleep(0.3 * (number % 5))
+        alive.append(process.poll() is None)
         if number % 2:
             process.kill()
         else:
@@ -399,6 +400,7 @@ def test_killed_at_any_moment_the_same_command_goes_on(kills, project):
             time.sleep(1)
             process.kill()
         process.wait()
+    assert all(alive[:2])
     assert "2 of 2 cells are experiments of DVC" in run_study(project)
     trained = Counter()
     for entry in (project.path / ".dvc/cache/runs").glob("*/*/*"):
@@ -407,6 +409,25 @@ def test_killed_at_any_moment_the_same_command_goes_on(kills, project):
             trained[content["cmd"]] += 1
     assert trained["python -m stages.baseline"] == trained["python -m stages.sparse_train"] == 1
     assert trained["python -m stages.finetune"] == 2
+
+
+def coordinator(project, *options):
+    """The study in a process that is real, so that it can be killed alone; its workers are warm."""
+    code = (
+        "import os, runpy, sys; sys.path[0] = os.getcwd(); sys.argv[0] = 'secateur'\n"
+        "sys.executable = os.environ.get('WARM_EXECUTABLE', sys.executable)\n"
+        "runpy.run_module('secateur', run_name='__main__', alter_sys=True)"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", code, "study", "mine", *options], cwd=project.path,
+        env=project.env(**warm_children()), stdout=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+
+
+def works_since(project, began):
+    """Whether a piece of work has begun since then, in seconds since 1970."""
+    logs = (project.path / ".dvc/tmp/studies/work").glob("*/*.log")
+    return any(log.stat().st_mtime >= began for log in logs)
 
 
 def _descendants(pid):

@@ -5,8 +5,6 @@ import functools
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from types import SimpleNamespace
@@ -14,7 +12,15 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from dvc.utils.serialize import load_yaml
-from test_studies import PARAMS, _baseline, _descendants, run_study, study_of, write_study
+from test_studies import (
+    PARAMS,
+    _baseline,
+    _descendants,
+    coordinator,
+    run_study,
+    study_of,
+    write_study,
+)
 from workspace import Project
 
 from secateur.base.errors import SettingsError
@@ -332,11 +338,7 @@ def test_rounds_are_shared_and_dvc_has_nothing_to_add_to_a_cell(project):
     assert "trainings  6, of them 2 to be run" in shown
     assert "sparse-train@round2     1,     1 from the cache," in shown
     ours = f"refs/exps/{_baseline(project)}/mine"
-    command = [sys.executable, "-m", "secateur", "study", "mine", "--workers", "1"]
-    process = subprocess.Popen(
-        command, cwd=project.path, env=project.env(), stdout=subprocess.DEVNULL,
-        start_new_session=True,
-    )  # fmt: skip
+    process = coordinator(project, "--workers", "1")
     while not entries(project, "stages.prune --round round3") and process.poll() is None:
         time.sleep(0.05)
     assert process.poll() is None
