@@ -13,7 +13,7 @@ from torch import nn
 
 from secateur.base import plugin, sections, settings
 from secateur.base.errors import ArgumentError, SecateurError, SettingsError
-from secateur.data import resizing
+from secateur.data import progressive_resizing
 from secateur.data.dataset import DatasetInfo
 from secateur.pruning.decision import PruningContext
 from secateur.training import distillation
@@ -82,7 +82,7 @@ def _check(model: nn.Module, info: DatasetInfo, params: settings.Params) -> None
         for key in ("baseline", "sparse_train", "finetune"):
             training: sections.Train = getattr(params, key)
             with settings.section(key):
-                resizing.check(trial, training.progressive_resizing, info.shape)
+                progressive_resizing.check(trial, training.progressive_resizing, info.shape)
                 if isinstance(training, sections.ContinuedTrain):
                     _check_teacher(training.distillation, model)
         if parametrization is not None:

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from secateur.base.errors import ArgumentError, StateError, TrainingError
 from secateur.base.sections import Train
-from secateur.data import resizing
+from secateur.data import progressive_resizing
 from secateur.data.batches import Batches
 from secateur.data.dataset import Dataset
-from secateur.data.resizing import ProgressiveResizing
+from secateur.data.progressive_resizing import ProgressiveResizing
 from secateur.sparsity import masks as masking
 from secateur.sparsity.masks import Masks
 from secateur.training import averaging, determinism, optim
@@ -213,7 +213,7 @@ def _start(
 
     The same for sizes of images that the network does not take.
     """
-    resizing.check(model, settings.progressive_resizing, data.info.shape)
+    progressive_resizing.check(model, settings.progressive_resizing, data.info.shape)
     if isinstance(penalty, SteppingPenalty):
         steps = settings.epochs * steps_per_epoch
         penalty.start(Course(settings, steps, len(data.train), masks))

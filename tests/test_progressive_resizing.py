@@ -14,8 +14,8 @@ from secateur.base import plugin
 from secateur.base.errors import ArgumentError
 from secateur.base.sections import ImageScale, Train
 from secateur.base.stage import Stage
-from secateur.data import dataset, resizing
-from secateur.data.resizing import ProgressiveResizing
+from secateur.data import dataset, progressive_resizing
+from secateur.data.progressive_resizing import ProgressiveResizing
 from secateur.training import loop, resume
 from secateur.training.callbacks import Callback
 
@@ -128,7 +128,7 @@ def test_a_network_for_one_size_is_refused_and_left_as_it_was():
     model = module.build(module.Settings(), 10, (1, 28, 28)).train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(ArgumentError, match=r"images of 14x14 \(scale 0\.5\), only of 28x28"):
-        resizing.check(model, [ImageScale(scale=0.5, until=0.5)], (1, 28, 28))
+        progressive_resizing.check(model, [ImageScale(scale=0.5, until=0.5)], (1, 28, 28))
     assert model.training
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
