@@ -1,5 +1,6 @@
 """Projects for the tests that run the pipeline, and the order of the files of tests."""
 
+import functools
 import gc
 import os
 import re
@@ -15,40 +16,44 @@ MEMORY, ROOM = Path("/dev/shm"), 6 * 2**30
 """Where the tests write if there is as much room: there, no database waits for a disk."""
 LONGEST = [
     "test_pipeline_runs.py",  # makes the finished project
+    "test_channels_zoo.py",  # which these two do not need
+    "test_channels.py",
     "test_studies.py",
     "test_studies_rounds.py",
     "test_studies_page.py",  # in fresh workers: others have ended in them, for an unknown reason
     "test_processes.py",
-    "test_data.py",  # forks to decode images, which must be before a runtime has started threads
-    "test_pipeline_queue.py",
-    "test_pipeline_resume.py",
-    "test_channels_zoo.py",
-    "test_channels.py",
     "test_pipeline_tracking.py",
+    "test_pipeline_queue.py",
+    "test_pipeline_experiments.py",
     "test_pipeline_rounds.py",
+    "test_data.py",  # forks to decode images, which must be before a runtime has started threads
+    "test_docs.py",
     "test_weights.py",
     "test_mlflow_store.py",
-    "test_regroup.py",
-    "test_recipes.py",
+    "test_pipeline_resume.py",
     "test_pipeline_models.py",
-    "test_pipeline_experiments.py",
-    "test_docs.py",
-    "test_settings.py",
-    "test_stage_start.py",
+    "test_train.py",
+    "test_regroup.py",
+    "test_growing.py",
+    "test_surgery.py",
+    "test_recipes.py",
     "test_pipeline_errors.py",
+    "test_stage_start.py",
+    "test_checkpoint.py",
+    "test_settings.py",
 ]
 """Files of tests that come first, in the order in which workers are given them."""
 LAST = [
     "test_export.py",
+    "test_archs.py",
+    "test_structured.py",
+    "test_hostile_input.py",
     "test_mlflow_model.py",
-    "test_predict.py",
     "test_latency_targets.py",
+    "test_predict.py",
+    "test_runtimes.py",
     "test_quantisation.py",
     "test_latency.py",
-    "test_runtimes.py",
-    "test_archs.py",
-    "test_hostile_input.py",
-    "test_structured.py",
 ]
 """Files that come last: those that compute in ONNX Runtime and OpenVINO, and some that start no
 processes. On processors with AMX, workers have been ended by a signal of the kernel (SIGSEGV with
@@ -74,6 +79,16 @@ def pytest_xdist_auto_num_workers(config):
     """One more than there are processors: tests of pipelines wait for their processes."""
     allowed = getattr(os, "sched_getaffinity", None)
     return (len(allowed(0)) if allowed else os.cpu_count() or 1) + 1
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(config, specs):
+    """Workers start warm too: each would import for ten seconds what the tests need."""
+    base = config._tmp_path_factory.getbasetemp()
+    found = warm.start(base / "warm", Project(base).env(), os.getpid())
+    os.environ |= {name: value for name, value in found.items() if name == "WARM_SERVER"}
+    for spec in specs if found else ():
+        spec.python = str(base / "warm/bin/python")
 
 
 def pytest_collection_modifyitems(items):
@@ -132,3 +147,17 @@ def unborn(tmp_path, programs):
     """A project in which nothing has run."""
     (tmp_path / "unborn").mkdir()
     return fresh_project(tmp_path / "unborn")
+
+
+@pytest.fixture(scope="session")
+def one_registry():
+    """The table of ONNX's operators, which every export builds anew in half a second, made once."""
+    try:
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
+    except ImportError:  # without onnxscript
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        make = staticmethod(functools.cache(ONNXRegistry.from_torchlib))
+        patch.setattr(ONNXRegistry, "from_torchlib", make)
+        yield

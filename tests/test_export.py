@@ -1,7 +1,6 @@
 """Exported files: equal to the network for every architecture, equal in bytes, free of pickles."""
 
 import copy
-import functools
 import importlib.util
 import signal
 import subprocess
@@ -30,6 +29,7 @@ from secateur.nn.layers import ChannelSelect, IndexedConv2d
 from secateur.pruning import removal
 
 pytest.importorskip("onnxscript")
+pytestmark = pytest.mark.usefixtures("one_registry")
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES = ["a", "b", "c", "d"]
 SMALLEST = [
@@ -47,17 +47,6 @@ SMALLEST = [
     ("torchvision", {"name": "squeezenet1_1"}, (3, 32, 32)),
 ]
 """Every architecture in a form with few layers: exporting takes a tenth of a second for each."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_registry():
-    """The table of ONNX's operators, which every export builds anew in half a second, made once."""
-    from torch.onnx._internal.exporter._registration import ONNXRegistry
-
-    with pytest.MonkeyPatch.context() as patch:
-        make = staticmethod(functools.cache(ONNXRegistry.from_torchlib))
-        patch.setattr(ONNXRegistry, "from_torchlib", make)
-        yield
 
 
 def about(shape, **changes):

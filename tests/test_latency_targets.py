@@ -24,6 +24,7 @@ import_torchvision()
 from torchvision.models.vision_transformer import VisionTransformer  # noqa: E402
 
 SIDE = 8
+pytestmark = pytest.mark.usefixtures("one_registry")
 
 
 class Net(nn.Module):

@@ -22,6 +22,7 @@ from secateur.deploy.predict import Classifier, open_classifier, softmax
 from secateur.nn import checkpoint
 
 pytest.importorskip("onnxscript")
+pytestmark = pytest.mark.usefixtures("one_registry")
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES = ["cat", "dog", "ibis"]
 MEAN, STD = [0.3, 0.4, 0.5], [0.2, 0.3, 0.4]

@@ -19,6 +19,8 @@ SURROUNDINGS = """
 import json, os, signal, sys
 print(json.dumps({
     "arguments": sys.argv, "path": sys.path[0], "folder": os.getcwd(), "name": __name__,
+    "main": sys.modules["__main__"].__dict__ is globals(),
+    "named": [hasattr(sys.modules["__main__"], name) for name in ("__file__", "__spec__")],
     "environment": dict(os.environ), "umask": os.umask(0), "executable": sys.executable,
     "input": sys.stdin.read(), "encoding": sys.stdout.encoding,
     "terminals": [stream.isatty() for stream in (sys.stdin, sys.stdout, sys.stderr)],
@@ -178,7 +180,7 @@ print(json.dumps({
               for spec in (sys.modules[name].__spec__ for name in mine)],
     "packages": [sorted(k for k in vars(sys.modules[name]) if f"{name}.{k}" in sys.modules)
                  for name in mine if hasattr(sys.modules[name], "__path__")],
-    "attributes": [hasattr(sys.modules["secateur.pruning"], name) for name in ("criteria", "dead")],
+    "attributes": [hasattr(sys.modules["secateur.base"], name) for name in ("errors", "timing")],
     "plugins": [plugin.names("penalties"), str(plugin.find("penalties", "l1"))],
 }))
 from secateur.penalties import l1
@@ -228,6 +230,18 @@ def test_a_change_elsewhere_leaves_the_rest_known(copied):
     code = "from secateur.archs import vgg; print(vgg.NEW)"
     assert run(copied, "python", "-c", code) == (0, "2\n", "")
     assert code_is_known(copied)
+
+
+def test_what_is_imported_again_is_imported_anew(copied):
+    code = (
+        "import importlib, sys\n"
+        "from secateur.base import errors, plugin\n"
+        "errors.cut = plugin.names = None\n"
+        "importlib.reload(errors); del sys.modules['secateur.base.plugin']\n"
+        "again = importlib.import_module('secateur.base.plugin')\n"
+        "print(errors.cut is None, again.names is None, again is plugin, plugin.names)"
+    )
+    assert run(copied, "python", "-c", code) == (0, "False False False None\n", "")
 
 
 def test_the_module_that_runs_is_that_of_the_copy(copied):

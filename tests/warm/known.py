@@ -8,7 +8,6 @@ that the server has imported; otherwise it is imported from the copy.
 
 import builtins
 import contextlib
-import functools
 import importlib
 import importlib.machinery
 import importlib.util
@@ -103,14 +102,16 @@ class Finder:
     """Finds the modules that are taken over; it is their loader too."""
 
     def __init__(self, modules: dict[str, Module], folder: Path, main: str) -> None:
-        self.modules, self.folder, self.main = modules, folder, main
-        """`main` is the module that runs as __main__: its code is that of the copy."""
+        self.modules, self.folder = modules, folder
+        self._other = {main}
+        """Modules that are not taken over: what runs as __main__, and what was imported before."""
+        self._same_files: dict[str, bool] = {}
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """A spec whose loader is this object, or None."""
-        if name not in self.modules or name == self.main or not self._same(name):
+        if name not in self.modules or name in self._other or not self._same(name):
             return None
         spec = PathFinder.find_spec(name, path)
         if spec is None or spec.origin != str(self.folder / self.modules[name].path):
@@ -120,6 +121,7 @@ class Finder:
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         """The module, as if it had been imported from the copy."""
+        self._other.add(spec.name)
         module = self.modules[spec.name].module
         root = module.__file__.removesuffix(self.modules[spec.name].path).rstrip("/")
         for name, value in vars(module).items():
@@ -138,10 +140,6 @@ class Finder:
         for name in self.modules[spec.name].needs:
             importlib.import_module(name)
 
-    @functools.cached_property
-    def _known(self) -> dict[str, bool]:
-        return {}
-
     def _same(self, name: str) -> bool:
         """Whether the copy has the same code, in this module and in all that it imports."""
         todo, seen = [name], {name}
@@ -155,13 +153,13 @@ class Finder:
         return True
 
     def _same_file(self, name: str) -> bool:
-        if name not in self._known:
+        if name not in self._same_files:
             module = self.modules[name]
             path = self.folder / module.path
             try:
                 state = path.stat()
                 same = (state.st_mtime_ns, state.st_size) == module.written
-                self._known[name] = same or path.read_bytes() == module.content
+                self._same_files[name] = same or path.read_bytes() == module.content
             except OSError:
-                self._known[name] = False
-        return self._known[name]
+                self._same_files[name] = False
+        return self._same_files[name]

@@ -26,6 +26,7 @@ import sys
 import threading
 import weakref
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NoReturn
 
 import known
@@ -275,7 +276,8 @@ def run(command: list[str], folder: str, modules: dict[str, known.Module]) -> No
     sys.meta_path.insert(0, known.Finder(modules, Path(folder), main))
     if command[1] == "-c":
         sys.argv = ["-c", *command[3:]]
-        exec(compile(command[2], "<string>", "exec"), {"__name__": "__main__"})
+        sys.modules["__main__"] = ModuleType("__main__")  # this file is not what runs
+        exec(compile(command[2], "<string>", "exec"), vars(sys.modules["__main__"]))
     else:
         sys.argv = command[2:]
         runpy.run_module(command[2], run_name="__main__", alter_sys=True)
