@@ -62,6 +62,8 @@ def test_the_size_follows_the_share_of_the_epochs():
     assert [ten.scale(epoch) for epoch in range(10)] == [0.5] * 3 + [0.75] * 4 + [1.0] * 3
     five = ProgressiveResizing(settings(5))
     assert [five.scale(epoch) for epoch in range(5)] == [0.5] * 2 + [0.75] * 2 + [1.0]
+    two, one = ProgressiveResizing(settings(2)), ProgressiveResizing(settings(1))
+    assert [two.scale(0), two.scale(1), one.scale(0)] == [0.5, 1.0, 1.0], "the last is never small"
     assert ten(torch.zeros(2, 3, 28, 20), 0).shape == (2, 3, 14, 10)
     assert ten(torch.zeros(2, 3, 30, 7), 4).shape == (2, 3, 22, 5)
     assert ten(torch.zeros(0, 3, 8, 8), 0).shape == (0, 3, 8, 8), "a process without images"

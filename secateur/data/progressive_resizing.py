@@ -17,11 +17,11 @@ from secateur.base.sections import ImageScale, Train
 
 
 class ProgressiveResizing:
-    """The size of the training images by epoch."""
+    """The size of the training images by epoch; that of the last epoch is the full one."""
 
     def __init__(self, settings: Train) -> None:
         self.parts = [
-            (round(part.until * settings.epochs), part.scale)
+            (min(round(part.until * settings.epochs), settings.epochs - 1), part.scale)
             for part in settings.progressive_resizing
         ]
 
