@@ -51,8 +51,9 @@ def digits(tmp_path, monkeypatch):
     return dataset.prepare("digits", images, 0.25, 0)
 
 
-def fit(model, data, wanted, callbacks=()):
-    with resume.single_flight(Stage("baseline", None, {"name": "a"}, {}), [], list) as store:
+def fit(model, data, wanted, name="a", callbacks=()):
+    """Train as a stage of this name; a second call of one that was stopped goes on."""
+    with resume.single_flight(Stage("baseline", None, {"name": name}, {}), [], list) as store:
         return loop.fit(model, data, wanted, 1, store, callbacks)
 
 
@@ -112,11 +113,11 @@ class Stop(Callback):
 @pytest.mark.parametrize("epoch", [2, 3, 7])
 def test_a_killed_training_ends_with_the_bytes_of_one_left_alone(epoch, digits):
     whole, cut = Pooled(), Pooled()
-    fit(whole, digits, settings(10))
+    fit(whole, digits, settings(10), "alone")
     with pytest.raises(KeyboardInterrupt):
-        fit(cut, digits, settings(10), [Stop(epoch)])
+        fit(cut, digits, settings(10), "killed", [Stop(epoch)])
     cut = Pooled()
-    fit(cut, digits, settings(10))
+    fit(cut, digits, settings(10), "killed")
     assert sum(training for training, *_ in cut.seen) == 2 * (10 - epoch), "it went on"
     prints = [
         hashlib.sha256(b"".join(t.numpy().tobytes() for t in m.state_dict().values())).hexdigest()
