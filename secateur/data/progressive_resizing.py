@@ -55,6 +55,8 @@ def check(model: nn.Module, parts: Sequence[ImageScale], shape: Sequence[int]) -
     A network with a linear layer on the pixels of its last feature map takes one size alone; one
     with global pooling takes many. The network is called in evaluation mode, and not changed.
     """
+    if not parts:
+        return
     training = model.training
     parameter = next(model.parameters())
     model.eval()

@@ -10,6 +10,7 @@ from typing import Any
 from secateur.base.errors import SecateurError
 from secateur.studies import results
 from secateur.studies.results import Result
+from secateur.studies.rounds import of_first_round
 
 COLUMNS = {
     "experiment": "experiment",
@@ -95,11 +96,11 @@ def _short(key: str, keys: Sequence[str]) -> str:
 
 
 def _by_round(key: str) -> tuple[str, str]:
-    """The further round that a setting belongs to, or nothing, and the rest of its key."""
-    if not key.startswith("rounds.") or key.count(".") < 2:
+    """The further round that a setting belongs to, or nothing, and its key in the first one."""
+    if not key.startswith("rounds."):
         return "", key
-    _, name, own = key.split(".", 2)
-    return name, own
+    name = key.split(".")[1]
+    return name, of_first_round(key) or "after"
 
 
 def _print(rows: Sequence[Mapping[str, Any]]) -> None:

@@ -9,6 +9,8 @@ from secateur.pipeline import recipe
 from secateur.pipeline.record import FIRST, Chain
 
 KEY = "rounds"
+SECTIONS = {"sparse_train": ("decay", "penalties"), "prune": ("pruners",), "finetune": ()}
+"""Section of a round -> keys in it that stand at the top level of params.yaml."""
 
 
 def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -62,11 +64,22 @@ def in_round(name: str, above: Mapping[str, Any]) -> dict[str, Any]:
         return dict(above)
     found: dict[str, Any] = {}
     for key, value in above.items():
-        place = {"decay": "sparse_train", "penalties": "sparse_train", "pruners": "prune"}.get(key)
+        place = next((section for section, keys in SECTIONS.items() if key in keys), None)
         if place:
             value = {key: value}
-        if place or key in ("sparse_train", "prune", "finetune"):
+        if place or key in SECTIONS:
             found = settings.merged(found, {KEY: {name: {place or key: value}}})
         else:
             found[key] = value
     return found
+
+
+def of_first_round(key: str) -> str:
+    """The key of the first round that `rounds.<number>.<section>.<rest>` replaces, empty for
+    `after`; any other key as it is."""
+    if not key.startswith("rounds."):
+        return key
+    _, _, section, *rest = key.split(".")
+    if not rest:
+        return ""
+    return ".".join(rest if rest[0] in SECTIONS.get(section, ()) else [section, *rest])

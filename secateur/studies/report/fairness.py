@@ -12,6 +12,7 @@ from typing import Any
 from secateur.studies.report import rounds, tables
 from secateur.studies.report.tables import Row
 from secateur.studies.results import Result
+from secateur.studies.rounds import of_first_round
 
 SETUPS = ("S1", "S2", "S3.1", "S3.2", "S4.1", "S4.2")
 ENOUGH = "S3.2"
@@ -83,7 +84,7 @@ def _differing(one: Mapping[str, Any], other: Mapping[str, Any], parts: tuple[st
     keys = [
         key
         for key in one.keys() | other.keys()
-        if (own := rounds.main(key)) in parts or own.startswith(below)
+        if (own := of_first_round(key)) in parts or own.startswith(below)
     ]
     found = [key for key in sorted(keys) if one.get(key) != other.get(key)]
     return ", ".join(f"{key} {one.get(key)} and {other.get(key)}" for key in found[:2])

@@ -11,10 +11,9 @@ from secateur.studies.report import statistics
 from secateur.studies.report.statistics import Interval
 from secateur.studies.report.tables import Row
 from secateur.studies.results import Result
+from secateur.studies.rounds import of_first_round
 
 FIGURES = ("accuracy", "compression", "macs")
-SECTIONS = {"sparse_train": ("decay", "penalties"), "prune": ("pruners",), "finetune": ()}
-"""Section of a round -> keys in it that stand at the top level of params.yaml."""
 
 
 def steps(row: Row) -> dict[str, dict[str, Interval]]:
@@ -83,7 +82,9 @@ def by_round(results: Sequence[Result]) -> list[Result]:
     if not any(map(chain, results)):
         return list(results)
     tables = [numbered(result) for result in results]
-    keys = {main(key) for table in tables for key in table if key.startswith("rounds.")} - {""}
+    keys = {
+        of_first_round(key) for table in tables for key in table if key.startswith("rounds.")
+    } - {""}
     return [
         replace(result, params=_last_first(table, 1 + len(chain(result)), sorted(keys)))
         for result, table in zip(results, tables, strict=True)
@@ -94,7 +95,9 @@ def _last_first(table: Mapping[str, Any], count: int, keys: Sequence[str]) -> di
     """The params of one experiment, as `by_round` has them."""
     found = {key: value for key, value in table.items() if not key.startswith("rounds.")}
     own = {
-        (key.split(".")[1], main(key)): v for key, v in table.items() if key.startswith("rounds.")
+        (key.split(".")[1], of_first_round(key)): v
+        for key, v in table.items()
+        if key.startswith("rounds.")
     }
     for number in range(1, count + 1):
         place = "" if number == count else f"rounds.round{number}."
@@ -104,14 +107,3 @@ def _last_first(table: Mapping[str, Any], count: int, keys: Sequence[str]) -> di
             after = str(table.get(f"rounds.round{number}.after"))
             found[f"rounds.round{number}.after"] = after.rpartition("/")[2]
     return found | {"rounds": count}
-
-
-def main(key: str) -> str:
-    """The key of the first round that `rounds.<number>.<section>.<rest>` replaces, empty for
-    `after`; any other key as it is."""
-    if not key.startswith("rounds."):
-        return key
-    _, _, section, *rest = key.split(".")
-    if not rest:
-        return ""
-    return ".".join(rest if rest[0] in SECTIONS.get(section, ()) else [section, *rest])
