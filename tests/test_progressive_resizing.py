@@ -1,6 +1,7 @@
 """Progressive resizing: sizes by epoch, the pixels of a smaller image, errors, and resuming."""
 
 import hashlib
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -16,6 +17,7 @@ from secateur.base.sections import ImageScale, Train
 from secateur.base.stage import Stage
 from secateur.data import dataset, progressive_resizing
 from secateur.data.progressive_resizing import ProgressiveResizing
+from secateur.pipeline import console
 from secateur.training import loop, resume
 from secateur.training.callbacks import Callback
 
@@ -124,6 +126,26 @@ def test_a_killed_training_ends_with_the_bytes_of_one_left_alone(epoch, digits):
         for m in (whole, cut)
     ]
     assert prints[0] == prints[1]
+
+
+@pytest.mark.parametrize("already", [0, 4])
+def test_the_time_that_is_left_counts_pixels(already, monkeypatch, capsys):
+    """Epochs of 10 steps: 3 at half size, 25 s each; 4 at three quarters, 56.25 s; 3 of 100 s."""
+    clock = [0.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: clock[0])
+    whole = settings(10)
+    bar = console.Training("baseline", ProgressiveResizing(whole).pixels)
+    bar.on_train_start(whole.epochs, 10, [{}] * already)
+    passed = [25.0] * 3 + [56.25] * 4 + [100.0] * 3
+    total = sum(passed[already:])
+    for epoch in range(already, 10):
+        for step in range(10):
+            clock[0] += passed[epoch] / 10
+            bar.on_step_end(epoch + 1, step + 1)
+            said = capsys.readouterr().out
+            left = re.findall(r"(\d+) s left", said)
+            assert all(abs(float(seconds) - (total - clock[0])) <= 0.5 for seconds in left), said
+            assert left or passed[epoch] < 100
 
 
 def test_a_network_for_one_size_is_refused_and_left_as_it_was():

@@ -29,6 +29,10 @@ class ProgressiveResizing:
         """Scale of height and width in an epoch, counted from 0; 1: the full size."""
         return next((scale for end, scale in self.parts if epoch < end), 1.0)
 
+    def pixels(self, epoch: int) -> float:
+        """Share of the full size's pixels in an epoch, which is about the share of its cost."""
+        return self.scale(epoch) ** 2
+
     def __call__(self, images: Tensor, epoch: int) -> Tensor:
         """Images (n, channels, height, width) at the size of the epoch; `images` if that is full.
 

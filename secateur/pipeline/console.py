@@ -77,13 +77,13 @@ def _terminated(_signal: int, _frame: FrameType | None) -> None:
 class Training(Callback):
     """Progress of one training: a live bar on a terminal, a line every few seconds elsewhere."""
 
-    def __init__(self, stage: str) -> None:
-        self.stage = stage
+    def __init__(self, stage: str, cost: Callable[[int], float]) -> None:
+        """`cost` is that of an epoch, counted from 0, compared with other epochs."""
+        self.stage, self.cost = stage, cost
         self.console = Console()
         self.bar: Progress | None = None
         self.task: TaskID | None = None
-        self.last = time.monotonic()
-        self.began = time.monotonic()
+        self.last = self.began = time.monotonic()
         self.already = 0
         self.epochs = self.steps = 0
         self.words = ""
@@ -102,12 +102,8 @@ class Training(Callback):
                 TimeRemainingColumn(),
                 console=self.console,
             )
-            self.task = self.bar.add_task(
-                self.stage,
-                total=epochs * self.steps,
-                completed=len(history) * self.steps,
-                words="starting",
-            )
+            self.task = self.bar.add_task(self.stage, total=self._cost(epochs), words="starting")
+            self.bar.update(self.task, completed=self._cost(self.already))
             self.bar.start()
 
     def on_step_end(self, epoch: int, step: int) -> None:
@@ -116,13 +112,14 @@ class Training(Callback):
         if now - self.last < (0.2 if self.bar else 10):
             return
         self.last = now
-        done = (epoch - 1) * self.steps + step
-        rate = (done - self.already * self.steps) / max(now - self.began, 1e-9)
+        took = max(now - self.began, 1e-9)
+        rate = ((epoch - 1 - self.already) * self.steps + step) / took
+        done = self._cost(epoch - 1) + self.cost(epoch - 1) * step / self.steps
         if self.bar is not None and self.task is not None:
             words = f"epoch {epoch}/{self.epochs}  {rate:.0f} steps/s  {self.words}"
             self.bar.update(self.task, completed=done, words=words)
         else:
-            left = (self.epochs * self.steps - done) / max(rate, 1e-9)
+            left = (self._cost(self.epochs) - done) / (done - self._cost(self.already)) * took
             say(
                 f"{self.stage}: epoch {epoch}/{self.epochs}, {rate:.0f} steps/s, "
                 f"{self.words or 'first epoch'}, {left:.0f} s left"
@@ -139,6 +136,10 @@ class Training(Callback):
             self.words += f", {row['picked']:.0f} of {len(ratios)} layers picked"
             self.words += f", kept over chosen {min(ratios):.3g} to {max(ratios):.3g}"
 
+    def _cost(self, epochs: int) -> float:
+        """Of the first epochs together."""
+        return sum(map(self.cost, range(epochs)))
+
     def close(self) -> None:
         """Stop the bar, whether the training succeeded or not."""
         if self.bar is not None and self.task is not None:
@@ -147,7 +148,7 @@ class Training(Callback):
     def finish(self, rows: Sequence[Row], best_epoch: int) -> None:
         """Print the summary of the training in one line."""
         if self.bar is not None and self.task is not None:
-            done = len(rows) * self.steps
+            done = self._cost(len(rows))
             self.bar.update(self.task, completed=done, total=done, words=self.words)
         self.close()
         if not rows:

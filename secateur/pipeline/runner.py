@@ -19,6 +19,7 @@ from secateur.base.settings import Params, chain, section
 from secateur.base.stage import Stage, open_stage, revision
 from secateur.data import dataset
 from secateur.data.dataset import Dataset
+from secateur.data.progressive_resizing import ProgressiveResizing
 from secateur.nn import checkpoint, norms
 from secateur.nn.checkpoint import Checkpoint, Header
 from secateur.pipeline import console, record, tracking
@@ -138,7 +139,7 @@ class TrainingContext(StageContext):
 
         Settings that name a teacher are those of a network that goes on to be trained.
         """
-        bar = console.Training(self.stage.name)
+        bar = console.Training(self.stage.name, ProgressiveResizing(settings).pixels)
         try:
             with section(_module(self.stage.name)):
                 distiller = self._distiller(model, settings)
