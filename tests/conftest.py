@@ -85,6 +85,8 @@ def pytest_xdist_auto_num_workers(config):
 def pytest_xdist_setupnodes(config, specs):
     """Workers start warm too: each would import for ten seconds what the tests need."""
     base = config._tmp_path_factory.getbasetemp()
+    (base / "tmp").mkdir()
+    os.environ["TMPDIR"] = str(base / "tmp")  # what is written there, in memory too
     found = warm.start(base / "warm", Project(base).env(), os.getpid())
     os.environ |= {name: value for name, value in found.items() if name == "WARM_SERVER"}
     for spec in specs if found else ():

@@ -33,6 +33,8 @@ PENALTIES = plugin.names("penalties")
 OPTIMIZERS = ["sgd", "adam", "adamw"]
 DIGITS = plugin.load("datasets", "digits")
 
+CPU = torch.device("cpu")
+
 
 @pytest.fixture(autouse=True)
 def project(tmp_path, monkeypatch):
@@ -581,7 +583,7 @@ def test_dropout_draws_from_a_stream_of_its_own_by_seed_and_epoch():
     with torch.random.fork_rng():
         for seed, seeds in found.items():
             for epoch, expected in enumerate(seeds):
-                determinism.seed_layers(seed, epoch)
+                determinism.seed_layers(seed, epoch, CPU)
                 assert torch.initial_seed() == expected
 
 
@@ -590,7 +592,7 @@ def test_the_layers_of_every_rank_have_other_random_numbers_than_the_shuffling()
     with torch.random.fork_rng():
         for seed, epoch, rank in [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0)]:
             for _ in range(2):  # the same arguments, the same numbers
-                determinism.seed_layers(seed, epoch, rank)
+                determinism.seed_layers(seed, epoch, CPU, rank)
                 drawn.append(torch.randperm(50).tolist())
             drawn.append(augment.plan_epoch(50, seed, epoch, augment.Augment()).image.tolist())
     layers = [drawn[k] for k in range(0, 12, 3)]

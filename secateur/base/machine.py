@@ -1,6 +1,6 @@
 """Where the work runs: by what the machine has, never by a setting."""
 
-import contextlib
+import functools
 import os
 import platform
 import re
@@ -81,11 +81,17 @@ def save_interval() -> float:
 
 def versions() -> dict[str, str]:
     """Versions of the libraries that results depend on, of those that are installed."""
-    found: dict[str, str] = {}
-    for name in ("torch", "torchvision", "lightning-fabric", "safetensors"):
-        with contextlib.suppress(PackageNotFoundError):  # the Python API needs neither in between
-            found[name] = version(name)
-    return found
+    names = ("torch", "torchvision", "lightning-fabric", "safetensors")
+    return {name: found for name in names if (found := _version(name))}
+
+
+@functools.cache
+def _version(name: str) -> str | None:
+    """The installed version, read once a process; None of a package that is not installed."""
+    try:
+        return version(name)
+    except PackageNotFoundError:  # the Python API needs neither lightning-fabric nor torchvision
+        return None
 
 
 def installed_versions() -> dict[str, str]:

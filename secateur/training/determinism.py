@@ -44,11 +44,16 @@ def _denormals_are_flushed() -> bool:
     return float(torch.tensor([1e-38]) * 1e-2) == 0.0
 
 
-def seed_layers(seed: int, epoch: int, rank: int = 0) -> None:
-    """Seed the global generators, from which dropout and other random layers draw, for one epoch.
+def seed_layers(seed: int, epoch: int, device: torch.device, rank: int = 0) -> None:
+    """Seed the global generators of the CPU and of `device`, from which dropout and other random
+    layers draw, for one epoch.
 
     The stream depends on the arguments alone, so that a training can resume at any epoch, and it
     is independent of the one that shuffles and augments images (`data.augment.plan_epoch`).
     """
     sequence = np.random.SeedSequence(seed, spawn_key=(_LAYER_STREAM, epoch, rank))
-    torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
+    number = int(sequence.generate_state(1, np.uint64)[0])
+    if device.type == "cpu":  # torch.manual_seed notes the stack of its calls, for other devices
+        torch.default_generator.manual_seed(number)
+    else:
+        torch.manual_seed(number)

@@ -81,7 +81,7 @@ class Distiller:
         self.model.train(training)
         maps: dict[str, nn.Module] = {}
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             for name in self.settings.features:
                 made = _map(name, self._ours.pop(name), self._theirs.pop(name))
                 if made is not None:

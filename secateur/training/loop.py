@@ -92,7 +92,7 @@ def fit(
             for epoch in range(len(state.history), settings.epochs):
                 if step.finished:
                     break
-                determinism.seed_layers(seed, epoch, engine.rank)
+                determinism.seed_layers(seed, epoch, engine.device, engine.rank)
                 row = _train_epoch(step, batches, epoch, callbacks)
                 evaluated = average.network(data) if average else model
                 _evaluate_epoch(row, evaluated, data, settings, engine)
