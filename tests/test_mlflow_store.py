@@ -7,6 +7,7 @@ import signal
 import sqlite3
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 from workspace import ROOT, Project
@@ -240,6 +241,24 @@ def test_a_store_that_another_program_is_making_is_waited_for(project, made):
     assert making.wait() == 0
     assert store.client is not None
     assert names(project) == ["mlflow.db"]
+
+
+def test_a_store_that_another_program_writes_just_then_is_no_truncated_one(
+    project, made, monkeypatch
+):
+    """The commit ends between two looks at the file: its head says more than its size did."""
+    path, whole = project / "mlflow.db", made.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    assert "truncated" in mlflow_file.fault(path)
+    real = Path.open
+
+    def opened(self, *arguments, **more):
+        if self == path:
+            shutil.copyfile(made, path)
+        return real(self, *arguments, **more)
+
+    monkeypatch.setattr(Path, "open", opened)
+    assert mlflow_file.fault(path) is None
 
 
 def newer(database):

@@ -144,8 +144,9 @@ def _fault(path: Path, thorough: bool) -> str | None:
     page = int.from_bytes(header[16:18], "big")
     pages = int.from_bytes(header[28:32], "big") if header[24:28] == header[92:96] else 0
     beside = any(path.with_name(path.name + ending).exists() for ending in COMPANIONS)
-    if not beside and found.st_size < pages * (65_536 if page == 1 else page):
-        return f"truncated ({found.st_size:,} bytes)"
+    size = path.stat().st_size  # by now, a commit that has written this head has ended
+    if not beside and size < pages * (65_536 if page == 1 else page):
+        return f"truncated ({size:,} bytes)"
     return _content_fault(path, thorough)
 
 
