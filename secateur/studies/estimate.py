@@ -10,28 +10,26 @@ from secateur.studies.execution.keys import Entry
 from secateur.studies.execution.stages import PARAMS
 from secateur.studies.plan import Plan, Work
 
-FEWEST_EPOCHS = 1.0
-"""Work without epochs counts as one."""
+Kind = tuple[str, Any, Any, bool]
+"""What a record tells about other work: stage, data set, architecture, and whether it trains."""
 
 
 def seconds(plan: Plan, works: Sequence[Work]) -> tuple[float, list[str]]:
     """Seconds of these pieces, one after the other, and stages of which there are no records."""
-    known: dict[tuple[str, Any, Any], list[float]] = {}
+    known: dict[Kind, list[float]] = {}
     for id, entry in plan.entries.items():
-        name = plan.works[id].stage.name
         if (took := _took(plan, entry)) is not None:
             declared = entry.get("params", {}).get(PARAMS, {})
-            kind = (_base(name), declared.get("dataset"), declared.get("arch"))
-            known.setdefault(kind, []).append(took / _epochs(name, declared))
+            kind, epochs = _kind(plan.works[id].stage.name, declared)
+            known.setdefault(kind, []).append(took / epochs)
     total, unknown = 0.0, []
     for work in works:
         declared = plan.graph.declared(work.stage, plan.params(work.cell))
-        name = _base(work.stage.name)
-        kind = (name, declared.get("dataset"), declared.get("arch"))
+        kind, epochs = _kind(work.stage.name, declared)
         if kind in known:
-            total += statistics.median(known[kind]) * _epochs(work.stage.name, declared)
-        elif plans.trains(plan, work) and name not in unknown:
-            unknown.append(name)
+            total += statistics.median(known[kind]) * epochs
+        elif plans.trains(plan, work) and kind[0] not in unknown:
+            unknown.append(kind[0])
     return total, unknown
 
 
@@ -46,12 +44,13 @@ def _took(plan: Plan, entry: Entry) -> float | None:
     return None
 
 
-def _base(stage: str) -> str:
-    """The stage of the first round: those of further ones take as long."""
-    return stage.partition("@")[0]
+def _kind(stage: str, declared: Mapping[str, Any]) -> tuple[Kind, float]:
+    """Kind of the work, and the epochs that its time grows with; 1 of what does not train.
 
-
-def _epochs(stage: str, declared: Mapping[str, Any]) -> float:
-    """Epochs of the stage's own section."""
+    Stages of further rounds take as long as those of the first. A training of no epochs takes
+    seconds, whatever one of some epochs takes.
+    """
     found = plans.epochs(stage, declared)
-    return max(float(found), FEWEST_EPOCHS) if isinstance(found, int | float) else FEWEST_EPOCHS
+    epochs = float(found) if isinstance(found, int | float) else 0.0
+    name = stage.partition("@")[0]
+    return (name, declared.get("dataset"), declared.get("arch"), epochs > 0), epochs or 1.0

@@ -176,8 +176,9 @@ class Progress:
             self._wrote = now
         total, left = len(self.plan.works), len(self.plan.missing())
         cells = sum(map(self.plan.finished, range(len(self.plan.cells))))
-        rest = estimate.seconds(self.plan, self.plan.missing())[0] / max(len(self._tasks), 1)
-        words = f", about {duration(rest)} left" if rest else ""
+        seconds, unknown = estimate.seconds(self.plan, self.plan.missing())
+        rest = duration(seconds / max(len(self._tasks), 1))
+        words = f", {'more than' if unknown else 'about'} {rest} left" if seconds else ""
         console.say(
             f"{total - left} of {total} pieces, {cells} of {len(self.plan.cells)} cells, after "
             f"{duration(now - self._began)}{words}"
