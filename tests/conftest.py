@@ -83,10 +83,13 @@ def pytest_xdist_auto_num_workers(config):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_setupnodes(config, specs):
-    """Workers start warm too: each would import for ten seconds what the tests need."""
+    """Workers start warm too: each would import for ten seconds what the tests need.
+
+    Their temporary files, and those of their processes, lie beside those of the tests.
+    """
     base = config._tmp_path_factory.getbasetemp()
     (base / "tmp").mkdir()
-    os.environ["TMPDIR"] = str(base / "tmp")  # what is written there, in memory too
+    os.environ["TMPDIR"] = str(base / "tmp")
     found = warm.start(base / "warm", Project(base).env(), os.getpid())
     os.environ |= {name: value for name, value in found.items() if name == "WARM_SERVER"}
     for spec in specs if found else ():

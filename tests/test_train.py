@@ -32,7 +32,6 @@ ARCHS = sorted(SMALL)
 PENALTIES = plugin.names("penalties")
 OPTIMIZERS = ["sgd", "adam", "adamw"]
 DIGITS = plugin.load("datasets", "digits")
-
 CPU = torch.device("cpu")
 
 

@@ -78,7 +78,7 @@ class Training(Callback):
     """Progress of one training: a live bar on a terminal, a line every few seconds elsewhere."""
 
     def __init__(self, stage: str, cost: Callable[[int], float]) -> None:
-        """`cost` is that of an epoch, counted from 0, compared with other epochs."""
+        """`cost`: of an epoch, counted from 0, in any unit that all epochs share."""
         self.stage, self.cost = stage, cost
         self.console = Console()
         self.bar: Progress | None = None
@@ -137,7 +137,7 @@ class Training(Callback):
             self.words += f", kept over chosen {min(ratios):.3g} to {max(ratios):.3g}"
 
     def _cost(self, epochs: int) -> float:
-        """Of the first epochs together."""
+        """Cost of the first `epochs` epochs together."""
         return sum(map(self.cost, range(epochs)))
 
     def close(self) -> None:

@@ -3,15 +3,23 @@
 import json
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from secateur.studies import plan as plans
 from secateur.studies.execution.keys import Entry
 from secateur.studies.execution.stages import PARAMS
 from secateur.studies.plan import Plan, Work
 
-Kind = tuple[str, Any, Any, bool]
-"""What a record tells about other work: stage, data set, architecture, and whether it trains."""
+
+class Kind(NamedTuple):
+    """Work whose time for an epoch is taken to be the same."""
+
+    stage: str
+    """Of the first round: those of further ones take as long."""
+    dataset: Any
+    arch: Any
+    trains: bool
+    """A training of no epochs takes seconds, whatever one of some epochs takes."""
 
 
 def seconds(plan: Plan, works: Sequence[Work]) -> tuple[float, list[str]]:
@@ -28,8 +36,8 @@ def seconds(plan: Plan, works: Sequence[Work]) -> tuple[float, list[str]]:
         kind, epochs = _kind(work.stage.name, declared)
         if kind in known:
             total += statistics.median(known[kind]) * epochs
-        elif plans.trains(plan, work) and kind[0] not in unknown:
-            unknown.append(kind[0])
+        elif kind.trains and kind.stage not in unknown:
+            unknown.append(kind.stage)
     return total, unknown
 
 
@@ -45,12 +53,9 @@ def _took(plan: Plan, entry: Entry) -> float | None:
 
 
 def _kind(stage: str, declared: Mapping[str, Any]) -> tuple[Kind, float]:
-    """Kind of the work, and the epochs that its time grows with; 1 of what does not train.
-
-    Stages of further rounds take as long as those of the first. A training of no epochs takes
-    seconds, whatever one of some epochs takes.
-    """
+    """Kind of the work, and the number of its epochs; 1 of work that does not train."""
     found = plans.epochs(stage, declared)
     epochs = float(found) if isinstance(found, int | float) else 0.0
     name = stage.partition("@")[0]
-    return (name, declared.get("dataset"), declared.get("arch"), epochs > 0), epochs or 1.0
+    kind = Kind(name, declared.get("dataset"), declared.get("arch"), epochs > 0)
+    return kind, epochs or 1.0
