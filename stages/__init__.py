@@ -3,3 +3,4 @@
 import secateur.base.allocator
 
 secateur.base.allocator.tune_process()  # before any stage imports torch
+secateur.base.allocator.pause_collection()  # until the stage has imported what it needs

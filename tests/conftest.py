@@ -12,6 +12,8 @@ import warm
 from filelock import FileLock
 from workspace import PROGRAMS, Project, fresh_project
 
+gc.disable()  # until all tests are collected
+
 MEMORY, ROOM = Path("/dev/shm"), 6 * 2**30
 """Where the tests write if there is as much room: there, no database waits for a disk."""
 LONGEST = [
@@ -107,6 +109,7 @@ def pytest_collection_finish():
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)
+    gc.enable()  # also for stages, which leave this to what runs them
 
 
 @pytest.fixture(scope="session")

@@ -45,6 +45,7 @@ def main(
     if choices:
         parser.add_argument("of", choices=choices)
     options = parser.parse_args()
+    allocator.resume_collection()
     signal.signal(signal.SIGTERM, _terminated)
     try:
         work(*([options.round] if rounds else []), *([options.of] if choices else []))

@@ -1,7 +1,6 @@
 """Run a stage that makes a model: once for each fingerprint, observed, saved and recorded."""
 
 import contextlib
-import gc
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,7 +10,7 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from secateur.base import files, machine
+from secateur.base import allocator, files, machine
 from secateur.base.errors import CheckpointError, SettingsError, cut, shorten
 from secateur.base.files import Table
 from secateur.base.sections import NOTHING, ContinuedTrain, Train
@@ -335,7 +334,7 @@ def _once(
             return
         run = _open_run(context, store)
         clock = _Clock(store)
-        gc.freeze()  # what the imports made lives as long as the process: nothing to collect there
+        allocator.resume_collection()  # passing over what has been imported meanwhile
         try:
             result = produce(store, [run, clock])
         except Exception:

@@ -314,6 +314,7 @@ def end(error: BaseException | None) -> NoReturn:
 
 def main() -> NoReturn:
     """Import, serve, and run the command of the request in each forked process."""
+    gc.disable()
     path, owner = sys.argv[1], int(sys.argv[2])
     fits = [early(dict(os.environ)), import_libraries()]
     modules = known.learn(ROOT)
@@ -323,6 +324,7 @@ def main() -> NoReturn:
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)  # as in conftest.py
+    gc.enable()
     try:
         run(*serve(path, owner), modules)
     except BaseException as error:

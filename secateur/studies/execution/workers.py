@@ -23,6 +23,7 @@ import traceback
 from pathlib import Path
 from typing import NoReturn
 
+from secateur.base import allocator
 from secateur.base.errors import SecateurError
 from secateur.studies.execution import work
 
@@ -148,7 +149,7 @@ def main() -> NoReturn:
     channel = socket.socket(fileno=int(sys.argv[1]))
     import_everything()
     gc.collect()
-    gc.freeze()
+    allocator.resume_collection()
     task, folder = serve(channel)
     become(task)
     status = run(task, folder)
