@@ -1,7 +1,7 @@
-"""Time that a penalty adds to a training step: with and without it, alternately, in one process.
+"""Time that a penalty or parametrization adds to a training step: with and without it, in turns.
 
 python -m benchmarks.penalty_cost
-python -m benchmarks.penalty_cost --net lenet300 --penalty hoyer_square l1
+python -m benchmarks.penalty_cost --net lenet300 --penalty hoyer_square --parametrization str
 """
 
 import argparse
@@ -17,28 +17,31 @@ from benchmarks.train_speed import NETS, made_up, network, settings, task
 from secateur.base import plugin
 from secateur.base.machine import hardware
 from secateur.data.batches import Batches
-from secateur.training import optim
+from secateur.training import optim, parametrization
 from secateur.training.engine import Engine
 from secateur.training.penalty import Course, Penalty, SteppingPenalty
 from secateur.training.step import TrainStep
 
 
 class Steps:
-    """Training steps of one network with one penalty, or without."""
+    """Training steps of one network with a penalty or parametrization, or with neither."""
 
-    def __init__(self, net: str, name: str | None, precision: str) -> None:
-        what = task(net, precision=precision)
+    def __init__(self, kind: str, name: str, net: str, **more: str) -> None:
+        what = task(net, **more)
         data, model, chosen = made_up(what), network(what), settings(what)
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        penalty: Penalty | None = None
-        if name:
-            module = plugin.load("penalties", name)
-            penalty = module.build(module.Settings(), model, 1e-6)
+        if kind == "penalties":
+            plug = plugin.load("penalties", name)
+            penalty: Penalty | None = plug.build(plug.Settings(), model, 1e-6)
+        else:
+            defaults = plugin.load("parametrizations", name).Settings()
+            built = parametrization.build(name, defaults, model)
+            penalty = parametrization.joined(name, built, None)
         self.batches = Batches(data.train, data.info, what["batch"], 1)
         if isinstance(penalty, SteppingPenalty):
             penalty.start(Course(chosen, 10**6, len(data.train)))
         self.size, self.count = what["batch"], 0
-        engine = Engine(precision)
+        engine = Engine(what["precision"])
         self.step = TrainStep(
             model, optim.optimizer(model, chosen), penalty, chosen, engine, len(self.batches)
         )
@@ -62,27 +65,34 @@ class Steps:
 
 
 def main() -> None:
-    """Time the penalties named on the command line."""
+    """Time the penalties and parametrizations named on the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--net", default="resnet20", choices=list(NETS))
     parser.add_argument("--penalty", nargs="+", default=["greg1", "greg2", "hoyer_square"])
+    parser.add_argument("--parametrization", nargs="+", default=[])
     parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--optimizer", help="default: that of the original scripts")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--steps", type=int, default=10, help="steps per round and penalty")
     options = parser.parse_args()
     print(f"{hardware()}; {options.net}, {options.precision}")
-    names = [None, *options.penalty]
-    variants = {name: Steps(options.net, name, options.precision) for name in names}
-    taken: dict[str | None, list[float]] = {name: [] for name in variants}
+    names = [("penalties", "none")]
+    names += [("penalties", name) for name in options.penalty]
+    names += [("parametrizations", name) for name in options.parametrization]
+    more = {"precision": options.precision} | (
+        {"optimizer": options.optimizer} if options.optimizer else {}
+    )
+    variants = [Steps(kind, name, options.net, **more) for kind, name in names]
+    taken: list[list[float]] = [[] for _ in names]
     for turn in range(options.rounds + 1):
-        for name, run in variants.items():
-            seconds = run(options.steps)
+        for run, seconds in zip(variants, taken, strict=True):
+            spent = run(options.steps)
             if turn:  # the first round warms up
-                taken[name].append(seconds)
-    plain = taken[None]
+                seconds.append(spent)
+    plain = taken[0]
     print(f"without penalty {statistics.median(plain) / options.steps * 1e3:.2f} ms per step")
-    for name in options.penalty:
-        ratio = statistics.median(a / b for a, b in zip(taken[name], plain, strict=True))
+    for (_, name), seconds in zip(names[1:], taken[1:], strict=True):
+        ratio = statistics.median(a / b for a, b in zip(seconds, plain, strict=True))
         print(f"{name:20} {ratio - 1:+.1%}")
 
 

@@ -53,7 +53,7 @@ def _rounds(parser: argparse.ArgumentParser) -> None:
         type=float,
         required=True,
         metavar="SHARE",
-        help="of the dense network that is left at last, such as 0.02",
+        help="share of the dense network to be left after the last round, such as 0.02",
     )
     parser.add_argument(
         "--of", choices=("params", "macs", "bytes"), default="params", help="default: params"
@@ -69,16 +69,17 @@ def _study(parser: argparse.ArgumentParser) -> None:
         "--workers",
         type=_positive,
         metavar="N",
-        help="pieces of work at the same time; default: one for each processor",
+        help="pieces of work at the same time; default: one for each processor, with slurm 64, "
+        "with ray as many as the cluster has room for",
     )
     parser.add_argument(
         "--executor", choices=("local", "ray", "slurm"), default="local", help="default: local"
     )
     parser.add_argument(
-        "--cpus", type=float, default=1, metavar="N", help="of ray, for each piece; default: 1"
+        "--cpus", type=float, default=1, metavar="N", help="CPUs for each piece of work, with --executor ray; default: 1"
     )
     parser.add_argument(
-        "--gpus", type=float, default=0, metavar="N", help="of ray, for each piece; default: 0"
+        "--gpus", type=float, default=0, metavar="N", help="GPUs for each piece of work, with --executor ray; default: 0"
     )
     parser.add_argument(
         "--slurm",
@@ -147,12 +148,12 @@ def _libraries(parser: argparse.ArgumentParser) -> None:
 
 
 def _groups(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", help="of the file in recipes/groups/")
+    parser.add_argument("name", help="name of the file to write in recipes/groups/")
     parser.add_argument(
         "--groups",
         type=_positive,
         metavar="N",
-        help="of every convolution whose channels it divides; default: -1, to be filled in",
+        help="groups of every convolution whose channels N divides; default: -1, to be replaced",
     )
 
 
@@ -167,7 +168,8 @@ def _predict(parser: argparse.ArgumentParser) -> None:
         "--resize",
         type=_positive,
         metavar="PIXELS",
-        help="of the shorter side, before the centre is cut out; default: what the file says",
+        help="length to bring the shorter side to before the centre is cut out; default: what the "
+        "file says",
     )
 
 
@@ -360,7 +362,7 @@ def _run(command: Command, options: argparse.Namespace) -> None:
             raise
         raise SecateurError(
             f"`secateur {command.name}` needs {error.name}, which is not installed: "
-            "pip install 'secateur[pipeline]'"
+            "in a clone of Secateur: pip install '.[pipeline]'"
         ) from None
 
 
