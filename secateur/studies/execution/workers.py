@@ -56,24 +56,25 @@ def serve(channel: socket.socket) -> tuple[work.Task, Path]:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started us decides
     signal.signal(signal.SIGTERM, lambda *_: None)
     running: dict[int, str] = {}
-    reader = channel.makefile("r")
+    unread = b""
     channel.sendall(b'{"ready": true}\n')
     while True:
         ready, _, _ = select.select([channel.fileno(), wake_read], [], [])
         if channel.fileno() in ready:
-            line = reader.readline()
-            if not line:
+            more = _received(channel)
+            if not more:
                 _end(running)
-            request = json.loads(line)
-            pid = os.fork()
-            if pid == 0:
-                signal.set_wakeup_fd(-1)
-                for end in (wake_read, wake_write):
-                    os.close(end)
-                reader.close()
-                channel.close()
-                return work.Task(**request["task"]), Path(request["folder"])
-            running[pid] = request["task"]["key"]
+            *lines, unread = (unread + more).split(b"\n")
+            for line in lines:  # all of them: `select` knows nothing of what has been read
+                request = json.loads(line)
+                pid = os.fork()
+                if pid == 0:
+                    signal.set_wakeup_fd(-1)
+                    for end in (wake_read, wake_write):
+                        os.close(end)
+                    channel.close()
+                    return work.Task(**request["task"]), Path(request["folder"])
+                running[pid] = request["task"]["key"]
         if wake_read in ready:
             with contextlib.suppress(BlockingIOError):
                 os.read(wake_read, 4096)
@@ -81,6 +82,14 @@ def serve(channel: socket.socket) -> tuple[work.Task, Path]:
                 answer = json.dumps({"key": running.pop(pid), "status": status})
                 with contextlib.suppress(OSError):
                     channel.sendall(f"{answer}\n".encode())
+
+
+def _received(channel: socket.socket) -> bytes:
+    """What has arrived; nothing if the other end is closed or was killed."""
+    try:
+        return channel.recv(65536)
+    except ConnectionError:
+        return b""
 
 
 def _ended() -> list[tuple[int, int]]:
