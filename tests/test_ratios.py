@@ -178,6 +178,37 @@ def test_block_3_2_is_not_block_3_20():
         resolve(deep, 0.5, skip=[3.2])
 
 
+def numbered():
+    """Layers named 0, 2, 5 and 10."""
+    model = nn.Sequential(*(nn.Identity() for _ in range(11)))
+    for place in (0, 2, 5):
+        model[place] = nn.Conv2d(8, 8, 3)
+    model[10] = nn.Linear(8, 8)
+    return model
+
+
+@pytest.mark.parametrize("given", [{"skip": ["2"]}, {"skip": [2]}, {"skip": ["10"]}], ids=str)
+def test_the_name_of_one_layer_and_the_number_of_another_is_refused(given):
+    with pytest.raises(SettingsError, match=r"skip: .*name.*'\[.\]0?' for the name.*number"):
+        resolve(numbered(), 0.5, "weight", **given)
+    with pytest.raises(SettingsError, match=r"ratios: .*'\[2\]' for the name, '2-2' for the num"):
+        resolve(numbered(), {"2": 0.5}, "weight")
+
+
+def test_layers_with_numbers_as_names_can_be_given_by_either():
+    every = {"0", "2", "5", "10"}
+    for skip, spared in (("0", "0"), ("[2]", "2"), ("2-2", "5"), ("[1]0", "10"), ("1", "2")):
+        found = above_zero(resolve(numbered(), 0.5, "weight", skip=[skip]))
+        assert set(found) == every - {spared}, skip
+    found = resolve(numbered(), {"[2]": 0.5, "*": 0.25, "3": 0.75}, "weight")
+    assert found == {"0": 0.25, "2": 0.5, "5": 0.25, "10": 0.75}
+
+
+def test_skipped_layers_are_shown_as_they_were_written():
+    made = validate(Written, {"skip": ["1.10", 2.1, "fc"]}, "x")
+    assert str(made.skip) == "('1.10', 2.1, 'fc')"
+
+
 def test_a_skipped_layer_may_be_one_that_may_not_be_pruned():
     found = resolve(residual(), "*conv*: 0.5", skip=["conv1", "*conv2", "*shortcut*"])
     assert set(above_zero(found)) == in_blocks("conv1")

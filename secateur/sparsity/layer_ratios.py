@@ -5,7 +5,7 @@ regularization, ICLR 2021.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -170,7 +170,7 @@ def _given(rules: Rules, positions: Mapping[str, Position]) -> dict[str, tuple[f
 
 
 def _named(
-    rules: Rules, positions: Mapping[str, Position], others: Iterable[str] = ()
+    rules: Rules, positions: Mapping[str, Position], others: Collection[str] = ()
 ) -> dict[str, tuple[float, str]]:
     """Ratio of each layer by patterns, and the pattern that gives it; "" where none does.
 
@@ -221,11 +221,19 @@ def _by_stage(
 
 
 def _matching(
-    key: str, pattern: str, positions: Mapping[str, Position], others: Iterable[str] = ()
+    key: str, pattern: str, positions: Mapping[str, Position], others: Collection[str] = ()
 ) -> list[str]:
-    """Layers that a name pattern or a range of numbers matches; ArgumentError if there is none."""
+    """Layers that a name pattern or a range of numbers matches; ArgumentError if there is none, or
+    if it is the name of one layer and the number of another."""
     if match := NUMBERS.fullmatch(pattern):
         first, last = int(match[1]), int(match[2] or match[1])
+        named = pattern in positions or pattern in others
+        if named and list(positions)[first : first + 1] != [pattern]:
+            raise ArgumentError(
+                key,
+                f"{pattern} may be the layer of this name or the one of this number; write "
+                f"'[{pattern[0]}]{pattern[1:]}' for the name, '{pattern}-{pattern}' for the number",
+            )
         if last >= len(positions):
             raise ArgumentError(
                 key,
@@ -241,7 +249,7 @@ def _matching(
 
 
 def _skipped_layers(
-    entry: Skipped, positions: Mapping[str, Position], others: Iterable[str] = ()
+    entry: Skipped, positions: Mapping[str, Position], others: Collection[str] = ()
 ) -> list[str]:
     """The layers that an entry of `skip` names; ArgumentError if there is none.
 
@@ -274,6 +282,7 @@ def _specificity(pattern: str) -> int:
     """Characters that are not wildcards; numbers are more specific than any name."""
     if NUMBERS.fullmatch(pattern):
         return 10**9
+    pattern = re.sub(r"\[([^]!])\]", r"\1", pattern)  # [3] is the character 3
     return len(re.sub(r"\[[^]]*\]|[*?]", "", pattern))
 
 

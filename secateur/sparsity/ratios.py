@@ -10,6 +10,8 @@ A ratio is at least 0 and less than 1, and is written in one of these ways:
 
 If several patterns match a layer, the one with the most characters that are not wildcards counts,
 and a number counts before any name. Their order is without meaning, since DVC does not keep it.
+Where layers have numbers as names, as in nn.Sequential, "[3]" is the layer of this name and "3-3"
+the one of this number; "3" is refused unless both are the same layer.
 """
 
 import math
@@ -42,7 +44,7 @@ class Rules:
         return ", ".join(f"{pattern}: {ratio:g}" for pattern, ratio in self.named)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Skipped:
     """One entry of `skip`."""
 
@@ -52,6 +54,10 @@ class Skipped:
 
     def __str__(self) -> str:
         return self.text
+
+    def __repr__(self) -> str:
+        """In the notation of a user."""
+        return self.text if self.number else repr(self.text)
 
 
 def parse_ratios(value: Any) -> Rules:
