@@ -76,10 +76,18 @@ def _study(parser: argparse.ArgumentParser) -> None:
         "--executor", choices=("local", "ray", "slurm"), default="local", help="default: local"
     )
     parser.add_argument(
-        "--cpus", type=float, default=1, metavar="N", help="CPUs for each piece of work, with --executor ray; default: 1"
+        "--cpus",
+        type=float,
+        default=1,
+        metavar="N",
+        help="CPUs for each piece of work, with --executor ray; default: 1",
     )
     parser.add_argument(
-        "--gpus", type=float, default=0, metavar="N", help="GPUs for each piece of work, with --executor ray; default: 0"
+        "--gpus",
+        type=float,
+        default=0,
+        metavar="N",
+        help="GPUs for each piece of work, with --executor ray; default: 0",
     )
     parser.add_argument(
         "--slurm",
@@ -347,6 +355,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         _fail("interrupted", 130)
     except BrokenPipeError:  # as of `secateur recipe | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        _fail(f"{error.filename or options.command}: {error.strerror or error}", 1)
     sys.exit(0)
 
 

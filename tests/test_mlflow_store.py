@@ -460,6 +460,24 @@ def test_a_restored_run_that_was_left_half_written_is_made_anew(tracked):
     assert tracking.restore(store, record(), rows, {}) == (whole, False)
 
 
+@pytest.mark.parametrize("ended", ["KILLED", "FAILED"])
+def test_a_run_of_finished_work_that_the_store_lost_before_its_end_is_made_anew(tracked, ended):
+    store = Store(strict=True)
+    own = store.client.create_run(store.experiment, run_name="baseline").info.run_id
+    store.client.set_terminated(own, ended)
+    whole, made = tracking.restore(store, record(run_id=own), [{"epoch": 1.0, "loss": 0.5}], {})
+    assert made and store.client.get_run(whole).data.metrics["loss"] == 1.0
+    assert [run.info.run_id for run in store.runs("")] == [whole]
+    assert status(store, whole) == "FINISHED"
+
+
+def test_a_run_that_goes_on_is_left_alone(tracked):
+    store = Store(strict=True)
+    own = store.client.create_run(store.experiment, run_name="baseline").info.run_id
+    assert tracking.restore(store, record(run_id=own), [], {}) == (own, False)
+    assert status(store, own) == "RUNNING"
+
+
 def test_the_experiment_opens_as_one_of_training_models(tracked):
     store = Store(strict=True)
     tags = store.client.get_experiment(store.experiment).tags

@@ -14,7 +14,7 @@ from workspace import yaml_text
 from secateur import cli
 from secateur.base import plugin, sections, settings
 from secateur.base.errors import SettingsError
-from secateur.pipeline import recipe
+from secateur.pipeline import params_file, recipe
 from secateur.training.penalty import Course
 
 PARAMS = yaml.safe_load(Path("params.yaml").read_text())
@@ -125,6 +125,17 @@ def test_overrides_are_what_dvc_takes():
         "-S", "a.b=0.5", "-S", "a.c=true", "-S", 'a.d=[0, "1.0"]', "-S", "e=std",
         "-S", 'f="0-15: 0.7, 3: 0"', "-S", "g=null",
     ]  # fmt: skip
+
+
+def test_keys_with_dots_are_kept_whole():
+    text = Path("params.yaml").read_text()
+    own = {"baseline": {"rename": {"layer*.down": "layer*.shortcut"}, "epochs": 3}}
+    for before in ({}, {"norm.weight": "norm.scale"}):
+        text = params_file.updated(text, {"baseline.rename": before})
+        changed = recipe.changes(own, yaml.safe_load(text))
+        made = yaml.safe_load(params_file.updated(text, changed))["baseline"]
+        assert made["rename"] == before | {"layer*.down": "layer*.shortcut"}
+        assert made["epochs"] == 3
 
 
 def test_a_table_in_the_place_of_a_plain_value_is_taken_whole():

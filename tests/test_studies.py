@@ -84,6 +84,7 @@ def test_controls_change_one_thing(write_study):
     for one in (dense, longer):
         assert one["sparse_train"]["epochs"] == one["finetune"]["epochs"] == 0
         assert one["pruners"]["threshold"]["sensitivity"] == 0 and one["penalty"] == "none"
+        assert one["parametrization"] == "none", "which prunes, even in no epochs"
     (random,) = found["random"]  # not of slimming
     assert random["pruners"]["magnitude"] == {"ratios": 0.5, "pick": "random"}
     assert [s["finetune"]["budget"] for s in found["scratch_compute"]] == ["compute"] * 2

@@ -11,10 +11,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.figure import Figure
 from scipy import stats
 
 from secateur.base.errors import SecateurError
+from secateur.data import dataset
 from secateur.nn import checkpoint
 from secateur.nn.checkpoint import Header
 from secateur.studies import compare, results
@@ -26,6 +28,7 @@ from secateur.studies.report import (
     latencies,
     page,
     plots,
+    predictions,
     statistics,
     tables,
 )
@@ -57,6 +60,20 @@ def test_paired_t_is_the_one_sample_test_of_differences():
     assert statistics.paired([1.0, 2.0], [0.5, 1.5])[1] is None
 
 
+@pytest.mark.parametrize("images", [360, 10_000])
+def test_differences_of_as_many_images_are_equal_whatever_the_quotients_round_to(images):
+    right = [images - 7, images - 20, images - 101]
+    rounded = 0
+    for fewer in range(1, 100):
+        first = [count / images for count in right]
+        second = [(count - fewer) / images for count in right]
+        assert statistics.paired(first, second)[1] is None
+        rounded += np.ptp(np.subtract(first, second)) > 0
+        second[0] = (right[0] - fewer - 1) / images  # one image more
+        assert statistics.paired(first, second)[1] is not None
+    assert rounded, "some differ by rounding"
+
+
 def test_holm_by_hand():
     assert statistics.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert statistics.holm([0.6, 0.9]) == [1.0, 1.0]
@@ -66,6 +83,16 @@ def test_holm_by_hand():
 def test_mcnemar_by_hand():
     assert statistics.mcnemar(1, 5) == pytest.approx(2 * (1 + 6) / 2**6)
     assert statistics.mcnemar(0, 0) == 1.0
+
+
+def test_models_of_other_test_images_are_told_apart(tmp_path):
+    chance = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (20, 1, 4, 4), dtype=torch.uint8, generator=chance)
+    labels = torch.randint(0, 3, (20,), generator=chance)
+    one = predictions._hash(dataset.InMemoryImages(images, labels))
+    assert one == predictions._hash(dataset.InMemoryImages(images.clone(), labels.clone()))
+    assert one != predictions._hash(dataset.InMemoryImages(images, (labels + 1) % 3))
+    assert one != predictions._hash(dataset.InMemoryImages(255 - images, labels))
 
 
 def test_standard_error_of_360_images_is_half_a_point_and_more():

@@ -18,6 +18,7 @@ import io
 import itertools
 import json
 import math
+import os
 import re
 import sqlite3
 import statistics
@@ -74,15 +75,18 @@ def changes(
 ) -> dict[str, Any]:
     """Settings by joined keys; a table stays one where `params` has a plain value or null.
 
-    So does a round that `params` does not have.
+    So does a round that `params` does not have, and, with what `params` has beside it, a table
+    whose own keys have dots, such as patterns of layer names.
     """
     found: dict[str, Any] = {}
     for key, value in settings.items():
         below = params.get(key, None if prefix == "rounds." else {})
-        if isinstance(value, Mapping) and isinstance(below, Mapping):
-            found |= changes(value, below, f"{prefix}{key}.")
-        else:
+        if not isinstance(value, Mapping) or not isinstance(below, Mapping):
             found[f"{prefix}{key}"] = value
+        elif any("." in str(name) for name in value):
+            found[f"{prefix}{key}"] = {**below, **value}
+        else:
+            found |= changes(value, below, f"{prefix}{key}.")
     return found
 
 
@@ -232,11 +236,15 @@ def _filled(text: str, values: Mapping[str, str], where: str) -> str:
 def run(recipe: Recipe, seeds: Sequence[int]) -> list[dict[str, Any]]:
     """Run one experiment per seed; returns their reports, with the seconds of every stage."""
     overrides, reports = recipe.overrides, []
+    dvc = [sys.executable, "-m", "dvc", "exp"]
+    beside = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    environment = os.environ | {"PATH": beside}  # so that its `python` is this one
     for seed in seeds:
         name = f"{recipe.name}-seed{seed}"
-        subprocess.run(["dvc", "exp", "remove", "-q", name], capture_output=True, check=False)
-        command = ["dvc", "exp", "run", "--temp", "-n", name, *overrides, "-S"]
-        if subprocess.run([*command, f"seed={seed}"], check=False).returncode:
+        remove = [*dvc, "remove", "-q", name]
+        subprocess.run(remove, capture_output=True, check=False, env=environment)
+        command = [*dvc, "run", "--temp", "-n", name, *overrides, "-S", f"seed={seed}"]
+        if subprocess.run(command, check=False, env=environment).returncode:
             raise SecateurError(f"recipe {recipe.name}: seed {seed} failed (see above)")
         reports.append(_report(name))
     return reports

@@ -301,8 +301,14 @@ def restore(
 
 
 def _find(store: Store, record: RunRecord) -> str | None:
-    """The run that the stage itself has written, or one that was restored; deletes half of one."""
-    if store.status(record.run_id) is not None:
+    """The run that the stage itself has written, or one that was restored; deletes half of one.
+
+    A run of finished work that has not ended as finished is half of one: the store failed then.
+    """
+    status = store.status(record.run_id)
+    if status in ("KILLED", "FAILED"):
+        store.client.delete_run(str(record.run_id))
+    elif status is not None:
         return str(record.run_id)
     for run in store.runs(f"tags.`origin.run_id` = '{record.identity}'"):
         if run.info.status == "FINISHED":

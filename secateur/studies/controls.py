@@ -29,6 +29,7 @@ Combination = tuple[str, str, dict[str, Any]]
 
 UNPRUNED: dict[str, Any] = {
     "penalty": "none",
+    "parametrization": "none",
     "sparse_train": {"epochs": 0, "warmup": 0},
     "pruner": "threshold",
     "pruners": {"threshold": {"sensitivity": 0.0}},
@@ -141,6 +142,7 @@ def _smaller(settings: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str
         "finetune": _anew(settings, params, "epochs"),
         "baseline": {"epochs": 0, "weights": "none", "warmup": 0, "milestones": []},
         "penalty": "none",
+        "parametrization": "none",
         "sparse_train": {"epochs": 0, "warmup": 0},
         "pruners": merged(
             final.get("pruners", {}), {"magnitude": {"pick": "random", "ranking": "layer"}}

@@ -20,6 +20,8 @@ class Kind(NamedTuple):
     arch: Any
     trains: bool
     """A training of no epochs takes seconds, whatever one of some epochs takes."""
+    budget: Any
+    """Of finetune: one by computation takes more epochs than it declares."""
 
 
 def seconds(plan: Plan, works: Sequence[Work]) -> tuple[float, list[str]]:
@@ -57,5 +59,7 @@ def _kind(stage: str, declared: Mapping[str, Any]) -> tuple[Kind, float]:
     found = plans.epochs(stage, declared)
     epochs = float(found) if isinstance(found, int | float) else 0.0
     name = stage.partition("@")[0]
-    kind = Kind(name, declared.get("dataset"), declared.get("arch"), epochs > 0)
+    own = declared.get(name)
+    budget = own.get("budget") if isinstance(own, Mapping) else None
+    kind = Kind(name, declared.get("dataset"), declared.get("arch"), epochs > 0, budget)
     return kind, epochs or 1.0

@@ -1,5 +1,6 @@
 """Two single models compared image by image, by what DVC's cache has of them."""
 
+import hashlib
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +15,8 @@ from secateur.studies.results import Result
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+    from secateur.data.dataset import Split
 
 
 @dataclass(frozen=True)
@@ -36,16 +39,19 @@ def compare(first: Result, second: Result) -> Comparison:
 
     Raises SecateurError if a model or its data is not there, or the data are not the same.
     """
-    one, other = correct(first), correct(second)
-    if len(one) != len(other):
+    (one, images), (other, other_images) = correct(first), correct(second)
+    if images != other_images:
         raise SecateurError(f"{first.name} and {second.name} have other test images")
     low, high = statistics.bootstrap(one, other)
     won, lost = int((one & ~other).sum()), int((other & ~one).sum())
     return Comparison(won, lost, len(one), statistics.mcnemar(won, lost), 100 * low, 100 * high)
 
 
-def correct(result: Result) -> "NDArray[np.bool_]":
-    """Which test images the finetuned network of an experiment classifies correctly."""
+def correct(result: Result) -> "tuple[NDArray[np.bool_], str]":
+    """Which test images the finetuned network of an experiment classifies correctly.
+
+    Also a hash of these images and their labels.
+    """
     import torch
 
     from secateur.data import dataset
@@ -67,7 +73,23 @@ def correct(result: Result) -> "NDArray[np.bool_]":
             for images, labels in sequential_batches(prepared.test, info, device=cpu):
                 right.append(network(images).argmax(1) == labels)
         answers: NDArray[np.bool_] = torch.cat(right).numpy()
-        return answers
+        return answers, _hash(prepared.test)
+
+
+def _hash(images: "Split") -> str:
+    """Hash of labels and images; of images in files, of their names, sizes and digests."""
+    from secateur.data.dataset import InMemoryImages
+
+    parts = [images.labels]
+    if isinstance(images, InMemoryImages):
+        parts.append(images.images)
+    else:
+        parts += [images.names.text, images.names.ends, images.sizes, images.digests]
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(repr((part.dtype, part.shape)).encode())
+        digest.update(part.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def words(pair: Sequence[Result]) -> str:

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
+ROUNDING = 1e-12
+"""Of the largest value: differences that lie closer together are equal."""
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -39,12 +42,14 @@ def paired(first: Sequence[float], second: Sequence[float]) -> tuple[Interval, f
     """Mean of first - second with its interval, and the two-sided p of the paired t-test.
 
     p is None for fewer than two pairs, and where all differences are equal: t is undefined there.
+    Differences of accuracies, which are quotients, count as equal if rounding alone separates them.
     """
     from scipy import stats
 
     differences = np.subtract(first, second)
     found = interval(differences.tolist())
-    if len(differences) < 2 or np.ptp(differences) == 0:
+    size = max(np.abs(first).max(), np.abs(second).max())
+    if len(differences) < 2 or np.ptp(differences) <= ROUNDING * size:
         return found, None
     return found, float(stats.ttest_rel(first, second).pvalue)
 
