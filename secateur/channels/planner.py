@@ -54,6 +54,7 @@ class ShapePlanner:
         self._remains = torch.ones(len(built.canonical) + 1, dtype=torch.bool)  # the last: ZERO
         self._remains[gone] = False
         self._fixed = iter(built.fixed_ids)
+        self._modules = {name for name, _ in built.model.named_modules()}
 
     def _remaining(self, ids: Tensor) -> Tensor:
         """Positions whose channel remains."""
@@ -92,7 +93,7 @@ class ShapePlanner:
             index = self._match(name, layer.inputs, into)
             each = len(layer.outputs) // layer.groups
             rows = (index.unsqueeze(1) * each + torch.arange(each)).flatten()
-            self.plan.groups[name] = len(index)
+            self._regroup(name, len(index))
         elif layer.groups > 1:
             rows = self._grouped(name, layer, into)
         else:
@@ -103,6 +104,11 @@ class ShapePlanner:
             self._cut(bias.name, 0, rows)
         self.plan.kept[name] = rows
         return layer.outputs[rows]
+
+    def _regroup(self, name: str, count: int) -> None:
+        """Note a convolution's groups; those of a mere function call stand in the code."""
+        if name in self._modules:
+            self.plan.groups[name] = count
 
     def _grouped(self, name: str, layer: LayerInfo, into: Tensor) -> Tensor:
         """Groups keep equally many inputs and outputs, or are removed as a whole."""
@@ -121,7 +127,7 @@ class ShapePlanner:
             )
         columns = (index % inputs).reshape(len(left), -1)
         order = torch.cat(rows)
-        self.plan.groups[name] = len(left)
+        self._regroup(name, len(left))
         self.plan.columns[layer.weight] = (order, columns.repeat_interleave(len(rows[0]), dim=0))
         return order
 

@@ -266,5 +266,7 @@ def _update_sizes(
         module.embed_dim = module.kdim = module.vdim = module.in_proj_weight.shape[1]
     elif isinstance(module, nn.PReLU):
         module.num_parameters = module.weight.numel()
+    elif isinstance(module, nn.ParameterList | nn.ParameterDict):
+        pass  # notes no sizes
     elif type(module).__module__.startswith("torch.nn."):
         raise ValueError(f"do not know how to resize a {type(module).__name__}")

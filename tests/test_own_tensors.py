@@ -1,0 +1,63 @@
+"""Tensors that networks hold otherwise than as weights of layers: what is left of them, and how."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+import secateur
+
+IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+class Net(nn.Module):
+    """Two convolutions; what is done with them is a function of the network and its input."""
+
+    def __init__(self, run, **tensors):
+        super().__init__()
+        self.a, self.b = (nn.Conv2d(size, 8, 3, padding=1) for size in (3, 8))
+        self.fc = nn.Linear(8, 5)
+        self.run = run
+        for name, value in tensors.items():
+            if type(value) is torch.Tensor:
+                self.register_buffer(name, value)
+            else:
+                setattr(self, name, value)
+
+    def forward(self, x):
+        return self.fc(self.run(self, x).mean((2, 3)))
+
+
+def pruned(net, tmp_path):
+    """The result of removing half of the channels; saved and loaded, it computes the same."""
+    net.eval()
+    pruner = secateur.pruners.magnitude(granularity="group", ratios=0.5)
+    result = secateur.prune(net, IMAGES, pruner)
+    secateur.save(result, tmp_path / "model.safetensors")
+    loaded = secateur.load(tmp_path / "model.safetensors", into=copy.deepcopy(net))
+    assert torch.equal(loaded(IMAGES), result.model(IMAGES))
+    return result.model, loaded
+
+
+@pytest.mark.parametrize("groups", [lambda _: 8, lambda y: y.shape[1]])
+def test_a_buffer_is_the_kernel_of_a_grouped_convolution(groups, tmp_path):
+    def run(net, x):
+        y = net.a(x)
+        return net.b(functional.conv2d(y, net.kernel, groups=groups(y)))
+
+    net, _ = pruned(Net(run, kernel=torch.rand(8, 1, 3, 3)), tmp_path)
+    assert net.b.out_channels == 4
+
+
+@pytest.mark.parametrize(
+    ("scales", "get"),
+    [
+        (nn.ParameterList([torch.rand(1, 8, 1, 1)]), lambda scales: scales[0]),
+        (nn.ParameterDict({"gamma": torch.rand(1, 8, 1, 1)}), lambda scales: scales["gamma"]),
+    ],
+)
+def test_parameters_in_lists_and_dictionaries_become_smaller(scales, get, tmp_path):
+    net, _ = pruned(Net(lambda n, x: n.b(n.a(x) * get(n.scales)), scales=scales), tmp_path)
+    assert get(net.scales).shape == (1, 4, 1, 1)
