@@ -212,10 +212,8 @@ def save(
     Masks that prune nothing are left out. Pruned weights are written as positive zeros, so that
     equal models are equal bytes.
     """
-    tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
     kept = {name: m.detach().cpu() for name, m in masks.items() if not bool(m.all())}
-    for name, mask in kept.items():
-        tensors[name] = torch.where(mask, tensors[name], torch.zeros_like(tensors[name]))
+    tensors = _stored(model, kept)
     chosen = {CHOICE + name: c.detach().cpu() for name, c in (choices or {}).items()}
     kept = {MASK + name: mask for name, mask in kept.items()}
     header = replace(header, layers=resizing.describe_layers(model))
@@ -225,6 +223,28 @@ def save(
     )
     files.write_bytes(path, content)
     return hashlib.sha256(content).hexdigest()
+
+
+def _stored(model: nn.Module, masks: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The network's tensors by name, masked, each in memory of its own.
+
+    A tensor under several names is stored under each of them, with the masks of all.
+    """
+    state = model.state_dict(keep_vars=True)
+    by_tensor: dict[int, Tensor] = {}
+    for name, mask in masks.items():
+        by_tensor[id(state[name])] = mask & by_tensor.get(id(state[name]), mask)
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, own in state.items():
+        tensor = own.detach().cpu().contiguous()
+        if (both := by_tensor.get(id(own))) is not None:
+            tensor = torch.where(both, tensor, torch.zeros_like(tensor))
+        if tensor.untyped_storage().data_ptr() in seen:  # safetensors refuses shared memory
+            tensor = tensor.clone()
+        seen.add(tensor.untyped_storage().data_ptr())
+        tensors[name] = tensor
+    return tensors
 
 
 def load(
