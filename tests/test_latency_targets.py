@@ -327,7 +327,7 @@ def test_the_layer_that_is_measured_is_the_one_in_the_network():
         before, x = x, layer(x)
         if name not in shapes:
             continue
-        shape = shapes[name]
+        (shape,) = shapes[name]
         made = layer_times._module(shape)
         assert made.weight.shape == layer.weight.shape
         assert made(before).shape == x.shape

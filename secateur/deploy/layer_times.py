@@ -8,9 +8,10 @@ influence on the time, unless they are denormal numbers.
 import contextlib
 import math
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -101,16 +102,17 @@ def measure(
     ):
         opener = _Opener(runtime, batch, threads, Path(folder))
         on_step("multiples")
-        multiple = _multiple(opener, shapes.values())
+        multiple = _multiple(opener, chain.from_iterable(shapes.values()))
         fixed = _fixed_sides(graph)
         layers: dict[str, MeasuredLayer] = {}
         known: dict[tuple[LayerShape, tuple[bool, bool]], MeasuredLayer] = {}
-        for number, (name, shape) in enumerate(shapes.items(), start=1):
+        for number, (name, calls) in enumerate(shapes.items(), start=1):
             on_step(f"layer {number} of {len(shapes)}")
-            key = (shape, fixed[name])
-            if key not in known:
-                known[key] = _measure_layer(opener, shape, fixed[name], multiple)
-            layers[name] = known[key]
+            for shape in calls:
+                key = (shape, fixed[name])
+                if key not in known:
+                    known[key] = _measure_layer(opener, shape, fixed[name], multiple)
+            layers[name] = _together([known[shape, fixed[name]] for shape in calls])
         on_step("whole networks")
         networks = _measure_networks(opener, model, graph, image, multiple, repeats)
     return LatencyTable(
@@ -251,33 +253,44 @@ def _onnx_layer(shape: LayerShape, module: nn.Module, size: tuple[int, ...]) -> 
     return content
 
 
-def _shapes(model: nn.Module, graph: ChannelGraph, image: Tensor) -> dict[str, LayerShape]:
-    """The shape of every layer of the channel graph, in the order of execution."""
-    sizes: dict[str, tuple[int, ...]] = {}
+def _shapes(
+    model: nn.Module, graph: ChannelGraph, image: Tensor
+) -> dict[str, tuple[LayerShape, ...]]:
+    """The shape of every layer of the channel graph in each of its calls, in that order."""
     modules = dict(model.named_modules())
     convolutions = {name: m for name, m in modules.items() if isinstance(m, nn.Conv2d)}
-    with watched_inputs(
-        convolutions, lambda name, given: sizes.update({name: tuple(given.shape[2:])})
-    ):
-        positions = cost.output_positions(model, image)
+    calls: dict[int, list[tuple[nn.Conv2d, Tensor]]] = {}  # by the id() of the weight
+
+    def note(name: str, given: Tensor) -> None:
+        layer = convolutions[name]
+        calls.setdefault(id(layer.weight), []).append((layer, given))
+
+    with watched_inputs(convolutions, note):
+        positions = cost.positions_by_call(model, image)
     found = {}
     for name, layer in graph.layers.items():
-        module = modules.get(name)
         applied = positions[layer.weight.removesuffix(".weight")]
         widths = (len(layer.outputs), len(layer.inputs), layer.bias is not None)
-        if isinstance(module, nn.Conv2d):
-            found[name] = LayerShape(
-                *widths,
-                sizes[name],
-                tuple(module.kernel_size),
-                tuple(module.stride),
-                _padding(module),
-                tuple(module.dilation),
-                layer.groups,
-                applied=applied,
+        own = calls.get(id(getattr(modules.get(name), "weight", None)), [])
+        if len(own) == len(applied):
+            found[name] = tuple(
+                LayerShape(
+                    *widths,
+                    tuple(given.shape[2:]),
+                    tuple(module.kernel_size),
+                    tuple(module.stride),
+                    _padding(module),
+                    tuple(module.dilation),
+                    layer.groups,
+                    applied=count,
+                )
+                for (module, given), count in zip(own, applied, strict=True)
             )
         else:
-            found[name] = LayerShape(*widths, (applied,) if applied > 1 else (), applied=applied)
+            found[name] = tuple(
+                LayerShape(*widths, (count,) if count > 1 else (), applied=count)
+                for count in applied
+            )
     return found
 
 
@@ -350,6 +363,17 @@ def _measure_layer(
     ms = tuple(tuple(times[out, into] for into in inputs) for out in outputs)
     return MeasuredLayer(
         outputs=tuple(outputs), inputs=tuple(inputs), ms=ms, positions=shape.applied
+    )
+
+
+def _together(calls: Sequence[MeasuredLayer]) -> MeasuredLayer:
+    """One layer in all of its calls, which are measured at equal widths."""
+    times = torch.tensor([call.ms for call in calls], dtype=torch.float64).sum(0)
+    return calls[0].model_copy(
+        update={
+            "ms": tuple(map(tuple, times.tolist())),
+            "positions": sum(call.positions for call in calls),
+        }
     )
 
 

@@ -69,9 +69,15 @@ def layer_costs(
 def output_positions(model: nn.Module, example: Tensor) -> dict[str, int]:
     """Number of output positions of each convolution and linear layer for one image.
 
-    Every weight is multiplied once per position. `example` is a batch of one image; the model is
-    left in eval mode.
+    Every weight is multiplied once per position; those of all calls count if a layer runs more than
+    once. `example` is a batch of one image; the model is left in eval mode.
     """
+    return {name: sum(calls) for name, calls in positions_by_call(model, example).items()}
+
+
+@torch.no_grad()
+def positions_by_call(model: nn.Module, example: Tensor) -> dict[str, list[int]]:
+    """As `output_positions`, for each call of the layer's weight in the order of execution."""
     weights = prunable(model, "weights")
     counter = _PositionCounter(
         {id(weight): name.removesuffix(".weight") for name, weight in reversed(weights.items())}
@@ -92,7 +98,7 @@ class _PositionCounter(TorchFunctionMode):
         super().__init__()
         self.names = names
         """By the id() of the weight."""
-        self.found: dict[str, int] = {}
+        self.found: dict[str, list[int]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """The function's result."""
@@ -110,7 +116,7 @@ class _PositionCounter(TorchFunctionMode):
 
     def _note(self, weight: Tensor, positions: int) -> None:
         if id(weight) in self.names:
-            self.found[self.names[id(weight)]] = positions
+            self.found.setdefault(self.names[id(weight)], []).append(positions)
 
 
 _PROJECTIONS = {

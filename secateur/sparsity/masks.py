@@ -21,8 +21,16 @@ BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
 
 
 def layers(model: nn.Module) -> dict[str, nn.Conv2d | nn.Linear]:
-    """Convolutions and linear layers by name, in order."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, LAYERS)}
+    """Convolutions and linear layers by name, in order; of several with one weight, the first."""
+    found: dict[str, nn.Conv2d | nn.Linear] = {}
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, LAYERS):
+            weight = module._parameters.get("weight")  # None if it is computed from others
+            if weight is None or id(weight) not in seen:
+                found[name] = module
+            seen |= set() if weight is None else {id(weight)}
+    return found
 
 
 def prunable(model: nn.Module, scope: Scope) -> dict[str, nn.Parameter]:
@@ -30,19 +38,21 @@ def prunable(model: nn.Module, scope: Scope) -> dict[str, nn.Parameter]:
 
     The weights that a MultiheadAttention holds itself (`in_proj_weight`) are those of linear layers
     too. Other parameters without a layer, such as embeddings of positions, are not in scope; see
-    `passed_over`.
+    `passed_over`. A parameter that several layers share has the name in the first of them.
     """
     types: tuple[type[nn.Module], ...] = (*LAYERS, nn.MultiheadAttention)
     if scope == "weights_and_scales":
         types = (*types, *get_args(BatchNorm))
     kinds = ("weight", "bias") if scope == "weights_and_biases" else ("weight",)
-    return {
+    found = {
         f"{name}.{key}" if name else key: parameter
         for name, module in model.named_modules()
         if isinstance(module, types)
         for key, parameter in module.named_parameters(recurse=False)
         if key in kinds or (isinstance(module, nn.MultiheadAttention) and key.endswith(kinds))
     }
+    first = {id(parameter): name for name, parameter in reversed(found.items())}
+    return {name: found[name] for name in found if first[id(found[name])] == name}
 
 
 def passed_over(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, int]:
