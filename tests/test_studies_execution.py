@@ -1,10 +1,18 @@
 """Who runs the pieces of a study, and the copies of the project in which they run."""
 
 import json
+import shutil
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import pytest
+
+from secateur.base.errors import SettingsError
+from secateur.studies.execution import snapshot
+from secateur.studies.execution.keys import Graph
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -27,7 +35,7 @@ def request(key):
 def test_requests_that_arrive_together_are_all_answered():
     """Also one that arrives in two parts."""
     ours, its = socket.socketpair()
-    ours.settimeout(20)
+    ours.settimeout(60)
     sent = b"".join(request(key) for key in "1234")
     command = [sys.executable, "-c", SERVE, str(its.fileno())]
     with subprocess.Popen(command, cwd=ROOT, pass_fds=[its.fileno()]) as server, ours:
@@ -47,3 +55,80 @@ def test_requests_that_arrive_together_are_all_answered():
         ("1", 1), ("2", 2), ("3", 3), ("4", 4),
     ]  # fmt: skip
     assert server.returncode == 0
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A committed project without stages, and with files that Git does not know."""
+    contents = {
+        "params.yaml": "seed: 1\n", "weights/.gitignore": "*.bin\n", "a b/ü.py": "1",
+        ".dvc/config": "", ".dvc/.gitignore": "/tmp\n/cache\n/config.local\n",
+    }  # fmt: skip
+    for name, content in contents.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    who = ("-c", "user.name=tester", "-c", "user.email=tester@localhost")
+    for command in (["init", "-q"], ["add", "-A"], [*who, "commit", "-qm", "first"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    (tmp_path / "weights/mine.bin").write_text("first")
+    (tmp_path / "plugin.py").write_text("first")
+    (tmp_path / "images/cats").mkdir(parents=True)
+    (tmp_path / "images/cats/1").write_text("first")
+    return tmp_path
+
+
+UNKNOWN = ("weights/mine.bin", "plugin.py", "images")
+
+
+def studied(root, copy):
+    """Hashes of what Git does not know, as a study sees them; and files of a copy that works."""
+    state = snapshot.take(root)
+    graph = Graph(state.copy("plan"), root)
+    hashes = [graph.file(path)["md5"] for path in UNKNOWN]
+    for known in ("a b/ü.py", "a b", "./weights/", "."):
+        graph.file(known)
+    assert graph.ignored == [*UNKNOWN]
+    folder = state.copy(copy, graph.ignored)
+    listed = {
+        str(path.relative_to(folder)): path.read_text()
+        for path in folder.rglob("*")
+        if path.is_file() and ".dvc" not in path.relative_to(folder).parts
+    }
+    return hashes, listed
+
+
+@pytest.mark.parametrize("copy", ["worker", "another"])
+def test_a_study_sees_files_that_git_does_not_know_as_they_are_now(copy, small):
+    """In copies that an earlier study has made, and in new ones."""
+    before, listed = studied(small, "worker")
+    assert listed["images/cats/1"] == "first" and len(listed) == 6
+    times = {path: (small / path).stat().st_mtime_ns for path in UNKNOWN}
+    assert studied(small, copy) == (before, listed)
+    (small / "weights/mine.bin").write_text("other")
+    (small / "plugin.py").write_text("longer than before")
+    (small / "images/cats").rename(small / "images/1")
+    (small / "images/1/1").rename(small / "images/1/2")
+    assert times["plugin.py"] != (small / "plugin.py").stat().st_mtime_ns
+    after, now = studied(small, copy)
+    assert all(old != new for old, new in zip(before, after, strict=True))
+    assert now.pop("images/1/2") == listed.pop("images/cats/1")
+    assert now == listed | {"weights/mine.bin": "other", "plugin.py": "longer than before"}
+    assert {"images/1/2", *UNKNOWN[:2]} | now.keys() == {*now, "images/1/2"}
+
+
+def test_a_file_that_is_gone_is_missed(small):
+    studied(small, "worker")
+    (small / "plugin.py").unlink()
+    with pytest.raises(SettingsError, match=r"plugin\.py"):
+        studied(small, "worker")
+
+
+def test_two_studies_that_start_together_share_one_copy(small):
+    state = snapshot.take(small)
+    with ThreadPoolExecutor(4) as threads:
+        for _ in range(5):
+            found = {*threads.map(lambda _: state.copy("plan", UNKNOWN), range(4))}
+            (folder,) = found
+            assert (folder / "a b/ü.py").read_text() == "1"
+            assert (folder / "images/cats/1").read_text() == "first"
+            shutil.rmtree(folder)

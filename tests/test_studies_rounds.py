@@ -112,6 +112,7 @@ def unrun(project):
     for made in ("m", "rounds/a2", "rounds/b", "listing"):
         shutil.rmtree(copy / made, ignore_errors=True)
     (copy / ".dvc/config.local").write_text(f"[cache]\n    dir = {project.path}/.dvc/cache\n")
+    (copy / ".dvc/tmp/tracked").write_text("dvc.yaml\0params.yaml\0code\0rounds/.gitignore\0")
     return Graph(copy, project.path)
 
 
@@ -149,8 +150,8 @@ def test_a_search_ends_its_trials_at_the_finetuning_of_the_last_round(tiny):
         for name, named in (("one", {}), ("two", second), ("three", third))
     ]
     for path in ("finetuned", "rounds/b/finetuned"):  # as the tiny models would be named
-        (graph.folder / "m" / path).mkdir(parents=True)
-        (graph.folder / "m" / path / "f").write_text("1")
+        (tiny.path / "m" / path).mkdir(parents=True)
+        (tiny.path / "m" / path / "f").write_text("1")
     made = plan.make(graph, cells, "finetune")
     last = [made.works[ids[-1]].stage.name for ids in made.by_cell]
     assert last == ["finetune", "finetune@b", "finetune@c"]

@@ -4,6 +4,7 @@ DVC's own code hashes files, folders and keys; here is only the walk over the st
 repro` would make for one state of the workspace, without a workspace for each.
 """
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from voluptuous import Invalid
 from secateur.base.errors import SecateurError, SettingsError, cut
 from secateur.pipeline import tracked
 from secateur.studies.execution import stages
-from secateur.studies.execution.snapshot import bring
+from secateur.studies.execution.snapshot import bring, tracked_in
 from secateur.studies.execution.stages import PARAMS, ResolvedStage, value_at
 
 Entry = dict[str, Any]
@@ -39,7 +40,8 @@ class Graph:
     def __init__(self, folder: Path, root: Path) -> None:
         self.folder, self.root = folder, root
         self.ignored: list[str] = []
-        """Files that stages depend on and Git ignores, brought from the project."""
+        """Files that stages depend on and Git does not know, brought from the project."""
+        self._tracked = tracked_in(folder)
         self.repo = Repo(str(folder))
         self.wiring = stages.read(folder)
         self.params: dict[str, Any] = load_yaml(str(folder / PARAMS))
@@ -69,11 +71,11 @@ class Graph:
     def file(self, path: str) -> Entry:
         """A dependency that no stage makes, as it stands in dvc.lock; hashed once."""
         if path not in self._files:
-            if not (self.folder / path).exists() and (self.root / path).exists():
-                bring(self.root / path, self.folder / path)
-                self.ignored.append(path)
             (dep,) = loads_from(self._holder, [path])
             try:
+                if os.path.normpath(path) not in self._tracked:
+                    bring(self.root, self.folder, [path])
+                    self.ignored.append(path)
                 dep.save()
             except (DvcException, OSError) as error:
                 raise SettingsError(f"dvc.yaml: {path}: {cut(str(error), 200)}") from None

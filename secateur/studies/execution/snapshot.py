@@ -10,16 +10,19 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import configobj
 
+from secateur.base import files
 from secateur.base.errors import SecateurError, cut
 from secateur.pipeline.tracked import cache_folder
 
 PLACE = Path(".dvc/tmp/studies")
+TRACKED = Path(".dvc/tmp/tracked")
+"""In a complete copy, the names of its tracked files, each with a zero byte behind it."""
 
 
 @dataclass(frozen=True)
@@ -38,26 +41,34 @@ class Snapshot:
     def copy(self, name: str, ignored: Sequence[str] = ()) -> Path:
         """A folder with these files, made once, with the project's cache; DVC sees no Git in it.
 
-        `ignored`: files that Git ignores and stages depend on, such as weights.
+        `ignored`: files that Git does not know and stages depend on, such as weights.
         """
         folder = self.root / PLACE / self.tree[:12] / name
-        marker = folder / ".dvc" / "tmp" / "complete"
-        if not marker.is_file():
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-            with _index(self.root) as env:
-                git(self.root, "read-tree", self.tree, env=env)
-                git(self.root, "checkout-index", "-a", f"--prefix={folder}/", env=env)
-            self._configure(folder)
-            marker.parent.mkdir(parents=True, exist_ok=True)
-            marker.touch()
-        for path in ignored:
-            bring(self.root / path, folder / path)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(folder):
+            if not (folder / TRACKED).is_file():
+                self._make(folder)
+        bring(self.root, folder, ignored)
         return folder
 
     def remove(self, name: str) -> None:
-        """Delete a copy."""
-        shutil.rmtree(self.root / PLACE / self.tree[:12] / name, ignore_errors=True)
+        """Delete a copy that nobody else uses."""
+        folder = self.root / PLACE / self.tree[:12] / name
+        shutil.rmtree(folder, ignore_errors=True)
+        _lock_of(folder).unlink(missing_ok=True)
+
+    def _make(self, folder: Path) -> None:
+        """Write the files; their names last, as a sign that all are there."""
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        with _index(self.root) as env:
+            git(self.root, "read-tree", self.tree, env=env)
+            git(self.root, "checkout-index", "-a", f"--prefix={folder}/", env=env)
+            names = git(self.root, "ls-files", "-z", env=env)
+        self._configure(folder)
+        listing = folder / TRACKED
+        listing.parent.mkdir(parents=True, exist_ok=True)
+        files.write_bytes(listing, os.fsencode(names))
 
     def _configure(self, folder: Path) -> None:
         """The project's own DVC settings, its cache, and no Git."""
@@ -115,7 +126,7 @@ def git(
     try:
         done = subprocess.run(
             ["git", *command], cwd=root, env=env, input=text, capture_output=True, text=True,
-            check=False,
+            errors="surrogateescape", check=False,
         )  # fmt: skip
     except OSError as reason:
         raise SecateurError(f"git: {reason}; experiments need a Git repository") from None
@@ -125,12 +136,72 @@ def git(
     return done.stdout.strip()
 
 
-def bring(source: Path, target: Path) -> None:
-    """Link or copy a file or folder that Git ignores into a copy, unless it is there."""
-    if target.exists() or not source.exists():
+def tracked_in(folder: Path) -> set[str]:
+    """Paths of the tracked files in a copy, and of all folders that they are in."""
+    found = {"."}
+    for name in os.fsdecode((folder / TRACKED).read_bytes()).split("\0"):
+        while name and name not in found:
+            found.add(name)
+            name = name.rpartition("/")[0]
+    return found
+
+
+def bring(root: Path, folder: Path, paths: Iterable[str]) -> None:
+    """Make files and folders that Git does not know the same in a copy as in the project.
+
+    What is there with the same size and time is left alone; what the project lacks is removed.
+    """
+    with _locked(folder):
+        for path in paths:
+            _mirror(root / path, folder / path, folder / ".dvc" / "tmp" / "brought")
+
+
+def _mirror(source: Path, target: Path, scratch: Path) -> None:
+    """Make one file, or all files in a folder, the same as those of the source."""
+    if source == target:  # an absolute path: all copies share it
+        return
+    if not source.is_dir():
+        _replace(source, target, scratch)
+        return
+    wanted = {
+        Path(place, name).relative_to(source)
+        for place, _, names in os.walk(source, followlinks=True)
+        for name in names
+    }
+    if target.is_dir():
+        for old in list(target.rglob("*")):
+            if not old.is_dir() and old.relative_to(target) not in wanted:
+                old.unlink()
+    else:
+        target.unlink(missing_ok=True)
+    target.mkdir(parents=True, exist_ok=True)
+    for name in wanted:
+        _replace(source / name, target / name, scratch)
+
+
+def _replace(source: Path, target: Path, scratch: Path) -> None:
+    """Copy a file, unless it is there; whoever reads the target sees the old or the new one."""
+    if source.exists() and target.is_file():
+        ours, its = target.stat(), source.stat()
+        if (ours.st_size, ours.st_mtime_ns) == (its.st_size, its.st_mtime_ns):
+            return
+    if target.is_dir():
+        shutil.rmtree(target)
+    if not source.exists():
+        target.unlink(missing_ok=True)
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    if source.is_dir():
-        shutil.copytree(source, target)
-    else:
-        shutil.copy2(source, target)
+    shutil.copy2(source, scratch)
+    scratch.replace(target)
+
+
+def _lock_of(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.copy-lock")
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Alone among those who make a copy or bring files into it."""
+    with _lock_of(folder).open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
