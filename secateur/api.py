@@ -193,6 +193,7 @@ def channel_graph(model: nn.Module, images: Tensor) -> ChannelGraph:
     return build_channel_graph(copy.deepcopy(model).eval(), images[:1])
 
 
+@torch.inference_mode(False)
 def prune(
     model: nn.Module,
     images: Tensor,
@@ -218,10 +219,10 @@ def prune(
     network cannot be traced, if a layer would be left empty, or if the two networks differ.
     """
     _check_prune(model, images, pruner, labels, export)
-    dense = copy.deepcopy(model).eval()
+    dense, images = copy.deepcopy(model).eval(), _usable(images)
     origin = getattr(model, "origin", None)
     choices = origin.choices if isinstance(origin, Origin) else {}
-    context = PruningContext(dense, images, labels, choices, latency)
+    context = PruningContext(dense, images, _usable(labels), choices, latency)
     with arguments_of(pruner.name):
         decision = plugin.load("pruners", pruner.name).prune(pruner.settings, context)
     earlier = _masks_of(origin, dense)
@@ -344,6 +345,11 @@ def _check_prune(
         raise PruningError("model: has no parameters")
     if types != {torch.float32}:
         raise PruningError(f"model: weights are {types.pop()}; call model.float() before pruning")
+
+
+def _usable(tensor: Tensor | None) -> Tensor | None:
+    """The tensor, or a copy of one that was made in inference mode, which autograd refuses."""
+    return tensor.clone() if tensor is not None and tensor.is_inference() else tensor
 
 
 def _header(

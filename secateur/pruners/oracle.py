@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from secateur.base.errors import ArgumentError, PruningError
 from secateur.base.sections import Strict
+from secateur.nn.outputs import class_scores
 from secateur.pruning import removal
 from secateur.pruning.decision import (
     PruningContext,
@@ -49,7 +50,7 @@ def prune(settings: Settings, context: PruningContext) -> PruningDecision:
     """The filters without which the loss is lowest.
 
     Raises ArgumentError for ratios that do not fit the network or leave too many choices,
-    PruningError if the images have no labels.
+    PruningError if the images have no labels, or the network is no classifier.
     """
     if not len(context.labels):
         raise PruningError("pruner oracle needs images with labels")
@@ -105,5 +106,5 @@ def _loss(context: PruningContext, decision: PruningDecision) -> float:
     """Mean cross-entropy of the network without what the decision prunes."""
     model = removal.mask(context.model, decision.channels, context.images[:1], context.graph).eval()
     masks.apply(model, decision.masks)
-    logits = model(context.images)
+    logits = class_scores(model(context.images), len(context.labels), "pruner oracle")
     return float(functional.cross_entropy(logits.double(), context.labels))

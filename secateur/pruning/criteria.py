@@ -40,6 +40,7 @@ from torch.nn import functional as F
 from secateur.base.errors import ArgumentError, PruningError
 from secateur.channels import scales
 from secateur.nn.hooks import watched_inputs
+from secateur.nn.outputs import class_scores
 from secateur.pruning.decision import PruningContext
 from secateur.sparsity import masks
 from secateur.sparsity.choices import Granularity, magnitude_scores
@@ -105,26 +106,27 @@ def _means(entries: Mapping[str, Tensor], granularity: Granularity) -> dict[str,
 def gradients(context: PruningContext, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Gradient of the cross-entropy over the context's images with respect to these parameters.
 
-    Raises PruningError if the images have no labels.
+    Raises PruningError if the images have no labels, and for a network that is no classifier.
     """
     if not len(context.labels):
         raise PruningError("criterion taylor needs images with labels")
-    with _evaluated(context.model), torch.enable_grad():
-        return _gradients(context, weights, slice(None))
+    with _evaluated(context.model), _differentiable(weights):
+        return _gradients(context, weights, slice(None), "taylor")
 
 
 def loss_increases(context: PruningContext, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """h * w^2 / 2 of every entry of these parameters, with h the mean of the squared gradients of
     the cross-entropy of single images.
 
-    Raises PruningError if the images have no labels.
+    Raises PruningError if the images have no labels, and for a network that is no classifier.
     """
     if not len(context.labels):
         raise PruningError("criterion fisher needs images with labels")
     squares = [torch.zeros_like(weight, requires_grad=False) for weight in weights.values()]
-    with _evaluated(context.model), torch.enable_grad():
+    ranked = list(weights.values())
+    with _evaluated(context.model), _differentiable(ranked):
         for number in range(len(context.labels)):
-            one = _gradients(context, list(weights.values()), slice(number, number + 1))
+            one = _gradients(context, ranked, slice(number, number + 1), "fisher")
             for square, gradient in zip(squares, one, strict=True):
                 square.addcmul_(gradient, gradient)
     scale = 0.5 / len(context.labels)
@@ -164,12 +166,27 @@ def _by_column(norms: Tensor, layer: nn.Conv2d | nn.Linear) -> Tensor:
 
 
 def _gradients(
-    context: PruningContext, weights: Sequence[Tensor], images: slice
+    context: PruningContext, weights: Sequence[Tensor], images: slice, criterion: str
 ) -> tuple[Tensor, ...]:
     device = next(context.model.parameters()).device
-    logits = context.model(context.images[images].to(device))
-    loss = F.cross_entropy(logits, context.labels[images].to(device))
+    labels = context.labels[images].to(device)
+    result = context.model(context.images[images].to(device))
+    loss = F.cross_entropy(class_scores(result, len(labels), f"criterion {criterion}"), labels)
     return torch.autograd.grad(loss, list(weights))
+
+
+@contextmanager
+def _differentiable(weights: Sequence[Tensor]) -> Iterator[None]:
+    """Gradients are computed, of these parameters too if they are frozen at other times."""
+    frozen = [weight for weight in weights if not weight.requires_grad]
+    with torch.enable_grad():
+        try:
+            for weight in frozen:
+                weight.requires_grad_(True)
+            yield
+        finally:
+            for weight in frozen:
+                weight.requires_grad_(False)
 
 
 @contextmanager

@@ -5,16 +5,16 @@ same for every input and can be folded into what reads it (see pruning/folding.p
 mean is taken together with others' is never dead: a LayerNorm depends on it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from secateur.base.errors import PruningError
 from secateur.channels.graph import ChannelGraph
+from secateur.nn.outputs import tensors_of
 from secateur.pruning.constants import ConstantPropagation, LayerInput
 from secateur.pruning.folding import ConstantInputs, Folding
 
@@ -68,7 +68,7 @@ class DeadChannels:
         """By canonical id: how many consumers read it."""
         for consumer in self.consumers:
             self.consumer_count[consumer.channels] += 1
-        outputs = [t for t in _tensors(constants.result) if t.is_floating_point()]
+        outputs = [t for t in tensors_of(constants.result) if t.is_floating_point()]
         self.constant_output = not any(bool(t.isnan().any()) for t in outputs)
         """Whether the network computes the same for every input."""
         self.candidates = torch.zeros(count + 1, dtype=torch.bool)
@@ -204,12 +204,3 @@ def _index_reader(index: Tensor, inputs: int) -> Callable[[Tensor], Tensor]:
     """Outputs -> inputs that they read: the one at its index, or none where that is negative."""
     none, real = torch.zeros(inputs, dtype=torch.bool), index >= 0
     return lambda outputs: none.index_fill(0, index[outputs & real], True)
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    """All tensors of a result, which may be nested."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    return [t for v in value for t in _tensors(v)] if isinstance(value, list | tuple) else []

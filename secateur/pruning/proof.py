@@ -1,9 +1,12 @@
 """Proof that a compact network computes what the masked network computes."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from secateur.base.errors import PruningError
+from secateur.nn.outputs import tensors_of
 from secateur.pruning.removal import Compact
 
 FLOAT64_TOLERANCE = 1e-9
@@ -16,12 +19,16 @@ FLOAT32_TOLERANCE = 1e-4
 def verify(masked: nn.Module, compact: Compact, images: Tensor, tolerance: float) -> float:
     """Run both networks on `images`; returns the largest difference over the largest output.
 
-    Raises PruningError naming the first layer that differs by more than `tolerance`.
+    A network may return several tensors, each of which is compared with its counterpart. Raises
+    PruningError naming the first layer that differs by more than `tolerance`, and for a network
+    whose results are random.
     """
-    expected, actual = masked.eval()(images), compact.model.eval()(images)
-    worst = _difference(expected, actual)
+    expected, actual = _outputs(masked, images), _outputs(compact.model, images)
+    differences = [_difference(*pair) for pair in zip(expected, actual, strict=True)]
+    worst = math.nan if any(map(math.isnan, differences)) else max(differences)
     if worst <= tolerance:
         return worst
+    _refuse_random(expected, _outputs(masked, images))
     where, by = _first_difference(masked, compact, images[:8], tolerance) or ("the output", worst)
     raise PruningError(
         f"the compact network is not the masked one: {where} differs by {by:.2g} of its largest "
@@ -47,7 +54,29 @@ def _first_difference(
     return None
 
 
+def _outputs(model: nn.Module, images: Tensor) -> list[Tensor]:
+    """All tensors of floats that a network returns, in eval mode; PruningError if it has none.
+
+    Others, such as predicted classes, are made of what rounding may change.
+    """
+    found = tensors_of(model.eval()(images))
+    if not (found := [t for t in found if t.is_floating_point() or t.is_complex()]):
+        raise PruningError(f"{type(model).__name__} returns no tensor of floats to compare")
+    return found
+
+
+def _refuse_random(first: list[Tensor], second: list[Tensor]) -> None:
+    """Raise PruningError if a network returned two results for the same images."""
+    if any(_difference(*pair) > 0 for pair in zip(first, second, strict=True)):
+        raise PruningError(
+            "the network returns another result each time it is given the same images, so that "
+            "nothing can be proved: something in it is random in eval mode too, such as "
+            "F.dropout without training=self.training"
+        )
+
+
 def _difference(expected: Tensor, actual: Tensor) -> float:
+    """Largest difference over the largest value; NaN if one of the tensors has one."""
     return float((expected - actual).abs().max()) / max(float(expected.abs().max()), 1e-30)
 
 

@@ -1,0 +1,31 @@
+"""What a network returns: one tensor, or several in tuples, lists and dictionaries."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from secateur.base.errors import PruningError
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """All tensors of a result, which may be nested, in its order."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return [t for v in value for t in tensors_of(v)] if isinstance(value, list | tuple) else []
+
+
+def class_scores(value: Any, images: int, purpose: str) -> Tensor:
+    """A network's result for so many images, if it is one tensor (N, classes).
+
+    Raises PruningError saying what needs it for anything else.
+    """
+    if isinstance(value, Tensor) and value.dim() == 2 and len(value) == images:
+        return value
+    found = f"tensor {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+    raise PruningError(
+        f"{purpose} needs the loss of a classifier, whose output is one tensor (N, classes); this "
+        f"network returns a {found}"
+    )

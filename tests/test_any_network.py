@@ -1,0 +1,90 @@
+"""Networks as other people write them: outputs, arguments, frozen weights."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import secateur
+from secateur.base.errors import PruningError
+
+IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+LABELS = torch.tensor([0, 1, 2, 3])
+HALF = secateur.pruners.magnitude(granularity="group", ratios=0.5)
+
+
+class Net(nn.Module):
+    """Two convolutions and a linear layer; `tail` makes of features what the network returns."""
+
+    def __init__(self, tail=None, **more):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.fc = nn.Linear(8, 5)
+        self.tail = tail
+        for name, module in more.items():
+            self.add_module(name, module)
+
+    def forward(self, x):
+        x = self.b(self.a(x).relu()).relu()
+        return self.tail(self, x) if self.tail else self.fc(x.mean((2, 3)))
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+RESULTS = {
+    "tuple": lambda model, x: (model.fc(x.mean((2, 3))), model.other(x.mean((2, 3)))),
+    "dict": lambda model, x: {"a": model.fc(x.mean((2, 3))), "b": model.other(x.mean((2, 3)))},
+}
+
+
+@pytest.mark.parametrize("kind", RESULTS)
+def test_several_outputs_are_compared_one_by_one(kind):
+    net = Net(RESULTS[kind], other=nn.Linear(8, 2))
+    found = secateur.prune(net, IMAGES, HALF)
+    assert found.model.a.out_channels == found.model.b.out_channels == 4
+    assert 0 < found.max_difference < 1e-4
+
+
+@pytest.mark.parametrize("kind", RESULTS)
+@pytest.mark.parametrize(
+    "pruner",
+    [
+        secateur.pruners.magnitude(criterion="taylor"),
+        secateur.pruners.magnitude(criterion="fisher", granularity="group"),
+        secateur.pruners.oracle(ratios={"a": 0.1}),
+    ],
+    ids=str,
+)
+def test_what_needs_the_loss_needs_a_classifier(kind, pruner):
+    net = Net(RESULTS[kind], other=nn.Linear(8, 2))
+    with pytest.raises(PruningError, match=rf"needs the loss of .* one tensor .* a {kind}"):
+        secateur.prune(net, IMAGES, pruner, labels=LABELS)
+    by_pixel = Net(lambda model, x: model.fc(x.permute(0, 2, 3, 1)))
+    with pytest.raises(PruningError, match=r"a tensor \([14], 8, 8, 5\)"):
+        secateur.prune(by_pixel, IMAGES, pruner, labels=LABELS)
+
+
+def test_a_random_network_is_told_as_such():
+    net = Net(lambda model, x: model.fc(F.dropout(x).mean((2, 3))))
+    with pytest.raises(PruningError, match="random in eval mode"):
+        secateur.prune(net, IMAGES, HALF)
+
+
+@pytest.mark.parametrize("granularity", ["group", "filter", "weight"])
+@pytest.mark.parametrize("criterion", ["taylor", "fisher"])
+def test_frozen_layers_are_ranked_as_others(criterion, granularity):
+    pruner = secateur.pruners.magnitude(criterion=criterion, granularity=granularity, ratios=0.5)
+    net = Net()
+    wanted = secateur.prune(net, IMAGES, pruner, labels=LABELS).model.state_dict()
+    net.a.requires_grad_(False)
+    found = secateur.prune(net, IMAGES, pruner, labels=LABELS).model
+    assert [n for n, p in found.named_parameters() if not p.requires_grad] == ["a.weight", "a.bias"]
+    torch.testing.assert_close(found.state_dict(), wanted, rtol=0, atol=0)
+    with torch.inference_mode():
+        inside = secateur.prune(copy.deepcopy(net), IMAGES * 1, pruner, labels=LABELS * 1).model
+    torch.testing.assert_close(inside.state_dict(), wanted, rtol=0, atol=0)
