@@ -222,7 +222,8 @@ def prune(
     dense, images = copy.deepcopy(model).eval(), _usable(images)
     origin = getattr(model, "origin", None)
     choices = origin.choices if isinstance(origin, Origin) else {}
-    context = PruningContext(dense, images, _usable(labels), choices, latency)
+    labels = None if labels is None else _usable(labels)
+    context = PruningContext(dense, images, labels, choices, latency)
     with arguments_of(pruner.name):
         decision = plugin.load("pruners", pruner.name).prune(pruner.settings, context)
     earlier = _masks_of(origin, dense)
@@ -347,9 +348,9 @@ def _check_prune(
         raise PruningError(f"model: weights are {types.pop()}; call model.float() before pruning")
 
 
-def _usable(tensor: Tensor | None) -> Tensor | None:
+def _usable(tensor: Tensor) -> Tensor:
     """The tensor, or a copy of one that was made in inference mode, which autograd refuses."""
-    return tensor.clone() if tensor is not None and tensor.is_inference() else tensor
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def _header(

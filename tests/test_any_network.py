@@ -88,3 +88,38 @@ def test_frozen_layers_are_ranked_as_others(criterion, granularity):
     with torch.inference_mode():
         inside = secateur.prune(copy.deepcopy(net), IMAGES * 1, pruner, labels=LABELS * 1).model
     torch.testing.assert_close(inside.state_dict(), wanted, rtol=0, atol=0)
+
+
+class Optional(Net):
+    def forward(self, x, mask=None, scale=1.0, *, features=False, **more):
+        x = self.b(self.a(x).relu()).relu()
+        if mask is not None:
+            x = x * mask
+        if scale > 1:
+            x = x * scale
+        return x if features else self.fc(x.mean((2, 3)))
+
+
+class AllOptional(Net):
+    def forward(self, x=None, mask=None):
+        return super().forward(x if mask is None else x * mask)
+
+
+@pytest.mark.parametrize("kind", [Optional, AllOptional])
+def test_optional_arguments_have_their_defaults(kind):
+    net = kind()
+    found = secateur.prune(net, IMAGES, HALF)
+    assert found.model.a.out_channels == found.model.b.out_channels == 4
+    plain = Net()
+    plain.load_state_dict(net.state_dict())
+    wanted = secateur.prune(plain, IMAGES, HALF).model(IMAGES)
+    torch.testing.assert_close(found.model(IMAGES), wanted, rtol=0, atol=0)
+
+
+def test_a_second_input_that_is_needed_is_told():
+    class Two(Net):
+        def forward(self, x, y, mask=None):
+            return super().forward(x + y)
+
+    with pytest.raises(PruningError, match="more than one input"):
+        secateur.prune(Two(), IMAGES, HALF)

@@ -1,5 +1,6 @@
 """Traces a network with torch.fx: its operations in the order of execution."""
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, get_args
@@ -25,6 +26,23 @@ class _Tracer(fx.Tracer):
     def __init__(self, buffers: bool) -> None:
         super().__init__()
         self.proxy_buffer_attributes = buffers
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, list[Any]]:
+        """Arguments of the network's forward: those alone that it needs, its first in any case.
+
+        The others have their defaults, so that code that asks whether they are given finds that
+        they are not.
+        """
+        given = list(inspect.signature(root_fn).parameters.values())[1:]
+        several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        rest = [p for p in given[1:] if p.default is p.empty and p.kind not in several]
+        needed = given[:1] + rest
+        if any(p.kind is not p.POSITIONAL_OR_KEYWORD for p in needed):
+            return super().create_args_for_root(root_fn, is_module, concrete_args)
+        inputs = [self.create_proxy("placeholder", p.name, (), {}) for p in needed]
+        return root_fn, [self.root, *inputs]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if free_class(m) is not None:
@@ -67,7 +85,7 @@ def _named_sizes(model: nn.Module) -> Iterator[None]:
 
 
 def trace(model: nn.Module) -> fx.Graph:
-    """The operations of the network in eval mode.
+    """The operations of the network in eval mode, all optional arguments at their defaults.
 
     Buffers are nodes where that is possible, so that their uses are seen. The modes of the modules
     are restored. Raises PruningError with the reason if torch.fx cannot trace the network.
