@@ -23,7 +23,7 @@ from secateur.base.settings import check as check_settings
 from secateur.base.settings import merged
 from secateur.cli import build_parser
 from secateur.pipeline import params_file
-from secateur.studies import definition, run, search
+from secateur.studies import definition, estimate, plan, run, search
 
 ROOT = Path(__file__).resolve().parents[1]
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
@@ -344,6 +344,22 @@ def test_the_keys_are_those_of_dvc_and_so_is_the_experiment(project):
     shown = run_study(project, "--plan")
     assert re.search("finetune .* 1 to be run", shown)
     assert "no records" in shown, "a training of no epochs tells nothing of one of five"
+
+
+def test_what_reads_a_failed_piece_is_no_work_that_is_left():
+    reads = {"data": [], "dense": ["data"], "l1": ["dense"], "other": ["data"], "both": ["l1"]}
+    works = {id: plan.Work(id, None, {n: n for n in all}, 0)
+             for id, all in reads.items()}  # fmt: skip
+    made = plan.Plan(None, [], works, entries={"data": {}})
+    left = [work.id for work in made.still_possible(["dense"])]
+    assert left == ["other"]
+    assert [work.id for work in made.still_possible([])] == ["dense", "l1", "other", "both"]
+
+
+def test_a_budget_of_computation_is_work_of_its_own_kind():
+    declared = {"finetune": {"epochs": 5, "budget": "epochs"}, "arch": "lenet5"}
+    longer = {"finetune": {"epochs": 5, "budget": "compute"}, "arch": "lenet5"}
+    assert estimate._kind("finetune", declared)[0] != estimate._kind("finetune", longer)[0]
 
 
 def _baseline(project):

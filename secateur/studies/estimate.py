@@ -3,6 +3,7 @@
 import json
 import statistics
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from secateur.studies import plan as plans
@@ -24,8 +25,13 @@ class Kind(NamedTuple):
     """Of finetune: one by computation takes more epochs than it declares."""
 
 
-def seconds(plan: Plan, works: Sequence[Work]) -> tuple[float, list[str]]:
-    """Seconds of these pieces, one after the other, and stages of which there are no records."""
+def seconds(
+    plan: Plan, works: Sequence[Work], spent: Mapping[str, float] = MappingProxyType({})
+) -> tuple[float, list[str]]:
+    """Seconds of these pieces, one after the other, and stages of which there are no records.
+
+    `spent` has the seconds that pieces, by id, have been running for.
+    """
     known: dict[Kind, list[float]] = {}
     for id, entry in plan.entries.items():
         if (took := _took(plan, entry)) is not None:
@@ -37,7 +43,8 @@ def seconds(plan: Plan, works: Sequence[Work]) -> tuple[float, list[str]]:
         declared = plan.graph.declared(work.stage, plan.params(work.cell))
         kind, epochs = _kind(work.stage.name, declared)
         if kind in known:
-            total += statistics.median(known[kind]) * epochs
+            whole = statistics.median(known[kind]) * epochs
+            total += max(whole - spent.get(work.id, 0.0), 0.0)
         elif kind.trains and kind.stage not in unknown:
             unknown.append(kind.stage)
     return total, unknown

@@ -7,7 +7,7 @@ S * (1 + N + N * M) trainings.
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,6 +73,14 @@ class Plan:
     def missing(self) -> list[Work]:
         """Pieces that are not finished, each after those that it reads."""
         return [work for id, work in self.works.items() if id not in self.entries]
+
+    def still_possible(self, failed: Iterable[str]) -> list[Work]:
+        """Missing pieces that are not among the failed ones and read none of them."""
+        lost = set(failed)
+        for work in self.missing():
+            if lost & set(work.upstream.values()):
+                lost.add(work.id)
+        return [work for work in self.missing() if work.id not in lost]
 
     def entries_of(self, cell: int) -> dict[str, Entry]:
         """The finished stages of a cell by name."""

@@ -83,6 +83,7 @@ class Progress:
                 self._readers[other].append(work.id)
         self._ready: list[tuple[int, int, str]] = []
         self._tasks: dict[str, tuple[Task, list[str]]] = {}
+        self._begun: dict[str, float] = {}
         self._began = self._said = self._wrote = time.monotonic()
 
     def finish(self, executor: Executor) -> None:
@@ -138,6 +139,7 @@ class Progress:
             folders={path: graph.own_files(path) for path in work.stage.folders},
         )
         self._tasks[key] = (task, [id])
+        self._begun[id] = time.monotonic()
         executor.submit(task)
 
     def _end(self, outcome: Outcome, executor: Executor) -> None:
@@ -176,7 +178,8 @@ class Progress:
             self._wrote = now
         total, left = len(self.plan.works), len(self.plan.missing())
         cells = sum(map(self.plan.finished, range(len(self.plan.cells))))
-        seconds, unknown = estimate.seconds(self.plan, self.plan.missing())
+        spent = {id: now - self._begun[id] for _, ids in self._tasks.values() for id in ids[:1]}
+        seconds, unknown = estimate.seconds(self.plan, self.plan.still_possible(self.failed), spent)
         rest = duration(seconds / max(len(self._tasks), 1))
         words = f", {'more than' if unknown else 'about'} {rest} left" if seconds else ""
         console.say(
