@@ -357,6 +357,11 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         _fail(f"{error.filename or options.command}: {error.strerror or error}", 1)
+    except Exception as error:
+        dvc = sys.modules.get("dvc.exceptions")  # imported by those commands that need it
+        if dvc is None or not isinstance(error, dvc.DvcException):
+            raise
+        _fail(f"DVC: {' '.join(str(error).split())}", 1)
     sys.exit(0)
 
 

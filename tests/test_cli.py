@@ -227,3 +227,9 @@ def test_groups_writes_a_form_that_names_every_convolution(tmp_path, monkeypatch
         with pytest.raises(SystemExit):
             cli.main(["groups", name])
         assert words in capsys.readouterr().err
+    (tmp_path / "recipes").rename(tmp_path / "aside")
+    (tmp_path / "recipes").write_text("a file")
+    with pytest.raises(SystemExit):
+        cli.main(["groups", "mine"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and "recipes" in line

@@ -346,6 +346,14 @@ def test_the_keys_are_those_of_dvc_and_so_is_the_experiment(project):
     assert "no records" in shown, "a training of no epochs tells nothing of one of five"
 
 
+@pytest.mark.pipeline
+def test_what_dvc_cannot_read_is_told_in_one_line(unborn):
+    study_of(unborn)
+    (unborn.path / "dvc.yaml").write_text("stages: [\n")
+    (line,) = run_study(unborn, "--plan", ok=False).strip().splitlines()
+    assert line.startswith("error: DVC: ") and "dvc.yaml" in line
+
+
 def test_what_reads_a_failed_piece_is_no_work_that_is_left():
     reads = {"data": [], "dense": ["data"], "l1": ["dense"], "other": ["data"], "both": ["l1"]}
     works = {id: plan.Work(id, None, {n: n for n in all}, 0)
