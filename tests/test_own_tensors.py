@@ -61,3 +61,28 @@ def test_a_buffer_is_the_kernel_of_a_grouped_convolution(groups, tmp_path):
 def test_parameters_in_lists_and_dictionaries_become_smaller(scales, get, tmp_path):
     net, _ = pruned(Net(lambda n, x: n.b(n.a(x) * get(n.scales)), scales=scales), tmp_path)
     assert get(net.scales).shape == (1, 4, 1, 1)
+
+
+def test_buffers_of_other_types_keep_type_and_values(tmp_path):
+    """The network is compared in float64, but comes back in the types that it had."""
+    odd = {
+        "scale": torch.rand(1, 8, 1, 1).half(),
+        "factor": torch.tensor([0.1], dtype=torch.float64),
+        "complex": torch.tensor([1 + 2j]),
+        "count": torch.tensor(3),
+        "flag": torch.tensor(True),
+    }
+
+    def run(net, x):
+        return net.b(net.a(x) * net.scale) * net.factor.float()
+
+    net, loaded = pruned(Net(run, **odd), tmp_path)
+    assert net.scale.shape == (1, 4, 1, 1)
+    for model in (net, loaded):
+        buffers = dict(model.named_buffers())
+        assert {name: b.dtype for name, b in buffers.items()} == {
+            n: b.dtype for n, b in odd.items()
+        }
+        assert all(torch.equal(buffers[name], odd[name]) for name in ("factor", "complex", "count"))
+        assert torch.isin(model.scale, odd["scale"]).all()
+        assert {p.dtype for p in model.parameters()} == {torch.float32}

@@ -63,7 +63,7 @@ def apply_decision(
         return PrunedNetwork(masked, decision.masks)
     double = images.double()
     compact = removal.compact(
-        copy.deepcopy(masked).double(),
+        removal.to_precision(copy.deepcopy(masked), torch.float64),
         decision.channels,
         decision.masks,
         double[:1],
@@ -71,10 +71,10 @@ def apply_decision(
         export,
     )
     masked = removal.mask(masked, decision.channels, images)
-    in_double = proof.verify(
-        copy.deepcopy(masked).double(), compact, double, proof.FLOAT64_TOLERANCE
-    )
-    compact = compact.to(torch.float32)
+    exact = removal.to_precision(copy.deepcopy(masked), torch.float64)
+    in_double = proof.verify(exact, compact, double, proof.FLOAT64_TOLERANCE)
+    own = {name for name, buffer in masked.named_buffers() if buffer.dtype == torch.float64}
+    compact = compact.to(torch.float32, leave=own)
     in_single = proof.verify(masked, compact, images, proof.FLOAT32_TOLERANCE)
     differences = {"difference_float64": in_double, "difference_float32": in_single}
     return PrunedNetwork(compact.model, compact.masks, differences)

@@ -9,7 +9,7 @@ means (see pruning/folding.py); where that is not possible, the channel is kept.
 
 import copy
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -40,10 +40,27 @@ class Compact:
     shift: dict[str, Tensor] = field(default_factory=dict)
     """Layer -> what its outputs lack because it was folded after the layer, (outputs,)."""
 
-    def to(self, dtype: torch.dtype) -> "Compact":
-        """This network in another precision; the model is changed in place."""
+    def to(self, dtype: torch.dtype, leave: Container[str] = ()) -> "Compact":
+        """This network in another precision; the model is changed in place.
+
+        Tensors that are neither float32 nor float64, and those that `leave` names, stay as they
+        are.
+        """
         shift = {name: tensor.to(dtype) for name, tensor in self.shift.items()}
-        return replace(self, model=self.model.to(dtype), shift=shift)
+        return replace(self, model=to_precision(self.model, dtype, leave), shift=shift)
+
+
+def to_precision(model: nn.Module, dtype: torch.dtype, leave: Container[str] = ()) -> nn.Module:
+    """The network with its float32 and float64 tensors in `dtype`, in place; see `Compact.to`."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    left = {id(tensor) for name, tensor in tensors if name in leave}
+    single_or_double = (torch.float32, torch.float64)
+
+    def convert(tensor: Tensor) -> Tensor:
+        converts = tensor.dtype in single_or_double and id(tensor) not in left
+        return tensor.to(dtype) if converts else tensor
+
+    return model._apply(convert)
 
 
 def remove(
