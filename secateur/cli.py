@@ -91,6 +91,7 @@ def _study(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--slurm",
+        type=_pair,
         action="append",
         default=[],
         metavar="KEY=VALUE",
@@ -179,6 +180,14 @@ def _predict(parser: argparse.ArgumentParser) -> None:
         help="length to bring the shorter side to before the centre is cut out; default: what the "
         "file says",
     )
+
+
+def _pair(text: str) -> tuple[str, str]:
+    """A key and its value."""
+    key, equals, value = text.partition("=")
+    if not (key and equals):
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
+    return key, value
 
 
 def _positive(text: str) -> int:

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from secateur.base.errors import SettingsError
-from secateur.studies.execution import snapshot
+from secateur.base.errors import SecateurError, SettingsError
+from secateur.cli import build_parser
+from secateur.studies.execution import check, snapshot
 from secateur.studies.execution.keys import Graph
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -132,3 +133,49 @@ def test_two_studies_that_start_together_share_one_copy(small):
             assert (folder / "a b/ü.py").read_text() == "1"
             assert (folder / "images/cats/1").read_text() == "first"
             shutil.rmtree(folder)
+
+
+def test_two_studies_check_their_settings_at_the_same_time(small, monkeypatch):
+    """Each is told about its own."""
+    monkeypatch.chdir(small)
+    state = snapshot.take(small)
+    monkeypatch.chdir(state.copy("plan"))
+    cells = [{}, {"dataset": "digits"}] * 2
+
+    def said(params):
+        return {check.refused("one", params) for _ in range(200)}
+
+    with ThreadPoolExecutor(4) as threads:
+        for params, lines in zip(cells, threads.map(said, cells), strict=True):
+            (line,) = lines
+            assert line.startswith("cell one: params.yaml: ")
+            assert ("dataset: missing" in line) is (not params)
+
+
+def test_where_no_study_can_start_is_said_in_one_line(small):
+    for folder, message in (
+        (small / "weights", r"in the folder weights/ of its Git repository"),
+        (small.parent, r"not a git repository.*; experiments need a Git repository"),
+    ):
+        with pytest.raises(SecateurError, match=message):
+            snapshot.take(folder)
+    shutil.rmtree(small / ".dvc/tmp", ignore_errors=True)
+    (small / ".dvc/tmp").mkdir()
+    (small / snapshot.PLACE).write_text("")
+    with pytest.raises(SecateurError, match=r"^\.dvc/tmp/studies: cannot be written to"):
+        snapshot.take(small)
+    with pytest.raises(SecateurError, match=r"^git write-tree: no wonder$"):
+        snapshot.git(small, "write-tree", "--prefix=nosuch/", error="no wonder")
+    (small / ".git/HEAD").write_text("ref: refs/heads/nosuch")
+    with pytest.raises(SecateurError, match=r"no commit to start from$"):
+        snapshot.take(small)
+
+
+def test_a_parameter_of_slurm_without_a_value_is_refused(capsys):
+    given = ["study", "mine", "--executor", "slurm", "--slurm"]
+    chosen = build_parser().parse_args([*given, "comment=a=b", "--slurm", "timeout_min=60"])
+    assert chosen.slurm == [("comment", "a=b"), ("timeout_min", "60")]
+    for wrong in ("partition", "=gpu"):
+        with pytest.raises(SystemExit):
+            build_parser().parse_args([*given, wrong])
+        assert f"'{wrong}' is not KEY=VALUE" in capsys.readouterr().err

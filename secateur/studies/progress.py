@@ -55,8 +55,7 @@ def _executor(
         return on_ray.RayExecutor(state, ignored, options.workers, options.cpus, options.gpus)
     from secateur.studies.execution import on_slurm
 
-    given = dict(pair.split("=", 1) for pair in options.slurm)
-    parameters = {k: int(v) if v.isdecimal() else v for k, v in given.items()}
+    parameters = {k: int(v) if v.isdecimal() else v for k, v in options.slurm}
     return on_slurm.SlurmExecutor(state, options.workers or 64, parameters)
 
 

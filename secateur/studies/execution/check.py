@@ -3,7 +3,9 @@
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from typing import Any
 
 from secateur.base.errors import SettingsError
 from secateur.studies.plan import Plan
@@ -29,19 +31,25 @@ def settings(plan: Plan) -> None:
         raise SettingsError(lines[-1])
 
 
-def _main() -> None:
+def refused(cell: str, params: dict[str, Any]) -> str | None:
+    """What is not allowed in the params.yaml of a cell, in one line; None if all is."""
     import yaml
 
     from secateur.base import settings as checked
 
-    file = Path(".dvc/tmp/checked.yaml")
-    for name, params in json.load(sys.stdin).items():
+    with tempfile.TemporaryDirectory(dir=".dvc/tmp") as folder:
+        file = Path(folder, "params.yaml")
         file.write_text(yaml.safe_dump(params))
         try:
             checked.check(file)
         except SettingsError as error:
-            text = str(error).replace(str(file), "params.yaml")
-            sys.exit(f"cell {name}: {text}")
+            return f"cell {cell}: {str(error).replace(str(file), file.name)}"
+    return None
+
+
+def _main() -> None:
+    found = (refused(cell, params) for cell, params in json.load(sys.stdin).items())
+    sys.exit(next(filter(None, found), None))
 
 
 if __name__ == "__main__":

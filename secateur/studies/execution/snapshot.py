@@ -101,6 +101,11 @@ class Snapshot:
 def take(root: Path) -> Snapshot:
     """The tracked files of the project as they are now; SecateurError without a commit."""
     root = root.resolve()
+    if prefix := git(root, "rev-parse", "--show-prefix"):
+        raise SecateurError(
+            f"the project is in the folder {prefix} of its Git repository; a study needs a "
+            "repository of the project's own"
+        )
     revision = git(root, "rev-parse", "--verify", "-q", "HEAD", error="no commit to start from")
     with _index(root) as env:
         shutil.copyfile(git(root, "rev-parse", "--path-format=absolute", "--git-path", "index"),
@@ -114,8 +119,12 @@ def take(root: Path) -> Snapshot:
 def _index(root: Path) -> Iterator[dict[str, str]]:
     """An environment with an index of Git's for once, so that the user's own stays as it is."""
     place = root / PLACE
-    place.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=place) as folder:
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        made = tempfile.TemporaryDirectory(dir=place)
+    except OSError as error:
+        raise SecateurError(f"{PLACE}: cannot be written to: {error.strerror}") from None
+    with made as folder:
         yield os.environ | {"GIT_INDEX_FILE": str(Path(folder) / "index")}
 
 
@@ -123,16 +132,19 @@ def git(
     root: Path, *command: str, env: dict[str, str] | None = None, error: str = "", text: str = ""
 ) -> str:
     """Output of a Git command; SecateurError in one line if it fails."""
+    surroundings = (env or os.environ) | {"LC_ALL": "C"}
     try:
         done = subprocess.run(
-            ["git", *command], cwd=root, env=env, input=text, capture_output=True, text=True,
-            errors="surrogateescape", check=False,
+            ["git", *command], cwd=root, env=surroundings, input=text, capture_output=True,
+            text=True, errors="surrogateescape", check=False,
         )  # fmt: skip
     except OSError as reason:
-        raise SecateurError(f"git: {reason}; experiments need a Git repository") from None
+        raise SecateurError(f"git: {reason}; experiments need Git") from None
     if done.returncode:
         said = cut(" ".join(done.stderr.split()), 200)
-        raise SecateurError(f"git {command[0]}: {error or said}; experiments need a Git repository")
+        if "not a git repository" in said:
+            error = f"{said}; experiments need a Git repository"
+        raise SecateurError(f"git {command[0]}: {error or said}")
     return done.stdout.strip()
 
 
