@@ -123,3 +123,48 @@ def test_a_second_input_that_is_needed_is_told():
 
     with pytest.raises(PruningError, match="more than one input"):
         secateur.prune(Two(), IMAGES, HALF)
+
+
+class Bounded(nn.Module):
+    """Results of layers, a parameter and a buffer as powers and bounds of other results."""
+
+    def __init__(self, between):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Conv2d(3, 8, 3, padding=1) for _ in range(3))
+        self.own = nn.Parameter(torch.rand(1, 8, 1, 1) - 0.5)
+        self.register_buffer("kept", torch.rand(8, 1, 1) - 0.5)
+        self.one = nn.Parameter(torch.rand(1))
+        self.between, self.fc = between, nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.between(self, self.a(x), self.b(x), self.c(x)) + self.own
+        return self.fc(x.mean((2, 3)))
+
+
+BOUNDED = {
+    "pow": lambda m, a, b, c: torch.pow(a.abs() + 1, b.sigmoid()) + c,
+    "operator": lambda m, a, b, c: (a.abs() + 1) ** b.sigmoid() + 2**c,
+    "clamp by results": lambda m, a, b, c: a.clamp(b - 1, c + 1),
+    "clamp by one of them": lambda m, a, b, c: torch.clamp(a + c, max=b),
+    "clamp by parameter and buffer": lambda m, a, b, c: (a + b + c).clamp(min=m.own, max=m.kept),
+    "powers of a parameter": lambda m, a, b, c: (a + b + c) * m.own.clamp(min=0.1).pow(m.one),
+    "clamp_min": lambda m, a, b, c: torch.clamp_min(a + c, b),
+}
+
+
+@pytest.mark.parametrize("kind", BOUNDED)
+def test_tensors_that_are_powers_or_bounds_are_combined(kind):
+    net = Bounded(BOUNDED[kind])
+    found = secateur.prune(net, IMAGES, HALF).model
+    assert {layer.out_channels for layer in (found.a, found.b, found.c)} == {4}
+    assert found.fc.in_features == 4
+    if "parameter" in kind:
+        assert found.own.shape == (1, 4, 1, 1)
+    if "buffer" in kind:
+        assert found.kept.shape == (4, 1, 1)
+
+
+def test_two_bounds_may_meet_channels_in_different_ways():
+    net = Bounded(lambda m, a, b, c: a.clamp(b.mean(1, keepdim=True), c) + b)
+    found = secateur.prune(net, IMAGES, secateur.pruners.magnitude(granularity="weight"))
+    assert found.model.a.out_channels == 8

@@ -39,7 +39,7 @@ class Operator:
     keeps_nan: bool = False
     """NaN stays NaN. (Some elementwise operations return a number for it.)"""
     combines: bool = False
-    """Each entry of the result depends on the entries of two tensors in the same place."""
+    """Each entry of the result depends on the entries of several tensors in the same place."""
     multiplies: bool = False
     """A zero in either of two tensors gives zero."""
     contracts: bool = False
@@ -99,14 +99,17 @@ OPERATORS: dict[Key, Operator] = _table(
             *("dropout", "dropout1d", "dropout2d", "alpha_dropout", "feature_dropout"),
             *("stochastic_depth", "drop_path", "contiguous", "clone", "detach", "identity"),
             *("float", "double", "half", "bfloat16", "to", "type_as", "neg", "abs", "exp", "log"),
-            *("sqrt", "rsqrt", "square", "pow", "clamp", "clamp_min", "clamp_max", "clip"),
-            *("zeros_like", "ones_like"),
+            *("sqrt", "rsqrt", "square", "zeros_like", "ones_like"),
         ),
     ),
-    # two tensors, entry by entry
+    # two tensors or more, entry by entry
     (
         Operator(elementwise.combine, raw=True, combines=True),
         (*elementwise.SUMS, "truediv", "div", "div_", "itruediv", "maximum", "minimum"),
+    ),
+    (
+        Operator(elementwise.combine_all, raw=True, combines=True),
+        ("pow", "clamp", "clamp_min", "clamp_max", "clip"),
     ),
     (
         Operator(elementwise.combine, raw=True, combines=True, multiplies=True),

@@ -1,6 +1,7 @@
 """Elementwise operations, pooling, and those that reduce axes."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -59,6 +60,15 @@ def combine(call: Call, a: Any, b: Any, *_: Any, **__: Any) -> Any:
         call.visitor.couple(x.flatten(), _meeting(call, a, b))
     ids = torch.where(x >= 0, x, y)
     return ChannelIds(ChannelIds.from_expanded(ids).ids, tuple(shape))
+
+
+def combine_all(call: Call, *values: Any, **named: Any) -> Any:
+    """Any number of tensors, entry by entry, among arguments that may be numbers or None."""
+    tensors = [v for v in (*values, *named.values()) if isinstance(v, ChannelIds | NamedTensor)]
+    result = combine(call, tensors[0], None)
+    for number, tensor in enumerate(tensors[1:]):  # each pair has a place of its own in broadcasts
+        result = combine(replace(call, node=f"{call.node}:{number}"), result, tensor)
+    return result
 
 
 def _meeting(call: Call, a: ChannelIds, b: ChannelIds) -> str:
