@@ -19,7 +19,10 @@ from secateur.base.errors import SecateurError
 from secateur.data import dataset
 from secateur.nn import checkpoint
 from secateur.nn.checkpoint import Header
-from secateur.studies import compare, results
+from secateur.studies import compare, publish, results
+from secateur.studies.definition import PlannedCell, Study
+from secateur.studies.execution.snapshot import Snapshot
+from secateur.studies.plan import Plan
 from secateur.studies.report import (
     anchors,
     artifacts,
@@ -124,11 +127,10 @@ def experiments(tmp_path, monkeypatch):
         monkeypatch.setenv(f"GIT_{who}_EMAIL", "a@b.c")
     git("init", "-q")
     git("commit", "-q", "--allow-empty", "-m", "base")
-    head = git("rev-parse", "HEAD")
     (tmp_path / "metrics").mkdir()
 
-    def make(methods, seeds=(1, 2, 3)):
-        cells = []
+    def make(methods, seeds=(1, 2, 3), dense=0.96):
+        cells, head = [], git("rev-parse", "HEAD")
         for number, seed in itertools.product(range(methods), seeds):
             for point in (2, 4):
                 name = f"m{number}-{point}-s{seed}"
@@ -137,7 +139,7 @@ def experiments(tmp_path, monkeypatch):
                 report = {"seed": seed, "arch": "lenet300", "dataset": "digits",
                           "compression": point, "theoretical_speedup": point,
                           "measured_speedup": 1.1, "hardware": "a processor",
-                          "baseline": model | {"accuracy": 0.96}, "finetuned": model}  # fmt: skip
+                          "baseline": model | {"accuracy": dense}, "finetuned": model}  # fmt: skip
                 params = {"seed": seed, "pruner": "magnitude", "penalty": f"p{number}",
                           "pruners": {"magnitude": {"ratios": 1 - 1 / point}},
                           "penalties": {"other": {"a": number}}}  # fmt: skip
@@ -175,6 +177,32 @@ def test_results_come_from_git_and_damage_costs_one_line(experiments, tmp_path, 
     experiments.git("update-ref", f"refs/exps/ff/{'f' * 38}/m0-2-s1", commit)
     experiments.git("update-ref", f"refs/exps/00/{'0' * 38}/m0-2-s1", commit)
     assert [r.name for r in results.read(["m0-2-s1"])] == ["m0-2-s1"], "that of HEAD is meant"
+
+
+@pytest.mark.usefixtures("vectors")
+def test_the_page_of_a_study_is_of_its_own_commit_wherever_head_is(experiments, tmp_path):
+    """HEAD has moved on, to a commit with other experiments of the same names."""
+    (tmp_path / "metrics/layers.csv").write_text(
+        "model,layer,sparsity_of_dense\nfinetuned,mine,0.5\n"
+    )
+    cells = experiments(1, seeds=(1,))
+    state = Snapshot(tmp_path, experiments.git("rev-parse", "HEAD"), "", tmp_path)
+    planned = [PlannedCell(c.experiment, c.method, c.point, c.seed, None, {}) for c in cells]
+    study, made = Study("mine", "", tuple(planned), ()), Plan(None, planned, {}, [[], []])
+    experiments.git("commit", "-q", "--allow-empty", "-m", "meanwhile")
+    (tmp_path / "metrics/layers.csv").write_text(
+        "model,layer,sparsity_of_dense\nfinetuned,other,0.5\n"
+    )
+    experiments(1, seeds=(1,), dense=0.5)
+    publish.write_page(state, study, made, tmp_path / "page", "")
+    lines = csv.DictReader((tmp_path / "page/table.csv").read_text().splitlines())
+    assert {float(line["dense"]) for line in lines} == {0.96}
+    layers = (tmp_path / "page/layers.svg").read_text()
+    assert "mine" in layers and "other" not in layers
+    experiments.git("commit", "-q", "--allow-empty", "-m", "without experiments")
+    found = results.read([c.experiment for c in cells], state.revision)
+    assert [result.dense for result in found] == [0.96, 0.96]
+    assert results.read(["HEAD", "m0-2-s2"], state.revision) == [], "no experiments on it"
 
 
 def test_compare_sorts_and_says_what_differs(experiments, tmp_path, capsys):

@@ -12,6 +12,7 @@ from secateur.pipeline.mlflow_store import Store, clone_tags, tracking_on
 from secateur.pipeline.record import RunRecord, parse
 from secateur.studies import results
 from secateur.studies.definition import Study
+from secateur.studies.execution.snapshot import Snapshot
 from secateur.studies.plan import Plan
 from secateur.studies.report import page
 from secateur.studies.results import Cell
@@ -108,18 +109,18 @@ def _finish(store: Store, parent: str, folder: Path) -> None:
     store.client.set_terminated(parent, "FINISHED")
 
 
-def measure_latency(made: Plan, folder: Path, options: argparse.Namespace) -> None:
+def measure_latency(state: Snapshot, made: Plan, folder: Path, options: argparse.Namespace) -> None:
     """Measure the networks of the finished cells as the options ask."""
     names = [c.name for number, c in enumerate(made.cells) if made.finished(number)]
-    page.measure(folder, results.read(names), options)
+    page.measure(folder, results.read(names, state.revision), options)
 
 
-def write_page(study: Study, made: Plan, folder: Path, digest: str) -> None:
-    """Write the page about the finished cells."""
+def write_page(state: Snapshot, study: Study, made: Plan, folder: Path, digest: str) -> None:
+    """Write the page about the finished cells, by their experiments on the study's commit."""
     cells = [
         Cell(c.name, c.method, c.point, c.seed, c.control)
         for number, c in enumerate(made.cells)
         if made.finished(number)
     ]
     objectives = study.space.search.objectives if study.space else ()
-    page.write(folder, study.name, cells, digest, study.remarks, objectives)
+    page.write(folder, study.name, cells, digest, study.remarks, objectives, state.revision)

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,8 @@ class Result:
     """Of params.yaml, by dotted key."""
     report: dict[str, Any]
     """The content of metrics/evaluate.json."""
+    commit: str = ""
+    """Git's name of the commit that it was read from; empty for the workspace."""
 
     @property
     def dense(self) -> float:
@@ -98,26 +100,32 @@ def experiments(everything: bool = False) -> dict[str, str]:
     return found
 
 
-def read(names: Iterable[str]) -> list[Result]:
-    """Results of experiments or Git revisions by name; one that cannot be read costs one line."""
-    wanted = commits(names)
+def read(names: Iterable[str], revision: str | None = None) -> list[Result]:
+    """Results of experiments or Git revisions by name; one that cannot be read costs one line.
+
+    With `revision`, only experiments on this commit are meant, whatever is checked out.
+    """
+    wanted = commits(names, revision)
     paths = [f"{commit}:{path}" for commit in wanted.values() for path in (PARAMS, REPORT)]
     contents = tracked.objects(paths)
     found = []
     for name, commit in wanted.items():
         try:
             texts = [contents[f"{commit}:{path}"] for path in (PARAMS, REPORT)]
-            found.append(parse(name, *texts))
+            found.append(replace(parse(name, *texts), commit=commit))
         except SecateurError as error:
             print(f"{name}: left out: {error}", file=sys.stderr, flush=True)
     return found
 
 
-def commits(names: Iterable[str]) -> dict[str, str]:
+def commits(names: Iterable[str], revision: str | None = None) -> dict[str, str]:
     """Name -> commit of these experiments; any other name is that of a Git revision.
 
-    Of several experiments of one name, that of HEAD is meant.
+    Of several experiments of one name, that of HEAD is meant. With `revision`, each is that on this
+    commit, by the name of its ref.
     """
+    if revision is not None:
+        return {name: f"{NAMESPACE}/{revision[:2]}/{revision[2:]}/{name}" for name in names}
     known = experiments(everything=True) | experiments()
     return {name: known.get(name, name) for name in names}
 

@@ -115,14 +115,14 @@ def _publish(state: Snapshot, study: Study, made: Plan, options: argparse.Namesp
     if options.latency:
         from secateur.studies import publish
 
-        publish.measure_latency(made, folder, options)
+        publish.measure_latency(state, made, folder, options)
     digest = marks.digest(state, study, made)
     if marks.has_page(folder, digest):
         console.say(f"{folder / marks.PAGE}: up to date")
     else:
         from secateur.studies import publish
 
-        publish.write_page(study, made, folder, digest)
+        publish.write_page(state, study, made, folder, digest)
     mark = marks.InMlflow(state, study, digest)
     if not options.no_mlflow and not mark.complete():
         from secateur.studies import publish

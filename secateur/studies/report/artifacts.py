@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 from secateur.base.errors import SecateurError
 from secateur.pipeline import record, tracked
 from secateur.pipeline.record import MODELS, ModelSpec
-from secateur.studies import results
 from secateur.studies.results import Result
 
 if TYPE_CHECKING:
@@ -38,17 +37,15 @@ class Artifacts:
 
 def read(found: Sequence[Result]) -> dict[str, Artifacts]:
     """The artifacts of these experiments by name."""
-    commits = results.commits([result.name for result in found])
-    contents = tracked.objects([f"{commit}:{LAYERS}" for commit in commits.values()])
-    locked = tracked.outs(commits.values())
+    contents = tracked.objects([f"{result.commit}:{LAYERS}" for result in found])
+    locked = tracked.outs([result.commit for result in found])
     cache = tracked.cache_folder(Path.cwd())
     left = {}
     for result in found:
-        name, commit = result.name, commits[result.name]
-        layers = (contents[f"{commit}:{LAYERS}"] or b"").decode(errors="replace")
-        outs = locked[commit]
+        layers = (contents[f"{result.commit}:{LAYERS}"] or b"").decode(errors="replace")
+        outs = locked[result.commit]
         histories = _histories(outs, cache, record.chain_of(result.report).models)
-        left[name] = Artifacts(layers, histories, *_record(outs, cache))
+        left[result.name] = Artifacts(layers, histories, *_record(outs, cache))
     return left
 
 
@@ -57,8 +54,7 @@ def link(result: Result, folders: Mapping[str, Path]) -> None:
 
     Raises SecateurError if the cache lacks one.
     """
-    commit = results.commits([result.name])[result.name]
-    outs = tracked.outs([commit])[commit]
+    outs = tracked.outs([result.commit])[result.commit]
     cache = tracked.cache_folder(Path.cwd())
     for path, target in folders.items():
         listing = tracked.listing(cache, outs.get(path))
@@ -71,12 +67,11 @@ def link(result: Result, folders: Mapping[str, Path]) -> None:
 
 def final_models(found: Sequence[Result]) -> dict[str, str]:
     """Hash of the folder of each experiment's finetuned network, by name; empty if unknown."""
-    commits = results.commits([result.name for result in found])
-    locked = tracked.outs(commits.values())
+    locked = tracked.outs([result.commit for result in found])
     models = {}
     for result in found:
         folder = record.model_spec(record.chain_of(result.report).last["finetune"]).folder
-        models[result.name] = locked[commits[result.name]].get(folder, "")
+        models[result.name] = locked[result.commit].get(folder, "")
     return models
 
 

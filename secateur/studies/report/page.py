@@ -75,17 +75,20 @@ def write(
     digest: str = "",
     said: Sequence[str] = (),
     objectives: Sequence[str] = (),
+    revision: str | None = None,
 ) -> None:
     """Write the page of these experiments into `folder`; SecateurError if none can be read.
 
     `digest`, near the beginning of index.html, says what it was made of; `said` are further notes;
-    `objectives` are those of a search whose trials are in the folder.
+    `objectives` are those of a search whose trials are in the folder; `revision` is the commit
+    that the experiments are on, by default that which is checked out.
     """
-    by_name = {result.name: result for result in results.read([cell.experiment for cell in cells])}
+    found = results.read([cell.experiment for cell in cells], revision)
+    by_name = {result.name: result for result in found}
     pairs = [(cell, by_name[cell.experiment]) for cell in cells if cell.experiment in by_name]
     if not pairs:
         raise SecateurError(f"{title}: none of its experiments can be read")
-    times = latencies.columns(list(by_name.values()), latencies.read(folder))
+    times = latencies.columns(found, latencies.read(folder))
     rows = tables.rows(pairs, times)
     published = _published(rows)
     figures = {cost: _figure(rows, cost, published) for cost in ("compression", "macs", "latency")}
