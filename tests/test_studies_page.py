@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from secateur.base.errors import SecateurError
+from secateur.cli import build_parser
 from secateur.data import dataset
 from secateur.nn import checkpoint
 from secateur.nn.checkpoint import Header
@@ -270,6 +271,33 @@ def test_cells_made_by_hand_differ_in_method_and_point(experiments):
     assert {(cell.method, cell.point) for cell in made} == {
         ("p0, magnitude", "ratios 0.5"), ("p0, magnitude", "ratios 0.75"),
         ("p1, magnitude", "ratios 0.5"), ("p1, magnitude", "ratios 0.75")}  # fmt: skip
+
+
+@pytest.mark.usefixtures("vectors")
+def test_a_seed_counts_once_in_a_report(experiments, tmp_path, capsys):
+    """Of two studies with a cell in common: the same result, and another one."""
+    cell, other_point = experiments(1, seeds=(1,))
+    known = results.read([cell.experiment])[0]
+    commits = {"same": known.report, "other": known.report | {"compression": 3}}
+    head = experiments.git("rev-parse", "HEAD")
+    for name, report in commits.items():
+        (tmp_path / results.REPORT).write_text(json.dumps(report))
+        (tmp_path / results.PARAMS).write_text(
+            experiments.git("show", f"{known.commit}:params.yaml")
+        )
+        experiments.git("add", ".")
+        commit = experiments.git("commit-tree", experiments.git("write-tree"), "-m", name)
+        experiments.git("update-ref", f"refs/exps/{head[:2]}/{head[2:]}/{name}", commit)
+    method, own = "p0, magnitude", (f"p0, magnitude ({cell.experiment})", "p0, magnitude (other)")
+    for others, methods in (["same"], {method}), (["same", "other"], {method, *own}):
+        names = ["--name", "two", cell.experiment, other_point.experiment, *others]
+        page.command(build_parser().parse_args(["report", *names]))
+        lines = csv.DictReader((tmp_path / "report/two/table.csv").read_text().splitlines())
+        found = [(line["method"], line["seeds"]) for line in lines]
+        assert set(found) == {(each, "1") for each in methods} and len(found) == 1 + len(others)
+        said = "left out, for others have their settings, seed and results: same"
+        assert said in capsys.readouterr().out
+        assert said in (tmp_path / "report/two/index.html").read_text()
 
 
 def _keep(cache, content):

@@ -1,6 +1,7 @@
 """Methods and operating points of experiments that no study has made, by their settings."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from secateur.studies import compare
@@ -15,6 +16,10 @@ def cells_of(found: Sequence[Result]) -> list[Cell]:
     and the pruner's, those of the last round if there are several; the method is penalty, pruner,
     and every other setting that differs. Rounds belong to the method where each says how much of
     the dense network is to be left, and to the operating point otherwise.
+
+    A seed counts once for a method and point: of experiments that have all of it in common and
+    have reached the same, as two studies share a cell, the first is kept; where they have reached
+    something else, each is a method of its own by its name.
     """
     found = rounds.by_round(found)
     keys = [key for key in _different(found) if key not in ("penalty", "pruner")]
@@ -27,7 +32,30 @@ def cells_of(found: Sequence[Result]) -> list[Cell]:
         words += filter(None, [compare.differences(result, others)])
         point = compare.differences(result, amounts) or "as set"
         cells.append(Cell(result.name, ", ".join(words), point, result.seed))
-    return cells
+    return _once(cells, found)
+
+
+def left_out(found: Sequence[Result], cells: Sequence[Cell]) -> list[str]:
+    """A sentence about the experiments that are no cells, if there are any."""
+    kept = {cell.experiment for cell in cells}
+    names = [result.name for result in found if result.name not in kept]
+    if not names:
+        return []
+    return [f"left out, for others have their settings, seed and results: {', '.join(names)}"]
+
+
+def _once(cells: Sequence[Cell], found: Sequence[Result]) -> list[Cell]:
+    """The cells with one result for each method, point and seed."""
+    places: dict[tuple[str, str, int], dict[tuple[float, ...], Cell]] = {}
+    for cell, result in zip(cells, found, strict=True):
+        reached = (result.dense, result.final, result.compression, result.macs)
+        place = places.setdefault((cell.method, cell.point, cell.seed), {})
+        place.setdefault(reached, cell)
+    return [
+        cell if len(members) == 1 else replace(cell, method=f"{cell.method} ({cell.experiment})")
+        for members in places.values()
+        for cell in members.values()
+    ]
 
 
 def _different(found: Sequence[Result]) -> list[str]:

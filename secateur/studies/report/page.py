@@ -54,7 +54,11 @@ def command(options: argparse.Namespace) -> None:
             console.say(f"no comparison image by image: {error}")
     folder = REPORTS / options.name
     measure(folder, found, options)
-    write(folder, options.name, by_hand.cells_of(found), said=pair)
+    cells = by_hand.cells_of(found)
+    doubled = by_hand.left_out(found, cells)
+    for sentence in doubled:
+        console.say(sentence)
+    write(folder, options.name, cells, said=[*pair, *doubled])
 
 
 def measure(folder: Path, found: Sequence[Result], options: argparse.Namespace) -> None:
