@@ -220,6 +220,23 @@ def test_compare_sorts_and_says_what_differs(experiments, tmp_path, capsys):
     assert capsys.readouterr().out.startswith(",".join(compare.COLUMNS))
 
 
+def test_compare_of_all_commits_has_experiments_of_one_name_of_each(experiments, tmp_path, capsys):
+    experiments(1, seeds=(1,))
+    experiments.git("commit", "-q", "--allow-empty", "-m", "next")
+    experiments(1, seeds=(1, 2), dense=0.5)
+    (tmp_path / results.REPORT).unlink()
+    options = Namespace(experiment=[], all=True, sort="experiment", json=True, csv=False)
+    compare.command(options)
+    rows = json.loads(capsys.readouterr().out)
+    names = [row["experiment"].partition("@")[0] for row in rows]
+    assert names == ["m0-2-s1", "m0-2-s1", "m0-2-s2", "m0-4-s1", "m0-4-s1", "m0-4-s2"]
+    assert [row["experiment"] for row in rows if row["seed"] == 2] == ["m0-2-s2", "m0-4-s2"]
+    assert {row["dense"] for row in rows[:2]} == {0.96, 0.5}
+    for row in rows:  # a name in the table is one that can be asked for
+        (found,) = results.read([row["experiment"]])
+        assert found.dense == row["dense"]
+
+
 def test_compare_of_nothing_is_one_line(experiments):
     with pytest.raises(SecateurError, match="no experiment has a result"):
         compare.command(Namespace(experiment=[], all=False, sort="final", json=True, csv=False))

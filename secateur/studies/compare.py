@@ -29,7 +29,10 @@ COLUMNS = {
 
 def command(options: argparse.Namespace) -> None:
     """Print the table of the experiments that were asked for."""
-    found = results.read(options.experiment or results.experiments(options.all))
+    if options.experiment:
+        found = results.read(options.experiment)
+    else:
+        found = results.read_commits(results.experiments(options.all))
     here = None if options.experiment else results.workspace()
     rows = table([here, *found] if here else found)
     if not rows:

@@ -1,7 +1,8 @@
 """What experiments have measured, read from the files in Git: no model, no DVC and no MLflow."""
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -87,16 +88,25 @@ class Result:
 
 
 def experiments(everything: bool = False) -> dict[str, str]:
-    """Name -> commit of the experiments of HEAD, or of all commits."""
-    here = Path.cwd()
-    listed = git(here, "for-each-ref", "--format=%(objectname) %(refname)", NAMESPACE).split("\n")
-    head = git(here, "rev-parse", "HEAD")
-    found: dict[str, str] = {}
-    for line in filter(None, listed):
+    """Name -> commit of the experiments of HEAD, or of all commits.
+
+    Of all, those whose names repeat are named `<name>@<the first 7 digits of their commit>`.
+    """
+    head = git(Path.cwd(), "rev-parse", "HEAD")
+    listed = [(name, commit) for base, name, commit in _listed() if everything or base == head]
+    count = Counter(name for name, _ in listed)
+    return {name if count[name] == 1 else f"{name}@{commit[:7]}": commit for name, commit in listed}
+
+
+def _listed() -> list[tuple[str, str, str]]:
+    """The commit that an experiment is on, its name and its own commit, of all that there are."""
+    listed = git(Path.cwd(), "for-each-ref", "--format=%(objectname) %(refname)", NAMESPACE)
+    found = []
+    for line in filter(None, listed.split("\n")):
         commit, _, ref = line.partition(" ")
         parts = ref.split("/")
-        if len(parts) == 5 and len(parts[2]) == 2 and (everything or parts[2] + parts[3] == head):
-            found[parts[4]] = commit
+        if len(parts) == 5 and len(parts[2]) == 2:
+            found.append((parts[2] + parts[3], parts[4], commit))
     return found
 
 
@@ -105,7 +115,11 @@ def read(names: Iterable[str], revision: str | None = None) -> list[Result]:
 
     With `revision`, only experiments on this commit are meant, whatever is checked out.
     """
-    wanted = commits(names, revision)
+    return read_commits(commits(names, revision))
+
+
+def read_commits(wanted: Mapping[str, str]) -> list[Result]:
+    """The same of commits by the names that the results are to have."""
     paths = [f"{commit}:{path}" for commit in wanted.values() for path in (PARAMS, REPORT)]
     contents = tracked.objects(paths)
     found = []
@@ -121,12 +135,14 @@ def read(names: Iterable[str], revision: str | None = None) -> list[Result]:
 def commits(names: Iterable[str], revision: str | None = None) -> dict[str, str]:
     """Name -> commit of these experiments; any other name is that of a Git revision.
 
-    Of several experiments of one name, that of HEAD is meant. With `revision`, each is that on this
+    Of several experiments of one name, that of HEAD is meant; `<name>@<commit>` is one of them, as
+    `experiments` has it. With `revision`, each is that on this
     commit, by the name of its ref.
     """
     if revision is not None:
         return {name: f"{NAMESPACE}/{revision[:2]}/{revision[2:]}/{name}" for name in names}
-    known = experiments(everything=True) | experiments()
+    known = {name: commit for _, name, commit in _listed()}
+    known |= experiments(everything=True) | experiments()
     return {name: known.get(name, name) for name in names}
 
 
