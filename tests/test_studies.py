@@ -69,6 +69,25 @@ def test_axes_are_combined_and_their_values_filled_in(write_study):
     }  # fmt: skip
 
 
+def test_exclude_takes_any_value_that_an_axis_has(write_study):
+    axes = {"prune.remove_dead": [True, False], "decay": ["1e-4", 0.001]}
+    hidden = {"archs.lenet300.hidden": [[300, 100], [30, 10]]}
+    rules = [
+        {"prune.remove_dead": True},
+        {"decay": 0.0001, "archs.lenet300.hidden": [300, 100]},
+        {"decay": [0.001], "archs.lenet300.hidden": [[30, 10], [300, 100]]},
+    ]
+    study = write_study(axes=axes | hidden, exclude=rules)
+    (cell,) = study.cells
+    assert cell.settings["prune"] == {"remove_dead": False} and cell.settings["decay"] == 1e-4
+    assert cell.settings["archs"] == {"lenet300": {"hidden": [30, 10]}}
+
+
+def test_labels_may_be_named_low_and_high(write_study):
+    study = write_study(axes={"amount": {"low": {"decay": 1e-4}, "high": {"decay": 1e-3}}})
+    assert [(c.method, c.settings["decay"]) for c in study.cells] == [("low", 1e-4), ("high", 1e-3)]
+
+
 def test_controls_change_one_thing(write_study):
     study = write_study(
         axes={"method": METHODS, "ratio": [0.5]},
@@ -108,6 +127,20 @@ def test_controls_change_one_thing(write_study):
         ({"seeds": [1, 1]}, "each only once"),
         ({"seeds": []}, "seeds = []"),
         ({"exclude": [{"x": 1}]}, "exclude.0.x: no axis"),
+        (
+            {
+                "axes": {"method": METHODS},
+                "exclude": [{"method": "L1"}, {"method": ["slim", "l1"]}],
+            },
+            "exclude.1.method = 'l1': no value of this axis; it has 'L1, slim'",
+        ),
+        (
+            {"axes": {"seed": [1, 2]}, "exclude": [{"seed": True}]},
+            "exclude.0.seed = True: no value",
+        ),
+        ({"axes": {"seed": [1, 2]}, "exclude": [{"seed": []}]}, "exclude.0.seed = []: no value"),
+        ({"axes": {"seed": [1, 2]}, "exclude": [{"seed": [1, 2]}]}, "exclude: it leaves no"),
+        ({"axes": {"m": {"low": {}, "high": 1}}}, "labels.high = 1: input should be"),
         ({"controls": ["best"]}, "controls"),
         ({"controls": {"random": ["L9"]}}, "controls.random: 'L9' is no method"),
         ({"method": ["x"]}, "method: 'x' is no axis"),

@@ -33,7 +33,7 @@ from secateur.base.documents import read_yaml, validated
 from secateur.base.errors import SettingsError, shorten
 from secateur.pipeline import recipe
 from secateur.studies import controls, rounds
-from secateur.studies.controls import Control
+from secateur.studies.controls import Combination, Control
 from secateur.studies.rounds import merged
 from secateur.studies.space import Range, Search, as_number
 
@@ -45,10 +45,13 @@ Bundle = dict[str, JsonValue]
 
 
 def _kind(axis: Any) -> str:
-    """Which kind of axis is written here."""
+    """Which kind of axis is written here; `low` and `high` with settings are labels."""
     if isinstance(axis, list):
         return "values"
-    return "range" if isinstance(axis, Range | dict) and {"low", "high"} & {*axis} else "labels"
+    if isinstance(axis, dict):
+        ends = [axis[key] for key in ("low", "high") if key in axis]
+        return "range" if ends and not any(isinstance(end, dict) for end in ends) else "labels"
+    return "range" if isinstance(axis, Range) else "labels"
 
 
 Axis = Annotated[
@@ -69,7 +72,7 @@ class _Written(BaseModel):
     settings: Bundle = {}
     axes: dict[str, Axis] = {}
     seeds: Annotated[list[int], Field(min_length=1)] = [1, 2, 3]
-    exclude: list[dict[str, Label | list[Label]]] = []
+    exclude: list[dict[str, JsonValue]] = []
     controls: list[Control] | dict[Control, list[str]] = []
     """By name: of every method for which they can be said in settings; or with those methods."""
     method: list[str] | None = None
@@ -226,12 +229,14 @@ def _cells(
         raise SettingsError(f"{where}: axes: {count:,} cells; at most {MAX_CELLS:,}")
     _check_axes(written, where)
     method_axes = _method_axes(written, where)
-    combined: list[tuple[str, str, dict[str, Any]]] = []
+    combined: list[Combination] = []
     for values in _combinations(written):
         settings = _settings(common, written.axes, values, params, where)
         method = " ".join(_text(values[axis]) for axis in method_axes) or name
         point = " ".join(_text(v) for axis, v in values.items() if axis not in method_axes)
         combined.append((method, point, settings))
+    if not combined:
+        raise SettingsError(f"{where}: exclude: it leaves no combination of the axes")
     found = [
         _cell(name, method, point, seed, None, settings)
         for method, point, settings in combined
@@ -261,10 +266,22 @@ def _check_axes(written: _Written, where: str) -> None:
         if len(set(labels)) < len(labels):
             raise SettingsError(f"{where}: axes.{axis}: a value is there twice")
     for number, rule in enumerate(written.exclude):
-        for axis in rule:
-            if axis not in written.axes:
-                known = ", ".join(written.axes) or "none"
-                raise SettingsError(f"{where}: exclude.{number}.{axis}: no axis; axes: {known}")
+        for axis, named in rule.items():
+            _check_excluded(written, axis, named, f"{where}: exclude.{number}.{axis}")
+
+
+def _check_excluded(written: _Written, axis: str, named: JsonValue, where: str) -> None:
+    """Raise SettingsError for what would exclude nothing: no axis, or no value of it."""
+    if axis not in written.axes:
+        known = ", ".join(written.axes) or "none"
+        raise SettingsError(f"{where}: no axis; axes: {known}")
+    values = list(written.axes[axis])
+    for value in _named(named, values) or [named]:
+        if not any(_same(value, other) for other in values):
+            allowed = shorten(", ".join(map(_text, values)))
+            raise SettingsError(
+                f"{where} = {shorten(value)}: no value of this axis; it has {allowed}"
+            )
 
 
 def _method_axes(written: _Written, where: str) -> list[str]:
@@ -299,18 +316,34 @@ def _controls(
 
 def _combinations(written: _Written) -> Iterator[dict[str, Any]]:
     """A value for every axis, without those that are excluded."""
+    rules = [
+        {axis: _named(named, list(written.axes[axis])) for axis, named in rule.items()}
+        for rule in written.exclude
+    ]
     for values in itertools.product(*written.axes.values()):
         found = dict(zip(written.axes, values, strict=True))
-        if not any(_excluded(found, rule) for rule in written.exclude):
+        if not any(_excluded(found, rule) for rule in rules):
             yield found
 
 
-def _excluded(values: Mapping[str, Any], rule: Mapping[str, Any]) -> bool:
+def _excluded(values: Mapping[str, Any], rule: Mapping[str, Sequence[Any]]) -> bool:
     """Whether all that the rule names has one of the values that it names."""
     return bool(rule) and all(
-        values[axis] in (named if isinstance(named, list) else [named])
-        for axis, named in rule.items()
+        any(_same(values[axis], one) for one in named) for axis, named in rule.items()
     )
+
+
+def _named(named: JsonValue, values: Sequence[Any]) -> list[Any]:
+    """The values of an axis that a rule names: one, which may be a list, or a list of them."""
+    if isinstance(named, list) and not any(_same(named, value) for value in values):
+        return named
+    return [named]
+
+
+def _same(first: Any, second: Any) -> bool:
+    """Whether two values of an axis are equal; `true` is not 1, and 1e-4 is 0.0001."""
+    first, second = _numbers(first), _numbers(second)
+    return bool(first == second) and isinstance(first, bool) == isinstance(second, bool)
 
 
 def _settings(
