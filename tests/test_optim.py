@@ -7,9 +7,11 @@ import torch
 import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import nn
+from torch.nn.utils import parametrize
 from torch.optim import lr_scheduler
 
 from secateur.base.sections import Train
+from secateur.parametrizations.str import SoftThreshold
 from secateur.training import optim
 from secateur.training.engine import Engine
 from secateur.training.step import TrainStep
@@ -103,6 +105,40 @@ def test_norms_and_biases_can_be_spared_the_weight_decay():
         assert set(decay.values()) == wanted
         assert len(decay) == len(list(model.parameters()))
     assert [decay[id(p)] for p in model.parameters()] == [0.1, 0, 0, 0, 0.1, 0]
+
+
+def decaying(model):
+    made = optim.optimizer(model, Train(epochs=1, weight_decay=0.1, weight_decay_on="weights"))
+    decay = {id(p): g["weight_decay"] for g in made.param_groups for p in g["params"]}
+    return {name for name, p in model.named_parameters() if decay[id(p)] > 0}
+
+
+def test_weights_that_decay_are_those_of_layers_and_projections_of_attention_alone():
+    model = nn.ModuleDict({
+        "attention": nn.MultiheadAttention(8, 2, add_bias_kv=True),
+        "separate": nn.MultiheadAttention(8, 2, kdim=4, vdim=4),
+        "transposed": nn.ConvTranspose2d(3, 4, 2),
+        "instance": nn.InstanceNorm2d(4, affine=True),
+        "root": nn.RMSNorm(4),
+        "layer": nn.LayerNorm((2, 4)),
+        "slopes": nn.PReLU(4),
+    })  # fmt: skip
+    model.class_token = nn.Parameter(torch.zeros(1, 1, 8))
+    model.layer_scale = nn.Parameter(torch.zeros(8, 1, 1))
+    assert decaying(model) == {
+        "attention.in_proj_weight", "attention.out_proj.weight", "separate.q_proj_weight",
+        "separate.k_proj_weight", "separate.v_proj_weight", "separate.out_proj.weight",
+        "transposed.weight",
+    }  # fmt: skip
+
+
+def test_what_weights_are_computed_from_decays_as_they_do():
+    model = small()
+    parametrize.register_parametrization(model[0], "weight", SoftThreshold(-5.0, "cpu"))
+    parametrize.register_parametrization(model[4], "bias", nn.Identity())
+    assert decaying(model) == {
+        "0.parametrizations.weight.original", "0.parametrizations.weight.0.s", "4.weight",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("nesterov", [True, False])

@@ -2,16 +2,18 @@
 
 import inspect
 import math
-from collections.abc import Sequence
-from typing import Any, get_args
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils import parametrize
 
 from secateur.base.sections import Train
-from secateur.sparsity.masks import BatchNorm
 
-NORMS = (*get_args(BatchNorm), nn.LayerNorm, nn.GroupNorm)
+WEIGHTED = (_ConvNd, nn.Linear, nn.MultiheadAttention)
+"""Layers whose weights decay where only weights do."""
 
 
 def optimizer(
@@ -49,20 +51,30 @@ SGD, Adam, AdamW = map(_uncompiled, (torch.optim.SGD, torch.optim.Adam, torch.op
 
 
 def _groups_by_decay(model: nn.Module, settings: Train) -> list[tuple[list[nn.Parameter], float]]:
-    """Parameters and their weight decay: one group, or a second one of norms and biases without."""
+    """Parameters and their weight decay: one group, or a second one without decay, of all that is
+    no weight of a convolution, a linear layer or a projection of attention."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     if settings.weight_decay_on == "all":
         return [(parameters, settings.weight_decay)]
-    exempt = {
-        id(parameter)
-        for module in model.modules()
-        for name, parameter in module.named_parameters(recurse=False)
-        if isinstance(module, NORMS) or name == "bias"
-    }
+    decayed = {id(weight) for module in model.modules() for weight in _weights(module)}
     return [
-        ([p for p in parameters if id(p) not in exempt], settings.weight_decay),
-        ([p for p in parameters if id(p) in exempt], 0.0),
+        ([p for p in parameters if id(p) in decayed], settings.weight_decay),
+        ([p for p in parameters if id(p) not in decayed], 0.0),
     ]
+
+
+def _weights(module: nn.Module) -> Iterator[nn.Parameter]:
+    """A layer's own weights, and what a parametrization computes them from; without biases."""
+    if not isinstance(module, WEIGHTED):
+        return
+    for name, parameter in module.named_parameters(recurse=False):
+        if parameter.dim() > 1 and not name.startswith("bias"):
+            yield parameter
+    if parametrize.is_parametrized(module):
+        assert isinstance(module.parametrizations, nn.ModuleDict)
+        for name, computed in module.parametrizations.items():
+            if not name.endswith("bias"):
+                yield from computed.parameters()
 
 
 def rate(settings: Train, step: int, steps_per_epoch: int) -> float:
