@@ -13,6 +13,7 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from secateur.base import plugin
 from secateur.base.callable_plugin import ConfiguredPruner, arguments_of
@@ -189,6 +190,7 @@ def channel_graph(model: nn.Module, images: Tensor) -> ChannelGraph:
     groups; the network is left as it is. Raises PruningError naming the first operation that is
     not known, or a layer that never runs.
     """
+    _check_model(model)
     _check_batch(images)
     return build_channel_graph(copy.deepcopy(model).eval(), images[:1])
 
@@ -270,6 +272,7 @@ def measure_latency(
     """
     from secateur.deploy import layer_times  # takes a while to import
 
+    _check_model(model)
     _check_batch(images)
     if runtime not in get_args(Engine):
         raise SettingsError(f"runtime = {runtime!r}: must be one of {', '.join(get_args(Engine))}")
@@ -325,11 +328,40 @@ def _check_batch(images: Tensor) -> None:
         )
 
 
+def _check_model(model: nn.Module) -> None:
+    """Raise SettingsError for what is no network, PruningError for one that cannot be copied."""
+    if not isinstance(model, nn.Module):
+        raise SettingsError(f"model: a {type(model).__name__}; a torch.nn.Module is needed")
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, UninitializedParameter):
+            raise PruningError(f"model: {name} has no shape yet; call model(images) once before")
+    for path, module in model.named_modules():
+        for key, value in vars(module).items():
+            if not isinstance(value, Tensor):
+                continue
+            name = f"{path}.{key}".lstrip(".")
+            if not {f"{key}_g", f"{key}_orig"}.isdisjoint(module._parameters):
+                raise PruningError(
+                    f"model: {name} is computed by a hook of torch.nn.utils; remove it first "
+                    "(torch.nn.utils.remove_weight_norm, remove_spectral_norm or prune.remove)"
+                )
+            if not value.is_leaf:
+                raise PruningError(
+                    f"model: {name} is a result with gradients, which cannot be copied; detach or "
+                    "delete it first"
+                )
+
+
 def _check_prune(
     model: nn.Module, images: Tensor, pruner: Any, labels: Tensor | None, export: str
 ) -> None:
     """Raise SettingsError or PruningError naming the first argument that is not valid."""
+    _check_model(model)
     _check_batch(images)
+    if images.dtype != torch.float32:
+        raise SettingsError(f"images: {images.dtype}; float32 is needed (images.float())")
+    if not bool(images.isfinite().all()):
+        raise SettingsError("images: some values are NaN or infinite")
     if not isinstance(pruner, ConfiguredPruner):
         raise SettingsError(
             "pruner: one with its settings is needed, such as "
@@ -337,6 +369,8 @@ def _check_prune(
         )
     if export not in get_args(Export):
         raise SettingsError(f"export = {export!r}: must be one of {', '.join(get_args(Export))}")
+    if labels is not None and not isinstance(labels, Tensor):
+        raise SettingsError(f"labels: a {type(labels).__name__}; an int64 tensor (N,) is needed")
     if labels is not None and (labels.dtype != torch.int64 or labels.shape != images.shape[:1]):
         raise SettingsError(
             f"labels: {labels.dtype} {tuple(labels.shape)}; int64 ({len(images)},) is needed"
@@ -346,6 +380,9 @@ def _check_prune(
         raise PruningError("model: has no parameters")
     if types != {torch.float32}:
         raise PruningError(f"model: weights are {types.pop()}; call model.float() before pruning")
+    for name, parameter in model.named_parameters():
+        if not bool(parameter.detach().isfinite().all()):
+            raise PruningError(f"model: {name} has entries that are NaN or infinite")
 
 
 def _usable(tensor: Tensor) -> Tensor:

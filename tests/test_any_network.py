@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune as torch_prune
 
 import secateur
-from secateur.base.errors import PruningError
+from secateur.base.errors import PruningError, SecateurError
 
 IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([0, 1, 2, 3])
@@ -73,6 +74,59 @@ def test_a_random_network_is_told_as_such():
     net = Net(lambda model, x: model.fc(F.dropout(x).mean((2, 3))))
     with pytest.raises(PruningError, match="random in eval mode"):
         secateur.prune(net, IMAGES, HALF)
+
+
+def with_nan(tensor):
+    tensor.data.flatten()[3] = torch.nan
+    return tensor
+
+
+def lazy():
+    return Net(lambda model, x: model.other(x.mean((2, 3))), other=nn.LazyLinear(5))
+
+
+def hooked(hook):
+    net = Net()
+    hook(net.a)
+    return net
+
+
+def with_result():
+    net = Net()
+    net.last = net(IMAGES)
+    return net
+
+
+TAYLOR = secateur.pruners.magnitude(criterion="taylor")
+WRONG = {
+    "no network": (lambda: {"model": "resnet18"}, "model: a str; a torch.nn.Module"),
+    "float64": (lambda: {"images": IMAGES.double()}, r"images: torch.float64; float32 .*float\(\)"),
+    "float16": (lambda: {"images": IMAGES.half()}, "images: torch.float16; float32"),
+    "NaN": (lambda: {"images": with_nan(IMAGES.clone())}, "images: some values are NaN"),
+    "list": (lambda: {"labels": [0, 1, 2, 3]}, "labels: a list; an int64 tensor"),
+    "class": (lambda: {"labels": LABELS + 2, "pruner": TAYLOR}, "labels: 5, but .* 5 outputs"),
+    "minus": (lambda: {"labels": LABELS - 1, "pruner": TAYLOR}, "labels: -1, but .* 5 outputs"),
+    "lazy": (lambda: {"model": lazy()}, r"model: other.weight has no shape yet; call model"),
+    "weights": (lambda: {"model": hooked(lambda a: with_nan(a.weight))}, "model: a.weight .*NaN"),
+    "pruned": (
+        lambda: {"model": hooked(lambda a: torch_prune.l1_unstructured(a, "weight", 0.5))},
+        r"model: a.weight is computed by a hook .*prune\.remove",
+    ),
+    "spectral": (
+        lambda: {"model": hooked(nn.utils.spectral_norm)},
+        "model: a.weight is computed by a hook .*remove_spectral_norm",
+    ),
+    "result": (lambda: {"model": with_result()}, "model: last is a result .* detach"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_arguments_that_cannot_be_are_told_in_one_line(kind):
+    make, words = WRONG[kind]
+    given = {"model": Net(), "images": IMAGES, "pruner": HALF, "labels": None} | make()
+    with pytest.raises(SecateurError, match=words) as told:
+        secateur.prune(given.pop("model"), given.pop("images"), given.pop("pruner"), **given)
+    assert "\n" not in str(told.value)
 
 
 @pytest.mark.parametrize("granularity", ["group", "filter", "weight"])

@@ -17,15 +17,18 @@ def tensors_of(value: Any) -> list[Tensor]:
     return [t for v in value for t in tensors_of(v)] if isinstance(value, list | tuple) else []
 
 
-def class_scores(value: Any, images: int, purpose: str) -> Tensor:
-    """A network's result for so many images, if it is one tensor (N, classes).
+def class_scores(value: Any, labels: Tensor, purpose: str) -> Tensor:
+    """A network's result for images with these labels, if it is one tensor (N, classes).
 
-    Raises PruningError saying what needs it for anything else.
+    Raises PruningError saying what needs it for anything else, and for a label of no class.
     """
-    if isinstance(value, Tensor) and value.dim() == 2 and len(value) == images:
-        return value
-    found = f"tensor {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-    raise PruningError(
-        f"{purpose} needs the loss of a classifier, whose output is one tensor (N, classes); this "
-        f"network returns a {found}"
-    )
+    if not (isinstance(value, Tensor) and value.dim() == 2 and len(value) == len(labels)):
+        found = f"tensor {tuple(value.shape)}" if isinstance(value, Tensor) else ""
+        raise PruningError(
+            f"{purpose} needs the loss of a classifier, whose output is one tensor (N, classes); "
+            f"this network returns a {found or type(value).__name__}"
+        )
+    classes = value.shape[1]
+    if len(wrong := labels[(labels < 0) | (labels >= classes)]):
+        raise PruningError(f"labels: {int(wrong[0])}, but the network has {classes} outputs")
+    return value

@@ -106,5 +106,5 @@ def _loss(context: PruningContext, decision: PruningDecision) -> float:
     """Mean cross-entropy of the network without what the decision prunes."""
     model = removal.mask(context.model, decision.channels, context.images[:1], context.graph).eval()
     masks.apply(model, decision.masks)
-    logits = class_scores(model(context.images), len(context.labels), "pruner oracle")
+    logits = class_scores(model(context.images), context.labels, "pruner oracle")
     return float(functional.cross_entropy(logits.double(), context.labels))

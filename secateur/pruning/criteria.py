@@ -171,7 +171,7 @@ def _gradients(
     device = next(context.model.parameters()).device
     labels = context.labels[images].to(device)
     result = context.model(context.images[images].to(device))
-    loss = F.cross_entropy(class_scores(result, len(labels), f"criterion {criterion}"), labels)
+    loss = F.cross_entropy(class_scores(result, labels, f"criterion {criterion}"), labels)
     return torch.autograd.grad(loss, list(weights))
 
 
