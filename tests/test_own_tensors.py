@@ -86,3 +86,69 @@ def test_buffers_of_other_types_keep_type_and_values(tmp_path):
         assert all(torch.equal(buffers[name], odd[name]) for name in ("factor", "complex", "count"))
         assert torch.isin(model.scale, odd["scale"]).all()
         assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def joint(net, x):
+    """A product of both convolutions' results."""
+    y = net.a(x)
+    return torch.mul(input=y, other=net.b(y))
+
+
+SPELLINGS = {
+    "module": lambda n, x: n.b(input=n.a(input=x)),
+    "function": lambda n, x: functional.relu(input=n.b(torch.flatten(input=n.a(x), start_dim=3))),
+    "conv2d": lambda n, x: functional.conv2d(
+        input=n.a(x), weight=n.b.weight, bias=n.b.bias, padding=1
+    ),
+    "add": lambda n, x: torch.add(n.a(x), other=n.b(n.a(x))),
+    "mul": joint,
+    "cat": lambda n, x: n.b(torch.cat(tensors=[n.a(x), n.a(x)], axis=2)),
+    "permute": lambda n, x: n.b(n.a(x).permute(dims=(0, 1, 3, 2))),
+    "reshape": lambda n, x: n.b(torch.reshape(n.a(x), shape=(x.shape[0], -1, 8, 8))),
+    "expand": lambda n, x: n.b(n.a(x).expand(size=(-1, -1, 8, 8))),
+    "squeeze": lambda n, x: n.b(n.a(x).unsqueeze(dim=2).squeeze(dim=2)),
+    "mean": lambda n, x: n.b(n.a(x)) * n.a(x).mean(axis=(2, 3), keepdims=True),
+    "softmax": lambda n, x: n.b(torch.softmax(n.a(x), axis=2)),
+}
+
+
+@pytest.mark.parametrize("run", SPELLINGS.values(), ids=SPELLINGS)
+def test_arguments_may_be_given_by_keyword(run, tmp_path):
+    net, _ = pruned(Net(run), tmp_path)
+    assert net.a.out_channels == 4
+
+
+def locks(net):
+    graph = secateur.channel_graph(net, IMAGES)
+    return {group.locked for group in graph.groups}
+
+
+def unsaved(run, value):
+    net = Net(run)
+    net.register_buffer("own", value, persistent=False)
+    return net
+
+
+@pytest.mark.parametrize(
+    ("run", "value"),
+    [
+        (lambda n, x: n.b(n.a(x) * n.own), torch.rand(1, 8, 1, 1)),
+        (lambda n, x: n.b(n.a(x)[:, n.own]), torch.arange(8).flip(0)),
+        (lambda n, x: n.b(functional.batch_norm(n.a(x), n.own, n.own)), torch.rand(8)),
+        (lambda n, x: n.b(functional.conv2d(n.a(x), n.own)), torch.rand(8, 8, 1, 1)),
+    ],
+)
+def test_a_buffer_that_checkpoints_do_not_hold_locks_its_channels(run, value, tmp_path):
+    net = unsaved(run, value)
+    assert any("a buffer that checkpoints do not hold" in str(reason) for reason in locks(net))
+    small, _ = pruned(net, tmp_path)
+    assert (small.a.out_channels, small.b.out_channels) == (8, 4)
+    assert torch.equal(small.own, value)
+
+
+@pytest.mark.parametrize("mask", [torch.arange(8) > 3, [True] * 4 + [False] * 4])
+def test_channels_that_a_mask_marks_are_locked(mask, tmp_path):
+    net = Net(lambda n, x: n.b(n.a(x)[:, n.mask]), mask=mask, b=nn.Conv2d(4, 8, 3))
+    assert any("a mask marks" in str(reason) for reason in locks(net))
+    small, _ = pruned(net, tmp_path)
+    assert (small.a.out_channels, small.b.out_channels) == (8, 4)

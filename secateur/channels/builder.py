@@ -1,6 +1,6 @@
 """The first visitor: makes channel ids and notes which tensors have entries for them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -51,7 +51,7 @@ class GroupBuilder:
         self._canonical_and_zero = torch.tensor([ZERO])
         self._used: set[str] = set()
         self._buffers = {name for name, _ in model.named_buffers()}
-        self._tensors = self._buffers | {name for name, _ in model.named_parameters()}
+        self._constant = _constants(model)
 
     def _new(self, count: int) -> Tensor:
         fresh = self._sets.add(count)
@@ -62,6 +62,8 @@ class GroupBuilder:
     ) -> None:
         """An axis of a tensor has these ids; if it had others, they are the same channels."""
         self._used.add(named.name)
+        if (reason := self._constant(named.name)) is not None:
+            self.lock(ids, f"{named.name} is {reason}")
         size = named.tensor.shape[axis]
         if size * (groups if axis == 1 else 1) != len(ids):
             raise PruningError(f"{named.name} has {size} entries for {len(ids)} channels")
@@ -107,8 +109,8 @@ class GroupBuilder:
         """New ids for every entry; `finish` finds the axis along which channels differ."""
         self._used.add(named.name)
         if named.name not in self.parameters:
-            count, own = named.tensor.numel(), named.name in self._tensors
-            ids = self._new(count) if own else self.fixed(count, "a constant")
+            count, reason = named.tensor.numel(), self._constant(named.name)
+            ids = self._new(count) if reason is None else self.fixed(count, reason)
             self.parameters[named.name] = (ids.reshape(named.tensor.shape), ZERO)
         return self.parameters[named.name][0]
 
@@ -212,6 +214,23 @@ class GroupBuilder:
             self.parameters[name] = (ids, axis)
             owner = name.rpartition(".")[0]
             self.axes[name, axis] = AxisEntry(name, axis, "scale", along, owner)
+
+
+def _constants(model: nn.Module) -> Callable[[str], str | None]:
+    """Tells by its name why a tensor of the network cannot become smaller; None if it can."""
+    saved = {name for name, _ in model.named_parameters()}
+    unsaved: set[str] = set()
+    for path, module in model.named_modules():
+        for key, _ in module.named_buffers(path, recurse=False):
+            persistent = key.rpartition(".")[2] not in module._non_persistent_buffers_set
+            (saved if persistent else unsaved).add(key)
+
+    def reason(name: str) -> str | None:
+        if name in unsaved:
+            return "a buffer that checkpoints do not hold"
+        return None if name in saved else "a constant"
+
+    return reason
 
 
 def _refuse_unused(model: nn.Module, used: set[str]) -> None:

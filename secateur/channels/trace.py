@@ -3,18 +3,33 @@
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any, get_args
 
 from torch import fx, nn
 
 from secateur.base.errors import PruningError
+from secateur.channels import operators
 from secateur.channels.ids import AttributeSize
+from secateur.channels.rules.elementwise import PRODUCTS, SUMS
 from secateur.nn.attention import free_class
 from secateur.nn.layers import ChannelSelect
 from secateur.sparsity.masks import LAYERS, BatchNorm
 
 _LEAVES = (*LAYERS, *get_args(BatchNorm), nn.InstanceNorm2d, nn.LayerNorm, nn.GroupNorm)
 """Types whose plain subclasses, without methods of their own, are leaves as well."""
+
+_FIRST = ("input", "tensor", "tensors", "query", "x")
+"""Keywords of the first argument of functions."""
+_NEXT: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys((*SUMS, *PRODUCTS, "div", "div_", "maximum", "minimum", "matmul"), ("other",)),
+    **{"bmm": ("mat2",), "scaled_dot_product_attention": ("key", "value")},
+    **{"reshape": ("shape",), "view": ("size",), "expand": ("size",), "new_zeros": ("size",)},
+    **{"permute": ("dims",), "squeeze": ("dim",), "split": ("split_size",)},
+}
+"""Keywords of further arguments that rules take by position, by name of function or method."""
+_ALIASES = {"axis": "dim", "keepdims": "keepdim"}
+"""Keywords that torch takes as numpy does, and its own."""
 
 
 class _Tracer(fx.Tracer):
@@ -94,12 +109,36 @@ def trace(model: nn.Module) -> fx.Graph:
     try:
         with _named_sizes(model):
             try:
-                return _Tracer(buffers=True).trace(model.eval())
+                graph = _Tracer(buffers=True).trace(model.eval())
             except Exception:  # the code depends on the value of a buffer
-                return _Tracer(buffers=False).trace(model)
+                graph = _Tracer(buffers=False).trace(model)
     except Exception as error:  # of any type: it is the network's code that fails
         reason = " ".join(str(error).split()) or type(error).__name__
         raise PruningError(f"cannot follow {type(model).__name__}: {reason}") from None
     finally:
         for module, mode in training.items():
             module.training = mode
+    _normalise_keywords(graph, dict(model.named_modules()))
+    return graph
+
+
+def _normalise_keywords(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
+    """Give known operations the arguments by position that rules take so, in place."""
+    for node in graph.nodes:
+        if not node.kwargs or operators.of_node(node, modules) is operators.UNKNOWN:
+            continue
+        keywords: list[tuple[str, ...]] = []  # by position
+        options = dict(node.kwargs)
+        if node.op == "call_module":
+            keywords.append(tuple(signature(modules[node.target].forward).parameters)[:1])
+        else:
+            name = operators.name_of(node.target)
+            keywords += [_FIRST, *((key,) for key in _NEXT.get(name, ()))]
+            options = {_ALIASES.get(key, key): value for key, value in options.items()}
+        args = list(node.args)
+        for names in keywords[len(args) :]:
+            key = next((key for key in names if key in options), None)
+            if key is None:
+                break
+            args.append(options.pop(key))
+        node.args, node.kwargs = tuple(args), options

@@ -80,14 +80,21 @@ def split(call: Call, x: ChannelIds, split_size_or_sections: Any, dim: int = 0) 
 
 
 def index_select(call: Call, x: ChannelIds, dim: int, index: Any) -> ChannelIds:
-    """Entries along one axis by an index; an index buffer is a member of the channels' group."""
+    """Entries along one axis by an index; an index buffer is a member of the channels' group.
+
+    A mask is none: which channels it marks stands in it by their places.
+    """
     dim %= len(x.shape)
-    if isinstance(index, NamedTensor) and (x.varies(dim) or x.shape[dim] == 1):
+    numbers = index.tensor if isinstance(index, NamedTensor) else torch.as_tensor(index)
+    if numbers.dtype in (torch.bool, torch.uint8):
+        call.lock(x, f"{call.node} takes those that a mask marks")
+        numbers = numbers.nonzero().flatten()
+    elif isinstance(index, NamedTensor) and (x.varies(dim) or x.shape[dim] == 1):
         ids = call.visitor.select(index, x.axis_ids(dim), owns_channels=False)
         shape = [len(ids) if k == dim else s for k, s in enumerate(x.shape)]
         return ChannelIds.along(dim, ids, shape)
-    call.lock(x, "chosen by numbers that stand in the code")
-    numbers = index.tensor if isinstance(index, NamedTensor) else torch.as_tensor(index)
+    else:
+        call.lock(x, "chosen by numbers that stand in the code")
     return ChannelIds.from_expanded(x.expanded().index_select(dim, numbers.cpu()))
 
 
