@@ -1,9 +1,8 @@
 """Traces a network with torch.fx: its operations in the order of execution."""
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from inspect import signature
+from inspect import Parameter, signature
 from typing import Any, get_args
 
 from torch import fx, nn
@@ -50,8 +49,8 @@ class _Tracer(fx.Tracer):
         The others have their defaults, so that code that asks whether they are given finds that
         they are not.
         """
-        given = list(inspect.signature(root_fn).parameters.values())[1:]
-        several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        given = list(signature(root_fn).parameters.values())[1:]
+        several = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
         rest = [p for p in given[1:] if p.default is p.empty and p.kind not in several]
         needed = given[:1] + rest
         if any(p.kind is not p.POSITIONAL_OR_KEYWORD for p in needed):

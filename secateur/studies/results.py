@@ -136,8 +136,7 @@ def commits(names: Iterable[str], revision: str | None = None) -> dict[str, str]
     """Name -> commit of these experiments; any other name is that of a Git revision.
 
     Of several experiments of one name, that of HEAD is meant; `<name>@<commit>` is one of them, as
-    `experiments` has it. With `revision`, each is that on this
-    commit, by the name of its ref.
+    `experiments` has it. With `revision`, each is the one on this commit, by the name of its ref.
     """
     if revision is not None:
         return {name: f"{NAMESPACE}/{revision[:2]}/{revision[2:]}/{name}" for name in names}
