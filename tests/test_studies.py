@@ -16,6 +16,7 @@ from urllib.parse import urlparse
 
 import pytest
 import yaml
+from PIL import Image
 from workspace import warm_children, yaml_text
 
 from secateur.base.errors import SecateurError, SettingsError
@@ -24,6 +25,8 @@ from secateur.base.settings import merged
 from secateur.cli import build_parser
 from secateur.pipeline import params_file
 from secateur.studies import definition, estimate, plan, run, search
+from secateur.studies.execution import snapshot
+from secateur.studies.execution.keys import Graph
 
 ROOT = Path(__file__).resolve().parents[1]
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
@@ -251,6 +254,31 @@ def test_an_interrupted_search_proposes_the_trials_of_one_that_was_not(write_stu
     assert {row.number for row in broken.rows() if row.best} == better
 
 
+def test_failed_trials_are_tried_again_by_the_next_call_and_once_in_each(write_study):
+    """With the same values; whatever failed, a search that goes on is one that was never broken."""
+    pytest.importorskip("optuna")
+    how = {"trials": 7, "sampler": "random", "objectives": ["accuracy", "macs"], "batch": 3}
+    space = write_study(axes=RANGES, search=how).space
+    whole = _searched(space, itertools.repeat(False)).finished()
+    search.journal("mine").unlink()
+    tried = Counter()
+    trials = search.Trials("mine", space)
+    while trials.missing():
+        for trial in trials.propose():
+            tried[trial.number] += 1
+            if trial.number in (1, 4):
+                trials.tell(trial, {"accuracy": 0.5, "macs": 0.5})
+            else:
+                trials.fail(trial)
+    assert tried == dict.fromkeys(range(7), 1) and trials.count() == 2
+    assert [bool(row.values) for row in trials.rows()] == [n in (1, 4) for n in range(7)]
+    again = search.Trials("mine", space)
+    assert again.missing() and [t.number for t in again.propose()] == [0, 2, 3, 5, 6]
+    done = _searched(space, itertools.repeat(False))
+    assert [t.params for t in done.finished()] == [t.params for t in whole]
+    assert done.count() == 7 and len(done.rows()) == 7
+
+
 def test_a_journal_of_something_else_is_refused(write_study, tmp_path):
     pytest.importorskip("optuna")
     space = write_study(axes=RANGES, **SOUGHT).space
@@ -298,6 +326,36 @@ def test_a_search_evaluates_what_no_other_trial_beats(project):
     again = run_study(project)
     assert "0 pieces of work were run" in again and "trial" not in again.replace("trials", "")
     assert "4 in studies/mine.journal, 0 to be run" in run_study(project, "--plan")
+
+
+@pytest.mark.pipeline
+def test_a_search_for_accuracy_without_validation_images_ends_before_it_trains(
+    unborn, monkeypatch, tmp_path
+):
+    """A data set with a val of its own has some, whatever data.validation is."""
+    pytest.importorskip("optuna")
+    for split, name in itertools.product(("train", "val", "test"), "ab"):
+        (tmp_path / "images" / split / name).mkdir(parents=True)
+        for number in range(2):
+            Image.new("L", (8, 8), 9 * number).save(
+                tmp_path / "images" / split / name / f"{number}.png"
+            )
+    monkeypatch.chdir(unborn.path)
+    monkeypatch.setenv("SECATEUR_DATA", str(tmp_path))
+    axes = {"pruners.std.sensitivity": {"low": 0.1, "high": 2.0}}
+    options = build_parser().parse_args(["study", "mine", "--workers", "1"])
+    for own in ({"dataset": "digits"}, {"dataset": "image_folder", "datasets": {"image_folder": {
+            "folder": "images", "size": 8, "channels": 1}}}):  # fmt: skip
+        settings = {"penalty": "none", "data": {"validation": 0}} | own
+        study_of(unborn, axes=axes, search={"trials": 2}, settings=settings)
+        state = snapshot.take(unborn.path)
+        space = definition.load("mine", params_file.read()).space
+        refused = pytest.raises(SettingsError, match=r"set data\.validation above 0")
+        with state.held(), refused if own["dataset"] == "digits" else contextlib.nullcontext():
+            graph = Graph(state.copy("plan"), state.root)
+            search._check_validation(state, graph, space, options)
+        made = [path.name for path in unborn.path.glob(".dvc/cache/runs/*/*/*")]
+        assert len(made) == 1 + (own["dataset"] != "digits"), "the data sets are prepared, no more"
 
 
 def test_a_runtime_that_is_missing_is_named_before_anything_runs(monkeypatch, tmp_path):

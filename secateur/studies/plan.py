@@ -94,8 +94,8 @@ class Plan:
 def make(graph: Graph, cells: Sequence[PlannedCell], last: str | None = None) -> Plan:
     """The plan for these cells; nothing is looked up yet.
 
-    With `last`, a stage that makes a model, only for that stage, in the last round, and those whose
-    outs it needs. Raises SettingsError for a cell whose rounds are no chain.
+    With `last`, only for that stage, of the last round if rounds have it, and those whose outs it
+    needs. Raises SettingsError for a cell whose rounds are no chain.
     """
     plan = Plan(graph, cells)
     for number in range(len(cells)):

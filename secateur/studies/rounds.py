@@ -46,8 +46,8 @@ def names(params: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def last(params: Mapping[str, Any], stage: str) -> str:
-    """The stage of the last round that stands for this one of the first."""
-    return Chain(names(params)).last[stage]
+    """The stage of the last round that stands for this one, if rounds have it."""
+    return Chain(names(params)).last.get(stage, stage)
 
 
 def epochs(params: Mapping[str, Any], section: str) -> list[int]:

@@ -40,6 +40,11 @@ from secateur.studies.space import MAXIMISED, Range, Search
 
 LAST = "finetune"
 """The stage that ends a trial; that of the last round, if there are several."""
+PREPARE = "prepare"
+NO_IMAGES = (
+    "search: accuracy is judged by the validation images, and there are none; set data.validation "
+    "above 0"
+)
 
 
 def show(study: Study, space: Space) -> None:
@@ -63,6 +68,7 @@ def run(state: Snapshot, study: Study, space: Space, options: argparse.Namespace
     search, began = space.search, time.monotonic()
     graph = Graph(state.copy("plan"), state.root)
     with _alone(state, study.name):
+        _check_validation(state, graph, space, options)
         trials = Trials(study.name, space)
         trials.claim(_digest(graph, space))
         if trials.missing():
@@ -77,6 +83,33 @@ def run(state: Snapshot, study: Study, space: Space, options: argparse.Namespace
         table.write(folder, trials.rows())
     cells = [cell for trial in best for cell in space.cells(_name(trial), trial.params)]
     return replace(study, cells=tuple(cells), remarks=(_remark(space, trials.count()),))
+
+
+def _check_validation(
+    state: Snapshot, graph: Graph, space: Space, options: argparse.Namespace
+) -> None:
+    """Raise SettingsError if accuracy is sought, and there are no images to judge it by.
+
+    Where none are taken from the training images, the data set may have its own: that is known
+    when it is prepared.
+    """
+    if "accuracy" not in space.search.objectives:
+        return
+    cells = [
+        cell
+        for cell in _choices(space)
+        if not rounds.whole(graph.params, cell.settings)["data"]["validation"]
+    ]
+    made = plan.make(graph, cells, PREPARE)
+    made.look_up()
+    if made.missing():
+        with executor_of(options, state, graph, len(made.works)) as executor:
+            Progress(state, made).finish(executor)
+    for number in filter(made.finished, range(len(cells))):
+        path = f"data/{made.params(number)['dataset']}/about.json"
+        info = json.loads(graph.read(made.entries_of(number)[PREPARE], path))
+        if not info["counts"]["val"]:
+            raise SettingsError(f"{cells[number].name}: {NO_IMAGES}")
 
 
 def _batch(
@@ -101,7 +134,9 @@ def _batch(
         own = [next(numbers) for _ in cells[trial.number]]
         if not all(map(made.finished, own)):
             trials.fail(trial)
-            console.say(f"trial {trial.number}: failed")
+            console.say(
+                f"trial {trial.number}: failed; the next call of the command tries it again"
+            )
             continue
         reached = judged(made, own, space.search.objectives)
         trials.tell(trial, reached)
@@ -129,7 +164,7 @@ def _reached(
         path = str(model_spec(last).record)
         metrics = parse(made.graph.read(entries[last], path), path).metrics
         if "val_accuracy" not in metrics:
-            raise SettingsError("search: there are no validation images; set data.val above 0")
+            raise SettingsError(NO_IMAGES)
         values["accuracy"] = metrics["val_accuracy"]
     if {"parameters", "macs"} & {*objectives}:
         values |= _costs(made, entries, last)
@@ -181,6 +216,7 @@ class Trials:
             )
             if [each.name.lower() for each in self._study.directions] != directions:
                 raise ValueError("other objectives")
+        self._failed: set[int] = set()
         self._distributions = {axis: self._distribution(v) for axis, v in space.axes.items()}
 
     @contextlib.contextmanager
@@ -207,7 +243,7 @@ class Trials:
             )
 
     def finished(self) -> list[Any]:
-        """The trials that have been told, also those that failed, by number."""
+        """The trials that have been told, by number."""
         return [trial for trial in self._study.get_trials() if trial.state.is_finished()]
 
     def count(self) -> int:
@@ -215,45 +251,57 @@ class Trials:
         return len(self.finished())
 
     def missing(self) -> bool:
-        """Whether there are to be more trials."""
-        return self.count() < self.search.trials
+        """Whether there are to be more trials, besides those that have failed."""
+        return self.count() + len(self._failed) < self.search.trials
 
     def propose(self) -> list[Any]:
         """The trials to be run next: those that were begun and not told, and the rest of a batch.
 
+        A trial that has failed is one of them, but no longer in the call in which it did.
+
         Every proposal has a sampler of its own, whose seed is that of the search and the number of
         the trial, so that it depends on the trials before it alone.
         """
-        all_trials = self._study.get_trials()
-        open_trials = [trial for trial in all_trials if not trial.state.is_finished()]
-        count, batch = len(all_trials), self.search.batch
+        open_trials = self._open()
+        count, batch = len(self._study.get_trials()), self.search.batch
         end = min(-(-count // batch) * batch if open_trials else count + batch, self.search.trials)
         for number in range(count, end):
             self._study.sampler = self._sampler(number)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", self._optuna.exceptions.ExperimentalWarning)
                 self._study.ask(self._distributions)
-        return [trial for trial in self._study.get_trials() if not trial.state.is_finished()]
+        return self._open()
+
+    def _open(self) -> list[Any]:
+        """The trials that were begun, and neither told nor failed."""
+        return [
+            trial
+            for trial in self._study.get_trials()
+            if not trial.state.is_finished() and trial.number not in self._failed
+        ]
 
     def tell(self, trial: Any, reached: Mapping[str, float]) -> None:
         """Note what a trial has reached, by objective."""
         self._study.tell(trial.number, [reached[name] for name in self.search.objectives])
 
     def fail(self, trial: Any) -> None:
-        """Note that a trial has failed."""
-        self._study.tell(trial.number, state=self._optuna.trial.TrialState.FAIL)
+        """Leave out a trial that has failed, until the next call.
+
+        The journal is told nothing: what it is told is final, and the cause may be a full disk.
+        """
+        self._failed.add(trial.number)
 
     def best(self) -> list[Any]:
         """The trials that no other beats in every objective; SecateurError if all have failed."""
         complete = [trial for trial in self.finished() if trial.values is not None]
         if not complete:
-            raise SecateurError("search: no trial has succeeded")
+            raise SecateurError("search: no trial has succeeded; the same command tries again")
         if len(self.search.objectives) == 1:
             return [self._study.best_trial]
         return sorted(self._study.best_trials, key=lambda trial: trial.number)
 
     def rows(self) -> list[Trial]:
-        """All trials for the table."""
+        """All trials for the table, also those that have failed."""
         best = {trial.number for trial in self.best()}
         return [
             Trial(
@@ -262,7 +310,8 @@ class Trials:
                 dict(zip(self.search.objectives, trial.values or [], strict=False)),
                 trial.number in best,
             )
-            for trial in self.finished()
+            for trial in self._study.get_trials()
+            if trial.state.is_finished() or trial.number in self._failed
         ]
 
     def _sampler(self, number: int) -> Any:
@@ -299,11 +348,8 @@ def _late(search: Search, began: float) -> bool:
     return search.hours is not None and time.monotonic() - began > 3600 * search.hours
 
 
-def _digest(graph: Graph, space: Space) -> str:
-    """Hash of all that values of trials depend on, but for the choice itself.
-
-    The pieces of work of one choice for every label stand for code, settings and data.
-    """
+def _choices(space: Space) -> list[PlannedCell]:
+    """The cells of one choice for every label; of a range, they have the lowest number."""
     start = {axis: definition.first(values) for axis, values in space.axes.items()}
     choices = [start] + [
         start | {axis: label}
@@ -311,10 +357,15 @@ def _digest(graph: Graph, space: Space) -> str:
         if not isinstance(values, Range)
         for label in values
     ]
-    cells: list[PlannedCell] = [
-        cell for chosen in choices for cell in space.cells("digest", chosen)
-    ]
-    ids = list(plan.make(graph, cells, LAST).works)
+    return [cell for chosen in choices for cell in space.cells("digest", chosen)]
+
+
+def _digest(graph: Graph, space: Space) -> str:
+    """Hash of all that values of trials depend on, but for the choice itself.
+
+    The pieces of work of one choice for every label stand for code, settings and data.
+    """
+    ids = list(plan.make(graph, _choices(space), LAST).works)
     axes = {axis: repr(values) for axis, values in space.axes.items()}
     text = json.dumps([ids, axes, list(space.seeds), list(space.search.objectives)])
     return hashlib.sha256(text.encode()).hexdigest()[:32]
