@@ -10,6 +10,7 @@ from secateur.base import plugin
 from secateur.base.errors import ArgumentError
 from secateur.pruning.apply import apply_decision
 from secateur.pruning.decision import PruningContext
+from secateur.sparsity.choices import number_pruned
 
 OBS = plugin.load("pruners", "obs")
 
@@ -102,3 +103,12 @@ def test_zeros_go_first_and_refusals_are_one_line():
     grouped = nn.Sequential(nn.Conv2d(2, 2, 1, groups=2), nn.Flatten(), nn.Linear(72, 2))
     with pytest.raises(ArgumentError, match=r"skip.*0\.weight is of a convolution with groups"):
         OBS.prune(OBS.Settings(), PruningContext(grouped, images))
+
+
+def test_as_many_weights_go_as_with_other_pruners():
+    model = nn.Sequential(nn.Linear(5, 1), nn.Linear(1, 3))
+    context = PruningContext(model, torch.randn(16, 5))
+    for ratio in (0.4, 0.5, 0.9):
+        masks = OBS.prune(OBS.Settings(ratios=ratio), context).masks
+        for mask in masks.values():
+            assert int((~mask).sum()) == number_pruned(ratio, mask.numel())

@@ -25,6 +25,7 @@ from secateur.base.sections import Strict
 from secateur.nn.hooks import watched_inputs
 from secateur.pruning.decision import PruningContext, PruningDecision
 from secateur.sparsity import masks
+from secateur.sparsity.choices import number_pruned
 from secateur.sparsity.layer_ratios import ratios_by_parameter
 from secateur.sparsity.ratios import Ratios, Rules, Skip
 
@@ -60,7 +61,7 @@ def prune(settings: Settings, context: PruningContext) -> PruningDecision:
         second = _damped(second, settings.damping, len(context.images))
         rows = weight.flatten(1).cpu().double()
         try:
-            kept = choose(rows, second, round(ratios[name] * rows.numel()))
+            kept = choose(rows, second, number_pruned(ratios[name], rows.numel()))
         except RuntimeError:  # of torch.linalg
             why = f"inputs of {name} depend on each other; more is needed"
             raise ArgumentError("damping", why, settings.damping) from None
