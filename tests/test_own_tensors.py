@@ -30,6 +30,17 @@ class Net(nn.Module):
         return self.fc(self.run(self, x).mean((2, 3)))
 
 
+CASTS = {
+    "float": lambda net, x: net.b(net.a(x.float()).relu().float()),
+    "to": lambda net, x: net.b(net.a(x.to(torch.float32)).relu().to(dtype=torch.float32)),
+}
+
+
+@pytest.mark.parametrize("kind", CASTS)
+def test_casts_to_float32_in_the_code_are_no_hindrance(kind, tmp_path):
+    pruned(Net(CASTS[kind]), tmp_path)
+
+
 def pruned(net, tmp_path):
     """The result of removing half of the channels; saved and loaded, it computes the same."""
     net.eval()

@@ -62,17 +62,15 @@ def apply_decision(
     if not (remove_dead or decision.channels or export != "none"):
         return PrunedNetwork(masked, decision.masks)
     double = images.double()
-    compact = removal.compact(
-        removal.to_precision(copy.deepcopy(masked), torch.float64),
-        decision.channels,
-        decision.masks,
-        double[:1],
-        remove_dead,
-        export,
-    )
+    exact = removal.to_precision(copy.deepcopy(masked), torch.float64)
+    with proof.InDouble():
+        compact = removal.compact(
+            exact, decision.channels, decision.masks, double[:1], remove_dead, export
+        )
     masked = removal.mask(masked, decision.channels, images)
     exact = removal.to_precision(copy.deepcopy(masked), torch.float64)
-    in_double = proof.verify(exact, compact, double, proof.FLOAT64_TOLERANCE)
+    with proof.InDouble():
+        in_double = proof.verify(exact, compact, double, proof.FLOAT64_TOLERANCE)
     own = {name for name, buffer in masked.named_buffers() if buffer.dtype == torch.float64}
     compact = compact.to(torch.float32, leave=own)
     in_single = proof.verify(masked, compact, images, proof.FLOAT32_TOLERANCE)

@@ -1,9 +1,11 @@
 """Proof that a compact network computes what the masked network computes."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from secateur.base.errors import PruningError
 from secateur.nn.outputs import tensors_of
@@ -34,6 +36,20 @@ def verify(masked: nn.Module, compact: Compact, images: Tensor, tolerance: float
         f"the compact network is not the masked one: {where} differs by {by:.2g} of its largest "
         f"value (allowed: {tolerance:g}). Nothing was written; this is a bug of the removal"
     )
+
+
+class InDouble(TorchFunctionMode):
+    """Networks run in float64 although their code asks for float32: `x.float()` gives float64."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """The function's result."""
+        kwargs = kwargs or {}
+        if func is Tensor.float:
+            func = Tensor.double
+        elif func is Tensor.to:
+            args = [torch.float64 if a is torch.float32 else a for a in args]
+            kwargs = {k: torch.float64 if a is torch.float32 else a for k, a in kwargs.items()}
+        return func(*args, **kwargs)
 
 
 def _first_difference(
