@@ -222,16 +222,3 @@ def test_two_bounds_may_meet_channels_in_different_ways():
     net = Bounded(lambda m, a, b, c: a.clamp(b.mean(1, keepdim=True), c) + b)
     found = secateur.prune(net, IMAGES, secateur.pruners.magnitude(granularity="weight"))
     assert found.model.a.out_channels == 8
-
-
-def test_slimming_of_equal_scales_is_refused():
-    net = Net(lambda model, x: model.fc(model.norm(x).mean((2, 3))), norm=nn.BatchNorm2d(8))
-    with pytest.raises(
-        PruningError, match=r"no scale is below .* 0\.5, since 8 of 8 scales are eq"
-    ):
-        secateur.prune(net, IMAGES, secateur.pruners.network_slimming(ratio=0.5))
-    untouched = secateur.prune(net, IMAGES, secateur.pruners.network_slimming(ratio=0))
-    assert untouched.model.b.out_channels == 8
-    nn.init.uniform_(net.norm.weight)
-    found = secateur.prune(net, IMAGES, secateur.pruners.network_slimming(ratio=0.5))
-    assert found.model.b.out_channels == 4

@@ -585,7 +585,7 @@ def test_a_setting_out_of_range_is_told_by_name(name, key, value, line):
             {"pick_growth": 1e-11},
             r"penalties\.greg2\.pick_growth = 1e-11: pick_ceiling .*",
         ),
-        ("greg1", 1e-4, {"ratios": {"6": 0.5}}, "6: there are 3 convolutions and linear layers"),
+        ("greg1", 1e-4, {"ratios": {"5": 0.5}}, "5: there are 3 convolutions and linear layers"),
         ("greg2", 1e-4, {"ratios": {"2": 0.5}}, r"2 = 0.5 is for layer 6, .* are the classes"),
         ("greg1", 1e-4, {"ratios": {"conv*": 0.5}}, r"conv\* matches no layer; there are: 0, 3, 6"),
         ("greg1", 1e-4, {"ratios": 0}, "nothing would be pruned"),

@@ -117,6 +117,11 @@ def test_a_network_that_cannot_be_followed_is_refused_without_a_penalty_too(chan
         {"pruner": "chosen", "penalty": "rigl"},
         {"pruner": "chosen", "parametrization": "variational_dropout", "penalty": "none"},
         {"pruner": "magnitude", "pruners__magnitude__criterion": "taylor"},
+        {
+            "pruner": "network_slimming",
+            "arch": "vgg",
+            "archs__vgg__pools": [1, 2, 4],
+        },  # all scales are equal
         {"pruner": "threshold", "pruners__threshold__sensitivity": 1e9},  # which training decides
     ],
 )

@@ -63,12 +63,11 @@ class Settings(Strict):
 def prune(settings: Settings, context: PruningContext) -> PruningDecision:
     """Whole channels with scales below the threshold; the notes have the share of the scales.
 
-    Raises PruningError if no channel that can be pruned has a scale, if a ratio asks for some but
-    no scale is below the threshold, and for a target that cannot be reached.
+    Raises PruningError if no channel that can be pruned has a scale, and for a target that cannot
+    be reached.
     """
     slimming = _Slimming(settings, context)
     if settings.target is None:
-        slimming.refuse_equal(settings.ratio)
         return slimming.decide(settings.ratio, settings.round_to or 1)
     return solve_rounded(slimming.decide, settings.target, context, settings.round_to)
 
@@ -133,25 +132,10 @@ class _Slimming:
                 unlocked[group.ids] = True
         return unlocked
 
-    def _threshold(self, ratio: float) -> tuple[int, Tensor]:
-        """How many scales are to be below the threshold that belongs to this ratio, and itself."""
-        place = floor(Decimal(repr(ratio)) * len(self.scales))
-        return place, self.scales.sort().values[place]
-
-    def refuse_equal(self, ratio: float) -> None:
-        """Raise PruningError if scales should be below the threshold, but none is."""
-        place, threshold = self._threshold(ratio)
-        if place and not bool((self.scales < threshold).any()):
-            raise PruningError(
-                f"pruner = 'network_slimming': no scale is below the threshold {threshold:.4g} of "
-                f"ratio {ratio:g}, since {int((self.scales == threshold).sum())} of "
-                f"{len(self.scales)} scales are equal to it; train with a penalty on the scales "
-                "first"
-            )
-
     def decide(self, ratio: float, multiple: int) -> PruningDecision:
         """The channels below the threshold that belongs to this ratio; see `round_to`."""
-        _, threshold = self._threshold(ratio)
+        place = floor(Decimal(repr(ratio)) * len(self.scales))
+        threshold = self.scales.sort().values[place]
         below = self._with_enough_kept(self.prunable & (self.score < threshold), multiple)
         chosen = {}
         for name, index in self.graph.selection(below.nonzero().flatten()).items():
