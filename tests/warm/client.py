@@ -55,6 +55,16 @@ def run_real(name: str) -> None:
     os.execv(program, [program, *sys.argv[1:]])
 
 
+def _answer(server: socket.socket) -> bytes:
+    """Wait for the end of the process; a signal that came just before the waiting has its turn."""
+    server.settimeout(1)
+    while True:
+        try:
+            return server.recv(4)
+        except TimeoutError:
+            continue
+
+
 def main() -> None:
     """Send the request, pass signals on, and end as the forked process ends."""
     name = sys.argv[0].rpartition("/")[2]
@@ -92,7 +102,7 @@ def main() -> None:
     for number in blocked:
         signal.signal(number, lambda number, _: os.kill(pid, number))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, blocked)
-    answer = server.recv(4)
+    answer = _answer(server)
     (status,) = struct.unpack("i", answer) if answer else (1,)
     if status < 0:
         if status != -signal.SIGKILL:
