@@ -19,6 +19,10 @@ Key = type[nn.Module] | str
 """A type of module, or the `__name__` of a function or method."""
 
 
+OTHER = ("other", "mat2")
+"""Keywords of the second of two tensors."""
+
+
 @dataclass(frozen=True)
 class Operator:
     """One kind of operation: its rule, and properties that other analyses of a network need."""
@@ -48,6 +52,9 @@ class Operator:
     """Means of its third tensor over positions, with weights from the first two: attention."""
     metadata: bool = False
     """The result is about the tensor's shape or type, not its entries."""
+    keywords: tuple[tuple[str, ...], ...] = ()
+    """Names of the arguments behind the first that the rule takes by position, each in the words of
+    all functions of the row."""
 
 
 def _table(*rows: tuple[Operator, tuple[Key, ...]]) -> dict[Key, Operator]:
@@ -104,7 +111,7 @@ OPERATORS: dict[Key, Operator] = _table(
     ),
     # two tensors or more, entry by entry
     (
-        Operator(elementwise.combine, raw=True, combines=True),
+        Operator(elementwise.combine, raw=True, combines=True, keywords=(OTHER,)),
         (*elementwise.SUMS, "truediv", "div", "div_", "itruediv", "maximum", "minimum"),
     ),
     (
@@ -112,14 +119,18 @@ OPERATORS: dict[Key, Operator] = _table(
         ("pow", "clamp", "clamp_min", "clamp_max", "clip"),
     ),
     (
-        Operator(elementwise.combine, raw=True, combines=True, multiplies=True),
+        Operator(elementwise.combine, raw=True, combines=True, multiplies=True, keywords=(OTHER,)),
         elementwise.PRODUCTS,
     ),
     # two tensors, summed over axes, and windows of attention
-    (Operator(attention.matmul, contracts=True), ("matmul", "bmm")),
+    (Operator(attention.matmul, contracts=True, keywords=(OTHER,)), ("matmul", "bmm")),
     (Operator(attention.einsum, raw=True, contracts=True), ("einsum",)),
     (
-        Operator(attention.scaled_dot_product_attention, averages=True),
+        Operator(
+            attention.scaled_dot_product_attention,
+            averages=True,
+            keywords=(("key",), ("value",)),
+        ),
         ("scaled_dot_product_attention",),
     ),
     (Operator(attention.split_windows), ("split_windows",)),
@@ -143,15 +154,15 @@ OPERATORS: dict[Key, Operator] = _table(
     ),
     (Operator(elementwise.reduce), ("mean", "sum", "amax", "amin")),
     # shapes
-    (Operator(shapes.reshape), ("view", "reshape")),
+    (Operator(shapes.reshape, keywords=(("shape", "size"),)), ("view", "reshape")),
     (Operator(shapes.unflatten), ("unflatten",)),
     (Operator(shapes.flatten_module), (nn.Flatten,)),
     (Operator(shapes.flatten), ("flatten",)),
-    (Operator(shapes.permute), ("permute",)),
+    (Operator(shapes.permute, keywords=(("dims",),)), ("permute",)),
     (Operator(shapes.transpose), ("transpose",)),
-    (Operator(shapes.squeeze), ("squeeze",)),
+    (Operator(shapes.squeeze, keywords=(("dim",),)), ("squeeze",)),
     (Operator(shapes.unsqueeze), ("unsqueeze",)),
-    (Operator(shapes.expand), ("expand",)),
+    (Operator(shapes.expand, keywords=(("size",),)), ("expand",)),
     (Operator(shapes.expand_as), ("expand_as",)),
     (Operator(shapes.unbind), ("unbind",)),
     (Operator(shapes.roll), ("roll",)),
@@ -159,14 +170,14 @@ OPERATORS: dict[Key, Operator] = _table(
     (Operator(shapes.channel_shuffle), ("channel_shuffle",)),
     (Operator(shapes.pad_module), (nn.ZeroPad2d, nn.ZeroPad3d)),
     (Operator(shapes.pad), ("pad",)),
-    (Operator(shapes.new_zeros), ("new_zeros",)),
+    (Operator(shapes.new_zeros, keywords=(("size",),)), ("new_zeros",)),
     (Operator(shapes.size, metadata=True), ("size",)),
     (Operator(shapes.dim, metadata=True), ("dim",)),
     (Operator(shapes.attribute, metadata=True), ("getattr",)),
     # along an axis
     (Operator(slices.cat, raw=True), ("cat", "concat", "concatenate")),
     (Operator(slices.chunk), ("chunk",)),
-    (Operator(slices.split), ("split",)),
+    (Operator(slices.split, keywords=(("split_size",),)), ("split",)),
     (Operator(slices.index_select), ("index_select",)),
     (Operator(slices.getitem, raw=True), ("getitem",)),
 )

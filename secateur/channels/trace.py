@@ -10,7 +10,6 @@ from torch import fx, nn
 from secateur.base.errors import PruningError
 from secateur.channels import operators
 from secateur.channels.ids import AttributeSize
-from secateur.channels.rules.elementwise import PRODUCTS, SUMS
 from secateur.nn.attention import free_class
 from secateur.nn.layers import ChannelSelect
 from secateur.sparsity.masks import LAYERS, BatchNorm
@@ -20,13 +19,6 @@ _LEAVES = (*LAYERS, *get_args(BatchNorm), nn.InstanceNorm2d, nn.LayerNorm, nn.Gr
 
 _FIRST = ("input", "tensor", "tensors", "query", "x")
 """Keywords of the first argument of functions."""
-_NEXT: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys((*SUMS, *PRODUCTS, "div", "div_", "maximum", "minimum", "matmul"), ("other",)),
-    **{"bmm": ("mat2",), "scaled_dot_product_attention": ("key", "value")},
-    **{"reshape": ("shape",), "view": ("size",), "expand": ("size",), "new_zeros": ("size",)},
-    **{"permute": ("dims",), "squeeze": ("dim",), "split": ("split_size",)},
-}
-"""Keywords of further arguments that rules take by position, by name of function or method."""
 _ALIASES = {"axis": "dim", "keepdims": "keepdim"}
 """Keywords that torch takes as numpy does, and its own."""
 
@@ -124,15 +116,15 @@ def trace(model: nn.Module) -> fx.Graph:
 def _normalise_keywords(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
     """Give known operations the arguments by position that rules take so, in place."""
     for node in graph.nodes:
-        if not node.kwargs or operators.of_node(node, modules) is operators.UNKNOWN:
+        operator = operators.of_node(node, modules)
+        if not node.kwargs or operator is operators.UNKNOWN:
             continue
         keywords: list[tuple[str, ...]] = []  # by position
         options = dict(node.kwargs)
         if node.op == "call_module":
             keywords.append(tuple(signature(modules[node.target].forward).parameters)[:1])
         else:
-            name = operators.name_of(node.target)
-            keywords += [_FIRST, *((key,) for key in _NEXT.get(name, ()))]
+            keywords += [_FIRST, *operator.keywords]
             options = {_ALIASES.get(key, key): value for key, value in options.items()}
         args = list(node.args)
         for names in keywords[len(args) :]:
