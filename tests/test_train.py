@@ -7,6 +7,7 @@ import hashlib
 import math
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from secateur.data import augment, dataset
 from secateur.data.dataset import DatasetInfo, InMemoryImages
 from secateur.pruning.decision import PruningContext
 from secateur.sparsity import masks
-from secateur.training import determinism, loop, resume
+from secateur.training import determinism, engine, loop, resume
 from secateur.training import penalty as penalties
 from secateur.training.callbacks import Callback
 from secateur.training.evaluation import accuracy
@@ -125,6 +126,15 @@ def test_the_digits_are_learnt(arch, chosen, epochs, lr, precision):
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert result.history[-1]["train_accuracy"] > 0.9
     assert accuracy(model, prepared.test, prepared.info)[0] > 0.9
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() or not Path("/proc/cpuinfo").exists(), reason="for CPUs of Linux"
+)
+def test_auto_is_bfloat16_where_the_processor_has_instructions_for_it():
+    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
+    fast = "amx_bf16" in flags or "avx512_bf16" in flags
+    assert engine.resolve("auto") == ("bfloat16" if fast else "float32")
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_one_others():

@@ -100,14 +100,17 @@ def _joined(kind: str, local: int, nodes: int) -> Any:
 def resolve(precision: str) -> str:
     """Replace `auto` by bfloat16 where the hardware multiplies it faster, else by float32.
 
-    That is a GPU with bfloat16 of its own, or a CPU with matrix units (AMX).
+    That is a GPU with bfloat16 of its own, or a CPU with matrix units (AMX) or with vector
+    instructions for it (AVX512_BF16).
     """
     if precision != "auto":
         return precision
     if device().type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        fast = device().type == "cpu" and torch.cpu._is_amx_tile_supported()
+        fast = device().type == "cpu" and (
+            torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+        )
     return "bfloat16" if fast else "float32"
 
 
