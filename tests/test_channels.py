@@ -946,6 +946,14 @@ def unused():
     return Net(lambda n, x: n.a(x), a=cbr(3, 4), never=conv(4, 4))
 
 
+class UnusedToken(nn.Sequential):
+    """Two convolutions, and a parameter of the network's own that forward leaves out."""
+
+    def __init__(self):
+        super().__init__(cbr(3, 4), cbr(4, 4))
+        self.token = nn.Parameter(torch.ones(1, 4))
+
+
 def transposed():
     return Net(lambda n, x: n.b(n.a(x)), a=cbr(3, 4), b=nn.ConvTranspose2d(4, 4, 2))
 
@@ -956,6 +964,7 @@ def transposed():
         (sorted_channels, r"'cumsum'.*cumsum"),
         (branching, "cannot follow Net.*control flow"),
         (unused, "layer never never runs"),
+        (UnusedToken, "parameter token is not used"),
         (transposed, r"'b'.*ConvTranspose2d"),
     ],
 )

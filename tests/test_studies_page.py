@@ -99,6 +99,11 @@ def test_models_of_other_test_images_are_told_apart(tmp_path):
     assert one != predictions._hash(dataset.InMemoryImages(255 - images, labels))
 
 
+def test_an_experiment_that_names_no_dataset_is_told_in_one_line():
+    with pytest.raises(SecateurError, match="old: its params.yaml names no dataset"):
+        predictions.correct(Result("old", {"arch": "lenet5"}, {}))
+
+
 def test_standard_error_of_360_images_is_half_a_point_and_more():
     assert statistics.standard_error(0.9, 360) == pytest.approx(0.0158114, rel=1e-5)
 

@@ -236,9 +236,10 @@ def _constants(model: nn.Module) -> Callable[[str], str | None]:
 def _refuse_unused(model: nn.Module, used: set[str]) -> None:
     for name, parameter in model.named_parameters():
         if parameter.numel() > 1 and name not in used:
+            layer = name.rpartition(".")[0]
+            unused = f"layer {layer} never runs" if layer else f"parameter {name} is not used"
             raise PruningError(
-                f"layer {name.rpartition('.')[0]} never runs in eval mode, so its channels are "
-                "unknown; build the network without it"
+                f"{unused} in eval mode, so its channels are unknown; build the network without it"
             )
 
 

@@ -58,6 +58,8 @@ def correct(result: Result) -> "tuple[NDArray[np.bool_], str]":
     from secateur.data.batches import sequential_batches
     from secateur.nn import checkpoint
 
+    if "dataset" not in result.params:
+        raise SecateurError(f"{result.name}: its params.yaml names no dataset")
     with tempfile.TemporaryDirectory() as place:
         data, model = Path(place, "data"), Path(place, "model")
         final = record.chain_of(result.report).last["finetune"]
