@@ -100,7 +100,7 @@ def test_models_of_other_test_images_are_told_apart(tmp_path):
 
 
 def test_an_experiment_that_names_no_dataset_is_told_in_one_line():
-    with pytest.raises(SecateurError, match="old: its params.yaml names no dataset"):
+    with pytest.raises(SecateurError, match=r"old: its params\.yaml names no dataset"):
         predictions.correct(Result("old", {"arch": "lenet5"}, {}))
 
 
