@@ -1,7 +1,7 @@
 """prune: select weights or channels, set them to zero, and remove what no longer has an effect.
 
-Reads   data/<dataset> (a batch for the proof and for criteria that look at the loss; with
-        prune.recalibrate more of it), models/sparse; for a target of latency the table of measured
+Reads   data/<dataset> (a batch for the proof, and one of all classes for criteria that look at the
+        loss; with prune.recalibrate more of it), models/sparse; for a target of latency the table of measured
         layers, latency/<runtime>.json.
 Writes  models/pruned/model.safetensors with its masks, outputs.csv (outputs of every layer before
         and after) and scales.csv (histogram of the scales of batch normalisations), and
@@ -21,7 +21,7 @@ from torch import nn
 from secateur.base import machine, plugin
 from secateur.base.files import Table
 from secateur.base.settings import section
-from secateur.data.batches import example_batch
+from secateur.data.batches import example_batch, spread_batch
 from secateur.gconv import export
 from secateur.nn import checkpoint, cost
 from secateur.pipeline import console, latency_check, runner
@@ -46,11 +46,12 @@ def prune(context: runner.StageContext) -> runner.StageResult:
     params, sparse = context.params, context.start
     model = sparse.model().eval()
     dense = checkpoint.build_architecture(sparse.header).eval()
-    images, labels = example_batch(context.data.train, context.data.info)
+    images, _ = example_batch(context.data.train, context.data.info)
     with section(f"pruners.{params.pruner}"):
         settings = params.chosen("pruners")
         table = _latencies(context)
-        network = PruningContext(model, images, labels, sparse.choices, table, dense)
+        batch = spread_batch(context.data.train, context.data.info)
+        network = PruningContext(model, *batch, sparse.choices, table, dense)
         decision = plugin.load("pruners", params.pruner).prune(settings, network)
     decision = replace(decision, masks=masks.joined(decision.masks, sparse.masks))
     asked = ", ".join([params.pruner, *(f"{k} {v}" for k, v in settings if v is not None)])

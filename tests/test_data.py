@@ -31,6 +31,7 @@ from secateur.data.batches import (
     Normalise,
     first_images,
     sequential_batches,
+    spread_batch,
     spread_images,
 )
 from secateur.data.dataset import DatasetInfo, Images, InMemoryImages
@@ -561,6 +562,20 @@ def test_in_order_gives_every_image_once_unmoved(world):
     assert torch.equal(spread_images(test, info, 5), normalise(test.images[::8]))
     assert torch.equal(spread_images(test, info, 27)[-2:], normalise(test.images[[37, 38]]))
     assert torch.equal(spread_images(test, info, 1000), first_images(test, info, 1000))
+
+
+@pytest.mark.parametrize("order", ["by class", "in turn"])
+def test_a_batch_for_criteria_has_the_same_share_of_every_class(order):
+    numbers = torch.arange(64)
+    labels = numbers // 16 if order == "by class" else numbers % 4
+    pixels = numbers.to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 224, 224, 1)
+    split = InMemoryImages(pixels, labels)
+    info = DatasetInfo("toy", [*"abcd"], [1, 224, 224], [0.0], [1.0], "", {})
+    images, found = spread_batch(split, info)
+    assert found.bincount().tolist() == [2, 2, 2, 2]
+    drawn = (images[:, 0, 0, 0] * 255).round().long()
+    assert torch.equal(labels[drawn], found)
+    assert len(set(drawn.tolist())) == 8
 
 
 def test_large_images_are_evaluated_a_few_at_a_time():

@@ -9,9 +9,11 @@ from torch import nn
 
 from secateur.base.sections import Finetune
 from secateur.data import dataset
+from secateur.pruning.decision import PruningContext
 from secateur.training import budget
 from secateur.training.recalibrate import recalibrate, recalibrate_on
 from stages import prune
+from stages.sensitivity import __main__ as sensitivity
 
 
 def network():
@@ -50,6 +52,48 @@ def test_the_images_are_drawn_from_all_also_where_classes_stand_one_after_the_ot
     model = nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(4, 2))
     assert recalibrate_on(model, prepared, 256, torch.device("cpu")) == (1, 256)
     assert 0.3 < float(model[0].running_mean) < 0.7  # 256 of 640 without return: 0.02 about 0.5
+
+
+class Seen(Exception):
+    """Ends a stage once it has drawn what a criterion is given."""
+
+
+@pytest.mark.parametrize("stage", ["prune", "sensitivity"])
+def test_criteria_are_given_all_classes_also_where_these_stand_one_after_the_other(
+    stage, monkeypatch
+):
+    labels = torch.arange(900) // 300
+    split = dataset.InMemoryImages(torch.zeros(900, 3, 8, 8, dtype=torch.uint8), labels)
+    images = dataset.Images(split, split, ["a", "b", "c"], (0.5,) * 3, (0.5,) * 3)
+    made = SimpleNamespace(
+        model=network, masks={}, choices={}, header=SimpleNamespace(arch="", shape=(3, 8, 8))
+    )
+    params = SimpleNamespace(
+        pruner="magnitude",
+        chosen=lambda _: {},
+        prune=SimpleNamespace(latency="none"),
+        sensitivity=SimpleNamespace(criteria=["taylor"], granularity="filter", ratios=[], seed=0),
+        seed=0,
+    )
+    context = SimpleNamespace(
+        params=params,
+        start=made,
+        upstream={"baseline": made},
+        data=dataset.prepare("toy", images, 0.1, 0),
+    )
+
+    def capture(*given, **_):
+        (found,) = (each for each in given if isinstance(each, PruningContext))
+        raise Seen(found.labels.bincount().tolist(), len(found.images))
+
+    monkeypatch.setattr(prune.checkpoint, "build_architecture", lambda _: network())
+    monkeypatch.setattr(prune.plugin, "load", lambda *_: SimpleNamespace(prune=capture))
+    monkeypatch.setattr(sensitivity, "_ablations", capture)
+    with pytest.raises(Seen) as seen:
+        prune.prune(context) if stage == "prune" else sensitivity.measure(context)
+    counts, size = seen.value.args
+    assert len(counts) == 3 and min(counts) >= 0.3 * size
+    assert size == 256
 
 
 def test_a_network_without_norms_is_left_as_it_is():

@@ -151,9 +151,25 @@ def example_batch(split: Split, info: DatasetInfo) -> tuple[Tensor, Tensor]:
 
     At least 8 images and at most 256, if there are as many.
     """
-    _, height, width = info.shape
-    images = first_images(split, info, max(8, min(256, 256 * 32 * 32 // (height * width))))
+    images = first_images(split, info, _example_size(info))
     return images, split.labels[: len(images)]
+
+
+def spread_batch(split: Split, info: DatasetInfo) -> tuple[Tensor, Tensor]:
+    """As many images as in `example_batch`, and their labels, at equal distances over all classes.
+
+    Each class has its share of the images, to within one, whatever their order in the split.
+    """
+    count = min(_example_size(info), len(split))
+    places = torch.arange(count) * len(split) // max(count, 1)
+    indices = split.labels.argsort(stable=True)[places]
+    return _images(split, info, indices), split.labels[indices]
+
+
+def _example_size(info: DatasetInfo) -> int:
+    """Images with as many pixels as 256 of 32x32, at least 8 and at most 256."""
+    _, height, width = info.shape
+    return max(8, min(256, 256 * 32 * 32 // (height * width)))
 
 
 class Normalise:

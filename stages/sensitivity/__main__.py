@@ -18,7 +18,7 @@ import yaml
 from secateur.base import files, machine
 from secateur.base.errors import SettingsError
 from secateur.base.settings import section
-from secateur.data.batches import example_batch, sequential_batches
+from secateur.data.batches import sequential_batches, spread_batch
 from secateur.nn import norms
 from secateur.pipeline import console, runner
 from secateur.pruning import sensitivity
@@ -55,7 +55,7 @@ def measure(context: runner.StageContext) -> tuple[pd.DataFrame, dict[str, Any]]
             "params.yaml: data.validation = 0: sensitivity needs validation images to measure on"
         )
     model = context.upstream["baseline"].model().eval()
-    images, labels = example_batch(data.train, data.info)
+    images, labels = spread_batch(data.train, data.info)
     pruning_context = PruningContext(model, images, labels)
     how: list[str] = list(settings.criteria)
     if "bn_scale" in how and not norms.scaled_norms(model):
