@@ -122,6 +122,25 @@ def test_a_compact_network_is_rebuilt_without_the_code_that_pruned_it(arch, tmp_
     torch.testing.assert_close(logits, model(images), rtol=1e-4, atol=1e-5)
 
 
+class Keeps(nn.Linear):
+    """Keeps a tensor from its first pass."""
+
+    factor = None
+
+    def forward(self, images):
+        if self.factor is None:
+            self.factor = torch.full((images.shape[-1],), 2.0)
+        return super().forward(images.flatten(1) * self.factor.repeat(8))
+
+
+def test_a_network_that_was_filled_can_be_trained_whatever_it_keeps_from_a_pass():
+    model = Keeps(64, 3)
+    made = checkpoint.Checkpoint(replace(HEADER, arch=""), dict(Keeps(64, 3).state_dict()), {})
+    made.fill(model, "it does not fit").train()
+    model(torch.randn(2, *HEADER.shape)).sum().backward()
+    assert model.weight.grad is not None
+
+
 def test_equal_models_are_equal_bytes(tmp_path):
     header = replace(HEADER, arch="lenet5", arch_settings={"filters": [3, 4], "hidden": 5})
     one, other = network(header), network(header)

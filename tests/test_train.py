@@ -506,6 +506,23 @@ def test_accuracy_and_loss_are_what_numpy_says(count):
     assert loss == pytest.approx(-np.log(chances[range(count), labels]).mean(), rel=1e-5)
 
 
+def test_tensors_that_a_network_keeps_while_it_is_measured_serve_in_training():
+    class Keeps(nn.Linear):
+        factor = None
+
+        def forward(self, images):
+            if self.factor is None:
+                self.factor = torch.arange(16.0)
+            return super().forward(images.flatten(1) * self.factor)
+
+    split = InMemoryImages(torch.zeros(4, 1, 4, 4, dtype=torch.uint8), torch.zeros(4).long())
+    info = DatasetInfo("toy", ["a", "b", "c"], split.shape, [0.5], [0.25], "", {})
+    model = Keeps(16, 3)
+    accuracy(model, split, info)
+    model.train()(torch.ones(2, 1, 4, 4)).sum().backward()
+    assert model.weight.grad is not None
+
+
 def test_without_epochs_the_network_is_handed_on_as_it_came():
     model = network("lenet300")
     before = content(model)

@@ -4,7 +4,9 @@ import importlib.util
 import json
 import os
 import re
+import sys
 import types
+from datetime import date
 
 import foreign_networks as foreign
 import pytest
@@ -650,6 +652,22 @@ def make(num_classes, width=4):
 """
 LAYERS = "nn.Sequential(nn.Conv2d(3, width, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), {out})"
 GOOD = "return " + LAYERS.format(out="nn.Linear(width, num_classes)")
+LATE = """
+    class Late(nn.Linear):
+        def forward(self, images):
+            import more
+            return super().forward(images.mean((2, 3)))
+    return Late(3, num_classes)
+"""
+KEEPS = """
+    class Keeps(nn.Linear):
+        window = None
+        def forward(self, images):
+            if self.window is None:
+                self.window = torch.hann_window(images.shape[-1])
+            return super().forward((images * self.window).mean((2, 3)))
+    return Keeps(3, num_classes)
+"""
 
 
 @pytest.fixture
@@ -670,8 +688,8 @@ def own(tmp_path, monkeypatch):
             return module.build(valid, 5, CIFAR)
 
     yield make
-    for name in [n for n in __import__("sys").modules if n.partition(".")[0] in ("mine", "more")]:
-        del __import__("sys").modules[name]
+    for name in [n for n in sys.modules if n.partition(".")[0] in ("mine", "more")]:
+        del sys.modules[name]
 
 
 def test_a_network_of_ones_own_gets_its_arguments_and_the_number_of_classes(own):
@@ -695,6 +713,11 @@ def test_a_network_of_ones_own_gets_its_arguments_and_the_number_of_classes(own)
         ({"body": GOOD.replace("Conv2d(3", "Conv2d(4")}, "its network fails on an image of 3x32"),
         ({"source": "weights/none"}, r"source = 'weights/none': does not cover mine/net\w+\.py"),
         ({"before": "import more"}, r"source = 'mine': does not cover more\.py"),
+        ({"body": "import more; " + GOOD}, r"source = 'mine': does not cover more\.py"),
+        ({"body": LATE, "before": "import torch"}, r"source = 'mine': does not cover more\.py"),
+        ({"arguments": {"width": {"a": [{1: 2}]}}}, r"width\.a\[0\]: its key 1 is not text"),
+        ({"arguments": {"width": date(2024, 1, 2)}}, "width = 2024-01-02: a date is neither text"),
+        ({"arguments": {"width": [float("nan")]}}, r"width\[0\] = nan: a finite number"),
     ],
 )
 def test_mistakes_with_ones_own_network_are_one_line(own, tmp_path, chosen, words):
@@ -703,6 +726,29 @@ def test_mistakes_with_ones_own_network_are_one_line(own, tmp_path, chosen, word
         own(**chosen)
     assert "\n" not in str(told.value)
     assert str(told.value).startswith("params.yaml: archs.module.")
+
+
+def test_tensors_that_a_network_keeps_from_its_first_pass_serve_in_training(own):
+    model = own(KEEPS, before="import torch")
+    model(torch.randn(2, *CIFAR)).sum().backward()
+    assert model.weight.grad is not None
+
+
+def test_arguments_may_be_whatever_a_checkpoint_keeps(own):
+    chosen = {"width": 4, "more": {"a": [1, 2.5, None, True, "text", {"b": []}]}}
+    with pytest.raises(SettingsError, match="unexpected keyword argument 'more'"):
+        own(arguments=chosen)
+
+
+def test_the_classifier_of_a_network_that_reads_values_of_tensors_is_found(own):
+    body = "rates = [x.item() for x in torch.linspace(0, 0.1, 3)]; " + GOOD
+    own(body, before="import torch")
+    name = next(n for n in sys.modules if n.startswith("mine.net"))
+    chosen = {"target": f"{name}:make", "source": "mine"}
+    header = Header("module", chosen, [*"abcde"], list(CIFAR), [0.0], [1.0], "", "baseline")
+    before = torch.get_rng_state()
+    assert checkpoint.classifier(header) == {"3.weight", "3.bias"}
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_function_that_a_file_names_is_not_called(tmp_path):

@@ -8,6 +8,7 @@ file does.
 """
 
 import importlib
+import math
 import sys
 import traceback
 from pathlib import Path
@@ -15,7 +16,7 @@ from types import ModuleType
 from typing import Annotated, Any
 
 import torch
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from torch import nn
 
 from secateur.base.errors import ArgumentError, cut
@@ -26,6 +27,28 @@ NONE = "weights/none"
 OURS = ("secateur", "stages", "tests", "benchmarks")
 
 
+def _as_in_files(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments; ValueError unless JSON, in the header of checkpoints, keeps them as they are.
+
+    Keys of JSON are text, and a date, for instance, has no place in it.
+    """
+    waiting: list[tuple[str, Any]] = list(arguments.items())
+    for where, value in waiting:
+        if isinstance(value, dict):
+            for key in value:
+                if not isinstance(key, str):
+                    raise ValueError(f"{where}: its key {key!r} is not text: write '{key}'")
+            waiting += [(f"{where}.{key}", inner) for key, inner in value.items()]
+        elif isinstance(value, list):
+            waiting += [(f"{where}[{place}]", inner) for place, inner in enumerate(value)]
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{where} = {value}: a finite number is needed")
+        elif not isinstance(value, str | int | float | None):
+            kind = type(value).__name__
+            raise ValueError(f"{where} = {value}: a {kind} is neither text, number, list nor table")
+    return arguments
+
+
 class Settings(Strict):
     """Where the network comes from."""
 
@@ -33,8 +56,8 @@ class Settings(Strict):
     """package.module:function, as seen from the project's root."""
     source: Annotated[str, Field(min_length=1)] = NONE
     """File or folder with the function's module and whatever it imports from the project."""
-    arguments: dict[str, Any] = Field(default_factory=dict)
-    """Of the function, by name."""
+    arguments: Annotated[dict[str, Any], AfterValidator(_as_in_files)] = Field(default_factory=dict)
+    """Of the function, by name: text, numbers, lists, and tables whose keys are text."""
     classes: Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")] | None = "num_classes"
     """The argument that gets the number of classes; null: the function takes none."""
 
@@ -47,7 +70,9 @@ def build(settings: Settings, classes: int, shape: tuple[int, int, int]) -> nn.M
     """
     if settings.target is None:
         raise ArgumentError("target", "name the function: package.module:function", None)
-    function = _find(settings.target, settings.source)
+    before = set(sys.modules)
+    function = _find(settings.target)
+    _check_source(settings.target, settings.source, before)
     numbers = {} if settings.classes is None else {settings.classes: classes}
     try:
         model = function(**settings.arguments, **numbers)
@@ -57,21 +82,27 @@ def build(settings: Settings, classes: int, shape: tuple[int, int, int]) -> nn.M
         kind = type(model).__name__
         raise ArgumentError("target", f"returned a {kind}, not a torch.nn.Module", settings.target)
     _check_output(model, settings.target, classes, shape)
+    _check_source(settings.target, settings.source, before)  # functions may import, too
     return model
 
 
-def _find(target: str, source: str) -> Any:
-    """The function; ArgumentError if it cannot be imported or `source` does not cover its code."""
+def _find(target: str) -> Any:
+    """The function; ArgumentError if it cannot be imported."""
     name, _, function = target.partition(":")
-    before = set(sys.modules)
     try:
         module = importlib.import_module(name)
     except Exception as error:
         raise ArgumentError("target", f"cannot be imported: {_explain(error)}", target) from error
     if not callable(getattr(module, function, None)):
         raise ArgumentError("target", f"{name} has no function {cut(function)}", target)
-    imported = [sys.modules[new] for new in set(sys.modules) - before if new in sys.modules]
-    for path in sorted(filter(None, map(_path_in_project, [module, *imported]))):
+    return getattr(module, function)
+
+
+def _check_source(target: str, source: str, before: set[str]) -> None:
+    """ArgumentError unless `source` covers the target's module and all imported since `before`."""
+    names = {target.partition(":")[0]} | (set(sys.modules) - before)
+    modules = [sys.modules[name] for name in names if name in sys.modules]
+    for path in sorted(filter(None, map(_path_in_project, modules))):
         if not path.is_relative_to(Path(source)):
             raise ArgumentError(
                 "source",
@@ -79,7 +110,6 @@ def _find(target: str, source: str) -> Any:
                 "its code, so that a change to it makes the baseline stale",
                 source,
             )
-    return getattr(module, function)
 
 
 def _path_in_project(module: ModuleType) -> Path | None:
@@ -97,7 +127,8 @@ def _check_output(model: nn.Module, target: str, classes: int, shape: tuple[int,
         return
     training = model.training
     try:
-        with torch.random.fork_rng(devices=[]), torch.inference_mode():
+        # tensors that it keeps from its first pass must serve in training too: no inference_mode
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
             outputs = model.eval()(torch.zeros(1, *shape))
     except Exception as error:
         size = "x".join(map(str, shape))

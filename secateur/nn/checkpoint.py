@@ -116,7 +116,7 @@ class Checkpoint:
             resizing.load_state(model, self.tensors)
             if self.header.shape:
                 device = next((p.device for p in model.parameters()), torch.device("cpu"))
-                with torch.inference_mode():  # a forward pass checks that layers fit each other
+                with torch.no_grad():  # a forward pass checks that layers fit each other
                     outputs = model.eval()(torch.zeros(1, *self.header.shape, device=device))
                 classes = len(self.header.classes)
                 if classes and outputs.shape != (1, classes):
@@ -191,13 +191,19 @@ def build_architecture(header: Header) -> nn.Module:
 
 def classifier(header: Header) -> frozenset[str]:
     """Names of the tensors whose shape depends on the number of classes; empty if none does."""
-    wider = replace(header, classes=[*header.classes, ""])
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        shapes, others = (
-            {name: tensor.shape for name, tensor in build_architecture(h).state_dict().items()}
-            for h in (header, wider)
-        )
+    headers = header, replace(header, classes=[*header.classes, ""])
+    with torch.random.fork_rng(devices=[]):
+        try:
+            with torch.device("meta"):
+                shapes, others = map(_shapes, headers)
+        except (SecateurError, RuntimeError):  # code that needs values of tensors
+            shapes, others = map(_shapes, headers)
     return frozenset(name for name, shape in shapes.items() if others.get(name) != shape)
+
+
+def _shapes(header: Header) -> dict[str, torch.Size]:
+    """Shapes of the dense network's tensors, by name."""
+    return {name: tensor.shape for name, tensor in build_architecture(header).state_dict().items()}
 
 
 def save(

@@ -11,14 +11,15 @@ from secateur.data.dataset import DatasetInfo, Split
 from secateur.training.engine import Engine
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def accuracy(
     model: nn.Module, split: Split, info: DatasetInfo, engine: Engine | None = None
 ) -> tuple[float, float]:
     """Fraction of the images that are classified correctly, and the mean cross-entropy.
 
     Computed in float32 on the model's device; with an engine, in its precision and divided among
-    its processes. The model is left in eval mode.
+    its processes. The model is left in eval mode, and can be trained on: what it keeps of a pass
+    are no tensors of inference_mode.
     """
     model.eval()
     device = next(model.parameters()).device
