@@ -1,8 +1,8 @@
 """prune: select weights or channels, set them to zero, and remove what no longer has an effect.
 
 Reads   data/<dataset> (a batch for the proof, and one of all classes for criteria that look at the
-        loss; with prune.recalibrate more of it), models/sparse; for a target of latency the table of measured
-        layers, latency/<runtime>.json.
+        loss; with prune.recalibrate more of it), models/sparse; for a target of latency the table
+        of measured layers, latency/<runtime>.json.
 Writes  models/pruned/model.safetensors with its masks, outputs.csv (outputs of every layer before
         and after) and scales.csv (histogram of the scales of batch normalisations), and
         models/pruned.run.json; in a further round the same below models/rounds/<round>/.

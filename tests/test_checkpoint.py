@@ -129,8 +129,8 @@ class Keeps(nn.Linear):
 
     def forward(self, images):
         if self.factor is None:
-            self.factor = torch.full((images.shape[-1],), 2.0)
-        return super().forward(images.flatten(1) * self.factor.repeat(8))
+            self.factor = torch.arange(self.out_features)
+        return super().forward(images.flatten(1)) * self.factor
 
 
 def test_a_network_that_was_filled_can_be_trained_whatever_it_keeps_from_a_pass():

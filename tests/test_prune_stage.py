@@ -54,7 +54,7 @@ def test_the_images_are_drawn_from_all_also_where_classes_stand_one_after_the_ot
     assert 0.3 < float(model[0].running_mean) < 0.7  # 256 of 640 without return: 0.02 about 0.5
 
 
-class Seen(Exception):
+class SeenError(Exception):
     """Ends a stage once it has drawn what a criterion is given."""
 
 
@@ -84,12 +84,12 @@ def test_criteria_are_given_all_classes_also_where_these_stand_one_after_the_oth
 
     def capture(*given, **_):
         (found,) = (each for each in given if isinstance(each, PruningContext))
-        raise Seen(found.labels.bincount().tolist(), len(found.images))
+        raise SeenError(found.labels.bincount().tolist(), len(found.images))
 
     monkeypatch.setattr(prune.checkpoint, "build_architecture", lambda _: network())
     monkeypatch.setattr(prune.plugin, "load", lambda *_: SimpleNamespace(prune=capture))
     monkeypatch.setattr(sensitivity, "_ablations", capture)
-    with pytest.raises(Seen) as seen:
+    with pytest.raises(SeenError) as seen:
         prune.prune(context) if stage == "prune" else sensitivity.measure(context)
     counts, size = seen.value.args
     assert len(counts) == 3 and min(counts) >= 0.3 * size
