@@ -6,6 +6,7 @@ import os
 import re
 import sys
 import types
+from collections import Counter, defaultdict, deque
 from datetime import date
 
 import foreign_networks as foreign
@@ -295,6 +296,53 @@ def test_what_was_loaded_in_python_can_be_pruned_saved_and_loaded(tmp_path):
     small = secateur.load(tmp_path / "small.safetensors", into=Small())
     assert small.module.out_channels == 2
     assert same(small, result.model, (3, 8, 8))
+
+
+class Table(dict):
+    """A dictionary whose keys are attributes too, as those of yacs and EasyDict."""
+
+    def __init__(self, **keys):
+        super().__init__(**keys)
+        self.__dict__.update(keys)
+
+
+class Lines(list):
+    """A list of a class of its own."""
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        Table(lr=0.1, layers=Table(width=4, names=Lines(["a"]))),
+        defaultdict(list, loss=[1.0, 2.0]),
+        deque([1, 2, 3], maxlen=3),
+        Lines([1, 2]),
+        [defaultdict(deque, a=deque([1]), b=deque([2, 3])), Lines([Table(a=1)]), Counter("ab")],
+    ],
+    ids=lambda beside: type(beside).__name__,
+)
+def test_dictionaries_and_lists_of_any_class_may_stand_beside_the_weights(beside, tmp_path):
+    state = Small().state_dict()
+    torch.save({"history": beside, "state_dict": state, "more": beside}, tmp_path / "a.pth")
+    found = weights.read(tmp_path / "a.pth").tensors
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
+
+
+def test_weights_may_be_in_a_dictionary_of_any_class(tmp_path):
+    state = Small().state_dict()
+    torch.save(Table(get=2, model=Table(**state)), tmp_path / "a.pth")
+    assert weights.read(tmp_path / "a.pth").tensors.keys() == state.keys()
+
+
+def test_a_class_that_is_filled_as_dictionary_and_as_list_is_refused_in_one_line(tmp_path):
+    class Both:
+        def __reduce__(self):
+            return Lines, (), None, iter([1]), iter([("a", 2)])
+
+    torch.save({"state_dict": Small().state_dict(), "odd": Both()}, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match="Can only SETITEM for dict"):
+        weights.read(tmp_path / "a.pth")
 
 
 def test_nothing_that_a_file_names_is_run(tmp_path):

@@ -7,9 +7,12 @@ No code that a file names is imported or called.
 
 import hashlib
 import math
+import pickle
+import re
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +34,8 @@ ENTRIES = (
 """Keys under which dictionaries keep a state dict; the first that has one is taken."""
 MAX_PICKLE = 2**26
 """Bytes of the pickle in a file of torch.save, tensors not counted: 64 MiB."""
+MAX_COLLECTIONS = 20
+"""Foreign classes of dictionaries and lists in one file; it is read once more for each of them."""
 MAX_PARTS, MAX_NAME = 100_000, 1000
 """Modules and tensors of a pickled network, each counted as often as it has a name; characters."""
 
@@ -128,6 +133,24 @@ class _Inert:
         self.state = state
 
 
+class _InertDict(_Inert):
+    """Stands for a class of dictionaries, such as defaultdict: makes ordinary ones."""
+
+    def __new__(cls, *_: Any, **__: Any) -> Any:
+        return OrderedDict()
+
+
+class _InertList(_Inert):
+    """Stands for a class of lists, such as deque: makes ordinary ones."""
+
+    def __new__(cls, *_: Any, **__: Any) -> Any:
+        return []
+
+
+_FILLED = re.compile(r"Can only (SETITEM|append|extend).* but got <class '[\w.]*\.Inert(\d+)'>")
+"""torch's refusal to fill an inert object with items, and the number of its class."""
+
+
 def _read_torch(path: Path) -> Weights:
     try:
         content = _unpickle(path)
@@ -154,7 +177,7 @@ def _unpickle(path: Path) -> Any:
     Classes and functions that torch does not know are replaced by `_Inert` instead of imported, so
     that a state dict beside a pickled network can be read.
     """
-    unknown: list[Any] = []
+    named: list[str] = []
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             sizes = {entry.filename: entry.file_size for entry in archive.infolist()}
@@ -166,10 +189,29 @@ def _unpickle(path: Path) -> Any:
         ):
             raise CheckpointError(f"{path}: {whole:,} bytes when unpacked; that is too much")
         named = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        unknown = [(type("Inert", (_Inert,), {}), name) for name in named]
-    with warnings.catch_warnings(), torch.serialization.safe_globals(unknown):
-        warnings.simplefilter("ignore")
-        return torch.load(path, map_location="cpu", weights_only=True)
+    return _load_inert(path, named)
+
+
+def _load_inert(path: Path, named: Sequence[str]) -> Any:
+    """The object in a file, with an inert class in the place of each of these names.
+
+    Which of them are dictionaries or lists shows when the file fills them with items.
+    """
+    bases: list[type[_Inert]] = [_Inert] * len(named)
+    while True:
+        inert: list[Any] = [
+            (type(f"Inert{number}", (base,), {}), name)
+            for number, (base, name) in enumerate(zip(bases, named, strict=True))
+        ]
+        try:
+            with warnings.catch_warnings(), torch.serialization.safe_globals(inert):
+                warnings.simplefilter("ignore")
+                return torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            filled = _FILLED.search(str(error))
+            if filled is None or len(named) - bases.count(_Inert) == MAX_COLLECTIONS:
+                raise
+            bases[int(filled[2])] = _InertDict if filled[1] == "SETITEM" else _InertList
 
 
 def _find_tensors(
@@ -183,11 +225,11 @@ def _find_tensors(
         tensors = dict(_tensors_of_network(content))
         return (entry or "network", tensors) if tensors else None
     seen = set() if seen is None else seen
-    if not isinstance(content, Mapping) or id(content) in seen:
+    if not isinstance(content, dict) or id(content) in seen:
         return None
     seen.add(id(content))
-    for key in ENTRIES:
-        if (found := _find_tensors(content.get(key), key, seen)) is not None:
+    for key in ENTRIES:  # dict.get, since an attribute that the file gives it may be called `get`
+        if (found := _find_tensors(dict.get(content, key), key, seen)) is not None:
             return found
     tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
     return (entry, tensors) if tensors else None
