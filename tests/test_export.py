@@ -6,7 +6,9 @@ import signal
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,17 +18,19 @@ from test_channels_zoo import SMALL, graph
 from torch import nn
 
 from secateur.archs import resnet_slim, vgg
-from secateur.base import files, optional, plugin
+from secateur.base import files, machine, optional, plugin
 from secateur.base.errors import CheckpointError, SecateurError
+from secateur.base.sections import ExportedFiles
 from secateur.channels.graph import build_channel_graph
 from secateur.data.dataset import DatasetInfo, InMemoryImages
-from secateur.deploy import export, metadata, parity, pt2_archive, quantisation, runtimes
+from secateur.deploy import export, latency, metadata, parity, pt2_archive, quantisation, runtimes
 from secateur.deploy.export import PixelNetwork
 from secateur.deploy.metadata import Metadata
 from secateur.deploy.runtimes import open_model
 from secateur.nn import cost
 from secateur.nn.layers import ChannelSelect, IndexedConv2d
 from secateur.pruning import removal
+from stages.export import __main__ as stage
 
 pytest.importorskip("onnxscript")
 pytestmark = pytest.mark.usefixtures("one_registry")
@@ -75,8 +79,9 @@ def proved(model, shape, folder, **options):
 def compared(model, shape, paths, **options):
     """Open both files and compare them with the network."""
     opened = {path.name: open_model(path) for path in paths.values()}
-    found = parity.verify(model, opened, *pictures(shape), **options)
-    assert set(found) == {"model.onnx", "model.pt2"}
+    third = {"openvino": open_model(paths[".onnx"], "openvino")}
+    found = parity.verify(model, opened | third, *pictures(shape), **options)
+    assert set(found) == {"model.onnx", "model.pt2", "openvino"}
     for result in found.values():
         assert 0 <= result.difference <= 1e-5 and result.ties == 0
     return opened
@@ -304,6 +309,44 @@ def test_a_file_of_another_network_is_noticed(tmp_path, exported):
         other[4].weight[2, 5] += 0.001
     with pytest.raises(SecateurError, match=r"model.onnx: outputs differ .* nothing was written"):
         parity.verify(other, opened, *pictures(SHAPE))
+
+
+def in_a_stage(**settings):
+    """The little that the stage reads, for the network `small`."""
+    split, info = pictures(SHAPE)
+    return SimpleNamespace(
+        params=SimpleNamespace(export=ExportedFiles(latency_repeats=3, **settings)),
+        data=SimpleNamespace(test=split, info=info),
+        last=lambda _stage: SimpleNamespace(model=small),
+    )
+
+
+def test_a_file_is_proved_in_every_runtime_in_which_it_is_timed(exported, monkeypatch):
+    context = in_a_stage(runtimes=("torch", "openvino"))
+    row = stage.prove(context, small(), exported[0])
+    assert set(row) == {"model.onnx", "model.pt2"}
+    found = row["model.onnx"].pop("openvino")
+    assert set(found) == {"difference", "accuracy", "ties"} and found["difference"] < 1e-5
+    for name, entry in row.items():
+        assert set(entry) == {"bytes", *found} and entry["accuracy"] == found["accuracy"]
+        assert entry["bytes"] == exported[0][Path(name).suffix].stat().st_size
+    exact = runtimes.RUNTIMES["openvino"]
+    wrong = replace(exact, open=lambda *given: lambda images: 2 * exact.open(*given)(images))
+    monkeypatch.setitem(runtimes.RUNTIMES, "openvino", wrong)
+    with pytest.raises(SecateurError, match=r"model.onnx in OpenVINO: outputs differ"):
+        stage.prove(context, small(), exported[0])
+    stage.prove(in_a_stage(runtimes=("torch",)), small(), exported[0])  # nor timed there
+
+
+def test_times_are_of_the_processor_and_of_batches_larger_than_the_test_set(exported, monkeypatch):
+    monkeypatch.setattr(machine, "hardware", lambda: "a GPU")
+    monkeypatch.setattr(latency, "thread_counts", lambda: [1])
+    context = in_a_stage(runtimes=("torch",), latency_batches=(2, 12))
+    report = {name: stage.prove(context, small(), exported[0]) for name in ("dense", "finetuned")}
+    rows = stage.compare(context, dict.fromkeys(("dense", "finetuned"), exported[0]), report)
+    assert report["hardware"] == machine.cpu_name()
+    assert {row["batch"] for row in rows} == {2, 12}
+    assert set(report["finetuned"]["csr"]["threads_1"]) == {"batch_2", "batch_12"}
 
 
 class Late(nn.Module):

@@ -1,5 +1,7 @@
 """Times of exported networks, and what single zeros are worth."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -215,6 +217,35 @@ def test_the_report_has_times_by_runtime_threads_and_batch():
     assert found["dense"]["latency_ms"]["torch"] == {"threads_1": {"batch_4": 8.0}}
     assert found["dense"]["latency_iqr_ms"]["onnxruntime"] == {"threads_1": {"batch_4": 0.25}}
     assert found["finetuned_int8"]["latency_ms"] == {"onnxruntime": {"threads_1": {"batch_4": 1.0}}}
+
+
+def test_a_float32_file_has_the_accuracy_of_each_runtime():
+    """As `proved` writes it; none is taken for that of another runtime."""
+    found = report()
+    found["dense"]["model.onnx"] = {"bytes": 30, "accuracy": 0.75, "openvino": {"accuracy": 0.625}}
+    rows = [
+        latency.Latency("dense", engine, 1, 4, 4.0, 0.25)
+        for engine in ("torch", "onnxruntime", "openvino")
+    ]
+    assert [row["accuracy"] for row in comparison.rows(found, rows)] == [0.5, 0.75, 0.625]
+    del found["dense"]["model.onnx"]["openvino"]
+    with pytest.raises(KeyError):
+        comparison.rows(found, rows)
+
+
+def test_times_stand_below_their_own_heading_whatever_the_order_of_batches(capsys):
+    rows = [
+        latency.Latency(network, "torch", threads, batch, threads * batch, 0.5)
+        for threads in (1, 2)
+        for batch in (500, 4)
+        for network in ("dense", "finetuned")
+    ]
+    console.exported(comparison.rows(report(), rows), {"csr": {}})
+    text = capsys.readouterr().out
+    headings = re.findall(r"batch (\d+)", text)
+    (line,) = [line for line in text.splitlines() if "finetuned" in line]
+    assert headings == ["4", "500", "4", "500"]
+    assert re.findall(r"(\S+) ± 0.5", line) == ["4", "500", "8", "1e+03"]
 
 
 def test_the_console_says_what_was_measured_and_what_zeros_are_worth(capsys):

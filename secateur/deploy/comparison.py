@@ -6,12 +6,26 @@ from pathlib import Path
 from typing import Any
 
 from secateur.deploy.latency import Latency
-from secateur.deploy.runtimes import RUNTIMES
+from secateur.deploy.parity import Parity
+from secateur.deploy.runtimes import RUNTIMES, for_file
 from secateur.deploy.sparse_inference import Gain
 
 INT8_FILE = "model-int8.onnx"
 INT8 = "_int8"
 """Ending of a network's name in the report, for its int8 version."""
+
+
+def proved(results: Mapping[tuple[Path, str], Parity]) -> dict[str, dict[str, Any]]:
+    """File name -> its size and what was found for it, from the results by file and runtime.
+
+    What was found in the default runtime stands beside the size, that of another one below its
+    name.
+    """
+    report: dict[str, dict[str, Any]] = {}
+    for (path, engine), result in results.items():
+        entry = report.setdefault(path.name, {"bytes": path.stat().st_size})
+        entry |= asdict(result) if engine == for_file(path)[0] else {engine: asdict(result)}
+    return report
 
 
 def add_latencies(report: dict[str, dict[str, Any]], latencies: Sequence[Latency]) -> None:
@@ -47,7 +61,6 @@ def rows(
     found = []
     for row in latencies:
         file = report[row.model][_file(row)]
-        accuracy = file["accuracy"]
         found.append(
             {
                 "network": row.model.removesuffix(INT8),
@@ -58,7 +71,7 @@ def rows(
                 "latency_ms": row.latency_ms,
                 "latency_iqr_ms": row.latency_iqr_ms,
                 "speedup": dense[row.runtime, row.threads, row.batch] / row.latency_ms,
-                "accuracy": accuracy[row.runtime] if isinstance(accuracy, Mapping) else accuracy,
+                "accuracy": _accuracy(file, row),
                 "bytes": file["bytes"],
             }
         )
@@ -70,3 +83,14 @@ def _file(row: Latency) -> str:
     if row.model.endswith(INT8):
         return INT8_FILE
     return str(Path("model").with_suffix(RUNTIMES[row.runtime].suffix))
+
+
+def _accuracy(file: Mapping[str, Any], row: Latency) -> float:
+    """What was measured for the file in the runtime in which it was timed."""
+    if row.model.endswith(INT8):
+        found: float = file["accuracy"][row.runtime]
+    elif row.runtime == for_file(Path(_file(row)))[0]:
+        found = file["accuracy"]
+    else:
+        found = file[row.runtime]["accuracy"]
+    return found

@@ -70,6 +70,12 @@ def for_file(path: Path) -> list[str]:
     return [runtime.name for runtime in RUNTIMES.values() if runtime.suffix == path.suffix]
 
 
+def tested_in(path: Path, asked: Iterable[str]) -> list[str]:
+    """The runtimes in which a file is tested: its default one first, then those `asked` for."""
+    first, *others = for_file(path)
+    return [first, *(name for name in others if name in set(asked))]
+
+
 @contextlib.contextmanager
 def torch_threads(count: int) -> Iterator[None]:
     """Let torch compute with `count` threads (0: with as many as now) inside, and as before after.

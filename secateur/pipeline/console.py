@@ -246,13 +246,14 @@ def exported(rows: Sequence[Mapping[str, Any]], finetuned: Mapping[str, Any]) ->
         table.add_column(
             f"{threads} thread{'s'[: threads != 1]}\nbatch {batch}", justify="right", no_wrap=True
         )
-    lines: dict[tuple[str, str, str], list[str]] = {}
+    lines: dict[tuple[str, ...], dict[tuple[int, int], str]] = {}
     for row in rows:
-        key = (row["network"], row["precision"], row["runtime"])
-        cells = lines.setdefault(key, [f"{row['accuracy']:.2%}", f"{row['bytes']:,}"])
-        cells.append(f"{row['latency_ms']:.3g} ± {row['latency_iqr_ms']:.2g}")
-    for key, cells in lines.items():
-        table.add_row(*key, *cells)
+        about = (row["network"], row["precision"], row["runtime"])
+        cells = lines.setdefault((*about, f"{row['accuracy']:.2%}", f"{row['bytes']:,}"), {})
+        cell = f"{row['latency_ms']:.3g} ± {row['latency_iqr_ms']:.2g}"
+        cells[row["threads"], row["batch"]] = cell
+    for line, cells in lines.items():
+        table.add_row(*line, *(cells.get(which, "") for which in passes))
     Console(width=max(140, Console().width)).print(table)
     for threads, by_batch in finetuned["csr"].items():
         for batch, gain in by_batch.items():

@@ -9,18 +9,18 @@ Writes  models/export (model.onnx, model.pt2, model-int8.onnx), metrics/export.j
         network as a model of the chain's run in MLflow.
 
 Run it by `make export`, or `dvc repro stages/export/dvc.yaml`. Nothing is written before every
-float32 file has been proved equal to its network.
+float32 file has been proved equal to its network, in every runtime in which it is timed.
 """
 
 import json
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from numpy.typing import NDArray
 from torch import nn
 
@@ -38,7 +38,7 @@ from secateur.deploy import (
     sparse_inference,
 )
 from secateur.deploy.metadata import Metadata
-from secateur.deploy.runtimes import open_model
+from secateur.deploy.runtimes import RUNTIMES, open_model
 from secateur.nn.checkpoint import Checkpoint
 from secateur.pipeline import console, mlflow_model, record, runner
 
@@ -134,13 +134,21 @@ def prove(
     context: runner.StageContext, model: nn.Module, paths: Mapping[str, Path]
 ) -> dict[str, Any]:
     """One row of the report; raises SecateurError if a file computes anything else."""
-    opened = {path.name: open_model(path) for path in paths.values()}
-    pixels = context.params.export.preprocessing == "inside"
-    found = parity.verify(model, opened, context.data.test, context.data.info, pixels=pixels)
-    return {
-        name: {"bytes": paths[Path(name).suffix].stat().st_size, **asdict(result)}
-        for name, result in found.items()
+    settings, data = context.params.export, context.data
+    opened = {
+        (path, engine): open_model(path, engine)
+        for path in paths.values()
+        for engine in runtimes.tested_in(path, settings.runtimes)
     }
+    titles = {key: f"{key[0].name} in {RUNTIMES[key[1]].title}" for key in opened}
+    found = parity.verify(
+        model,
+        {titles[key]: run for key, run in opened.items()},
+        data.test,
+        data.info,
+        pixels=settings.preprocessing == "inside",
+    )
+    return comparison.proved({key: found[title] for key, title in titles.items()})
 
 
 def quantise(context: runner.StageContext, source: Path, target: Path) -> dict[str, Any]:
@@ -151,8 +159,7 @@ def quantise(context: runner.StageContext, source: Path, target: Path) -> dict[s
     pixels = settings.preprocessing == "inside"
     right = {
         engine: parity.accuracy(open_model(target, engine), data.test, data.info, pixels=pixels)
-        for engine in runtimes.for_file(target)
-        if engine in {"onnxruntime", *settings.runtimes}
+        for engine in runtimes.tested_in(target, settings.runtimes)
     }
     return {target.name: {"bytes": target.stat().st_size, "accuracy": right}}
 
@@ -174,13 +181,17 @@ def compare(
     )
     comparison.add_latencies(report, times)
     model = context.last("finetune").model()
+    batches = [
+        torch.from_numpy(latency.images_of(images.numpy(), count))
+        for count in settings.latency_batches
+    ]
     gains = [
-        sparse_inference.measure(model, images[:batch], threads, settings.latency_repeats)
+        sparse_inference.measure(model, some, threads, settings.latency_repeats)
         for threads in latency.thread_counts()
-        for batch in settings.latency_batches
+        for some in batches
     ]
     comparison.add_gains(report["finetuned"], gains)
-    report["hardware"] = machine.hardware()
+    report["hardware"] = machine.cpu_name()
     return comparison.rows(report, times)
 
 
