@@ -409,6 +409,7 @@ def _header(
             stage="prune",
             parent=origin.sha256 or None,
             notes=known.notes | notes,
+            resize=known.resize,
         )
     shape = list(images.shape[1:])
     return Header("", {}, [], shape, [], [], split="", stage="prune", notes=notes)

@@ -178,7 +178,7 @@ def _predict(parser: argparse.ArgumentParser) -> None:
         type=_positive,
         metavar="PIXELS",
         help="length to bring the shorter side to before the centre is cut out; default: what the "
-        "file says",
+        "file says, else as many as the network takes",
     )
 
 
@@ -291,7 +291,8 @@ COMMANDS = (
         "name the classes of pictures, by a checkpoint or an exported file",
         "secateur.deploy.predict:command",
         _predict,
-        "A picture of another size than the network's is resized and its centre is cut out.\n\n"
+        "A picture of another size than the network's is resized and its centre is cut out.\n"
+        "Hidden files in folders are left out.\n\n"
         "examples:\n"
         "  secateur predict models/finetuned pictures/\n"
         "  secateur predict models/export/model.onnx a.png b.png --top 3\n"

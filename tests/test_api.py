@@ -49,7 +49,7 @@ def folder(tmp_path):
     settings = lenet300.Settings()
     header = checkpoint.Header(
         "lenet300", settings.model_dump(), [f"class {k}" for k in range(10)], [1, 8, 8], [0.3],
-        [0.4], split="", stage="finetune",
+        [0.4], split="", stage="finetune", resize=9,
     )  # fmt: skip
     model = lenet300.build(settings, 10, (1, 8, 8))
     mask = torch.rand(model.fc1.weight.shape) > 0.5
@@ -264,6 +264,7 @@ def test_a_model_of_the_pipeline_is_loaded_from_its_folder(folder, tmp_path):
     assert torch.equal(small(images), result.model(images))
     assert small.classes == model.classes and small.origin.header.arch == "lenet300"
     assert small.origin.header.parent == model.origin.sha256
+    assert small.origin.header.resize == 9
 
 
 def test_attributes_of_the_network_itself_are_left_alone(net, tmp_path):

@@ -175,6 +175,15 @@ def test_what_a_penalty_has_chosen_comes_back_and_is_neither_mask_nor_weight(sha
     assert set(found.model().state_dict()) == set(model.state_dict())
 
 
+def test_the_size_for_evaluation_is_written_only_if_there_is_one(tmp_path):
+    """So that other files are the bytes that they were before there was such a key."""
+    for resize in (None, 9):
+        header = replace(HEADER, resize=resize)
+        checkpoint.save(tmp_path / "model.safetensors", header, network(), {})
+        assert (b"resize" in (tmp_path / "model.safetensors").read_bytes()) == (resize is not None)
+        assert checkpoint.load(tmp_path / "model.safetensors").header == header
+
+
 def test_masks_that_keep_everything_are_left_out(tmp_path):
     model = network()
     everything = {name: p == p for name, p in model.named_parameters()}

@@ -9,6 +9,7 @@ import struct
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -36,6 +37,9 @@ from secateur.data.batches import (
 )
 from secateur.data.dataset import DatasetInfo, Images, InMemoryImages
 from secateur.data.image_files import ImageFileList
+from secateur.deploy.predict import open_classifier
+from secateur.nn import checkpoint
+from secateur.pipeline.runner import StageContext
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL = ROOT / os.environ.get("SECATEUR_DATA", "data/raw")
@@ -1040,6 +1044,22 @@ def test_imagenet_is_listed_unopened_and_cropped_anew_in_every_epoch(imagenet):
     ((images, labels),) = sequential_batches(prepared.test, prepared.info, device=CPU)
     torch.testing.assert_close(images, torch.stack([image for image, _ in theirs]))
     assert labels.tolist() == theirs.targets
+
+
+def test_a_checkpoint_says_how_evaluation_resizes_pictures(imagenet, tmp_path):
+    found = read("imagenet", imagenet.parent, size=32, resize=36)
+    prepared = dataset.prepare("imagenet", found, 0, 0)
+    settings = {"filters": [2, 2], "hidden": 3}
+    params = SimpleNamespace(arch="lenet5", archs={"lenet5": settings})
+    header = StageContext(SimpleNamespace(name="baseline", params=params), prepared, {}).header()
+    model = checkpoint.build_architecture(header)
+    checkpoint.save(tmp_path / "model.safetensors", header, model, {})
+    classifier = open_classifier(tmp_path)
+    paths = [prepared.test.path(index) for index in range(4)]
+    pixels = np.stack([image_files.decode_file(path, classifier.view) for path in paths])
+    seen = classifier.preprocess(dataset.channels_first(torch.from_numpy(pixels)))
+    ((images, _),) = sequential_batches(prepared.test, prepared.info, device=CPU)
+    assert torch.equal(seen, images)
 
 
 def test_a_random_crop_is_torchvisions_crop_of_the_same_box(imagenet):

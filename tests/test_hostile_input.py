@@ -756,6 +756,7 @@ REFUSED = [
     ("checkpoint", header_with(shape=[1, 2**20, 2**20]), "more than 134,217,728 values"),
     ("checkpoint", header_with(mean="[NaN]"), "mean.0 = nan"),
     ("checkpoint", header_with(std=[0]), "std.0 = 0"),
+    ("checkpoint", header_with(resize=10**9), "resize = 1000000000"),
     ("checkpoint", header_with(layers={"conv2": {"groups": 0}}), "layers.conv2.groups = 0"),
     ("checkpoint", header_with(layers={"nothing": {"before": 3}}), "no index of length 3"),
     ("checkpoint", header_with(notes="[" * 100_000), "nested more than 32 deep"),

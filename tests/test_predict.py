@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from secateur.base.errors import SecateurError
 from secateur.cli import main
 from secateur.deploy import export, metadata
 from secateur.deploy.export import PixelNetwork
-from secateur.deploy.predict import Classifier, open_classifier, softmax
+from secateur.deploy.predict import Classifier, find_pictures, open_classifier, softmax
 from secateur.nn import checkpoint
 
 pytest.importorskip("onnxscript")
@@ -126,6 +127,28 @@ def test_the_file_says_how_pictures_are_resized(folder):
     assert side("outside/model.onnx") == side("inside/model.pt2") == 10
     assert side("outside/model.safetensors") == 8, "a checkpoint does not say: the network's own"
     assert side("outside/model.onnx", 9) == 9
+
+
+def test_folders_are_searched_for_pictures_that_are_not_hidden(folder, tmp_path):
+    picture = (folder / "pictures/a/0.png").read_bytes()
+    for name in (".folder/a.png", "dir.png/._a.png", "dir.png/a.PNG", "b.png", ".hidden.png"):
+        (tmp_path / ".root" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / ".root" / name).write_bytes(picture)
+    root = tmp_path / ".root"
+    assert find_pictures([root]) == [root / "b.png", root / "dir.png/a.PNG"]
+    assert find_pictures([root / ".hidden.png"]) == [root / ".hidden.png"], "named by the user"
+
+
+def test_names_that_stdout_cannot_encode_are_printed_with_backslashes(folder, tmp_path):
+    name = os.fsencode(tmp_path / "a") + b"\xff.png"
+    with open(name, "wb") as file:  # noqa: PTH123
+        file.write((folder / "pictures/a/0.png").read_bytes())
+    with contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO(), "utf-8", "strict")) as output:
+        with pytest.raises(SystemExit) as end:
+            main(["predict", str(folder / "outside"), str(tmp_path)])
+        output.flush()
+    assert end.value.code == 0
+    assert output.buffer.getvalue().startswith(f"{tmp_path}/a\\udcff.png  ".encode())
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,10 @@ def from_header(
     resize: int | None = None,
     **origin: str,
 ) -> Metadata:
-    """Metadata of the network of a checkpoint; `origin` has what its run record says."""
+    """Metadata of the network of a checkpoint; `origin` has what its run record says.
+
+    `resize` is by default what the checkpoint says.
+    """
     return Metadata(
         classes=header.classes,
         shape=header.shape,
@@ -84,7 +87,7 @@ def from_header(
         preprocessing=preprocessing,
         sha256=sha256,
         arch=header.arch,
-        resize=resize,
+        resize=header.resize if resize is None else resize,
         split=header.split,
         **origin,
     )

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -127,7 +128,8 @@ def _runner(model: torch.nn.Module) -> Runner:
 def find_pictures(paths: Sequence[Path]) -> list[Path]:
     """The files among `paths`, and the pictures in and below the folders among them, sorted.
 
-    Raises DataError for a path that does not exist, and for a folder without pictures.
+    Hidden files and folders in them are left out, as by data set image_folder. Raises DataError
+    for a path that does not exist, and for a folder without pictures.
     """
     found: list[Path] = []
     for path in paths:
@@ -135,11 +137,20 @@ def find_pictures(paths: Sequence[Path]) -> list[Path]:
             files.file_size(path, DataError)
             found.append(path)
             continue
-        below = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        below = sorted(p for p in path.rglob("*") if _is_picture(p, path))
         if not below:
             raise DataError(f"{path}: no pictures in it ({' '.join(sorted(IMAGE_SUFFIXES))})")
         found += below
     return found
+
+
+def _is_picture(path: Path, folder: Path) -> bool:
+    """Whether what lies below a folder is taken for a picture: by its name alone, if no folder."""
+    return (
+        path.suffix.lower() in IMAGE_SUFFIXES
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and not files.is_folder(path, DataError)
+    )
 
 
 def command(options: argparse.Namespace) -> None:
@@ -150,7 +161,13 @@ def command(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps([asdict(prediction) for prediction in predictions], indent=2))
         return
-    width = max(len(str(path)) for path in pictures)
+    width = max(len(_printable(str(path))) for path in pictures)
     for prediction in predictions:
         best = "  ".join(f"{label} {likely:.2%}" for label, likely in prediction.top)
-        print(f"{prediction.file:{width}}  {best}", flush=True)
+        print(_printable(f"{_printable(prediction.file):{width}}  {best}"), flush=True)
+
+
+def _printable(text: str) -> str:
+    """The text with backslashes for what stdout cannot encode, such as names that are not UTF-8."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)

@@ -65,6 +65,9 @@ class Header:
     format: int = FORMAT
     layers: dict[str, dict[LayerKey, Count]] = field(default_factory=dict)
     """Properties that shapes do not contain, see `resizing.describe_layers`; set by `save`."""
+    resize: Annotated[int, Field(ge=1, le=2**16, strict=True)] | None = None
+    """Pixels of the shorter side of a picture before its centre is cut out, as for evaluation;
+    None, which is not written: they are not resized, or an earlier version did not say."""
 
 
 @dataclass(frozen=True)
@@ -225,10 +228,18 @@ def save(
     header = replace(header, layers=resizing.describe_layers(model))
     content = safetensors.torch.save(
         tensors | {name: mark.contiguous() for name, mark in (kept | chosen).items()},
-        metadata={"secateur": json.dumps(asdict(header), sort_keys=True)},
+        metadata={"secateur": json.dumps(_plain(header), sort_keys=True)},
     )
     files.write_bytes(path, content)
     return hashlib.sha256(content).hexdigest()
+
+
+def _plain(header: Header) -> dict[str, Any]:
+    """The header as plain values; without `resize` if it says nothing, as earlier versions do."""
+    plain = asdict(header)
+    if header.resize is None:
+        del plain["resize"]
+    return plain
 
 
 def _stored(model: nn.Module, masks: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from secateur.base.settings import Params, chain, section
 from secateur.base.stage import Stage, open_stage, revision
 from secateur.data import dataset
 from secateur.data.dataset import Dataset
+from secateur.data.image_files import ImageFileList
 from secateur.data.progressive_resizing import ProgressiveResizing
 from secateur.nn import checkpoint, norms
 from secateur.nn.checkpoint import Checkpoint, Header
@@ -102,7 +103,7 @@ class StageContext:
                 notes=notes,
                 versions=machine.versions(),
             )
-        info = self.data.info
+        info, test = self.data.info, self.data.test
         return Header(
             arch=self.params.arch,
             arch_settings=self.params.archs.get(self.params.arch) or {},
@@ -113,6 +114,7 @@ class StageContext:
             split=info.hash,
             stage=self.stage.name,
             notes=notes,
+            resize=test.view.resize if isinstance(test, ImageFileList) else None,
         )
 
 
