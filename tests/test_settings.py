@@ -46,6 +46,11 @@ def complaint(params, tmp_path):
     return str(caught.value)
 
 
+@pytest.mark.parametrize("name", [None, "digits", "my-digits.v1@champion", "digits@v1-old"])
+def test_a_name_in_mlflows_registry_may_have_an_alias(name):
+    assert sections.ExportedFiles(register_as=name).register_as == name
+
+
 def test_the_projects_own_params_are_sound():
     settings.check(ROOT / "params.yaml")
 
@@ -96,6 +101,14 @@ MISTAKES = [  # key, value, what the line must hold beside both
     ("prune.remove_dead", "maybe", "valid boolean"),
     ("finetune.init", "new", "'inherit', 'scratch', 'orthogonal' or 'rewind'"),
     ("evaluate.latency_batch", 0, "greater than or equal to 1"),
+    (
+        "export.register_as",
+        "my digits",
+        "a name or name@alias is needed, such as digits or digits@",
+    ),
+    ("export.register_as", "digits@", "a name or name@alias is needed"),
+    ("export.register_as", "digits@Latest", "allowed is any but latest and v1, v2, ..."),
+    ("export.register_as", "digits@v1", "allowed is any but latest and v1, v2, ..."),
     ("evaluate.latency_repeats", 2, "greater than or equal to 3"),
     ("archs.lenet300.hidden", [], "at least one is needed"),
     ("archs.lenet300.hidden", 300, "a list is needed"),

@@ -346,7 +346,22 @@ class MeasuredLatency(Strict):
 
 
 Count = Annotated[int, Field(ge=1)]
-Registered = Annotated[str, Field(pattern=r"^[\w.-]+(@[a-zA-Z][\w-]*)?$", max_length=250)]
+
+
+def _registered(name: str) -> str:
+    """The name; ValueError if MLflow would not take it, or its alias."""
+    _, _, alias = name.partition("@")
+    if not re.fullmatch(r"[\w.-]+(@[a-zA-Z][\w-]*)?", name):
+        raise ValueError("a name or name@alias is needed, such as digits or digits@champion")
+    if alias.lower() == "latest" or re.fullmatch(r"[vV]\d+", alias):
+        raise ValueError(
+            f"MLflow keeps the alias {alias} for itself; allowed is any but latest and v1, v2, "
+            "..., such as digits@champion"
+        )
+    return name
+
+
+Registered = Annotated[str, Field(max_length=250), AfterValidator(_registered)]
 
 
 class ExportedFiles(Strict):
@@ -366,7 +381,8 @@ class ExportedFiles(Strict):
     latency_repeats: Annotated[int, Field(ge=3)] = 30
     """Timed passes of each network in each runtime, taking turns, after a warm-up."""
     register_as: Registered | None = None
-    """name or name@alias of the registered model in MLflow that becomes this network."""
+    """name or name@alias of the registered model in MLflow that becomes this network; no alias is
+    latest, v1, v2, ..., which MLflow keeps for itself."""
 
 
 class RoundSparseTrain(ContinuedTrain):
