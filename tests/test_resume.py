@@ -6,11 +6,13 @@ import multiprocessing
 import os
 import shutil
 import signal
+import tempfile
 import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import hostile
 import pytest
 import safetensors.torch
 import torch
@@ -280,6 +282,43 @@ def test_what_lies_in_the_way_is_removed_or_renamed(place, project, capsys):
     assert line.startswith("warning: ") and line.count("\n") == 1
     kept = [path.read_text() for path in project.glob(".resume.*")]
     assert kept == (["not ours"] if place == "." else [])
+
+
+@pytest.fixture
+def own_root(monkeypatch):
+    """A project that an ordinary user can reach; what pytest makes is its own user's alone."""
+    root = Path(tempfile.mkdtemp(dir="/tmp"))
+    root.chmod(0o755)
+    monkeypatch.setenv("DVC_ROOT", str(root))
+    yield root
+    root.chmod(0o755)
+    shutil.rmtree(root)
+
+
+@pytest.mark.parametrize("place", ["project", ".resume", "lock"])
+def test_where_nothing_can_be_written_one_line_names_the_file(place, own_root):
+    lock = own_root / ".resume/baseline" / stage().fingerprint / "lock"
+    if place == "lock":
+        lock.parent.mkdir(parents=True)
+        lock.touch(0o444)
+    elif place == ".resume":
+        (own_root / ".resume").mkdir()
+    for path in (own_root, *own_root.rglob("*")):
+        path.chmod(0o444 if path == lock else 0o555)
+    with hostile.ordinary_user(), pytest.raises(SecateurError) as caught:
+        single_flight(stage(), OUTS, nobody).__enter__()
+    line = str(caught.value)
+    assert str(own_root / ".resume") in line and "Permission denied; " in line and "\n" not in line
+    for path in (own_root, *own_root.rglob("*")):
+        path.chmod(0o755)
+
+
+def test_old_work_of_another_user_is_left_alone(own_root):
+    old = abandoned(resume.KEEP_DAYS + 1, a=1)
+    (old / "lock").chmod(0o000)
+    (own_root / ".resume/baseline").chmod(0o777)
+    with hostile.ordinary_user(), single_flight(stage(a=2), OUTS, nobody):
+        assert old.exists()
 
 
 def test_it_is_known_whether_a_process_works_on_a_fingerprint():

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from secateur.base import machine, plugin
-from secateur.pipeline import params_file
+from secateur.pipeline import console, params_file
 
 ROOT = Path(__file__).resolve().parents[1]
 IMPORTED = """
@@ -110,6 +110,26 @@ for optimizer in ("sgd", "adam"):
 heavy = {"lightning_fabric", "mlflow", "pandas", "scipy", "sklearn", "sympy", "torch._dynamo"}
 sys.exit(" ".join(sorted(heavy & set(sys.modules))) or 0)
 """
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (PermissionError(13, "Permission denied", "models/a"), "models/a: Permission denied"),
+        (OSError("first\nsecond"), "prune: first second"),
+    ],
+)
+def test_what_the_file_system_refuses_is_one_line(error, line, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["prune"])
+    monkeypatch.setattr(console.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(console.allocator, "resume_collection", lambda: None)
+
+    def work():
+        raise error
+
+    with pytest.raises(SystemExit) as end:
+        console.main(work, "prune", None)
+    assert end.value.code == 1 and capsys.readouterr().err == f"error: {line}\n"
 
 
 def test_what_takes_seconds_to_import_is_not_imported_by_a_stage_that_trains():

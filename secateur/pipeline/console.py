@@ -4,6 +4,7 @@ An observer, like `tracking`: no result depends on it, and dvc.yaml does not nam
 """
 
 import argparse
+import contextlib
 import signal
 import sys
 import time
@@ -16,7 +17,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 
 from secateur.base import allocator
-from secateur.base.errors import ArgumentError, SecateurError
+from secateur.base.errors import ArgumentError, SecateurError, cut
 from secateur.pipeline.record import MODELS
 from secateur.training.callbacks import Callback, Row
 
@@ -55,13 +56,16 @@ def main(
         fail(str(error))
     except KeyboardInterrupt:
         fail("interrupted; run the same command again to go on where it was", 130)
+    except OSError as error:
+        fail(f"{error.filename or stage}: {cut(str(error.strerror or error), 300)}")
     allocator.succeeded()
     sys.exit(0)
 
 
 def fail(message: str, status: int = 1) -> NoReturn:
     """Print the message as one line on stderr and exit with this status."""
-    sys.stdout.flush()
+    with contextlib.suppress(OSError):  # which may be what the message is about
+        sys.stdout.flush()
     print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(status)
 

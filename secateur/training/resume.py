@@ -244,19 +244,30 @@ def _clear_way(root: Path, folder: Path) -> None:
 
 
 def _lock(folder: Path, on_wait: Callable[[], None]) -> TextIO:
-    """The folder's lock file, locked until closed; other stages may delete an old folder first."""
+    """The folder's lock file, locked until closed; other stages may delete an old folder first.
+
+    Raises SecateurError if it cannot be written or locked.
+    """
+    path = folder / "lock"
     while True:
-        with contextlib.suppress(FileNotFoundError):
+        try:
             folder.mkdir(parents=True, exist_ok=True)
-            lock = (folder / "lock").open("w")
+            lock = path.open("w")
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 on_wait()
                 fcntl.flock(lock, fcntl.LOCK_EX)
-            if os.fstat(lock.fileno()).st_nlink:
-                return lock
-            lock.close()
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise SecateurError(
+                f"{path}: cannot be locked: {error.strerror or error}; a stage that trains needs a "
+                "folder .resume that it can write"
+            ) from None
+        if os.fstat(lock.fileno()).st_nlink:
+            return lock
+        lock.close()
 
 
 def _delete_old(root: Path, keep: Path) -> None:
@@ -264,9 +275,7 @@ def _delete_old(root: Path, keep: Path) -> None:
     limit = time.time() - KEEP_DAYS * 86_400
     for lock_file in root.glob("*/*/lock"):
         folder = lock_file.parent
-        with contextlib.suppress(
-            BlockingIOError, FileNotFoundError
-        ):  # or a concurrent process deletes it
+        with contextlib.suppress(OSError):  # held, deleted meanwhile, or of another user
             if folder == keep or _last_change(folder) > limit or not lock_file.is_file():
                 continue
             with lock_file.open() as lock:
