@@ -11,6 +11,8 @@ from torch import nn
 from secateur.base import plugin, timing
 from secateur.nn import cost
 from secateur.pruning import removal
+from secateur.pruning.decision import PruningContext, PruningDecision
+from secateur.pruning.target import RemainingShare
 from secateur.sparsity import masks
 
 KNOWN = {"lenet300": (266_610, 266_200), "lenet5": (431_080, 2_293_000)}  # on 28x28
@@ -167,3 +169,29 @@ def test_the_spread_is_median_and_distance_of_the_quartiles():
     assert (middle, distance) == (4, 4)  # quartiles 2 and 6
     assert timing.median_and_iqr([5.0] * 4) == (5, 0)
     assert timing.median_and_iqr([5.0]) == (5, 0)
+
+
+class Auxiliary(nn.Module):
+    """A linear layer of its own for the training."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.aux, self.head = nn.Linear(9, 6), nn.Linear(6, 4), nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = self.body(x.flatten(1)).relu()
+        return self.head(x) + self.aux(x)[:, :3] if self.training else self.head(x)
+
+
+def test_a_layer_that_never_runs_costs_parameters_and_no_macs():
+    model, images = Auxiliary(), torch.randn(2, 1, 3, 3)
+    costs = {layer.layer: layer for layer in cost.layer_costs(model, images[:1])}
+    assert [layer.params for layer in costs.values()] == [60, 28, 21]
+    assert [layer.macs_dense for layer in costs.values()] == [54, 0, 18]
+    assert [layer.macs for layer in costs.values()] == [54, 0, 18]
+    mask = {name: torch.zeros(model.get_parameter(name).shape, dtype=torch.bool)
+            for name in ("aux.weight", "head.weight")}  # fmt: skip
+    mask["head.weight"][0] = True
+    left = RemainingShare(PruningContext(model, images))(PruningDecision(mask))
+    assert left["macs"] == pytest.approx((54 + 6) / (54 + 18))
+    assert left["params"] == pytest.approx((109 - 24 - 12) / 109)

@@ -12,6 +12,7 @@ from secateur.base import plugin
 from secateur.base.errors import PruningError, SettingsError
 from secateur.base.settings import section, validate
 from secateur.nn import cost
+from secateur.nn.layers import IndexedConv2d
 from secateur.pruning import criteria, group_scores, removal
 from secateur.pruning.decision import PruningContext, unprunable_layers
 from secateur.pruning.group_scores import GroupRanking, score_groups
@@ -125,9 +126,9 @@ def test_a_group_of_zeros_has_scores_of_zero(normalisation):
         (
             "geometric_median",
             [
-                (2**0.5 + 17**0.5 + 13**0.5 + 2**0.5) / 6,
-                (2**0.5 + 29**0.5 + 13**0.5 + 13**0.5) / 6,
-                (17**0.5 + 29**0.5 + 2**0.5 + 13**0.5) / 6,
+                (2**0.5 + 17**0.5 + 13**0.5 + 2**0.5) / 4,
+                (2**0.5 + 29**0.5 + 13**0.5 + 13**0.5) / 4,
+                (17**0.5 + 29**0.5 + 2**0.5 + 13**0.5) / 4,
             ],
         ),
     ],
@@ -209,6 +210,42 @@ def test_wanda_and_fisher_of_single_layers_by_their_definitions(granularity):
             product = product.mean(others, keepdim=True)
         own = fisher if name == "fisher" else found[name]
         torch.testing.assert_close(own, product, rtol=1e-5, atol=1e-9)
+
+
+class Unused(nn.Module):
+    """A layer that never runs in eval mode, beside one that does."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.aux = nn.Conv2d(1, 3, SIDE), nn.Conv2d(1, 3, SIDE)
+
+    def forward(self, x):
+        return (self.a(x) + self.aux(x) if self.training else self.a(x)).flatten(1)
+
+
+@pytest.mark.parametrize("criterion", ["wanda", "taylor", "fisher"])
+def test_a_layer_that_never_runs_has_scores_of_zero_and_changes_no_others(criterion):
+    subject = context(Unused())
+    found = criteria.scores(subject, ["a", "aux"], "weight", criterion)
+    alone = context(nn.Sequential(subject.model.a, nn.Flatten()))
+    wanted = criteria.scores(alone, ["0"], "weight", criterion)["0.weight"]
+    assert found["a.weight"].equal(wanted) and wanted.all()
+    assert found["aux.weight"].equal(torch.zeros(3, 1, SIDE, SIDE))
+
+
+def test_wanda_takes_the_inputs_that_an_indexed_convolution_multiplies():
+    torch.manual_seed(0)
+    scale, plain = nn.Conv2d(1, 4, 1), nn.Conv2d(4, 6, 1, groups=2)
+    order, after = torch.tensor([3, 1, 0, 2]), torch.tensor([5, 0, 3, 1, 4, 2])
+    scale.weight.data = torch.tensor([1.0, 10, 100, 1000]).view(4, 1, 1, 1)
+    indexed = IndexedConv2d.from_conv(plain, plain.weight.detach(), None, 2, order, after)
+    own = context(nn.Sequential(scale, indexed))
+    found = criteria.scores(own, ["1"], "weight", "wanda")["1.weight"]
+    with torch.no_grad():
+        norms = scale(own.images).transpose(0, 1).flatten(1).norm(dim=1)
+    for row, column in itertools.product(range(6), range(2)):
+        wanted = plain.weight[row, column].abs() * norms[order[2 * (row // 3) + column]]
+        torch.testing.assert_close(found[row, column], wanted.detach())
 
 
 def test_wanda_of_a_group_counts_layers_and_fisher_needs_labels():

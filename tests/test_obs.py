@@ -8,6 +8,7 @@ from torch import nn
 
 from secateur.base import plugin
 from secateur.base.errors import ArgumentError
+from secateur.nn.layers import IndexedConv2d
 from secateur.pruning.apply import apply_decision
 from secateur.pruning.decision import PruningContext
 from secateur.sparsity.choices import number_pruned
@@ -112,3 +113,16 @@ def test_as_many_weights_go_as_with_other_pruners():
         masks = OBS.prune(OBS.Settings(ratios=ratio), context).masks
         for mask in masks.values():
             assert int((~mask).sum()) == number_pruned(ratio, mask.numel())
+
+
+def test_an_indexed_convolution_is_the_plain_one_of_permuted_weights():
+    plain, images = network(), torch.randn(16, 2, 6, 6) * torch.tensor([1.0, 9]).view(2, 1, 1)
+    indexed, order = network(), torch.tensor([1, 0])
+    weight, bias = indexed[0].weight.detach()[:, order], indexed[0].bias.detach()
+    indexed[0] = IndexedConv2d.from_conv(plain[0], weight, bias, 1, order, None)
+    found, wanted = (
+        OBS.prune(OBS.Settings(damping=1e-6), PruningContext(m, images)) for m in (indexed, plain)
+    )
+    torch.testing.assert_close(indexed(images), plain(images))
+    assert found.masks["0.weight"][:, order].equal(wanted.masks["0.weight"])
+    torch.testing.assert_close(found.weights["0.weight"][:, order], wanted.weights["0.weight"])

@@ -572,7 +572,7 @@ def loop(criterion, weight, gradient, groups):
         squares = [float(p.square().mean()) for p in parts]
         return [s / sum(t for t in squares if t >= s) for s in squares]
     distances = [[float((p - q).square().sum().sqrt()) for q in parts] for p in parts]
-    return [sum(row) / len(row) / math.sqrt(parts[0].numel()) for row in distances]
+    return [sum(row) / (len(row) - 1) / math.sqrt(parts[0].numel()) for row in distances]
 
 
 @pytest.mark.parametrize("groups", ["filter", "channel", "weight"])

@@ -48,8 +48,9 @@ def layer_costs(
 ) -> list[LayerCost]:
     """All convolutions and linear layers in order.
 
-    Among them are the projections that a MultiheadAttention holds itself. `example` is a batch of
-    one image; `masks` are those of the model, by parameter name.
+    Among them are the projections that a MultiheadAttention holds itself; a layer that never runs
+    in eval mode has no MACs. `example` is a batch of one image; `masks` are those of the model, by
+    parameter name.
     """
     positions = output_positions(model, example)
     biases = prunable(model, "weights_and_biases")
@@ -61,7 +62,7 @@ def layer_costs(
         own = {name: weight} | ({bias: biases[bias]} if bias in biases else {})
         layer = name.removesuffix(".weight")
         kind = type(modules[owner]).__name__.lower()
-        costs.append(_layer_cost(layer, kind, own, positions[layer], masks))
+        costs.append(_layer_cost(layer, kind, own, positions.get(layer, 0), masks))
     return costs
 
 
@@ -70,7 +71,8 @@ def output_positions(model: nn.Module, example: Tensor) -> dict[str, int]:
     """Number of output positions of each convolution and linear layer for one image.
 
     Every weight is multiplied once per position; those of all calls count if a layer runs more than
-    once. `example` is a batch of one image; the model is left in eval mode.
+    once, and a layer that never runs is left out. `example` is a batch of one image; the model is
+    left in eval mode.
     """
     return {name: sum(calls) for name, calls in positions_by_call(model, example).items()}
 

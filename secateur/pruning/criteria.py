@@ -1,7 +1,8 @@
 """Importance criteria: a score for each group of weights, in the shape of a choice.
 
 A group is a filter, an input channel or a single weight of one layer. Scores are means over a
-group's weights, not sums, so that groups of different layers compare. With w a group's weights:
+group's weights, not sums, so that groups of different layers compare. In a layer that never runs in
+eval mode, inputs and gradients are zero. With w a group's weights:
 
     l1                 mean of |w|.
     l2                 square root of the mean of w^2.
@@ -138,7 +139,8 @@ def loss_increases(context: PruningContext, weights: Mapping[str, Tensor]) -> di
 
 def input_products(context: PruningContext, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """|w| * ||x|| of every entry of the weights among these parameters that are of a convolution or
-    a linear layer, with ||x|| the norm of the input channel over all images and positions."""
+    a linear layer, with ||x|| the norm of the input channel over all images and positions; zero if
+    the layer never runs."""
     layers = {f"{name}.weight": layer for name, layer in masks.layers(context.model).items()}
     layers = {name: layer for name, layer in layers.items() if name in weights}
     squares: dict[str, Tensor] = {}
@@ -150,8 +152,10 @@ def input_products(context: PruningContext, weights: Mapping[str, Tensor]) -> di
 
     with watched_inputs(layers, add), _evaluated(context.model), torch.no_grad():
         context.model(context.images.to(next(context.model.parameters()).device))
+    nothing = torch.zeros(())
     return {
-        name: weights[name].detach().abs() * _by_column(squares[name].sqrt(), layer)
+        name: weights[name].detach().abs()
+        * (_by_column(squares[name].sqrt(), layer) if name in squares else nothing)
         for name, layer in layers.items()
     }
 
@@ -172,7 +176,7 @@ def _gradients(
     labels = context.labels[images].to(device)
     result = context.model(context.images[images].to(device))
     loss = F.cross_entropy(class_scores(result, labels, f"criterion {criterion}"), labels)
-    return torch.autograd.grad(loss, list(weights))
+    return torch.autograd.grad(loss, list(weights), allow_unused=True, materialize_grads=True)
 
 
 @contextmanager
@@ -213,20 +217,37 @@ def _taylor(
 def _bn_scale(
     context: PruningContext, weights: Mapping[str, Tensor], granularity: Granularity
 ) -> dict[str, Tensor]:
+    layers = [name.removesuffix(".weight") for name in weights]
+    found = _largest_scales(context, layers, granularity)
+    for layer, score in found.items():
+        if bool(score.isnan().any()):
+            raise PruningError(
+                f"criterion bn_scale: {granularity}s of layer {layer} have no batch "
+                "normalisation with scales"
+            )
+    pairs = zip(weights.items(), found.values(), strict=True)
+    return {name: own.view(choice_shape(weight, granularity)) for (name, weight), own in pairs}
+
+
+def layers_without_scales(
+    context: PruningContext, layers: Sequence[str], granularity: Granularity
+) -> list[str]:
+    """Those of these layers for which bn_scale is not defined."""
+    found = _largest_scales(context, layers, granularity)
+    return [name for name, score in found.items() if bool(score.isnan().any())]
+
+
+def _largest_scales(
+    context: PruningContext, layers: Sequence[str], granularity: Granularity
+) -> dict[str, Tensor]:
+    """Of every filter or channel of these layers, (groups,); NaN where it has no scale."""
     graph = context.graph
     every = scales.norm_scales(context.model, graph.fx_graph)
     flat = scales.flat_scales(context.model, graph, every)
     largest = flat.largest_by_channel(len(graph.canonical))
     found = {}
-    for name, weight in weights.items():
-        layer_name = name.removesuffix(".weight")
-        layer = graph.layers[layer_name]
+    for name in layers:
+        layer = graph.layers[name]
         ids = layer.outputs if granularity == "filter" else layer.inputs
-        score = torch.where(ids >= 0, largest[graph.canonical[ids.clamp_min(0)]], torch.nan)
-        if bool(score.isnan().any()):
-            raise PruningError(
-                f"criterion bn_scale: {granularity}s of layer {layer_name} have no batch "
-                "normalisation with scales"
-            )
-        found[name] = score.view(choice_shape(weight, granularity))
+        found[name] = torch.where(ids >= 0, largest[graph.canonical[ids.clamp_min(0)]], torch.nan)
     return found

@@ -35,6 +35,7 @@ from secateur.pruning import criteria
 from secateur.pruning.criteria import Criterion
 from secateur.pruning.decision import PruningContext
 from secateur.sparsity import choices
+from secateur.sparsity.scores import mean_distances
 
 Reduction = Literal["sum", "mean", "max", "prod"]
 """How the shares of a channel's members become one score."""
@@ -166,8 +167,7 @@ def _by_entry(
 def _distances(weight: Tensor, member: Member) -> Tensor:
     """Mean Euclidean distance of each channel's entries to those of the other channels."""
     rows = by_channel(weight, member.axis, member.groups)[member.index.to(weight.device)]
-    rows = rows.flatten(1).double()
-    return torch.cdist(rows, rows, compute_mode="use_mm_for_euclid_dist").mean(dim=1)
+    return mean_distances(rows.flatten(1).double())
 
 
 def _structure(graph: ChannelGraph, names: Iterable[str]) -> tuple[str, ...]:

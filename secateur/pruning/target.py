@@ -84,7 +84,7 @@ class RemainingShare:
         self.positions = cost.output_positions(model, context.images[:1].to(device))
         self.weights = masks.prunable(model, "weights")
         self.macs = sum(
-            weight.numel() * self.positions[name.removesuffix(".weight")]
+            weight.numel() * self.positions.get(name.removesuffix(".weight"), 0)
             for name, weight in self.weights.items()
         )
         self.params = cost.parameters(model)
@@ -113,7 +113,7 @@ class RemainingShare:
             lost = tensor.numel() - stays
             params -= lost
             if name in self.weights:
-                macs -= lost * self.positions[name.removesuffix(".weight")]
+                macs -= lost * self.positions.get(name.removesuffix(".weight"), 0)
         left = {"macs": macs, "params": params, "bytes": size}
         shares = {kind: count / self.whole[kind] for kind, count in left.items()}
         if self.context.latency is not None:

@@ -42,8 +42,13 @@ def _distance(weight: Tensor, granularity: Granularity) -> Tensor:
     """Mean Euclidean distance of each group to all others, over the square root of its size."""
     rows = weight if granularity == "filter" else weight.transpose(0, 1)
     rows = rows.flatten(1).double()  # exact enough for distances from a matrix product
-    mean = torch.cdist(rows, rows, compute_mode="use_mm_for_euclid_dist").mean(dim=1)
-    return (mean / rows.shape[1] ** 0.5).view(choice_shape(weight, granularity))
+    return (mean_distances(rows) / rows.shape[1] ** 0.5).view(choice_shape(weight, granularity))
+
+
+def mean_distances(rows: Tensor) -> Tensor:
+    """Mean Euclidean distance of each row to all others, (rows,); 0 for a row without others."""
+    distances = torch.cdist(rows, rows, compute_mode="use_mm_for_euclid_dist")
+    return distances.sum(dim=1) / max(1, len(rows) - 1)
 
 
 def _lamp(weight: Tensor, granularity: Granularity) -> Tensor:
