@@ -16,11 +16,13 @@ from torch import nn
 from secateur.base import plugin
 from secateur.base.errors import PruningError, SettingsError
 from secateur.base.sections import Train
+from secateur.base.settings import validate
 from secateur.data import dataset
-from secateur.nn import checkpoint
+from secateur.nn import checkpoint, cost
 from secateur.pruning.apply import apply_decision
 from secateur.pruning.decision import PruningContext, PruningDecision
 from secateur.sparsity import masks
+from secateur.sparsity.choices import choose
 from secateur.training import loop
 from secateur.training.callbacks import Callback
 from secateur.training.resume import ResumeStore
@@ -443,3 +445,58 @@ def test_oracle_refuses_more_choices_than_it_may_try_before_any_is_tried():
     with pytest.raises(PruningError, match="needs images with labels"):
         model = small_classifier().float()
         module.prune(module.Settings(), PruningContext(model, torch.zeros(1, 1, 8, 8)))
+
+
+def thin(kind):
+    """A network with a layer of which a filter or a channel is one single weight."""
+    torch.manual_seed(3)
+    if kind == "one input":
+        layers = nn.Conv2d(1, 6, 1), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.Flatten(), nn.Linear(64, 3)
+    else:  # one output
+        inner = nn.Linear(36, 6), nn.LayerNorm(6), nn.Linear(6, 1)
+        layers = nn.Flatten(), *inner, nn.Linear(1, 3)
+    return nn.Sequential(*layers).eval()
+
+
+@pytest.mark.parametrize("pruner", ["magnitude", "chosen"])
+@pytest.mark.parametrize(("kind", "layer"), [("one input", "0"), ("one output", "3")])
+def test_single_weights_go_alone_where_a_filter_or_a_channel_is_one(kind, layer, pruner):
+    model, images = thin(kind), torch.randn(8, 1, 6, 6)
+    nn.init.constant_(model.get_submodule(layer).bias, 1.0)
+    weight = model.get_parameter(f"{layer}.weight")
+    lowest = choose(weight.detach().abs(), 3)
+    context = PruningContext(model, images, choices={f"{layer}.weight": lowest})
+    module = plugin.load("pruners", pruner)
+    chosen = (
+        {"granularity": "weight", "ratios": {f"[{layer}]": 0.5}} if pruner == "magnitude" else {}
+    )
+    found = module.prune(validate(module.Settings, chosen, pruner), context)
+    small = apply_decision(model, found, images).model
+    by_hand = copy.deepcopy(model)
+    with torch.no_grad():
+        by_hand.get_parameter(f"{layer}.weight")[lowest] = 0
+        torch.testing.assert_close(small(images), by_hand(images))
+    assert found.masks.keys() == {f"{layer}.weight"} and not found.channels
+    assert (cost.parameters(small) < cost.parameters(model)) == (kind == "one input")
+
+
+@pytest.mark.parametrize("pruner", ["magnitude", "chosen"])
+def test_filters_of_one_weight_go_whole_where_filters_are_chosen(pruner):
+    model, images = thin("one input"), torch.randn(8, 1, 6, 6)
+    nn.init.constant_(model[0].bias, 1.0)
+    lowest = {
+        f"{name}.weight": choose(model[name].weight.detach().abs().mean((1, 2, 3), True), count)
+        for name, count in ((0, 3), (2, 2))
+    }
+    module = plugin.load("pruners", pruner)
+    chosen = {"ratios": {"[02]": 0.5}} if pruner == "magnitude" else {}
+    context = PruningContext(model, images, choices=lowest)
+    found = module.prune(validate(module.Settings, chosen, pruner), context)
+    small = apply_decision(model, found, images, remove_dead=False).model
+    by_hand = copy.deepcopy(model)
+    with torch.no_grad():
+        for name in (0, 2):
+            gone = lowest[f"{name}.weight"].flatten()
+            by_hand[name].weight[gone] = by_hand[name].bias[gone] = 0
+        torch.testing.assert_close(small(images), by_hand(images))
+    assert not found.masks and [len(small[name].weight) for name in (0, 2)] == [3, 2]

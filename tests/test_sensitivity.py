@@ -1,6 +1,7 @@
 """Sensitivity: what is computed again gives what the whole masked network gives."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 from secateur.base import plugin
 from secateur.pruning import removal, sensitivity
 from secateur.pruning.decision import PruningContext
+from stages.sensitivity import __main__ as sensitivity_stage
 
 SHAPE = (3, 8, 8)
 
@@ -78,7 +80,7 @@ def test_only_what_follows_is_computed_again():
     every = len(runner.fx_graph.graph.nodes)
     context = PruningContext(runner.model, torch.randn(2, *SHAPE), torch.arange(2))
     late, early = (
-        sensitivity.ablations(context, [name], ["l1"], [0.5], 0)[0].channels
+        sensitivity.ablations(context, [name], ["l1"], [0.5], 0)[0]
         for name in ("layer3.0.conv1", "layer1.0.conv1")
     )
     assert len(runner.dependent_nodes(late)) < len(runner.dependent_nodes(early)) < every
@@ -126,3 +128,70 @@ def test_groups_are_ablated_with_all_that_is_coupled_to_them():
     with torch.no_grad():
         whole = [removal.mask(model, a.channels, images).eval()(images) for a in made]
     assert right[1:] == [int((logits.argmax(1) == 0).sum()) for logits in whole]
+
+
+class Balanced(nn.Module):
+    """Outputs of `b` go into groups that must keep equal numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 8, 3, padding=1)
+        self.c, self.fc = nn.Conv2d(8, 8, 3, padding=1, groups=4), nn.Linear(512, 10)
+
+    def forward(self, x):
+        return self.fc(self.c(self.b(self.a(x).relu()).relu()).relu().flatten(1))
+
+
+def test_filters_that_a_balance_holds_back_are_masked():
+    torch.manual_seed(0)
+    model, images = Balanced().eval(), torch.randn(60, *SHAPE)
+    with torch.no_grad():
+        model.fc.bias -= model(images).mean(0)
+        labels = model(images).argmax(1)
+    context = PruningContext(copy.deepcopy(model), images, labels)
+    ratios = [0.25, 0.5, 0.75]
+    made = sensitivity.ablations(context, ["a", "b"], ["l1"], ratios, 0)
+    assert any(ablation.masks and not ablation.channels for ablation in made)
+    together = sensitivity.combined(made, {"a": 0.5, "b": 0.25}, "l1")
+
+    def by_hand(ratio_by_layer):
+        pruned = copy.deepcopy(model)
+        for name, ratio in ratio_by_layer.items():
+            layer = pruned.get_submodule(name)
+            norms = layer.weight.detach().abs().sum((1, 2, 3))
+            lowest = norms.argsort()[: round(ratio * len(norms) + 0.49)]
+            layer.weight.data[lowest] = layer.bias.data[lowest] = 0
+        with torch.no_grad():
+            return int((pruned(images).argmax(1) == labels).sum())
+
+    wanted = [by_hand({name: ratio}) for name in ("a", "b") for ratio in ratios]
+    nothing = sensitivity.combined(made, {}, "l1")
+    runner = sensitivity.AblationRunner(context)
+    before = copy.deepcopy(context.model.state_dict())
+    tried = [*made, together, nothing]
+    right = runner.count_correct([(images, labels)], tried, lambda: None)
+    assert right[1:] == [*wanted, by_hand({"a": 0.5, "b": 0.25}), 60]
+    assert len(set(right)) > 3
+    alone = [runner.count_correct([(images, labels)], [one], lambda: None)[1] for one in tried]
+    assert right[1:] == alone
+    assert all(torch.equal(t, before[n]) for n, t in context.model.state_dict().items())
+
+
+def test_bn_scale_is_for_the_layers_that_have_scales(capsys):
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 6), nn.Linear(6, 5)
+    model = nn.Sequential(*layers).eval()
+    nn.init.uniform_(model[1].weight)
+    context = PruningContext(model, torch.randn(2, *SHAPE), torch.arange(2))
+    settings = SimpleNamespace(granularity="filter", ratios=[0.5])
+    params = SimpleNamespace(sensitivity=settings, seed=0)
+    stage = SimpleNamespace(params=params)
+    made = sensitivity_stage._ablations(stage, context, ["l1", "bn_scale"])
+    assert [(t.layer, t.criterion) for t in made] == [
+        ("0", "l1"), ("3", "l1"), ("0", "bn_scale"),
+    ]  # fmt: skip
+    lowest = model[1].weight.argsort()[:2].sort().values
+    assert made[2].channels["0"].sort().values.equal(lowest)
+    assert capsys.readouterr().out.splitlines() == [
+        "sensitivity: bn_scale is left out for 3: no scales"
+    ]

@@ -746,6 +746,10 @@ MISTAKES = {
     "several ratios": ({"ranking": "global", "ratios": {"0": 0.5}}, "ranking global compares all"),
     "unknown criterion": ({"criterion": "l3"}, "criterion = 'l3'"),
     "no width": ({"round_to": 0}, "round_to = 0"),
+    "width of weights": (
+        {"granularity": "weight", "round_to": 8},
+        "round_to: is a multiple of filters or channels",
+    ),
 }
 
 

@@ -119,6 +119,11 @@ class Settings(Strict):
     def _scope_and_two_of_four(self) -> Self:
         if self.scope is not None and self.granularity != "weight":
             raise ValueError(f"scope: {self.scope} needs granularity: weight")
+        if self.round_to is not None and self.granularity == "weight":
+            raise ValueError(
+                "round_to: is a multiple of filters or channels, and granularity weight keeps none "
+                "of them whole"
+            )
         if self.granularity == "2:4":
             for key in ("ratios", "ranking", "pick", "target", "round_to", "keep_at_least"):
                 if getattr(self, key) != type(self).model_fields[key].default:
@@ -175,7 +180,7 @@ def prune(settings: Settings, context: PruningContext) -> PruningDecision:
             for name, choice in choose(ratios).items()
         }
         decision = decision_from_choices(
-            context, {name: choice for name, choice in chosen.items() if choice.any()}
+            context, {name: choice for name, choice in chosen.items() if choice.any()}, granularity
         )
         notes = _ratios_reached(ratios, chosen)
         return PruningDecision(decision.masks, decision.channels, notes)

@@ -66,7 +66,7 @@ def prune(settings: Settings, context: PruningContext) -> PruningDecision:
     best: tuple[float, PruningDecision] | None = None
     for choice in _combinations({n: len(w) for n, w in weights.items()}, numbers):
         shaped = {n: c.view(-1, *[1] * (weights[n].dim() - 1)) for n, c in choice.items()}
-        decision = decision_from_choices(context, shaped)
+        decision = decision_from_choices(context, shaped, "filter")
         loss = _loss(context, decision)
         if best is None or loss < best[0]:
             best = loss, decision

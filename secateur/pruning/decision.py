@@ -65,21 +65,34 @@ class PruningContext:
         return build_channel_graph(self.model, self.images[:1])
 
 
-def decision_from_choices(context: PruningContext, choices: Choices) -> PruningDecision:
+def decision_from_choices(
+    context: PruningContext, choices: Choices, granularity: Granularity | None = None
+) -> PruningDecision:
     """The chosen filters and channels as whole channels where these can be removed, else as masks.
 
     A channel is removed whole if it is not locked and every layer that produces it has chosen it as
     a filter, or every layer that reads it has chosen all its entries as a channel. Choices of
     single weights, biases and scales become masks. A choice by the name of an index buffer is of
-    the channels that a ChannelSelect selects. Raises PruningError for a choice that does not fit
-    the network.
+    the channels that a ChannelSelect selects.
+
+    The shape of a choice does not tell its granularity where a filter or a channel is one single
+    weight. Without `granularity` it is that of the other choices, or weight if there are none.
+    Raises PruningError for a choice that does not fit the network.
     """
     buffers = dict(context.model.named_buffers())
     selected = {name: choice for name, choice in choices.items() if name in buffers}
     choices = {name: choice for name, choice in choices.items() if name not in buffers}
     validate_choices(context.model, choices)
-    by_layer = {name.removesuffix(".weight"): choice for name, choice in choices.items()}
-    by_layer = {name: choice for name, choice in by_layer.items() if _side(choice)}
+    if granularity is None:
+        no_weights = bool(selected) or _of_filters_or_channels(context.model, choices)
+    else:
+        no_weights = granularity != "weight"
+    by_layer = {
+        name.removesuffix(".weight"): choice
+        for name, choice in choices.items()
+        if _side(choice)
+        and (no_weights or choice.numel() < context.model.get_parameter(name).numel())
+    }
     if not by_layer and not selected:
         return PruningDecision(masks_from_choices(context.model, choices))
     graph = context.graph
@@ -103,6 +116,17 @@ def decision_from_choices(context: PruningContext, choices: Choices) -> PruningD
             rest.pop(f"{name}.weight", None)
             rest.pop(name, None)  # a projection that a MultiheadAttention holds itself
     return PruningDecision(masks_from_choices(context.model, rest), selection)
+
+
+def _of_filters_or_channels(model: nn.Module, choices: Choices) -> bool:
+    """Whether these choices are of filters or channels, by those whose shapes tell it."""
+    found = False
+    for name, choice in choices.items():
+        if choice.numel() < model.get_parameter(name).numel():
+            found = True
+        elif choice.numel() > 1 and not _side(choice):
+            return False
+    return found
 
 
 def _kept_entries(graph: ChannelGraph, by_layer: Choices, selected: Choices) -> dict[str, Tensor]:

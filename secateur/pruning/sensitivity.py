@@ -7,7 +7,7 @@ results are kept, and for each ablation only the nodes that depend on changed te
 
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, fx, nn
@@ -19,7 +19,8 @@ from secateur.nn.norms import unmask_layer_norm
 from secateur.pruning import criteria, group_scores
 from secateur.pruning.decision import PruningContext, decision_from_choices, unprunable_layers
 from secateur.pruning.removal import silence
-from secateur.sparsity import choices
+from secateur.sparsity import choices, masks
+from secateur.sparsity.masks import Masks
 
 MAX_BYTES = 2**28
 """Intermediate results that are kept at once."""
@@ -30,13 +31,15 @@ JOIN = " + "
 
 @dataclass(frozen=True)
 class Ablation:
-    """Channels that are set to zero: the least important outputs of one layer, or of several."""
+    """What is set to zero: the least important outputs of one layer, or of several."""
 
     layer: str
     """Or the channel groups, joined by JOIN."""
     criterion: str
     ratio: float
     channels: Selection
+    masks: Masks = field(default_factory=dict)
+    """Of outputs that cannot be removed whole, because parts of a network need a balance."""
 
 
 def independent_layers(context: PruningContext) -> list[str]:
@@ -58,19 +61,32 @@ def ablations(
     ratios: Sequence[float],
     seed: int,
 ) -> list[Ablation]:
-    """One ablation for every layer, criterion (or `random`) and ratio."""
+    """One ablation for every layer, criterion (or `random`) and ratio.
+
+    Layers that lack what a criterion is computed from have none of it.
+    """
     found = []
     for criterion in measures:
-        scores = _scores(context, layers, criterion, seed)
-        for name in layers:
+        without = layers_without(context, layers, criterion)
+        measured = [name for name in layers if name not in without]
+        scores = _scores(context, measured, criterion, seed)
+        for name in measured:
             weight = f"{name}.weight"
             rank = choices.ranks({weight: scores[weight]})[weight]
             for ratio in ratios:
                 choice = rank < choices.number_pruned(ratio, rank.numel())
                 if bool(choice.any()):
-                    channels = decision_from_choices(context, {weight: choice}).channels
-                    found.append(Ablation(name, criterion, ratio, channels))
+                    decided = decision_from_choices(context, {weight: choice}, "filter")
+                    own = Ablation(name, criterion, ratio, decided.channels, decided.masks)
+                    found.append(own)
     return found
+
+
+def layers_without(context: PruningContext, layers: Sequence[str], criterion: str) -> list[str]:
+    """Those of these layers that lack what a criterion is computed from."""
+    if criterion != "bn_scale":
+        return []
+    return criteria.layers_without_scales(context, layers, "filter")
 
 
 def group_ablations(
@@ -116,11 +132,13 @@ def _scores(
 def combined(found: Sequence[Ablation], ratios: Mapping[str, float], criterion: str) -> Ablation:
     """One ablation of several layers at once; `found` has each of them at its ratio."""
     channels: dict[str, Tensor] = {}
+    masked: Masks = {}
     for ablation in found:
         if ablation.criterion == criterion and ratios.get(ablation.layer) == ablation.ratio:
             for name, index in ablation.channels.items():
                 channels[name] = torch.cat([channels.get(name, index[:0]), index]).unique()
-    return Ablation("all suggested", criterion, max(ratios.values(), default=0.0), channels)
+            masked = masks.joined(ablation.masks, masked)
+    return Ablation("all suggested", criterion, max(ratios.values(), default=0.0), channels, masked)
 
 
 class AblationRunner:
@@ -155,14 +173,14 @@ class AblationRunner:
         `tick` is called after every ablation on every batch.
         """
         counts = torch.zeros(1 + len(found), dtype=torch.int64)
-        dependent = [self.dependent_nodes(ablation.channels) for ablation in found]
+        dependent = [self.dependent_nodes(ablation) for ablation in found]
         run = self.interpreter
         for images, labels in batches:
             logits = run.run(images)
             whole = dict(run.env)
             counts[0] += int((logits.argmax(1) == labels).sum())
             for number, (ablation, nodes) in enumerate(zip(found, dependent, strict=True), start=1):
-                with _Ablated(self, ablation.channels):
+                with _Ablated(self, ablation):
                     run.env = dict(whole)
                     for node in nodes:
                         run.env[node] = logits = run.run_node(node)
@@ -170,35 +188,37 @@ class AblationRunner:
                 tick()
         return counts.tolist()
 
-    def changed_tensors(self, channels: Selection) -> set[str]:
-        """Names of the tensors that have members of these channels."""
-        return {member.tensor for name in channels for member in self.graph.group(name).members}
+    def changed_tensors(self, ablation: Ablation) -> set[str]:
+        """Names of the tensors that have members of its channels, or a mask."""
+        groups = [self.graph.group(name) for name in ablation.channels]
+        return {member.tensor for group in groups for member in group.members} | {*ablation.masks}
 
-    def dependent_nodes(self, channels: Selection) -> list[fx.Node]:
-        """Nodes that depend on these channels, in order; the last computes the logits."""
-        changed = self.changed_tensors(channels)
+    def dependent_nodes(self, ablation: Ablation) -> list[fx.Node]:
+        """Nodes that depend on what is set to zero, in order; the last returns the logits."""
+        changed = self.changed_tensors(ablation)
         owners = {name.rpartition(".")[0] for name in changed}
         found: dict[fx.Node, None] = {}
         for node in self.fx_graph.graph.nodes:
             own = node.op == "call_module" and str(node.target) in owners
             own = own or (node.op == "get_attr" and str(node.target) in changed)
-            if node.op != "output" and (own or any(n in found for n in node.all_input_nodes)):
+            if node.op == "output" or own or any(n in found for n in node.all_input_nodes):
                 found[node] = None
         return list(found)
 
 
 class _Ablated:
-    """Context manager: zeros in the members of some channels."""
+    """Context manager: zeros in the members of an ablation's channels, and by its masks."""
 
-    def __init__(self, runner: AblationRunner, channels: Selection) -> None:
-        self.runner, self.channels = runner, channels
+    def __init__(self, runner: AblationRunner, ablation: Ablation) -> None:
+        self.runner, self.ablation = runner, ablation
 
     def __enter__(self) -> None:
         selects = self.runner.graph.selects.items()
-        names = self.runner.changed_tensors(self.channels)
+        names = self.runner.changed_tensors(self.ablation)
         names |= {name for name, select in selects if select.owns_channels}
         self.before = {name: self.runner.tensors[name].detach().clone() for name in names}
-        silence(self.runner.model, self.channels, self.runner.graph)
+        silence(self.runner.model, self.ablation.channels, self.runner.graph)
+        masks.apply(self.runner.model, self.ablation.masks)
 
     def __exit__(self, *_: object) -> None:
         with torch.no_grad():

@@ -6,6 +6,8 @@ the group is to be pruned. Its shape tells the granularity, and it broadcasts ov
     filter     (filters, 1, 1, 1), or (outputs, 1) for a linear layer
     channel    (1, channels, 1, 1), or (1, inputs)
     weight     the shape of the weight, or of a bias or scale, whose entries are chosen one by one
+
+Where a filter or a channel is one single weight, the other choices tell the granularity.
 """
 
 from collections.abc import Mapping

@@ -63,7 +63,6 @@ def measure(context: runner.StageContext) -> tuple[pd.DataFrame, dict[str, Any]]
         console.say("sensitivity: bn_scale is left out: the network has no scales")
     with section("sensitivity"):
         made = _ablations(context, pruning_context, how)
-    names = list(dict.fromkeys(ablation.layer for ablation in made))
     model.to(place)
     ablation_runner = sensitivity.AblationRunner(pruning_context)
     wanted = settings.images or len(data.val)
@@ -83,8 +82,7 @@ def measure(context: runner.StageContext) -> tuple[pd.DataFrame, dict[str, Any]]
     count = min(wanted, len(data.val))
     rows = [
         {"layer": name, "criterion": criterion, "ratio": 0.0, "accuracy": right[0] / count}
-        for criterion in how
-        for name in names
+        for name, criterion in dict.fromkeys((t.layer, t.criterion) for t in made)
     ]
     rows += [
         {"layer": t.layer, "criterion": t.criterion, "ratio": t.ratio, "accuracy": got / count}
@@ -110,6 +108,10 @@ def _ablations(
     if settings.granularity == "group":
         return sensitivity.group_ablations(pruning_context, how, settings.ratios, seed)
     names = sensitivity.independent_layers(pruning_context)
+    for criterion in how:
+        without = sensitivity.layers_without(pruning_context, names, criterion)
+        if without:
+            console.say(f"sensitivity: {criterion} is left out for {', '.join(without)}: no scales")
     return sensitivity.ablations(pruning_context, names, how, settings.ratios, seed)
 
 
