@@ -1,5 +1,6 @@
 """Penalties: values and gradients by hand, against numpy, autograd and finite differences."""
 
+import copy
 import functools
 import math
 from itertools import product
@@ -287,6 +288,34 @@ def test_with_grouping_position_every_kernel_position_has_groups_of_its_own(name
     v = w.clone().requires_grad_()
     module.value(v, True).backward()
     torch.testing.assert_close(module.gradient(w, True), v.grad, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("grouping", ["layer", "position"])
+@pytest.mark.parametrize(("groups", "filters"), [(1, 4), (2, 6), (4, 4), (4, 8)])
+@pytest.mark.parametrize("name", GROUPED)
+def test_a_grouped_convolution_counts_as_the_whole_one_with_zeros_between_groups(
+    name, groups, filters, grouping
+):
+    torch.manual_seed(10)
+    grouped = nn.Sequential(nn.Conv2d(4, filters, 3, groups=groups), nn.Conv2d(filters, 3, 1))
+    whole = nn.Sequential(nn.Conv2d(4, filters, 3), copy.deepcopy(grouped[1])).double()
+    part, rows = 4 // groups, filters // groups
+    whole[0].weight.data.zero_()
+    for group in range(groups):
+        here = slice(rows * group, rows * (group + 1)), slice(part * group, part * (group + 1))
+        whole[0].weight.data[here] = grouped[0].weight.detach()[here[0]].double()
+    penalties_ = [build(name, m, 0.3, grouping=grouping)(0) for m in (grouped.double(), whole)]
+    for total in penalties_:
+        total.backward()
+    assert float(penalties_[0].detach()) == pytest.approx(float(penalties_[1].detach()), rel=1e-12)
+    for group in range(groups):
+        here = slice(rows * group, rows * (group + 1)), slice(part * group, part * (group + 1))
+        own, wanted = grouped[0].weight.grad[here[0]], whole[0].weight.grad[here]
+        torch.testing.assert_close(own, wanted, rtol=1e-9, atol=1e-12)
+    if groups == 1:
+        w, module = grouped[0].weight.detach(), plugin.load("penalties", name)
+        by_position = grouping == "position"
+        assert module.gradient(w, by_position).mul(0.3).equal(grouped[0].weight.grad)
 
 
 class Coupled(nn.Module):

@@ -35,20 +35,20 @@ def build(
     return group_penalty(settings, model, decay, shape, value, gradient, ratio)
 
 
-def value(w: Tensor, by_position: bool = False) -> Tensor:
+def value(w: Tensor, by_position: bool = False, groups: int = 1) -> Tensor:
     """(A + B) / S; 0 for a tensor of zeros."""
     return ratio(
-        channel_norms(w, by_position).sum() + filter_norms(w, by_position).sum(),
+        channel_norms(w, by_position, groups).sum() + filter_norms(w, by_position).sum(),
         torch.linalg.vector_norm(w),
     )
 
 
-def gradient(w: Tensor, by_position: bool = False) -> Tensor:
+def gradient(w: Tensor, by_position: bool = False, groups: int = 1) -> Tensor:
     """w * (1/a_c + 1/b_n - (A + B)/S^2) / S."""
     a, b, s = (
-        channel_norms(w, by_position),
+        channel_norms(w, by_position, groups),
         filter_norms(w, by_position),
         torch.linalg.vector_norm(w),
     )
     scale, whole = inverse(s), ratio(ratio(a.sum() + b.sum(), s), s)
-    return scale_groups(w, (inverse(a) - whole) * scale, inverse(b) * scale, by_position)
+    return scale_groups(w, (inverse(a) - whole) * scale, inverse(b) * scale, by_position, groups)

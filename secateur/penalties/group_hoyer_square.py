@@ -43,24 +43,24 @@ def build(
     )
 
 
-def value(w: Tensor, by_position: bool = False) -> Tensor:
+def value(w: Tensor, by_position: bool = False, groups: int = 1) -> Tensor:
     """(A^2 + B^2) / S^2; 0 for a tensor of zeros."""
     s = torch.linalg.vector_norm(w)
     return (
-        ratio(channel_norms(w, by_position).sum(), s).square()
+        ratio(channel_norms(w, by_position, groups).sum(), s).square()
         + ratio(filter_norms(w, by_position).sum(), s).square()
     )
 
 
-def gradient(w: Tensor, by_position: bool = False) -> Tensor:
+def gradient(w: Tensor, by_position: bool = False, groups: int = 1) -> Tensor:
     """2 w (A/a_c + B/b_n - R) / S^2, through ratios that neither overflow nor divide by zero."""
     a, b, s = (
-        channel_norms(w, by_position),
+        channel_norms(w, by_position, groups),
         filter_norms(w, by_position),
         torch.linalg.vector_norm(w),
     )
     over_a, over_b, scale = ratio(a.sum(), s), ratio(b.sum(), s), 2 * inverse(s)
     whole = (over_a.square() + over_b.square()) * inverse(s)
     return scale_groups(
-        w, (over_a * inverse(a) - whole) * scale, over_b * inverse(b) * scale, by_position
+        w, (over_a * inverse(a) - whole) * scale, over_b * inverse(b) * scale, by_position, groups
     )

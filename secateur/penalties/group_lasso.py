@@ -34,16 +34,17 @@ def build(
     return group_penalty(settings, model, decay, shape, value, gradient, lambda norms, whole: norms)
 
 
-def value(w: Tensor, by_position: bool = False) -> Tensor:
+def value(w: Tensor, by_position: bool = False, groups: int = 1) -> Tensor:
     """Sum of channel norms plus sum of filter norms."""
-    return channel_norms(w, by_position).sum() + filter_norms(w, by_position).sum()
+    return channel_norms(w, by_position, groups).sum() + filter_norms(w, by_position).sum()
 
 
-def gradient(w: Tensor, by_position: bool = False) -> Tensor:
+def gradient(w: Tensor, by_position: bool = False, groups: int = 1) -> Tensor:
     """w / a_c + w / b_n."""
     return scale_groups(
         w,
-        inverse(channel_norms(w, by_position)),
+        inverse(channel_norms(w, by_position, groups)),
         inverse(filter_norms(w, by_position)),
         by_position,
+        groups,
     )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from secateur.base.errors import ArgumentError
 from secateur.channels.graph import ChannelGraph, build_channel_graph
 from secateur.channels.groups import by_channel
-from secateur.penalties._shared.formula import ClosedFormPenalty, GroupSettings, root
+from secateur.penalties._shared.formula import GroupPenalty, GroupSettings, root
 
 
 class CoupledWeights:
@@ -116,22 +116,23 @@ def group_penalty(
     model: nn.Module,
     decay: float,
     shape: Sequence[int] | None,
-    value: Callable[[Tensor, bool], Tensor],
-    gradient: Callable[[Tensor, bool], Tensor],
+    value: Callable[[Tensor, bool, int], Tensor],
+    gradient: Callable[[Tensor, bool, int], Tensor],
     coupled: Callable[[Tensor, Tensor], Tensor],
-) -> ClosedFormPenalty | CoupledPenalty:
+) -> GroupPenalty | CoupledPenalty:
     """The penalty with the grouping of the settings.
 
-    `value` and `gradient` are of one tensor and take `by_position`; `coupled` is the formula of a
-    CoupledPenalty. `shape` is that of one image, which grouping coupled needs.
+    `value` and `gradient` are of one tensor and take `by_position` and the number of groups of its
+    convolution; `coupled` is the formula of a CoupledPenalty. `shape` is that of one image, which
+    grouping coupled needs.
     """
     if settings.grouping == "coupled":
         return CoupledPenalty(CoupledWeights(model, shape), coupled, decay)
     by_position = settings.grouping == "position"
-    return ClosedFormPenalty(
+    return GroupPenalty(
         model,
-        lambda w: value(w, by_position),
-        lambda w: gradient(w, by_position),
+        lambda w, groups: value(w, by_position, groups),
+        lambda w, groups: gradient(w, by_position, groups),
         settings.biases,
         decay,
     )

@@ -33,9 +33,10 @@ class GroupSettings(Strict):
     biases: bool = False
     """Cover biases too, each entry a group of its own."""
     grouping: Literal["layer", "position", "coupled"] = "layer"
-    """layer: filters and input channels of each layer. position: the same at each position of the
-    kernel by itself, as in the source's scripts for ImageNet. coupled: channels that can be
-    removed, each with its filters, its inputs and its scales in all layers."""
+    """layer: filters and input channels of each layer; each group of a convolution has input
+    channels of its own. position: the same at each position of the kernel by itself, as in the
+    source's scripts for ImageNet. coupled: channels that can be removed, each with its filters, its
+    inputs and its scales in all layers."""
 
     @model_validator(mode="after")
     def _coupled_without_biases(self) -> Self:
@@ -75,7 +76,9 @@ class ClosedFormPenalty:
         """Sum of the formula over all tensors."""
         if self.gradient is None:
             return torch.stack([self.value(tensor) for tensor in self.covered]).sum()
-        total: Tensor = _Closed.apply(self.value, self.gradient, *self.covered)
+        count = len(self.covered)
+        values, gradients = [self.value] * count, [self.gradient] * count
+        total: Tensor = _Closed.apply(values, gradients, *self.covered)
         return total
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -86,18 +89,52 @@ class ClosedFormPenalty:
         """No state."""
 
 
+class GroupPenalty(ClosedFormPenalty):
+    """A formula of channels and filters, with those of each group of a convolution."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        value: Callable[[Tensor, int], Tensor],
+        gradient: Callable[[Tensor, int], Tensor],
+        biases: bool,
+        decay: float,
+    ) -> None:
+        """Both functions take a tensor and its number of groups."""
+        super().__init__(model, lambda w: value(w, 1), None, biases, decay)
+        layers = [m for m in masks.layers(model).values() if isinstance(m, nn.Conv2d)]
+        groups = {id(layer.weight): layer.groups for layer in layers}
+        counts = [groups.get(id(tensor), 1) for tensor in self.covered]
+        self.values = [_with_groups(value, count) for count in counts]
+        self.gradients = [_with_groups(gradient, count) for count in counts]
+
+    def total(self) -> Tensor:
+        """Sum of the formula over all tensors."""
+        total: Tensor = _Closed.apply(self.values, self.gradients, *self.covered)
+        return total
+
+
+def _with_groups(
+    function: Callable[[Tensor, int], Tensor], groups: int
+) -> Callable[[Tensor], Tensor]:
+    return lambda w: function(w, groups)
+
+
 class _Closed(torch.autograd.Function):
-    """Sum of a formula over tensors, with its gradient in closed form: a third of the work."""
+    """Sum of formulas, one a tensor, with their gradients in closed form: a third of the work."""
 
     @staticmethod
-    def forward(ctx: Any, value: Value, gradient: Gradient, *tensors: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, values: Sequence[Value], gradients: Sequence[Gradient], *tensors: Tensor
+    ) -> Tensor:
         ctx.save_for_backward(*tensors)
-        ctx.gradient = gradient
-        return torch.stack([value(tensor) for tensor in tensors]).sum()
+        ctx.gradients = gradients
+        return torch.stack([value(t) for value, t in zip(values, tensors, strict=True)]).sum()
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Any:
-        return None, None, *(ctx.gradient(t).mul_(upstream) for t in ctx.saved_tensors)
+        pairs = zip(ctx.gradients, ctx.saved_tensors, strict=True)
+        return None, None, *(gradient(t).mul_(upstream) for gradient, t in pairs)
 
 
 ByNorms = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
@@ -160,16 +197,21 @@ def l1_l2(tensor: Tensor) -> tuple[Tensor, Tensor]:
     return tensor.abs().sum(), torch.linalg.vector_norm(tensor)  # vector_norm(., 1) is slower
 
 
-def channel_norms(weight: Tensor, by_position: bool = False) -> Tensor:
+def channel_norms(weight: Tensor, by_position: bool = False, groups: int = 1) -> Tensor:
     """L2 norm of each input channel: (filters, channels, ...) or (outputs, inputs) -> (channels,).
 
-    With `by_position` of each channel at each position of the kernel, (channels * positions,). Its
+    With `by_position` of each channel at each position of the kernel, (channels * positions,). Each
+    of the `groups` of a convolution has its own channels, group by group in the result. Its
     derivative at zero is finite. Each entry of a bias vector is a channel.
     """
     if weight.dim() == 1:
         return weight.abs()
+    squares = weight.square()
+    if groups > 1:
+        squares = squares.unflatten(0, (groups, -1)).sum(1)  # (groups, channels of a group, ...)
+        squares = squares.flatten(0, 1).unsqueeze(0)
     axes = [0] if by_position else [0, *range(2, weight.dim())]
-    return root(weight.square().sum(axes)).flatten()
+    return root(squares.sum(axes)).flatten()
 
 
 def filter_norms(weight: Tensor, by_position: bool = False) -> Tensor:
@@ -185,7 +227,11 @@ def filter_norms(weight: Tensor, by_position: bool = False) -> Tensor:
 
 
 def scale_groups(
-    weight: Tensor, channels: Tensor, filters: Tensor, by_position: bool = False
+    weight: Tensor,
+    channels: Tensor,
+    filters: Tensor,
+    by_position: bool = False,
+    groups: int = 1,
 ) -> Tensor:
     """`weight` times a factor for each channel plus `weight` times one for each filter.
 
@@ -194,7 +240,10 @@ def scale_groups(
     if weight.dim() == 1:
         return weight * channels
     kernel = weight.shape[2:] if by_position else [1] * (weight.dim() - 2)
-    scaled = weight * channels.view(1, -1, *kernel)
+    channels = channels.view(groups, -1, *kernel)
+    if groups > 1:
+        channels = channels.repeat_interleave(len(weight) // groups, 0)
+    scaled = weight * channels
     return scaled.addcmul_(weight, filters.view(-1, 1, *kernel))
 
 
