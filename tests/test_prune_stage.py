@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from secateur.base.errors import TrainingError
 from secateur.base.sections import Finetune
 from secateur.data import dataset
 from secateur.pruning.decision import PruningContext
@@ -94,6 +95,15 @@ def test_criteria_are_given_all_classes_also_where_these_stand_one_after_the_oth
     counts, size = seen.value.args
     assert len(counts) == 3 and min(counts) >= 0.3 * size
     assert size == 256
+
+
+def test_one_image_is_too_few_for_a_norm_of_single_pixels():
+    model = nn.Sequential(nn.Conv2d(1, 4, 6), nn.BatchNorm2d(4)).eval()
+    with pytest.raises(TrainingError, match="recalibrate: a single image is too few") as caught:
+        recalibrate(model, [torch.randn(1, 1, 6, 6)])
+    assert "\n" not in str(caught.value)
+    assert model[1].momentum == 0.1 and not model[1].training
+    assert recalibrate(model, [torch.randn(1, 1, 7, 7)]) == 1, "four pixels are enough"
 
 
 def test_a_network_without_norms_is_left_as_it_is():

@@ -6,6 +6,7 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
+from secateur.base.errors import TrainingError
 from secateur.data.batches import Batches
 from secateur.data.dataset import Dataset
 from secateur.sparsity.masks import BatchNorm
@@ -36,7 +37,8 @@ def recalibrate(model: nn.Module, batches: Iterable[Tensor]) -> int:
     """Set running means and variances to the averages over batches of images, in place.
 
     All batches have equal weight, so they should have one size. Other layers (dropout) stay in eval
-    mode, and so does the model afterwards. Returns the number of normalisations.
+    mode, and so does the model afterwards. Returns the number of normalisations. Raises
+    TrainingError for a batch of one image where a normalisation sees single pixels.
     """
     norms = [m for m in model.modules() if isinstance(m, BatchNorm) and m.track_running_stats]
     momenta = [norm.momentum for norm in norms]
@@ -48,6 +50,13 @@ def recalibrate(model: nn.Module, batches: Iterable[Tensor]) -> int:
     try:
         for images in batches:
             model(images)
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise TrainingError(
+            "recalibrate: a single image is too few for a batch normalisation of single pixels; "
+            "ask for more images, or for 0 to keep the statistics"
+        ) from None
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
