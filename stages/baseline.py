@@ -108,12 +108,13 @@ def _fill(
             "params.yaml: baseline.head = 'reset': the network has no layer whose size follows "
             "the number of classes"
         )
-    aliases = module.aliases(context.params.chosen("archs")) if hasattr(module, "aliases") else {}
+    arch = context.params.chosen("archs")
     matching.fill(
         model,
         found,
         rename=settings.rename,
-        aliases=aliases,
+        aliases=module.aliases(arch) if hasattr(module, "aliases") else {},
+        auxiliary=module.auxiliary(arch) if hasattr(module, "auxiliary") else (),
         fresh=ends if reset else (),
         classifier=ends,
         hint=f" (the data has {len(header.classes)} classes; baseline.head = reset makes a new "

@@ -31,9 +31,10 @@ def settings(**given):
     return ContinuedTrain(distillation={"teacher": TEACHER, **given}, **RATES)
 
 
-def small(width, seed=0):
+def small(width, seed=0, inplace=False):
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 10))
+    relu = nn.ReLU(inplace=inplace)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, width), relu, nn.Linear(width, 10))
 
 
 def distiller(model, teacher, how):
@@ -54,10 +55,11 @@ def test_the_gradient_of_the_divergence_is_that_of_the_paper():
         assert torch.allclose(loss, plain, rtol=1e-10)
 
 
-@pytest.mark.parametrize("parts", [1, 3])
-def test_a_step_of_training_is_that_of_the_whole_formula(parts):
+@pytest.mark.parametrize(("parts", "inplace"), [(1, False), (3, False), (1, True)])
+def test_a_step_of_training_is_that_of_the_whole_formula(parts, inplace):
     """Labels, outputs and features together, against autograd of the formula written out."""
-    prepared, model, teacher = digits(100), small(6), small(9, seed=1)
+    prepared, model = digits(100), small(6, inplace=inplace)
+    teacher = small(9, seed=1, inplace=inplace)
     by_hand, theirs = copy.deepcopy(model), copy.deepcopy(teacher)
     how = ContinuedTrain(
         epochs=1, batch_size=100, optimizer="sgd", momentum=0, lr=0.1, schedule="constant",
@@ -72,7 +74,7 @@ def test_a_step_of_training_is_that_of_the_whole_formula(parts):
     images = (prepared.train.pixels.permute(0, 3, 1, 2) / 255 - 0.3) / 0.4
     labels, total = prepared.train.labels, 0.0
     hidden, wanted = by_hand[1](images.flatten(1)), theirs[1](images.flatten(1))
-    logits, taught = by_hand[3](hidden.relu()), theirs[3](wanted.relu())
+    logits, taught = by_hand[3](hidden.relu()), theirs[3](wanted.relu())  # not in place
     total = 0.3 * F.cross_entropy(logits, labels)
     total += 0.7 * distillation.softened_divergence(logits, taught, 3.0).mean()
     total += 0.5 * (F.mse_loss(to_teacher(hidden), wanted) + F.mse_loss(logits, taught))
@@ -135,6 +137,30 @@ def test_features_that_do_not_fit_are_one_line():
         Distillation(features=("1",))
     with pytest.raises(ValueError, match="or weights/<a checkpoint>"):
         Distillation(teacher="models/pruned")
+
+
+class Odd(nn.Module):
+    """Has a layer that gives a tuple, and one that never runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.unused = nn.GRU(8, 4, batch_first=True), nn.Linear(2, 2)
+        self.out = nn.Linear(4, 10)
+
+    def forward(self, images):
+        return self.out(self.rnn(images.flatten(1, 2))[0].mean(1))
+
+
+@pytest.mark.parametrize(
+    ("feature", "words"),
+    [
+        ("rnn", "'rnn': the layer of the network gives a tuple, not one tensor"),
+        ("unused", "'unused': the network never runs this layer"),
+    ],
+)
+def test_layers_without_one_output_are_refused_before_the_training(feature, words):
+    with pytest.raises(ArgumentError, match=words):
+        distiller(Odd(), Odd(), settings(features=(feature,)))
 
 
 def saved(path, classes, arch="lenet300"):

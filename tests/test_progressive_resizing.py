@@ -158,6 +158,19 @@ def test_a_network_for_one_size_is_refused_and_left_as_it_was():
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.parametrize("message", ["Wrong height! Expected 8\nbut got 4", ""])
+def test_a_network_that_asserts_its_size_is_refused_too(message):
+    class Asserts(nn.Linear):
+        def forward(self, images):
+            if images.shape[-1] != 8:
+                raise AssertionError(message)  # pytest would rewrite an assert
+            return super().forward(images.flatten(1))
+
+    words = "Wrong height! Expected 8 but got 4" if message else "AssertionError"
+    with pytest.raises(ArgumentError, match=rf"only of 8x8: {words}; take none"):
+        progressive_resizing.check(Asserts(64, 3), [ImageScale(scale=0.5, until=0.5)], (1, 8, 8))
+
+
 @pytest.mark.parametrize(
     ("parts", "words"),
     [

@@ -24,6 +24,7 @@ from secateur.data import dataset
 from secateur.data.dataset import Images, InMemoryImages
 from secateur.nn import checkpoint, matching, weights
 from secateur.nn.checkpoint import Header
+from stages import baseline
 
 CIFAR, MNIST = (3, 32, 32), (1, 28, 28)
 
@@ -50,8 +51,9 @@ def load_into(model, path, arch=None, **options):
     """Read and match, as baseline does; the network."""
     if arch:
         module = plugin.load("archs", arch[0])
-        if hasattr(module, "aliases"):
-            options["aliases"] = module.aliases(module.Settings(**arch[1]))
+        for names in ("aliases", "auxiliary"):
+            if hasattr(module, names):
+                options[names] = getattr(module, names)(module.Settings(**arch[1]))
     matching.fill(model, weights.read(path), **options)
     return model.eval()
 
@@ -422,6 +424,20 @@ def test_renamed_keys_may_be_of_tensors_or_modules_with_any_text(tmp_path):
         load_into(model, tmp_path / "a.pth", rename={"stage*": "layer"})
 
 
+@pytest.mark.parametrize("prefix", ["", "module.", "model.", "module.model.", "ema.0."])
+def test_names_to_be_renamed_may_be_those_in_the_file(prefix, tmp_path):
+    original = trained(Small())
+    state = {n.replace("fc", "head"): t for n, t in original.state_dict().items()}
+    torch.save({prefix + n: t for n, t in state.items()}, tmp_path / "a.pth")
+    for rename in ({"head": "fc"}, {prefix + "head": "fc"}, {prefix + "head": prefix + "fc"}):
+        model = load_into(Small(), tmp_path / "a.pth", rename=rename)
+        assert same(model, original, (3, 8, 8))
+    with pytest.raises(CheckpointError, match=r"2 missing: fc.weight, fc.bias"):
+        load_into(Small(), tmp_path / "a.pth", rename={prefix + "head": "fd"})
+    with pytest.raises(CheckpointError, match="is the name of no tensor"):
+        load_into(Small(), tmp_path / "a.pth", rename={prefix + "haed": "fc"})
+
+
 def test_a_reading_of_prefixes_in_which_names_meet_is_not_taken(tmp_path):
     """Without `a.`, which most names have, two tensors would have one name by an alias."""
     state = {"a.weight": torch.ones(2, 2), "a.bias": torch.ones(2), "b.weight": torch.ones(2, 2)}
@@ -591,7 +607,10 @@ def test_published_weights_bring_their_normalisation_and_size(offline, monkeypat
 
 @pytest.mark.parametrize("name", ["googlenet", "densenet121"])
 def test_published_weights_with_more_or_other_names_are_understood(name, offline, monkeypatch):
-    """Densenets are published under the names of an earlier version, googlenet with its heads."""
+    """Densenets are published under the names of an earlier version, googlenet with its heads.
+
+    The architecture knows these names, so that a file of the user may have them too.
+    """
     chosen = {"name": name, "transform_input": name == "googlenet"}
     with torch.device("meta"):
         model = build("torchvision", 1000, (3, 64, 64), **chosen)
@@ -602,7 +621,27 @@ def test_published_weights_with_more_or_other_names_are_understood(name, offline
     assert names != own
     publish(name, {n: torch.zeros(1) for n in names}, offline, monkeypatch)
     found = published("torchvision", **chosen)
-    assert {n for n in found.tensors if not n.startswith(found.optional)} == own
+    module = plugin.load("archs", "torchvision")
+    valid = module.Settings(**chosen)
+    matched = matching.match(found.tensors, model.state_dict(), {}, module.aliases(valid))
+    assert matched.sources.keys() == own
+    assert all(n.startswith(module.auxiliary(valid)) for n in matched.unexpected)
+
+
+def test_names_that_the_architecture_knows_are_understood_in_any_file(monkeypatch, tmp_path):
+    state = {n.replace("fc", "head"): t for n, t in trained(Small()).state_dict().items()}
+    torch.save({**state, "aux1.weight": torch.ones(1)}, tmp_path / "a.pth")
+    arch = types.SimpleNamespace(aliases=lambda _: {"head": "fc"}, auxiliary=lambda _: ("aux",))
+    monkeypatch.setattr(baseline.plugin, "load", lambda *_: arch)
+    monkeypatch.setattr(baseline.checkpoint, "classifier", lambda _: frozenset())
+    wanted = types.SimpleNamespace(head="keep", rename={})
+    context = types.SimpleNamespace(
+        params=types.SimpleNamespace(baseline=wanted, chosen=lambda _: None)
+    )
+    header = Header("", {}, ["a", "b", "c"], [3, 8, 8], [0.0], [1.0], "", "baseline")
+    model = Small()
+    baseline._fill(model, header, weights.read(tmp_path / "a.pth"), context)
+    assert torch.equal(model.fc.weight, state["head.weight"])
 
 
 def test_ported_weights_need_their_normalisation_in_the_network():

@@ -7,7 +7,9 @@ parameters has `reset_parameters()`. A network whose initial weights differ from
 layers has that method too: it draws weights in the present shape of the layers, so that a pruned
 network trained from scratch starts like the dense one.
 
-Two further functions are optional. `published(settings) -> nn.weights.Weights`: weights that a
+Three further functions are optional. `published(settings) -> nn.weights.Weights`: weights that a
 library publishes for the network. `aliases(settings) -> nn.matching.Names`: names of its tensors in
-well-known implementations, which files of weights then may have.
+well-known implementations, which files of weights then may have. `auxiliary(settings) ->
+tuple[str, ...]`: beginnings of names of tensors that such files may have beside those, as of
+auxiliary classifiers.
 """

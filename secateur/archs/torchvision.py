@@ -7,7 +7,6 @@ refuses networks with parameters outside of layers (vit, swin, maxvit, convnext)
 """
 
 import difflib
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -89,15 +88,23 @@ def published(settings: Settings) -> Weights:
         _download(best.url, path, digest, settings.name)
     found = weights.read(path)
     weights.check_published(path, found, digest)
-    tensors = found.tensors
-    if settings.name.startswith("densenet"):  # published under the names of an earlier version
-        pattern = re.compile(r"\.(norm|conv)\.(\d)\.")
-        tensors = {pattern.sub(r".\1\2.", name): t for name, t in tensors.items()}
     expected = best.transforms()
     side = (3, *expected.crop_size * 2)[:3]
     source = f"{settings.name} of torchvision"
     known = weights.from_config(source, expected.mean, expected.std, side)
-    return replace(known, tensors=tensors, sha256=found.sha256, optional=("aux", "AuxLogits"))
+    return replace(known, tensors=found.tensors, sha256=found.sha256)
+
+
+def aliases(settings: Settings) -> dict[str, str]:
+    """Names in files of an earlier version, among them the published ones: of densenets."""
+    if not settings.name.startswith("densenet"):
+        return {}
+    return {f"*.{kind}.{n}": f"*.{kind}{n}" for kind in ("norm", "conv") for n in (1, 2)}
+
+
+def auxiliary(settings: Settings) -> tuple[str, ...]:
+    """Beginnings of names of the auxiliary classifiers, which are left out of the network."""
+    return ("aux", "AuxLogits") if settings.name in PORTED else ()
 
 
 def _download(url: str, path: Path, digest: str, name: str) -> None:

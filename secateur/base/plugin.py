@@ -48,7 +48,7 @@ class DatasetPlugin(Plugin, Protocol):
 
 
 class ArchPlugin(Plugin, Protocol):
-    """A module of secateur/archs, which may also have `published` and `aliases` (see there)."""
+    """A module of secateur/archs, which may also have functions that are named there."""
 
     def build(self, settings: Any, classes: int, shape: tuple[int, int, int]) -> "nn.Module":
         """Build the network with new weights for images of `shape` (C, H, W)."""

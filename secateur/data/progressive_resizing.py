@@ -70,8 +70,8 @@ def check(model: nn.Module, parts: Sequence[ImageScale], shape: Sequence[int]) -
             image = torch.zeros(1, shape[0], height, width, device=parameter.device)
             try:
                 model(image)
-            except (RuntimeError, ValueError) as error:
-                reason = " ".join(str(error).split())[:120]
+            except Exception as error:  # of many types: vision transformers assert their size
+                reason = " ".join(str(error).split())[:120] or type(error).__name__
                 raise ArgumentError(
                     "progressive_resizing",
                     f"the network does not take images of {height}x{width} (scale {part.scale:g}), "

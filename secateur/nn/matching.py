@@ -42,6 +42,7 @@ def fill(
     *,
     rename: Names | None = None,
     aliases: Names | None = None,
+    auxiliary: tuple[str, ...] = (),
     fresh: Collection[str] = (),
     classifier: Collection[str] = (),
     hint: str = "",
@@ -49,9 +50,9 @@ def fill(
     """Copy the weights into a network, in place; those named in `fresh` stay as they are.
 
     Names are matched as they are, without prefixes that wrappers have added, by `rename`, and by
-    `aliases`, the names that other implementations of the network use. Masks of gconv-prune's
-    layers are multiplied into the weights. Buffers of integers that the file lacks, such as
-    counters of batches, stay as they are.
+    `aliases`, the names that other implementations of the network use. Tensors whose names begin
+    with one of `auxiliary` may be left over. Masks of gconv-prune's layers are multiplied into the
+    weights. Buffers of integers that the file lacks, such as counters of batches, stay as they are.
 
     Raises CheckpointError before anything is changed: with all that is missing, unexpected or of
     another shape, ten names of each at most, and `hint` if a tensor of `classifier` has another
@@ -66,7 +67,7 @@ def fill(
     needed = {name for name, t in own.items() if t.is_floating_point() or t.is_complex()}
     missing = [n for n in own if n in needed and n not in found.sources and n not in fresh]
     unexpected = [n for n in found.unexpected if n.rpartition(".")[2] not in COUNTERS]
-    unexpected = [n for n in unexpected if not n.startswith(weights.optional)]
+    unexpected = [n for n in unexpected if not n.startswith(auxiliary)]
     chosen = {n: tensors[source] for n, source in found.sources.items() if n not in fresh}
     shapes = [
         f"{name} {_shape(tensor)}, needs {_shape(own[name])}"
@@ -108,7 +109,7 @@ def match(names: Iterable[str], own: Collection[str], rename: Names, aliases: Na
         sources: dict[str, str] = {}
         unexpected, used, twice = [], set(), ""
         for original, name in read.items():
-            target, applied = _resolve(name, own, rename, aliases)
+            target, applied = _resolve(name, original, own, rename, aliases)
             used |= {applied} if applied else set()
             if target is None:
                 unexpected.append(name)
@@ -137,18 +138,28 @@ def renamed(name: str, rule: str, new: str) -> str | None:
 
 
 def _resolve(
-    name: str, own: Collection[str], rename: Names, aliases: Names
+    name: str, original: str, own: Collection[str], rename: Names, aliases: Names
 ) -> tuple[str | None, str | None]:
-    """The network's name for a tensor, if there is one, and the rule of `rename` that applied."""
+    """The network's name for a tensor, if there is one, and the rule of `rename` that applied.
+
+    Rules are of `name`, without prefixes, or else of `original`, as it stands in the file.
+    """
     for rule, new in rename.items():
         if (other := renamed(name, rule, new)) is not None:
             return (other if other in own else None), rule
+    in_file = {rule: renamed(original, rule, new) for rule, new in rename.items()}
+    in_file = {rule: other for rule, other in in_file.items() if other is not None}
+    prefix = original.removesuffix(name)
+    for rule, other in in_file.items():
+        for target in (other, other.removeprefix(prefix)):
+            if target in own:
+                return target, rule
     if name in own:
         return name, None
     for rule, new in aliases.items():
         if (other := renamed(name, rule, new)) is not None and other in own:
             return other, None
-    return None, None
+    return None, next(iter(in_file), None)
 
 
 def _readings(names: list[str], own: Collection[str]) -> list[dict[str, str]]:

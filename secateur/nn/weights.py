@@ -56,8 +56,6 @@ class Weights:
     """Height and width of an image."""
     checkpoint: Checkpoint | None = None
     """The whole content, if Secateur has written the file."""
-    optional: tuple[str, ...] = ()
-    """Beginnings of names of tensors that the network may lack: of auxiliary classifiers."""
 
 
 def read(path: Path) -> Weights:

@@ -57,8 +57,8 @@ class Distiller:
     ) -> None:
         """`shape` is that of an image; `seed` decides on the initial weights of the maps.
 
-        Raises ArgumentError for a layer that a network lacks or whose outputs differ in more than
-        their width.
+        Raises ArgumentError for a layer that a network lacks or never runs, that gives more than
+        one tensor, or whose outputs differ in more than their width.
         """
         self.settings, self.model = settings, model
         self.teacher = teacher.eval().requires_grad_(False)
@@ -83,7 +83,8 @@ class Distiller:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             for name in self.settings.features:
-                made = _map(name, self._ours.pop(name), self._theirs.pop(name))
+                ours = _taken(name, self._ours, "the network")
+                made = _map(name, ours, _taken(name, self._theirs, "the teacher"))
                 if made is not None:
                     maps[name] = made
         return maps
@@ -146,13 +147,29 @@ class Distiller:
             module.load_state_dict(own)
 
 
-def _keep(found: dict[str, Tensor], name: str) -> Callable[..., None]:
-    """A hook that stores the output of a layer."""
+def _keep(found: dict[str, Any], name: str) -> Callable[..., None]:
+    """A hook that stores the output of a layer.
 
-    def store(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
-        found[name] = output
+    It is a copy, since what follows may work in place: a sum of shortcuts, or ReLU(inplace=True).
+    """
+
+    def store(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        found[name] = output.clone() if isinstance(output, Tensor) else output
 
     return store
+
+
+def _taken(name: str, found: dict[str, Any], whose: str) -> Tensor:
+    """The output of a layer, no longer stored; ArgumentError if it did not run or is no tensor."""
+    if name not in found:
+        raise ArgumentError("distillation.features", f"{whose} never runs this layer", name)
+    output = found.pop(name)
+    if not isinstance(output, Tensor):
+        kind = type(output).__name__
+        raise ArgumentError(
+            "distillation.features", f"the layer of {whose} gives a {kind}, not one tensor", name
+        )
+    return output
 
 
 def _map(name: str, ours: Tensor, theirs: Tensor) -> nn.Module | None:
