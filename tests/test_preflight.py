@@ -9,7 +9,7 @@ import yaml
 from torch import nn
 from workspace import yaml_text
 
-from secateur.base import plugin
+from secateur.base import machine, plugin
 from secateur.base.errors import SettingsError
 from secateur.data.dataset import DatasetInfo
 from secateur.pipeline.preflight import check_network, check_settings
@@ -157,3 +157,18 @@ def test_what_does_not_fit_the_images_is_refused_before_they_are_written(changes
 def test_what_fits_the_images_passes(network):
     network(arch="lenet5", penalty="greg1", penalties__greg1__skip="conv1")
     check_settings(INFO)
+
+
+def test_an_adaptive_pooling_is_refused_where_it_cannot_be_trained(network, monkeypatch):
+    whole = nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    whole.append(nn.Linear(4, 2))
+    parts = copy.deepcopy(whole)
+    parts[1], parts[3] = nn.AdaptiveAvgPool2d((2, 2)), nn.Linear(16, 2)
+    network()
+    check_network(parts, INFO)
+    monkeypatch.setattr(machine, "device", lambda: torch.device("cuda"))
+    check_network(whole, INFO)
+    with pytest.raises(SettingsError, match="1 is an adaptive pooling, which cannot be trained"):
+        check_network(parts, INFO)
+    network(baseline__epochs=0, sparse_train__epochs=0, finetune__epochs=0)
+    check_network(parts, INFO)

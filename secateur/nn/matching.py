@@ -147,8 +147,11 @@ def _resolve(
     for rule, new in rename.items():
         if (other := renamed(name, rule, new)) is not None:
             return (other if other in own else None), rule
-    in_file = {rule: renamed(original, rule, new) for rule, new in rename.items()}
-    in_file = {rule: other for rule, other in in_file.items() if other is not None}
+    in_file = {
+        rule: other
+        for rule, new in rename.items()
+        if (other := renamed(original, rule, new)) is not None
+    }
     prefix = original.removesuffix(name)
     for rule, other in in_file.items():
         for target in (other, other.removeprefix(prefix)):

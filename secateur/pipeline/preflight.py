@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from secateur.base import plugin, sections, settings
+from secateur.base import machine, plugin, sections, settings
 from secateur.base.errors import ArgumentError, SecateurError, SettingsError
 from secateur.data import progressive_resizing
 from secateur.data.dataset import DatasetInfo
@@ -68,6 +68,7 @@ def check_network(model: nn.Module, info: DatasetInfo, round_name: str | None = 
 
 def _check(model: nn.Module, info: DatasetInfo, params: settings.Params) -> None:
     """Check the network for one round."""
+    _check_pooling(model, params)
     with torch.random.fork_rng(devices=[]):
         trial = copy.deepcopy(model).cpu().eval()
         with settings.section(f"penalties.{params.penalty}"):
@@ -105,6 +106,23 @@ def _check(model: nn.Module, info: DatasetInfo, params: settings.Params) -> None
             raise
         except SecateurError as error:
             _check_followed(context, error)  # otherwise the trained network may pass
+
+
+def _check_pooling(model: nn.Module, params: settings.Params) -> None:
+    """SettingsError if the network is to be trained on a GPU through an adaptive pooling.
+
+    Its gradient has no deterministic algorithm there, except for the mean of a whole map.
+    """
+    pools = {n: m for n, m in model.named_modules() if isinstance(m, nn.AdaptiveAvgPool2d)}
+    names = [name for name, pool in pools.items() if pool.output_size not in (1, (1, 1))]
+    trained = any(getattr(params, key).epochs for key in ("baseline", "sparse_train", "finetune"))
+    if names and trained and machine.device().type == "cuda":
+        raise SettingsError(
+            f"params.yaml: arch = {params.arch!r}: {names[0]} is an adaptive pooling, which cannot "
+            "be trained deterministically on a GPU; take images whose size it divides evenly "
+            "(vgg and alexnet of torchvision then have a fixed pooling), another network, or "
+            "SECATEUR_DEVICE=cpu"
+        )
 
 
 def _without_latency(params: settings.Params) -> Any:
