@@ -1,7 +1,10 @@
 """Recipes: one format for single ones, families and tables, all of them sound."""
 
 import math
+import os
 import re
+import subprocess
+import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -13,7 +16,7 @@ from workspace import yaml_text
 
 from secateur import cli
 from secateur.base import plugin, sections, settings
-from secateur.base.errors import SettingsError
+from secateur.base.errors import SecateurError, SettingsError
 from secateur.pipeline import params_file, recipe
 from secateur.training.penalty import Course
 
@@ -303,6 +306,61 @@ def test_a_recipe_does_not_choose_versions_of_libraries(folder):
     folder(a={"about": "a", "settings": {"libraries": {"torch": "1.0.0"}}})
     with pytest.raises(SettingsError, match="recipe a: libraries: "):
         recipe.load("a")
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """A pipeline of one stage, which fails for x = 0; what a recipe reports is the commit."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "params.yaml").write_text("seed: 0\nx: 0\n")
+    stage = {"cmd": "test ${x} -gt 0 && echo ${x} >out", "params": ["seed", "x"],
+             "outs": [{"out": {"cache": False}}]}  # fmt: skip
+    (tmp_path / "dvc.yaml").write_text(yaml_text({"stages": {"only": stage}}))
+    for key in [key for key in os.environ if key.startswith("DVC_")]:
+        monkeypatch.delenv(key)
+    monkeypatch.setattr(recipe, "_report", lambda name, commit: git("show", f"{commit}:out"))
+    git("init", "-q")
+    git("config", "user.name", "t")
+    git("config", "user.email", "t@localhost")
+    subprocess.run([sys.executable, "-m", "dvc", "init", "-q"], check=True)
+    git("add", "-A")
+    git("commit", "-q", "-m", "state")
+
+
+def git(*command):
+    return subprocess.run(["git", *command], check=True, capture_output=True, text=True).stdout
+
+
+def experiments():
+    """Ref, below refs/exps, of each experiment -> what it has made."""
+    refs = [line for line in git("for-each-ref", "--format=%(refname:lstrip=2)").split()
+            if re.match(r"\w\w/\w{38}/", line)]  # fmt: skip
+    return {ref: int(git("show", f"refs/exps/{ref}:out")) for ref in refs}
+
+
+@pytest.mark.pipeline
+@pytest.mark.usefixtures("tiny")
+def test_an_experiment_is_replaced_by_the_next_that_succeeds_on_the_same_commit(capfd):
+    def ref(name):
+        head = git("rev-parse", "HEAD").strip()
+        return f"{head[:2]}/{head[2:]}/{name}"
+
+    assert recipe.run(recipe.Recipe("r", "", {"x": 1}), [1, 2]) == ["1\n", "1\n"]
+    old = {ref("r-seed1"): 1, ref("r-seed2"): 1}
+    git("commit", "-q", "--allow-empty", "-m", "next")
+    assert recipe.run(recipe.Recipe("r", "", {"x": 2}), [1]) == ["2\n"]
+    now = {ref("r-seed1"): 2}
+    assert experiments() == old | now
+    with pytest.raises(SecateurError, match="recipe r: seed 1 failed"):
+        recipe.run(recipe.Recipe("r", "", {"x": 0}), [1])
+    assert experiments() == old | now
+    git("update-ref", f"refs/exps/{ref('r-seed1-before')}", f"refs/exps/{ref('r-seed1')}")
+    git("update-ref", "-d", f"refs/exps/{ref('r-seed1')}")  # as a process that was killed leaves it
+    with pytest.raises(SecateurError, match="recipe r: seed 1 failed"):
+        recipe.run(recipe.Recipe("r", "", {"x": 0}), [1])
+    assert experiments() == old | now
+    assert recipe.run(recipe.Recipe("r", "", {"x": 3}), [1]) == ["3\n"]
+    assert experiments() == old | {ref("r-seed1"): 3}
 
 
 def test_the_published_names_are_there():

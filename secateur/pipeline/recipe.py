@@ -12,6 +12,7 @@ clean one: `git checkout params.yaml`.
 """
 
 import argparse
+import contextlib
 import difflib
 import functools
 import io
@@ -24,7 +25,7 @@ import sqlite3
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -241,22 +242,60 @@ def run(recipe: Recipe, seeds: Sequence[int]) -> list[dict[str, Any]]:
     environment = os.environ | {"PATH": beside}  # so that its `python` is this one
     for seed in seeds:
         name = f"{recipe.name}-seed{seed}"
-        remove = [*dvc, "remove", "-q", name]
-        subprocess.run(remove, capture_output=True, check=False, env=environment)
         command = [*dvc, "run", "--temp", "-n", name, *overrides, "-S", f"seed={seed}"]
-        if subprocess.run(command, check=False, env=environment).returncode:
-            raise SecateurError(f"recipe {recipe.name}: seed {seed} failed (see above)")
-        reports.append(_report(name))
+        with _earlier_kept(name) as ref:
+            if subprocess.run(command, check=False, env=environment).returncode:
+                raise SecateurError(f"recipe {recipe.name}: seed {seed} failed (see above)")
+        reports.append(_report(name, _commit(ref)))
     return reports
 
 
-def _report(experiment: str) -> dict[str, Any]:
+@contextlib.contextmanager
+def _earlier_kept(name: str) -> Iterator[str]:
+    """Make room for an experiment of this name on the present commit; yields its ref.
+
+    One that is there already is named `<name>-before` meanwhile. It is removed if there is a new
+    one in the end, and gets its name back if there is none. Those on other commits stay.
+    """
+    head = _commit("HEAD")
+    ref = f"refs/exps/{head[:2]}/{head[2:]}/{name}"
+    before = f"{ref}-before"
+    if not head:
+        yield ref  # without a commit there are no experiments, as DVC will say
+        return
+    if earlier := _commit(ref) or _commit(before):  # `before`: from a process that was killed
+        _change_refs(f"update {before} {earlier}", f"delete {ref}")
+    try:
+        yield ref
+    finally:
+        if earlier and _commit(ref):
+            _change_refs(f"delete {before}")
+        elif earlier:
+            _change_refs(f"delete {before}", f"update {ref} {earlier}")
+
+
+def _commit(revision: str) -> str:
+    """The commit that a ref names; empty if there is none."""
+    command = ["git", "rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def _change_refs(*commands: str) -> None:
+    """Change refs of Git, all of them or none; SecateurError if it refuses."""
+    update = ["git", "update-ref", "--stdin"]
+    text = "".join(f"{command}\n" for command in commands)
+    done = subprocess.run(update, input=text, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SecateurError(f"git update-ref: {cut(' '.join(done.stderr.split()), 200)}")
+
+
+def _report(experiment: str, commit: str) -> dict[str, Any]:
     """What evaluate wrote in an experiment, and how long its stages took."""
     from dvc.api import DVCFileSystem
     from dvc.exceptions import DvcException
 
     try:
-        tree = DVCFileSystem(rev=experiment)
+        tree = DVCFileSystem(rev=commit)
         report: dict[str, Any] = json.loads(tree.read_bytes("metrics/evaluate.json"))
         report["layers"] = tree.read_bytes("metrics/layers.csv").decode()
         models = chain_of(report).models
