@@ -317,6 +317,45 @@ def test_a_damaged_store_named_by_the_user_is_left_as_it_is(project, monkeypatch
     assert Store().client is not None, "but a new one is made"
 
 
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("postgresql://me:secret@host:5432/db", "postgresql://host:5432/db"),
+        ("mysql+pymysql://me:se/cret@host/db", "mysql+pymysql://host/db"),
+        ("https://me:secret@host/path@x", "https://host/path@x"),
+        ("https://secret@host", "https://host"),
+        ("postgresql://host/db?user=me&password=secret&x=1",
+         "postgresql://host/db?user=me&password=***&x=1"),
+        ("sqlite:////a:b@c/mlflow.db", "sqlite:////a:b@c/mlflow.db"),
+        ("https://host:5000/path", "https://host:5000/path"),
+        ("no 'https://me:secret@host/api', e@f", "no 'https://host/api', e@f"),
+    ],
+)  # fmt: skip
+def test_addresses_are_shown_without_passwords(address, shown):
+    assert mlflow_store.without_password(address) == shown
+
+
+def test_neither_a_store_nor_its_warnings_tell_the_password(project, monkeypatch, capfd):
+    address = "http://me:secret@127.0.0.1:5000"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    monkeypatch.setattr(mlflow_store, "_knock", lambda uri: None)
+    monkeypatch.setattr(mlflow_store, "end_abandoned", lambda store: None)
+    opened = []
+    monkeypatch.setattr(Store, "_open", lambda self, uri, *_: opened.append(uri))
+    store = Store()
+    assert (opened, store.uri) == ([address], "http://127.0.0.1:5000")
+
+    def fail():
+        raise OSError(f"API request to {address}/api failed")
+
+    store.attempt(fail)
+    store.strict = True
+    with pytest.raises(SecateurError) as caught:
+        store.attempt(fail)
+    for said in (capfd.readouterr().err, str(caught.value)):
+        assert "API request to http://127.0.0.1:5000/api failed" in said and "secret" not in said
+
+
 @pytest.mark.parametrize("size", [10_000, 300_000, 2_000_000])
 def test_a_limit_on_the_size_of_files_gives_one_line_and_nothing_half_made(size, project, made):
     whole = size == 2_000_000

@@ -58,6 +58,7 @@ class Store:
         """
         self.strict = strict
         self.uri: str | None = None
+        """Where the store is, without user and password: for messages and records."""
         self.client: Any = None
         self.experiment = ""
         self.lock = FileLock(project_root() / ".mlflow.lock", timeout=LOCK_SECONDS)
@@ -87,23 +88,24 @@ class Store:
             return None
 
     def _connect(self) -> None:
-        self.uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{_own_file()}"
-        remote = urlparse(self.uri).scheme in ("http", "https")
+        uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{_own_file()}"
+        self.uri = without_password(uri)
+        remote = urlparse(uri).scheme in ("http", "https")
         if remote:
-            _knock(self.uri)
+            _knock(uri)
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
         # named outright, else it lies wherever the first stage happened to run
         place = None if remote else (project_root() / "mlruns" / name).as_uri()
-        file = mlflow_file.local_file(self.uri)
+        file = mlflow_file.local_file(uri)
         with muted(logging.INFO), self.lock:  # what MLflow and alembic say about a fresh store
             if file is not None:
                 self._prepare(file, name, place)
             calm = file is not None and mlflow_file.settled(file)
             try:
-                self._open(self.uri, name, place)
+                self._open(uri, name, place)
             except Exception as error:
                 migrated = calm and _half_migrated(error)
                 if file is None or not migrated or not self._replace(file, str(error)):
@@ -199,6 +201,12 @@ def tracking_live() -> bool:
     return "DVC_STAGE" not in os.environ or os.environ.get("SECATEUR_TRACKING") == "live"
 
 
+def without_password(text: str) -> str:
+    """A text without users and passwords in the addresses that it has."""
+    named = re.sub(r"(\w://)(?:[^/?#\s]*|[^:/@\s]*:[^@\s]*)@", r"\1", text)
+    return re.sub(r"([?&]\w*password=)[^&\s]*", r"\1***", named)
+
+
 def clone_tags() -> dict[str, str]:
     """Tags that name this clone and its machine.
 
@@ -258,7 +266,7 @@ def _half_migrated(error: Exception) -> bool:
 
 def _explain(error: Exception) -> str:
     """What went wrong, and what the user can do if MLflow does not tell."""
-    text = str(error)
+    text = without_password(str(error))
     if isinstance(error, Timeout):
         return f"another process has held {error.lock_file} for {LOCK_SECONDS:.0f} s; end it"
     if "database is locked" in text:

@@ -59,7 +59,9 @@ class InMlflow:
         self._own = state.root / "mlflow.db"
         self._named = os.environ.get("MLFLOW_TRACKING_URI")  # MLflow sets it too
         experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME")
-        self._about = {"digest": digest, "uri": self._named, "experiment": experiment}
+        # as a hash: it may have a password
+        store = self._named and hashlib.sha256(self._named.encode()).hexdigest()
+        self._about = {"digest": digest, "uri": store, "experiment": experiment}
 
     def _content(self) -> dict[str, object]:
         """The inode tells the project's own store from one that was made anew."""
