@@ -80,7 +80,11 @@ def remove_old_rounds(chain: Chain, folder: Path = Path("models/rounds")) -> Non
     for old in sorted(folder.glob("*/")):
         if old.name in chain.rounds:
             continue
-        for model in Chain((old.name,)).models.values():
+        try:
+            models = Chain((old.name,)).models
+        except KeyError:  # not the name of a round: it is somebody else's
+            continue
+        for model in models.values():
             if Path(model.folder).parent == old:
                 shutil.rmtree(model.folder, ignore_errors=True)
                 model.record.unlink(missing_ok=True)
