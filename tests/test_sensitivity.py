@@ -5,9 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from torch import nn
 
 from secateur.base import plugin
+from secateur.base.errors import SettingsError
+from secateur.base.settings import validate
 from secateur.pruning import removal, sensitivity
 from secateur.pruning.decision import PruningContext
 from stages.sensitivity import __main__ as sensitivity_stage
@@ -42,6 +45,26 @@ MODELS = {
     "densenet": lambda: zoo("densenet", depth=7),
     "in place": lambda: InPlace().eval(),
 }
+
+
+def test_bn_scale_is_left_out_without_scales_and_refused_alone(capsys):
+    norms = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    assert sensitivity_stage._criteria(("bn_scale", "l1"), norms) == ["bn_scale", "l1"]
+    assert sensitivity_stage._criteria(("bn_scale", "l1"), norms[:1]) == ["l1"]
+    assert capsys.readouterr().out.startswith("sensitivity: bn_scale is left out")
+    with pytest.raises(SettingsError, match=r"^params\.yaml: sensitivity\.criteria = "):
+        sensitivity_stage._criteria(("bn_scale",), norms[:1])
+
+
+@pytest.mark.parametrize("granularity", ["filter", "group"])
+@pytest.mark.parametrize("criterion", ["l1", "random"])
+@pytest.mark.parametrize("ratios", [{}, {"fc1": 0.5, "a + b": 0.25}], ids=["none", "some"])
+def test_every_suggestion_is_one_that_params_yaml_takes(granularity, criterion, ratios):
+    found = sensitivity_stage.as_params(criterion, granularity, ratios, 1)["pruners"]["magnitude"]
+    written = yaml.safe_load(yaml.safe_dump(found))
+    settings = validate(plugin.load("pruners", "magnitude").Settings, written, "")
+    everywhere = settings.ratios.everywhere
+    assert (everywhere is None) == bool(ratios) and not everywhere
 
 
 @pytest.mark.parametrize("kind", MODELS)

@@ -9,11 +9,13 @@ Run it by `dvc repro stages/sensitivity/dvc.yaml`. It trains nothing; section `s
 params.yaml lists the criteria and ratios that are tried.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import yaml
+from torch import nn
 
 from secateur.base import files, machine
 from secateur.base.errors import SettingsError
@@ -57,10 +59,7 @@ def measure(context: runner.StageContext) -> tuple[pd.DataFrame, dict[str, Any]]
     model = context.upstream["baseline"].model().eval()
     images, labels = spread_batch(data.train, data.info)
     pruning_context = PruningContext(model, images, labels)
-    how: list[str] = list(settings.criteria)
-    if "bn_scale" in how and not norms.scaled_norms(model):
-        how.remove("bn_scale")
-        console.say("sensitivity: bn_scale is left out: the network has no scales")
+    how = _criteria(settings.criteria, model)
     with section("sensitivity"):
         made = _ablations(context, pruning_context, how)
     model.to(place)
@@ -100,6 +99,20 @@ def measure(context: runner.StageContext) -> tuple[pd.DataFrame, dict[str, Any]]
     return table, found
 
 
+def _criteria(wanted: Sequence[str], model: nn.Module) -> list[str]:
+    """Those of the criteria that the network has; SettingsError if there is none."""
+    if "bn_scale" not in wanted or norms.scaled_norms(model):
+        return list(wanted)
+    found = [criterion for criterion in wanted if criterion != "bn_scale"]
+    if not found:
+        raise SettingsError(
+            "params.yaml: sensitivity.criteria = ['bn_scale']: the network has no scales; "
+            "name another criterion"
+        )
+    console.say("sensitivity: bn_scale is left out: the network has no scales")
+    return found
+
+
 def _ablations(
     context: runner.StageContext, pruning_context: PruningContext, how: list[str]
 ) -> list[sensitivity.Ablation]:
@@ -133,11 +146,12 @@ def as_params(
         own |= {"criterion": "l2", "normalise": "lamp"}
     if criterion == "random":
         own |= {"criterion": "l1", "pick": "random", "seed": seed}
-    own["ratios"] = ", ".join(
+    pairs = [
         f"{name}: {ratio:g}"
         for names, ratio in ratios.items()
         for name in names.split(sensitivity.JOIN)
-    )
+    ]
+    own["ratios"] = ", ".join(pairs) or 0  # an empty text has no ratios
     return {"pruner": "magnitude", "pruners": {"magnitude": own}}
 
 
