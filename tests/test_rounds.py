@@ -2,21 +2,24 @@
 
 import argparse
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from workspace import ROOT
+from workspace import ROOT, yaml_text
 
 from secateur.base import plugin
 from secateur.base.errors import ArgumentError, SettingsError
 from secateur.base.settings import check
 from secateur.nn import cost
 from secateur.pipeline.commands import rounds
+from secateur.pipeline.record import Chain
 from secateur.pruning.apply import apply_decision
 from secateur.pruning.decision import PruningContext
 from secateur.pruning.target import Target, solve
 from secateur.sparsity import masks as masking
+from stages import evaluate
 
 
 def dense(seed=0):
@@ -86,3 +89,24 @@ def test_the_command_writes_rounds_that_params_yaml_accepts(tmp_path, monkeypatc
         copy.deepcopy(printed["rounds"])
         == yaml.safe_load((tmp_path / "params.yaml").read_text())["rounds"]
     )
+
+
+def test_the_command_takes_empty_sections_of_plug_ins(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    params = yaml.safe_load((ROOT / "params.yaml").read_text()) | {"pruner": "magnitude"}
+    params["datasets"]["digits"] = params["pruners"]["magnitude"] = None
+    Path("params.yaml").write_text(yaml_text(params))
+    command()
+    assert check().chosen("pruners").target.macs == pytest.approx(0.1 ** (1 / 3), rel=1e-5)
+
+
+def test_evaluate_removes_models_of_old_rounds_and_nothing_else(tmp_path, monkeypatch, capsys):
+    """In models/rounds an editor or the user may keep folders of other names."""
+    monkeypatch.chdir(tmp_path)
+    others = {"kept", "old-copy", ".ipynb_checkpoints", "Old"}
+    for name in ("old", *others):
+        Path("models/rounds", name, "finetuned").mkdir(parents=True)
+    evaluate.remove_old_rounds(Chain(("kept",)))
+    assert {folder.parent.name for folder in Path("models/rounds").glob("*/finetuned")} == others
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "models/rounds/old: no round of params.yaml" in line

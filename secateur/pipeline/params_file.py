@@ -28,13 +28,15 @@ def update(values: Mapping[str, Any], path: Path | str = settings.FILE) -> None:
 
 
 def updated(text: str, values: Mapping[str, Any]) -> str:
-    """The text of params.yaml with each value set at its dotted key."""
+    """The text of params.yaml with each value set at its dotted key, also in an empty section."""
     params = copy.deepcopy(_parsed(text))
     for key, value in values.items():
         *sections, last = key.split(".")
         table = params
         for section in sections:
-            table = table.setdefault(section, {})
+            if table.get(section) is None:
+                table[section] = {}
+            table = table[section]
         table[last] = value
     made = io.StringIO()
     _editor().dump(params, made)

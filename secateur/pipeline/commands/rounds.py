@@ -8,7 +8,7 @@ import yaml
 
 from secateur.base import files, plugin
 from secateur.base.errors import SettingsError
-from secateur.base.settings import FILE, Params, check, validate
+from secateur.base.settings import FILE, Params, check
 from secateur.pipeline import console, params_file
 from secateur.pipeline.record import FIRST
 
@@ -66,7 +66,7 @@ def command(options: argparse.Namespace) -> None:
 
 def _check(text: str) -> None:
     """SettingsError if params.yaml with this text would be refused."""
-    whole = validate(Params, yaml.safe_load(text), "")
+    whole = Params.declared(yaml.safe_load(text))
     whole.chosen("pruners")
     for name in whole.rounds:
         whole.of_round(name)
