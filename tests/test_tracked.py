@@ -7,6 +7,7 @@ import subprocess
 import pytest
 import yaml
 
+from secateur.base.errors import SecateurError
 from secateur.pipeline import tracked
 
 
@@ -45,6 +46,13 @@ def test_objects_of_git_are_read_in_one_go_and_missing_ones_told(commit):
     found = tracked.objects([*names, f"{commit}:dvc.lock"])
     assert found[names[1]] == b"two\nlines\n\n" and found[f"{commit}:dvc.lock"]
     assert [found[name] for name in (names[0], names[2], names[3])] == [None] * 3
+
+
+def test_what_git_says_is_told_if_it_refuses(commit, monkeypatch):
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    with pytest.raises(SecateurError, match=r"^git cat-file: fatal: .*dubious ownership") as caught:
+        tracked.objects([f"{commit}:report.json"])
+    assert "\n" not in str(caught.value)
 
 
 def test_outs_are_those_of_all_lock_files_and_a_damaged_one_has_none(commit, tmp_path):

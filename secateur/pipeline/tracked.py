@@ -34,9 +34,15 @@ def cache_folder(root: Path) -> Path:
 
 
 def objects(names: Sequence[str]) -> dict[str, bytes | None]:
-    """Content of Git objects `<revision>:<path>`; None for one that is not there."""
+    """Content of Git objects `<revision>:<path>`; None for one that is not there.
+
+    Raises SecateurError with what Git says if it refuses, or an object is damaged.
+    """
     asked = "".join(f"{name}\n" for name in names).encode()
     done = subprocess.run(["git", "cat-file", "--batch"], input=asked, capture_output=True)
+    if done.returncode:
+        said = " ".join(done.stderr.decode(errors="replace").split())
+        raise SecateurError(f"git cat-file: {cut(said, 200)}")
     found: dict[str, bytes | None] = {}
     answers = io.BytesIO(done.stdout)
     for name in names:
