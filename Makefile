@@ -28,10 +28,12 @@ $(RUN): pyproject.toml requirements.lock
 	@$(BIN)/python -m pip install --quiet --no-index --no-deps --require-hashes \
 	  --requirement $(VENV)/locked.txt 2>$(VENV)/locked.log || true
 	@$(BIN)/python -m pip install --quiet $(LOCKED) --group run
-	@# the command runs the code of the project it is called in: the package itself is never installed
+	@# the command runs the code of the project it is called in, and elsewhere that of this one: the
+	@# package itself is never installed
 	@printf '%s\n' '#!/bin/sh' 'project=$$PWD' \
 	  'until [ -f "$$project/secateur/__main__.py" ] || [ -z "$$project" ]; do' \
 	  '  project=$${project%/*}' 'done' \
+	  "[ -n \"\$$project\" ] || project='$(CURDIR)'" \
 	  'export PYTHONPATH="$$project$${PYTHONPATH:+:$$PYTHONPATH}"' \
 	  'exec "$${0%/*}/python" -m secateur "$$@"' >$(BIN)/secateur
 	@chmod +x $(BIN)/secateur

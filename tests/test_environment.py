@@ -155,3 +155,21 @@ def test_an_archive_without_git_runs_and_a_repository_made_later_is_used(make, t
     subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
     assert len(make(".venv")) == 1
     assert "no_scm" not in config.read_text()
+
+
+def test_the_command_runs_the_code_around_it_and_elsewhere_that_of_its_own_project(make, tmp_path):
+    stamp = tmp_path / ".venv/.ready-run"
+    stamp.parent.mkdir()
+    stamp.touch()
+    os.utime(stamp, (0, 0))  # so that it is made again, with the launcher
+    make(".venv", "git")
+    (tmp_path / ".venv/bin/python").write_text('#!/bin/sh\necho "$PYTHONPATH $*"\n')
+    other = tmp_path / "other project"
+    (other / "secateur").mkdir(parents=True)
+    (other / "secateur/__main__.py").touch()
+    (other / "below").mkdir()
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    for folder, project in {other / "below": other, other: other, Path("/"): tmp_path}.items():
+        command = [tmp_path / ".venv/bin/secateur", "version"]
+        done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+        assert done.stdout == f"{project} -m secateur version\n", done.stderr
