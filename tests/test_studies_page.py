@@ -247,6 +247,17 @@ def test_compare_of_nothing_is_one_line(experiments):
         compare.command(Namespace(experiment=[], all=False, sort="final", json=True, csv=False))
 
 
+@pytest.mark.parametrize("damaged", [results.PARAMS, results.REPORT])
+def test_a_damaged_workspace_costs_compare_one_line(damaged, experiments, tmp_path, capsys):
+    experiments(1, seeds=(1,))
+    (tmp_path / damaged).write_text("seed: [1")
+    compare.command(Namespace(experiment=[], all=False, sort="final", json=True, csv=False))
+    output = capsys.readouterr()
+    assert len(json.loads(output.out)) == 2
+    (line,) = output.err.splitlines()
+    assert line.startswith("workspace: left out: ") and damaged in line
+
+
 @pytest.mark.parametrize("methods", [3, 40])
 def test_the_page_holds_every_method_and_asks_for_nothing_else(experiments, tmp_path, methods):
     cells = experiments(methods, seeds=(1, 2, 3) if methods == 3 else (1,))

@@ -146,11 +146,14 @@ def commits(names: Iterable[str], revision: str | None = None) -> dict[str, str]
 
 
 def workspace() -> Result | None:
-    """The result that lies in the project's folder; None if there is none that can be read."""
+    """The result in the project's folder; None without one. A damaged one costs one line."""
     try:
         return parse("workspace", Path(PARAMS).read_bytes(), Path(REPORT).read_bytes())
-    except (OSError, SecateurError):
-        return None
+    except FileNotFoundError:
+        pass
+    except (OSError, SecateurError) as error:
+        print(f"workspace: left out: {error}", file=sys.stderr, flush=True)
+    return None
 
 
 def parse(name: str, params: bytes | None, report: bytes | None) -> Result:
