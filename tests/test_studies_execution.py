@@ -7,12 +7,14 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from secateur.base.errors import SecateurError, SettingsError
 from secateur.cli import build_parser
 from secateur.studies.execution import check, snapshot
+from secateur.studies.execution.experiments import Experiments
 from secateur.studies.execution.keys import Graph
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -179,3 +181,33 @@ def test_a_parameter_of_slurm_without_a_value_is_refused(capsys):
         with pytest.raises(SystemExit):
             build_parser().parse_args([*given, wrong])
         assert f"'{wrong}' is not KEY=VALUE" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"stages:\n  prepare: [unclosed\n   x: {\n",
+        b"- a\n",
+        b"\xff\xfe\x00",
+        b"stages: [1]\n",
+        b"3\n",
+    ],
+)
+def test_a_damaged_lock_file_is_told_before_a_study_runs_anything(content, tmp_path, monkeypatch):
+    for who in ("AUTHOR", "COMMITTER"):
+        monkeypatch.setenv(f"GIT_{who}_NAME", "a")
+        monkeypatch.setenv(f"GIT_{who}_EMAIL", "a@b.c")
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+    (tmp_path / "params.yaml").write_text("seed: 1\n")
+    state = snapshot.Snapshot(tmp_path, "0" * 40, "", tmp_path)
+    stage = SimpleNamespace(lock="dvc.lock")
+    made = SimpleNamespace(
+        graph=SimpleNamespace(folder=tmp_path), works={"a": SimpleNamespace(stage=stage)}
+    )
+    Experiments(state, made, "mine")
+    (tmp_path / "dvc.lock").write_bytes(b"")
+    Experiments(state, made, "mine")
+    (tmp_path / "dvc.lock").write_bytes(content)
+    with pytest.raises(SecateurError, match=r"^dvc\.lock: not a lock file of DVC: ") as caught:
+        Experiments(state, made, "mine")
+    assert "\n" not in str(caught.value)

@@ -3,12 +3,16 @@
 import hashlib
 import json
 import subprocess
+from functools import partial
+from unittest.mock import Mock
 
+import dvc.api
 import pytest
 import yaml
+from dvc_data.index import DataIndexDirError
 
 from secateur.base.errors import SecateurError
-from secateur.pipeline import tracked
+from secateur.pipeline import sync, tracked
 
 
 def keep(cache, content):
@@ -80,3 +84,13 @@ def test_a_file_is_read_not_there_or_only_in_the_remote(tmp_path):
     for path in ("models/a/gone", "models/lost/x", "models/lost.json"):
         with pytest.raises(tracked.NotCachedError):
             tracked.read(tmp_path, locked, path)
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError, DataIndexDirError])
+def test_sync_finds_nothing_where_neither_cache_nor_remote_has_a_file(error, tmp_path, monkeypatch):
+    def lost(_tree, _path):
+        raise error("lost")
+
+    monkeypatch.setattr(dvc.api, "DVCFileSystem", lambda rev: Mock(read_bytes=partial(lost, rev)))
+    read = sync._reader("commit", {}, {"models/a": "a" * 32 + ".dir"}, tmp_path)
+    assert read("models/a/history.csv") is None

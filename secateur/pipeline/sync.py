@@ -85,7 +85,8 @@ def sources(everything: bool) -> Iterator[Source]:
         pairs = [(name, revision or name) for each in found.values() for name, revision in each]
         yield from _experiments(pairs)
     except (DvcException, sqlite3.Error) as error:
-        raise SecateurError(f"DVC cannot read its experiments: {error}") from None
+        said = cut(" ".join(str(error).split()), 200)
+        raise SecateurError(f"DVC cannot read its experiments: {said}") from None
 
 
 def _experiments(found: Sequence[tuple[str, str]]) -> Iterator[Source]:
@@ -119,7 +120,9 @@ def _reader(
         try:
             return tracked.read(cache, locked, path)
         except tracked.NotCachedError:
-            with contextlib.suppress(FileNotFoundError, OSError):  # never pushed, or collected
+            from dvc_data.index import DataIndexDirError
+
+            with contextlib.suppress(OSError, DataIndexDirError):  # never pushed, or collected
                 return bytes(tree().read_bytes(path))
             return None
 

@@ -7,10 +7,12 @@ import hashlib
 import json
 import subprocess
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from dvc.repo.experiments.refs import ExpRefInfo
 from dvc.utils.serialize import dumps_yaml, loads_yaml
+from ruamel.yaml.error import YAMLError
 
 from secateur.base.errors import SecateurError, cut
 from secateur.pipeline import params_file
@@ -30,7 +32,8 @@ class Experiments:
         self._committer = git(snapshot.root, "var", "GIT_COMMITTER_IDENT")
         self._known = _read_digests(snapshot)
         self._params = (plan.graph.folder / PARAMS).read_text()
-        self._locks: dict[str, dict[str, Any]] = {}
+        locks = {work.stage.lock for work in plan.works.values()}
+        self._locks = {lock: _read_lock(plan.graph.folder, lock) for lock in sorted(locks)}
 
     def write(self) -> int:
         """Write an experiment for every finished cell that has none yet; returns how many."""
@@ -59,7 +62,7 @@ class Experiments:
         changed = self.plan.changes(number)
         contents = {PARAMS: params_file.updated(self._params, changed).encode()}
         for path in dict.fromkeys(stage.lock for stage in stages):
-            lock = {"schema": "2.0", "stages": {}} | self._lock(path)
+            lock = {"schema": "2.0", "stages": {}} | self._locks[path]
             own = {stage.name: entries[stage.name] for stage in stages if stage.lock == path}
             contents[path] = dumps_yaml(lock | {"stages": {**lock["stages"], **own}}).encode()
         for stage in stages:
@@ -78,12 +81,21 @@ class Experiments:
             lines.append(b"data %d\n%s\n" % (len(content), content))
         return b"".join(lines)
 
-    def _lock(self, path: str) -> dict[str, Any]:
-        """A lock file of the project; empty if there is none."""
-        if path not in self._locks:
-            file = self.plan.graph.folder / path
-            self._locks[path] = loads_yaml(file.read_text()) if file.is_file() else {}
-        return self._locks[path]
+
+def _read_lock(folder: Path, path: str) -> dict[str, Any]:
+    """A lock file of the project; empty if there is none, SecateurError if it is damaged."""
+    if not (folder / path).is_file():
+        return {}
+    try:
+        content = loads_yaml((folder / path).read_text()) or {}
+        dict(content.get("stages", {}))
+    except (YAMLError, AttributeError, TypeError, ValueError) as reason:
+        said = cut(" ".join(str(reason).split()), 200)
+        raise SecateurError(
+            f"{path}: not a lock file of DVC: {said}; restore it by `git checkout`, or remove it: "
+            "`dvc repro` takes what is finished from the cache"
+        ) from None
+    return dict(content)
 
 
 def _read_digests(snapshot: Snapshot) -> dict[str, str]:
