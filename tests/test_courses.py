@@ -13,6 +13,7 @@ from secateur.base.errors import SettingsError
 from secateur.base.settings import section, validate
 from secateur.penalties import rigl
 from secateur.pruning import removal
+from secateur.pruning.apply import apply_decision
 from secateur.pruning.decision import PruningContext
 from secateur.sparsity.choices import number_pruned
 from secateur.training.penalty import Course
@@ -192,8 +193,9 @@ def test_whole_filters_and_channels_go_with_the_lowest_mean_magnitude(granularit
         for layer in (model[0], model[3], model[6]):  # of one size in all layers
             layer.weight /= layer.weight.abs().mean()
     penalty = started(
-        "gradual", model, granularity=granularity, ranking=ranking, ratios=0.5, begin=0, end=0
-    )
+        "gradual", model, shape=(1, 8, 8), granularity=granularity, ranking=ranking, ratios=0.5,
+        begin=0, end=0,
+    )  # fmt: skip
     axis = {"filter": 0, "channel": 1}[granularity]
     before = {n: model.get_parameter(n).detach().clone() for n in penalty.ranked}
     means = {n: w.abs().transpose(0, axis).flatten(1).mean(1) for n, w in before.items()}
@@ -254,6 +256,64 @@ def test_groups_of_coupled_channels_are_removed_without_a_difference(ranking, co
     small = removal.remove(model, decision.channels, images).model
     assert small.stem.out_channels + small.inner.out_channels == 7
     torch.testing.assert_close(small(images), expected, rtol=1e-9, atol=1e-9)
+
+
+class Mobile(nn.Module):
+    """Normalisations that read one layer, a depthwise one, a sum, and two layers together."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm1 = nn.Conv2d(1, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)
+        self.deep, self.norm2 = nn.Conv2d(6, 6, 3, padding=1, groups=6), nn.BatchNorm2d(6)
+        self.left = nn.Conv2d(6, 8, 1, bias=False)
+        self.right, self.norm3 = nn.Conv2d(6, 8, 1), nn.BatchNorm2d(8)
+        self.norm4, self.norm5 = nn.BatchNorm2d(8), nn.BatchNorm2d(14)
+        self.fc = nn.Linear(14, 10)
+
+    def forward(self, x):
+        x = F.relu(self.norm2(self.deep(F.relu(self.norm1(self.stem(x))))))
+        y = F.relu(self.norm4(self.left(x) + self.norm3(self.right(x))))
+        return self.fc(F.relu(self.norm5(torch.cat((x, y), 1))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("regrow", [False, True])
+def test_filters_that_are_zero_have_no_shift_either_so_that_removing_them_changes_nothing(regrow):
+    torch.manual_seed(0)
+    model = Mobile()
+    with torch.no_grad():  # the same filters of both layers go
+        model.left.weight[:4] *= 0.01
+        model.right.weight[:4] *= 0.01
+    penalty = build(
+        "gradual", model, shape=(1, 8, 8), granularity="filter", ratios=0.5, begin=2, end=10,
+        interval=3, regrow=regrow,
+    )  # fmt: skip
+    fit(model, digits(), settings(4), penalty=penalty)
+    gone = penalty.choices()["right.weight"].flatten()
+    assert gone.tolist() == [True] * 4 + [False] * 4
+    assert not model.norm3.bias[gone].any() and not model.norm4.bias[gone].any()
+    assert model.norm3.bias[~gone].all() and model.norm4.weight[~gone].all()
+    images = torch.randn(20, 1, 8, 8)
+    with torch.no_grad():
+        expected = model.eval()(images)
+    context = PruningContext(model, images, choices=penalty.choices())
+    chosen = plugin.load("pruners", "chosen")
+    small = apply_decision(model, chosen.prune(chosen.Settings(), context), images).model
+    assert (small.stem.out_channels, small.left.out_channels) == (3, 4)
+    torch.testing.assert_close(small(images), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_scales_stay_as_long_as_filters_may_come_back():
+    model = network()
+    penalty = started(
+        "gradual", model, shape=(1, 8, 8), granularity="filter", ratios=0.5, begin=0, end=2,
+        interval=1, regrow=True,
+    )  # fmt: skip
+    model[1].bias.data.fill_(1.0)
+    for number in range(3):
+        step(penalty, number)
+        gone = penalty.choice["0.weight"].flatten()
+        assert torch.equal(model[1].bias == 0, gone)
+        assert torch.equal(model[1].weight == 0, gone & (number == 2))
 
 
 @pytest.mark.parametrize("norm", ["l1", "l2"])
@@ -417,7 +477,7 @@ COURSES = {
     "gradual": {"begin": 2, "end": 14, "interval": 3, "ratios": 0.7},
     "gradual regrow": {"begin": 2, "end": 14, "interval": 3, "ratios": 0.7, "regrow": True},
     "gradual filter": {"begin": 2, "end": 14, "interval": 3, "granularity": "filter",
-                       "ratios": 0.5, "regrow": True},
+                       "ratios": 0.5, "regrow": True, "shape": (1, 8, 8)},
 }  # fmt: skip
 
 
@@ -450,7 +510,7 @@ def test_the_state_of_another_network_is_refused(case):
     penalty = build(name, first, 1e-3, **COURSES[case])
     fit(first, digits(), settings(5), penalty=penalty)
     state = penalty.state_dict()
-    other = started(name, nn.Sequential(nn.Conv2d(1, 5, 3), nn.Flatten(), nn.Linear(20, 3)),
+    other = started(name, nn.Sequential(nn.Conv2d(1, 5, 3), nn.Flatten(), nn.Linear(180, 3)),
                     decay=1e-3, **COURSES[case])  # fmt: skip
     with pytest.raises(ValueError, match="penalty: "):
         other.load_state_dict(state)

@@ -29,6 +29,7 @@ from secateur.penalties._shared.course import (
     check_end,
     lowest,
 )
+from secateur.penalties._shared.filters import EntriesBehindFilters
 from secateur.penalties._shared.growing import PrunedChannels
 from secateur.sparsity import choices, masks
 from secateur.sparsity.choices import Choices, Granularity
@@ -43,8 +44,9 @@ class Settings(CourseSettings):
     """What is pruned, how much of it, and when."""
 
     granularity: Granularity | Literal["group"] = "weight"
-    """weight: single weights; filter: outputs of a layer; channel: inputs of it; group: channels
-    with all that is coupled to them in any layer."""
+    """weight: single weights; filter: outputs of a layer, with their bias and their scale and shift
+    in the normalisation behind it; channel: inputs of a layer; group: channels with all that is
+    coupled to them in any layer."""
     scope: masks.Scope = "weights"
     """Of granularity weight: the parameters whose entries are ranked."""
     criterion: WeightCriterion = "l1"
@@ -93,7 +95,8 @@ def build(
 ) -> CoursePenalty:
     """The schedule on this model; `decay` is the strength of the norm that is added to the loss.
 
-    Raises ArgumentError for ratios that do not fit the network.
+    Raises ArgumentError for ratios that do not fit the network, PruningError if it cannot be traced
+    (granularity filter and group).
     """
     kind = GradualChannels if settings.granularity == "group" else Gradual
     return kind(settings, model, decay, shape)
@@ -196,11 +199,17 @@ class Gradual(GradualPenalty):
         self.ratios = ratios
         _check_initial(settings, ratios)
         held: dict[str, Tensor] = dict(self.ranked)
+        self.behind: EntriesBehindFilters | None = None
+        """What goes with the filters; None for single weights and channels."""
         if settings.granularity == "filter":  # a pruned filter has no bias either
             biases = (f"{name.removesuffix('weight')}bias" for name in ratios)
             own = dict(model.named_parameters())
             held |= {name: own[name] for name in biases if name in own}
+            self.behind = EntriesBehindFilters(model, shape)
         super().__init__(settings, model, decay, held)
+        if self.behind is not None:  # not in the norm that is added to the loss
+            names = self.behind.concerned(self.ranked)
+            self.held |= {name: model.get_parameter(name) for name in names}
 
     def choose(self, progress: float) -> None:
         """The lowest scores of each layer, or of all; without `regrow` what is chosen stays so."""
@@ -209,10 +218,17 @@ class Gradual(GradualPenalty):
         self.choice = lowest(scores, shares, self.settings.ranking, self.settings.keep_at_least)
 
     def kept(self) -> dict[str, Tensor]:
-        """Also of the biases of pruned filters."""
+        """Also of biases of pruned filters, and of what their normalisations have for them.
+
+        As long as filters may come back, the scales stay: the gradient of a filter passes them.
+        """
         found = {name: ~choice for name, choice in self.choice.items()}
-        for name in self.held.keys() - found.keys():
-            found[name] = found[f"{name.removesuffix('bias')}weight"].flatten()
+        if self.behind is not None:
+            found = self.behind.kept(self.choice) | found
+            if self.settings.regrow and self.updates <= self.count:
+                others = self.held.keys() - self.ranked.keys()
+                scales = (name for name in others if name.endswith("weight"))
+                found |= {name: torch.ones_like(found[name]) for name in scales}
         return {name: found[name] for name in self.held}
 
     def choice_shapes(self) -> dict[str, torch.Size]:

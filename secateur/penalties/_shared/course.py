@@ -41,8 +41,9 @@ class CourseSettings(Strict):
 class CoursePenalty:
     """A penalty that prunes while the network trains; subclasses decide what and when.
 
-    `held` are the parameters that are masked. Subclasses implement `update`, which sets `choice`
-    and is called after every step that `due` names.
+    `held` are the parameters that are masked; a subclass may add some that the norm and the trace
+    leave out. Subclasses implement `update`, which sets `choice` and is called after every step
+    that `due` names.
     """
 
     finished = False
@@ -55,6 +56,8 @@ class CoursePenalty:
         """`name` is the penalty's, for messages; `held` parameters by name, not empty."""
         self.model, self.name = model, name
         self.held = dict(held)
+        self._weights = list(self.held.values())
+        """Those of the norm and the trace."""
         self.choice: Choices = {}
         """Name of a weight -> True where it is pruned; empty until the first update."""
         self.updates = 0
@@ -63,7 +66,7 @@ class CoursePenalty:
         self.trace_interval = 1
         self.keep: list[Tensor] = []
         """Of each held parameter: 1 where it is kept, else 0."""
-        self._term = _term(model, norm, decay, list(self.held.values()))
+        self._term = _term(model, norm, decay, self._weights)
 
     def start(self, course: Course) -> None:
         """Called before the first step; subclasses check their schedule."""
@@ -165,10 +168,10 @@ class CoursePenalty:
     @torch.no_grad()
     def point(self, pruned: float, keep: Sequence[Tensor]) -> Tensor:
         """A point of the trace: `pruned`, and the mean magnitudes by these factors."""
-        pairs = list(zip(self.held.values(), keep, strict=True))
+        pairs = list(zip(self._weights, keep, strict=False))
         sums = torch.stack([torch.stack([(w.abs() * k).sum(), w.abs().sum()]) for w, k in pairs])
         number = float(sum(k.sum() for _, k in pairs))
-        total = sum(weight.numel() for weight in self.held.values())
+        total = sum(weight.numel() for weight in self._weights)
         kept, whole = sums.double().sum(0).tolist()
         means = [kept / max(1.0, number), (whole - kept) / max(1.0, total - number)]
         return torch.tensor([pruned, *means])
