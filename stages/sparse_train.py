@@ -44,7 +44,8 @@ def train_sparse(context: runner.TrainingContext) -> runner.StageResult:
         )
     name = params.parametrization
     with section(f"parametrizations.{name}"):
-        parametrization = parametrizations.build(name, params.chosen("parametrizations"), model)
+        own, epochs = params.chosen("parametrizations"), params.sparse_train.epochs
+        parametrization = parametrizations.build(name, own, model, epochs)
         term = parametrizations.joined(name, parametrization, penalty)
     fit = context.fit(model, params.sparse_train, penalty=term, masks=start.masks)
     notes = {"penalty": params.penalty, "decay": params.decay}

@@ -379,6 +379,18 @@ def test_which_weights_drop_and_which_grow_on_a_layer_by_hand():
     assert penalty.updates == 3, "at 4, 8 and 12, before step 16"
 
 
+def test_connections_that_would_never_move_are_refused():
+    for given in ({"interval": 40}, {"interval": 0.4, "until": 0.4}, {"interval": 80, "until": 90}):
+        with (
+            pytest.raises(SettingsError, match=r": penalties\.rigl\.interval = .* none after st"),
+            section("sparse_train"),
+        ):
+            started("rigl", network(), 50, **given)
+    penalty = started("rigl", network(), 50, interval=100, until=0)
+    assert not any(penalty.due(number) for number in range(50))
+    assert started("rigl", network(), 50, interval=36).due(36)
+
+
 @pytest.mark.parametrize("growth", ["gradient", "random"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_every_layer_keeps_its_number_of_weights_and_some_of_them_move(growth, optimizer):

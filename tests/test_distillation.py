@@ -2,6 +2,7 @@
 
 import copy
 import json
+import types
 
 import pytest
 import safetensors.torch
@@ -12,6 +13,7 @@ from test_train import Watcher, content, digits, fit, network, project, state_le
 from torch import nn
 from workspace import ROOT
 
+from secateur.base import plugin
 from secateur.base.errors import ArgumentError, CheckpointError, SettingsError
 from secateur.base.sections import ContinuedTrain, Distillation, Train
 from secateur.base.settings import Params, validate
@@ -19,7 +21,7 @@ from secateur.base.stage import Stage
 from secateur.nn import checkpoint
 from secateur.nn.checkpoint import Header
 from secateur.pipeline import runner
-from secateur.training import distillation
+from secateur.training import averaging, distillation
 from secateur.training.distillation import Distiller
 from secateur.training.engine import Engine
 
@@ -258,16 +260,63 @@ def test_averages_are_those_of_the_definition(kind):
         assert torch.allclose(found, expected, rtol=1e-4, atol=1e-6), name
 
 
-def test_what_is_masked_stays_zero_in_an_average_and_before_its_start_nothing_is_averaged():
+def test_what_is_masked_stays_zero_in_an_average():
     prepared, model = digits(), network("lenet300")
     mask = torch.rand(16, 64) > 0.5
     fit(model, prepared, averaged("ema"), masks={"fc1.weight": mask})
     weight = model.get_parameter("fc1.weight")
     assert not weight[~mask].any() and weight[mask].any()
-    models = [network("lenet300") for _ in range(2)]
-    fit(models[0], prepared, averaged("swa", start=10_000), "late")
-    fit(models[1], prepared, Train(keep="last", **RATES), "none")
-    assert content(models[0]) == content(models[1])
+
+
+@pytest.mark.parametrize("kind", ["ema", "swa"])
+@pytest.mark.parametrize(
+    ("name", "chosen"),
+    [
+        ("gradual", {"ratios": 0.8, "begin": 0.2, "end": 0.8, "regrow": True}),
+        ("gradual", {"ratios": 0.8, "begin": 0.2, "end": 0.8}),
+        ("rigl", {"ratio": 0.8, "interval": 2, "until": 0.9}),
+    ],
+)
+def test_an_average_has_the_zeros_of_what_is_pruned_meanwhile(name, chosen, kind):
+    prepared, model = digits(), network("lenet300")
+    module = plugin.load("penalties", name)
+    penalty = module.build(module.Settings(**chosen), model, 0.0)
+    fit(model, prepared, averaged(kind), kind, penalty=penalty)
+    for weight, choice in penalty.choices().items():
+        found = model.get_parameter(weight)
+        assert choice.any() and not found[choice].any() and found[~choice].all()
+
+
+@pytest.mark.parametrize(
+    ("average", "steps", "line"),
+    [
+        ({"kind": "ema", "start": 10}, None, "at step 10, .* could take in is 10; "),
+        ({"kind": "swa", "start": 10_000}, None, "at step 10,000, .* a share of all 10$"),
+        ({"kind": "ema", "start": 0.7}, 7, "= 0.7: .* at step 7, .* could take in is 7; "),
+        ({"kind": "swa", "start": 5}, 9, "could take in is 5; "),
+        ({"kind": "ema", "start": 9}, None, None),
+        ({"kind": "swa", "start": 0}, 5, None),
+        ({"kind": "none", "start": 10}, None, None),
+    ],
+)
+def test_an_average_that_would_never_begin_is_refused(average, steps, line):
+    """In two epochs of five steps, which a penalty may end after some."""
+    how = Train(epochs=2, average=average)
+    ends = types.SimpleNamespace(
+        max_steps=steps, finished=False, choices=dict, growth_table=list, metrics=dict,
+        state_dict=dict, load_state_dict=lambda state: None,
+    )  # fmt: skip
+    averaging.check(how.model_copy(update={"epochs": 0}), 5)
+    if line is None:
+        averaging.check(how, 5, ends if steps else None)
+        return
+    with pytest.raises(ArgumentError, match=line):
+        averaging.check(how, 5, ends if steps else None)
+
+
+def test_a_training_does_not_start_with_an_average_that_would_never_begin():
+    with pytest.raises(ArgumentError, match=r"average\.start = 10000\.0: "):
+        fit(network("lenet300"), digits(), averaged("swa", start=10_000))
 
 
 def test_statistics_of_an_average_are_measured_for_its_weights():

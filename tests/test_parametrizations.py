@@ -2,19 +2,24 @@
 
 import copy
 import math
+import types
 
 import pytest
 import torch
+import yaml
 from test_growing import Watcher, content, digits, fit, network, settings
 from torch import nn
+from workspace import ROOT
 
 from secateur.base import plugin
 from secateur.base.errors import SettingsError
-from secateur.base.settings import section, validate
+from secateur.base.settings import Params, section, validate
 from secateur.penalties import l1
 from secateur.pruning.decision import PruningContext
+from secateur.training import loop
 from secateur.training import parametrization as parametrizations
 from secateur.training.penalty import Course
+from stages.sparse_train import train_sparse
 
 NAMES = [name for name in plugin.names("parametrizations") if name != "none"]
 VARIATIONAL = plugin.load("parametrizations", "variational_dropout")
@@ -183,6 +188,15 @@ def test_what_its_variances_cannot_be_trained_with_is_refused():
         fit(model, digits(), settings(1, **ADAM | {"weight_decay": 0.01}), penalty=term)
 
 
+def test_a_warm_up_that_is_longer_than_the_training_is_refused():
+    made = attach("variational_dropout", network(), warmup=5)
+    term = parametrizations.joined("variational_dropout", made, None)
+    key = r"^params\.yaml: parametrizations\.variational_dropout\.warmup = 5\.0: .* has 4 steps"
+    with pytest.raises(SettingsError, match=key), section("sparse_train"):
+        term.start(Course(settings(1, **ADAM), 4, 100))
+    term.start(Course(settings(1, **ADAM), 5, 100))
+
+
 # ---- both --------------------------------------------------------------------------------------
 
 CASES = {
@@ -289,6 +303,24 @@ def test_two_that_prune_by_themselves_are_refused(name):
         section(f"parametrizations.{name}"),
     ):
         parametrizations.joined(name, attach(name, model), penalty)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_without_epochs_sparse_train_hands_the_network_on_as_it_came(name):
+    given = yaml.safe_load((ROOT / "params.yaml").read_text())
+    given |= {"penalty": "none", "parametrization": name}
+    given["sparse_train"]["epochs"] = 0
+    given["parametrizations"][name]["initial"] = 3.0  # which would leave no weight
+    model = network()
+    before = content(model)
+    context = types.SimpleNamespace(
+        params=validate(Params, given, ""), data=digits(), round_name=None,
+        start=types.SimpleNamespace(model=lambda: model, masks={}),
+        fit=lambda model, how, **_: loop.FitResult([], 0), header=lambda *_, **notes: notes,
+    )  # fmt: skip
+    result = train_sparse(context)
+    assert result.model is model and content(model) == before
+    assert "parametrization" not in result.header and not result.choices
 
 
 def test_without_a_parametrization_model_and_penalty_are_left_as_they_are():

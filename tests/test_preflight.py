@@ -49,6 +49,39 @@ def network(tmp_path, monkeypatch):
         ({"pruner": "chosen", "penalty": "l1"}, "penalty l1 chooses no weights"),
         ({"penalty": "rigl", "penalties__rigl__skip": ["conv7"]}, "conv7 matches no layer"),
         ({"penalty": "gradual", "penalties__gradual__end": 1501}, r"sparse_train\.epochs = 150: "),
+        ({"penalty": "greg1"}, r"sparse_train\.epochs = 150: the penalty may need .* steps"),
+        (
+            {"penalty": "gradual", "sparse_train__keep": "best"},
+            r"sparse_train\.keep = 'best': .* must be 'last'",
+        ),
+        (
+            {"penalty": "rigl", "penalties__rigl__interval": 1200},
+            r"^params\.yaml: penalties\.rigl\.interval = 1200\.0: .* step 1,125 of 1,500; allowed",
+        ),
+        (
+            {
+                "parametrization": "variational_dropout",
+                "parametrizations__variational_dropout__warmup": 1501,
+            },
+            r"^params\.yaml: parametrizations\.variational_dropout\.warmup = 1501\.0: .* 1,500",
+        ),
+        (
+            {"baseline__average": {"kind": "ema", "start": 99_999}},
+            r"^params\.yaml: baseline\.average\.start = 99999\.0: ",
+        ),
+        (
+            {"finetune__average": {"kind": "swa", "start": 600}},
+            r"^params\.yaml: finetune\.average\.start = 600\.0: .* a share of all 600$",
+        ),
+        (
+            {
+                "pruner": "chosen",
+                "parametrization": "str",
+                "penalty": "l1",
+                "sparse_train__epochs": 0,
+            },
+            "penalty l1 chooses no weights to prune, nor does str with sparse_train.epochs = 0",
+        ),
         ({"penalty": "gsm"}, r"sparse_train\.optimizer = 'adam': penalty gsm"),
         (
             {"finetune__progressive_resizing": [{"scale": 0.5, "until": 0.5}]},
@@ -113,7 +146,9 @@ def test_a_network_that_cannot_be_followed_is_refused_without_a_penalty_too(chan
     "changes",
     [
         {},
-        {"pruner": "chosen", "penalty": "greg2"},
+        {"pruner": "chosen", "penalty": "greg2", "sparse_train__epochs": 6000},
+        {"finetune__average": {"kind": "swa", "start": 600}, "finetune__budget": "compute"},
+        {"baseline__epochs": 0, "baseline__average": {"kind": "ema", "start": 10}},
         {"pruner": "chosen", "penalty": "rigl"},
         {"pruner": "chosen", "parametrization": "variational_dropout", "penalty": "none"},
         {"pruner": "magnitude", "pruners__magnitude__criterion": "taylor"},
@@ -155,7 +190,9 @@ def test_what_does_not_fit_the_images_is_refused_before_they_are_written(changes
 
 
 def test_what_fits_the_images_passes(network):
-    network(arch="lenet5", penalty="greg1", penalties__greg1__skip="conv1")
+    network(
+        arch="lenet5", penalty="greg1", penalties__greg1__skip="conv1", sparse_train__epochs=5000
+    )
     check_settings(INFO)
 
 

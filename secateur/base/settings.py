@@ -261,14 +261,16 @@ def section(name: str) -> Iterator[None]:
     """Name the whole key of params.yaml in an ArgumentError that is raised inside.
 
     `name` is the section that the arguments were read from, such as `pruners.magnitude`. An
-    argument that is a value at the file's top level (`decay`, `arch`) keeps its name.
+    argument that is a value at the file's top level (`decay`, `arch`), or a plug-in's
+    (`penalties.rigl.interval`), keeps its name.
     """
     try:
         yield
     except ArgumentError as error:
         field = Params.model_fields.get(error.key)
         single = field is not None and field.annotation in (str, int, float)
-        prefix = "" if single else f"{name}."
+        whole = single or error.key.partition(".")[0] in plugin.KEYS
+        prefix = "" if whole else f"{name}."
         raise SettingsError(f"{FILE}: {prefix}{error}") from None
 
 

@@ -129,7 +129,7 @@ class VariationalDropout:
 
     def start(self, course: Course) -> None:
         """Note the length of the training; ArgumentError for an optimizer that is too slow,
-        and for weight decay."""
+        for weight decay, and for a warm-up that the training is too short for."""
         if course.settings.optimizer == "sgd" and course.steps:
             raise ArgumentError(
                 "optimizer",
@@ -145,6 +145,13 @@ class VariationalDropout:
             )
         self.images = course.images
         self.warmup = course.in_steps(self.settings.warmup)
+        if self.warmup > course.steps:
+            raise ArgumentError(
+                "parametrizations.variational_dropout.warmup",
+                f"the training has {course.steps:,} steps, so that the factor would never be "
+                "whole; allowed: at most as many, or below 1 a share of them",
+                self.settings.warmup,
+            )
         with torch.no_grad():
             for name, layer in self.layers.items():
                 if (mask := course.masks.get(f"{name}.weight")) is not None:

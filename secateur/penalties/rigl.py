@@ -25,6 +25,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from secateur.base.errors import ArgumentError
 from secateur.base.sections import Seed, Steps
 from secateur.penalties._shared.course import MAX_POINTS, CoursePenalty, CourseSettings, check_end
 from secateur.sparsity import masks
@@ -52,7 +53,8 @@ class Settings(CourseSettings):
     interval: Annotated[Steps, Field(gt=0)] = 100
     """Steps, or below 1 a share of the training, from one move to the next."""
     until: Steps = 0.75
-    """No connection moves after this many steps, or below 1 this share of the training."""
+    """No connection moves after this many steps, or below 1 this share of the training; 0: none
+    moves at all."""
     skip: Skip = ()
     """Layers that stay dense: names, or stage.block."""
     seed: Seed = 0
@@ -107,10 +109,20 @@ class RigL(CoursePenalty):
 
     @torch.no_grad()
     def start(self, course: Course) -> None:
-        """Choose where the training starts. ArgumentError if it has no step."""
+        """Choose where the training starts. ArgumentError if it has no step, or ends before the
+        first connection would move."""
         check_end(0, course, self.name)
         self.interval = max(1, course.in_steps(self.settings.interval))
         self.until = course.in_steps(self.settings.until)
+        end = min(self.until, course.steps)
+        if self.settings.until and self.interval >= end:
+            raise ArgumentError(
+                "penalties.rigl.interval",
+                f"connections would move every {self.interval:,} steps, and none after step "
+                f"{end:,} of {course.steps:,}; allowed: fewer steps than that, more epochs, "
+                "a later until, or until = 0, with which none moves at all",
+                self.settings.interval,
+            )
         updates = -(-self.until // self.interval)
         self.trace_interval = -(-max(1, updates) // MAX_POINTS)
         chance = torch.Generator().manual_seed(self.settings.seed)

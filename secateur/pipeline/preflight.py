@@ -16,10 +16,10 @@ from secateur.base.errors import ArgumentError, SecateurError, SettingsError
 from secateur.data import progressive_resizing
 from secateur.data.dataset import DatasetInfo
 from secateur.pruning.decision import PruningContext
-from secateur.training import distillation
+from secateur.training import averaging, distillation
 from secateur.training import parametrization as parametrizations
 from secateur.training import penalty as penalties
-from secateur.training.penalty import Course, ScheduledPenalty, SteppingPenalty
+from secateur.training.penalty import Penalty, ScheduledPenalty
 
 
 def check_settings(info: DatasetInfo) -> None:
@@ -77,22 +77,24 @@ def _check(model: nn.Module, info: DatasetInfo, params: settings.Params) -> None
         name = params.parametrization
         with settings.section(f"parametrizations.{name}"):
             own = params.chosen("parametrizations")
-            parametrization = parametrizations.build(name, own, trial)
+            epochs = params.sparse_train.epochs
+            parametrization = parametrizations.build(name, own, trial, epochs)
             term = parametrizations.joined(name, parametrization, penalty)
-        _check_course(term, params.sparse_train, info)
         for key in ("baseline", "sparse_train", "finetune"):
             training: sections.Train = getattr(params, key)
             with settings.section(key):
+                _check_course(term, key, training, info.counts.get("train", 0))
                 progressive_resizing.check(trial, training.progressive_resizing, info.shape)
                 if isinstance(training, sections.ContinuedTrain):
                     _check_teacher(training.distillation, model)
         if parametrization is not None:
             parametrization.collapse()
         elif params.pruner == "chosen" and not isinstance(penalty, ScheduledPenalty):
+            idle = "" if name == "none" else f", nor does {name} with sparse_train.epochs = 0"
             raise SettingsError(
                 f"params.yaml: pruner = 'chosen': penalty {params.penalty} chooses no weights to "
-                "prune; take one that does (greg1, greg2, gradual, rigl, gsm), a parametrization, "
-                "or another pruner"
+                f"prune{idle}; take one that does (greg1, greg2, gradual, rigl, gsm), a "
+                "parametrization, or another pruner"
             )
         chosen = _without_latency(params)
         images, labels = torch.zeros(1, *info.shape), torch.zeros(1, dtype=torch.int64)
@@ -140,13 +142,17 @@ def _without_latency(params: settings.Params) -> Any:
     return chosen.model_copy(update={"target": None})
 
 
-def _check_course(term: object, training: sections.Train, info: DatasetInfo) -> None:
-    """SettingsError if what acts at every step does not suit the settings of sparse-train."""
-    images = info.counts.get("train", 0)
-    if isinstance(term, SteppingPenalty) and images:
-        steps = training.epochs * -(-images // training.batch_size)
-        with settings.section("sparse_train"):
-            term.start(Course(training, steps, images))
+def _check_course(term: Penalty | None, key: str, training: sections.Train, images: int) -> None:
+    """ArgumentError if a training is too short for its penalty, or its average of weights."""
+    if not images:
+        return
+    steps_per_epoch = -(-images // training.batch_size)
+    if key == "sparse_train":
+        penalties.begin(term, training, steps_per_epoch, images)
+    if isinstance(training, sections.Finetune) and training.budget == "compute":
+        epochs = round(training.epochs * training.budget_limit)
+        training = training.model_copy(update={"epochs": epochs})
+    averaging.check(training, steps_per_epoch, term if key == "sparse_train" else None)
 
 
 def _check_teacher(wanted: sections.Distillation, model: nn.Module) -> None:

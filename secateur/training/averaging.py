@@ -2,20 +2,54 @@
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from secateur.base.errors import ArgumentError
 from secateur.base.sections import Train
 from secateur.data.dataset import Dataset
 from secateur.sparsity.masks import BatchNorm
+from secateur.training.penalty import MaskingPenalty, Penalty, ScheduledPenalty
 from secateur.training.recalibrate import recalibrate_on
 
 
-def build(settings: Train, model: nn.Module, steps_per_epoch: int) -> "WeightAverage | None":
+def build(
+    settings: Train, model: nn.Module, steps_per_epoch: int, penalty: Penalty | None = None
+) -> "WeightAverage | None":
     """The average that the settings ask for; None if they ask for none."""
     if settings.average.kind == "none":
         return None
-    return WeightAverage(settings, model, steps_per_epoch)
+    return WeightAverage(settings, model, steps_per_epoch, penalty)
+
+
+def check(settings: Train, steps_per_epoch: int, penalty: Penalty | None = None) -> None:
+    """ArgumentError if the training ends before its average of weights begins.
+
+    A penalty with a schedule of its own may end it before the last epoch.
+    """
+    end = settings.epochs * steps_per_epoch
+    if settings.average.kind == "none" or not end:
+        return
+    if isinstance(penalty, ScheduledPenalty) and penalty.max_steps:
+        end = min(end, penalty.max_steps)
+    start = _first_step(settings, steps_per_epoch)
+    if settings.average.kind == "swa":  # of whole epochs
+        end -= end % steps_per_epoch
+    if start >= end:
+        raise ArgumentError(
+            "average.start",
+            f"the average would begin at step {start:,}, and the last step that it could take in "
+            f"is {end:,}; allowed: fewer steps than that, or below 1 a share of all "
+            f"{settings.epochs * steps_per_epoch:,}",
+            settings.average.start,
+        )
+
+
+def _first_step(settings: Train, steps_per_epoch: int) -> int:
+    """Number of steps before the average begins."""
+    start = settings.average.start
+    return int(start * settings.epochs * steps_per_epoch) if start < 1 else int(start)
 
 
 class WeightAverage:
@@ -24,16 +58,23 @@ class WeightAverage:
     ema: after every step, `decay` times the average plus (1 - decay) times the weights; from the
     step `start` on. swa: the plain mean of the weights after every epoch that ends at `start` or
     later (P. Izmailov et al., Averaging weights leads to wider optima and better generalization,
-    UAI 2018). Zeros that are held stay zero. Buffers are the network's; statistics of batch
+    UAI 2018). Zeros that are held stay zero, and what the penalty prunes meanwhile is zero in the
+    average from then on. Buffers are the network's; statistics of batch
     normalisations do not belong to averaged weights, and are measured again for them.
     """
 
-    def __init__(self, settings: Train, model: nn.Module, steps_per_epoch: int) -> None:
+    def __init__(
+        self,
+        settings: Train,
+        model: nn.Module,
+        steps_per_epoch: int,
+        penalty: Penalty | None = None,
+    ) -> None:
         """Nothing is averaged before the first step; the network itself is not changed."""
         self.settings, self.model = settings.average, model
         self.steps_per_epoch = steps_per_epoch
-        steps, start = settings.epochs * steps_per_epoch, self.settings.start
-        self.start = int(start * steps) if start < 1 else int(start)
+        self.penalty = penalty if isinstance(penalty, MaskingPenalty) else None
+        self.start = _first_step(settings, steps_per_epoch)
         ema = get_ema_multi_avg_fn(self.settings.decay) if self.settings.kind == "ema" else None
         self.averaged = AveragedModel(model, multi_avg_fn=ema)
         self.averaged.requires_grad_(False)
@@ -49,6 +90,14 @@ class WeightAverage:
         last = done % self.steps_per_epoch == 0
         if done >= self.start and (last or self.settings.kind == "ema"):
             self.averaged.update_parameters(self.model)
+            self._mask()
+
+    @torch.no_grad()
+    def _mask(self) -> None:
+        """Set to zero what the penalty holds at zero."""
+        if self.penalty is not None and (factors := self.penalty.held_factors()):
+            averages = [self.averaged.module.get_parameter(name) for name in factors]
+            torch._foreach_mul_(averages, list(factors.values()))
 
     def network(self, data: Dataset) -> nn.Module:
         """The network with averaged weights, ready to be evaluated; as long as nothing has been

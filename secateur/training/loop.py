@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from secateur.base.errors import ArgumentError, StateError, TrainingError
+from secateur.base.errors import StateError, TrainingError
 from secateur.base.sections import Train
 from secateur.data import progressive_resizing
 from secateur.data.batches import Batches
@@ -17,17 +17,12 @@ from secateur.data.progressive_resizing import ProgressiveResizing
 from secateur.sparsity import masks as masking
 from secateur.sparsity.masks import Masks
 from secateur.training import averaging, determinism, optim
+from secateur.training import penalty as penalties
 from secateur.training.callbacks import Callback, Row
 from secateur.training.distillation import Distiller
 from secateur.training.engine import Engine
 from secateur.training.evaluation import accuracy
-from secateur.training.penalty import (
-    Course,
-    MeasuredPenalty,
-    Penalty,
-    ScheduledPenalty,
-    SteppingPenalty,
-)
+from secateur.training.penalty import MeasuredPenalty, Penalty
 from secateur.training.state import StateStore, TrainingState
 from secateur.training.step import LossCheck, TrainStep
 
@@ -79,7 +74,7 @@ def fit(
         optimizer = optim.optimizer(model, settings, maps)
         masking.hold(model, masks or {}, optimizer)
         batches = _batches(data, settings, seed, engine)
-        average = averaging.build(settings, model, len(batches))
+        average = averaging.build(settings, model, len(batches), penalty)
         parts = {"penalty": penalty, "distillation": distiller, "average": average}
         state = TrainingState(model, optimizer, parts, keep_epoch)
         how = (settings, engine, len(batches), distiller, average)
@@ -211,27 +206,9 @@ def _start(
 ) -> None:
     """Tell a penalty about the training; ArgumentError if its schedule does not fit into that.
 
-    The same for sizes of images that the network does not take.
+    The same for sizes of images that the network does not take, and for an average of weights that
+    begins too late.
     """
     progressive_resizing.check(model, settings.progressive_resizing, data.info.shape)
-    if isinstance(penalty, SteppingPenalty):
-        steps = settings.epochs * steps_per_epoch
-        penalty.start(Course(settings, steps, len(data.train), masks))
-    if not isinstance(penalty, ScheduledPenalty):
-        return
-    if penalty.max_steps > settings.epochs * steps_per_epoch:
-        raise ArgumentError(
-            "epochs",
-            f"the penalty may need {penalty.max_steps:,} steps until it is finished; at "
-            f"{steps_per_epoch:,} steps an epoch that is "
-            f"{math.ceil(penalty.max_steps / steps_per_epoch):,} epochs. It ends by itself, so "
-            "more do no harm",
-            settings.epochs,
-        )
-    if settings.keep != "last":
-        raise ArgumentError(
-            "keep",
-            "a penalty with a schedule of its own is complete only at the end of it; keep must be "
-            "'last'",
-            settings.keep,
-        )
+    penalties.begin(penalty, settings, steps_per_epoch, len(data.train), masks)
+    averaging.check(settings, steps_per_epoch, penalty)

@@ -35,8 +35,15 @@ class Parametrization(Protocol):
         """
 
 
-def build(name: str, settings: Any, model: nn.Module) -> Parametrization | None:
-    """Parametrize the model in place; None if parametrization `name` leaves it as it is."""
+def build(
+    name: str, settings: Any, model: nn.Module, epochs: int | None = None
+) -> Parametrization | None:
+    """Parametrize the model in place; None if parametrization `name` leaves it as it is.
+
+    A training of 0 `epochs` hands the network on as it came, so there is none either.
+    """
+    if epochs == 0:
+        return None
     built: Parametrization | None = plugin.load("parametrizations", name).build(settings, model)
     return built
 

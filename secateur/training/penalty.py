@@ -1,6 +1,7 @@
 """Penalties as the training loop uses them: terms added to the loss of every step."""
 
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from secateur.base import plugin
+from secateur.base.errors import ArgumentError
 from secateur.base.sections import Train
 from secateur.training.callbacks import Row
 
@@ -55,6 +57,14 @@ class ScheduledPenalty(MeasuredPenalty, Protocol):
         """Progress of the schedule as a table: one row for each step at which it was noted."""
 
 
+@runtime_checkable
+class MaskingPenalty(Protocol):
+    """Further member of a penalty that holds entries of parameters at zero."""
+
+    def held_factors(self) -> Mapping[str, Tensor]:
+        """Parameter name -> 1 where an entry is kept now, else 0; broadcastable to it."""
+
+
 @dataclass(frozen=True)
 class Course:
     """The training that a penalty is part of."""
@@ -90,6 +100,40 @@ class SteppingPenalty(Protocol):
 
     def after_step(self, step: int, optimizer: Optimizer) -> None:
         """Called when the optimizer has changed the weights, and masked ones are zero again."""
+
+
+def begin(
+    penalty: Penalty | None,
+    settings: Train,
+    steps_per_epoch: int,
+    images: int,
+    masks: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Tell a penalty about the training, before its first step; `images` are those of the split.
+
+    Raises ArgumentError naming the key of the training's settings that does not suit it.
+    """
+    steps = settings.epochs * steps_per_epoch
+    if isinstance(penalty, SteppingPenalty):
+        penalty.start(Course(settings, steps, images, masks or {}))
+    if not isinstance(penalty, ScheduledPenalty):
+        return
+    if penalty.max_steps > steps:
+        raise ArgumentError(
+            "epochs",
+            f"the penalty may need {penalty.max_steps:,} steps until it is finished; at "
+            f"{steps_per_epoch:,} steps an epoch that is "
+            f"{math.ceil(penalty.max_steps / steps_per_epoch):,} epochs. It ends by itself, so "
+            "more do no harm",
+            settings.epochs,
+        )
+    if settings.keep != "last":
+        raise ArgumentError(
+            "keep",
+            "a penalty with a schedule of its own is complete only at the end of it; keep must be "
+            "'last'",
+            settings.keep,
+        )
 
 
 def build(

@@ -112,6 +112,10 @@ class CoursePenalty:
         """Derive `keep` from the choice, in the memory format of the parameters."""
         self.keep = self.as_factors(self.kept()) if self.choice else []
 
+    def held_factors(self) -> dict[str, Tensor]:
+        """Name of a held parameter -> 1 where it is kept, else 0; empty if nothing is pruned."""
+        return dict(zip(self.held, self.keep, strict=True)) if self.keep else {}
+
     def as_factors(self, kept: Mapping[str, Tensor]) -> list[Tensor]:
         """Masks, broadcastable, as tensors of 1 and 0 like the held parameters."""
         return [torch.empty_like(self.held[name]).copy_(mask) for name, mask in kept.items()]
