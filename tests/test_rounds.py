@@ -11,7 +11,7 @@ from workspace import ROOT, yaml_text
 
 from secateur.base import plugin
 from secateur.base.errors import ArgumentError, SettingsError
-from secateur.base.settings import check
+from secateur.base.settings import Params, check, validate
 from secateur.nn import cost
 from secateur.pipeline.commands import rounds
 from secateur.pipeline.record import Chain
@@ -19,6 +19,7 @@ from secateur.pruning.apply import apply_decision
 from secateur.pruning.decision import PruningContext
 from secateur.pruning.target import Target, solve
 from secateur.sparsity import masks as masking
+from secateur.sparsity.ratios import Rules
 from stages import evaluate
 
 
@@ -61,6 +62,40 @@ def test_steps_are_geometric_or_equal_and_end_at_the_target():
     assert rounds.shares(0.008, 3) == pytest.approx([0.2, 0.04, 0.008])
     assert rounds.shares(0.1, 3, equal=True) == pytest.approx([0.7, 0.4, 0.1])
     assert rounds.shares(0.3, 1) == [0.3]
+
+
+@pytest.mark.parametrize(
+    ("first", "later", "expected"),
+    [
+        ({"target": {"params": 0.5, "of": "dense"}}, {"target": {"macs": 0.3}}, {"macs": 0.3}),
+        ({"target": {"params": 0.5}}, {"target": None, "ratios": 0.4}, None),
+        ({"target": {"params": 0.5}}, {"ratios": "fc1: 0.4"}, {"params": 0.5}),
+    ],
+)
+def test_a_round_replaces_a_target_as_a_whole(first, later, expected):
+    pruning = later_round(first, later).chosen("pruners")
+    found = pruning.target and pruning.target.model_dump(exclude_defaults=True)
+    assert found == expected
+
+
+def test_a_round_replaces_ratios_as_a_whole_but_single_keys_of_its_section():
+    params = later_round({"ratios": {"fc1": 0.5}}, {"ratios": {"fc2": 0.3}})
+    assert params.chosen("pruners").ratios == Rules(named=(("fc2", 0.3),))
+    assert params.chosen("pruners").criterion == "taylor"
+    assert (params.finetune.average.kind, params.finetune.average.decay) == ("swa", 0.5)
+
+
+def later_round(first, later):
+    """Params of a round that changes settings of magnitude, and one of finetune's average."""
+    given = yaml.safe_load((ROOT / "params.yaml").read_text()) | {"pruner": "magnitude"}
+    given["pruners"]["magnitude"] |= {"criterion": "taylor"} | first
+    given["finetune"]["average"]["kind"] = "swa"
+    prune = {"pruners": {"magnitude": later}}
+    given["rounds"] = {
+        "round2": {"after": "finetuned", "sparse_train": {}, "prune": prune,
+                   "finetune": {"average": {"decay": 0.5}}}
+    }  # fmt: skip
+    return validate(Params, given, "").of_round("round2")
 
 
 def command(**options):

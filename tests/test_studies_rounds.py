@@ -220,7 +220,11 @@ def test_controls_count_all_rounds(write_study):
                   "finetune": {"epochs": 3}, "pruners": {"magnitude": {"granularity": "filter"}}},
         axes={"method": {
             "target": {"pruners": {"magnitude": shape},
-                       "rounds": table({"target": {"params": 0.25}})},
+                       "rounds": table({"target": {"params": 0.25, "of": "dense"}})},
+            "macs": {"pruners": {"magnitude": shape},
+                     "rounds": table({"target": {"macs": 0.25, "of": "dense"}})},
+            "plain": {"pruners": {"magnitude": shape},
+                      "rounds": table({"target": {"params": 0.25}})},
             "ratio": {"rounds": table({"ratios": 0.5})},
         }},
         controls=["dense", "dense_longer", "random", "scratch", "smaller"],
@@ -229,7 +233,8 @@ def test_controls_count_all_rounds(write_study):
     for cell in study.cells:
         found.setdefault(cell.control, []).append(cell.settings)
     for control in ("dense", "dense_longer", "smaller"):
-        assert [cell["rounds"] for cell in found[control]] == [{}]
+        assert all(cell["rounds"] == {} for cell in found[control])
+    assert len(found["dense"]) == len(found["dense_longer"]) == 1
     assert found["dense_longer"][0]["baseline"]["epochs"] == 7 + 2 + 3 + 0 + 4
     for cell in found["random"]:
         again = cell["rounds"]["two"]["prune"]["pruners"]["magnitude"]
@@ -237,8 +242,10 @@ def test_controls_count_all_rounds(write_study):
     for cell in found["scratch_compute"] + found["scratch_epochs"]:
         last = cell["rounds"]["two"]["finetune"]
         assert (last["init"], last["epochs"], cell["finetune"]) == ("scratch", 7, {"epochs": 3})
-    (smaller,) = found["smaller"]
+    smaller, other = found["smaller"]
     assert smaller["pruners"]["magnitude"]["target"] == {"params": 0.25, "of": "dense"}
+    assert other["pruners"]["magnitude"]["target"] == {"params": None, "macs": 0.25, "of": "dense"}
+    assert any("plain: no control 'smaller': its last round has no" in n for n in study.notes)
     assert smaller["finetune"]["epochs"] == 7
     assert any("ratio: no control 'smaller': its last round has no" in n for n in study.notes)
 

@@ -134,10 +134,17 @@ class Params(Strict):
     def _patched(
         self, schema: type[T], plain: dict[str, Any], patch: Table, kind: plugin.Kind, where: str
     ) -> T:
-        """A section with the changes of a round, and the settings of the plug-in in use with it."""
+        """A section with the changes of a round, and the settings of the plug-in in use with it.
+
+        A value of the plug-in's settings is replaced as a whole, also if it is a table, such as a
+        target or ratios by layer, whose keys belong together.
+        """
         name: str = getattr(self, plugin.KEYS[kind])
         plain |= {kind: {name: getattr(self, kind).get(name) or {}}}
-        table = validate(schema, merged(plain, patch), where)
+        changed = merged(plain, patch)
+        if isinstance(own := patch.get(kind), Mapping):
+            changed[kind] = merged(plain[kind], own, depth=2)
+        table = validate(schema, changed, where)
         for other, given in getattr(table, kind).items():
             if other != name:
                 raise SettingsError(
@@ -246,13 +253,19 @@ def _check_files(name: str, given: Round) -> None:
             )
 
 
-def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Both tables, `above` where they differ; tables within them likewise."""
+def merged(
+    below: Mapping[str, Any], above: Mapping[str, Any], depth: int | None = None
+) -> dict[str, Any]:
+    """Both tables, `above` where they differ; tables within them likewise.
+
+    With a `depth`, tables that lie deeper than so many levels are replaced: 1 merges the two alone.
+    """
     result = dict(below)
     for key, value in above.items():
         inner = result.get(key)
-        both = isinstance(inner, Mapping) and isinstance(value, Mapping)
-        result[key] = merged(inner, value) if both else value  # type: ignore[arg-type]
+        if depth != 1 and isinstance(inner, Mapping) and isinstance(value, Mapping):
+            value = merged(inner, value, depth and depth - 1)
+        result[key] = value
     return result
 
 

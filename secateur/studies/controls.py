@@ -17,6 +17,7 @@ The epochs of `dense_longer` are those of all rounds; `random` picks at random i
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from secateur.base import settings as base_settings
 from secateur.pipeline.record import FIRST
 from secateur.studies import rounds
 from secateur.studies.rounds import in_round, merged
@@ -24,6 +25,7 @@ from secateur.studies.rounds import in_round, merged
 Control = Literal[
     "dense", "dense_longer", "random", "scratch", "scratch_epochs", "scratch_compute", "smaller"
 ]
+TARGET = "pruners.magnitude.target"
 Combination = tuple[str, str, dict[str, Any]]
 """Method, point, settings."""
 
@@ -132,21 +134,24 @@ def _smaller(settings: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str
     table = settings.get(rounds.KEY, {})
     final = table.get(_last_round(settings), {}).get("prune", {})
     pruning = {key: value for key, value in final.items() if key != "pruners"}
-    own = merged(settings, {"pruners": final.get("pruners", {}), "prune": pruning})
+    changed = base_settings.merged(settings.get("pruners", {}), final.get("pruners", {}), depth=2)
+    own = merged(settings, {"prune": pruning}) | {"pruners": changed}
     granularity = _value(own, params, "pruners.magnitude.granularity")
     if _value(own, params, "pruner") != "magnitude" or granularity == "weight":
         return "it does not remove whole outputs by pruner magnitude"
-    if table and _value(own, params, "pruners.magnitude.target.of") != "dense":
+    target = _value(own, params, TARGET)
+    if table and not (isinstance(target, Mapping) and target.get("of") == "dense"):
         return "its last round has no target with `of: dense`, so no cut of one round is as large"
+    alone: dict[str, Any] = {"pick": "random", "ranking": "layer"}
+    if isinstance(target, Mapping):  # null for what the first round's target is of
+        alone["target"] = dict.fromkeys(_value(settings, params, TARGET) or {}) | {**target}
     return {
         "finetune": _anew(settings, params, "epochs"),
         "baseline": {"epochs": 0, "weights": "none", "warmup": 0, "milestones": []},
         "penalty": "none",
         "parametrization": "none",
         "sparse_train": {"epochs": 0, "warmup": 0},
-        "pruners": merged(
-            final.get("pruners", {}), {"magnitude": {"pick": "random", "ranking": "layer"}}
-        ),
+        "pruners": merged(final.get("pruners", {}), {"magnitude": alone}),
         "rounds": {},
         **({"prune": pruning} if pruning else {}),
     }
