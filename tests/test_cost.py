@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from secateur.base import plugin, timing
 from secateur.nn import cost
@@ -169,6 +170,26 @@ def test_the_spread_is_median_and_distance_of_the_quartiles():
     assert (middle, distance) == (4, 4)  # quartiles 2 and 6
     assert timing.median_and_iqr([5.0] * 4) == (5, 0)
     assert timing.median_and_iqr([5.0]) == (5, 0)
+
+
+class StandardisedConv2d(nn.Conv2d):
+    """Computes with its weight brought to mean 0 and standard deviation 1 by filter."""
+
+    def forward(self, x):
+        std, mean = torch.std_mean(self.weight, (1, 2, 3), keepdim=True)
+        return F.conv2d(x, (self.weight - mean) / std, self.bias, self.stride, self.padding)
+
+
+def test_a_weight_that_is_standardised_in_forward_has_the_macs_of_a_plain_one():
+    def network(conv):
+        return nn.Sequential(conv(3, 4, 3, padding=1), nn.ReLU(), conv(4, 6, 3, stride=2))
+
+    found, plain = (
+        cost.layer_costs(network(conv), torch.randn(1, 3, 9, 9))
+        for conv in (StandardisedConv2d, nn.Conv2d)
+    )
+    assert [layer.macs_dense for layer in found] == [81 * 3 * 4 * 9, 16 * 4 * 6 * 9]
+    assert [layer.macs_dense for layer in plain] == [layer.macs_dense for layer in found]
 
 
 class Auxiliary(nn.Module):

@@ -1,8 +1,9 @@
 """Cost of a network: parameters, non-zeros, compression, MACs, bytes, latency."""
 
+import contextlib
 import gzip
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
@@ -14,7 +15,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from secateur.base import timing
-from secateur.sparsity.masks import prunable
+from secateur.sparsity.masks import LAYERS, prunable
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def positions_by_call(model: nn.Module, example: Tensor) -> dict[str, list[int]]
     counter = _PositionCounter(
         {id(weight): name.removesuffix(".weight") for name, weight in reversed(weights.items())}
     )
-    with counter:
+    with counter, _running(model, counter.running):
         model.eval()(example)
     return {
         name.removesuffix(".weight"): counter.found[counter.names[id(weight)]]
@@ -93,13 +94,40 @@ def positions_by_call(model: nn.Module, example: Tensor) -> dict[str, list[int]]
     }
 
 
+@contextlib.contextmanager
+def _running(model: nn.Module, stack: list[Tensor | None]) -> Iterator[None]:
+    """Keep in `stack` the weights of the convolutions and linear layers that are computing."""
+
+    def enter(layer: nn.Module, _inputs: Any) -> None:
+        stack.append(layer._parameters["weight"])
+
+    def leave(*_: Any) -> None:
+        stack.pop()
+
+    handles = []
+    for layer in model.modules():
+        if isinstance(layer, LAYERS) and layer._parameters.get("weight") is not None:
+            handles += [layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 class _PositionCounter(TorchFunctionMode):
-    """Notes the positions of all convolutions and linear maps, whoever calls the function."""
+    """Notes the positions of all convolutions and linear maps, whoever calls the function.
+
+    What a layer computes with another tensor of its weight's shape, such as the standardised
+    weight, counts as its own.
+    """
 
     def __init__(self, names: Mapping[int, str]) -> None:
         super().__init__()
         self.names = names
         """By the id() of the weight."""
+        self.running: list[Tensor | None] = []
+        """Weights of the layers that are computing, the innermost last."""
         self.found: dict[str, list[int]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -117,6 +145,9 @@ class _PositionCounter(TorchFunctionMode):
         return out
 
     def _note(self, weight: Tensor, positions: int) -> None:
+        if id(weight) not in self.names and self.running:
+            own = self.running[-1]
+            weight = own if own is not None and own.shape == weight.shape else weight
         if id(weight) in self.names:
             self.found.setdefault(self.names[id(weight)], []).append(positions)
 
