@@ -3,6 +3,7 @@
 import copy
 import json
 import types
+from dataclasses import replace
 
 import pytest
 import safetensors.torch
@@ -18,6 +19,7 @@ from secateur.base.errors import ArgumentError, CheckpointError, SettingsError
 from secateur.base.sections import ContinuedTrain, Distillation, Train
 from secateur.base.settings import Params, validate
 from secateur.base.stage import Stage
+from secateur.data.augment import FileAugment
 from secateur.nn import checkpoint
 from secateur.nn.checkpoint import Header
 from secateur.pipeline import runner
@@ -179,26 +181,96 @@ def saved(path, classes, arch="lenet300"):
 def test_a_teacher_comes_from_a_file_that_fits_the_data(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     name, data = "weights/teacher.safetensors", digits()
-    path, how = tmp_path / name, settings(teacher=name)
+    path = tmp_path / name
 
-    def made(declared=name):
-        params = Params.model_construct(arch="lenet300", archs={}, seed=1)
-        stage = Stage("finetune", params, {}, {declared: ""})
+    def made(declared=name, code="weights/none", arch="lenet300"):
+        params = Params.model_construct(arch=arch, archs={}, seed=1)
+        stage = Stage("finetune", params, {}, {declared: "", code: ""})
         context = runner.TrainingContext(stage, data, {}, Engine(), None, ())
-        return context._distiller(small(6), how)
+        return context._distiller(small(6), settings(teacher=name, code=code))
 
     saved(path, data.info.classes)
-    assert isinstance(made().teacher.get_submodule("fc1"), nn.Linear)
+    lenet = "secateur/archs/lenet300.py"
+    (tmp_path / lenet).parent.mkdir(parents=True)
+    (tmp_path / lenet).touch()
+    for given in ({}, {"code": lenet}, {"code": lenet, "arch": "lenet5"}):
+        assert isinstance(made(**given).teacher.get_submodule("fc1"), nn.Linear)
     with pytest.raises(SettingsError, match="does not declare"):
         made("models/baseline")
-    for classes, arch, words in [
-        (["a", "b"], "lenet300", "cannot teach: its classes = "),
-        (data.info.classes, "lenet5", "holds architecture 'lenet5', params ask for 'lenet300'"),
-    ]:
-        saved(path, classes, arch) if arch == "lenet300" else rename_architecture(path, arch)
+    with pytest.raises(SettingsError, match=r"archs/gone\.py: missing"):
+        made(code="secateur/archs/gone.py")
+    for classes, arch, code, ours, words in [
+        (["a", "b"], "lenet300", "weights/none", "lenet300", "cannot teach: its classes = "),
+        (data.info.classes, "lenet300", "weights/none", "lenet5",
+         "its architecture is 'lenet300', that of the network 'lenet5': the setting distillation"
+         f".code must be {lenet}, on which the stage then depends; it is weights/none"),
+        (data.info.classes, "lenet300", "secateur/archs", "lenet5", f"must be {lenet}"),
+        (data.info.classes, "module", "weights/none", "lenet5", "of yours"),
+    ]:  # fmt: skip
+        saved(path, classes)
+        rename_architecture(path, arch)
         with pytest.raises(CheckpointError, match=r"weights/teacher\.safetensors") as refused:
-            made()
+            made(code=code, arch=ours)
         assert words in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("code", ["", "/etc/net.py", "../net.py"])
+def test_code_of_a_teacher_lies_in_the_project(code):
+    with pytest.raises(ValueError, match=r"weights/none, or secateur/archs/"):
+        Distillation(teacher="weights/x.safetensors", code=code)
+
+
+def test_code_without_a_teacher_of_its_own_is_refused():
+    for teacher in ("weights/none", TEACHER):
+        with pytest.raises(ValueError, match="of no effect without a teacher in weights/"):
+            Distillation(teacher=teacher, code="secateur/archs/lenet5.py")
+
+
+@pytest.mark.parametrize(
+    ("augment", "sizes", "features", "once"),
+    [
+        ({}, [], [], True),
+        ({"pad": 1}, [], [], False),
+        ({"flip": True}, [], [], False),
+        ({"rotate": 3.0}, [], [], False),
+        ({}, [{"scale": 0.5, "until": 0.5}], [], False),
+        ({}, [], ["1"], False),
+    ],
+)
+def test_the_teacher_sees_images_once_that_never_change(augment, sizes, features, once):
+    """And the network is taught by its outputs for the very images of a batch."""
+    prepared = digits(100)
+    prepared = replace(prepared, info=replace(prepared.info, augment=FileAugment(**augment)))
+    how = ContinuedTrain(
+        epochs=2, batch_size=32, accumulate_grad_batches=2, progressive_resizing=sizes,
+        distillation={"teacher": TEACHER, "features": features},
+    )  # fmt: skip
+    model, teacher, seen, wanted = flexible(6), flexible(9), [], []
+    made = distiller(model, teacher, how)
+    teacher.register_forward_pre_hook(lambda _module, images: seen.append(images[0]))
+    taught = made._wanted
+
+    def noted(images, engine):
+        logits = taught(images, engine)
+        wanted.append((images.clone(), logits))
+        return logits
+
+    made._wanted = noted
+    fit(model, prepared, how, "once", distiller=made)
+    count = len(prepared.train)
+    assert sum(map(len, seen)) == (count if once else 2 * count)
+    assert sum(len(images) for images, _ in wanted) == 2 * count
+    for images, logits in wanted:
+        with torch.no_grad():
+            assert torch.allclose(teacher(images), logits, atol=1e-5)
+
+
+def flexible(width):
+    """A small network for images of any size."""
+    torch.manual_seed(width)
+    return nn.Sequential(
+        nn.AdaptiveAvgPool2d(8), nn.Flatten(), nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 10)
+    )
 
 
 def rename_architecture(path, arch):
@@ -215,17 +287,21 @@ def test_the_teacher_is_a_dependency_of_the_stages_that_have_one():
         stages = yaml.safe_load((ROOT / file).read_text())["stages"]
         for stage, section in [("sparse-train", "sparse_train"), ("finetune", "finetune")]:
             found = stages[stage][names] if names else stages[stage]
-            assert f"${{{section}.distillation.teacher}}" in found["deps"]
+            for key in ("teacher", "code"):
+                assert f"${{{section}.distillation.{key}}}" in found["deps"]
     given = yaml.safe_load((ROOT / "params.yaml").read_text())
     for section in ("sparse_train", "finetune"):
-        assert given[section]["distillation"]["teacher"] == "weights/none"
-    given["rounds"] = {
-        "round2": {"after": "finetuned", "sparse_train": {}, "prune": {},
-                   "finetune": {"distillation": {"teacher": TEACHER}}}
-    }  # fmt: skip
-    params = validate(Params, given, "")
-    with pytest.raises(SettingsError, match=r"rounds\.round2\.finetune\.distillation\.teacher"):
-        params.of_round("round2")
+        for key in ("teacher", "code"):
+            assert given[section]["distillation"][key] == "weights/none"
+    for key, value in [("teacher", TEACHER), ("code", "secateur/archs/lenet5.py")]:
+        given["rounds"] = {
+            "round2": {"after": "finetuned", "sparse_train": {}, "prune": {},
+                       "finetune": {"distillation": {key: value}}}
+        }  # fmt: skip
+        params = validate(Params, given, "")
+        wrong = rf"rounds\.round2\.finetune\.distillation\.{key}: all rounds"
+        with pytest.raises(SettingsError, match=wrong):
+            params.of_round("round2")
 
 
 def averaged(kind, **given):

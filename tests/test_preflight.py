@@ -1,6 +1,7 @@
 """Settings that do not fit the network are refused before the first training."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,9 @@ from torch import nn
 from workspace import yaml_text
 
 from secateur.base import machine, plugin
-from secateur.base.errors import SettingsError
+from secateur.base.errors import SecateurError, SettingsError
 from secateur.data.dataset import DatasetInfo
+from secateur.nn import checkpoint
 from secateur.pipeline.preflight import check_network, check_settings
 
 PARAMS = yaml.safe_load(Path("params.yaml").read_text())
@@ -209,3 +211,26 @@ def test_an_adaptive_pooling_is_refused_where_it_cannot_be_trained(network, monk
         check_network(parts, INFO)
     network(baseline__epochs=0, sparse_train__epochs=0, finetune__epochs=0)
     check_network(parts, INFO)
+
+
+def test_a_teacher_of_another_architecture_needs_its_code_named(network, tmp_path):
+    """Before the first training; the normalisation, which weights may bring, is not compared."""
+    header = checkpoint.Header(
+        arch="lenet300", arch_settings={"hidden": [5]}, classes=["a", "b"], shape=(1, 8, 8),
+        mean=[0.5], std=[2.0], split="", stage="baseline",
+    )  # fmt: skip
+    file, key = "weights/teacher.safetensors", "finetune__distillation"
+    (tmp_path / "weights").mkdir()
+    checkpoint.save(tmp_path / file, header, checkpoint.build_architecture(header), {})
+    code = "secateur/archs/lenet300.py"
+    model = network(arch="lenet5", **{f"{key}__teacher": file, f"{key}__code": code})
+    check_network(model, INFO)
+    model = network(arch="lenet5", **{f"{key}__teacher": file})
+    with pytest.raises(SecateurError, match=f"{file}: .* distillation.code must be {code}"):
+        check_network(model, INFO)
+    network(arch="lenet5", **{f"{key}__teacher": "weights/gone.safetensors"})
+    with pytest.raises(SettingsError, match=r"finetune\.distillation\.teacher = .*no such file"):
+        check_network(model, INFO)
+    network(arch="lenet5", **{f"{key}__teacher": file, f"{key}__code": code})
+    with pytest.raises(SecateurError, match="cannot teach: its classes = "):
+        check_network(model, replace(INFO, classes=["a", "c"]))

@@ -219,12 +219,22 @@ def _teacher(path: str) -> str:
     return path
 
 
+def _code(path: str) -> str:
+    """The path; ValueError unless it lies within the project."""
+    if not path or Path(path).is_absolute() or ".." in Path(path).parts:
+        raise ValueError(f"{NOTHING}, or secateur/archs/<architecture of the teacher>.py")
+    return path
+
+
 class Distillation(Strict):
     """A teacher whose outputs are imitated beside the labels; see training/distillation.py."""
 
     teacher: Annotated[str, AfterValidator(_teacher)] = NOTHING
     """A path, which dvc.yaml names as a dependency: weights/none, a file that never changes, for no
-    teacher; models/baseline for the dense network; or a checkpoint of the same architecture."""
+    teacher; models/baseline for the dense network; or a checkpoint that Secateur has written."""
+    code: Annotated[str, AfterValidator(_code)] = NOTHING
+    """Of a teacher of another architecture, its file: secateur/archs/<name>.py. dvc.yaml names this
+    path as a dependency too."""
     temperature: Positive = 4.0
     """Logits are divided by it before the softmax."""
     weight: Annotated[float, Field(ge=0, le=1)] = 0.9
@@ -238,6 +248,8 @@ class Distillation(Strict):
     def _features_need_a_teacher(self) -> Self:
         if self.features and self.teacher == NOTHING:
             raise ValueError(f"features: {list(self.features)}: of no effect without a teacher")
+        if self.code != NOTHING and self.teacher in (NOTHING, DENSE_PARENT):
+            raise ValueError(f"code: {self.code}: of no effect without a teacher in weights/")
         return self
 
 

@@ -245,12 +245,13 @@ def _check_files(name: str, given: Round) -> None:
         )
     for section, table in (("sparse_train", given.sparse_train), ("finetune", given.finetune)):
         distillation = table.get("distillation")
-        if isinstance(distillation, Mapping) and "teacher" in distillation:
-            raise SettingsError(
-                f"{FILE}: rounds.{name}.{section}.distillation.teacher: all rounds have the "
-                f"teacher of {section}.distillation.teacher, which dvc.yaml makes a dependency; a "
-                "round may have another weight (0: no teacher)"
-            )
+        for key in ("teacher", "code"):
+            if isinstance(distillation, Mapping) and key in distillation:
+                raise SettingsError(
+                    f"{FILE}: rounds.{name}.{section}.distillation.{key}: all rounds have the "
+                    f"teacher of {section}.distillation, which dvc.yaml makes a dependency; a "
+                    "round may have another weight (0: no teacher)"
+                )
 
 
 def merged(

@@ -23,6 +23,11 @@ class Augment(Strict):
     elastic: Annotated[float, Field(ge=0, le=64)] = 0.0
     """Standard deviation, in pixels, of the displacements of an elastic distortion."""
 
+    @property
+    def nothing(self) -> bool:
+        """Whether an image is the same in every epoch."""
+        return self == type(self)()
+
 
 class FileAugment(Augment):
     """Augmentation of images that are decoded anew in every epoch."""

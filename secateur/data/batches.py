@@ -48,6 +48,12 @@ class Batches:
         """Steps per epoch, equal for every process."""
         return -(-len(self.split) // self.batch_size)
 
+    def order(self, number: int) -> Tensor:
+        """Positions in the split, int64, of this process's images of an epoch, in their order."""
+        image = augment.plan_epoch(len(self.split), self.seed, number, self.info.augment).image
+        parts = _rank_slices(len(self.split), self.batch_size, self.rank, self.world)
+        return torch.cat([image[part] for part in parts])
+
     def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
         """All images once: float32 (batch, channels, height, width), and int64 labels (batch,).
 

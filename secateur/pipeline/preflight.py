@@ -86,7 +86,7 @@ def _check(model: nn.Module, info: DatasetInfo, params: settings.Params) -> None
                 _check_course(term, key, training, info.counts.get("train", 0))
                 progressive_resizing.check(trial, training.progressive_resizing, info.shape)
                 if isinstance(training, sections.ContinuedTrain):
-                    _check_teacher(training.distillation, model)
+                    _check_teacher(training.distillation, model, info, params)
         if parametrization is not None:
             parametrization.collapse()
         elif params.pruner == "chosen" and not isinstance(penalty, ScheduledPenalty):
@@ -155,11 +155,18 @@ def _check_course(term: Penalty | None, key: str, training: sections.Train, imag
     averaging.check(training, steps_per_epoch, term if key == "sparse_train" else None)
 
 
-def _check_teacher(wanted: sections.Distillation, model: nn.Module) -> None:
-    """ArgumentError for a teacher that is missing, or layers that the network does not have."""
-    named = wanted.teacher not in (sections.NOTHING, sections.DENSE_PARENT)
-    if named and not Path(wanted.teacher).exists():
-        raise ArgumentError("distillation.teacher", "no such file", wanted.teacher)
+def _check_teacher(
+    wanted: sections.Distillation, model: nn.Module, info: DatasetInfo, params: settings.Params
+) -> None:
+    """Raise ArgumentError for a teacher that is missing, or layers that the network does not have,
+    and CheckpointError for one that cannot teach this network."""
+    if wanted.teacher not in (sections.NOTHING, sections.DENSE_PARENT):
+        file = Path(wanted.teacher)
+        if not file.exists():
+            raise ArgumentError("distillation.teacher", "no such file", wanted.teacher)
+        arch = params.arch
+        found = distillation.load_teacher(file, wanted.code, arch, params.archs.get(arch))
+        distillation.check_data(found[0], found[1].header, info, "classes", "shape")
     distillation.check_layers(wanted.features, model)
 
 

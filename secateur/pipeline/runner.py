@@ -29,7 +29,7 @@ from secateur.sparsity.choices import Choices
 from secateur.sparsity.masks import Masks
 from secateur.training import loop, resume
 from secateur.training.callbacks import HISTORY_COLUMNS, Callback, Row
-from secateur.training.distillation import Distiller
+from secateur.training.distillation import Distiller, check_data, load_teacher
 from secateur.training.engine import Engine, relaunch
 from secateur.training.penalty import Penalty
 from secateur.training.state import StateStore
@@ -174,18 +174,11 @@ class TrainingContext(StageContext):
         if wanted.teacher == NOTHING:
             return None
         path = self.stage.input(wanted.teacher)
-        file = path / "model.safetensors" if path.is_dir() else path
+        if wanted.code != NOTHING:
+            self.stage.input(wanted.code)
         arch = self.params.arch
-        own_code = self.params.archs.get(arch) if arch == checkpoint.OWN_CODE else None
-        found = checkpoint.load(file, arch, own_code)
-        header = found.header
-        own = ("classes", info.classes), ("shape", info.shape), ("mean", info.mean)
-        for key, value in (*own, ("std", info.std)):
-            if getattr(header, key) != value:
-                raise CheckpointError(
-                    f"{file}: cannot teach: its {key} = {shorten(getattr(header, key))}, those of "
-                    f"the data {shorten(value)}"
-                )
+        file, found = load_teacher(path, wanted.code, arch, self.params.archs.get(arch))
+        check_data(file, found.header, info, "classes", "shape", "mean", "std")
         shape = tuple(info.shape)
         return Distiller(wanted, found.model(), model, shape, self.params.seed)
 

@@ -2,15 +2,22 @@
 
 import difflib
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from secateur.base.errors import ArgumentError, shorten
-from secateur.base.sections import Distillation
+from secateur.base.errors import ArgumentError, CheckpointError, cut, shorten
+from secateur.base.sections import NOTHING, Distillation
+from secateur.data.batches import Batches, sequential_batches
+from secateur.data.dataset import DatasetInfo
+from secateur.nn import checkpoint
 from secateur.training.engine import Engine
+
+MOST_LOGITS = 2**26
+"""Outputs of a teacher that are kept in memory: 256 MiB."""
 
 
 def softened_divergence(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -38,8 +45,50 @@ def check_layers(names: tuple[str, ...], model: nn.Module, whose: str = "the net
             )
 
 
+def load_teacher(
+    path: Path, code: str, arch: str, own_code: dict[str, Any] | None
+) -> tuple[Path, checkpoint.Checkpoint]:
+    """The file of a teacher, and what it holds: a network to teach one of the architecture `arch`.
+
+    `path` and `code` are the settings; `own_code` are the settings of `arch` if it is a network of
+    the user's own. Raises CheckpointError if `code` is not the file of the teacher's architecture,
+    which may be left out where that is `arch`.
+    """
+    file = path / "model.safetensors" if path.is_dir() else path
+    found = checkpoint.load(file)
+    header = found.header
+    theirs = cut(header.arch)
+    if header.arch == checkpoint.OWN_CODE:
+        if arch != checkpoint.OWN_CODE:
+            raise CheckpointError(
+                f"{file}: cannot teach a '{arch}': it is a network of a function of yours, which "
+                "teaches networks of that function alone"
+            )
+        found = checkpoint.load(file, arch, own_code)
+    needed = f"secateur/archs/{theirs}.py"
+    if code != needed and not (code == NOTHING and header.arch == arch):
+        raise CheckpointError(
+            f"{file}: its architecture is '{theirs}', that of the network '{arch}': the setting "
+            f"distillation.code must be {needed}, on which the stage then depends; it is {code}"
+        )
+    return file, found
+
+
+def check_data(file: Path, header: checkpoint.Header, info: DatasetInfo, *keys: str) -> None:
+    """Raise CheckpointError for the first of the keys in which teacher and data differ."""
+    for key in keys:
+        theirs, ours = list(getattr(header, key)), list(getattr(info, key))
+        if theirs != ours:
+            raise CheckpointError(
+                f"{file}: cannot teach: its {key} = {shorten(theirs)}, those of the data "
+                f"{shorten(ours)}"
+            )
+
+
 class Distiller:
     """The loss of one training by which a network imitates a teacher.
+
+    Of images that are the same in every epoch the teacher's outputs are computed once.
 
     With `features`, outputs of layers of the same name are compared too: the mean square of their
     difference (A. Romero et al., FitNets, ICLR 2015). Where the teacher's layer is wider, which it
@@ -67,6 +116,10 @@ class Distiller:
         self._ours: dict[str, Tensor] = {}
         self._theirs: dict[str, Tensor] = {}
         self._hooks: list[Any] = []
+        self._logits: Tensor | None = None
+        """Of all training images, (images, classes); None where they are computed anew."""
+        self._order = torch.empty(0, dtype=torch.int64)
+        """Positions of the images of this epoch that are still to come."""
         self.maps = self._make_maps(shape, seed) if settings.features else {}
 
     def _make_maps(self, shape: tuple[int, ...], seed: int) -> dict[str, nn.Module]:
@@ -94,13 +147,38 @@ class Distiller:
         self.teacher.to(device)
         return [p for module in self.maps.values() for p in module.to(device).parameters()]
 
+    def start_epoch(self, batches: Batches, epoch: int, resized: bool, engine: Engine) -> None:
+        """Prepare for the images of an epoch, which follow in the order of `batches`.
+
+        Unless images change from epoch to epoch, in content or size (`resized`), or features are
+        compared, the first call computes the teacher's logits of all training images.
+        """
+        count = len(batches.split) * len(batches.info.classes)
+        changing = resized or not batches.info.augment.nothing
+        if changing or self.settings.features or count > MOST_LOGITS:
+            return
+        if self._logits is None:
+            images = sequential_batches(batches.split, batches.info, device=engine.device)
+            self._logits = torch.cat([self._teach(part, engine) for part, _ in images])
+        self._order = batches.order(epoch).to(engine.device)
+
+    def _teach(self, images: Tensor, engine: Engine) -> Tensor:
+        """The teacher's logits of images."""
+        with torch.no_grad(), engine.autocast():
+            return self.teacher(images).float()
+
+    def _wanted(self, images: Tensor, engine: Engine) -> Tensor:
+        """The teacher's logits of the next images of the epoch."""
+        if self._logits is None:
+            return self._teach(images, engine)
+        now, self._order = self._order.split([len(images), len(self._order) - len(images)])
+        return self._logits.index_select(0, now)
+
     def __call__(self, images: Tensor, logits: Tensor, engine: Engine) -> Tensor:
         """The loss, summed over images (n, channels, height, width), of which the network has just
         computed `logits` (n, classes): that of the outputs by `weight`, and that of the features
         by `features_weight`. It can be differentiated with respect to the network alone."""
-        with torch.no_grad(), engine.autocast():
-            wanted = self.teacher(images).float()
-        settings = self.settings
+        settings, wanted = self.settings, self._wanted(images, engine)
         loss = settings.weight * softened_divergence(logits, wanted, settings.temperature).sum()
         for name in settings.features:
             ours, theirs = self._ours.pop(name).float(), self._theirs.pop(name).float()

@@ -139,6 +139,8 @@ def _train_epoch(
     seen = index = 0
     losses, sizes = LossCheck(epoch, step.settings.lr), ProgressiveResizing(step.settings)
     step.start_epoch()
+    if step.distiller is not None:
+        step.distiller.start_epoch(batches, epoch, bool(sizes.parts), step.engine)
     for index, (images, labels) in enumerate(batches.epoch(epoch)):
         count = min(batches.batch_size, len(batches.split) - index * batches.batch_size)
         images = sizes(images, epoch)
