@@ -125,6 +125,7 @@ def form(request, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         if request.param in SMALLEST:
             patch.setattr(vgg, "WIDTHS", tuple(width // 8 for width in vgg.WIDTHS))
+            patch.setattr(resnet_slim, "WIDTH", resnet_slim.WIDTH // 8)
             patch.setitem(resnet_slim.COUNTS, 18, (2, 1, 1, 1))
         model = settled(graph(arch, chosen, shape, seed=2).float(), shape)
     return model, shape, export.write(model, shape, about(shape), tmp_path_factory.mktemp(arch))
