@@ -159,8 +159,10 @@ def unborn(tmp_path, programs):
 
 @pytest.fixture(scope="session")
 def one_registry():
-    """The table of ONNX's operators, which every export builds anew in half a second, made once."""
+    """Made once: the table of ONNX's operators, which every export builds anew in half a second,
+    and torch's list of composite ones, which every export and every opened program goes through."""
     try:
+        import torch._export.utils as listed
         from torch.onnx._internal.exporter._registration import ONNXRegistry
     except ImportError:  # without onnxscript
         yield
@@ -168,4 +170,6 @@ def one_registry():
     with pytest.MonkeyPatch.context() as patch:
         make = staticmethod(functools.cache(ONNXRegistry.from_torchlib))
         patch.setattr(ONNXRegistry, "from_torchlib", make)
+        if find := getattr(listed, "_materialize_cpp_cia_ops", None):
+            patch.setattr(listed, "_materialize_cpp_cia_ops", functools.cache(find))
         yield

@@ -39,9 +39,10 @@ def quick_norms():
 
 @pytest.fixture
 def smaller(monkeypatch):
-    """Forms of the two largest families as small as those of others, through their tables: VGG of
+    """Forms of the two largest families as small as those of others, through their tables: both of
     an eighth of the widths, and a ResNet of which one stage alone has a second block."""
     monkeypatch.setattr(vgg, "WIDTHS", tuple(width // 8 for width in vgg.WIDTHS))
+    monkeypatch.setattr(resnet_slim, "WIDTH", resnet_slim.WIDTH // 8)
     monkeypatch.setitem(resnet_slim.COUNTS, 18, (2, 1, 1, 1))
 
 
@@ -295,8 +296,8 @@ SHAPES = [
     ((1, 8, 8), 10),
     ((1, 28, 28), 7),
     ((3, 32, 32), 100),
-    ((3, 40, 48), 10),
-    ((3, 64, 64), 7),
+    ((3, 32, 40), 10),
+    ((3, 64, 32), 7),
 ]
 NAMES = [f"{arch}-{chosen}" for arch, chosen, _ in FORMS]
 

@@ -94,14 +94,29 @@ for name in ("pruning", "gconv", "channels", "pruners", "penalties"):
 from pathlib import Path
 import safetensors.torch
 from secateur.nn import checkpoint, resizing
-images = safetensors.torch.load_file("images.safetensors")["images"]
-logits = checkpoint.load(Path("model.safetensors")).model().eval()(images)
-safetensors.torch.save_file({"logits": logits.detach()}, "logits.safetensors")
+for arch in sys.argv[1:]:
+    images = safetensors.torch.load_file(f"{arch}/images.safetensors")["images"]
+    logits = checkpoint.load(Path(arch, "model.safetensors")).model().eval()(images)
+    safetensors.torch.save_file({"logits": logits.detach()}, f"{arch}/logits.safetensors")
 """
+REBUILT = ["lenet300", "lenet5"]
 
 
-@pytest.mark.parametrize("arch", ["lenet300", "lenet5"])
-def test_a_compact_network_is_rebuilt_without_the_code_that_pruned_it(arch, tmp_path):
+@pytest.fixture(scope="module")
+def rebuilt(tmp_path_factory):
+    """By architecture: the folder with the compact network and the logits that another process
+    computed with it, what this process computes, and the first and last layer that lost weights."""
+    folder, made = tmp_path_factory.mktemp("rebuilt"), {}
+    for arch in REBUILT:
+        (folder / arch).mkdir()
+        made[arch] = folder / arch, *save_compact(arch, folder / arch)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", LOAD_WITHOUT_PRUNING, *REBUILT]
+    subprocess.run(command, cwd=folder, env=environment, check=True)
+    return made
+
+
+def save_compact(arch, folder):
     header = Header(arch, {}, ["a", "b", "c"], [1, 28, 28], [0.0], [1.0], "s", "prune")
     model, images = network(header).eval(), torch.rand(2, 1, 28, 28)
     first, last = (list(masks.layers(model))[i] for i in (0, -1))
@@ -110,16 +125,19 @@ def test_a_compact_network_is_rebuilt_without_the_code_that_pruned_it(arch, tmp_
         model.get_submodule(last).weight[:, 5:] = 0
     chosen = {name: p.detach() != 0 for name, p in masks.prunable(model, "weights").items()}
     compact = removal.remove_dead(model, chosen, images[:1])
-    checkpoint.save(tmp_path / "model.safetensors", header, compact.model, compact.masks)
-    safetensors.torch.save_file({"images": images}, tmp_path / "images.safetensors")
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", LOAD_WITHOUT_PRUNING]
-    subprocess.run(command, cwd=tmp_path, env=environment, check=True)
-    found = checkpoint.load(tmp_path / "model.safetensors", arch, {}, "s")
+    checkpoint.save(folder / "model.safetensors", header, compact.model, compact.masks)
+    safetensors.torch.save_file({"images": images}, folder / "images.safetensors")
+    return model(images).detach(), first, last
+
+
+@pytest.mark.parametrize("arch", REBUILT)
+def test_a_compact_network_is_rebuilt_without_the_code_that_pruned_it(arch, rebuilt):
+    folder, wanted, first, last = rebuilt[arch]
+    found = checkpoint.load(folder / "model.safetensors", arch, {}, "s")
     assert found.tensors[f"{first}.weight"].shape[0] == 3
     assert found.tensors[f"{last}.weight"].shape[1] == 5
-    logits = safetensors.torch.load_file(tmp_path / "logits.safetensors")["logits"]
-    torch.testing.assert_close(logits, model(images), rtol=1e-4, atol=1e-5)
+    logits = safetensors.torch.load_file(folder / "logits.safetensors")["logits"]
+    torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-5)
 
 
 class Keeps(nn.Linear):

@@ -118,16 +118,30 @@ for the others it takes a second each."""
 
 
 @pytest.fixture(scope="module")
-def form(request, tmp_path_factory):
-    """A network of the zoo, the shape of its images, and its files; the two largest families are
-    made smaller through their tables."""
-    arch, chosen, shape = request.param
+def forms_made():
+    """What `form` has made, by its parameter: several tests use it, not one after the other."""
+    return {}
+
+
+@pytest.fixture
+def form(request, forms_made, tmp_path_factory):
+    """A network of the zoo, the shape of its images, and its files, which are never changed."""
+    key = str(request.param)
+    if key not in forms_made:
+        forms_made[key] = make_form(request.param, tmp_path_factory.mktemp(request.param[0]))
+    return forms_made[key]
+
+
+def make_form(row, folder):
+    """The two largest families are made smaller through their tables."""
+    arch, chosen, shape = row
     with pytest.MonkeyPatch.context() as patch:
-        if request.param in SMALLEST:
+        if row in SMALLEST:
             patch.setattr(vgg, "WIDTHS", tuple(width // 8 for width in vgg.WIDTHS))
+            patch.setattr(resnet_slim, "WIDTH", resnet_slim.WIDTH // 8)
             patch.setitem(resnet_slim.COUNTS, 18, (2, 1, 1, 1))
         model = settled(graph(arch, chosen, shape, seed=2).float(), shape)
-    return model, shape, export.write(model, shape, about(shape), tmp_path_factory.mktemp(arch))
+    return model, shape, export.write(model, shape, about(shape), folder)
 
 
 @forms(SMALLEST)

@@ -24,6 +24,7 @@ from secateur.pipeline import mlflow_model, sync, tracking
 from secateur.pipeline.mlflow_store import Store
 from secateur.pipeline.record import MODELS, RunRecord
 
+pytestmark = pytest.mark.usefixtures("one_registry")
 SHAPE, CLASSES = [1, 4, 4], ["circle", "square", "star"]
 REPORT = {
     "dense": {"model.onnx": {"bytes": 9}},

@@ -27,6 +27,8 @@ COUNTS: dict[Depth, tuple[int, int, int, int]] = {
     152: (3, 8, 36, 3),
 }
 """Depth -> blocks of each stage: basic ones up to 34, bottlenecks from 50 on."""
+WIDTH = 64
+"""Filters of the stem and of the first stage, before the bottlenecks' expansion."""
 
 
 class Settings(Strict):
@@ -47,11 +49,11 @@ def build(settings: Settings, classes: int, shape: tuple[int, int, int]) -> nn.M
         return blocks.Bottleneck(inputs, outputs // expansion, outputs, stride, shortcut)
 
     layers: OrderedDict[str, nn.Module] = OrderedDict(
-        conv1=blocks.conv3x3(shape[0], 64), bn1=nn.BatchNorm2d(64), relu1=nn.ReLU()
+        conv1=blocks.conv3x3(shape[0], WIDTH), bn1=nn.BatchNorm2d(WIDTH), relu1=nn.ReLU()
     )
-    inputs = 64
+    inputs = WIDTH
     for number, count in enumerate(COUNTS[settings.depth]):
-        outputs = 64 * 2**number * expansion
+        outputs = WIDTH * 2**number * expansion
         stride = 1 if number == 0 else 2
         layers[f"layer{number + 1}"] = blocks.stage(count, inputs, outputs, stride, block)
         inputs = outputs

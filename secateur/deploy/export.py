@@ -18,6 +18,7 @@ from torch.export import ExportedProgram
 from secateur.base import optional
 from secateur.base.errors import SecateurError, cut
 from secateur.base.logs import muted
+from secateur.deploy import stack_traces
 from secateur.deploy.metadata import PT2_FILE, Metadata
 
 INPUT, OUTPUT = "images", "logits"
@@ -86,7 +87,7 @@ def trace(model: nn.Module, shape: Sequence[int]) -> ExportedProgram:
     network.requires_grad_(False)  # or the exporter prepares for gradients, which takes time
     batch = torch.export.Dim("batch")
     try:
-        with muted(logging.WARNING, warn=False):
+        with muted(logging.WARNING, warn=False), stack_traces.omitted():
             program = torch.export.export(
                 network, (example,), dynamic_shapes=({0: batch},), strict=False
             )
@@ -125,7 +126,7 @@ def onnx_bytes(program: ExportedProgram, metadata: Metadata) -> bytes:
 def onnx_model(program: ExportedProgram) -> Any:
     """The ONNX model (a ModelProto) without metadata."""
     check_packages()
-    with muted(logging.WARNING, warn=False):
+    with muted(logging.WARNING, warn=False), stack_traces.omitted():
         converted: Any = torch.onnx.export(
             program,
             dynamo=True,

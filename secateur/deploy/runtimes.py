@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from secateur.base import files, optional
 from secateur.base.errors import SecateurError, cut
-from secateur.deploy import pt2_archive
+from secateur.deploy import pt2_archive, stack_traces
 
 Runner = Callable[[NDArray[Any]], NDArray[np.float32]]
 """Images (count, channels, height, width), float32 and normalised unless the file normalises them
@@ -98,7 +98,8 @@ def _open_torch(path: Path, threads: int) -> Runner:
     """A program of torch.export (.pt2)."""
     pt2_archive.check(path)
     try:
-        program = torch.export.load(path)
+        with stack_traces.omitted():
+            program = torch.export.load(path)
     except Exception as error:  # whatever the archive's reader raises for a foreign file
         raise _unreadable(path, error) from None
     model = program.module()

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from secateur.base.errors import SecateurError
 from secateur.base.logs import muted
 from secateur.base.stage import content_hash
-from secateur.deploy import metadata, pt2_archive
+from secateur.deploy import metadata, pt2_archive, stack_traces
 from secateur.pipeline import record, tracking
 from secateur.pipeline.mlflow_store import Store
 from secateur.pipeline.record import MODELS, Chain, RunRecord
@@ -133,7 +133,7 @@ def _write(store: Store, model_id: str, program: Path, example: NDArray[np.float
     )
     versions = {"torch": torch.__version__, "numpy": np.__version__}
     pt2_archive.check(program)
-    with _quiet():
+    with _quiet(), stack_traces.omitted():
         mlflow.pytorch.log_model(
             torch.export.load(program).module(),
             model_id=model_id,
