@@ -1,8 +1,11 @@
 """What tests of channels share: random networks, random selections, and the proof of equality."""
 
+import functools
+
 import torch
 
 from secateur.nn import resizing
+from secateur.nn.copying import copied
 from secateur.pruning import removal
 
 SIDE = 8
@@ -21,7 +24,8 @@ def randomise(model, seed):
             parts.append(NORMAL[place : place + missing])
             missing -= len(parts[-1])
             place = (place + len(parts[-1])) % len(NORMAL)
-        return torch.cat(parts).reshape(tensor.shape).to(tensor.dtype)
+        whole = parts[0] if len(parts) == 1 else torch.cat([NORMAL[:0], *parts])
+        return whole.reshape(tensor.shape).to(tensor.dtype)
 
     for module in model.modules():
         for tensor in module.parameters(recurse=False):
@@ -91,8 +95,13 @@ def check(model, graph, selection, batch):
     return masked, compact
 
 
+@functools.lru_cache(maxsize=1)
+def dense(make):
+    return build(make, seed=5)
+
+
 def rebuilt(make, compact):
-    fresh, state = build(make, seed=5), compact.model.state_dict()
+    fresh, state = copied(dense(make)), compact.model.state_dict()
     resizing.resize(
         fresh, {n: t.shape for n, t in state.items()}, resizing.describe_layers(compact.model)
     )

@@ -499,7 +499,7 @@ def test_dead_channels_go_and_nothing_changes(make, seed):
     chosen = weights_at_random(model, graph, seed)
     masks.apply(model, chosen)
     try:
-        compact = removal.remove_dead(model, chosen, batch[:1])
+        compact = removal.remove_dead(model, chosen, batch[:1], graph)
     except PruningError as error:
         assert "has no living output left" in str(error)
         with torch.no_grad():
@@ -787,8 +787,7 @@ def test_long_names_widen_a_column_of_the_printed_graph():
 
 @pytest.mark.parametrize("make", SMALL)
 def test_members_of_all_groups_cover_every_tensor_once(make):
-    model = build(make)
-    graph = channels.build_channel_graph(model, images())
+    model, graph = graph_of(make)
     seen = {}
     for group in graph.groups:
         assert len(group.ids) == group.size == len({*group.ids.tolist()})
@@ -873,8 +872,7 @@ def header():
 
 @pytest.mark.parametrize("make", [m for m in SMALL if m not in (tied, aliased)])
 def test_a_compact_network_comes_back_from_its_file(make, tmp_path, monkeypatch):
-    model, batch = build(make), images()
-    graph = channels.build_channel_graph(model, batch)
+    model, graph, batch = build(make), graph_of(make)[1], images()
     compact = removal.remove(model, at_random(graph, 6), batch, {}, graph)
     small = compact.to(torch.float32).model
     checkpoint.save(tmp_path / "m.safetensors", header(), small, {})

@@ -18,13 +18,16 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 from torch import nn
 
+from secateur.archs import vgg
 from secateur.base import plugin, settings
 from secateur.base.errors import PruningError
 from secateur.channels import graph as channels
+from secateur.gconv import export
 from secateur.nn import checkpoint, cost, resizing
 from secateur.nn.checkpoint import Header
+from secateur.nn.copying import copied
 from secateur.nn.layers import ChannelSelect
-from secateur.pruners import network_slimming
+from secateur.pruners import gconv, network_slimming
 from secateur.pruning import proof, removal
 from secateur.pruning.decision import PruningContext, decision_from_choices, unprunable_layers
 from secateur.sparsity import masks
@@ -398,10 +401,12 @@ FOUND = {}
 
 
 def graph_of(arch, chosen, shape):
-    """A network with random weights and its channels, made once."""
+    """A network with random weights and its channels, made once; VGG of a quarter of its width."""
     key = json.dumps([arch, chosen, shape])
     if key not in FOUND:
-        model = graph(arch, chosen, shape)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(vgg, "WIDTHS", tuple(width // 4 for width in vgg.WIDTHS))
+            model = graph(arch, chosen, shape)
         FOUND[key] = model, channels.build_channel_graph(model, pictures(shape))
     return FOUND[key]
 
@@ -467,7 +472,7 @@ def without_dead_channels(arch, chosen, shape, seed):
     mask = weights_at_random(model, found, seed)
     masks.apply(model, mask)
     try:
-        compact = removal.remove_dead(model, mask, batch[:1])
+        compact = removal.remove_dead(model, mask, batch[:1], found)
     except PruningError as error:
         assert_idle(model, shape, error)
         return
@@ -477,7 +482,7 @@ def without_dead_channels(arch, chosen, shape, seed):
         assert left.shape == compact.model.get_parameter(name).shape
         assert not compact.model.get_parameter(name)[~left].any()
     single = compact.to(torch.float32)
-    assert difference(copy.deepcopy(model).float(), single.model, batch.float()) < 1e-4
+    assert difference(copied(model).float(), single.model, batch.float()) < 1e-4
 
 
 def assert_idle(model, shape, error):
@@ -496,7 +501,7 @@ def test_what_was_masked_by_channels_is_found_dead(arch, chosen, shape):
     direct = removal.remove(model, selection, batch, {}, found).model
     masked = removal.mask(model, selection, batch, found)
     try:
-        dead = removal.remove_dead(masked, {}, batch).model
+        dead = removal.remove_dead(masked, {}, batch, found).model
     except PruningError as error:  # entrances that read nothing but channels that are gone
         assert any(isinstance(module, ChannelSelect) for module in model.modules())
         assert_idle(masked, shape, error)
@@ -518,19 +523,35 @@ for folder in map(Path, sys.argv[1:]):
     images, expected = torch.load(folder / "expected.pt")
     with torch.no_grad():
         assert torch.equal(model(images), expected), folder
-rooms = ("secateur.pruning", "secateur.channels", "secateur.gconv")
-used = [name for name in sys.modules if name.startswith(rooms)]
+rooms = ["secateur.pruning", "secateur.channels", "secateur.gconv"]
+rooms += ["secateur.pruners", "secateur.penalties"]
+used = [name for name in sys.modules if name.startswith(tuple(rooms))]
 assert all(map(find_spec, rooms))
 print(json.dumps(used))
 """
 
 
+def in_groups(model, batch):
+    """The network with group convolutions and indices in place of masks."""
+    masked = copied(model).float()
+    found = gconv.prune(gconv.Settings(groups=4), PruningContext(masked, batch.float())).masks
+    masks.apply(masked, found)
+    grouped = export.export(masked, found, batch[:1].float()).model
+    assert export.group_convolution_counts(grouped)["index_layers"] > 0
+    return grouped
+
+
 def test_compact_networks_come_back_without_the_code_that_pruned_them(tmp_path):
-    for number, (arch, chosen, shape) in enumerate(SMALL):
+    grouped = ("preresnet", {"depth": 20}, (3, 8, 8))
+    for number, (arch, chosen, shape) in enumerate([*SMALL, grouped]):
         model, found = graph_of(arch, chosen, shape)
         randomise(model, number)
-        compact = removal.remove(model, at_random(found, number), pictures(shape), {}, found)
-        small = compact.to(torch.float32).model
+        if number < len(SMALL):
+            chosen_at_random = at_random(found, number)
+            compact = removal.remove(model, chosen_at_random, pictures(shape), {}, found)
+            small = compact.to(torch.float32).model
+        else:
+            small = in_groups(model, pictures(shape))
         folder = tmp_path / str(number)
         folder.mkdir()
         checkpoint.save(folder / "model.safetensors", header(arch, chosen, shape), small, {})

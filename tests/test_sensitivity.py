@@ -93,7 +93,8 @@ def test_trials_give_what_the_masked_network_gives(kind):
             return int((network.eval()(images).argmax(1) == labels).sum())
 
     wanted = [count(model)]
-    wanted += [count(removal.mask(model, t.channels, images)) for t in made]
+    graph = context.graph
+    wanted += [count(removal.mask(model, t.channels, images, graph)) for t in made]
     assert right == wanted
     assert right[0] == 20 and len(set(right)) > 2
 
@@ -149,7 +150,8 @@ def test_groups_are_ablated_with_all_that_is_coupled_to_them():
     runner = sensitivity.AblationRunner(context)
     right = runner.count_correct([(images, labels)], made, lambda: None)
     with torch.no_grad():
-        whole = [removal.mask(model, a.channels, images).eval()(images) for a in made]
+        masked = [removal.mask(model, a.channels, images, context.graph) for a in made]
+        whole = [network(images) for network in masked]
     assert right[1:] == [int((logits.argmax(1) == 0).sum()) for logits in whole]
 
 

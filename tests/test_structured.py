@@ -63,12 +63,15 @@ def prune(name, model, shape=SHAPE, context=None, **chosen):
 
 
 def compacted(model, found, shape=SHAPE, graph=None):
-    """The compact network, proved equal to the masked one in float64."""
+    """The compact network, proved equal to the masked one in float64; `graph` is the model's."""
     model = model.double()
     batch = torch.randn(4, *shape, dtype=torch.float64)
     masks.apply(model, found.masks)
     masked = removal.mask(model, found.channels, batch, graph)
-    small = removal.compact(model, found.channels, found.masks, batch[:1], dead=False)
+    if graph is None:
+        small = removal.compact(model, found.channels, found.masks, batch[:1], dead=False)
+    else:
+        small = removal.remove(model, found.channels, batch[:1], found.masks, graph)
     with torch.no_grad():
         before, after = masked.eval()(batch), small.model.eval()(batch)
     assert float(before.std()) > 0
@@ -76,18 +79,21 @@ def compacted(model, found, shape=SHAPE, graph=None):
     return small.model
 
 
-def shares(model, small, shape=SHAPE):
-    """MACs and parameters of the small network over those of the other, counted on both."""
+def counted(model, shape=SHAPE):
+    """MACs, parameters that are not zero, and bytes of a network."""
     image = torch.zeros(1, *shape, dtype=torch.float64)
-    macs = [sum(c.macs for c in cost.layer_costs(m.double(), image)) for m in (small, model)]
-    sizes = [sum(int(p.count_nonzero()) for p in small.parameters())]
-    sizes.append(sum(p.numel() for p in model.parameters()))
-    stored = [
-        sum(t.numel() * (4 if t.is_floating_point() else 8) for t in m.state_dict().values())
-        for m in (small, model)
-    ]
-    pairs = {"macs": macs, "params": sizes, "bytes": stored}
-    return {kind: after / before for kind, (after, before) in pairs.items()}
+    return {
+        "macs": sum(c.macs for c in cost.layer_costs(model.double(), image)),
+        "params": sum(int(p.count_nonzero()) for p in model.parameters()),
+        "bytes": sum(
+            t.numel() * (4 if t.is_floating_point() else 8) for t in model.state_dict().values()
+        ),
+    }
+
+
+def shares(whole, small, shape=SHAPE):
+    """What the small network has, over what was counted on the whole one."""
+    return {kind: left / whole[kind] for kind, left in counted(small, shape).items()}
 
 
 # ---- scales --------------------------------------------------------------------------------------
@@ -394,17 +400,27 @@ WAYS = {
 }
 
 
+@functools.cache
+def known(build):
+    """A network that is only read: its context, what decisions leave of it, what was counted."""
+    context, whole = subject(build()), build()
+    counts = counted(whole)
+    assert counts["params"] == sum(p.numel() for p in whole.parameters())
+    return context, target.RemainingShare(context), counts
+
+
+BUILDS = {name: functools.partial(zoo, arch, **built) for name, (arch, built) in NETWORKS.items()}
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("network", NETWORKS)
 def test_masked_equals_compact_and_less_is_left(network, way):
-    arch, built = NETWORKS[network]
     pruner, chosen = WAYS[way]
-    model = zoo(arch, **built)
-    context = subject(model)
-    found = prune(pruner, model, context=context, **chosen)
-    predicted = target.RemainingShare(context)(found)
-    small = compacted(zoo(arch, **built), found, graph=context.graph)
-    real = shares(zoo(arch, **built), small)
+    context, remaining, whole = known(BUILDS[network])
+    found = prune(pruner, context.model, context=context, **chosen)
+    predicted = remaining(found)
+    small = compacted(BUILDS[network](), found, graph=context.graph)
+    real = shares(whole, small)
     assert predicted["macs"] == pytest.approx(real["macs"], rel=1e-9)
     assert predicted["params"] == pytest.approx(real["params"], rel=1e-9)
     assert predicted["bytes"] == pytest.approx(real["bytes"], rel=1e-9)
@@ -438,16 +454,25 @@ R56 = {  # ratios -> parameters and operations (twice the MACs) of convolutions 
 }
 
 
+CIFAR = (3, 32, 32)
+
+
+@functools.cache
+def published(arch, classes, **chosen):
+    """A network of the literature with new weights, which pruners only read, as their context."""
+    module = plugin.load("archs", arch)
+    chosen = {k: list(v) if isinstance(v, tuple) else v for k, v in chosen.items()}
+    return subject(module.build(module.Settings(**chosen), classes, CIFAR).eval(), CIFAR)
+
+
 @pytest.mark.parametrize("ratios", R56, ids=str)
 def test_resnet_56_has_the_published_counts(ratios):
-    shape = (3, 32, 32)
-    module = plugin.load("archs", "resnet_cifar")
-    model = module.build(module.Settings(depth=56), 10, shape).eval()
+    context = published("resnet_cifar", 10, depth=56)
     written = list(ratios) if isinstance(ratios, tuple) else ratios
-    found = prune("magnitude", model, shape, ratios=written)
+    found = prune("magnitude", context.model, context=context, ratios=written)
     assert not found.masks, "whole filters, all of them"
-    image = torch.zeros(1, *shape)
-    small = removal.remove(model, found.channels, image).model
+    image = torch.zeros(1, *CIFAR)
+    small = removal.remove(context.model, found.channels, image, {}, context.graph).model
     costs = cost.layer_costs(small, image)
     params, operations = R56[ratios]
     assert sum(c.params for c in costs) == params
@@ -462,12 +487,9 @@ def test_resnet_56_has_the_published_counts(ratios):
 )
 def test_vgg_19_has_the_published_sparsity_and_speed_up(ratio, sparsity, speedup):
     """All convolutions but the first; 45.5 where 44.2 was published, the others within 1 %."""
-    shape = (3, 32, 32)
-    module = plugin.load("archs", "vgg")
-    own = module.Settings(depth=19, bias=False, pools=[1, 2, 3, 4])
-    model = module.build(own, 100, shape).eval()
-    found = prune("magnitude", model, shape, ratios={"1-15": ratio})
-    left = target.RemainingShare(PruningContext(model, torch.zeros(1, *shape)))(found)
+    context = published("vgg", 100, depth=19, bias=False, pools=(1, 2, 3, 4))
+    found = prune("magnitude", context.model, context=context, ratios={"1-15": ratio})
+    left = target.RemainingShare(context)(found)
     assert 1 / left["macs"] == pytest.approx(speedup, rel=0.03)
     assert 100 * (1 - left["params"]) == pytest.approx(sparsity, abs=0.03)
 
@@ -486,12 +508,12 @@ def test_vgg_19_has_the_published_sparsity_and_speed_up(ratio, sparsity, speedup
     ids=str,
 )
 def test_targets_are_reached(pruner, chosen, wanted, kind):
-    shape = SHAPE
-    found = prune(pruner, plain(), shape, target={kind: wanted}, **chosen)
+    context, _, whole = known(plain)
+    found = prune(pruner, context.model, context=context, target={kind: wanted}, **chosen)
     assert found.notes[f"{kind}_left_asked"] == wanted
     reached = found.notes[f"{kind}_left_reached"]
     assert reached == pytest.approx(wanted, abs=0.015)
-    real = shares(plain(), compacted(plain(), found, shape), shape)
+    real = shares(whole, compacted(plain(), found, graph=context.graph))
     assert real[kind] == pytest.approx(reached, rel=1e-9)
 
 
@@ -634,7 +656,8 @@ def test_pick(pick, wanted):
     if wanted:
         assert found == wanted
         return
-    drawn = [gone(magnitude(model, pick=pick, ratios={"0": 0.3}, seed=s))["0"] for s in range(40)]
+    how = {"context": subject(model), "pick": pick, "ratios": {"0": 0.3}}
+    drawn = [gone(magnitude(model, seed=seed, **how))["0"] for seed in range(40)]
     assert drawn[0] == found
     assert all(len(d) == 2 for d in drawn)
     assert {k for d in drawn for k in d} == set(range(6))

@@ -1,6 +1,7 @@
 """Surgery: the compact network computes what the masked one does, and nothing idle is left."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 from secateur.base import plugin
 from secateur.base.errors import PruningError
+from secateur.channels.graph import build_channel_graph
 from secateur.pruning import proof, removal
 from secateur.sparsity import masks
 
@@ -80,6 +82,13 @@ def check_bookkeeping(model, chosen, compact):
         assert tuple(getattr(layer, n) for n in named if hasattr(layer, n)) == sizes, name
 
 
+@functools.cache
+def graph_of(arch, shape):
+    """The channels of a network, which are the same whatever its weights are."""
+    model = network(arch, shape, **SMALL.get(arch, {})).double()
+    return build_channel_graph(model, torch.zeros(1, *shape))
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=["28x28", "8x8"])
 @pytest.mark.parametrize("arch", ARCHS)
 @given(seed=st.integers(0, 10**6))
@@ -88,7 +97,8 @@ def test_the_compact_network_computes_what_the_masked_one_does(arch, shape, seed
     masked = network(arch, shape, **SMALL.get(arch, {})).double()
     chosen = prune_at_random(masked, seed)
     before = copy.deepcopy(masked.state_dict())
-    compact = removal.remove_dead(masked, chosen, torch.rand(1, *shape).double())
+    example = torch.rand(1, *shape).double()
+    compact = removal.remove_dead(masked, chosen, example, graph_of(arch, shape))
     batch = torch.randn(6, *shape, generator=torch.Generator().manual_seed(seed)).double()
     assert difference(masked, compact.model, batch) < 1e-9
     assert all(torch.equal(t, before[n]) for n, t in masked.state_dict().items())
@@ -196,6 +206,14 @@ def chain(kind):
     return nn.Sequential(*convs, nn.Linear(12, 4, bias=kind == "conv"), nn.Linear(4, 2))
 
 
+CHAIN_SHAPES = {"linear": (3,), "conv": (1, 12, 12)}
+
+
+@functools.cache
+def graph_of_chain(kind):
+    return build_channel_graph(chain(kind), torch.zeros(1, *CHAIN_SHAPES[kind]))
+
+
 def idle(model, batch):
     """By ablation: outputs of each layer that say the same for all inputs, or that nobody hears.
 
@@ -226,10 +244,10 @@ def idle(model, batch):
 def test_exactly_those_outputs_go_whose_ablation_changes_nothing(kind, seed):
     model = chain(kind).double()
     chosen = prune_at_random(model, seed, protect=False)
-    batch = torch.randn(8, *((3,) if kind == "linear" else (1, 12, 12))).double()
+    batch = torch.randn(8, *CHAIN_SHAPES[kind]).double()
     without = idle(model, batch)
     try:
-        compact = removal.remove_dead(model, chosen, batch[:1])
+        compact = removal.remove_dead(model, chosen, batch[:1], graph_of_chain(kind))
     except PruningError as error:
         layer = str(error).split()[1]
         assert len(without[layer]) == model.get_submodule(layer).weight.shape[0]
@@ -248,7 +266,8 @@ def test_no_output_goes_whose_ablation_changes_something(arch, seed):
     chosen = prune_at_random(model, seed)
     batch = 10 * torch.randn(16, 1, 8, 8).double()
     without = idle(model, batch)
-    for name, kept in removal.remove_dead(model, chosen, batch[:1]).kept.items():
+    compact = removal.remove_dead(model, chosen, batch[:1], graph_of(arch, (1, 8, 8)))
+    for name, kept in compact.kept.items():
         everything = set(range(model.get_submodule(name).weight.shape[0]))
         assert everything - set(kept.tolist()) <= without[name]
 

@@ -89,7 +89,7 @@ def find(kind: Kind, name: str, key: str | None = None) -> Path:
 
     `key` is the key of params.yaml that the name was read from, if not the usual one.
     """
-    path = _PACKAGE / kind / f"{name}.py"
+    path = _PACKAGE.joinpath(kind, f"{name}.py")
     is_name = kind in get_args(Kind) and re.fullmatch(r"[a-z]\w{,63}", name, re.ASCII)
     if not is_name or not path.is_file():
         name = cut(name, 60)

@@ -35,12 +35,11 @@ Table = dict[str, dict[str, Any]]
 
 def _refuse_truth(value: Any, annotation: Any) -> Any:
     """`value`; ValueError if it is, or holds, a truth value where the type has numbers."""
-    types = set(types_in(annotation))
-    if bool not in types and types & {int, float}:
-        if isinstance(value, bool):
-            raise ValueError("a number is needed")
-        if isinstance(value, list) and any(isinstance(item, bool) for item in value):
-            raise ValueError("numbers are needed")
+    is_list = isinstance(value, list)
+    if isinstance(value, bool) or (is_list and any(isinstance(item, bool) for item in value)):
+        types = set(types_in(annotation))
+        if bool not in types and types & {int, float}:
+            raise ValueError("numbers are needed" if is_list else "a number is needed")
     return value
 
 

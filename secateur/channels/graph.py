@@ -7,6 +7,7 @@ refused by name, and channels whose removal would change others are locked, with
 """
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor, fx, nn
@@ -97,6 +98,20 @@ class ChannelGraph:
         layers = {name: self.canonical[layer.outputs] for name, layer in self.layers.items()}
         return layers | {name: self.canonical[s.outputs] for name, s in self.selects.items()}
 
+    @cached_property
+    def _outputs(self) -> tuple[list[str], Tensor, Tensor]:
+        """Names as in `output_ids`, all of these ids, and for each the place of its name."""
+        found = self.output_ids()
+        counts = torch.tensor([len(ids) for ids in found.values()], dtype=torch.int64)
+        places = torch.arange(len(found)).repeat_interleave(counts)
+        return list(found), torch.cat([torch.empty(0, dtype=torch.int64), *found.values()]), places
+
+    def emptied(self, gone: Tensor) -> list[str]:
+        """Layers and index buffers that have no other outputs than these, bool, (ids,)."""
+        names, ids, places = self._outputs
+        left = places[~gone[ids]].bincount(minlength=len(names))
+        return [names[place] for place in (left == 0).nonzero().flatten().tolist()]
+
     def ids_of(self, selection: Selection) -> Tensor:
         """Canonical ids of the selected channels, ascending.
 
@@ -133,9 +148,8 @@ class ChannelGraph:
         """
         gone = self.ids_of(selection)
         lost = self._among(gone)
-        for name, ids in self.output_ids().items():
-            if bool(lost[ids].all()):
-                raise PruningError(f"layer {name} would be left without outputs; remove fewer")
+        if emptied := self.emptied(lost):
+            raise PruningError(f"layer {emptied[0]} would be left without outputs; remove fewer")
         planner = ShapePlanner(self._built, gone)
         Propagation(self.model, self.fx_graph, planner, self.shape, self._broadcasts).run()
         return planner.plan
@@ -181,11 +195,10 @@ class ChannelGraph:
     def _leave_one(self, selection: Selection) -> dict[str, Tensor]:
         """Where all outputs of a layer are selected, without the last one in its group's order."""
         gone = self._among(self.ids_of(selection))
-        emptied = [ids for ids in self.output_ids().values() if bool(gone[ids].all())]
-        if not emptied:
+        if not (emptied := self.emptied(gone)):
             return dict(selection)
-        ranks = self._ranks(selection)
-        for ids in emptied:
+        ranks, outputs = self._ranks(selection), self.output_ids()
+        for ids in map(outputs.__getitem__, emptied):
             if bool(gone[ids].all()):
                 gone[max(ids.unique().tolist(), key=ranks.__getitem__)] = False
         return self._pick(selection, gone)

@@ -38,8 +38,8 @@ class ShapePlan:
             rows, columns = (index.to(tensor.device) for index in self.columns[name])
             return tensor[rows.unsqueeze(1), columns]
         for axis, index in sorted(self.cuts.get(name, {}).items(), key=lambda cut: cut[0]):
-            whole = len(index) == tensor.shape[axis] and bool(index.diff().eq(1).all())
-            if not whole:
+            count = tensor.shape[axis]
+            if len(index) != count or not torch.equal(index, torch.arange(count)):
                 tensor = tensor.index_select(axis, index.to(tensor.device))
         return tensor
 
@@ -62,8 +62,9 @@ class ShapePlanner:
 
     def _match(self, where: str, old: Tensor, new: Tensor) -> Tensor:
         """The old position of each new id; equal channels match in their order."""
-        positions = self._remaining(old)
-        kept, found = self.built.canonical_of(old[positions]), self.built.canonical_of(new)
+        before, found = self.built.canonical_of(old), self.built.canonical_of(new)
+        positions = self._remains[before].nonzero().flatten()
+        kept = before[positions]
         if torch.equal(kept, found):
             return positions
         by_kept, by_found = kept.argsort(stable=True), found.argsort(stable=True)

@@ -1,7 +1,7 @@
 """Give the layers of a network the shapes of given tensors: how compact networks are rebuilt."""
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -63,8 +63,10 @@ def assign(
     override or hook the loading of tensors are loaded as well.
     """
     _assign(model, tensors, layers)
-    if any(map(_customises_loading, model.modules())):  # takes as long as all the rest
-        load_state(model, tensors, assign=True)
+    for name, module in _outermost(model, _customises_loading):
+        start = f"{name}." if name else ""
+        own = {key.removeprefix(start): t for key, t in tensors.items() if key.startswith(start)}
+        load_state(module, own, assign=True)
 
 
 def load_state(model: nn.Module, tensors: Mapping[str, torch.Tensor], assign: bool = False) -> None:
@@ -175,7 +177,7 @@ def _assign(
     for name, known in layers.items():
         _set_sizes(name, model.get_submodule(name), known)
     for name, module in model.named_modules():
-        before = {own: p.shape for own, p in module.named_parameters(recurse=False)}
+        before = {own: p.shape for own, p in module._parameters.items() if p is not None}
         changed = False
         for path, old in _named_tensors(name, module):
             if (new := tensors[path]) is not old:
@@ -214,6 +216,19 @@ def _set_sizes(name: str, module: nn.Module, known: Mapping[str, int]) -> None:
         vars(module)[_CHANGED] = changed
 
 
+def _outermost(
+    model: nn.Module, wanted: Callable[[nn.Module], bool]
+) -> list[tuple[str, nn.Module]]:
+    """Modules that are wanted, by name, without those in one that is."""
+    found: list[tuple[str, nn.Module]] = []
+    inside: set[nn.Module] = set()
+    for name, module in model.named_modules():
+        if module not in inside and wanted(module):
+            found.append((name, module))
+            inside.update(module.modules())
+    return found
+
+
 def _customises_loading(module: nn.Module) -> bool:
     """Whether a module of a class that is not torch's overrides or hooks the loading of tensors."""
     overridden = type(module)._load_from_state_dict is not nn.Module._load_from_state_dict
@@ -223,11 +238,11 @@ def _customises_loading(module: nn.Module) -> bool:
 
 def _named_tensors(name: str, module: nn.Module) -> list[tuple[str, torch.Tensor]]:
     """Parameters and persistent buffers of a module itself, with their full names."""
-    own: list[tuple[str, torch.Tensor]] = [*module.named_parameters(recurse=False)]
-    for key, buffer in module.named_buffers(recurse=False):
-        if key not in module._non_persistent_buffers_set:  # these stay as the code creates them
-            own.append((key, buffer))
-    return [(f"{name}.{key}" if name else key, tensor) for key, tensor in own]
+    unsaved = module._non_persistent_buffers_set  # these stay as the code creates them
+    buffers = {key: tensor for key, tensor in module._buffers.items() if key not in unsaved}
+    own: dict[str, torch.Tensor | None] = {**module._parameters, **buffers}
+    start = f"{name}." if name else ""
+    return [(start + key, tensor) for key, tensor in own.items() if tensor is not None]
 
 
 def _empty(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:

@@ -39,6 +39,11 @@ class ConstantPropagation(fx.Interpreter):
         propagation.result = propagation.run(torch.full_like(example[:1], torch.nan))
         return propagation
 
+    def run_node(self, n: fx.Node) -> Any:
+        """Without the traces that fx keeps for each node, which cost as much as most rules."""
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        return getattr(self, n.op)(n.target, args, kwargs)
+
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Most modules return NaN for NaN; where they do not, it is restored."""
         module, x = self.submodules[target], args[0]

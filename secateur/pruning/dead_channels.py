@@ -111,13 +111,13 @@ class DeadChannels:
             dead = torch.zeros_like(candidates)
             while not torch.equal(after := self._sweep(candidates, dead), dead):
                 dead = after
-                if self.constant_output and (layer := self._emptied(dead)):
+                if self.constant_output and (emptied := self.graph.emptied(dead)):
                     raise PruningError(
-                        f"layer {layer} has no living output left; prune or penalise less"
+                        f"layer {emptied[0]} has no living output left; prune or penalise less"
                     )
-            if not (layer := self._emptied(dead)):
+            if not (emptied := self.graph.emptied(dead)):
                 return dead
-            candidates[self.graph.output_ids()[layer][0]] = False
+            candidates[self.graph.output_ids()[emptied[0]][0]] = False
 
     def _sweep(self, candidates: Tensor, dead: Tensor) -> Tensor:
         """One more pass over the consumers: candidates that no output that is alive depends on.
@@ -134,11 +134,6 @@ class DeadChannels:
             if not self.constant_output:
                 dead[channels] |= ~required[channels] & (pending[channels] == 0)
         return ~required
-
-    def _emptied(self, dead: Tensor) -> str | None:
-        """The first layer all of whose outputs are dead."""
-        outputs = self.graph.output_ids().items()
-        return next((name for name, ids in outputs if bool(dead[ids].all())), None)
 
 
 def _consumers(

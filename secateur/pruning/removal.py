@@ -7,11 +7,8 @@ pruning/dead_channels.py). Constants that dead channels hold are folded into bia
 means (see pruning/folding.py); where that is not possible, the channel is kept.
 """
 
-import copy
-from collections import OrderedDict
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +19,7 @@ from secateur.channels.groups import by_channel
 from secateur.channels.planner import ShapePlan
 from secateur.gconv import export as group_export
 from secateur.nn import resizing
+from secateur.nn.copying import copied
 from secateur.nn.layers import ChannelSelect
 from secateur.nn.norms import mask_layer_norm
 from secateur.pruning.dead_channels import DeadChannels
@@ -83,16 +81,19 @@ def remove(
     return Compact(small, kept_masks, _kept_outputs(graph, plan))
 
 
-def remove_dead(model: nn.Module, masks: Masks, example: Tensor) -> Compact:
+def remove_dead(
+    model: nn.Module, masks: Masks, example: Tensor, graph: ChannelGraph | None = None
+) -> Compact:
     """The network without its dead channels; `model` itself is not changed.
 
-    `example` is a batch of inputs, of which the shape matters. One channel of a dead layer is kept
-    as long as the network's output depends on its input. Raises PruningError naming the first layer
-    without a living output if it does not, or if the network cannot be traced.
+    `example` is a batch of inputs, of which the shape matters; with `graph`, the model's, it is not
+    traced again. One channel of a dead layer is kept as long as the network's output depends on its
+    input. Raises PruningError naming the first layer without a living output if it does not, or if
+    the network cannot be traced.
     """
     small = _shallow_copy(model)
     masks = {name: mask.clone() for name, mask in masks.items()}
-    graph = build_channel_graph(small, example)
+    graph = graph or build_channel_graph(small, example)
     parameter = next(small.parameters())
     dead = DeadChannels(small, graph, example.to(parameter.device, parameter.dtype))
     selection = dead.selection()
@@ -132,7 +133,7 @@ def mask(
     model: nn.Module, selection: Selection, example: Tensor, graph: ChannelGraph | None = None
 ) -> nn.Module:
     """A copy of the network with zeros in all members of the selected channels; see `silence`."""
-    masked = copy.deepcopy(model, _new_empty_tables(model))
+    masked = copied(model)
     silence(masked, selection, graph or build_channel_graph(masked, example))
     return masked
 
@@ -182,21 +183,7 @@ def _shallow_copy(model: nn.Module) -> nn.Module:
 
     Buffers that checkpoints do not hold are copied.
     """
-    known: dict[int, Any] = {id(t): t for t in model.state_dict(keep_vars=True).values()}
-    return copy.deepcopy(model, known | _new_empty_tables(model)).eval()
-
-
-def _new_empty_tables(model: nn.Module) -> dict[int, Any]:
-    """Copies of the empty dictionaries of the modules by id, as a memo of deepcopy.
-
-    A dozen of them in every module are half of the time that deepcopy takes.
-    """
-    return {
-        id(own): type(own)()
-        for module in model.modules()
-        for own in vars(module).values()
-        if type(own) in (dict, OrderedDict) and not own
-    }
+    return copied(model, {id(t): t for t in model.state_dict(keep_vars=True).values()}).eval()
 
 
 @torch.no_grad()
@@ -209,7 +196,9 @@ def _resize(
     """
     own: dict[int, Tensor] = {}
     for name, old in [*copied.named_parameters(), *copied.named_buffers()]:
-        new = plan.values.get(name, plan.shrink(name, changed.get(name, old)))
+        new = plan.values.get(name)
+        if new is None:
+            new = plan.shrink(name, changed.get(name, old))
         new = new.clone() if new is old else new.to(old.device)
         own[id(old)] = (
             nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
