@@ -89,6 +89,11 @@ def kill(started):
     process.wait()
 
 
+def copied_when_made(patch, empty):
+    """Let a new store be a copy of an empty one: to make it takes a second."""
+    patch.setattr(mlflow_file, "create", lambda file, *_: shutil.copy(empty, file))
+
+
 def names(folder):
     """What lies in the folder, without the lock and the journals of stores."""
     found = sorted(path.name for path in folder.iterdir() if path.name != ".mlflow.lock")
@@ -170,8 +175,8 @@ DAMAGED = {
 @pytest.mark.parametrize("case", DAMAGED)
 def test_a_damaged_store_is_kept_aside_and_replaced(case, project, empty, made, capfd, monkeypatch):
     path = project / "mlflow.db"
-    if case not in ("half made", "half migrated", "a folder"):  # a copy is quicker than a new one
-        monkeypatch.setattr(mlflow_file, "create", lambda file, *_: shutil.copy(empty, file))
+    if case not in ("half made", "half migrated"):
+        copied_when_made(monkeypatch, empty)
     DAMAGED[case](path, made)
     before = path.read_bytes() if path.is_file() else None
     old(path)
@@ -200,7 +205,8 @@ def test_a_second_damaged_store_is_kept_under_another_name(project):
     assert len(list(project.glob("mlflow.db.broken-*"))) == 3
 
 
-def test_damage_deep_in_the_file_is_found_by_sync(project, made, capfd):
+def test_damage_deep_in_the_file_is_found_by_sync(project, empty, made, capfd, monkeypatch):
+    copied_when_made(monkeypatch, empty)
     content = bytearray(made.read_bytes())
     content[4096 * 40 : -4096 * 20] = b"\xaa" * (len(content) - 4096 * 60)
     (project / "mlflow.db").write_bytes(content)
@@ -357,7 +363,10 @@ def test_neither_a_store_nor_its_warnings_tell_the_password(project, monkeypatch
 
 
 @pytest.mark.parametrize("size", [10_000, 300_000, 2_000_000])
-def test_a_limit_on_the_size_of_files_gives_one_line_and_nothing_half_made(size, project, made):
+def test_a_limit_on_the_size_of_files_gives_one_line_and_nothing_half_made(
+    size, project, empty, monkeypatch
+):
+    copied_when_made(monkeypatch, empty)  # in this process, not in the other
     whole = size == 2_000_000
     code = (
         "import os, resource;"

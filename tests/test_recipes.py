@@ -1,10 +1,8 @@
 """Recipes: one format for single ones, families and tables, all of them sound."""
 
 import math
-import os
 import re
 import subprocess
-import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -12,7 +10,7 @@ import pytest
 import torch
 import yaml
 from torch import nn
-from workspace import yaml_text
+from workspace import Project, start_warm, yaml_text
 
 from secateur import cli
 from secateur.base import plugin, sections, settings
@@ -309,20 +307,19 @@ def test_a_recipe_does_not_choose_versions_of_libraries(folder):
 
 
 @pytest.fixture
-def tiny(tmp_path, monkeypatch):
+def tiny(tmp_path, monkeypatch, programs):
     """A pipeline of one stage, which fails for x = 0; what a recipe reports is the commit."""
-    monkeypatch.chdir(tmp_path)
+    Project(tmp_path).enter(monkeypatch)
+    start_warm(monkeypatch)
     (tmp_path / "params.yaml").write_text("seed: 0\nx: 0\n")
     stage = {"cmd": "test ${x} -gt 0 && echo ${x} >out", "params": ["seed", "x"],
              "outs": [{"out": {"cache": False}}]}  # fmt: skip
     (tmp_path / "dvc.yaml").write_text(yaml_text({"stages": {"only": stage}}))
-    for key in [key for key in os.environ if key.startswith("DVC_")]:
-        monkeypatch.delenv(key)
     monkeypatch.setattr(recipe, "_report", lambda name, commit: git("show", f"{commit}:out"))
     git("init", "-q")
     git("config", "user.name", "t")
     git("config", "user.email", "t@localhost")
-    subprocess.run([sys.executable, "-m", "dvc", "init", "-q"], check=True)
+    subprocess.run(["dvc", "init", "-q"], check=True)
     git("add", "-A")
     git("commit", "-q", "-m", "state")
 

@@ -17,7 +17,7 @@ from urllib.parse import urlparse
 import pytest
 import yaml
 from PIL import Image
-from workspace import warm_children, yaml_text
+from workspace import start_warm, warm_children, yaml_text
 
 from secateur.base.errors import SecateurError, SettingsError
 from secateur.base.settings import check as check_settings
@@ -340,8 +340,8 @@ def test_a_search_for_accuracy_without_validation_images_ends_before_it_trains(
             Image.new("L", (8, 8), 9 * number).save(
                 tmp_path / "images" / split / name / f"{number}.png"
             )
-    monkeypatch.chdir(unborn.path)
-    monkeypatch.setenv("SECATEUR_DATA", str(tmp_path))
+    unborn.enter(monkeypatch, SECATEUR_DATA=str(tmp_path))
+    start_warm(monkeypatch)
     axes = {"pruners.std.sensitivity": {"low": 0.1, "high": 2.0}}
     options = build_parser().parse_args(["study", "mine", "--workers", "1"])
     for own in ({"dataset": "digits"}, {"dataset": "image_folder", "datasets": {"image_folder": {

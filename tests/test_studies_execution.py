@@ -29,7 +29,7 @@ os._exit(int(task.key))
 
 def request(key):
     task = {
-        "key": key, "stage": "prepare", "settings": {}, "upstream": [], "root": ".",
+        "key": key, "stage": "prepare", "params": "", "upstream": [], "root": ".",
         "revision": "", "tree": "", "cache": "", "ignored": [], "experiment": "", "folders": {},
     }  # fmt: skip
     return json.dumps({"task": task, "folder": "."}).encode() + b"\n"

@@ -42,6 +42,11 @@ def warm_children():
     return {"WARM_EXECUTABLE": str(Path(server).parent / "bin/python")} if server else {}
 
 
+def start_warm(patch):
+    """Let the Pythons that this process starts by `sys.executable` be warm."""
+    patch.setattr(sys, "executable", warm_children().get("WARM_EXECUTABLE", sys.executable))
+
+
 def ran(log):
     """Names of the stages that DVC has run, in their order."""
     return [line.split("'")[1] for line in log.splitlines() if line.startswith("Running stage")]
@@ -96,12 +101,7 @@ class Project:
             contextlib.redirect_stdout(output),
             contextlib.redirect_stderr(output),
         ):
-            patch.chdir(self.path)
-            wanted = self.env(**env)
-            for key in os.environ.keys() - wanted.keys():
-                patch.delenv(key)
-            for key, value in wanted.items():
-                patch.setenv(key, value)
+            self.enter(patch, **env)
             patch.setattr(sys, "argv", [f"stages.{name}", *arguments])
             try:
                 runpy.run_module(f"stages.{name}", run_name="__main__")
@@ -111,6 +111,15 @@ class Project:
                 signal.signal(signal.SIGTERM, terminate)
         assert (status in (0, None)) == ok, f"{name}: status {status}\n{output.getvalue()}"
         return output.getvalue()
+
+    def enter(self, patch, **env):
+        """Let this process be in the project, as a command that `run` starts would be."""
+        patch.chdir(self.path)
+        wanted = self.env(**env)
+        for key in os.environ.keys() - wanted.keys():
+            patch.delenv(key)
+        for key, value in wanted.items():
+            patch.setenv(key, value)
 
     def params(self, **changes):
         """Change params.yaml; `section__key` stands for a nested key."""

@@ -12,10 +12,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from secateur.base.errors import SettingsError
+from secateur.pipeline import params_file
 from secateur.studies import rounds
 from secateur.studies.definition import PlannedCell
 from secateur.studies.execution.keys import Entry, Graph
-from secateur.studies.execution.stages import ResolvedStage
+from secateur.studies.execution.stages import PARAMS, ResolvedStage
+
+MOST_TEXTS = 256
+"""Cells whose params.yaml is kept as text: those whose pieces run at the same time."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class Plan:
     """The pieces of each cell, one a stage."""
     entries: dict[str, Entry] = field(default_factory=dict)
     """Id -> the finished stage, as in dvc.lock."""
+    _texts: dict[int, str] = field(default_factory=dict)
 
     def params(self, cell: int) -> dict[str, Any]:
         """The whole of params.yaml for a cell."""
@@ -51,6 +56,15 @@ class Plan:
     def changes(self, cell: int) -> dict[str, Any]:
         """What a cell changes in params.yaml, by dotted key."""
         return rounds.changes(self.cells[cell].settings, self.graph.params)
+
+    def params_text(self, cell: int) -> str:
+        """The text of params.yaml for a cell: that of the project, with the cell's values."""
+        if cell not in self._texts:
+            text = params_file.updated((self.graph.folder / PARAMS).read_text(), self.changes(cell))
+            if len(self._texts) == MOST_TEXTS:
+                del self._texts[next(iter(self._texts))]
+            self._texts[cell] = text
+        return self._texts[cell]
 
     def pending(self, id: str) -> Entry | None:
         """The entry of a piece before it runs; None while one that it reads is not finished."""

@@ -127,7 +127,7 @@ class Progress:
         task = Task(
             key=key,
             stage=work.stage.address,
-            settings=self.plan.changes(work.cell),
+            params=self.plan.params_text(work.cell),
             upstream=[self.plan.entries[other] for other in work.upstream.values()],
             root=str(self.state.root),
             revision=self.state.revision,

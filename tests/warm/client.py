@@ -73,6 +73,9 @@ def main() -> None:
     modules = ("stages.", "secateur", "tests.", "torch.distributed.run")
     module = sys.argv[2] if sys.argv[1:2] == ["-m"] and len(sys.argv) > 2 else ""
     path = os.environ.get("WARM_SERVER", "")
+    if module == "dvc":
+        name = sys.argv[0] = "dvc"
+        del sys.argv[1:3]
     code = sys.argv[1:2] == ["-c"]
     ours = name == "dvc" or code or module.startswith(modules)
     if not ours or not os.access(path, os.F_OK):

@@ -15,7 +15,6 @@ from dvc.utils.serialize import dumps_yaml, loads_yaml
 from ruamel.yaml.error import YAMLError
 
 from secateur.base.errors import SecateurError, cut
-from secateur.pipeline import params_file
 from secateur.studies.execution.keys import Entry
 from secateur.studies.execution.snapshot import Snapshot, git
 from secateur.studies.execution.stages import PARAMS
@@ -31,7 +30,6 @@ class Experiments:
         self.snapshot, self.plan, self.study = snapshot, plan, study
         self._committer = git(snapshot.root, "var", "GIT_COMMITTER_IDENT")
         self._known = _read_digests(snapshot)
-        self._params = (plan.graph.folder / PARAMS).read_text()
         locks = {work.stage.lock for work in plan.works.values()}
         self._locks = {lock: _read_lock(plan.graph.folder, lock) for lock in sorted(locks)}
 
@@ -59,8 +57,7 @@ class Experiments:
         """Commands of fast-import for a commit: the project's files, and what the cell changes."""
         cell, graph = self.plan.cells[number], self.plan.graph
         stages = [self.plan.works[id].stage for id in self.plan.by_cell[number]]
-        changed = self.plan.changes(number)
-        contents = {PARAMS: params_file.updated(self._params, changed).encode()}
+        contents = {PARAMS: self.plan.params_text(number).encode()}
         for path in dict.fromkeys(stage.lock for stage in stages):
             lock = {"schema": "2.0", "stages": {}} | self._locks[path]
             own = {stage.name: entries[stage.name] for stage in stages if stage.lock == path}

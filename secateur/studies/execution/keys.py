@@ -156,14 +156,9 @@ class Graph:
 
     def find(self, entry: Entry) -> Entry | None:
         """What DVC would restore for it: the newest entry of its key, if all objects are there."""
-        key = run_key(entry)
-        for path in _newest_first(self._runs / key[:2] / key):
-            try:
-                found: Entry = COMPILED_LOCK_FILE_STAGE_SCHEMA(load_yaml(str(path)))
-            except (DvcException, Invalid, OSError):
-                return None
-            return found if all(self.has_object(out["md5"]) for out in found["outs"]) else None
-        return None
+        found = newest(self._runs, run_key(entry))
+        whole = found and all(self.has_object(out["md5"]) for out in found["outs"])
+        return found if whole else None
 
     def has_object(self, md5: str) -> bool:
         """Whether the cache has a file, or a folder with all its files."""
@@ -210,6 +205,17 @@ class Graph:
 def run_key(entry: Entry) -> str:
     """DVC's key of the run cache: sha256 of cmd, deps, params and the paths of the outs."""
     return str(_get_cache_hash(dict(entry), key=True))
+
+
+def newest(runs: Path, key: str) -> Entry | None:
+    """The newest entry of a key in DVC's run cache; None if there is none, or it is damaged."""
+    for path in _newest_first(runs / key[:2] / key):
+        try:
+            found: Entry = COMPILED_LOCK_FILE_STAGE_SCHEMA(load_yaml(str(path)))
+        except (DvcException, Invalid, OSError):
+            return None
+        return found
+    return None
 
 
 def _has(tree: Any, key: str) -> bool:

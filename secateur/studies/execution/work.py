@@ -17,8 +17,7 @@ from typing import Any, NoReturn
 
 from secateur.base import files
 from secateur.base.errors import SecateurError
-from secateur.pipeline import params_file
-from secateur.studies.execution.keys import Entry
+from secateur.studies.execution.keys import Entry, newest, run_key
 from secateur.studies.execution.snapshot import Snapshot
 from secateur.studies.execution.stages import MAIN, PARAMS
 
@@ -31,8 +30,8 @@ class Task:
     """Of DVC's run cache."""
     stage: str
     """Its address, as DVC names it in the project's folder."""
-    settings: dict[str, Any]
-    """Values of params.yaml to be changed, by dotted key."""
+    params: str
+    """The text of params.yaml."""
     upstream: list[Entry]
     """The finished stages that it reads."""
     root: str
@@ -89,7 +88,7 @@ def execute(task: Task, folder: Path) -> Entry:
     os.chdir(folder)
     busy, lock = folder / ".dvc" / "tmp" / "busy", task.place / f"{task.key}.lock"
     with _locked(busy), _locked(lock), Repo(str(folder)) as repo:
-        _set_params(folder, task)
+        files.write_text(folder / PARAMS, task.params)
         file, _, name = task.stage.rpartition(":")
         stage_file = folder / (file or MAIN)
         stage_file.with_suffix(".lock").unlink(missing_ok=True)
@@ -121,17 +120,16 @@ def _clear(folder: Path, task: Task) -> None:
 
 def _run(repo: Any, stage: Any, task: Task) -> Entry:
     """Take the stage from the run cache, or run it and store what it has made."""
-    from dvc.stage.cache import _get_stage_hash
     from dvc.stage.run import cmd_run
     from dvc.stage.serialize import to_single_stage_lockfile
 
     from secateur.pipeline.mlflow_store import tracking_on  # needs torch, as the stages do
 
     stage.save_deps()
-    key = _get_stage_hash(stage)
+    key = run_key(to_single_stage_lockfile(stage))
     if key != task.key:
         raise SecateurError(f"stage {task.stage}: its key is {key[:12]}, planned {task.key[:12]}")
-    entry = repo.stage_cache._load(stage)
+    entry = newest(Path(repo.stage_cache.cache_dir), key)
     if entry and repo.stage_cache._create_stage(entry).outs_cached():
         return _plain(entry)
     for out in stage.outs:
@@ -151,7 +149,7 @@ def _run(repo: Any, stage: Any, task: Task) -> Entry:
         cmd_run(stage, run_env=environment)
     else:
         _run_module(module[1], module[2].split())
-    stage.save(run_cache=False)
+    stage.save_outs()  # the deps, in this copy that is nobody else's, are what they were
     for out in stage.outs:  # objects first, so that what the run cache names is there
         out.commit(relink=False)
     repo.stage_cache.save(stage)
@@ -169,14 +167,6 @@ def _run_module(name: str, options: Sequence[str]) -> None:
             raise
     finally:
         sys.argv = arguments
-
-
-def _set_params(folder: Path, task: Task) -> None:
-    """Write params.yaml of the cell: that of the copy, with the cell's values."""
-    base = folder / ".dvc" / "tmp" / PARAMS
-    if not base.exists():
-        files.write_text(base, (folder / PARAMS).read_text())
-    files.write_text(folder / PARAMS, params_file.updated(base.read_text(), task.settings))
 
 
 def _plain(entry: Entry) -> Entry:

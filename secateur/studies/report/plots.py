@@ -191,24 +191,29 @@ def layers(rows: Mapping[str, Mapping[str, float]]) -> "Figure":
 def svg(figure: "Figure") -> bytes:
     """The picture as SVG, equal bytes for equal pictures."""
     from matplotlib import rc_context
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
 
     stream = io.BytesIO()
     _fix_layout(figure)
     with rc_context({"svg.hashsalt": "secateur"}):
-        figure.savefig(stream, format="svg", metadata={"Date": None})
+        FigureCanvasSVG(figure).print_svg(stream, metadata={"Date": None})
     return stream.getvalue()
 
 
 def png(figure: "Figure") -> bytes:
     """The picture as PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     stream = io.BytesIO()
     _fix_layout(figure)
-    figure.savefig(stream, format="png", dpi=150)
+    figure.dpi = 150
+    FigureCanvasAgg(figure).print_png(stream)
     return stream.getvalue()
 
 
 def _fix_layout(figure: "Figure") -> None:
-    """Arrange the parts once, and not again for each file that is saved."""
-    if figure.get_layout_engine() is not None:
-        figure.draw_without_rendering()
+    """Arrange the parts, once for all files; `savefig` would also draw everything twice."""
+    engine = figure.get_layout_engine()
+    if engine is not None:
+        engine.execute(figure)
         figure.set_layout_engine("none")
