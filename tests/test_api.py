@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from workspace import Project
 
 import secateur
 from secateur.archs import lenet300
@@ -342,6 +343,7 @@ def test_torchvision_resnet18_is_pruned_saved_and_loaded(tmp_path):
     assert torch.equal(small(images), result.model(images))
 
 
+@pytest.mark.usefixtures("programs")
 def test_a_network_defined_in_main_is_pruned():
     """As in a notebook: the class lives in __main__, without a file to find its code in."""
     code = inspect.getsource(Net).join([
@@ -349,5 +351,4 @@ def test_a_network_defined_in_main_is_pruned():
         "\nr = secateur.prune(Net(), torch.randn(2, 3, 8, 8), secateur.pruners.magnitude())\n"
         "print(r.model.conv1.out_channels)",
     ])  # fmt: skip
-    done = python(code)
-    assert done.stdout == "6\n", done.stderr
+    assert Project(ROOT).run("python", "-c", code) == "6\n"

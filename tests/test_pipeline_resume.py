@@ -25,7 +25,7 @@ def test_killed_stages_end_with_the_same_bytes(project, tmp_path):
     """kill -9 at random moments of the work; the undisturbed run has a project of its own."""
     undisturbed = project.copy(tmp_path / "undisturbed")
     for copy in (project, undisturbed):
-        copy.params(baseline__epochs=120, seed=5)
+        copy.params(baseline__epochs=60, seed=5)
     undisturbed.stage("baseline")
     moments, kills = random.Random(0), 0
     for _ in range(3):
@@ -33,7 +33,7 @@ def test_killed_stages_end_with_the_same_bytes(project, tmp_path):
         process = project.start("baseline")
         while process.poll() is None and project.saved_states("baseline") == states:
             time.sleep(0.02)
-        time.sleep(moments.uniform(0, 0.3))
+        time.sleep(moments.uniform(0, 0.2))
         if process.poll() is not None:  # a fast machine may be through by now
             break
         kill(process, project)
