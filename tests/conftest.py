@@ -7,6 +7,7 @@ import re
 import shutil
 from pathlib import Path
 
+import documentation
 import pytest
 import warm
 from filelock import FileLock
@@ -87,9 +88,12 @@ def pytest_xdist_auto_num_workers(config):
 def pytest_xdist_setupnodes(config, specs):
     """Workers start warm too: each would import for ten seconds what the tests need.
 
-    Their temporary files, and those of their processes, lie beside those of the tests.
+    Their temporary files, and those of their processes, lie beside those of the tests. If all tests
+    are to run, the documentation is built meanwhile, which takes as long and one processor too.
     """
     base = config._tmp_path_factory.getbasetemp()
+    if not config.option.file_or_dir and not config.option.keyword:
+        documentation.start(base / "site")
     (base / "tmp").mkdir()
     os.environ["TMPDIR"] = str(base / "tmp")
     found = warm.start(base / "warm", Project(base).env(), os.getpid())
@@ -121,6 +125,14 @@ def programs(tmp_path_factory):
     owner = os.getppid() if workers else os.getpid()
     PROGRAMS.update(warm.start(folder, Project(folder).env(), owner))
     PROGRAMS["DVC_SITE_CACHE_DIR"] = str(folder / "dvc")
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory):
+    """Folder of the documentation's pages, the status of mkdocs, and what it has said."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "site"
+    return folder / documentation.PAGES, *documentation.build(folder)
 
 
 @pytest.fixture(scope="session")
