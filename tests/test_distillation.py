@@ -20,6 +20,7 @@ from secateur.base.sections import ContinuedTrain, Distillation, Train
 from secateur.base.settings import Params, validate
 from secateur.base.stage import Stage
 from secateur.data.augment import FileAugment
+from secateur.data.batches import Batches, sequential_batches
 from secateur.nn import checkpoint
 from secateur.nn.checkpoint import Header
 from secateur.pipeline import runner
@@ -263,6 +264,19 @@ def test_the_teacher_sees_images_once_that_never_change(augment, sizes, features
     for images, logits in wanted:
         with torch.no_grad():
             assert torch.allclose(teacher(images), logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_order_of_an_epoch_is_that_of_its_batches(rank):
+    """For each of two processes; the last batch has one image, which the second does not get."""
+    prepared = digits(81, validation=0)
+    split, info, cpu = prepared.train, prepared.info, torch.device("cpu")
+    batches = Batches(split, info, 16, 3, rank=rank, world=2)
+    whole = torch.cat([images for images, _ in sequential_batches(split, info, device=cpu)])
+    for epoch in (0, 5):
+        images = torch.cat([images for images, _ in batches.epoch(epoch)])
+        assert len(images) == 41 - rank
+        assert torch.equal(whole[batches.order(epoch)], images)
 
 
 def flexible(width):
