@@ -163,7 +163,8 @@ def _check_teacher(
     if wanted.teacher not in (sections.NOTHING, sections.DENSE_PARENT):
         file = Path(wanted.teacher)
         if not file.exists():
-            raise ArgumentError("distillation.teacher", "no such file", wanted.teacher)
+            why = "no such file; copies of the project have it only if it is tracked (`dvc add`)"
+            raise ArgumentError("distillation.teacher", why, wanted.teacher)
         arch = params.arch
         found = distillation.load_teacher(file, wanted.code, arch, params.archs.get(arch))
         distillation.check_data(found[0], found[1].header, info, "classes", "shape")
