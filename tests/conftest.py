@@ -92,7 +92,8 @@ def pytest_xdist_setupnodes(config, specs):
     are to run, the documentation is built meanwhile, which takes as long and one processor too.
     """
     base = config._tmp_path_factory.getbasetemp()
-    if not config.option.file_or_dir and not config.option.keyword:
+    option = config.option
+    if not (option.file_or_dir or option.keyword) and option.markexpr == "not slow":
         documentation.start(base / "site")
     (base / "tmp").mkdir()
     os.environ["TMPDIR"] = str(base / "tmp")

@@ -1,11 +1,11 @@
 """What tests of channels share: random networks, random selections, and the proof of equality."""
 
+import copy
 import functools
 
 import torch
 
 from secateur.nn import resizing
-from secateur.nn.copying import copied
 from secateur.pruning import removal
 
 SIDE = 8
@@ -101,7 +101,7 @@ def dense(make):
 
 
 def rebuilt(make, compact):
-    fresh, state = copied(dense(make)), compact.model.state_dict()
+    fresh, state = copy.deepcopy(dense(make)), compact.model.state_dict()
     resizing.resize(
         fresh, {n: t.shape for n, t in state.items()}, resizing.describe_layers(compact.model)
     )

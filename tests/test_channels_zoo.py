@@ -25,7 +25,6 @@ from secateur.channels import graph as channels
 from secateur.gconv import export
 from secateur.nn import checkpoint, cost, resizing
 from secateur.nn.checkpoint import Header
-from secateur.nn.copying import copied
 from secateur.nn.layers import ChannelSelect
 from secateur.pruners import gconv, network_slimming
 from secateur.pruning import proof, removal
@@ -482,7 +481,7 @@ def without_dead_channels(arch, chosen, shape, seed):
         assert left.shape == compact.model.get_parameter(name).shape
         assert not compact.model.get_parameter(name)[~left].any()
     single = compact.to(torch.float32)
-    assert difference(copied(model).float(), single.model, batch.float()) < 1e-4
+    assert difference(copy.deepcopy(model).float(), single.model, batch.float()) < 1e-4
 
 
 def assert_idle(model, shape, error):
@@ -533,7 +532,7 @@ print(json.dumps(used))
 
 def in_groups(model, batch):
     """The network with group convolutions and indices in place of masks."""
-    masked = copied(model).float()
+    masked = copy.deepcopy(model).float()
     found = gconv.prune(gconv.Settings(groups=4), PruningContext(masked, batch.float())).masks
     masks.apply(masked, found)
     grouped = export.export(masked, found, batch[:1].float()).model

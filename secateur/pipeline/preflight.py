@@ -166,8 +166,8 @@ def _check_teacher(
             why = "no such file; copies of the project have it only if it is tracked (`dvc add`)"
             raise ArgumentError("distillation.teacher", why, wanted.teacher)
         arch = params.arch
-        found = distillation.load_teacher(file, wanted.code, arch, params.archs.get(arch))
-        distillation.check_data(found[0], found[1].header, info, "classes", "shape")
+        file, found = distillation.load_teacher(file, wanted.code, arch, params.archs.get(arch))
+        distillation.check_data(file, found.header, info, "classes", "shape")
     distillation.check_layers(wanted.features, model)
 
 
