@@ -18,7 +18,7 @@ from torch import nn
 
 import secateur
 from secateur.base.machine import cpu_name
-from secateur.base.sections import Engine
+from secateur.base.sections import RuntimeName
 from secateur.base.torchvision_import import import_torchvision
 from secateur.deploy import layer_times
 from secateur.nn import cost
@@ -38,7 +38,7 @@ def network(name: str) -> nn.Module:
     return model.eval()
 
 
-def row(name: str, runtime: Engine, options: argparse.Namespace) -> list[str]:
+def row(name: str, runtime: RuntimeName, options: argparse.Namespace) -> list[str]:
     """Measure, prune, measure again."""
     model, images = network(name), torch.randn(2, 3, 224, 224)
     start = time.perf_counter()

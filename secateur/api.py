@@ -18,7 +18,7 @@ from torch.nn.parameter import UninitializedParameter
 from secateur.base import plugin
 from secateur.base.callable_plugin import ConfiguredPruner, arguments_of
 from secateur.base.errors import CheckpointError, PruningError, SettingsError
-from secateur.base.sections import Engine, Export
+from secateur.base.sections import Export, RuntimeName
 from secateur.channels.graph import ChannelGraph, build_channel_graph
 from secateur.nn import checkpoint, cost, matching, weights
 from secateur.nn.checkpoint import Checkpoint, Header
@@ -256,7 +256,7 @@ def prune(
 def measure_latency(
     model: nn.Module,
     images: Tensor,
-    runtime: Engine = "torch",
+    runtime: RuntimeName = "torch",
     *,
     batch: int = 1,
     threads: int = 1,
@@ -274,8 +274,10 @@ def measure_latency(
 
     _check_model(model)
     _check_batch(images)
-    if runtime not in get_args(Engine):
-        raise SettingsError(f"runtime = {runtime!r}: must be one of {', '.join(get_args(Engine))}")
+    if runtime not in get_args(RuntimeName):
+        raise SettingsError(
+            f"runtime = {runtime!r}: must be one of {', '.join(get_args(RuntimeName))}"
+        )
     for name, value, least in (
         ("batch", batch, 1), ("threads", threads, 1), ("repeats", repeats, 3)
     ):  # fmt: skip

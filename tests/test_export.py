@@ -170,10 +170,10 @@ def check_int8(model, shape, paths):
     images = noise(shape, 50, seed=1)
     with torch.inference_mode():
         wanted = model(torch.from_numpy(images)).numpy()
-    for engine in runtimes.for_file(target):
-        error = open_model(target, engine)(images) - wanted
+    for runtime in runtimes.for_file(target):
+        error = open_model(target, runtime)(images) - wanted
         error, spread = error - error.mean(axis=0), wanted - wanted.mean(axis=0)
-        assert 0 < np.linalg.norm(error) < 0.35 * np.linalg.norm(spread), engine
+        assert 0 < np.linalg.norm(error) < 0.35 * np.linalg.norm(spread), runtime
 
 
 TIMM = [("test_efficientnet", 64)]

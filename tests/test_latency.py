@@ -44,8 +44,8 @@ class Passes:
 def fake(monkeypatch, tmp_path, clock):
     """Two runtimes in place of the real ones, and files for them."""
     passes = Passes(clock)
-    engines = [("one", ".a"), ("two", ".b"), ("three", ".b")]
-    found = {name: runtimes.Runtime(name, name, suffix, passes.open) for name, suffix in engines}
+    suffixes = [("one", ".a"), ("two", ".b"), ("three", ".b")]
+    found = {name: runtimes.Runtime(name, name, suffix, passes.open) for name, suffix in suffixes}
     monkeypatch.setattr(runtimes, "RUNTIMES", found)
     paths = {name: tmp_path / name for name in ("slow.a", "slow.b", "fast.a", "int8.b")}
     for path in paths.values():
@@ -58,7 +58,7 @@ def test_every_network_is_timed_in_every_runtime_that_opens_it(fake):
     passes, exported = fake
     groups = []
     rows = latency.measure(
-        exported, IMAGES, engines=["one", "two", "three"], threads=[1, 2], batches=[1, 5],
+        exported, IMAGES, runtime_names=["one", "two", "three"], threads=[1, 2], batches=[1, 5],
         repeats=3, on_group=groups.append,
     )  # fmt: skip
     pairs = [("dense", "one"), ("dense", "two"), ("dense", "three"), ("pruned", "one")]
@@ -81,7 +81,9 @@ def test_every_network_is_timed_in_every_runtime_that_opens_it(fake):
 
 def test_only_the_runtimes_that_are_asked_for_are_opened(fake):
     passes, exported = fake
-    rows = latency.measure(exported, IMAGES, engines=["two"], threads=[1], batches=[1], repeats=3)
+    rows = latency.measure(
+        exported, IMAGES, runtime_names=["two"], threads=[1], batches=[1], repeats=3
+    )
     assert [(r.model, r.runtime) for r in rows] == [("dense", "two"), ("int8", "two")]
     assert len(passes.opened) == 2
 
@@ -90,7 +92,7 @@ def test_torch_has_its_threads_again_after_an_error(fake, tmp_path):
     before = torch.get_num_threads()
     with pytest.raises(SecateurError, match="missing"):
         latency.measure(
-            {"none": [tmp_path / "none.a"]}, IMAGES, engines=["one"], threads=[before + 1],
+            {"none": [tmp_path / "none.a"]}, IMAGES, runtime_names=["one"], threads=[before + 1],
             batches=[1], repeats=3,
         )  # fmt: skip
     assert torch.get_num_threads() == before
@@ -224,8 +226,8 @@ def test_a_float32_file_has_the_accuracy_of_each_runtime():
     found = report()
     found["dense"]["model.onnx"] = {"bytes": 30, "accuracy": 0.75, "openvino": {"accuracy": 0.625}}
     rows = [
-        latency.Latency("dense", engine, 1, 4, 4.0, 0.25)
-        for engine in ("torch", "onnxruntime", "openvino")
+        latency.Latency("dense", runtime, 1, 4, 4.0, 0.25)
+        for runtime in ("torch", "onnxruntime", "openvino")
     ]
     assert [row["accuracy"] for row in comparison.rows(found, rows)] == [0.5, 0.75, 0.625]
     del found["dense"]["model.onnx"]["openvino"]

@@ -12,7 +12,7 @@ from secateur.deploy.quantisation import quantise
 from secateur.deploy.runtimes import open_model
 
 RNG = np.random.default_rng(0)
-ENGINES = ["onnxruntime", "openvino"]
+RUNTIMES = ["onnxruntime", "openvino"]
 
 
 def save(path, nodes, weights, shape, outputs):
@@ -108,10 +108,10 @@ def test_the_images_set_the_range_of_the_activations(tmp_path):
     assert int(zero) == round(9.0 / (30.5 / 255))
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_outputs_err_by_no_more_than_the_rounding(engine, tmp_path):
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_outputs_err_by_no_more_than_the_rounding(runtime, tmp_path):
     """Each product errs by at most half a step of either factor, the output by half of its own."""
-    pytest.importorskip(engine)
+    pytest.importorskip(runtime)
     weight, bias, x = images(4, 40), images(4), images(32, 1, 1, 40)
     quantise(linear(tmp_path / "a.onnx", weight, bias), tmp_path / "b.onnx", x)
     found = dequantised(tmp_path / "b.onnx")
@@ -121,19 +121,19 @@ def test_outputs_err_by_no_more_than_the_rounding(engine, tmp_path):
     most = abs(x).reshape(32, 40).sum(1)[:, None] * step_w / 2  # of the weights
     most = most + (abs(weight).sum(1) + 40 * step_w / 2) * step_x / 2  # of the activations
     most = most + step_x * step_w / 2 + step_y  # of the bias, and of the output
-    error = abs(open_model(tmp_path / "b.onnx", engine)(x) - exact)
+    error = abs(open_model(tmp_path / "b.onnx", runtime)(x) - exact)
     assert (error <= most).all()
     assert error.max() > 0, "nothing was rounded"
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_a_residual_network_computes_the_same_in_both_runtimes(engine, tmp_path):
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_a_residual_network_computes_the_same_in_both_runtimes(runtime, tmp_path):
     """OpenVINO computes it wrongly, or not at all, if activations are signed."""
-    pytest.importorskip(engine)
+    pytest.importorskip(runtime)
     source, target = residual(tmp_path / "a.onnx"), tmp_path / "b.onnx"
     quantise(source, target, images(64, 3, 16, 16))
     x = images(50, 3, 16, 16)
-    exact, rounded = open_model(source)(x), open_model(target, engine)(x)
+    exact, rounded = open_model(source)(x), open_model(target, runtime)(x)
     exact = exact - exact.mean(axis=0)  # the part of the logits that differs between images
     rounded = rounded - rounded.mean(axis=0)
     assert np.linalg.norm(rounded - exact) < 0.2 * np.linalg.norm(exact)

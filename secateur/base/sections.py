@@ -343,7 +343,8 @@ class Sensitivity(Strict):
     """Accuracy that a layer may cost in the suggested ratios, as a fraction."""
 
 
-Engine = Literal["torch", "onnxruntime", "openvino"]
+RuntimeName = Literal["torch", "onnxruntime", "openvino"]
+"""Key of `deploy.runtimes.RUNTIMES`."""
 
 
 class MeasuredLatency(Strict):
@@ -385,7 +386,7 @@ class ExportedFiles(Strict):
     """Write an int8 version of the finetuned network, and measure one of the dense network too."""
     calibration_images: Annotated[int, Field(ge=1)] = 256
     """Training images on which the ranges of the activations are measured for int8."""
-    runtimes: Annotated[tuple[Engine, ...], Field(min_length=1)] = ("torch", "onnxruntime")
+    runtimes: Annotated[tuple[RuntimeName, ...], Field(min_length=1)] = ("torch", "onnxruntime")
     """Where the latency is measured."""
     latency_batches: Annotated[tuple[Count, ...], Field(min_length=1)] = (1, 32)
     """Images per forward pass while the latency is measured."""

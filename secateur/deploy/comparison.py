@@ -22,9 +22,9 @@ def proved(results: Mapping[tuple[Path, str], Parity]) -> dict[str, dict[str, An
     name.
     """
     report: dict[str, dict[str, Any]] = {}
-    for (path, engine), result in results.items():
+    for (path, runtime), result in results.items():
         entry = report.setdefault(path.name, {"bytes": path.stat().st_size})
-        entry |= asdict(result) if engine == for_file(path)[0] else {engine: asdict(result)}
+        entry |= asdict(result) if runtime == for_file(path)[0] else {runtime: asdict(result)}
     return report
 
 
@@ -32,8 +32,8 @@ def add_latencies(report: dict[str, dict[str, Any]], latencies: Sequence[Latency
     """Write the times into the networks' parts of the report, by runtime, threads and batch."""
     for row in latencies:
         for key in ("latency_ms", "latency_iqr_ms"):
-            engine = report[row.model].setdefault(key, {}).setdefault(row.runtime, {})
-            by_batch = engine.setdefault(f"threads_{row.threads}", {})
+            runtime = report[row.model].setdefault(key, {}).setdefault(row.runtime, {})
+            by_batch = runtime.setdefault(f"threads_{row.threads}", {})
             by_batch[f"batch_{row.batch}"] = round(getattr(row, key), 5)
 
 

@@ -37,13 +37,13 @@ def measure(
     exported: Mapping[str, Sequence[Path]],
     images: NDArray[np.float32],
     *,
-    engines: Sequence[str],
+    runtime_names: Sequence[str],
     threads: Sequence[int],
     batches: Sequence[int],
     repeats: int,
     on_group: Callable[[str], object] = lambda _what: None,
 ) -> list[Latency]:
-    """Time every file of every network in each of the `engines` (keys of RUNTIMES) that opens it.
+    """Time every file of every network in each of these runtimes (keys of RUNTIMES) that opens it.
 
     All networks and runtimes take turns, with one number of threads and one number of images per
     pass at a time; `on_group` is told which before it begins. An untimed pass precedes each timed
@@ -55,19 +55,19 @@ def measure(
     for count in threads:
         with runtimes.torch_threads(count):
             opened = {
-                (model, engine): runtimes.open_model(path, engine, count)
+                (model, runtime): runtimes.open_model(path, runtime, count)
                 for model, paths in exported.items()
-                for engine in engines
+                for runtime in runtime_names
                 for path in paths
-                if engine in runtimes.for_file(path)
+                if runtime in runtimes.for_file(path)
             }
             for batch in batches:
                 on_group(f"{count} thread{'s'[: count != 1]}, batch {batch}")
                 some = images_of(images, batch)
                 passes = {key: partial(run, some) for key, run in opened.items()}
-                for (model, engine), taken in timing.take_turns(passes, repeats, 1).items():
-                    middle, spread = timing.median_and_iqr(taken)
-                    rows.append(Latency(model, engine, count, batch, middle, spread))
+                for (model, runtime), taken in timing.take_turns(passes, repeats, 1).items():
+                    median, iqr = timing.median_and_iqr(taken)
+                    rows.append(Latency(model, runtime, count, batch, median, iqr))
     return rows
 
 

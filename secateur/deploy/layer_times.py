@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.base import machine, optional, timing
-from secateur.base.sections import Engine
+from secateur.base.sections import RuntimeName
 from secateur.channels.graph import ChannelGraph, build_channel_graph
 from secateur.deploy import export, runtimes
 from secateur.nn import cost
@@ -79,7 +79,7 @@ def measure(
     model: nn.Module,
     image: Tensor,
     *,
-    runtime: Engine,
+    runtime: RuntimeName,
     batch: int = 1,
     threads: int = 1,
     repeats: int = 100,
@@ -131,7 +131,7 @@ def compare(
     networks: Mapping[str, nn.Module],
     image: Tensor,
     *,
-    runtime: Engine,
+    runtime: RuntimeName,
     batch: int,
     threads: int,
     repeats: int,
@@ -157,7 +157,7 @@ def check_packages(names: Iterable[str]) -> None:
 class _Opener:
     """Opens layers and networks in one runtime, as functions without arguments."""
 
-    def __init__(self, runtime: Engine, batch: int, threads: int, folder: Path) -> None:
+    def __init__(self, runtime: RuntimeName, batch: int, threads: int, folder: Path) -> None:
         self.runtime, self.batch, self.threads, self.folder = runtime, batch, threads, folder
         self.opened = 0
 

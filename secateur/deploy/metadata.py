@@ -106,12 +106,12 @@ def read(path: Path) -> Metadata:
 
 
 def _from_onnx(path: Path) -> Any:
-    engine = optional.load("onnxruntime", "to read .onnx files")
-    options = engine.SessionOptions()
+    package = optional.load("onnxruntime", "to read .onnx files")
+    options = package.SessionOptions()
     options.log_severity_level = 4
-    options.graph_optimization_level = engine.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.graph_optimization_level = package.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
-        session = engine.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        session = package.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         found = dict(session.get_modelmeta().custom_metadata_map)
     except Exception as error:  # ONNX Runtime's own types
         raise CheckpointError(f"{path}: cannot be opened: {cut(str(error), 200)}") from None

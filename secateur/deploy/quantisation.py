@@ -37,7 +37,7 @@ def quantise(source: Path, target: Path, images: NDArray[np.float32]) -> None:
     command to install it if onnx or onnxruntime is missing.
     """
     onnx = optional.load("onnx", "to quantise .onnx files")
-    engine = optional.load("onnxruntime.quantization", "to quantise .onnx files")
+    package = optional.load("onnxruntime.quantization", "to quantise .onnx files")
     shapes = optional.load("onnxruntime.quantization.shape_inference", "to quantise .onnx files")
     parts = np.array_split(images, -(-len(images) // CALIBRATION_BATCH))
     advice = logging.WARNING  # of what has been done already
@@ -45,16 +45,16 @@ def quantise(source: Path, target: Path, images: NDArray[np.float32]) -> None:
         prepared, quantised = Path(scratch, "prepared.onnx"), Path(scratch, "int8.onnx")
         try:
             shapes.quant_pre_process(source, prepared, skip_symbolic_shape=True)
-            engine.quantize_static(
+            package.quantize_static(
                 prepared,
                 quantised,
                 _Reader(onnx.load(prepared).graph.input[0].name, parts),
-                quant_format=engine.QuantFormat.QDQ,
+                quant_format=package.QuantFormat.QDQ,
                 per_channel=True,
                 reduce_range=True,  # seven bits
-                activation_type=engine.QuantType.QUInt8,
-                weight_type=engine.QuantType.QInt8,
-                calibrate_method=engine.CalibrationMethod.MinMax,
+                activation_type=package.QuantType.QUInt8,
+                weight_type=package.QuantType.QInt8,
+                calibrate_method=package.CalibrationMethod.MinMax,
             )
             model = onnx.load(quantised)
         except Exception as error:  # whatever the quantiser raises for an unsuitable network

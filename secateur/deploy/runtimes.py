@@ -26,7 +26,7 @@ itself, to logits (count, classes)."""
 
 @dataclass(frozen=True)
 class Runtime:
-    """One engine, and the kind of files it opens."""
+    """A runtime for exported files, and the kind of files that it opens."""
 
     name: str
     title: str
@@ -57,12 +57,12 @@ def open_model(path: Path, runtime: str | None = None, threads: int = 0) -> Runn
 def check_packages(names: Iterable[str]) -> None:
     """Raise SecateurError, with the command that installs it, if a runtime is missing."""
     for name in names:
-        _engine(name)
+        _package(name)
 
 
 def version(name: str) -> str:
     """The version of a runtime that is installed."""
-    return str(_engine(name).__version__)
+    return str(_package(name).__version__)
 
 
 def for_file(path: Path) -> list[str]:
@@ -115,15 +115,15 @@ def _open_torch(path: Path, threads: int) -> Runner:
 
 def _open_onnxruntime(path: Path, threads: int) -> Runner:
     """An ONNX file in ONNX Runtime, on the CPU."""
-    engine = _engine("onnxruntime")
-    options = engine.SessionOptions()
+    package = _package("onnxruntime")
+    options = package.SessionOptions()
     options.intra_op_num_threads = threads  # 0: its own choice, one per physical core
     options.inter_op_num_threads = 1  # these networks are one operation after the other
     options.log_severity_level = 3  # errors only
     # its threads would go on waiting actively after a pass, and slow whatever runs next
     options.add_session_config_entry("session.force_spinning_stop", "1")
     try:
-        session = engine.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        session = package.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:
         raise _unreadable(path, error) from None
     name = session.get_inputs()[0].name
@@ -137,7 +137,7 @@ def _open_onnxruntime(path: Path, threads: int) -> Runner:
 
 def _open_openvino(path: Path, threads: int) -> Runner:
     """An ONNX file in OpenVINO, on the CPU."""
-    engine = _engine("openvino")
+    package = _package("openvino")
     options = {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_PRECISION_HINT": "f32",
@@ -145,7 +145,7 @@ def _open_openvino(path: Path, threads: int) -> Runner:
         **({"INFERENCE_NUM_THREADS": threads} if threads else {}),
     }
     try:
-        request = engine.Core().compile_model(path, "CPU", options).create_infer_request()
+        request = package.Core().compile_model(path, "CPU", options).create_infer_request()
     except Exception as error:
         raise _unreadable(path, error) from None
 
@@ -156,7 +156,7 @@ def _open_openvino(path: Path, threads: int) -> Runner:
     return run
 
 
-def _engine(name: str) -> Any:
+def _package(name: str) -> Any:
     """The package of a runtime, which has its name."""
     return optional.load(name, f"to run {RUNTIMES[name].suffix} files in {RUNTIMES[name].title}")
 

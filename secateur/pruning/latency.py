@@ -23,7 +23,7 @@ from pydantic import Field, TypeAdapter, model_validator
 from secateur.base import files
 from secateur.base.documents import read_json, validated
 from secateur.base.errors import PruningError, SecateurError
-from secateur.base.sections import Engine, Strict
+from secateur.base.sections import RuntimeName, Strict
 from secateur.channels.graph import ChannelGraph, Selection
 
 Milliseconds = Annotated[float, Field(gt=0)]
@@ -83,7 +83,7 @@ class MeasuredNetwork(Strict):
 class LatencyTable(Strict):
     """Measured times of the layers of one network, and of the network at several widths."""
 
-    runtime: Engine
+    runtime: RuntimeName
     batch: Annotated[int, Field(ge=1)]
     """Images per pass."""
     threads: Annotated[int, Field(ge=1)]

@@ -136,9 +136,9 @@ def prove(
     """One row of the report; raises SecateurError if a file computes anything else."""
     settings, data = context.params.export, context.data
     opened = {
-        (path, engine): open_model(path, engine)
+        (path, runtime): open_model(path, runtime)
         for path in paths.values()
-        for engine in runtimes.tested_in(path, settings.runtimes)
+        for runtime in runtimes.tested_in(path, settings.runtimes)
     }
     titles = {key: f"{key[0].name} in {RUNTIMES[key[1]].title}" for key in opened}
     found = parity.verify(
@@ -158,8 +158,8 @@ def quantise(context: runner.StageContext, source: Path, target: Path) -> dict[s
     quantisation.quantise(source, target, images_for(context, some))
     pixels = settings.preprocessing == "inside"
     right = {
-        engine: parity.accuracy(open_model(target, engine), data.test, data.info, pixels=pixels)
-        for engine in runtimes.tested_in(target, settings.runtimes)
+        runtime: parity.accuracy(open_model(target, runtime), data.test, data.info, pixels=pixels)
+        for runtime in runtimes.tested_in(target, settings.runtimes)
     }
     return {target.name: {"bytes": target.stat().st_size, "accuracy": right}}
 
@@ -173,7 +173,7 @@ def compare(
     times = latency.measure(
         {row: list(paths.values()) for row, paths in exported.items()},
         images_for(context, images),
-        engines=settings.runtimes,
+        runtime_names=settings.runtimes,
         threads=latency.thread_counts(),
         batches=settings.latency_batches,
         repeats=settings.latency_repeats,

@@ -14,13 +14,13 @@ from typing import get_args
 
 import torch
 
-from secateur.base.sections import Engine
+from secateur.base.sections import RuntimeName
 from secateur.deploy import layer_times
 from secateur.nn import checkpoint
 from secateur.pipeline import console, runner
 
 
-def main(runtime: Engine) -> None:
+def main(runtime: RuntimeName) -> None:
     """Measure, write the table, and say what it tells."""
     layer_times.check_packages([runtime])
     context = runner.open_context(f"latency@{runtime}")
@@ -49,4 +49,4 @@ def main(runtime: Engine) -> None:
 
 
 if __name__ == "__main__":
-    console.main(main, "latency", __doc__, choices=get_args(Engine))
+    console.main(main, "latency", __doc__, choices=get_args(RuntimeName))

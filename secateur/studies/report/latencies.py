@@ -18,7 +18,7 @@ from pydantic import Field, TypeAdapter
 
 from secateur.base import files
 from secateur.base.errors import SecateurError
-from secateur.base.sections import Engine
+from secateur.base.sections import RuntimeName
 from secateur.pipeline import record
 from secateur.studies.marks import LATENCIES
 from secateur.studies.report import artifacts
@@ -27,7 +27,7 @@ from secateur.studies.results import Result
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-TITLES: dict[Engine, str] = {
+TITLES: dict[RuntimeName, str] = {
     "torch": "torch", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"
 }  # fmt: skip
 
@@ -36,7 +36,7 @@ TITLES: dict[Engine, str] = {
 class Conditions:
     """How to measure; without runtimes, nothing is."""
 
-    runtimes: Sequence[Engine] = ()
+    runtimes: Sequence[RuntimeName] = ()
     batch: int = 1
     threads: int = 1
     repeats: int = 100
@@ -49,7 +49,7 @@ class Latency:
     experiment: str
     model: str
     """Hash of the finetuned network's folder, as dvc.lock has it."""
-    runtime: Engine
+    runtime: RuntimeName
     batch: int
     threads: int
     hardware: str
@@ -59,7 +59,7 @@ class Latency:
     """The shortest pass of the finetuned network, in milliseconds."""
 
     @property
-    def conditions(self) -> tuple[Engine, int, int, str]:
+    def conditions(self) -> tuple[RuntimeName, int, int, str]:
         """What times must have in common to stand in one column."""
         return self.runtime, self.batch, self.threads, self.hardware
 
@@ -97,7 +97,7 @@ def write(folder: Path, times: Sequence[Latency]) -> None:
 def columns(found: Sequence[Result], times: Iterable[Latency]) -> dict[str, Column]:
     """Title -> times of these experiments' present models; a column for each set of conditions."""
     models = artifacts.final_models(found)
-    by_conditions: dict[tuple[Engine, int, int, str], dict[str, Latency]] = {}
+    by_conditions: dict[tuple[RuntimeName, int, int, str], dict[str, Latency]] = {}
     for line in times:
         if line.model and models.get(line.experiment) == line.model:
             by_conditions.setdefault(line.conditions, {})[line.experiment] = line
@@ -105,7 +105,7 @@ def columns(found: Sequence[Result], times: Iterable[Latency]) -> dict[str, Colu
 
 
 def _title(
-    key: tuple[Engine, int, int, str], others: Sequence[tuple[Engine, int, int, str]]
+    key: tuple[RuntimeName, int, int, str], others: Sequence[tuple[RuntimeName, int, int, str]]
 ) -> str:
     """The runtime, and the other conditions where that alone does not tell columns apart."""
     runtime, batch, threads, hardware = key
