@@ -68,7 +68,10 @@ def test_a_penalty_that_prunes_meanwhile_suits_the_training_that_a_recipe_gives_
     made = settings.merged(PARAMS, recipe.load(name).settings)
     module = plugin.load("penalties", made["penalty"])
     own = settings.validate(module.Settings, made["penalties"][made["penalty"]], "")
-    penalty = module.build(own, nn.Sequential(nn.Linear(40, 40)), made["decay"])
+    arch, shape = plugin.load("archs", made["arch"]), (1, 28, 28)
+    widths = settings.validate(arch.Settings, made["archs"][made["arch"]], "")
+    needs = {"shape": shape} if made["penalty"] == "gradual" else {}
+    penalty = module.build(own, arch.build(widths, 10, shape), made["decay"], **needs)
     training = settings.validate(sections.ContinuedTrain, made["sparse_train"], "")
     images = TRAINING_IMAGES[made["dataset"]]
     steps = training.epochs * math.ceil(images / training.batch_size)
