@@ -19,7 +19,7 @@ from secateur.base.machine import hardware
 from secateur.data.batches import Batches
 from secateur.training import optim, parametrization
 from secateur.training.engine import Engine
-from secateur.training.penalty import Course, Penalty, SteppingPenalty
+from secateur.training.penalty import Penalty, SteppingPenalty, TrainingPlan
 from secateur.training.step import TrainStep
 
 
@@ -39,7 +39,7 @@ class Steps:
             penalty = parametrization.joined(name, built, None)
         self.batches = Batches(data.train, data.info, what["batch"], 1)
         if isinstance(penalty, SteppingPenalty):
-            penalty.start(Course(chosen, 10**6, len(data.train)))
+            penalty.start(TrainingPlan(chosen, 10**6, len(data.train)))
         self.size, self.count = what["batch"], 0
         engine = Engine(what["precision"])
         self.step = TrainStep(

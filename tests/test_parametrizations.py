@@ -18,7 +18,7 @@ from secateur.penalties import l1
 from secateur.pruning.decision import PruningContext
 from secateur.training import loop
 from secateur.training import parametrization as parametrizations
-from secateur.training.penalty import Course
+from secateur.training.penalty import TrainingPlan
 from stages.sparse_train import train_sparse
 
 NAMES = [name for name in plugin.names("parametrizations") if name != "none"]
@@ -171,7 +171,7 @@ def test_outputs_have_the_mean_and_variance_that_noisy_weights_lead_to(kind):
 def test_the_divergence_is_over_the_images_and_warms_up():
     model = linear([[0.5, -2.0]])
     made = attach("variational_dropout", model, warmup=0.5, strength=3.0)
-    made.start(Course(settings(1, **ADAM), 40, 600))
+    made.start(TrainingPlan(settings(1, **ADAM), 40, 600))
     whole = 3 / 600 * float(VARIATIONAL.divergence(model[0].weight, model[0].log_variance).detach())
     values = [float(made(step).detach()) for step in (0, 5, 10, 20, 39)]
     assert values == pytest.approx([0, whole / 4, whole / 2, whole, whole])
@@ -193,8 +193,8 @@ def test_a_warm_up_that_is_longer_than_the_training_is_refused():
     term = parametrizations.joined("variational_dropout", made, None)
     key = r"^params\.yaml: parametrizations\.variational_dropout\.warmup = 5\.0: .* has 4 steps"
     with pytest.raises(SettingsError, match=key), section("sparse_train"):
-        term.start(Course(settings(1, **ADAM), 4, 100))
-    term.start(Course(settings(1, **ADAM), 5, 100))
+        term.start(TrainingPlan(settings(1, **ADAM), 4, 100))
+    term.start(TrainingPlan(settings(1, **ADAM), 5, 100))
 
 
 # ---- both --------------------------------------------------------------------------------------
@@ -286,7 +286,7 @@ def test_a_penalty_is_on_the_weights_underneath(name):
     alone = float(penalty(0).detach())
     made = attach(name, model)
     term = parametrizations.joined(name, made, penalty)
-    term.start(Course(settings(1, **ADAM), 40, 100))
+    term.start(TrainingPlan(settings(1, **ADAM), 40, 100))
     assert float(term(0).detach()) == pytest.approx(alone + float(made(0).detach()), rel=1e-6)
     penalty(0).backward()
     own = [p for n, p in model.named_parameters() if n.startswith("3.") and p.dim() == 4]

@@ -16,7 +16,7 @@ from secateur import cli
 from secateur.base import plugin, sections, settings
 from secateur.base.errors import SecateurError, SettingsError
 from secateur.pipeline import params_file, recipe
-from secateur.training.penalty import Course
+from secateur.training.penalty import TrainingPlan
 
 PARAMS = yaml.safe_load(Path("params.yaml").read_text())
 NAMES = recipe.names()
@@ -75,7 +75,7 @@ def test_a_penalty_that_prunes_meanwhile_suits_the_training_that_a_recipe_gives_
     training = settings.validate(sections.ContinuedTrain, made["sparse_train"], "")
     images = TRAINING_IMAGES[made["dataset"]]
     steps = training.epochs * math.ceil(images / training.batch_size)
-    penalty.start(Course(training, steps, images))
+    penalty.start(TrainingPlan(training, steps, images))
     assert (training.keep, made["pruner"]) == ("last", "chosen")
 
 

@@ -23,7 +23,7 @@ from secateur.sparsity.choices import Choices
 from secateur.sparsity.layer_ratios import layers_left
 from secateur.sparsity.ratios import Skip
 from secateur.training.parametrization import Parametrization, zeros
-from secateur.training.penalty import Course
+from secateur.training.penalty import TrainingPlan
 
 
 class Settings(Strict):
@@ -70,7 +70,7 @@ class SoftThresholds:
             self.thresholds[name] = SoftThreshold(settings.initial, layer.weight.device)
             parametrize.register_parametrization(layer, "weight", self.thresholds[name])
 
-    def start(self, course: Course) -> None:
+    def start(self, plan: TrainingPlan) -> None:
         """Nothing depends on the training."""
 
     def __call__(self, step: int) -> Tensor:

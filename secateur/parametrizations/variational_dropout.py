@@ -31,7 +31,7 @@ from secateur.sparsity.choices import Choices
 from secateur.sparsity.layer_ratios import layers_left
 from secateur.sparsity.ratios import Skip
 from secateur.training.parametrization import Parametrization, zeros
-from secateur.training.penalty import Course
+from secateur.training.penalty import TrainingPlan
 
 K1, K2, K3 = 0.63576, 1.87320, 1.48695
 LIMIT = 8.0
@@ -127,34 +127,34 @@ class VariationalDropout:
             layer.threshold = settings.threshold
             layer.log_variance = nn.Parameter(torch.full_like(layer.weight, settings.initial))
 
-    def start(self, course: Course) -> None:
+    def start(self, plan: TrainingPlan) -> None:
         """Note the length of the training; ArgumentError for an optimizer that is too slow,
         for weight decay, and for a warm-up that the training is too short for."""
-        if course.settings.optimizer == "sgd" and course.steps:
+        if plan.settings.optimizer == "sgd" and plan.steps:
             raise ArgumentError(
                 "optimizer",
                 "variational dropout needs one that divides by the size of the gradient; allowed: "
                 "adam, adamw",
-                course.settings.optimizer,
+                plan.settings.optimizer,
             )
-        if course.settings.weight_decay > 0:
+        if plan.settings.weight_decay > 0:
             raise ArgumentError(
                 "weight_decay",
                 "would draw log sigma^2, a parameter of variational dropout, to 0; it must be 0",
-                course.settings.weight_decay,
+                plan.settings.weight_decay,
             )
-        self.images = course.images
-        self.warmup = course.in_steps(self.settings.warmup)
-        if self.warmup > course.steps:
+        self.images = plan.images
+        self.warmup = plan.in_steps(self.settings.warmup)
+        if self.warmup > plan.steps:
             raise ArgumentError(
                 "parametrizations.variational_dropout.warmup",
-                f"the training has {course.steps:,} steps, so that the factor would never be "
+                f"the training has {plan.steps:,} steps, so that the factor would never be "
                 "whole; allowed: at most as many, or below 1 a share of them",
                 self.settings.warmup,
             )
         with torch.no_grad():
             for name, layer in self.layers.items():
-                if (mask := course.masks.get(f"{name}.weight")) is not None:
+                if (mask := plan.masks.get(f"{name}.weight")) is not None:
                     layer.log_variance.masked_fill_(~mask.to(layer.weight.device), NO_NOISE)
 
     def __call__(self, step: int) -> Tensor:

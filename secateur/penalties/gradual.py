@@ -21,10 +21,10 @@ from torch.optim import Optimizer
 
 from secateur.base.errors import ArgumentError
 from secateur.base.sections import Steps
-from secateur.penalties._shared.course import (
+from secateur.penalties._shared.dynamic import (
     MAX_POINTS,
-    CoursePenalty,
-    CourseSettings,
+    DynamicSparsityPenalty,
+    DynamicSparsitySettings,
     Ranking,
     check_end,
     lowest,
@@ -36,11 +36,11 @@ from secateur.sparsity.choices import Choices, Granularity
 from secateur.sparsity.layer_ratios import ratios_by_layer, ratios_by_parameter
 from secateur.sparsity.ratios import Ratios, Rules, Skip
 from secateur.sparsity.scores import WeightCriterion, scores_of_weight
-from secateur.training.penalty import Course
+from secateur.training.penalty import TrainingPlan
 from secateur.training.state import with_prefix
 
 
-class Settings(CourseSettings):
+class Settings(DynamicSparsitySettings):
     """What is pruned, how much of it, and when."""
 
     granularity: Granularity | Literal["group"] = "weight"
@@ -92,7 +92,7 @@ class Settings(CourseSettings):
 
 def build(
     settings: Settings, model: nn.Module, decay: float, shape: Sequence[int] | None = None
-) -> CoursePenalty:
+) -> DynamicSparsityPenalty:
     """The schedule on this model; `decay` is the strength of the norm that is added to the loss.
 
     Raises ArgumentError for ratios that do not fit the network, PruningError if it cannot be traced
@@ -108,7 +108,7 @@ def share_at(final: float, initial: float, progress: float) -> float:
     return final + (initial - final) * left
 
 
-class GradualPenalty(CoursePenalty):
+class GradualPenalty(DynamicSparsityPenalty):
     """The schedule, and the weights that go on learning; subclasses choose."""
 
     def __init__(
@@ -119,18 +119,18 @@ class GradualPenalty(CoursePenalty):
         self.dense: list[Tensor] = []
         """The held parameters as the optimizer has left them; without `regrow` empty."""
 
-    def start(self, course: Course) -> None:
+    def start(self, plan: TrainingPlan) -> None:
         """Turn shares of the training into steps. ArgumentError if the schedule does not fit."""
-        self.first = course.in_steps(self.settings.begin)
-        end = course.in_steps(self.settings.end)
-        self.interval = max(1, course.in_steps(self.settings.interval))
-        check_end(max(end, self.first), course, self.name)
+        self.first = plan.in_steps(self.settings.begin)
+        end = plan.in_steps(self.settings.end)
+        self.interval = max(1, plan.in_steps(self.settings.interval))
+        check_end(max(end, self.first), plan, self.name)
         if end < self.first:
             raise ArgumentError(
                 "epochs",
-                f"penalty gradual begins after {self.first:,} of {course.steps:,} steps and ends "
+                f"penalty gradual begins after {self.first:,} of {plan.steps:,} steps and ends "
                 f"after {end:,}; its end must not be before its begin",
-                course.settings.epochs,
+                plan.settings.epochs,
             )
         self.count = (end - self.first) // self.interval
         self.trace_interval = -(-(self.count + 1) // MAX_POINTS)

@@ -20,12 +20,12 @@ from torch.optim import Optimizer
 
 from secateur.base.errors import ArgumentError
 from secateur.base.sections import Strict
-from secateur.penalties._shared.course import CoursePenalty, Ranking, check_end, lowest
+from secateur.penalties._shared.dynamic import DynamicSparsityPenalty, Ranking, check_end, lowest
 from secateur.sparsity import choices, masks
 from secateur.sparsity.choices import Choices
 from secateur.sparsity.layer_ratios import ratios_by_parameter
 from secateur.sparsity.ratios import Ratios, Rules, Skip
-from secateur.training.penalty import Course
+from secateur.training.penalty import TrainingPlan
 
 POINTS = 200
 """Points of the trace of magnitudes."""
@@ -54,7 +54,7 @@ class Settings(Strict):
         return self
 
 
-def build(settings: Settings, model: nn.Module, decay: float) -> CoursePenalty:
+def build(settings: Settings, model: nn.Module, decay: float) -> DynamicSparsityPenalty:
     """The gradients of this model's weights, with `decay` as their weight decay.
 
     Raises ArgumentError unless that is above 0, and for ratios that do not fit the network.
@@ -66,7 +66,7 @@ def build(settings: Settings, model: nn.Module, decay: float) -> CoursePenalty:
     return GSM(settings, model, decay)
 
 
-class GSM(CoursePenalty):
+class GSM(DynamicSparsityPenalty):
     """Gradients of the loss for the active weights, decay for all."""
 
     def __init__(self, settings: Settings, model: nn.Module, decay: float) -> None:
@@ -75,17 +75,17 @@ class GSM(CoursePenalty):
         super().__init__(model, "gsm", "l2", 0.0, held)
         self.settings, self.decay = settings, decay
 
-    def start(self, course: Course) -> None:
+    def start(self, plan: TrainingPlan) -> None:
         """ArgumentError for another optimizer than sgd, or without a step."""
-        if course.settings.optimizer != "sgd":
+        if plan.settings.optimizer != "sgd":
             raise ArgumentError(
                 "optimizer",
                 "penalty gsm works by the momentum of sgd; others divide by the size of the "
                 "gradient, so that decay alone would not shrink a weight exponentially",
-                course.settings.optimizer,
+                plan.settings.optimizer,
             )
-        check_end(0, course, self.name)
-        self.trace_interval = -(-course.steps // POINTS)
+        check_end(0, plan, self.name)
+        self.trace_interval = -(-plan.steps // POINTS)
 
     @torch.no_grad()
     def __call__(self, step: int) -> Tensor:

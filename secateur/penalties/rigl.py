@@ -27,17 +27,22 @@ from torch.optim import Optimizer
 
 from secateur.base.errors import ArgumentError
 from secateur.base.sections import Seed, Steps
-from secateur.penalties._shared.course import MAX_POINTS, CoursePenalty, CourseSettings, check_end
+from secateur.penalties._shared.dynamic import (
+    MAX_POINTS,
+    DynamicSparsityPenalty,
+    DynamicSparsitySettings,
+    check_end,
+)
 from secateur.sparsity import masks
 from secateur.sparsity.choices import choose_smallest
 from secateur.sparsity.layer_ratios import layers_left
 from secateur.sparsity.ratios import Skip
-from secateur.training.penalty import Course
+from secateur.training.penalty import TrainingPlan
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 
 
-class Settings(CourseSettings):
+class Settings(DynamicSparsitySettings):
     """How sparse the network is, and how its connections move."""
 
     ratio: Share = 0.9
@@ -61,7 +66,7 @@ class Settings(CourseSettings):
     """Of what is random."""
 
 
-def build(settings: Settings, model: nn.Module, decay: float) -> CoursePenalty:
+def build(settings: Settings, model: nn.Module, decay: float) -> DynamicSparsityPenalty:
     """The sparse training of this model; `decay` is the strength of the norm in the loss.
 
     Raises ArgumentError if `skip` names no layer, or all.
@@ -88,7 +93,7 @@ def erdos_renyi_kernel(shapes: Mapping[str, torch.Size], density: float) -> dict
         dense |= above
 
 
-class RigL(CoursePenalty):
+class RigL(DynamicSparsityPenalty):
     """Masks of a constant number of weights in each layer."""
 
     def __init__(self, settings: Settings, model: nn.Module, decay: float) -> None:
@@ -108,18 +113,18 @@ class RigL(CoursePenalty):
         self._gradients: list[Tensor] = []
 
     @torch.no_grad()
-    def start(self, course: Course) -> None:
+    def start(self, plan: TrainingPlan) -> None:
         """Choose where the training starts. ArgumentError if it has no step, or ends before the
         first connection would move."""
-        check_end(0, course, self.name)
-        self.interval = max(1, course.in_steps(self.settings.interval))
-        self.until = course.in_steps(self.settings.until)
-        end = min(self.until, course.steps)
+        check_end(0, plan, self.name)
+        self.interval = max(1, plan.in_steps(self.settings.interval))
+        self.until = plan.in_steps(self.settings.until)
+        end = min(self.until, plan.steps)
         if self.settings.until and self.interval >= end:
             raise ArgumentError(
                 "penalties.rigl.interval",
                 f"connections would move every {self.interval:,} steps, and none after step "
-                f"{end:,} of {course.steps:,}; allowed: fewer steps than that, more epochs, "
+                f"{end:,} of {plan.steps:,}; allowed: fewer steps than that, more epochs, "
                 "a later until, or until = 0, with which none moves at all",
                 self.settings.interval,
             )
@@ -127,8 +132,8 @@ class RigL(CoursePenalty):
         self.trace_interval = -(-max(1, updates) // MAX_POINTS)
         chance = torch.Generator().manual_seed(self.settings.seed)
         for name, weight in self.held.items():
-            if name in course.masks:
-                self.allowed[name] = course.masks[name].to(weight.device)
+            if name in plan.masks:
+                self.allowed[name] = plan.masks[name].to(weight.device)
                 self.numbers[name] = min(self.numbers[name], int(self.allowed[name].sum()))
             if self.settings.initial == "random":
                 score = torch.rand(weight.shape, generator=chance).to(weight.device)

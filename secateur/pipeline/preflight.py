@@ -83,7 +83,7 @@ def _check(model: nn.Module, info: DatasetInfo, params: settings.Params) -> None
         for key in ("baseline", "sparse_train", "finetune"):
             training: sections.Train = getattr(params, key)
             with settings.section(key):
-                _check_course(term, key, training, info.counts.get("train", 0))
+                _check_length(term, key, training, info.counts.get("train", 0))
                 progressive_resizing.check(trial, training.progressive_resizing, info.shape)
                 if isinstance(training, sections.ContinuedTrain):
                     _check_teacher(training.distillation, model, info, params)
@@ -142,7 +142,7 @@ def _without_latency(params: settings.Params) -> Any:
     return chosen.model_copy(update={"target": None})
 
 
-def _check_course(term: Penalty | None, key: str, training: sections.Train, images: int) -> None:
+def _check_length(term: Penalty | None, key: str, training: sections.Train, images: int) -> None:
     """ArgumentError if a training is too short for its penalty, or its average of weights."""
     if not images:
         return

@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from secateur.base import plugin
 from secateur.base.errors import ArgumentError
 from secateur.sparsity.choices import Choices
-from secateur.training.penalty import Course, Penalty, ScheduledPenalty
+from secateur.training.penalty import Penalty, ScheduledPenalty, TrainingPlan
 
 
 class Parametrization(Protocol):
@@ -19,7 +19,7 @@ class Parametrization(Protocol):
     training hold them.
     """
 
-    def start(self, course: Course) -> None:
+    def start(self, plan: TrainingPlan) -> None:
         """Called once, before a saved state is restored and before the first step."""
 
     def __call__(self, step: int) -> Tensor:
@@ -83,9 +83,9 @@ class _Joined:
         term = self.parametrization(step)
         return term if self.penalty is None else term + self.penalty(step)
 
-    def start(self, course: Course) -> None:
+    def start(self, plan: TrainingPlan) -> None:
         """Tell the parametrization about the training."""
-        self.parametrization.start(course)
+        self.parametrization.start(plan)
 
     def before_step(self, step: int, optimizer: Optimizer) -> None:
         """Nothing to do."""

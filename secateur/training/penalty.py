@@ -66,14 +66,14 @@ class MaskingPenalty(Protocol):
 
 
 @dataclass(frozen=True)
-class Course:
-    """The training that a penalty is part of."""
+class TrainingPlan:
+    """What a penalty knows in advance of the training that it is part of."""
 
     settings: Train
     steps: int
-    """Of the optimizer, over all epochs."""
+    """Steps of the optimizer, over all epochs."""
     images: int
-    """In the training split."""
+    """Number of images in the training split."""
     masks: Mapping[str, Tensor] = field(default_factory=dict)
     """Parameter name -> False where the training holds entries at zero."""
 
@@ -89,7 +89,7 @@ class SteppingPenalty(Protocol):
     What it remembers between two steps is in its `state_dict`.
     """
 
-    def start(self, course: Course) -> None:
+    def start(self, plan: TrainingPlan) -> None:
         """Called once, before a saved state is restored and before the first step.
 
         Raises ArgumentError naming the key of the training's settings that does not suit it.
@@ -115,7 +115,7 @@ def begin(
     """
     steps = settings.epochs * steps_per_epoch
     if isinstance(penalty, SteppingPenalty):
-        penalty.start(Course(settings, steps, images, masks or {}))
+        penalty.start(TrainingPlan(settings, steps, images, masks or {}))
     if not isinstance(penalty, ScheduledPenalty):
         return
     if penalty.max_steps > steps:

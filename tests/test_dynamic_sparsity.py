@@ -1,4 +1,4 @@
-"""Penalties that prune while the network trains: schedules by hand, what goes and what returns."""
+"""Penalties that prune while the network trains: schedules and masks, computed by hand."""
 
 import math
 
@@ -16,7 +16,7 @@ from secateur.pruning import removal
 from secateur.pruning.apply import apply_decision
 from secateur.pruning.decision import PruningContext
 from secateur.sparsity.choices import number_pruned
-from secateur.training.penalty import Course
+from secateur.training.penalty import TrainingPlan
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +36,7 @@ def build(name, model, decay=0.0, shape=None, **chosen):
 
 def started(name, model, steps=100, decay=0.0, shape=None, how=None, **chosen):
     penalty = build(name, model, decay, shape, **chosen)
-    penalty.start(Course(how or settings(1), steps, 100))
+    penalty.start(TrainingPlan(how or settings(1), steps, 100))
     return penalty
 
 
@@ -529,6 +529,6 @@ def test_the_state_of_another_network_is_refused(case):
 
 
 def test_steps_of_the_training_are_shares_rounded_down():
-    course = Course(settings(1), 10, 100)
+    plan = TrainingPlan(settings(1), 10, 100)
     given = (0, 0.05, 0.999, 1, 10_000.0)
-    assert [course.in_steps(value) for value in given] == [0, 0, 9, 1, 10_000]
+    assert [plan.in_steps(value) for value in given] == [0, 0, 9, 1, 10_000]

@@ -1,4 +1,5 @@
-"""Penalties that prune while the network trains: what gradual, rigl and gsm have in common.
+"""Dynamic sparsity: the base of the penalties that prune while the network trains, gradual, rigl
+and gsm.
 
 They act on gradients and weights at every step (`training.penalty.SteppingPenalty`), choose what is
 pruned, and add a plain norm of the weights to the loss, `decay` times.
@@ -17,7 +18,7 @@ from secateur.base.sections import Strict
 from secateur.penalties._shared.formula import ClosedFormPenalty, NormPenalty, lasso
 from secateur.sparsity import choices
 from secateur.sparsity.choices import Choices
-from secateur.training.penalty import Course
+from secateur.training.penalty import TrainingPlan
 from secateur.training.state import with_prefix
 
 MAX_POINTS = 500
@@ -30,15 +31,15 @@ Ranking = Literal["layer", "global"]
 """Groups are compared within a layer (or channel group), or over all of them."""
 
 
-class CourseSettings(Strict):
-    """What all of these penalties have."""
+class DynamicSparsitySettings(Strict):
+    """The settings that gradual and rigl share."""
 
     norm: Literal["l2", "l1"] = "l2"
     """What is added to the loss, `decay` times: half the sum of the squares of the weights that may
     be pruned, as weight decay does, or the sum of their magnitudes. With decay: 0 nothing is."""
 
 
-class CoursePenalty:
+class DynamicSparsityPenalty:
     """A penalty that prunes while the network trains; subclasses decide what and when.
 
     `held` are the parameters that are masked; a subclass may add some that the norm and the trace
@@ -48,7 +49,7 @@ class CoursePenalty:
 
     finished = False
     max_steps = 0
-    """It does not end the training; `start` checks that its course fits in."""
+    """The penalty does not end the training; `start` checks that its schedule fits into it."""
 
     def __init__(
         self, model: nn.Module, name: str, norm: str, decay: float, held: Mapping[str, Tensor]
@@ -57,7 +58,7 @@ class CoursePenalty:
         self.model, self.name = model, name
         self.held = dict(held)
         self._weights = list(self.held.values())
-        """Those of the norm and the trace."""
+        """The weights that the norm and the trace are computed from."""
         self.choice: Choices = {}
         """Name of a weight -> True where it is pruned; empty until the first update."""
         self.updates = 0
@@ -68,7 +69,7 @@ class CoursePenalty:
         """Of each held parameter: 1 where it is kept, else 0."""
         self._term = _term(model, norm, decay, self._weights)
 
-    def start(self, course: Course) -> None:
+    def start(self, plan: TrainingPlan) -> None:
         """Called before the first step; subclasses check their schedule."""
 
     def due(self, step: int) -> bool:
@@ -88,7 +89,7 @@ class CoursePenalty:
         return self._term(step)
 
     def before_step(self, step: int, optimizer: Optimizer) -> None:
-        """Nothing to do."""
+        """Gradients stay as they are, unless a subclass changes them here."""
 
     def after_step(self, step: int, optimizer: Optimizer) -> None:
         """Choose anew if it is time to, and set to zero what is chosen."""
@@ -197,7 +198,7 @@ def _term(
 def lowest(
     scores: Mapping[str, Tensor], shares: Mapping[str, float], ranking: Ranking, least: float = 0.0
 ) -> Choices:
-    """The groups with the lowest scores of each parameter, or of all together.
+    """The choice of the groups with the lowest scores, in each parameter or over all of them.
 
     With ranking global the shares are equal. Of each weight and scale the share `least` stays, and
     at least one group; biases may all go.
@@ -216,15 +217,15 @@ def lowest(
     return chosen
 
 
-def check_end(last: int, course: Course, name: str) -> None:
+def check_end(last: int, plan: TrainingPlan, name: str) -> None:
     """ArgumentError unless the training has more steps than the number `last`, from 0."""
-    if last >= course.steps:
-        epochs = course.settings.epochs
-        steps = course.steps // max(1, epochs)
+    if last >= plan.steps:
+        epochs = plan.settings.epochs
+        steps = plan.steps // max(1, epochs)
         more = f": {math.ceil((last + 1) / steps):,} epochs" if steps else ""
         raise ArgumentError(
             "epochs",
             f"penalty {name} chooses for the last time at step {last + 1:,}, but the training has "
-            f"{course.steps:,}; it needs more{more}, or an earlier end",
+            f"{plan.steps:,}; it needs more{more}, or an earlier end",
             epochs,
         )
