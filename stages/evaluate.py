@@ -70,8 +70,8 @@ def end_of_training(history: Sequence[Row], settings: Evaluate) -> dict[str, dic
     found = [row["val_accuracy"] for row in rows if "val_accuracy" in row]
     if not found:
         return {}
-    spread = statistics.stdev(found) if len(found) > 1 else 0.0
-    figures = {"mean": statistics.fmean(found), "deviation": spread, "epochs": float(len(found))}
+    deviation = statistics.stdev(found) if len(found) > 1 else 0.0
+    figures = {"mean": statistics.fmean(found), "deviation": deviation, "epochs": float(len(found))}
     return {"val_accuracy_at_end": figures}
 
 
@@ -82,7 +82,7 @@ def remove_old_rounds(chain: Chain, folder: Path = Path("models/rounds")) -> Non
             continue
         try:
             models = Chain((old.name,)).models
-        except KeyError:  # not the name of a round: it is somebody else's
+        except KeyError:  # not the name of a round: the folder is not ours
             continue
         for model in models.values():
             if Path(model.folder).parent == old:
@@ -113,8 +113,8 @@ def measure(
     shown = {model.key: models[model.key] for model in MODELS.values()}
     times = cost.latency(shown, batch, params.evaluate.latency_repeats)
     for name in shown:
-        middle, spread = timing.median_and_iqr(times[name])
-        rows[name] |= {"latency_ms": middle, "latency_iqr_ms": spread}
+        median, iqr = timing.median_and_iqr(times[name])
+        rows[name] |= {"latency_ms": median, "latency_iqr_ms": iqr}
     dense, final = rows["baseline"], rows["finetuned"]
     report = {
         "dataset": params.dataset,

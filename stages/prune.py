@@ -21,7 +21,7 @@ from torch import nn
 from secateur.base import machine, plugin
 from secateur.base.files import Table
 from secateur.base.settings import section
-from secateur.data.batches import example_batch, spread_batch
+from secateur.data.batches import example_batch, stratified_batch
 from secateur.gconv import export
 from secateur.nn import checkpoint, cost
 from secateur.pipeline import console, latency_check, runner
@@ -50,7 +50,7 @@ def prune(context: runner.StageContext) -> runner.StageResult:
     with section(f"pruners.{params.pruner}"):
         settings = params.chosen("pruners")
         table = _latencies(context)
-        batch = spread_batch(context.data.train, context.data.info)
+        batch = stratified_batch(context.data.train, context.data.info)
         network = PruningContext(model, *batch, sparse.choices, table, dense)
         decision = plugin.load("pruners", params.pruner).prune(settings, network)
     decision = replace(decision, masks=masks.joined(decision.masks, sparse.masks))

@@ -30,10 +30,10 @@ from secateur.data.augment import Augment, FileAugment
 from secateur.data.batches import (
     Batches,
     Normalise,
+    evenly_spaced_images,
     first_images,
     sequential_batches,
-    spread_batch,
-    spread_images,
+    stratified_batch,
 )
 from secateur.data.dataset import DatasetInfo, Images, InMemoryImages
 from secateur.data.image_files import ImageFileList
@@ -563,9 +563,9 @@ def test_in_order_gives_every_image_once_unmoved(world):
         assert torch.cat([labels for _, labels in chunks]).tolist() == [i % 3 for i in mine]
     assert torch.equal(first_images(test, info, 5), normalise(test.images[:5]))
     assert len(first_images(test, info, 1000)) == 40
-    assert torch.equal(spread_images(test, info, 5), normalise(test.images[::8]))
-    assert torch.equal(spread_images(test, info, 27)[-2:], normalise(test.images[[37, 38]]))
-    assert torch.equal(spread_images(test, info, 1000), first_images(test, info, 1000))
+    assert torch.equal(evenly_spaced_images(test, info, 5), normalise(test.images[::8]))
+    assert torch.equal(evenly_spaced_images(test, info, 27)[-2:], normalise(test.images[[37, 38]]))
+    assert torch.equal(evenly_spaced_images(test, info, 1000), first_images(test, info, 1000))
 
 
 @pytest.mark.parametrize("order", ["by class", "in turn"])
@@ -575,7 +575,7 @@ def test_a_batch_for_criteria_has_the_same_share_of_every_class(order):
     pixels = numbers.to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 224, 224, 1)
     split = InMemoryImages(pixels, labels)
     info = DatasetInfo("toy", [*"abcd"], [1, 224, 224], [0.0], [1.0], "", {})
-    images, found = spread_batch(split, info)
+    images, found = stratified_batch(split, info)
     assert found.bincount().tolist() == [2, 2, 2, 2]
     drawn = (images[:, 0, 0, 0] * 255).round().long()
     assert torch.equal(labels[drawn], found)
@@ -728,7 +728,8 @@ def test_kept_in_memory_or_in_files_evaluation_and_training_see_the_same(picture
         first_images(kept.train, kept.info, 5), first_images(listed.train, listed.info, 5)
     )
     assert torch.equal(
-        spread_images(kept.train, kept.info, 3), spread_images(listed.train, listed.info, 3)
+        evenly_spaced_images(kept.train, kept.info, 3),
+        evenly_spaced_images(listed.train, listed.info, 3),
     )
 
 
@@ -996,8 +997,8 @@ def test_random_crops_have_the_areas_and_ratios_that_are_asked_for():
     theirs = [RandomResizedCrop.get_params(blank, [0.08, 1], [3 / 4, 4 / 3]) for _ in range(4000)]
     top, left, tall, wide = np.array(theirs).T
     for ours, other in ((boxes[:, 0], left), (boxes[:, 1], top), (width, wide), (height, tall)):
-        spread = math.hypot(ours.std(), other.std()) / math.sqrt(4000)
-        assert abs(ours.mean() - other.mean()) < 4 * spread
+        error = math.hypot(ours.std(), other.std()) / math.sqrt(4000)
+        assert abs(ours.mean() - other.mean()) < 4 * error
     assert (
         len(
             {augment.random_resized_crop((500, 375), 0.08, s, e, 0) for s in (0, 1) for e in (0, 1)}

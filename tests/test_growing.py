@@ -158,19 +158,21 @@ def test_the_clock_announces_exactly_the_steps_that_the_course_takes(name, monke
 
 def test_the_gradient_grows_by_factor_times_weight_and_by_nothing_else():
     model = network()
-    twin = copy.deepcopy(model)
+    reference = copy.deepcopy(model)
     penalty = build("greg1", model, decay=0.125, interval=2, ratios=0.5)
     images, labels = torch.randn(8, 1, 8, 8), torch.arange(8)
     for step in range(6):
-        for net in (model, twin):
+        for net in (model, reference):
             net.zero_grad()
         loss = F.cross_entropy(model(images), labels)
         value = penalty(step)
         (loss + value).backward()
-        F.cross_entropy(twin(images), labels).backward()
+        F.cross_entropy(reference(images), labels).backward()
         factor = 0.125 * (step // 2 + 1)
         total = 0.0
-        for (name, ours), theirs in zip(model.named_parameters(), twin.parameters(), strict=True):
+        for (name, ours), theirs in zip(
+            model.named_parameters(), reference.parameters(), strict=True
+        ):
             difference = ours.grad - theirs.grad
             expected = torch.zeros_like(difference)
             if name in penalty.groups.choice:
@@ -248,7 +250,7 @@ def test_greg2_grows_on_everything_then_chooses_the_smallest_of_that_moment_then
     for count in (1, 2):
         assert all((f - 0.01 * count).abs().max() < 1e-6 for f in factors(penalty, model).values())
         assert not penalty.choices()
-        assert penalty.metrics()["picked"] == 0
+        assert penalty.metrics()["layers_chosen"] == 0
         assert penalty.metrics()["phase"] == 0
     with torch.no_grad():  # magnitudes turn round before the choice
         model[0].weight.mul_(torch.tensor([1.0, 9, 1, 9, 1, 9]).view(6, 1, 1, 1))
@@ -270,7 +272,7 @@ def test_greg2_grows_on_everything_then_chooses_the_smallest_of_that_moment_then
 
 
 def separate(model, number, times):
-    """Make the kept groups of one layer so many times as large as the chosen ones."""
+    """Make the kept groups of one layer `times` as large as the chosen ones."""
     weight = model[number].weight
     order = weight.detach().abs().flatten(1).mean(1).argsort()
     with torch.no_grad():
@@ -382,7 +384,7 @@ def test_training_ends_at_the_exact_step_and_batch_norm_learns_all_the_way(
     final = result.history[-1]
     assert final["phase"] == 3
     assert final["factor"] == last[-1]
-    assert final["picked"] == 2
+    assert final["layers_chosen"] == 2
     assert ("overlap" in final) == (name == "greg2")
     assert all(math.isfinite(value) for row in result.history for value in row.values())
 
@@ -700,7 +702,7 @@ def test_what_was_chosen_as_groups_is_removed_whole_from_its_checkpoint(name, tm
     penalty = grow(name, model, ratios=0.5, interval=1, **given)
     for step in range(4):
         penalty(step)
-    assert penalty.groups.choice and penalty.metrics()["picked"] == 3
+    assert penalty.groups.choice and penalty.metrics()["layers_chosen"] == 3
     stored = penalty.choices()
     assert set(stored) == {
         "stem.weight", "up.weight", "select.index", "inner.weight", "back.weight",

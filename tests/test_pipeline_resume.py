@@ -69,7 +69,7 @@ def test_a_damaged_state_and_notes_start_the_stage_again(project, tmp_path):
     assert (project.path / file).read_bytes() == (undisturbed.path / file).read_bytes()
 
 
-def test_twins_train_once(project):
+def test_two_processes_with_equal_work_train_once(project):
     project.params(seed=7, baseline__epochs=30)
     started = [project.start("baseline") for _ in range(2)]
     logs = [process.communicate(timeout=600)[0] for process in started]

@@ -377,7 +377,7 @@ def test_what_is_pruned_is_zero_after_every_step_and_positive_in_the_file(
         assert torch.equal(saved.masks[name], mask)
 
 
-def test_held_entries_would_move_if_nobody_held_them(tmp_path):
+def test_masked_entries_change_in_a_training_without_masks(tmp_path):
     model = toy_network("linear")
     chosen = prune("std", model, sensitivity=0.8)
     masks.apply(model, chosen)

@@ -403,8 +403,8 @@ def told(pipe):
     return pipe.recv()
 
 
-def twin(pipe, folder):
-    """Needs the same work in a workspace of its own."""
+def do_the_same_work(pipe, folder):
+    """A second process, which needs the same work in a workspace of its own."""
     os.chdir(folder)
     pipe.recv()
     with single_flight(stage(), OUTS, lambda: pipe.send("waiting")) as store:
@@ -415,8 +415,8 @@ def twin(pipe, folder):
 
 @pytest.mark.parametrize("finished", [True, False])
 def test_a_second_process_waits_and_takes_what_the_first_has_made(finished, project):
-    (project / "twin").mkdir()
-    with another_process(twin, project / "twin") as (pipe, process):
+    (project / "second").mkdir()
+    with another_process(do_the_same_work, project / "second") as (pipe, process):
         with single_flight(stage(), OUTS, nobody) as store:
             pipe.send("go")
             assert told(pipe) == "waiting"
@@ -427,7 +427,7 @@ def test_a_second_process_waits_and_takes_what_the_first_has_made(finished, proj
         assert told(pipe) == ("done" if finished else "not done")
         process.join(600)
         assert process.exitcode == 0
-    taken = project / "twin" / "models" / "toy" / "model"
+    taken = project / "second" / "models" / "toy" / "model"
     assert taken.exists() == finished
     if finished:
         assert taken.read_text() == "made models/toy/model"
@@ -452,7 +452,7 @@ def test_the_lock_of_a_killed_process_is_free_and_its_state_is_there():
 
 
 def abandoned(days, **declared):
-    """Work that nobody has touched for so many days."""
+    """Work that has not been touched for this number of days."""
     with single_flight(stage(**declared), OUTS, nobody) as store:
         store.save({"a": torch.ones(1)}, {"epoch": 1})
         store.flush()
@@ -466,14 +466,14 @@ def age(folder, days):
         os.utime(path, (then, then))
 
 
-def test_what_nobody_has_touched_for_long_is_dropped():
+def test_work_untouched_for_longer_than_the_limit_is_deleted():
     old, recent = abandoned(resume.KEEP_DAYS + 0.1, a=1), abandoned(resume.KEEP_DAYS - 0.1, a=2)
     with single_flight(stage(a=3), OUTS, nobody):
         assert not old.exists()
         assert (recent / "state.safetensors").exists()
 
 
-def test_old_work_that_is_wanted_now_or_held_by_somebody_is_not_dropped():
+def test_old_work_that_is_needed_now_or_locked_is_kept():
     with single_flight(stage(a=2), OUTS, nobody) as held:
         wanted = abandoned(9, a=1)
         age(held.folder, 9)
@@ -516,7 +516,7 @@ def test_a_lock_whose_folder_was_removed_meanwhile_is_taken_again(monkeypatch):
         assert (store.folder / "lock").exists()
 
 
-def test_files_that_come_and_go_in_other_work_disturb_nobody():
+def test_files_that_change_in_other_work_cause_no_error():
     with single_flight(stage(a=1), OUTS, nobody) as busy:
         over, failures = threading.Event(), []
 

@@ -163,7 +163,7 @@ class PreActivation(nn.Module):
         return self.fc(torch.relu(self.bn(self.shortcut(x) + y)).mean((2, 3)))
 
 
-def test_channels_that_somebody_reads_unscaled_are_told():
+def test_scales_of_channels_that_are_also_read_unscaled_do_not_gate_them():
     model = PreActivation().eval()
     found = scales.norm_scales(model, build_channel_graph(model, torch.zeros(1, *SHAPE)).fx_graph)
     assert {s.name: s.gates for s in found} == {"bn1": False, "bn2": True, "bn": True}

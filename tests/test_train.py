@@ -181,14 +181,14 @@ FIRST_STEP = {  # weight and gradient -> weight, at rate 0.1 and weight decay 0.
 def test_one_step_is_the_gradient_of_cross_entropy_and_penalty_by_hand(optimizer):
     prepared, model = digits(60, validation=0), network("lenet300")
     images = (prepared.train.images / 255 - 0.3) / 0.4
-    twin = copy.deepcopy(model)
-    norm = sum(p.abs().sum() for n, p in twin.named_parameters() if n.endswith("weight"))
-    logits, labels = twin(images), prepared.train.labels
+    reference = copy.deepcopy(model)
+    norm = sum(p.abs().sum() for n, p in reference.named_parameters() if n.endswith("weight"))
+    logits, labels = reference(images), prepared.train.labels
     loss = F.cross_entropy(logits, labels)
     (loss + 0.01 * norm).backward()
     settings = Train(epochs=1, batch_size=60, optimizer=optimizer, lr=0.1, weight_decay=0.2)
     result = fit(model, prepared, settings, penalty=chosen_penalty("l1", model, 0.01))
-    for after, before in zip(model.parameters(), twin.parameters(), strict=True):
+    for after, before in zip(model.parameters(), reference.parameters(), strict=True):
         sure = before.grad.abs() > 1e-5  # Adam's first step divides by the gradient
         expected = FIRST_STEP[optimizer](before.detach(), before.grad)
         torch.testing.assert_close(after[sure], expected[sure], rtol=1e-3, atol=1e-5)

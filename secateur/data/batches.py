@@ -134,10 +134,10 @@ def first_images(split: Split, info: DatasetInfo, count: int) -> Tensor:
     return _images(split, info, torch.arange(min(count, len(split))))
 
 
-def spread_images(split: Split, info: DatasetInfo, count: int) -> Tensor:
-    """As `first_images`, but `count` images at equal distances over the whole split.
+def evenly_spaced_images(split: Split, info: DatasetInfo, count: int) -> Tensor:
+    """`count` images (at most all) at equal distances in the order of the split, as `first_images`.
 
-    Of folders of images, which are in the order of their classes, the first show one class alone.
+    Image folders list one class after the other, so that their first images show a single class.
     """
     count = min(count, len(split))
     return _images(split, info, torch.arange(count) * len(split) // max(count, 1))
@@ -161,10 +161,11 @@ def example_batch(split: Split, info: DatasetInfo) -> tuple[Tensor, Tensor]:
     return images, split.labels[: len(images)]
 
 
-def spread_batch(split: Split, info: DatasetInfo) -> tuple[Tensor, Tensor]:
-    """As many images as in `example_batch`, and their labels, at equal distances over all classes.
+def stratified_batch(split: Split, info: DatasetInfo) -> tuple[Tensor, Tensor]:
+    """A sample of the split with the classes in proportion: images, normalised, and their labels.
 
-    Each class has its share of the images, to within one, whatever their order in the split.
+    It has as many images as `example_batch`; those of each class are its share to within one,
+    whatever the order of the split.
     """
     count = min(_example_size(info), len(split))
     places = torch.arange(count) * len(split) // max(count, 1)

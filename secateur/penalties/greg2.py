@@ -67,7 +67,7 @@ class GReg2(GrowingPenalty):
         super().__init__(model, settings, decay, "greg2", shape)
         self.picking = settings
         self.phase = PICKING
-        self.initial = self.groups.smallest()
+        self.initial = self.groups.choice_of_smallest()
         try:
             first = updates_until(settings.pick_ceiling, settings.pick_growth, reach=True)
         except ValueError as error:
@@ -98,6 +98,6 @@ class GReg2(GrowingPenalty):
 
     def metrics(self) -> dict[str, float]:
         """Also the share of the choice that the L1 norms of the dense network lead to as well."""
-        chosen = self.groups.choice or self.groups.smallest()
+        chosen = self.groups.choice or self.groups.choice_of_smallest()
         both = sum(int((chosen[n].cpu() & self.initial[n].cpu()).sum()) for n in self.groups.names)
         return super().metrics() | {"overlap": both / sum(self.groups.numbers.values())}

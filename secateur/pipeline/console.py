@@ -138,7 +138,7 @@ class Training(Callback):
         if "phase" in row:
             ratios = [value for key, value in row.items() if key.startswith("magnitude_ratio/")]
             self.words += f"  {_PHASES[int(row['phase'])]}, factor {row['factor']:.3g}"
-            self.words += f", {row['picked']:.0f} of {len(ratios)} layers picked"
+            self.words += f", {row['layers_chosen']:.0f} of {len(ratios)} layers chosen"
             self.words += f", kept over chosen {min(ratios):.3g} to {max(ratios):.3g}"
 
     def _cost(self, epochs: int) -> float:

@@ -1,4 +1,4 @@
-"""Run a published experiment by name, over several seeds, and report mean and spread.
+"""Run a published experiment by name, over several seeds, and report mean and standard deviation.
 
 Every seed is a DVC experiment of its own (`<recipe>-seed<n>`, in a temporary copy: the workspace
 stays as it is), so whatever has run before comes from the cache.

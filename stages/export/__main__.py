@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from secateur.base import files, machine
-from secateur.data.batches import first_images, spread_images
+from secateur.data.batches import evenly_spaced_images, first_images
 from secateur.data.image_files import ImageFileList
 from secateur.deploy import (
     comparison,
@@ -154,7 +154,7 @@ def prove(
 def quantise(context: runner.StageContext, source: Path, target: Path) -> dict[str, Any]:
     """Write the int8 version of a file; returns its row of the report."""
     data, settings = context.data, context.params.export
-    some = spread_images(data.train, data.info, settings.calibration_images)
+    some = evenly_spaced_images(data.train, data.info, settings.calibration_images)
     quantisation.quantise(source, target, images_for(context, some))
     pixels = settings.preprocessing == "inside"
     right = {

@@ -20,7 +20,7 @@ from torch import nn
 from secateur.base import files, machine
 from secateur.base.errors import SettingsError
 from secateur.base.settings import section
-from secateur.data.batches import sequential_batches, spread_batch
+from secateur.data.batches import sequential_batches, stratified_batch
 from secateur.nn import norms
 from secateur.pipeline import console, runner
 from secateur.pruning import sensitivity
@@ -57,7 +57,7 @@ def measure(context: runner.StageContext) -> tuple[pd.DataFrame, dict[str, Any]]
             "params.yaml: data.validation = 0: sensitivity needs validation images to measure on"
         )
     model = context.upstream["baseline"].model().eval()
-    images, labels = spread_batch(data.train, data.info)
+    images, labels = stratified_batch(data.train, data.info)
     pruning_context = PruningContext(model, images, labels)
     how = _criteria(settings.criteria, model)
     with section("sensitivity"):

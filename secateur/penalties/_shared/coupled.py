@@ -64,9 +64,9 @@ class CoupledWeights:
             total = total.index_add(0, own, by_channel(values[name], axis, groups).sum(1))
         return total[:-1]
 
-    def spread(self, factors: Tensor) -> dict[str, Tensor]:
-        """Factors of the channels, (channels,) -> for each weight the sum of those of the channels
-        that it is of, broadcastable to it."""
+    def by_weight(self, factors: Tensor) -> dict[str, Tensor]:
+        """Name of a weight -> the sum of the factors of the channels that each of its entries
+        belongs to, broadcastable to the weight; `factors` has one for each channel, (channels,)."""
         padded = torch.cat((factors, factors.new_zeros(1)))
         found: dict[str, Tensor] = {}
         for (name, axis, groups), own in self.axes:

@@ -86,8 +86,8 @@ class PrunedGroups:
             score = choices.magnitude_scores(weight, self.granularity)
             self.choice[name] = choices.choose(score, self.numbers[name], pick, seed + place)
 
-    def smallest(self) -> Choices:
-        """The choice by the L1 norms of the groups as they are now, on the CPU."""
+    def choice_of_smallest(self) -> Choices:
+        """The choice of the groups with the smallest L1 norms now, on the CPU; changes nothing."""
         return {
             name: choices.choose_smallest(
                 choices.magnitude_scores(weight, self.granularity), self.numbers[name]
@@ -202,8 +202,8 @@ class PrunedChannels:
         """Choose by the mean magnitude of the channels' weights as they are now."""
         self.choice = self._chosen(pick, seed)
 
-    def smallest(self) -> Choices:
-        """The choice by the mean magnitude of the channels' weights as they are now."""
+    def choice_of_smallest(self) -> Choices:
+        """The choice of the channels with the smallest mean magnitude now; changes nothing."""
         return self._chosen("min", 0)
 
     def magnitudes(self) -> tuple[Tensor, Tensor]:
@@ -212,7 +212,7 @@ class PrunedChannels:
         As long as nothing is chosen, the smallest channels stand for the chosen ones.
         """
         scores = self._scores()
-        choice = self.choice or self.smallest()
+        choice = self.choice or self.choice_of_smallest()
         pairs = [
             (own[~choice[name].cpu()].mean(), own[choice[name].cpu()].mean())
             for name, own in ((name, scores[ids]) for name, ids in self.channels.items())
@@ -238,8 +238,8 @@ class PrunedChannels:
             if name in self.choice:
                 own[~self.choice[name].cpu()] = float(kept[place])
             factors[self.coupled.number[ids]] = own
-        spread = self.coupled.spread(factors.to(self.weights[0].device))
-        return [spread[name] for name in self.coupled.weights]
+        by_weight = self.coupled.by_weight(factors.to(self.weights[0].device))
+        return [by_weight[name] for name in self.coupled.weights]
 
     def as_choices(self) -> Choices:
         """What is chosen, as outputs of the layers that produce the channels, and of selections of
@@ -270,12 +270,12 @@ class PrunedChannels:
 
     def _chosen(self, pick: choices.Pick, seed: int) -> Choices:
         scores = self._scores()
-        picked = choices.pick_scores_by_layer(
+        chosen = choices.pick_scores_by_layer(
             {name: scores[ids] for name, ids in self.channels.items()}, pick, seed
         )
         by_id = torch.zeros(len(scores))
         for name, ids in self.channels.items():
-            by_id[ids] = picked[name].to(by_id.dtype)
+            by_id[ids] = chosen[name].to(by_id.dtype)
         found: Choices = {}
         for place, unit in enumerate(self.coupled.graph.units(by_id)[0]):
             if name := self._names.get(place, ""):
@@ -406,7 +406,7 @@ class GrowingPenalty:
         return {
             "phase": float(FINISHED if self.finished else self.phase),
             "factor": float(self.factor.max()),
-            "picked": float(len(self.groups.choice)),
+            "layers_chosen": float(len(self.groups.choice)),
             "magnitude_ratio": float(ratios.mean()),
             **{f"magnitude_ratio/{n}": float(r) for n, r in zip(layers, ratios, strict=True)},
         }

@@ -48,11 +48,11 @@ def trade_off(
     markers = "osD^vP*X<>"
     for place, (label, points) in enumerate(lines.items()):
         ordered = sorted(points, key=lambda point: point.cost)
-        spread = [100 * (point.half_width or 0.0) for point in ordered]
+        half_widths = [100 * (point.half_width or 0.0) for point in ordered]
         axes.errorbar(
             [point.cost for point in ordered],
             [100 * point.accuracy for point in ordered],
-            yerr=spread,
+            yerr=half_widths,
             color=colours(place if len(lines) <= 10 else place / (len(lines) - 1)),
             marker=markers[place % len(markers)],
             markersize=5,
