@@ -24,12 +24,17 @@ from secateur.base.machine import hardware
 from secateur.base.torchvision_import import import_torchvision
 from secateur.nn import cost
 from secateur.pruning.decision import PruningContext
-from secateur.pruning.group_scores import Normalisation, Ranking, Reduction, score_groups
+from secateur.pruning.group_scores import (
+    Reduction,
+    ScoreNormalisation,
+    StructuralRanking,
+    score_groups,
+)
 from secateur.sparsity import masks
 
 REDUCTIONS: tuple[Reduction, ...] = ("sum", "mean", "max", "prod")
-NORMALISATIONS: tuple[Normalisation, ...] = ("none", "sum", "mean", "max")
-RANKINGS: tuple[Ranking, ...] = ("layer", "global", "isomorphic")
+NORMALISATIONS: tuple[ScoreNormalisation, ...] = ("none", "sum", "mean", "max")
+RANKINGS: tuple[StructuralRanking, ...] = ("layer", "global", "isomorphic")
 NETWORKS = ("resnet18", "mobilenet_v3_small", "efficientnet_b0")
 
 
@@ -56,7 +61,7 @@ def torchvision_model(name: str) -> nn.Module:
 
 
 def largest_difference(
-    pruning: Any, model: nn.Module, image: Tensor, ways: tuple[Reduction, Normalisation]
+    pruning: Any, model: nn.Module, image: Tensor, ways: tuple[Reduction, ScoreNormalisation]
 ) -> tuple[int, float]:
     """Number of groups, and the largest relative difference of a score to Torch-Pruning's."""
     reduction, normalisation = ways

@@ -23,7 +23,7 @@ from secateur.training.penalty import Penalty, SteppingPenalty, TrainingPlan
 from secateur.training.step import TrainStep
 
 
-class Steps:
+class TrainingSteps:
     """Training steps of one network with a penalty or parametrization, or with neither."""
 
     def __init__(self, kind: str, name: str, net: str, **more: str) -> None:
@@ -82,7 +82,7 @@ def main() -> None:
     more = {"precision": options.precision} | (
         {"optimizer": options.optimizer} if options.optimizer else {}
     )
-    variants = [Steps(kind, name, options.net, **more) for kind, name in names]
+    variants = [TrainingSteps(kind, name, options.net, **more) for kind, name in names]
     taken: list[list[float]] = [[] for _ in names]
     for turn in range(options.rounds + 1):
         for run, seconds in zip(variants, taken, strict=True):

@@ -36,7 +36,7 @@ from secateur.studies.report import (
     statistics,
     tables,
 )
-from secateur.studies.report.latencies import Latency
+from secateur.studies.report.latencies import ExperimentLatency
 from secateur.studies.results import Cell, Result
 
 
@@ -381,9 +381,9 @@ def test_latencies_are_columns_of_the_models_that_were_measured(experiments, tmp
     cells = [cell for cell in experiments(1) if cell.point == "2x"]
     place = ("onnxruntime", 1, 1, "a processor")
     times = [
-        Latency("m0-2-s1", "1.dir", *place, dense_ms=4.0, latency_ms=2.0),
-        Latency("m0-2-s2", "1.dir", *place, dense_ms=4.0, latency_ms=1.0),
-        Latency("m0-2-s3", "0.dir", *place, dense_ms=4.0, latency_ms=0.01),
+        ExperimentLatency("m0-2-s1", "1.dir", *place, dense_ms=4.0, latency_ms=2.0),
+        ExperimentLatency("m0-2-s2", "1.dir", *place, dense_ms=4.0, latency_ms=1.0),
+        ExperimentLatency("m0-2-s3", "0.dir", *place, dense_ms=4.0, latency_ms=0.01),
     ]
     folder = tmp_path / "report"
     folder.mkdir()

@@ -18,6 +18,8 @@ from pydantic import (
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+"""A part of a whole, neither nothing nor all of it."""
 
 
 def _whole_above_one(value: float) -> float:
@@ -27,10 +29,11 @@ def _whole_above_one(value: float) -> float:
     return value
 
 
-Steps = Annotated[float, Field(ge=0), AfterValidator(_whole_above_one)]
+StepsOrShare = Annotated[float, Field(ge=0), AfterValidator(_whole_above_one)]
 """A number of steps of the optimizer, or, below 1, a share of all steps of the training."""
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=64)]
-Table = dict[str, dict[str, Any]]
+SettingsByPlugin = dict[str, dict[str, Any]]
+"""Name of a plug-in -> its settings, as they stand in params.yaml."""
 
 
 def _refuse_truth(value: Any, annotation: Any) -> Any:
@@ -79,7 +82,7 @@ class Averaging(Strict):
     """ema: with weights that fall off exponentially, over steps. swa: the mean over epochs."""
     decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
     """Of ema: share of the average that stays, at every step."""
-    start: Steps = 0.0
+    start: StepsOrShare = 0.0
     """Steps, or below 1 a share of the training, before the average begins."""
     recalibrate: Annotated[int, Field(ge=0)] = 4096
     """Training images to measure statistics of batch normalisations on for the average; 0: those
@@ -89,9 +92,9 @@ class Averaging(Strict):
 class ImageScale(Strict):
     """A part of a training with smaller images."""
 
-    scale: Annotated[float, Field(gt=0, lt=1)]
+    scale: Share
     """Of the height and width of the images."""
-    until: Annotated[float, Field(gt=0, lt=1)]
+    until: Share
     """Share of the epochs at which this part ends."""
 
 
@@ -317,7 +320,6 @@ class Evaluate(Strict):
     mean with its deviation, as GReg's code does of five; 0: none."""
 
 
-Ratio = Annotated[float, Field(gt=0, lt=1)]
 SensitivityCriterion = Literal[
     "l1", "l2", "geometric_median", "taylor", "fisher", "wanda", "lamp", "bn_scale", "random"
 ]
@@ -335,7 +337,7 @@ class Sensitivity(Strict):
     granularity: Literal["filter", "group"] = "filter"
     """filter: outputs of layers whose outputs can be pruned on their own; group: channels of every
     channel group that can be pruned, with all that is coupled to them."""
-    ratios: Annotated[tuple[Ratio, ...], Field(min_length=1)] = (0.25, 0.5, 0.75)
+    ratios: Annotated[tuple[Share, ...], Field(min_length=1)] = (0.25, 0.5, 0.75)
     """Shares of a layer's outputs that are taken."""
     images: Annotated[int, Field(ge=0)] = 0
     """Validation images to measure on; 0: all."""
@@ -401,14 +403,14 @@ class RoundSparseTrain(ContinuedTrain):
     """Section sparse_train as a round may change it, and the penalty's strength and settings."""
 
     decay: NonNegative
-    penalties: Table
+    penalties: SettingsByPlugin
     """Of the penalty in use, by its name."""
 
 
 class RoundPrune(Prune):
     """Section prune as a round may change it, and the pruner's settings."""
 
-    pruners: Table
+    pruners: SettingsByPlugin
     """Of the pruner in use, by its name."""
 
 

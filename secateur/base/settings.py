@@ -34,8 +34,8 @@ from secateur.base.sections import (
     RoundSparseTrain,
     Seed,
     Sensitivity,
+    SettingsByPlugin,
     Strict,
-    Table,
     types_in,
 )
 
@@ -80,11 +80,11 @@ class Params(Strict):
     sensitivity: Sensitivity
     latency: MeasuredLatency
     export: ExportedFiles
-    datasets: Table
-    archs: Table
-    penalties: Table
-    parametrizations: Table
-    pruners: Table
+    datasets: SettingsByPlugin
+    archs: SettingsByPlugin
+    penalties: SettingsByPlugin
+    parametrizations: SettingsByPlugin
+    pruners: SettingsByPlugin
     libraries: Libraries
 
     @classmethod
@@ -106,7 +106,7 @@ class Params(Strict):
     def chosen(self, kind: plugin.Kind) -> Any:
         """Settings of the plug-in that is switched on, as its own `Settings` class has them."""
         name: str = getattr(self, plugin.KEYS[kind])
-        table: Table = getattr(self, kind)
+        table: SettingsByPlugin = getattr(self, kind)
         return validate(plugin.load(kind, name).Settings, table.get(name) or {}, f"{kind}.{name}")
 
     def of_round(self, name: str) -> Self:
@@ -132,7 +132,12 @@ class Params(Strict):
         return self.model_copy(update=changed)
 
     def _patched(
-        self, schema: type[T], plain: dict[str, Any], patch: Table, kind: plugin.Kind, where: str
+        self,
+        schema: type[T],
+        plain: dict[str, Any],
+        patch: SettingsByPlugin,
+        kind: plugin.Kind,
+        where: str,
     ) -> T:
         """A section with the changes of a round, and the settings of the plug-in in use with it.
 
@@ -174,7 +179,7 @@ def check(path: Path | str = FILE) -> Params:
     """
     params = read(path)
     for kind, key in plugin.KEYS.items():
-        sections: Table = getattr(params, kind)
+        sections: SettingsByPlugin = getattr(params, kind)
         plugin.find(kind, getattr(params, key))
         for name, given in sections.items():
             plugin.find(kind, name, key=f"{kind}.{name}")

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from secateur.base.errors import PruningError
 from secateur.channels.ids import ZERO, AttributeSize, NamedTensor
-from secateur.channels.records import AxisEntry, Kind, LayerInfo, SelectInfo
+from secateur.channels.records import AxisEntry, LayerInfo, MemberKind, SelectInfo
 from secateur.channels.union_find import UnionFind
 from secateur.channels.views import Attribute, View, settle
 from secateur.channels.visitor import NormKind
@@ -58,8 +58,9 @@ class GroupBuilder:
         return torch.arange(fresh.start, fresh.stop)
 
     def _note(
-        self, named: NamedTensor, axis: int, kind: Kind, ids: Tensor, owner: str, groups: int = 1
-    ) -> None:
+        self, named: NamedTensor, axis: int, kind: MemberKind, ids: Tensor, owner: str,
+        groups: int = 1,
+    ) -> None:  # fmt: skip
         """An axis of a tensor has these ids; if it had others, they are the same channels."""
         self._used.add(named.name)
         if (reason := self._constant(named.name)) is not None:
@@ -70,8 +71,7 @@ class GroupBuilder:
         if (named.name, axis) in self.axes:
             self.unify(self.axes[named.name, axis].ids, ids)
         else:
-            entry = AxisEntry(named.name, axis, kind, ids, owner, groups)
-            self.axes[named.name, axis] = entry
+            self.axes[named.name, axis] = AxisEntry(named.name, axis, kind, ids, owner, groups)
 
     def fixed(self, count: int, reason: str) -> Tensor:
         """New ids, locked."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from secateur.channels.records import AxisEntry, Kind
+from secateur.channels.records import AxisEntry, MemberKind
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Member:
     axis: int
     index: Tensor
     """int64, (channels, entries): positions along the axis, equally many for each channel."""
-    kind: Kind
+    kind: MemberKind
     groups: int = 1
     """Groups of the convolution whose inputs these are; `index` counts inputs over all groups."""
 
@@ -111,7 +111,7 @@ def group_channels(
     class_of, found = _classes(axes, canonical, locks)
     members: dict[int, list[Member]] = {}
     ids: dict[int, Tensor] = {}
-    owners: dict[int, list[tuple[str, Kind]]] = {}
+    owners: dict[int, list[tuple[str, MemberKind]]] = {}
     orders: dict[int, Tensor | None] = {}  # by class: order of its channels, if not ascending
     rows: dict[int, list[tuple[int, Tensor]]] = {}  # by axis: class, and positions in its order
     for axis, channels in zip(axes, found, strict=True):
@@ -168,7 +168,7 @@ def _classes(
 def _named(
     members: Mapping[int, list[Member]],
     ids: Mapping[int, Tensor],
-    owners: Mapping[int, list[tuple[str, Kind]]],
+    owners: Mapping[int, list[tuple[str, MemberKind]]],
     locks: Mapping[int, str],
 ) -> list[ChannelGroup]:
     groups: list[ChannelGroup] = []

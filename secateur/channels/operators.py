@@ -15,7 +15,7 @@ from secateur.channels.rules.call import Call
 from secateur.nn.layers import ChannelSelect
 from secateur.sparsity.masks import BatchNorm
 
-Key = type[nn.Module] | str
+OperatorKey = type[nn.Module] | str
 """A type of module, or the `__name__` of a function or method."""
 
 
@@ -57,13 +57,13 @@ class Operator:
     all functions of the row."""
 
 
-def _table(*rows: tuple[Operator, tuple[Key, ...]]) -> dict[Key, Operator]:
+def _table(*rows: tuple[Operator, tuple[OperatorKey, ...]]) -> dict[OperatorKey, Operator]:
     table = {key: operator for operator, keys in rows for key in keys}
     assert len(table) == sum(len(keys) for _, keys in rows), "a key stands in two rows"
     return table
 
 
-OPERATORS: dict[Key, Operator] = _table(
+OPERATORS: dict[OperatorKey, Operator] = _table(
     # layers
     (Operator(layers.conv2d_module, weighted=True), (nn.Conv2d,)),
     (Operator(layers.conv2d, raw=True, parametric=True, weighted=True), ("conv2d",)),
@@ -191,7 +191,7 @@ UNKNOWN = Operator(_refuse)
 """For what is not in the table."""
 
 
-def find(key: Key) -> Operator:
+def find(key: OperatorKey) -> Operator:
     """The entry for a function's name, or for a type of module or its nearest base; or UNKNOWN."""
     if isinstance(key, str):
         return OPERATORS.get(key, UNKNOWN)

@@ -5,7 +5,7 @@ from typing import Literal
 
 from torch import Tensor
 
-Kind = Literal["out", "bias", "in", "norm", "statistic", "scale", "index"]
+MemberKind = Literal["out", "bias", "in", "norm", "statistic", "scale", "index"]
 """What the entries along an axis are to a channel.
 
 out: filters of the layer that produces it. bias: of that layer. in: weights that consume it.
@@ -55,7 +55,7 @@ class AxisEntry:
     tensor: str
     """Name of the parameter or buffer."""
     axis: int
-    kind: Kind
+    kind: MemberKind
     ids: Tensor
     """int64, (entries,)."""
     owner: str

@@ -8,7 +8,7 @@ from torch import Tensor
 from secateur.channels.ids import AttributeSize, NamedTensor
 
 NormKind = Literal["norm", "statistic", "scale"]
-"""Kinds of tensors with one entry for each channel; see `records.Kind`."""
+"""Kinds of tensors with one entry for each channel; see `records.MemberKind`."""
 
 
 class Visitor(Protocol):

@@ -30,7 +30,8 @@ DEEP_MODES = {"I", "F"}
 """First letters of Pillow's modes of more than 8 bits per channel."""
 
 
-Side = Annotated[int, Field(ge=1, le=2**16, strict=True)]
+Extent = Annotated[int, Field(ge=1, le=2**16, strict=True)]
+"""Channels, height or width of an image."""
 
 
 class PackedNames:
@@ -60,11 +61,11 @@ class ImageView:
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    channels: Side
+    channels: Extent
     """1: converted to grey; 3: to red, green and blue. Transparency is dropped."""
-    height: Side
-    width: Side
-    resize: Side | None
+    height: Extent
+    width: Extent
+    resize: Extent | None
     """Pixels of the shorter side before the centre is cropped; None: neither resize nor crop."""
 
     @property

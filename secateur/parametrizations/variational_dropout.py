@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from secateur.base.errors import ArgumentError
-from secateur.base.sections import NonNegative, Steps, Strict
+from secateur.base.sections import NonNegative, StepsOrShare, Strict
 from secateur.sparsity import masks
 from secateur.sparsity.choices import Choices
 from secateur.sparsity.layer_ratios import layers_left
@@ -51,7 +51,7 @@ class Settings(Strict):
     """Weights whose log alpha is larger are pruned."""
     strength: NonNegative = 1.0
     """Factor of the divergence; 1 is the variational lower bound."""
-    warmup: Steps = 0.2
+    warmup: StepsOrShare = 0.2
     """Steps until the factor is whole, or, below 1, this share of the training."""
     skip: Skip = ()
     """Layers that keep plain weights: names, or stage.block."""

@@ -20,19 +20,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from secateur.base.errors import ArgumentError
-from secateur.base.sections import Steps
+from secateur.base.sections import StepsOrShare
 from secateur.penalties._shared.dynamic import (
     MAX_POINTS,
     DynamicSparsityPenalty,
     DynamicSparsitySettings,
-    Ranking,
     check_end,
     lowest,
 )
 from secateur.penalties._shared.filters import EntriesBehindFilters
 from secateur.penalties._shared.growing import PrunedChannels
 from secateur.sparsity import choices, masks
-from secateur.sparsity.choices import Choices, Granularity
+from secateur.sparsity.choices import Choices, Granularity, Ranking
 from secateur.sparsity.layer_ratios import ratios_by_layer, ratios_by_parameter
 from secateur.sparsity.ratios import Ratios, Rules, Skip
 from secateur.sparsity.scores import WeightCriterion, scores_of_weight
@@ -63,11 +62,11 @@ class Settings(DynamicSparsitySettings):
     """Layers that are not pruned: names, or stage.block."""
     keep_at_least: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of each layer that is kept whatever the ranking; at least one weight or group."""
-    begin: Steps = 0.1
+    begin: StepsOrShare = 0.1
     """The first choice is made after this many steps, or, below 1, this share of the training."""
-    end: Steps = 0.7
+    end: StepsOrShare = 0.7
     """The last one, or one less than `interval` earlier."""
-    interval: Annotated[Steps, Field(gt=0)] = 0.01
+    interval: Annotated[StepsOrShare, Field(gt=0)] = 0.01
     """From one choice to the next; at least one step."""
     regrow: bool = False
     """What is pruned goes on learning and may come back."""

@@ -20,9 +20,9 @@ from torch.optim import Optimizer
 
 from secateur.base.errors import ArgumentError
 from secateur.base.sections import Strict
-from secateur.penalties._shared.dynamic import DynamicSparsityPenalty, Ranking, check_end, lowest
+from secateur.penalties._shared.dynamic import DynamicSparsityPenalty, check_end, lowest
 from secateur.sparsity import choices, masks
-from secateur.sparsity.choices import Choices
+from secateur.sparsity.choices import Choices, Ranking
 from secateur.sparsity.layer_ratios import ratios_by_parameter
 from secateur.sparsity.ratios import Ratios, Rules, Skip
 from secateur.training.penalty import TrainingPlan

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from secateur.base.errors import ArgumentError
-from secateur.base.sections import Seed, Steps
+from secateur.base.sections import Seed, Share, StepsOrShare
 from secateur.penalties._shared.dynamic import (
     MAX_POINTS,
     DynamicSparsityPenalty,
@@ -38,8 +38,6 @@ from secateur.sparsity.choices import choose_smallest
 from secateur.sparsity.layer_ratios import layers_left
 from secateur.sparsity.ratios import Skip
 from secateur.training.penalty import TrainingPlan
-
-Share = Annotated[float, Field(gt=0, lt=1)]
 
 
 class Settings(DynamicSparsitySettings):
@@ -55,9 +53,9 @@ class Settings(DynamicSparsitySettings):
     """Where weights grow; random: SET."""
     fraction: Share = 0.3
     """a: share of the weights of a layer that moves at first; it falls by half a cosine."""
-    interval: Annotated[Steps, Field(gt=0)] = 100
+    interval: Annotated[StepsOrShare, Field(gt=0)] = 100
     """Steps, or below 1 a share of the training, from one move to the next."""
-    until: Steps = 0.75
+    until: StepsOrShare = 0.75
     """No connection moves after this many steps, or below 1 this share of the training; 0: none
     moves at all."""
     skip: Skip = ()

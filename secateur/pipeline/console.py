@@ -168,8 +168,8 @@ class Training(Callback):
         )
 
 
-class Steps:
-    """Progress of other work: a live bar on a terminal, a line every few seconds elsewhere."""
+class StepProgress:
+    """Progress of work other than training: a live bar on a terminal, else a line every 10 s."""
 
     def __init__(self, stage: str, total: int) -> None:
         self.stage, self.total, self.done = stage, total, 0
@@ -184,7 +184,7 @@ class Steps:
         self.task = self.bar.add_task(stage, total=total)
         self.began = self.last = time.monotonic()
 
-    def __enter__(self) -> "Steps":
+    def __enter__(self) -> "StepProgress":
         if self.console.is_terminal:
             self.bar.start()
         return self

@@ -35,7 +35,12 @@ from secateur.pruning.decision import (
     decision_from_choices,
     unprunable_layers,
 )
-from secateur.pruning.group_scores import GroupRanking, Normalisation, Ranking, Reduction
+from secateur.pruning.group_scores import (
+    GroupRanking,
+    Reduction,
+    ScoreNormalisation,
+    StructuralRanking,
+)
 from secateur.pruning.target import Target, solve_rounded
 from secateur.sparsity import choices, masks, semi_structured
 from secateur.sparsity.choices import Choices, Granularity, Pick
@@ -70,14 +75,14 @@ class Settings(Strict):
     reduce: Reduction | None = None
     """Of granularity group: how what a channel is worth in each of its tensors becomes one score;
     null: mean."""
-    normalise: Normalisation | None = None
+    normalise: ScoreNormalisation | None = None
     """Of granularity group: what makes scores of different groups compare; null: mean."""
     pick: Pick = "min"
     """Which groups are pruned: the least important, the most important, or random ones (the last
     two are controls)."""
     seed: Seed = 0
     """Of pick: random."""
-    ranking: Ranking = "layer"
+    ranking: StructuralRanking = "layer"
     """layer: within a layer (of granularity group: within a channel group); global: over all that
     have a ratio above 0; isomorphic: over channel groups of equal structure."""
     ratios: Ratios = Rules(0.5)

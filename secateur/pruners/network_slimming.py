@@ -21,7 +21,7 @@ from secateur.base.errors import PruningError
 from secateur.base.sections import Strict
 from secateur.channels import scales
 from secateur.pruning.decision import PruningContext, PruningDecision
-from secateur.pruning.group_scores import Normalisation, Reduction, normalise
+from secateur.pruning.group_scores import Reduction, ScoreNormalisation, normalise
 from secateur.pruning.target import Target, solve_rounded
 from secateur.sparsity.choices import keep_at_least
 
@@ -39,7 +39,7 @@ class Settings(Strict):
     reduce: Reduction | None = None
     """Of coupled: union: how the scales of a channel become one number, which is compared with the
     threshold; null: max, so that all of them must be below."""
-    normalise: Normalisation | None = None
+    normalise: ScoreNormalisation | None = None
     """Of coupled: union: what makes these numbers of different channel groups compare, as in
     pruning/group_scores.py; null: none."""
     keep_at_least: Annotated[float, Field(ge=0, lt=1)] = 0.01

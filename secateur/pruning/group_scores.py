@@ -39,10 +39,10 @@ from secateur.sparsity.scores import mean_distances
 
 Reduction = Literal["sum", "mean", "max", "prod"]
 """How the shares of a channel's members become one score."""
-Normalisation = Literal["none", "sum", "mean", "max", "standard", "lamp"]
+ScoreNormalisation = Literal["none", "sum", "mean", "max", "standard", "lamp"]
 """By what the scores of a group are divided: their sum, mean or maximum; standard: mean 0 and
 deviation 1; lamp: each by the sum of those that are not smaller."""
-Ranking = Literal["layer", "global", "isomorphic"]
+StructuralRanking = Literal[choices.Ranking, "isomorphic"]
 """layer: scores are compared within their group; global: over all groups; isomorphic: over groups
 with members of the same kinds in modules of the same types."""
 
@@ -65,7 +65,7 @@ def score_groups(
     context: PruningContext,
     criterion: Criterion,
     reduction: Reduction = "mean",
-    normalisation: Normalisation = "mean",
+    normalisation: ScoreNormalisation = "mean",
 ) -> tuple[list[ScoredGroup], dict[str, str]]:
     """All groups whose channels can be removed, and the others by name, with the reason.
 
@@ -103,8 +103,8 @@ def reduce(shares: Tensor, reduction: Reduction) -> Tensor:
     return shares.sum(0) if reduction == "sum" else shares.mean(0)
 
 
-def normalise(scores: Tensor, normalisation: Normalisation) -> Tensor:
-    """Scores of one group, (units,), divided as `Normalisation` says; by 0 they are not divided."""
+def normalise(scores: Tensor, normalisation: ScoreNormalisation) -> Tensor:
+    """Scores of one group, (units,), divided as the normalisation says, but never by 0."""
     if normalisation == "none":
         return scores
     if normalisation == "lamp":
@@ -189,7 +189,7 @@ class GroupRanking:
     groups: tuple[ScoredGroup, ...]
     ratios: tuple[float, ...]
     """Share of the units of each group; with a ranking over several groups all are equal."""
-    ranking: Ranking
+    ranking: StructuralRanking
     least: float = 0.0
     """Share of each group's units that stays at least; never less than one."""
     multiple: int = 1

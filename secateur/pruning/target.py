@@ -11,14 +11,14 @@ predicted from measured layers (pruning/latency.py); there only whole channels c
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import model_validator
 from torch import Tensor, nn
 
 from secateur.base.errors import ArgumentError, PruningError
-from secateur.base.sections import Strict
+from secateur.base.sections import Share, Strict
 from secateur.nn import cost
 from secateur.pruning.decision import PruningContext, PruningDecision
 from secateur.pruning.latency import widths_left
@@ -29,8 +29,6 @@ TOLERANCE = 1e-5
 """A share this close to the target ends the bisection."""
 HIGHEST_RATIO = 1 - 1e-6
 """The highest ratio that is tried."""
-
-Share = Annotated[float, Field(gt=0, lt=1)]
 
 
 class Target(Strict):

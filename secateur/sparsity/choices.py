@@ -27,6 +27,9 @@ Granularity = Literal["filter", "channel", "weight"]
 Pick = Literal["min", "max", "random"]
 """Which groups are chosen: those with the lowest scores, with the highest, or random ones."""
 
+Ranking = Literal["layer", "global"]
+"""Groups are compared within a layer (or channel group), or over all of them."""
+
 Choices = dict[str, Tensor]
 """Weight's parameter name -> its choice."""
 

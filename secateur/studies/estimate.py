@@ -12,7 +12,7 @@ from secateur.studies.execution.stages import PARAMS
 from secateur.studies.plan import Plan, Work
 
 
-class Kind(NamedTuple):
+class WorkKind(NamedTuple):
     """Work whose time for an epoch is taken to be the same."""
 
     stage: str
@@ -32,7 +32,7 @@ def seconds(
 
     `spent` has the seconds that pieces, by id, have been running for.
     """
-    known: dict[Kind, list[float]] = {}
+    known: dict[WorkKind, list[float]] = {}
     for id, entry in plan.entries.items():
         if (took := _took(plan, entry)) is not None:
             declared = entry.get("params", {}).get(PARAMS, {})
@@ -61,12 +61,12 @@ def _took(plan: Plan, entry: Entry) -> float | None:
     return None
 
 
-def _kind(stage: str, declared: Mapping[str, Any]) -> tuple[Kind, float]:
+def _kind(stage: str, declared: Mapping[str, Any]) -> tuple[WorkKind, float]:
     """Kind of the work, and the number of its epochs; 1 of work that does not train."""
     found = plans.epochs(stage, declared)
     epochs = float(found) if isinstance(found, int | float) else 0.0
     name = stage.partition("@")[0]
     own = declared.get(name)
     budget = own.get("budget") if isinstance(own, Mapping) else None
-    kind = Kind(name, declared.get("dataset"), declared.get("arch"), epochs > 0, budget)
+    kind = WorkKind(name, declared.get("dataset"), declared.get("arch"), epochs > 0, budget)
     return kind, epochs or 1.0

@@ -78,7 +78,7 @@ class TrainingPlan:
     """Parameter name -> False where the training holds entries at zero."""
 
     def in_steps(self, value: float) -> int:
-        """Number of steps of a setting of type `Steps`; shares of the training are rounded down."""
+        """Number of steps that a `StepsOrShare` stands for; a share is rounded down."""
         return int(value * self.steps) if value < 1 else int(value)
 
 

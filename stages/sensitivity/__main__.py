@@ -76,7 +76,7 @@ def measure(context: runner.StageContext) -> tuple[pd.DataFrame, dict[str, Any]]
             yield images[:left], labels[:left]
             left -= len(labels)
 
-    with console.Steps("sensitivity", len(made) * steps) as bar:
+    with console.StepProgress("sensitivity", len(made) * steps) as bar:
         right = ablation_runner.count_correct(batches(), made, bar.tick)
     count = min(wanted, len(data.val))
     rows = [

@@ -17,7 +17,7 @@ from secateur.base.errors import ArgumentError, cut
 from secateur.base.sections import Strict
 from secateur.penalties._shared.formula import ClosedFormPenalty, NormPenalty, lasso
 from secateur.sparsity import choices
-from secateur.sparsity.choices import Choices
+from secateur.sparsity.choices import Choices, Ranking
 from secateur.training.penalty import TrainingPlan
 from secateur.training.state import with_prefix
 
@@ -26,9 +26,6 @@ MAX_POINTS = 500
 COLUMNS = ("pruned", "kept", "chosen")
 """Of a point of the trace: share of the groups that is pruned; mean |w| of kept and of chosen
 weights, before these are set to zero."""
-
-Ranking = Literal["layer", "global"]
-"""Groups are compared within a layer (or channel group), or over all of them."""
 
 
 class DynamicSparsitySettings(Strict):

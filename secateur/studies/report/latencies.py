@@ -43,7 +43,7 @@ class Conditions:
 
 
 @dataclass(frozen=True)
-class Latency:
+class ExperimentLatency:
     """Times of one experiment's networks in one runtime: a line of the table."""
 
     experiment: str
@@ -69,13 +69,13 @@ class Latency:
         return self.dense_ms / self.latency_ms
 
 
-_LINES = TypeAdapter(list[Latency])
+_LINES = TypeAdapter(list[ExperimentLatency])
 
-Column = Mapping[str, Latency]
+Column = Mapping[str, ExperimentLatency]
 """Experiment -> its times, of all experiments that were measured under one set of conditions."""
 
 
-def read(folder: Path) -> list[Latency]:
+def read(folder: Path) -> list[ExperimentLatency]:
     """The table in the folder of a page; empty if there is none that can be read."""
     try:
         return _LINES.validate_python(
@@ -85,19 +85,21 @@ def read(folder: Path) -> list[Latency]:
         return []
 
 
-def write(folder: Path, times: Sequence[Latency]) -> None:
+def write(folder: Path, times: Sequence[ExperimentLatency]) -> None:
     """Write the table into the folder of a page."""
     stream = io.StringIO()
-    writer = csv.DictWriter(stream, [f.name for f in fields(Latency)], lineterminator="\n")
+    writer = csv.DictWriter(
+        stream, [f.name for f in fields(ExperimentLatency)], lineterminator="\n"
+    )
     writer.writeheader()
     writer.writerows(asdict(line) for line in times)
     files.write_text(folder / LATENCIES, stream.getvalue())
 
 
-def columns(found: Sequence[Result], times: Iterable[Latency]) -> dict[str, Column]:
+def columns(found: Sequence[Result], times: Iterable[ExperimentLatency]) -> dict[str, Column]:
     """Title -> times of these experiments' present models; a column for each set of conditions."""
     models = artifacts.final_models(found)
-    by_conditions: dict[tuple[RuntimeName, int, int, str], dict[str, Latency]] = {}
+    by_conditions: dict[tuple[RuntimeName, int, int, str], dict[str, ExperimentLatency]] = {}
     for line in times:
         if line.model and models.get(line.experiment) == line.model:
             by_conditions.setdefault(line.conditions, {})[line.experiment] = line
@@ -130,9 +132,9 @@ def notes(times: Mapping[str, Column]) -> list[str]:
 def measure(
     found: Sequence[Result],
     conditions: Conditions,
-    known: Sequence[Latency],
+    known: Sequence[ExperimentLatency],
     say: Callable[[str], object],
-) -> Iterator[Latency]:
+) -> Iterator[ExperimentLatency]:
     """Measure the times that are not known, with the models in DVC's cache, one after the other.
 
     Raises SecateurError if a runtime is not installed; a model that is not in the cache costs one
@@ -164,7 +166,9 @@ def measure(
                 networks, image, runtime=runtime, batch=conditions.batch,
                 threads=conditions.threads, repeats=conditions.repeats,
             )  # fmt: skip
-            yield Latency(result.name, model, runtime, *place, ms["dense"], ms["finetuned"])
+            yield ExperimentLatency(
+                result.name, model, runtime, *place, ms["dense"], ms["finetuned"]
+            )
 
 
 def _networks(result: Result) -> "tuple[dict[str, nn.Module], Tensor]":

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from secateur.studies.report import statistics
-from secateur.studies.report.latencies import Column, Latency
+from secateur.studies.report.latencies import Column, ExperimentLatency
 from secateur.studies.report.statistics import Interval
 from secateur.studies.results import Cell, Result
 
@@ -71,7 +71,7 @@ class Row:
         """Latency of the dense network / latency of the finetuned one in this runtime."""
         return statistics.interval([line.speedup for line in self._lines(runtime)])
 
-    def _lines(self, runtime: str) -> list[Latency]:
+    def _lines(self, runtime: str) -> list[ExperimentLatency]:
         column = self.times[runtime]
         return [column[result.name] for result in self.results if result.name in column]
 
