@@ -100,7 +100,7 @@ class _Loader(YAML_LOADER):  # type: ignore[misc, valid-type]
         return super().construct_mapping(node, deep)
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
-        """The whole number; YAMLError if Python does not convert one of so many digits."""
+        """The whole number; YAMLError if it has more digits than Python converts."""
         try:
             return super().construct_yaml_int(node)
         except ValueError:

@@ -90,10 +90,10 @@ class Averaging(Strict):
 
 
 class ImageScale(Strict):
-    """A part of a training with smaller images."""
+    """One part of a training, in which the images are smaller."""
 
     scale: Share
-    """Of the height and width of the images."""
+    """Factor for the height and width of the images."""
     until: Share
     """Share of the epochs at which this part ends."""
 
@@ -278,11 +278,11 @@ class Finetune(ContinuedTrain):
     """A path, which dvc.yaml names as a dependency: models/baseline for init: rewind, whose weights
     are those of baseline.keep_epoch; else weights/none, a file that never changes."""
     budget: Literal["epochs", "compute"] = "epochs"
-    """epochs: as many as are given. compute: as much computation as so many epochs of the dense
-    network, so more epochs for a smaller one (with init: scratch: Scratch-B of Z. Liu et al.,
+    """epochs: the number that is set. compute: the computation that this number of epochs takes for
+    the dense network, so more for a smaller one (with init: scratch: Scratch-B of Z. Liu et al.,
     Rethinking the value of network pruning, ICLR 2019)."""
     budget_limit: Annotated[float, Field(ge=1)] = 2.0
-    """Of compute: at most so many times the epochs."""
+    """Of compute: the most epochs, as a multiple of `epochs`."""
 
     @model_validator(mode="after")
     def _weights_to_rewind_to(self) -> Self:
@@ -295,10 +295,10 @@ Export = Literal["none", "gconv"]
 
 
 class Prune(Strict):
-    """What happens around every pruner."""
+    """Settings of the prune stage that hold for every pruner."""
 
     remove_dead: bool = True
-    """Take neurons and filters out that no longer matter, where that is exact."""
+    """Remove neurons and filters whose outputs are constant or unread, where that is exact."""
     export: Export = "none"
     """gconv: masks made of groups of channels become group convolutions; see gconv/export.py."""
     recalibrate: Annotated[int, Field(ge=0)] = 0
@@ -309,7 +309,7 @@ class Prune(Strict):
 
 
 class Evaluate(Strict):
-    """What evaluate measures beyond accuracy."""
+    """Measurements of the evaluate stage: latency, and accuracy over the last epochs."""
 
     latency_batch: Annotated[int, Field(ge=1)] = 1
     """Images per forward pass while the latency is measured."""
@@ -326,19 +326,19 @@ SensitivityCriterion = Literal[
 
 
 class Sensitivity(Strict):
-    """What the pipeline in stages/sensitivity tries."""
+    """Settings of the sensitivity analysis, the pipeline in stages/sensitivity."""
 
     criteria: Annotated[tuple[SensitivityCriterion, ...], Field(min_length=1)] = (
         "l1",
         "bn_scale",
         "random",
     )
-    """Which outputs of a layer go first; bn_scale is left out where there are no scales."""
+    """Criteria to rank a layer's outputs by; bn_scale is left out where there are no scales."""
     granularity: Literal["filter", "group"] = "filter"
     """filter: outputs of layers whose outputs can be pruned on their own; group: channels of every
     channel group that can be pruned, with all that is coupled to them."""
     ratios: Annotated[tuple[Share, ...], Field(min_length=1)] = (0.25, 0.5, 0.75)
-    """Shares of a layer's outputs that are taken."""
+    """Shares of a layer's outputs that are removed in a trial."""
     images: Annotated[int, Field(ge=0)] = 0
     """Validation images to measure on; 0: all."""
     drop: Annotated[float, Field(ge=0, lt=1)] = 0.01
@@ -379,7 +379,7 @@ Registered = Annotated[str, Field(max_length=250), AfterValidator(_registered)]
 
 
 class ExportedFiles(Strict):
-    """What the pipeline in stages/export writes."""
+    """Settings of the pipeline in stages/export."""
 
     preprocessing: Literal["outside", "inside"] = "outside"
     """outside: the files take normalised images. inside: they take pixels from 0 to 255, as

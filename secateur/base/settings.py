@@ -264,7 +264,7 @@ def merged(
 ) -> dict[str, Any]:
     """Both tables, `above` where they differ; tables within them likewise.
 
-    With a `depth`, tables that lie deeper than so many levels are replaced: 1 merges the two alone.
+    `depth` is the number of levels that are merged: with 1, tables within the two are replaced.
     """
     result = dict(below)
     for key, value in above.items():
@@ -294,7 +294,7 @@ def section(name: str) -> Iterator[None]:
 
 
 def _filled(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The same with a table for every plug-in whose section is empty."""
+    """The content of params.yaml with an empty table for every plug-in whose section is empty."""
     return {
         key: {name: {} if section is None else section for name, section in table.items()}
         if key in plugin.KEYS and isinstance(table, dict)

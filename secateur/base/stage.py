@@ -27,7 +27,7 @@ class Stage:
     name: str
     params: settings.Params
     declared: dict[str, Any]
-    """The same params as plain values: what is tracked."""
+    """The params that dvc.yaml declares for the stage, as plain values; these are tracked."""
     inputs: dict[str, str]
     """Declared dependency -> hash of its content, code included."""
 

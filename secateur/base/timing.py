@@ -14,8 +14,9 @@ def take_turns(
     """Milliseconds of `repeats` passes of each, by key.
 
     They take turns, so that a machine that slows down affects all of them. Whole turns, a fifth of
-    `repeats` but at least three, warm up and do not count. With `untimed`, so many further passes
-    go before each timed one: the caches then hold what they would if nothing else were running.
+    `repeats` but at least three, warm up and do not count. `untimed` is
+    the number of passes before each timed one that are not timed: the caches then hold what they
+    would if nothing else were running.
     """
     taken: dict[Key, list[float]] = {key: [] for key in passes}
     for turn in range(repeats + max(3, repeats // 5)):

@@ -19,7 +19,7 @@ class Augment(Strict):
     flip: bool = False
     """Mirror half of the images, left to right."""
     rotate: Annotated[float, Field(ge=0, le=180)] = 0.0
-    """Turn each image by an angle of up to so many degrees to either side; see data/warp.py."""
+    """Largest angle, in degrees, by which an image is turned to either side; see data/warp.py."""
     elastic: Annotated[float, Field(ge=0, le=64)] = 0.0
     """Standard deviation, in pixels, of the displacements of an elastic distortion."""
 

@@ -36,7 +36,7 @@ NETWORKS = (0.75, 0.5, 0.35, 0.25)
 MULTIPLES = (1, 2, 4, 8, 16)
 """Of the widths of layers; 16 float32 numbers fill the widest vector registers."""
 WASTE = 1.05
-"""Rounding the widths of a layer up to a multiple may take so much longer, on average."""
+"""Factor by which a layer may be slower, on average, with widths rounded up to a multiple."""
 LAYER_REPEATS = 15
 """Passes of layers; of whole networks their number is a setting."""
 Pass = Callable[[], object]
@@ -68,7 +68,7 @@ class LayerShape:
         return self.groups > 1 and self.groups == self.inputs
 
     def narrower(self, outputs: int, inputs: int) -> "LayerShape":
-        """The same at other widths; a depthwise convolution has as many groups as inputs."""
+        """This layer with other widths; a depthwise convolution has as many groups as inputs."""
         if not self.depthwise:
             return replace(self, outputs=outputs, inputs=inputs)
         groups = max(1, outputs * self.inputs // self.outputs)

@@ -199,7 +199,7 @@ class Gradual(GradualPenalty):
         _check_initial(settings, ratios)
         held: dict[str, Tensor] = dict(self.ranked)
         self.behind: EntriesBehindFilters | None = None
-        """What goes with the filters; None for single weights and channels."""
+        """Entries of other parameters pruned with a filter; None for other granularities."""
         if settings.granularity == "filter":  # a pruned filter has no bias either
             biases = (f"{name.removesuffix('weight')}bias" for name in ratios)
             own = dict(model.named_parameters())
@@ -285,7 +285,7 @@ class GradualChannels(GradualPenalty):
         return {name: factor == 0 for name, factor in zip(self.held, factors, strict=True)}
 
     def choices(self) -> Choices:
-        """As outputs of the layers that produce the channels."""
+        """The chosen channels, as outputs of the layers that produce them."""
         return self.groups.as_choices()
 
     def choice_shapes(self) -> dict[str, torch.Size]:

@@ -113,7 +113,7 @@ def names() -> list[str]:
 
 
 class _Written(BaseModel):
-    """What is written under a name.
+    """One entry of a recipe file, as it stands there.
 
     A file is one recipe of its own name: `about` and `settings`, with `extends` on top of those of
     another one, with `base: true` for others to extend only. Or it has a `table` too, with settings

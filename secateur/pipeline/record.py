@@ -48,7 +48,7 @@ class StageSpec:
     """One stage: what it is called, which models it reads, and which one it writes."""
 
     name: str
-    """As in dvc.yaml and MLflow."""
+    """Name of the stage in dvc.yaml and in MLflow."""
     inputs: tuple[str, ...] = ()
     """Stages whose models it reads."""
     model: ModelSpec | None = None
@@ -200,7 +200,7 @@ class RunRecord:
     stage: str
     fingerprint: str
     params: dict[str, Any]
-    """As dvc.yaml declares them for the stage."""
+    """Values of the params that dvc.yaml declares for the stage."""
     metrics: dict[str, Annotated[float, Field(strict=True)]]
     """Of the model that was kept."""
     model: str

@@ -90,7 +90,7 @@ class StageContext:
         return self.upstream[self.chain.last[stage]]
 
     def normalised(self, mean: Sequence[float], std: Sequence[float]) -> Self:
-        """The same with other values for the normalisation of images; without any, as it is."""
+        """This context with another mean and deviation of images; unchanged if they are empty."""
         return replace(self, data=_normalised(self.data, mean, std)) if mean else self
 
     def header(self, parent: Checkpoint | None = None, **notes: Any) -> Header:

@@ -31,7 +31,7 @@ from secateur.training.callbacks import Row
 REPORT = "metrics/evaluate.json"
 TABLES = ("metrics/layers.csv", "metrics/rounds.csv")
 PATHS = (REPORT, *TABLES, mlflow_model.PROGRAM, mlflow_model.REPORT, mlflow_model.TABLE)
-"""What is written from, beside the models of the chain."""
+"""Tracked files that runs in MLflow are written from, beside the models of the chain."""
 
 
 @dataclass(frozen=True)

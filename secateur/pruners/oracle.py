@@ -92,7 +92,7 @@ def _numbers(settings: Settings, context: PruningContext) -> dict[str, int]:
 
 
 def _combinations(sizes: dict[str, int], numbers: dict[str, int]) -> Iterator[Choices]:
-    """Every choice of so many filters in each layer, flat, in lexicographic order."""
+    """Every choice of `numbers[name]` filters in each layer, flat, in lexicographic order."""
     by_layer = [itertools.combinations(range(sizes[name]), k) for name, k in numbers.items()]
     for picked in itertools.product(*by_layer):
         found = {name: torch.zeros(size, dtype=torch.bool) for name, size in sizes.items()}

@@ -116,11 +116,11 @@ class LayerInput:
     values: Tensor | None
     """The input for one image, NaN where it varies; None if only zeros are known."""
     zero: Tensor
-    """Zero in every position."""
+    """Channels that are zero in every position."""
     constant: Tensor
-    """The same for every input of the network, in every position."""
+    """Channels with one value, whatever the network's input and the position."""
     varying: Tensor
-    """Dependent on the network's input in every position."""
+    """Channels that depend on the network's input in every position."""
 
     @classmethod
     def of(cls, x: Tensor, axis: int) -> "LayerInput":

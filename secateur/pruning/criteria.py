@@ -232,7 +232,7 @@ def _bn_scale(
 def layers_without_scales(
     context: PruningContext, layers: Sequence[str], granularity: Granularity
 ) -> list[str]:
-    """Those of these layers for which bn_scale is not defined."""
+    """Names in `layers` for which the criterion bn_scale is not defined."""
     found = _largest_scales(context, layers, granularity)
     return [name for name, score in found.items() if bool(score.isnan().any())]
 

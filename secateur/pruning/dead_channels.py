@@ -105,7 +105,7 @@ class DeadChannels:
         return found
 
     def _dead(self, candidates: Tensor) -> Tensor:
-        """Those of the candidates that are dead; one channel of a dead layer is kept."""
+        """The candidates that are dead, except one channel of a layer that is dead as a whole."""
         candidates = candidates.clone()
         while True:
             dead = torch.zeros_like(candidates)

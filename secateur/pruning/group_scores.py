@@ -56,7 +56,7 @@ class ScoredGroup:
     units: Tensor
     """int64, (units, channels): canonical ids of what is removed as one."""
     scores: Tensor
-    """Those with the lowest go first, (units,)."""
+    """(units,); the units with the lowest scores are removed first."""
     structure: tuple[str, ...]
     """Equal for groups of equal structure."""
 
@@ -196,7 +196,7 @@ class GroupRanking:
     """The channels of a group that stay are a multiple of this; all of them if there are fewer."""
 
     def with_highest(self, ratio: float) -> "GroupRanking":
-        """The same with ratios in the same proportions, the highest of them as given."""
+        """This ranking with all ratios multiplied by one factor, so that the highest is `ratio`."""
         most = max(self.ratios)
         return replace(self, ratios=tuple(own / most * ratio for own in self.ratios))
 

@@ -83,7 +83,7 @@ def ablations(
 
 
 def layers_without(context: PruningContext, layers: Sequence[str], criterion: str) -> list[str]:
-    """Those of these layers that lack what a criterion is computed from."""
+    """Names in `layers` for which the criterion is not defined."""
     if criterion != "bn_scale":
         return []
     return criteria.layers_without_scales(context, layers, "filter")

@@ -32,7 +32,7 @@ HIGHEST_RATIO = 1 - 1e-6
 
 
 class Target(Strict):
-    """The share that is to be left of the network's MACs, parameters, bytes or time."""
+    """The share of the network's MACs, parameters, bytes or latency that pruning is to leave."""
 
     macs: Share | None = None
     """Of the multiply-accumulates of convolutions and linear layers."""
@@ -66,7 +66,7 @@ class Target(Strict):
         return self._given[0]
 
     def __str__(self) -> str:
-        """As in params.yaml."""
+        """The target in the notation of params.yaml."""
         kind, share = self.wanted
         return f"{{{kind}: {share:g}{', of: dense' if self.of == 'dense' else ''}}}"
 
@@ -208,7 +208,7 @@ def solve(
     known: dict[int, tuple[PruningDecision, float]] = {}
 
     def share_left(decision: PruningDecision) -> float:
-        """That of a decision with the very same channels is not computed again."""
+        """Share that a decision leaves, kept for decisions with the same object of channels."""
         if decision.masks or id(decision.channels) not in known:
             known[id(decision.channels)] = decision, remaining(decision)[kind]
         return known[id(decision.channels)][1]

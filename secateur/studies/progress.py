@@ -30,7 +30,7 @@ KILLS = 5
 def executor_of(
     options: argparse.Namespace, state: Snapshot, graph: Graph, pieces: int
 ) -> Iterator[Executor]:
-    """The executor that the options ask for, for at most so many pieces at a time.
+    """The executor that the options ask for, for at most `pieces` pieces of work at a time.
 
     It is closed at the end, and when the process is told to terminate.
     """

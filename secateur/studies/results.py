@@ -119,7 +119,7 @@ def read(names: Iterable[str], revision: str | None = None) -> list[Result]:
 
 
 def read_commits(wanted: Mapping[str, str]) -> list[Result]:
-    """The same of commits by the names that the results are to have."""
+    """The results of these commits, given by the names that the results are to have."""
     paths = [f"{commit}:{path}" for commit in wanted.values() for path in (PARAMS, REPORT)]
     contents = tracked.objects(paths)
     found = []

@@ -63,9 +63,9 @@ class Search(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     trials: Annotated[int, Field(ge=1, le=100_000)]
-    """How many there are to be in all; more may be asked for later."""
+    """Number of trials in all; it may be raised later."""
     hours: Annotated[float, Field(gt=0)] | None = None
-    """No trial is begun after so many hours of one call of the command."""
+    """Hours of one call of the command after which no further trial begins."""
     sampler: Literal["random", "tpe", "nsga2"] = "tpe"
     objectives: Annotated[list[Objective], Field(min_length=1)] = ["accuracy", "parameters"]
     batch: Annotated[int, Field(ge=1, le=1000)] = 4

@@ -18,7 +18,7 @@ BATCH = 128
 def recalibrate_on(
     model: nn.Module, data: Dataset, images: int, device: torch.device
 ) -> tuple[int, int]:
-    """Recalibrate on so many training images at most, drawn at random, the same ones every time.
+    """Recalibrate on at most `images` training images, drawn at random, the same ones every time.
 
     The network is on the device. Returns the numbers of normalisations and of images.
     """

@@ -55,7 +55,7 @@ class TrainingState:
         self.best_weights: dict[str, Tensor] = {}
         self.keep_epoch = keep_epoch
         self.kept_weights: dict[str, Tensor] = _copy(model) if keep_epoch == 0 else {}
-        """Those after `keep_epoch` epochs."""
+        """The weights after `keep_epoch` epochs."""
 
     def record(self, row: Row, keep_best: bool, evaluated: nn.Module | None = None) -> None:
         """Append an epoch to the history; with `keep_best`, copy its weights if it is the best.

@@ -186,7 +186,7 @@ class Graph:
         return content
 
     def read_if_there(self, entry: Entry, path: str) -> bytes | None:
-        """The same; None if the stage has written no such file."""
+        """Content of a file that a finished stage has written; None if there is none."""
         place = self.locate(entry, path)
         return None if place is None else place.read_bytes()
 

@@ -23,7 +23,7 @@ from secateur.pipeline.record import FIRST, ROUND, STAGES, stage_spec
 PARAMS = "params.yaml"
 MAIN = STAGES["evaluate"].pipeline
 FILES = (MAIN, stage_spec(f"{ROUND[0]}@{FIRST}").pipeline)
-"""Those whose stages a study runs; a file that the project lacks has none."""
+"""The files of pipelines whose stages a study runs; a file may be missing in a project."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class ResolvedStage:
 
     @property
     def address(self) -> str:
-        """As DVC names it in the project's folder."""
+        """Name of the stage in DVC, seen from the project's folder."""
         return self.name if self.file == MAIN else f"{self.file}:{self.name}"
 
     @property

@@ -34,7 +34,7 @@ TITLES: dict[RuntimeName, str] = {
 
 @dataclass(frozen=True)
 class Conditions:
-    """How to measure; without runtimes, nothing is."""
+    """Runtimes, batch size, threads and repeats to measure with; without runtimes, nothing is."""
 
     runtimes: Sequence[RuntimeName] = ()
     batch: int = 1

@@ -74,7 +74,7 @@ def numbered(result: Result) -> dict[str, Any]:
 
 
 def by_round(results: Sequence[Result]) -> list[Result]:
-    """The same with the settings of the last round in place of the first one's, and `rounds`.
+    """The results, with the settings of their last round instead of the first one's, and `rounds`.
 
     So networks that were cut to one size are at one operating point, however many rounds that took.
     What earlier rounds had otherwise stands as `rounds.round<number>.<key>`.

@@ -98,7 +98,7 @@ def bootstrap(
 
 
 def standard_error(accuracy: float, images: int) -> float:
-    """Standard error of an accuracy that was measured on so many images (binomial)."""
+    """Standard error of an accuracy that was measured on `images` images (binomial)."""
     return math.sqrt(accuracy * (1 - accuracy) / images)
 
 

@@ -29,7 +29,7 @@ class Row:
 
     @property
     def seeds(self) -> tuple[int, ...]:
-        """Those of the results."""
+        """The seeds of the results."""
         return tuple(result.seed for result in self.results)
 
     @property
