@@ -4,13 +4,16 @@ import contextlib
 import io
 import re
 from pathlib import Path
+from typing import get_args
 
 import torch
 import yaml
 
+import secateur
 from secateur.archs import lenet300
 from secateur.base import plugin
 from secateur.nn import checkpoint
+from secateur.pruning.criteria import Criterion
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs/api.md"
@@ -67,17 +70,35 @@ def test_the_citation_file_names_papers_in_the_fields_of_cff_1_2_0():
         assert isinstance(paper["year"], int)
 
 
+METHODS = (
+    "granularity 2:4", "granularity group", "reduce", "normalise", "ranking isomorphic",
+    "ratios by stage", "target latency", "finetune.budget compute", "finetune.init rewind",
+    "finetune.init orthogonal", "schedule_after", "distillation", "distillation.features",
+    "average.kind swa", "progressive_resizing", "export to group convolutions",
+    "regrow of penalty gradual", "growth random of penalty rigl",
+)  # fmt: skip
+"""Settings that choose a published method, as CITATION.cff names them."""
+
+
 def test_every_method_is_named_beside_a_paper():
     cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())["references"]
-    here = set(re.findall(r"\w+", " ".join(paper["notes"] for paper in cited)))
+    notes = "; ".join(paper["notes"] for paper in cited)
     kinds = ("penalties", "parametrizations", "pruners")
-    assert {name for kind in kinds for name in plugin.names(kind)} - {"none"} <= here
+    plugins = {name for kind in kinds for name in plugin.names(kind)} - {"none"}
+    assert plugins <= set(re.findall(r"\w+", notes))
+    settings = [*METHODS, *(f"criterion {name}" for name in get_args(Criterion))]
+    assert [name for name in settings if not re.search(rf"{name}(?![\w.])", notes)] == []
 
 
 def test_the_reference_has_every_room_and_kind_of_plugin():
     pages = "".join(page.read_text() for page in (ROOT / "docs/reference").glob("*.md"))
     folders = {path.parent.name for path in ROOT.glob("secateur/*/__init__.py")}
     assert set(re.findall(r"^::: secateur\.([a-z]+)$", pages, re.MULTILINE)) >= folders
+
+
+def test_the_reference_has_every_public_name_of_the_package():
+    pages = "".join(page.read_text() for page in (ROOT / "docs/reference").glob("*.md"))
+    assert set(re.findall(r"^::: secateur\.(\w+)$", pages, re.MULTILINE)) >= set(secateur.__all__)
 
 
 def test_the_site_is_built_without_warnings_and_asks_nothing_of_the_network(site):
