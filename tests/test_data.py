@@ -762,6 +762,8 @@ def test_an_epoch_that_is_left_half_way_does_not_spoil_the_next(pictures, monkey
     next(iter(batches.epoch(0)))
     assert same(list(batches.epoch(1)), whole)
     batches.close()
+    with pytest.raises(RuntimeError, match="the loader of images is closed"):
+        next(iter(batches.epoch(1)))
 
 
 def test_a_list_of_files_comes_back_as_it_was_and_as_the_same_bytes(pictures, tmp_path):

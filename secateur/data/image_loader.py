@@ -46,7 +46,8 @@ class ImageFileLoader:
 
     def batches(self, plan: SamplePlan, parts: list[slice]) -> Iterator[Tensor]:
         """One batch per part of the plan: uint8 (batch, height, width, channels)."""
-        assert self.loader is not None, "closed"
+        if self.loader is None:
+            raise RuntimeError("the loader of images is closed")
         self.sampler.plans = [plan.part(part) for part in parts]
         for batch in self.loader:
             if isinstance(batch, str):

@@ -66,7 +66,7 @@ class TrainStep:
         if self.settings.accumulate_grad_batches == 1:
             loss = total = self._loss(images, labels, count)
             if self.penalty is not None:
-                total = loss + self._penalty(number)
+                total = loss + self._penalty(self.penalty, number)
             total.backward()
         else:
             loss, total = self._accumulate(images, labels, count, number)
@@ -94,7 +94,7 @@ class TrainStep:
             with self.engine.no_sync(self.forward, not last):
                 part = part_total = self._loss(part_images, part_labels, count)
                 if last and self.penalty is not None:
-                    part_total = part + self._penalty(number)
+                    part_total = part + self._penalty(self.penalty, number)
                 part_total.backward()
             loss, total = loss + part.detach(), total + part_total.detach()
         return loss, total
@@ -129,9 +129,9 @@ class TrainStep:
             summed = (1 - self.distiller.settings.weight) * summed + imitated
         return summed * (self.engine.world / count)  # the processes' gradients are averaged
 
-    def _penalty(self, number: int) -> Tensor:
-        assert self.penalty is not None
-        value = self.penalty(number)
+    def _penalty(self, penalty: Penalty, number: int) -> Tensor:
+        """The penalty at a step, which is added to the sum of the epoch."""
+        value = penalty(number)
         self.penalty_sum += value.detach()
         return value
 
