@@ -1,7 +1,7 @@
 """The command `secateur`: what lies beside the pipeline, as subcommands.
 
 A subcommand is one entry of COMMANDS. Its handler is imported only when it runs, so that `--help`
-and shell completion need no library.
+needs no library; `completion` needs shtab alone.
 """
 
 import argparse

@@ -4,6 +4,7 @@
 """
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -101,6 +102,15 @@ def test_classes_and_functions_can_be_read_in_one_go(file):
     limits = {"class": MOST_CLASS_LINES, "function": MOST_FUNCTION_LINES}
     large = [item for item in definitions(file) if item[2] > limits[item[0]]]
     assert not large
+
+
+@pytest.mark.parametrize("place", [
+    "channels", "data", "gconv", "nn", "pipeline", "pruning", "sparsity", "training"
+])  # fmt: skip
+def test_the_docstring_of_a_room_that_lists_its_modules_names_all(place):
+    text = ast.get_docstring(ast.parse((ROOT / f"secateur/{place}/__init__.py").read_text()))
+    files = [f for f in CODE if folder(f) == f"secateur/{place}" and not f.endswith("__init__.py")]
+    assert [f for f in files if not re.search(rf"[`.]{Path(f).stem}[`.]", text)] == []
 
 
 def listing() -> str:

@@ -1,7 +1,8 @@
 """What runs around the stages: the runner, run records, MLflow, the terminal, and commands.
 
-`runner` and `record` are dependencies of every stage that makes or measures a model. `tracking`,
-`console` and `preflight` are observers: no result depends on them, so dvc.yaml does not name them.
+`runner` and `record` are dependencies of every stage that makes or measures a model. `console`,
+`preflight`, `latency_check`, `figures`, `tracking` and its parts `mlflow_store`, `mlflow_file` and
+`mlflow_model` are observers: no result depends on them, so dvc.yaml does not name them.
 `recipe` and `sync` are subcommands of `secateur`, as are those in `commands`; `params_file` changes
-params.yaml.
+params.yaml, `tracked` reads the tracked files of any commit.
 """
