@@ -17,7 +17,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from secateur.base import plugin
 from secateur.base.callable_plugin import ConfiguredPruner, arguments_of
-from secateur.base.errors import CheckpointError, PruningError, SettingsError
+from secateur.base.errors import CheckpointError, PruningError, SettingsError, shorten
 from secateur.base.sections import Export, RuntimeName
 from secateur.channels.graph import ChannelGraph, build_channel_graph
 from secateur.nn import checkpoint, cost, matching, weights
@@ -27,6 +27,7 @@ from secateur.nn.weights import Weights
 from secateur.pruning.apply import PrunedNetwork, apply_decision
 from secateur.pruning.decision import PruningContext
 from secateur.pruning.latency import LatencyTable, load_table
+from secateur.pruning.target import Target
 from secateur.sparsity.choices import Choices
 from secateur.sparsity.masks import Masks
 
@@ -117,12 +118,19 @@ def load(path: str | Path, into: nn.Module | None = None, rename: Names | None =
     the order of its outputs; `preprocess`, a `Preprocess`; and `origin`, an `Origin`.
 
     Raises CheckpointError for a file that is missing, damaged or of another format, for one that
-    needs `into`, and if the tensors do not fit; `into` is then left as it was.
+    needs `into` or takes no `rename`, and if the tensors do not fit; `into` is then left as it was.
+    Raises SettingsError if `into` is no network, or `rename` no names.
     """
+    _check_load(into, rename)
     file = Path(path)
     if not file.exists():
         raise CheckpointError(f"{file}: no such file")
     found = weights.read(file)
+    if rename and found.checkpoint is not None:
+        raise CheckpointError(
+            f"{file}: written by Secateur, with the names of the network; rename is for weights "
+            "that others have saved"
+        )
     model, origin = (
         _fill_with_weights(found, into, rename or {})
         if found.checkpoint is None
@@ -221,6 +229,7 @@ def prune(
     network cannot be traced, if a layer would be left empty, or if the two networks differ.
     """
     _check_prune(model, images, pruner, labels, export)
+    _check_options(pruner, latency, remove_dead)
     dense, images = copy.deepcopy(model).eval(), _usable(images)
     origin = getattr(model, "origin", None)
     choices = origin.choices if isinstance(origin, Origin) else {}
@@ -274,6 +283,7 @@ def measure_latency(
 
     _check_model(model)
     _check_batch(images)
+    _check_values(model, images=images)
     if runtime not in get_args(RuntimeName):
         raise SettingsError(
             f"runtime = {runtime!r}: must be one of {', '.join(get_args(RuntimeName))}"
@@ -281,8 +291,10 @@ def measure_latency(
     for name, value, least in (
         ("batch", batch, 1), ("threads", threads, 1), ("repeats", repeats, 3)
     ):  # fmt: skip
-        if value < least:
-            raise SettingsError(f"{name} = {value}: must be at least {least}")
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise SettingsError(
+                f"{name} = {shorten(value)}: must be a whole number of at least {least}"
+            )
     return layer_times.measure(
         copy.deepcopy(model).eval(),
         images[:1],
@@ -330,10 +342,36 @@ def _check_batch(images: Tensor) -> None:
         )
 
 
+def _check_values(model: nn.Module, **arguments: object) -> None:
+    """Raise SettingsError for tensors on the device meta, which have shapes and no values."""
+    held = [*model.named_parameters(), *model.named_buffers()]
+    named = {f"model: {name}": tensor for name, tensor in held}
+    for name, tensor in {**named, **arguments}.items():
+        if isinstance(tensor, Tensor) and tensor.is_meta:
+            raise SettingsError(f"{name}: a tensor on the device meta; one with values is needed")
+
+
+def _check_network(argument: str, value: object) -> None:
+    if not isinstance(value, nn.Module):
+        found = value.__name__ if isinstance(value, type) else f"a {type(value).__name__}"
+        raise SettingsError(f"{argument}: {found}; an instance of torch.nn.Module is needed")
+
+
+def _check_load(into: object, rename: object) -> None:
+    """Raise SettingsError naming the first argument of `load` that is not valid."""
+    if into is not None:
+        _check_network("into", into)
+    names = [*rename.keys(), *rename.values()] if isinstance(rename, Mapping) else [None]
+    if rename is not None and not all(isinstance(name, str) for name in names):
+        raise SettingsError(
+            f"rename: {shorten(rename)}; a dict of names in the file -> names in the network is "
+            "needed"
+        )
+
+
 def _check_model(model: nn.Module) -> None:
     """Raise SettingsError for what is no network, PruningError for one that cannot be copied."""
-    if not isinstance(model, nn.Module):
-        raise SettingsError(f"model: a {type(model).__name__}; a torch.nn.Module is needed")
+    _check_network("model", model)
     for name, parameter in model.named_parameters():
         if isinstance(parameter, UninitializedParameter):
             raise PruningError(f"model: {name} has no shape yet; call model(images) once before")
@@ -360,6 +398,7 @@ def _check_prune(
     """Raise SettingsError or PruningError naming the first argument that is not valid."""
     _check_model(model)
     _check_batch(images)
+    _check_values(model, images=images, labels=labels)
     if images.dtype != torch.float32:
         raise SettingsError(f"images: {images.dtype}; float32 is needed (images.float())")
     if not bool(images.isfinite().all()):
@@ -385,6 +424,20 @@ def _check_prune(
     for name, parameter in model.named_parameters():
         if not bool(parameter.detach().isfinite().all()):
             raise PruningError(f"model: {name} has entries that are NaN or infinite")
+
+
+def _check_options(pruner: ConfiguredPruner, latency: object, remove_dead: object) -> None:
+    """Raise SettingsError naming the first of these arguments of `prune` that is not valid."""
+    if latency is not None and not isinstance(latency, LatencyTable):
+        raise SettingsError(
+            f"latency: a {type(latency).__name__}; the table of measure_latency or load_latency is "
+            "needed"
+        )
+    target = getattr(pruner.settings, "target", None)
+    if latency is None and isinstance(target, Target) and target.latency is not None:
+        raise SettingsError(f"latency: target = {target} needs the table of measure_latency")
+    if not isinstance(remove_dead, bool):
+        raise SettingsError(f"remove_dead = {shorten(remove_dead)}: must be True or False")
 
 
 def _usable(tensor: Tensor) -> Tensor:

@@ -100,7 +100,7 @@ def test_a_pruner_that_is_not_there_is_told_with_those_that_are():
     [
         ({"ratio": 0.5}, "ratio: unknown argument.*did you mean ratios"),
         ({"groups": "filter"}, "groups: renamed; write granularity"),
-        ({"ratios": 2}, "ratios = 2: .*less than 1"),
+        ({"ratios": 2}, "^ratios = 2: must be at least 0 and less than 1 "),
         ({"criterion": "l3"}, "criterion = 'l3': .*'l1'"),
         ({"ranking": "global", "ratios": [0.5]}, "ratios: ranking global"),
     ],
@@ -131,6 +131,27 @@ def test_errors_about_the_network_speak_of_arguments_too(net, pruner):
     with pytest.raises(secateur.SecateurError) as told:
         secateur.prune(net, IMAGES, pruner())
     assert "params.yaml" not in str(told.value) and "pruners." not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("pruner", "settings", "line"),
+    [
+        ("chosen", {}, "pruner chosen: the network carries no choice; train it with a penalty"),
+        ("gconv", {"groups": None, "config": "nope"}, "config = 'nope': recipes/groups/nope: miss"),
+        ("gconv", {"groups": None, "config": "../nope"}, "config = '../nope': must be a file in"),
+        ("gconv", {"criterion": "taylor"}, "labels: criterion taylor needs one for each image"),
+        ("magnitude", {"criterion": "taylor"}, "labels: criterion taylor needs one for each"),
+        ("magnitude", {"criterion": "fisher"}, "labels: criterion fisher needs one for each"),
+        ("magnitude", {"target": {"latency": 0.5}}, "latency: target = {latency: 0.5} needs the"),
+        ("network_slimming", {}, "coupled = 'skip': no scale of a batch normalisation decides"),
+        ("oracle", {"ratios": 0.1}, "labels: pruner oracle needs one for each image"),
+    ],
+)
+def test_what_the_network_or_the_call_lacks_is_told_as_an_argument(net, pruner, settings, line):
+    net.norm = nn.Identity()
+    with pytest.raises(secateur.SecateurError, match=f"^{re.escape(line)}") as told:
+        secateur.prune(net, IMAGES, getattr(secateur.pruners, pruner)(**settings))
+    assert not re.search(r"params\.yaml|pruner = |stage|dvc|sparse.train", str(told.value))
 
 
 @pytest.mark.parametrize("name", [n for n in plugin.names("pruners") if n != "chosen"])
@@ -196,6 +217,11 @@ def test_groups_become_group_convolutions_on_request(net):
         ({"pruner": "magnitude"}, "pruner: one with its settings"),
         ({"export": "onnx"}, "export = 'onnx': must be one of none, gconv"),
         ({"labels": torch.zeros(3, dtype=torch.int64)}, r"labels: .* int64 \(8,\) is needed"),
+        ({"latency": 3}, "latency: a int; the table of measure_latency"),
+        ({"remove_dead": "no"}, "remove_dead = 'no': must be True or False"),
+        ({"images": IMAGES.to("meta")}, "images: a tensor on the device meta"),
+        ({"labels": torch.arange(8).to("meta")}, "labels: a tensor on the device meta"),
+        ({"model": Net().to("meta")}, "model: conv1.weight: a tensor on the device meta"),
         ({"model": Net().double()}, "torch.float64; call model.float"),
         ({"model": nn.Flatten()}, "has no parameters"),
     ],
@@ -311,6 +337,22 @@ def test_files_that_cannot_be_loaded_are_told(net, tmp_path):
         with pytest.raises(CheckpointError, match=words) as told:
             secateur.load(path, into=into)
         assert "dvc" not in str(told.value)
+
+
+def test_an_argument_of_load_that_cannot_be_meant_is_named(net, tmp_path):
+    own, other = tmp_path / "own", tmp_path / "other.pt"
+    secateur.save(secateur.prune(net, IMAGES, half()), own)
+    torch.save(net.state_dict(), other)
+    for path in (own, other):
+        for into, words in [(3, "into: a int"), (Net, "into: Net; an instance of torch.nn.Module")]:
+            with pytest.raises(SettingsError, match=words):
+                secateur.load(path, into=into)
+        for rename in ("a", ["a"], {1: "a"}, {"a": None}):
+            with pytest.raises(SettingsError, match=r"rename: .* a dict of names"):
+                secateur.load(path, into=Net(), rename=rename)
+    with pytest.raises(CheckpointError, match=r"own: written by Secateur, .*; rename is for"):
+        secateur.load(own, into=Net(), rename={"zz": "yy"})
+    assert secateur.load(own, into=Net(), rename={}).conv1.out_channels == 6
 
 
 def test_a_network_that_a_file_does_not_fit_is_left_as_it_was(net, tmp_path):

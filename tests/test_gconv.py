@@ -131,7 +131,7 @@ def test_taylor_is_the_gradient_times_the_weight():
         expected = permutation.find_grouping(criterion, 2, permutation.PermutationSettings())
         assert torch.equal(mask[:, :, 0, 0], expected.mask())
     without = PruningContext(model, one.images)
-    with pytest.raises(PruningError, match="needs images with labels"):
+    with pytest.raises(PruningError, match="labels: criterion taylor needs one for each image"):
         gconv.prune(gconv.Settings(groups=2, criterion="taylor"), without)
 
 
@@ -253,9 +253,9 @@ def test_a_file_that_does_not_fit_is_refused(inside, content, message):
 
 
 def test_a_file_must_be_there_and_in_its_folder(inside):
-    with pytest.raises(SettingsError, match=r"recipes/groups/none\.json: missing"):
+    with pytest.raises(SettingsError, match=r"config = 'none\.json': .*groups/none\.json: missing"):
         prune(small(), config="none.json")
-    with pytest.raises(SettingsError, match="must be a file in the folder recipes/groups/"):
+    with pytest.raises(SettingsError, match=r"must be a file in the folder recipes/groups/$"):
         prune(small(), config="../params.json")
 
 

@@ -259,7 +259,7 @@ def test_wanda_of_a_group_counts_layers_and_fisher_needs_labels():
     first = (model.first[0].weight.detach().flatten(1).abs() * into).sum(1)
     second = (model.second[0].weight.detach().flatten(1).abs() * out).sum(0)
     assert found["first.0"] == pytest.approx(((first + second) / 2).tolist(), rel=1e-5)
-    with pytest.raises(PruningError, match="fisher needs images with labels"):
+    with pytest.raises(PruningError, match="labels: criterion fisher needs one for each image"):
         score_groups(PruningContext(model, subject.images), "fisher")
 
 

@@ -122,7 +122,7 @@ def test_a_table_is_read_back_and_a_damaged_one_is_one_line(tmp_path):
     path.write_text(json.dumps(raw))
     with pytest.raises(SecateurError, match=r"torch\.json: layers\.stem .*needs a time for each"):
         secateur.load_latency(path)
-    with pytest.raises(SecateurError, match=r"none\.json: .*missing.*dvc repro"):
+    with pytest.raises(SecateurError, match=r"none\.json: missing$"):
         secateur.load_latency(tmp_path / "none.json")
 
 
@@ -238,7 +238,7 @@ def test_heads_mlp_widths_and_the_embedding_reach_a_latency_together():
 
 
 def test_mistakes_are_one_line():
-    with pytest.raises(SettingsError, match=r"target.*latency is predicted from a table"):
+    with pytest.raises(SettingsError, match=r"^latency: target = \{latency: 0\.5\} needs the"):
         pruned(None)
     with pytest.raises(SettingsError, match=r"target: latency needs whole channels"):
         secateur.pruners.magnitude(granularity="weight", target={"latency": 0.5})
@@ -248,9 +248,12 @@ def test_mistakes_are_one_line():
     table = by_macs(net(), image())
     with pytest.raises(PruningError, match=r"layer 0 is not in the table of measured layers"):
         pruned(table, secateur_vgg())
-    for argument in ({"runtime": "tvm"}, {"batch": 0}, {"threads": 0}, {"repeats": 2}):
-        with pytest.raises(SettingsError, match=next(iter(argument))):
-            secateur.measure_latency(net(), image(), **argument)
+    for argument in (
+        {"runtime": "tvm"}, {"batch": 0}, {"batch": "a"}, {"batch": 1.5}, {"batch": True},
+        {"threads": 0}, {"repeats": 2}, {"images": image().to("meta")}, {"model": 3},
+    ):  # fmt: skip
+        with pytest.raises(SettingsError, match=f"^{next(iter(argument))}"):
+            secateur.measure_latency(**{"model": net(), "images": image(), **argument})
 
 
 def params_with(monkeypatch, runtime):

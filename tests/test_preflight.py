@@ -10,11 +10,11 @@ import yaml
 from torch import nn
 from workspace import yaml_text
 
-from secateur.base import machine, plugin
+from secateur.base import machine, plugin, settings
 from secateur.base.errors import SecateurError, SettingsError
 from secateur.data.dataset import DatasetInfo
 from secateur.nn import checkpoint
-from secateur.pipeline.preflight import check_network, check_settings
+from secateur.pipeline.preflight import build_network, check_network, check_settings
 
 PARAMS = yaml.safe_load(Path("params.yaml").read_text())
 INFO = DatasetInfo("made up", ["a", "b"], (1, 8, 8), [0.0], [1.0], "", {"train": 640})
@@ -48,6 +48,10 @@ def network(tmp_path, monkeypatch):
         ({"pruner": "gconv", "pruners__gconv__skip": ["conv7"]}, "skip = 'conv7'"),
         ({"penalty": "greg1", "penalties__greg1__ratios": "layer9: 0.5"}, "layer9"),
         ({"penalty": "network_slimming"}, "no batch normalisation"),
+        (
+            {"pruner": "network_slimming"},
+            r"^params\.yaml: pruners\.network_slimming\.coupled = 'skip': no scale of a batch",
+        ),
         ({"pruner": "chosen", "penalty": "l1"}, "penalty l1 chooses no weights"),
         ({"penalty": "rigl", "penalties__rigl__skip": ["conv7"]}, "conv7 matches no layer"),
         ({"penalty": "gradual", "penalties__gradual__end": 1501}, r"sparse_train\.epochs = 150: "),
@@ -157,13 +161,15 @@ def test_a_network_that_cannot_be_followed_is_refused_without_a_penalty_too(chan
         {
             "pruner": "network_slimming",
             "arch": "vgg",
+            "archs__vgg__depth": 11,
             "archs__vgg__pools": [1, 2, 4],
         },  # all scales are equal
         {"pruner": "threshold", "pruners__threshold__sensitivity": 1e9},  # which training decides
     ],
 )
 def test_what_may_fit_passes_and_nothing_changes(changes, network):
-    model = network(**changes)
+    network(**changes)
+    model = build_network(settings.read(), INFO)
     before = nn.utils.parameters_to_vector(model.parameters()).clone()
     random = torch.get_rng_state()
     check_network(model, INFO)

@@ -442,7 +442,7 @@ def test_oracle_refuses_more_choices_than_it_may_try_before_any_is_tried():
     module = plugin.load("pruners", "oracle")
     with pytest.raises(SettingsError, match=r"ratios: more than 10,000 choices of filters"):
         module.prune(module.Settings(), subject(network("lenet5")))
-    with pytest.raises(PruningError, match="needs images with labels"):
+    with pytest.raises(PruningError, match="labels: pruner oracle needs one for each image"):
         model = small_classifier().float()
         module.prune(module.Settings(), PruningContext(model, torch.zeros(1, 1, 8, 8)))
 

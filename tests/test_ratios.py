@@ -215,14 +215,14 @@ def test_a_skipped_layer_may_be_one_that_may_not_be_pruned():
 
 
 BY_TEXT = [  # written, what the line must hold
-    (1, "the ratio = 1: must be at least 0 and less than 1"),
+    (1, "ratios = 1: must be at least 0 and less than 1"),
     (1.5, "less than 1"),
     (-0.1, "at least 0"),
     (float("nan"), "must be"),
     (float("inf"), "must be"),
     (True, "must be"),
     (None, "a number is needed"),
-    ("half", "the ratio = 'half': a number is needed"),
+    ("half", "ratios = 'half': a number is needed"),
     ([0, 0.5, 1.0, 0], "stage 2 = 1.0: must be"),
     ([0, "x", 0], "stage 1 = 'x': a number is needed"),
     ([], "empty"),

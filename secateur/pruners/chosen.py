@@ -22,8 +22,7 @@ def prune(settings: Settings, context: PruningContext) -> PruningDecision:
     """
     if not context.choices:
         raise PruningError(
-            "pruner = 'chosen': the sparse-trained network carries no choice; sparse-train it with "
-            "a penalty that makes one (greg1, greg2, gradual, rigl, gsm) or a parametrization, or "
-            "prune with another pruner"
+            "pruner chosen: the network carries no choice; train it with a penalty that makes one "
+            "(greg1, greg2, gradual, rigl, gsm) or a parametrization, or prune with another pruner"
         )
     return decision_from_choices(context, context.choices)

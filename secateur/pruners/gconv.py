@@ -15,7 +15,7 @@ from typing import Annotated, Self
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from secateur.base.errors import ArgumentError, PruningError
+from secateur.base.errors import ArgumentError, PruningError, SettingsError
 from secateur.base.sections import Strict
 from secateur.gconv import config, permutation, search
 from secateur.gconv.search import Assignment, Budget, Candidate, SearchSpace, Strategy
@@ -89,7 +89,8 @@ def prune(settings: Settings, context: PruningContext) -> PruningDecision:
     """Masks of all convolutions that get groups; kernels are masked as a whole.
 
     Raises PruningError if no layer can have groups or if a budget cannot be met (with the excess),
-    ArgumentError or SettingsError if a layer is named that does not exist.
+    ArgumentError for a file that cannot be read or is for another network, and for a layer that
+    does not exist.
     """
     convolutions = config.convolutions(context.model)
     layers = _prunable(settings, convolutions)
@@ -180,11 +181,13 @@ def _given(settings: Settings, model: nn.Module, layers: Mapping[str, nn.Conv2d]
         name = settings.config.removeprefix(f"{FOLDER}/")
         if Path(name).name != name:
             raise ArgumentError(
-                "config",
-                f"must be a file in the folder {FOLDER}/, which the stage depends on",
-                settings.config,
+                "config", f"must be a file in the folder {FOLDER}/", settings.config
             )
-        return {n: g for n, g in config.read(FOLDER / name, model).items() if n in layers}
+        try:
+            found = config.read(FOLDER / name, model)
+        except SettingsError as error:
+            raise ArgumentError("config", str(error), settings.config) from None
+        return {n: g for n, g in found.items() if n in layers}
     wanted = {}
     for name, layer in layers.items():
         channels = layer.out_channels, layer.in_channels

@@ -17,7 +17,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from secateur.base.errors import PruningError
+from secateur.base.errors import ArgumentError
 from secateur.base.sections import Strict
 from secateur.channels import scales
 from secateur.pruning.decision import PruningContext, PruningDecision
@@ -63,8 +63,8 @@ class Settings(Strict):
 def prune(settings: Settings, context: PruningContext) -> PruningDecision:
     """Whole channels with scales below the threshold; the notes have the share of the scales.
 
-    Raises PruningError if no channel that can be pruned has a scale, and for a target that cannot
-    be reached.
+    Raises ArgumentError if no channel that can be pruned has a scale, PruningError for a target
+    that cannot be reached.
     """
     slimming = _Slimming(settings, context)
     if settings.target is None:
@@ -105,9 +105,10 @@ class _Slimming:
         if settings.reduce or settings.normalise:
             self._score_groups(entries)
         if not len(self.scales):
-            raise PruningError(
-                "pruner = 'network_slimming': no scale of a batch normalisation decides about a "
-                f"channel that may go (pruners.network_slimming.coupled = {settings.coupled!r})"
+            raise ArgumentError(
+                "coupled",
+                "no scale of a batch normalisation decides about a channel that may be removed",
+                settings.coupled,
             )
 
     def _score_groups(self, entries: scales.FlatScales) -> None:

@@ -53,7 +53,7 @@ def prune(settings: Settings, context: PruningContext) -> PruningDecision:
     PruningError if the images have no labels, or the network is no classifier.
     """
     if not len(context.labels):
-        raise PruningError("pruner oracle needs images with labels")
+        raise PruningError("labels: pruner oracle needs one for each image")
     numbers = _numbers(settings, context)
     weights = {name: context.model.get_parameter(name) for name in numbers}
     trials = math.prod(math.comb(len(weights[name]), k) for name, k in numbers.items())

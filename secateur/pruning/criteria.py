@@ -110,7 +110,7 @@ def gradients(context: PruningContext, weights: Sequence[Tensor]) -> tuple[Tenso
     Raises PruningError if the images have no labels, and for a network that is no classifier.
     """
     if not len(context.labels):
-        raise PruningError("criterion taylor needs images with labels")
+        raise PruningError("labels: criterion taylor needs one for each image")
     with _evaluated(context.model), _differentiable(weights):
         return _gradients(context, weights, slice(None), "taylor")
 
@@ -122,7 +122,7 @@ def loss_increases(context: PruningContext, weights: Mapping[str, Tensor]) -> di
     Raises PruningError if the images have no labels, and for a network that is no classifier.
     """
     if not len(context.labels):
-        raise PruningError("criterion fisher needs images with labels")
+        raise PruningError("labels: criterion fisher needs one for each image")
     squares = [torch.zeros_like(weight, requires_grad=False) for weight in weights.values()]
     ranked = list(weights.values())
     with _evaluated(context.model), _differentiable(ranked):

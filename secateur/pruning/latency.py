@@ -150,8 +150,8 @@ class LatencyTable(Strict):
 
 
 def load_table(path: Path) -> LatencyTable:
-    """The table in a file; SecateurError naming it if it is damaged."""
-    found = read_json(path, SecateurError, "run `dvc repro` to measure it")
+    """The table in a file; SecateurError naming it if it is missing or damaged."""
+    found = read_json(path, SecateurError)
     return validated(TypeAdapter(LatencyTable), found, str(path), SecateurError)
 
 

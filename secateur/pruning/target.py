@@ -10,7 +10,6 @@ predicted from measured layers (pruning/latency.py); there only whole channels c
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Literal, Self
 
 import torch
@@ -21,7 +20,7 @@ from secateur.base.errors import ArgumentError, PruningError
 from secateur.base.sections import Share, Strict
 from secateur.nn import cost
 from secateur.pruning.decision import PruningContext, PruningDecision
-from secateur.pruning.latency import widths_left
+from secateur.pruning.latency import LatencyTable, widths_left
 from secateur.sparsity import masks
 
 MAX_BISECTIONS = 30
@@ -76,7 +75,7 @@ class RemainingShare:
 
     def __init__(self, context: PruningContext, dense: nn.Module | None = None) -> None:
         """Runs the network on one image. The shares are of `dense`, or else of the network."""
-        self.context, self.dense = context, dense
+        self.context = context
         model = context.model
         device = next(model.parameters()).device
         self.positions = cost.output_positions(model, context.images[:1].to(device))
@@ -91,10 +90,15 @@ class RemainingShare:
         names = {id(tensor): name for name, tensor in reversed(stored.items())}  # the first name
         self.tensors: dict[str, Tensor] = {name: stored[name] for name in names.values()}
         self.bytes = sum(t.numel() * t.element_size() for t in self.tensors.values())
+        self.whole: dict[str, float]
+        """MACs, parameters, bytes and milliseconds of the network that the shares are of."""
         self.whole = {"macs": self.macs, "params": self.params, "bytes": self.bytes}
         if dense is not None:
-            before = RemainingShare(PruningContext(dense, context.images))
-            self.whole = before.whole
+            self.whole = RemainingShare(PruningContext(dense, context.images)).whole
+        if (table := context.latency) is not None:
+            self.whole["latency"] = (
+                self._time(table, PruningDecision()) if dense is None else table.networks[0].ms
+            )
 
     def __call__(self, decision: PruningDecision) -> dict[str, float]:
         """Shares of `macs`, `params` and `bytes` that are left; of `latency` if it can be told."""
@@ -112,23 +116,14 @@ class RemainingShare:
             params -= lost
             if name in self.weights:
                 macs -= lost * self.positions.get(name.removesuffix(".weight"), 0)
-        left = {"macs": macs, "params": params, "bytes": size}
-        shares = {kind: count / self.whole[kind] for kind, count in left.items()}
+        left: dict[str, float] = {"macs": macs, "params": params, "bytes": size}
         if self.context.latency is not None:
-            shares["latency"] = self._time(decision) / self.time
-        return shares
+            left["latency"] = self._time(self.context.latency, decision)
+        return {kind: count / self.whole[kind] for kind, count in left.items()}
 
-    @cached_property
-    def time(self) -> float:
-        """Milliseconds of a pass of the network as it is, predicted, or of the dense one."""
-        if self.dense is not None and self.context.latency is not None:
-            return self.context.latency.networks[0].ms
-        return self._time(PruningDecision())
-
-    def _time(self, decision: PruningDecision) -> float:
+    def _time(self, table: LatencyTable, decision: PruningDecision) -> float:
         """Predicted milliseconds of a pass once the decision's channels are removed."""
-        assert self.context.latency is not None
-        return self.context.latency.time(widths_left(self.context.graph, decision.channels))
+        return table.time(widths_left(self.context.graph, decision.channels))
 
     def _kept(self, decision: PruningDecision) -> dict[str, "_KeptEntries"]:
         """What is left of the tensors that have members of removed channels."""
@@ -276,7 +271,7 @@ def check_latency(target: Target, context: PruningContext) -> None:
     if target.latency is not None and context.latency is None:
         raise ArgumentError(
             "target",
-            "latency is predicted from a table of measured layers; name the runtime as "
-            "prune.latency in params.yaml, or give `latency` to secateur.prune",
+            "latency is predicted from a table of measured layers; name its runtime as "
+            "prune.latency",
             str(target),
         )

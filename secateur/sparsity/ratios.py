@@ -81,7 +81,7 @@ def parse_ratios(value: Any) -> Rules:
             return parse_ratios([item.strip() for item in inner.split(",")])
         if ":" in text:
             return parse_ratios([item.strip() for item in text.split(",")])
-    return Rules(everywhere=_ratio(value, "the ratio"))
+    return Rules(everywhere=_ratio(value))
 
 
 def parse_skip(value: Any) -> tuple[Skipped, ...]:
@@ -127,14 +127,18 @@ def _distinct(pairs: Iterable[tuple[str, Any]]) -> tuple[tuple[str, float], ...]
     return tuple(sorted(found.items()))
 
 
-def _ratio(value: Any, what: str) -> float:
-    """A ratio; ValueError unless it is a number of at least 0 and less than 1."""
+def _ratio(value: Any, place: str = "") -> float:
+    """A ratio; ValueError unless it is a number of at least 0 and less than 1.
+
+    `place` is where it stands among several; the whole value is named by whoever validates it.
+    """
+    named = f"{place} = {value!r}: " if place else ""
     try:
         ratio = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError):
-        raise ValueError(f"{what} = {value!r}: a number is needed") from None
+        raise ValueError(f"{named}a number is needed") from None
     if not 0 <= ratio < 1:
-        raise ValueError(f"{what} = {value!r}: must be at least 0 and less than 1")
+        raise ValueError(f"{named}must be at least 0 and less than 1")
     return ratio
 
 
