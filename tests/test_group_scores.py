@@ -263,6 +263,92 @@ def test_wanda_of_a_group_counts_layers_and_fisher_needs_labels():
         score_groups(PruningContext(model, subject.images), "fisher")
 
 
+class Given(nn.Module):
+    """Weights that functions are given: those of attention, and a convolution's outside of it."""
+
+    def __init__(self, weights=False):
+        super().__init__()
+        self.weights = weights
+        self.patches, self.b = nn.Conv2d(1, 4, 2, 2), nn.Conv2d(4, 8, 1)
+        self.m = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.fc, self.out = nn.Linear(8, 4, bias=False), nn.Linear(4, 3)
+
+    def inputs(self, x, heads):
+        """What each weight is multiplied by, attention written out in full; the result last."""
+        y = self.patches(x)
+        t = nn.functional.conv2d(y, self.b.weight, self.b.bias).flatten(2).transpose(1, 2)
+        q, k, v = (t @ self.m.in_proj_weight.T + self.m.in_proj_bias).chunk(3, 2)
+        mixed = []
+        for head in range(heads):
+            own = slice(head * 4, head * 4 + 4)
+            share = (q[..., own] @ k[..., own].mT / 2).softmax(-1)
+            mixed.append(share @ v[..., own])
+        z = torch.cat(mixed, 2)
+        s = t + self.m.out_proj(z)
+        h = torch.relu(nn.functional.linear(s, self.fc.weight))
+        known = {"patches": x, "b": y, "m.in_proj": t, "m.out_proj": z, "fc": s, "out": h}
+        return known, self.out(h).mean(1)
+
+    def forward(self, x):
+        t = (
+            nn.functional.conv2d(self.patches(x), self.b.weight, self.b.bias)
+            .flatten(2)
+            .transpose(1, 2)
+        )
+        s = t + self.m(t, t, t, need_weights=self.weights)[0]
+        return self.out(torch.relu(nn.functional.linear(s, weight=self.fc.weight))).mean(1)
+
+
+def given_inputs(subject):
+    with torch.no_grad():
+        known, result = subject.model.inputs(subject.images, 2)
+        torch.testing.assert_close(subject.model(subject.images), result)
+    return known
+
+
+@pytest.mark.parametrize("weights", [False, True])
+def test_wanda_of_weights_that_functions_are_given(weights):
+    torch.manual_seed(0)
+    subject = context(Given(weights))
+    inputs = given_inputs(subject)
+    layers = ["b", "m.out_proj", "fc", "out"]
+    found = criteria.scores(subject, layers, "weight", "wanda")
+    for name in layers:
+        x, weight = inputs[name], subject.model.get_parameter(f"{name}.weight").detach()
+        norms = (x.mT if x.dim() == 3 else x).transpose(0, 1).flatten(1).norm(dim=1)
+        wanted = weight.flatten(1).abs() * norms
+        torch.testing.assert_close(found[f"{name}.weight"], wanted.view(weight.shape))
+
+
+def test_wanda_of_heads_counts_the_projections_that_attention_holds_itself():
+    torch.manual_seed(0)
+    subject = context(Given())
+    inputs = given_inputs(subject)
+    found, _ = score_groups(subject, "wanda", "mean", "none")
+    heads = next(group for group in found if len(group.units) == 2).scores
+    t, z = (inputs[f"m.{name}_proj"].flatten(0, 1).norm(dim=0) for name in ("in", "out"))
+    into = (subject.model.m.in_proj_weight.detach().abs() * t).sum(1).view(3, 2, 4).sum((0, 2))
+    out = (subject.model.m.out_proj.weight.detach().abs() * z).sum(0).view(2, 4).sum(1)
+    torch.testing.assert_close(heads.float(), (into + out) / 2)
+
+
+class Multiplied(nn.Module):
+    """A layer's weight as a factor of a matrix product."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(SIDE, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.b(x.mean((1, 2)) @ self.a.weight.T)
+
+
+def test_wanda_refuses_a_weight_whose_inputs_are_not_seen():
+    with pytest.raises(PruningError, match=r"what a\.weight is multiplied by is not known"):
+        criteria.scores(context(Multiplied()), ["a", "b"], "weight", "wanda")
+    assert criteria.scores(context(Multiplied()), ["b"], "weight", "wanda")["b.weight"].all()
+
+
 def test_a_group_without_what_the_criterion_needs_is_refused_with_the_reason():
     found, refused = scores(Grouped(), "bn_scale")
     assert not found

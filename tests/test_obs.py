@@ -1,5 +1,6 @@
 """Optimal brain surgeon: every removal against brute force, the weights against least squares."""
 
+import copy
 import itertools
 
 import pytest
@@ -126,3 +127,39 @@ def test_an_indexed_convolution_is_the_plain_one_of_permuted_weights():
     torch.testing.assert_close(indexed(images), plain(images))
     assert found.masks["0.weight"][:, order].equal(wanted.masks["0.weight"])
     torch.testing.assert_close(found.weights["0.weight"][:, order], wanted.weights["0.weight"])
+
+
+class Given(nn.Module):
+    """Layers whose weights functions are given."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(2, 4, 3), nn.Conv2d(4, 4, 1), nn.Linear(4, 3)
+        self.m = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, x):
+        x = nn.functional.conv2d(self.a(x), self.b.weight, self.b.bias).flatten(2).transpose(1, 2)
+        return nn.functional.linear(self.m(x, x, x)[0], self.c.weight, self.c.bias).mean(1)
+
+
+def test_inputs_of_a_weight_that_a_function_is_given_are_those_of_its_layer():
+    """The projection of attention's output, and a linear layer: as layers of their own."""
+    torch.manual_seed(0)
+    model, images = Given().eval(), torch.randn(8, 2, 5, 5)
+    context = PruningContext(model, images)
+    with pytest.raises(ArgumentError, match=r"skip.*b\.weight is used outside of its layer"):
+        OBS.prune(OBS.Settings(), context)
+    found = OBS.prune(OBS.Settings(skip=["b"], damping=1e-6), context)
+    assert set(found.masks) == {"a.weight", "c.weight", "m.out_proj.weight"}
+    plain, mixed = copy.deepcopy(model.m), nn.Linear(4, 4)
+    with torch.no_grad():
+        x = nn.functional.conv2d(model.a(images), model.b.weight, model.b.bias).flatten(2).mT
+        mixed.load_state_dict(model.m.out_proj.state_dict())
+        plain.out_proj.weight.copy_(torch.eye(4))
+        plain.out_proj.bias.zero_()
+        inputs = plain(x, x, x)[0]
+    alone = nn.Sequential(mixed, model.c).eval()
+    wanted = OBS.prune(OBS.Settings(damping=1e-6), PruningContext(alone, inputs))
+    for name, own in {"m.out_proj.weight": "0.weight", "c.weight": "1.weight"}.items():
+        assert found.masks[name].equal(wanted.masks[own])
+        torch.testing.assert_close(found.weights[name], wanted.weights[own])

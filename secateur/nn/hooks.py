@@ -1,11 +1,24 @@
 """What layers get while a network computes."""
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
+from secateur.base.errors import PruningError
 from secateur.nn.layers import IndexedConv2d
+from secateur.nn.outputs import tensors_of
+from secateur.sparsity.masks import LAYERS
+
+Take = Callable[[str, Tensor, nn.Module | None], object]
+"""Gets the name of a weight, what it is multiplied by, and the layer that computes; None if a
+function does that is given the weight."""
 
 
 @contextlib.contextmanager
@@ -14,7 +27,8 @@ def watched_inputs(
 ) -> Iterator[None]:
     """Call `take` with the name and the first input of each of these layers before it computes.
 
-    The channels are in the order in which the weights read them.
+    The channels are in the order in which the weights read them. Calls of functions with a layer's
+    weight are not seen; see `watched_weights`.
     """
     hooks = [
         layer.register_forward_pre_hook(lambda m, inputs, n=name: _call(take, n, m, inputs[0]))
@@ -25,6 +39,109 @@ def watched_inputs(
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextlib.contextmanager
+def watched_weights(model: nn.Module, weights: Mapping[str, Tensor], take: Take) -> Iterator[None]:
+    """Call `take` for each of these weights of convolutions and linear maps whenever it is used.
+
+    That may be by its layer or by a function, as in a MultiheadAttention. In the end raises
+    PruningError naming a weight that was used in other ways alone.
+    """
+    names = {id(weight): name for name, weight in weights.items()}
+    mode = _WeightMode(names, take)
+    hooks = []
+    for layer in model.modules():
+        weight = layer._parameters.get("weight") if isinstance(layer, LAYERS) else None
+        if weight is not None and id(weight) in names:
+            enter = partial(mode.enter, names[id(weight)])
+            hooks += [
+                layer.register_forward_pre_hook(enter),
+                layer.register_forward_hook(mode.leave),
+            ]
+    try:
+        with mode:
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for name, function in mode.others.items():
+        if name not in mode.seen:
+            raise PruningError(
+                f"what {name} is multiplied by is not known: the network gives it to {function}"
+            )
+
+
+class _WeightMode(TorchFunctionMode):
+    """Notes what weights are multiplied by."""
+
+    def __init__(self, names: Mapping[int, str], take: Take) -> None:
+        super().__init__()
+        self.names = names
+        """By the id() of the weight."""
+        self.seen: set[str] = set()
+        self.others: dict[str, str] = {}
+        """Weight -> another function that it is given to, and that returns a tensor."""
+        self._take = take
+        self._running: list[str] = []
+        """Weights of the layers that are computing, the innermost last."""
+
+    def enter(self, name: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        """A layer with this weight begins to compute."""
+        self._running.append(name)
+        _call(partial(self._note, layer=layer), name, layer, inputs[0])
+
+    def leave(self, *_: Any) -> None:
+        """The innermost layer has computed."""
+        self._running.pop()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """The function's result."""
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if func is functional.multi_head_attention_forward:
+            self._attention(inspect.signature(func).bind(*args, **kwargs).arguments)
+        elif func in (functional.linear, functional.conv2d):
+            x, weight = (*args, *(kwargs[k] for k in ("input", "weight") if k in kwargs))[:2]
+            self._function(weight, lambda: x)
+        else:
+            used = [self.names[id(t)] for t in tensors_of((args, kwargs)) if id(t) in self.names]
+            if used and tensors_of(out):
+                self.others |= dict.fromkeys(used, getattr(func, "__name__", str(func)))
+        return out
+
+    def _attention(self, given: dict[str, Any]) -> None:
+        """The projections of a MultiheadAttention; that of its output gets what attention mixes."""
+        for key, source in _PROJECTIONS.items():
+            if given.get(key) is not None:
+                self._function(given[key], partial(given.__getitem__, source))
+        together = given["in_proj_weight"]
+        if together is not None and given["query"] is given["key"] is given["value"]:
+            self._function(together, lambda: given["query"])
+        elif together is not None and id(together) in self.names:
+            self.others[self.names[id(together)]] = "attention of one tensor to another"
+
+        def mixed() -> Tensor:
+            identity = torch.eye(len(given["out_proj_weight"])).to(given["out_proj_weight"])
+            plain = given | {"out_proj_weight": identity, "out_proj_bias": None}
+            out: Tensor = functional.multi_head_attention_forward(**plain)[0]
+            return out
+
+        self._function(given["out_proj_weight"], mixed)
+
+    def _function(self, weight: Tensor, inputs: Callable[[], Tensor]) -> None:
+        """A function multiplies the weight by these inputs, of which its own layer has not told."""
+        name = self.names.get(id(weight))
+        if name is not None and name not in self._running:
+            self._note(name, inputs(), None)
+
+    def _note(self, name: str, inputs: Tensor, layer: nn.Module | None) -> None:
+        self.seen.add(name)
+        self._take(name, inputs, layer)
+
+
+_PROJECTIONS = {"q_proj_weight": "query", "k_proj_weight": "key", "v_proj_weight": "value"}
+"""Weights of a MultiheadAttention with one for each tensor, and the tensor."""
 
 
 def _call(

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from secateur.base.errors import ArgumentError
 from secateur.base.sections import Strict
-from secateur.nn.hooks import watched_inputs
+from secateur.nn.hooks import watched_weights
 from secateur.pruning.decision import PruningContext, PruningDecision
 from secateur.sparsity import masks
 from secateur.sparsity.choices import number_pruned
@@ -91,15 +91,17 @@ def _second_moments(
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
 
-    def add(name: str, inputs: Tensor) -> None:
-        layer = layers[name]
-        if isinstance(layer, nn.Conv2d):
+    def add(name: str, inputs: Tensor, layer: nn.Module | None) -> None:
+        if isinstance(layers[name], nn.Conv2d):
+            if not isinstance(layer, nn.Conv2d):
+                raise ArgumentError("skip", f"{name} is used outside of its layer; skip it", [])
             inputs = _patches(layer, inputs)
         flat = inputs.flatten(0, -2).cpu().double()
         sums[name] = sums.get(name, torch.zeros(())) + flat.T @ flat
         counts[name] = counts.get(name, 0) + len(flat)
 
-    with watched_inputs(layers, add), torch.no_grad():
+    weights = {name: layer.weight for name, layer in layers.items()}
+    with watched_weights(context.model, weights, add), torch.no_grad():
         context.model.eval()(context.images.to(next(context.model.parameters()).device))
     return {name: total / counts[name] for name, total in sums.items()}
 

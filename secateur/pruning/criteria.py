@@ -40,10 +40,9 @@ from torch.nn import functional as F
 
 from secateur.base.errors import ArgumentError, PruningError
 from secateur.channels import scales
-from secateur.nn.hooks import watched_inputs
+from secateur.nn.hooks import watched_weights
 from secateur.nn.outputs import class_scores
 from secateur.pruning.decision import PruningContext
-from secateur.sparsity import masks
 from secateur.sparsity.choices import Granularity, magnitude_scores
 from secateur.sparsity.scores import choice_shape, scores_of_weight
 
@@ -138,35 +137,35 @@ def loss_increases(context: PruningContext, weights: Mapping[str, Tensor]) -> di
 
 
 def input_products(context: PruningContext, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """|w| * ||x|| of every entry of the weights among these parameters that are of a convolution or
-    a linear layer, with ||x|| the norm of the input channel over all images and positions; zero if
-    the layer never runs."""
-    layers = {f"{name}.weight": layer for name, layer in masks.layers(context.model).items()}
-    layers = {name: layer for name, layer in layers.items() if name in weights}
+    """|w| * ||x|| of every entry of these weights of convolutions and linear maps, with ||x|| the
+    norm of the input channel over all images and positions; zero if the layer never runs.
+
+    Raises PruningError naming a weight of which it is not known what it is multiplied by.
+    """
     squares: dict[str, Tensor] = {}
 
-    def add(name: str, inputs: Tensor) -> None:
-        channels = 1 if isinstance(layers[name], nn.Conv2d) else inputs.dim() - 1
+    def add(name: str, inputs: Tensor, _layer: nn.Module | None) -> None:
+        channels = inputs.dim() - (1 if weights[name].dim() == 2 else 3)
         square = inputs.square().sum([a for a in range(inputs.dim()) if a != channels])
         squares[name] = squares[name] + square if name in squares else square
 
-    with watched_inputs(layers, add), _evaluated(context.model), torch.no_grad():
+    with watched_weights(context.model, weights, add), _evaluated(context.model), torch.no_grad():
         context.model(context.images.to(next(context.model.parameters()).device))
     nothing = torch.zeros(())
     return {
-        name: weights[name].detach().abs()
-        * (_by_column(squares[name].sqrt(), layer) if name in squares else nothing)
-        for name, layer in layers.items()
+        name: weight.detach().abs()
+        * (_by_column(squares[name].sqrt(), weight) if name in squares else nothing)
+        for name, weight in weights.items()
     }
 
 
-def _by_column(norms: Tensor, layer: nn.Conv2d | nn.Linear) -> Tensor:
+def _by_column(norms: Tensor, weight: Tensor) -> Tensor:
     """Norms of a layer's input channels, broadcastable to its weight."""
-    if isinstance(layer, nn.Linear):
+    if weight.dim() == 2:
         return norms
-    rows = norms.view(layer.groups, 1, -1)
-    rows = rows.expand(layer.groups, layer.out_channels // layer.groups, -1)
-    return rows.reshape(layer.out_channels, -1, 1, 1)
+    filters, groups = len(weight), len(norms) // weight.shape[1]
+    rows = norms.view(groups, 1, -1).expand(groups, filters // groups, -1)
+    return rows.reshape(filters, -1, 1, 1)
 
 
 def _gradients(
