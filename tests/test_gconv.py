@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from secateur.base import plugin
-from secateur.base.errors import PruningError, SettingsError
+from secateur.base.errors import ArgumentError, PruningError, SettingsError
 from secateur.gconv import config, permutation
 from secateur.nn import cost
 from secateur.pruners import gconv
@@ -112,10 +112,10 @@ def test_a_layer_that_is_skipped_is_left_alone():
 
 def test_nothing_to_divide_is_said():
     linear = nn.Sequential(nn.Flatten(), nn.Linear(48, 10))
-    with pytest.raises(PruningError, match="no convolution, or all are skipped"):
+    with pytest.raises(ArgumentError, match="no convolution, or all are skipped"):
         chosen = gconv.Settings(groups=2, criterion="taylor")
         gconv.prune(chosen, PruningContext(linear, torch.randn(2, 3, 4, 4), torch.tensor([0, 1])))
-    with pytest.raises(PruningError, match="meets the budget as it is"):
+    with pytest.raises(ArgumentError, match="search: the network meets the budget as it is"):
         prune(small(), search={"max_params": 10**9})
 
 
@@ -276,7 +276,7 @@ def test_there_is_one_way_to_say_how_many(chosen, said):
 
 
 def test_no_layer_that_can_have_groups_is_an_error():
-    with pytest.raises(PruningError, match="no convolution can have groups as asked: groups 7"):
+    with pytest.raises(ArgumentError, match="groups = 7: no convolution can have groups as asked"):
         prune(small(), groups=7)
 
 
@@ -332,7 +332,7 @@ def test_knapsack_keeps_at_least_what_the_others_keep():
 
 
 def test_a_budget_that_cannot_be_met_says_by_how_much():
-    with pytest.raises(PruningError, match=r"max_params = 5,000 is exceeded by [\d,]+ \(the least"):
+    with pytest.raises(ArgumentError, match=r"max_params = 5,000 is exceeded by [\d,]+"):
         prune(small(), search={"max_params": 5_000})
 
 

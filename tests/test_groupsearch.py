@@ -10,7 +10,7 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from secateur.base import plugin
-from secateur.base.errors import PruningError
+from secateur.base.errors import ArgumentError
 from secateur.gconv import permutation, search
 from secateur.gconv.search import Budget, Candidate, SearchSpace
 from secateur.sparsity.masks import layers
@@ -77,10 +77,10 @@ def test_what_is_not_grouped_counts_too():
 @pytest.mark.parametrize("strategy", ["knapsack", "max_cost"])
 def test_a_budget_that_cannot_be_met_says_by_how_much(strategy):
     problem = table(params=70, a=(1.0, 0.6), b=(1.0,))
-    with pytest.raises(PruningError, match=r"max_params = 1,500 is exceeded by 70 \(the least is"):
+    with pytest.raises(ArgumentError, match=r"max_params = 1,500 is exceeded by 70 \(the least is"):
         search.search(problem, Budget(1500), strategy)
     both = r"exceeded by 1 .* and max_macs = 1 is exceeded by 14,999"
-    with pytest.raises(PruningError, match=both):
+    with pytest.raises(ArgumentError, match=both):
         search.search(problem, Budget(1569, 1), strategy)
 
 
@@ -120,7 +120,7 @@ def test_never_over_the_budget_and_knapsack_is_the_best_there_is(given):
     most = brute_force(problem, budget)
     if most is None:
         for strategy in ("knapsack", "max_cost"):
-            with pytest.raises(PruningError, match="the budget cannot be met"):
+            with pytest.raises(ArgumentError, match="search: the budget cannot be met"):
                 search.search(problem, budget, strategy)
         return
     exact = search.knapsack(problem, budget)

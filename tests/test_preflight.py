@@ -52,6 +52,22 @@ def network(tmp_path, monkeypatch):
             {"pruner": "network_slimming"},
             r"^params\.yaml: pruners\.network_slimming\.coupled = 'skip': no scale of a batch",
         ),
+        (
+            {
+                "pruner": "magnitude",
+                "pruners__magnitude__granularity": "filter",
+                "pruners__magnitude__criterion": "bn_scale",
+            },
+            r"^params\.yaml: pruners\.magnitude\.criterion = 'bn_scale': .* conv1 have no batch",
+        ),
+        (
+            {"pruner": "gconv", "pruners__gconv__groups": 7},
+            r"^params\.yaml: pruners\.gconv\.groups = 7: no convolution can have groups",
+        ),
+        (
+            {"pruner": "gconv", "pruners__gconv__skip": ["conv1", "conv2"]},
+            r"^params\.yaml: pruners\.gconv\.skip: the network has no convolution, or all are",
+        ),
         ({"pruner": "chosen", "penalty": "l1"}, "penalty l1 chooses no weights"),
         ({"penalty": "rigl", "penalties__rigl__skip": ["conv7"]}, "conv7 matches no layer"),
         ({"penalty": "gradual", "penalties__gradual__end": 1501}, r"sparse_train\.epochs = 150: "),

@@ -17,7 +17,7 @@ import numpy as np
 from scipy.optimize import LinearConstraint, milp
 from scipy.sparse import csr_array
 
-from secateur.base.errors import PruningError
+from secateur.base.errors import ArgumentError, PruningError
 
 Strategy = Literal["knapsack", "max_cost"]
 
@@ -108,7 +108,7 @@ def candidates(
 
 
 def cheapest(space: SearchSpace, budget: Budget) -> Assignment:
-    """The most groups in every layer; PruningError with the excess if that exceeds the budget."""
+    """The most groups in every layer; ArgumentError with the excess if that exceeds the budget."""
     assignment = space.assignment({name: options[-1] for name, options in space.layers.items()})
     over = budget.excess(assignment)
     if over:
@@ -118,9 +118,10 @@ def cheapest(space: SearchSpace, budget: Budget) -> Assignment:
             f"{key} = {limits[key]:,} is exceeded by {by:,} (the least is {has[key]:,})"
             for key, by in over.items()
         )
-        raise PruningError(
+        raise ArgumentError(
+            "search",
             f"the budget cannot be met: with the most groups that every layer may have, {reasons}; "
-            "allow more, or more groups (max_groups, min_channels_per_group, depthwise)"
+            "allow more, or more groups (max_groups, min_channels_per_group, depthwise)",
         )
     return assignment
 

@@ -15,7 +15,7 @@ from typing import Annotated, Self
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from secateur.base.errors import ArgumentError, PruningError, SettingsError
+from secateur.base.errors import ArgumentError, SettingsError
 from secateur.base.sections import Strict
 from secateur.gconv import config, permutation, search
 from secateur.gconv.search import Assignment, Budget, Candidate, SearchSpace, Strategy
@@ -88,9 +88,9 @@ class Settings(permutation.PermutationSettings):
 def prune(settings: Settings, context: PruningContext) -> PruningDecision:
     """Masks of all convolutions that get groups; kernels are masked as a whole.
 
-    Raises PruningError if no layer can have groups or if a budget cannot be met (with the excess),
-    ArgumentError for a file that cannot be read or is for another network, and for a layer that
-    does not exist.
+    Raises ArgumentError if no layer can have groups, if the network meets the budget as it is, if
+    a budget cannot be met (with the excess), for a file that cannot be read or is for another
+    network, and if a layer is named that does not exist.
     """
     convolutions = config.convolutions(context.model)
     layers = _prunable(settings, convolutions)
@@ -102,9 +102,9 @@ def prune(settings: Settings, context: PruningContext) -> PruningDecision:
         wanted = _given(settings, context.model, layers)
     groups = {n: g for n, g in wanted.items() if g > 1 and g > layers[n].groups}
     if not groups and "search_share" in report.notes:
-        raise PruningError(f"the network meets the budget as it is: {report.lines[0]}")
+        raise ArgumentError("search", f"the network meets the budget as it is: {report.lines[0]}")
     if not groups:
-        raise PruningError(f"no convolution can have groups as asked: {_asked(settings)}")
+        raise _refused(settings)
     masks, shares = {}, {}
     for name, number in groups.items():
         layer, scores = layers[name], importance[name]
@@ -171,7 +171,7 @@ def _prunable(settings: Settings, convolutions: Mapping[str, nn.Conv2d]) -> dict
             raise ArgumentError("skip", "there is no such convolution", name)
     layers = {n: conv for n, conv in convolutions.items() if n not in settings.skip}
     if not layers:
-        raise PruningError("pruner gconv: the network has no convolution, or all are skipped")
+        raise ArgumentError("skip", "the network has no convolution, or all are skipped")
     return layers
 
 
@@ -284,7 +284,8 @@ def _described(found: Assignment) -> str:
     return f"{found.params:,} parameters, {found.macs:,} MACs, {found.share:.2%} kept on average"
 
 
-def _asked(settings: Settings) -> str:
+def _refused(settings: Settings) -> ArgumentError:
+    """The argument that says how many groups there are to be, if no layer can have them."""
     ways = ("groups", "channels_per_group", "config")
-    given = [(way, getattr(settings, way)) for way in ways]
-    return ", ".join(f"{way} {value}" for way, value in given if value) or str(settings.search)
+    way, number = next((way, v) for way in ways if (v := getattr(settings, way)) is not None)
+    return ArgumentError(way, "no convolution can have groups as asked", number)

@@ -59,8 +59,8 @@ def scores(
 ) -> dict[str, Tensor]:
     """Score of every group of these layers, by the weight's parameter name.
 
-    Raises ArgumentError for a criterion that is not defined at this granularity, PruningError
-    naming the layer if it lacks what the criterion is computed from.
+    Raises ArgumentError for a criterion that is not defined at this granularity, and for bn_scale
+    naming a layer without scales; PruningError for images that it cannot be computed from.
     """
     names = [f"{name}.weight" for name in layers]
     return parameter_scores(context, names, granularity, criterion)
@@ -220,9 +220,10 @@ def _bn_scale(
     found = _largest_scales(context, layers, granularity)
     for layer, score in found.items():
         if bool(score.isnan().any()):
-            raise PruningError(
-                f"criterion bn_scale: {granularity}s of layer {layer} have no batch "
-                "normalisation with scales"
+            raise ArgumentError(
+                "criterion",
+                f"{granularity}s of layer {layer} have no batch normalisation with scales",
+                "bn_scale",
             )
     pairs = zip(weights.items(), found.values(), strict=True)
     return {name: own.view(choice_shape(weight, granularity)) for (name, weight), own in pairs}
