@@ -72,6 +72,14 @@ def test_axes_are_combined_and_their_values_filled_in(write_study):
     }  # fmt: skip
 
 
+def test_studies_are_listed_with_what_they_compare(write_study, capsys, tmp_path):
+    write_study(about="criteria at equal MACs")
+    (tmp_path / "studies/broken.yaml").write_text("about: [")
+    with pytest.raises(SettingsError, match=r"studies/broken\.yaml"):
+        run.command(build_parser().parse_args(["study"]))
+    assert capsys.readouterr().out == "mine    criteria at equal MACs\n"
+
+
 def test_exclude_takes_any_value_that_an_axis_has(write_study):
     axes = {"prune.remove_dead": [True, False], "decay": ["1e-4", 0.001]}
     hidden = {"archs.lenet300.hidden": [[300, 100], [30, 10]]}

@@ -8,10 +8,12 @@ import shutil
 import subprocess
 from argparse import Namespace
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from matplotlib.figure import Figure
 from scipy import stats
 
@@ -256,6 +258,35 @@ def test_a_damaged_workspace_costs_compare_one_line(damaged, experiments, tmp_pa
     assert len(json.loads(output.out)) == 2
     (line,) = output.err.splitlines()
     assert line.startswith("workspace: left out: ") and damaged in line
+
+
+@pytest.mark.parametrize(
+    ("changed", "inputs", "stage"),
+    [({}, "a", None), ({"decay": 0.5}, "a", "sparse-train"), ({}, "b", "sparse-train")],
+)
+def test_compare_leaves_out_a_workspace_of_other_settings(
+    changed, inputs, stage, experiments, tmp_path, capsys
+):
+    experiments(1, seeds=(1,))
+    params = yaml.safe_load(Path(results.PARAMS).read_text()) | {"decay": 0.1}
+    lock = {
+        "baseline": {"deps": [], "outs": [{"path": "models/baseline", "md5": "a"}]},
+        "sparse-train": {
+            "deps": [
+                {"path": "models/baseline", "md5": inputs},
+                {"path": "secateur/nn", "md5": "c"},
+            ],
+            "params": {"params.yaml": {"seed": params["seed"], "decay": params["decay"]}},
+            "outs": [{"path": "models/sparse", "md5": "d"}],
+        },
+    }
+    (tmp_path / "dvc.lock").write_text(yaml.safe_dump({"stages": lock}))
+    (tmp_path / results.PARAMS).write_text(yaml.safe_dump(params | changed))
+    compare.command(Namespace(experiment=[], all=False, sort="final", json=True, csv=False))
+    output = capsys.readouterr()
+    names = [row["experiment"] for row in json.loads(output.out)]
+    assert ("workspace" in names) == (stage is None)
+    assert ("(stage sparse-train)" in output.err) == (stage is not None)
 
 
 @pytest.mark.parametrize("methods", [3, 40])

@@ -66,6 +66,37 @@ def outs(commits: Iterable[str]) -> dict[str, dict[str, str]]:
     return found
 
 
+def outdated_stage(folder: Path, params: Mapping[str, Any]) -> str | None:
+    """A stage in the lock files of this folder whose result is of other settings than `params`.
+
+    That is one whose locked parameters differ from the content of params.yaml, or whose inputs are
+    not the outs that the lock files have for the stages before it, as after an interrupted run.
+    """
+    stages: dict[str, Any] = {}
+    for lock in LOCKS:
+        if (folder / lock).exists():
+            content = yaml.load((folder / lock).read_bytes(), YAML_LOADER) or {}
+            stages |= content.get("stages", {})
+    made = {
+        out["path"]: out.get("md5") for stage in stages.values() for out in stage.get("outs", ())
+    }
+    for name, stage in stages.items():
+        locked = stage.get("params", {}).get("params.yaml", {})
+        if any(_value(params, key) != value for key, value in locked.items()):
+            return name
+        if any(made.get(dep["path"], dep.get("md5")) != dep.get("md5") for dep in stage["deps"]):
+            return name
+    return None
+
+
+def _value(params: Mapping[str, Any], key: str) -> Any:
+    """The value of a dotted key; None without one."""
+    value: Any = params
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
 def _in_lock(lock: bytes | None) -> dict[str, str]:
     """Path -> hash of the outs in a dvc.lock; none if it is damaged."""
     try:

@@ -212,6 +212,12 @@ def names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
+def about(name: str) -> str:
+    """The line of a study's file that says what it compares; SettingsError for a damaged file."""
+    path = FOLDER / f"{name}.yaml"
+    return validated(_WRITTEN, read_yaml(path, SettingsError), str(path), SettingsError).about
+
+
 def _cells(
     name: str,
     written: _Written,

@@ -146,11 +146,26 @@ def commits(names: Iterable[str], revision: str | None = None) -> dict[str, str]
 
 
 def workspace() -> Result | None:
-    """The result in the project's folder; None without one. A damaged one costs one line."""
+    """The result in the project's folder; None without one.
+
+    One that is damaged, or of other settings than params.yaml has now, costs one line.
+    """
     try:
-        return parse("workspace", Path(PARAMS).read_bytes(), Path(REPORT).read_bytes())
+        found = parse("workspace", Path(PARAMS).read_bytes(), Path(REPORT).read_bytes())
+        settings = yaml.load(Path(PARAMS).read_bytes(), YAML_LOADER)
+        stage = tracked.outdated_stage(Path.cwd(), settings)
+        if stage is None:
+            return found
+        print(
+            f"workspace: left out: {PARAMS} has changed since {REPORT} was made (stage {stage}); "
+            "run `dvc repro`",
+            file=sys.stderr,
+            flush=True,
+        )
     except FileNotFoundError:
         pass
+    except (yaml.YAMLError, KeyError, AttributeError, TypeError) as error:
+        print(f"workspace: left out: dvc.lock: {cut(repr(error))}", file=sys.stderr, flush=True)
     except (OSError, SecateurError) as error:
         print(f"workspace: left out: {error}", file=sys.stderr, flush=True)
     return None

@@ -8,7 +8,7 @@ secateur study NAME                runs it; interrupted at any moment, the same 
 import argparse
 from pathlib import Path
 
-from secateur.base.errors import SecateurError
+from secateur.base.errors import SecateurError, SettingsError
 from secateur.pipeline import console
 from secateur.pipeline.params_file import read as read_params
 from secateur.studies import definition, estimate, marks, plan, progress
@@ -24,8 +24,7 @@ from secateur.studies.progress import Progress, executor_of
 def command(options: argparse.Namespace) -> None:
     """`secateur study`: list studies, show the plan of one, or run it."""
     if options.name is None:
-        for name in definition.names():
-            console.say(name)
+        _list()
         return
     if options.latency:
         from secateur.deploy import layer_times
@@ -48,6 +47,19 @@ def command(options: argparse.Namespace) -> None:
         failed = run(state, study, made, options)
     if failed:
         raise SecateurError(failed)
+
+
+def _list() -> None:
+    """Print a line for each study; SettingsError at the end if a file is damaged."""
+    names, damaged = definition.names(), []
+    width = max(map(len, names), default=0)
+    for name in names:
+        try:
+            console.say(f"{name:{width}}  {definition.about(name)}")
+        except SettingsError as error:
+            damaged.append(str(error))
+    if damaged:
+        raise SettingsError("; ".join(damaged))
 
 
 def prepare(state: Snapshot, study: Study) -> Plan:
