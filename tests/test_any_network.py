@@ -99,7 +99,7 @@ def with_result():
 
 TAYLOR = secateur.pruners.magnitude(criterion="taylor")
 WRONG = {
-    "no network": (lambda: {"model": "resnet18"}, "model: a str; a torch.nn.Module"),
+    "no network": (lambda: {"model": "resnet18"}, "model: a str; an instance of torch.nn.Module"),
     "float64": (lambda: {"images": IMAGES.double()}, r"images: torch.float64; float32 .*float\(\)"),
     "float16": (lambda: {"images": IMAGES.half()}, "images: torch.float16; float32"),
     "NaN": (lambda: {"images": with_nan(IMAGES.clone())}, "images: some values are NaN"),
@@ -222,3 +222,43 @@ def test_two_bounds_may_meet_channels_in_different_ways():
     net = Bounded(lambda m, a, b, c: a.clamp(b.mean(1, keepdim=True), c) + b)
     found = secateur.prune(net, IMAGES, secateur.pruners.magnitude(granularity="weight"))
     assert found.model.a.out_channels == 8
+
+
+UNDEFINED_AT_ZERO = {
+    "quotient": lambda m, a, b, c: a / b.abs() + c,
+    "logarithm": lambda m, a, b, c: a + b.abs().log() + c,
+}
+
+
+@pytest.mark.parametrize("kind", UNDEFINED_AT_ZERO)
+def test_code_that_zeros_do_not_suit_is_told_as_such(kind):
+    net = Bounded(UNDEFINED_AT_ZERO[kind])
+    with pytest.raises(PruningError, match="divides by such a channel, or takes its logarithm"):
+        secateur.prune(net, IMAGES, HALF)
+
+
+class InPlace(nn.Module):
+    """A layer reads a tensor that an operation in place then changes."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+        self.fc = nn.Linear(8, 5)
+        with torch.no_grad():
+            self.a.weight[0], self.a.bias[0] = 0.0, -1.0  # b reads -1, c reads 0
+
+    def forward(self, x):
+        x = self.a(x)
+        return self.fc(F.relu(self.b(x) + self.c(F.relu_(x))).mean((2, 3)))
+
+
+def test_constants_are_those_from_before_an_operation_in_place():
+    net = InPlace()
+    pruner = secateur.pruners.magnitude(granularity="group", ratios={"c": 0.5})
+    found = secateur.prune(net, IMAGES, pruner)
+    kept = torch.isin(net.fc.weight, found.model.fc.weight).all(0)
+    with torch.no_grad():
+        net.fc.weight[:, ~kept] = 0.0
+        torch.testing.assert_close(found.model(IMAGES), net(IMAGES))
+    assert found.model.c.out_channels == int(kept.sum()) == 4
+    assert found.model.a.out_channels == 7

@@ -128,7 +128,8 @@ class LayerInput:
         rows = by_channel(x, axis)
         high, low = rows.amax(dim=1), rows.amin(dim=1)  # NaN if one entry is
         zero, constant = (high == 0) & (low == 0), ~high.isnan()
-        values = x if bool((constant & ~zero).any()) else None  # all inputs would fill the memory
+        # a copy, since an operation in place may follow; of all inputs it would fill the memory
+        values = x.clone() if bool((constant & ~zero).any()) else None
         least = rows.nan_to_num(nan=torch.inf).amin(dim=1)  # finite if one entry is a number
         return cls(values, zero, constant, least.isinf())
 

@@ -23,7 +23,7 @@ def verify(masked: nn.Module, compact: Compact, images: Tensor, tolerance: float
 
     A network may return several tensors, each of which is compared with its counterpart. Raises
     PruningError naming the first layer that differs by more than `tolerance`, and for a network
-    whose results are random.
+    whose results are random, or not finite once what is pruned is zero.
     """
     expected, actual = _outputs(masked, images), _outputs(compact.model, images)
     differences = [_difference(*pair) for pair in zip(expected, actual, strict=True)]
@@ -31,6 +31,12 @@ def verify(masked: nn.Module, compact: Compact, images: Tensor, tolerance: float
     if worst <= tolerance:
         return worst
     _refuse_random(expected, _outputs(masked, images))
+    if not all(bool(t.isfinite().all()) for t in expected):
+        raise PruningError(
+            "with the pruned channels at zero, outputs of the network are not finite, so that "
+            "nothing can be proved: its code divides by such a channel, or takes its logarithm; skip "
+            "the layers that make it, or add a small number to it there"
+        )
     where, by = _first_difference(masked, compact, images[:8], tolerance) or ("the output", worst)
     raise PruningError(
         f"the compact network is not the masked one: {where} differs by {by:.2g} of its largest "
