@@ -38,9 +38,9 @@ CLASSES = 5
 class Written(nn.Module):
     """One block with queries, keys and values as layers of their own, and einsum."""
 
-    def __init__(self, split):
+    def __init__(self, split, scaled=lambda _, scores: scores / math.sqrt(4)):
         super().__init__()
-        self.split, self.heads, self.width = split, 3, 4
+        self.split, self.scaled, self.heads, self.width = split, scaled, 3, 4
         self.patches = nn.Conv2d(3, 10, 4, 4)
         self.token = nn.Parameter(torch.randn(1, 1, 10))
         self.norm = nn.LayerNorm(10)
@@ -53,7 +53,7 @@ class Written(nn.Module):
         x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], dim=1)
         y = self.norm(x)
         q, k, v = (self.split(self, layer(y)) for layer in (self.q, self.k, self.v))
-        scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(4)
+        scores = self.scaled(self, torch.einsum("bqhd,bkhd->bhqk", q, k))
         mixed = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v).flatten(2)
         return self.head((x + self.out(mixed))[:, 0])
 
@@ -219,6 +219,35 @@ def test_heads_whose_number_stands_in_the_code_are_locked():
     _, _, graph = followed(lambda: Written(lambda _, x: x.unflatten(-1, (3, -1))), 8)
     assert [group.name for group in free(graph)] == ["patches"]
     assert "stands in the code" in graph.group("q").locked
+
+
+CALCULATED = {
+    "divided": lambda net, scores: scores / math.sqrt(12 // net.heads),
+    "root": lambda net, scores: scores / math.sqrt(net.heads),
+    "power": lambda net, scores: scores * net.heads**-0.5,
+    "factor": lambda net, scores: scores * net.heads,
+    "sizes": lambda net, scores: scores * (scores.shape[-1] // net.heads),
+}
+
+
+@pytest.mark.parametrize("kind", CALCULATED)
+def test_heads_whose_number_the_code_calculates_with_are_locked(kind):
+    """The scale stays what it was, so that the network computes the same without other channels."""
+
+    def make():
+        return Written(lambda net, x: x.unflatten(-1, (net.heads, -1)), CALCULATED[kind])
+
+    model, batch, graph = followed(make, 8)
+    assert [group.name for group in free(graph)] == ["patches"]
+    assert graph.group("q").locked == "the code calculates with heads"
+    check(model, graph, {"patches": torch.tensor([1, 4, 6])}, batch)
+
+
+def test_a_width_that_the_code_calculates_from_the_number_of_heads_locks_them():
+    _, _, graph = followed(
+        lambda: Written(lambda n, x: x.unflatten(-1, (n.heads, 12 // n.heads))), 8
+    )
+    assert graph.group("q").locked == "the code calculates with heads"
 
 
 @pytest.mark.parametrize("key", ["k", "mask"])

@@ -37,6 +37,9 @@ def _keep_traced(name: str) -> None:
     plain = getattr(int, name)
 
     def traced(self: int, *others: Any) -> Any:
+        for other in others:
+            if isinstance(other, AttributeSize):
+                other.calculated = True
         result = plain(self, *others)
         if not isinstance(result, int):
             return result
@@ -56,13 +59,16 @@ for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "floordiv", "rfloordi
 class AttributeSize(int):
     """A size that a module of the network holds as an attribute, such as its number of heads.
 
-    It can change with the channels that it counts. Arithmetic with it gives a plain number.
+    It can change with the channels that it counts. Arithmetic with it gives a plain number, and
+    notes that there is a number that would change with it.
     """
 
     module: str
     """Path of the module."""
     key: str
     """Name of the attribute."""
+    calculated: bool = False
+    """The network's code calculates with it."""
 
     @classmethod
     def of(cls, value: int, module: str, key: str) -> "AttributeSize":
@@ -70,6 +76,30 @@ class AttributeSize(int):
         size = cls(value)
         size.module, size.key = module, key
         return size
+
+    @property
+    def path(self) -> str:
+        """Path of the attribute."""
+        return f"{self.module}.{self.key}".lstrip(".")
+
+
+def _note_calculation(name: str) -> None:
+    plain = getattr(int, name)
+
+    def noted(self: AttributeSize, *others: Any) -> Any:
+        if any(isinstance(other, TracedSize) for other in others):
+            return NotImplemented  # so that the result is a TracedSize
+        self.calculated |= all(isinstance(other, int | float) for other in others)
+        return plain(self, *others)
+
+    setattr(AttributeSize, name, noted)
+
+
+for _name in (
+    *("add", "radd", "sub", "rsub", "mul", "rmul", "floordiv", "rfloordiv", "mod", "rmod", "neg"),
+    *("truediv", "rtruediv", "pow", "rpow", "float"),
+):
+    _note_calculation(f"__{_name}__")
 
 
 @dataclass(frozen=True)

@@ -50,10 +50,12 @@ def settle(views: Sequence[View], canonical_of: Callable[[Tensor], Tensor]) -> S
     """What the views demand, once it is known which ids are one channel.
 
     Where channels differ along one axis alone, of a size that is an attribute's, the attribute
-    counts them; if the size stands in the code, they are locked. If they differ along other axes
-    too, each position of the former is a part of a balance.
+    counts them, unless the code calculates with it; if the size stands in the code, they are
+    locked. If they differ along other axes too, each position of the former is a part of a balance.
     """
     settled, constant = Settled(), set[Attribute]()
+    calculated: dict[Attribute, str] = {}  # and why it cannot change
+    first: list[tuple[Tensor, str]] = []
     for view in views:
         known = canonical_of(view.ids)
         varying = [axis for axis in range(known.dim()) if not _alike(known, axis)]
@@ -62,9 +64,11 @@ def settle(views: Sequence[View], canonical_of: Callable[[Tensor], Tensor]) -> S
         for axis, size in enumerate(view.sizes):
             if isinstance(size, AttributeSize) and axis != counting:
                 constant.add((size.module, size.key))
+            if isinstance(size, AttributeSize) and size.calculated:
+                calculated[size.module, size.key] = f"the code calculates with {size.path}"
             if isinstance(size, TracedSize) and size.counted is not None:
                 along = _along(view.ids, axis) if axis in varying else None
-                settled.locks += _foreign(view.node, size, along, canonical_of)
+                first += _foreign(view.node, size, along, canonical_of)
         if counting is not None and isinstance(size := view.sizes[counting], AttributeSize):
             settled.locks += _count(settled.counts, size, _along(view.ids, counting), canonical_of)
         elif fixed and fixed == varying:
@@ -74,6 +78,8 @@ def settle(views: Sequence[View], canonical_of: Callable[[Tensor], Tensor]) -> S
             parts = view.ids.movedim(fixed, tuple(range(len(fixed))))
             rows = parts.flatten(0, len(fixed) - 1).flatten(1)
             settled.balances.append((view.node, list(rows)))
+    first += [(settled.counts.pop(k), why) for k, why in calculated.items() if k in settled.counts]
+    settled.locks = first + settled.locks  # the first reason for a lock counts
     for key in sorted(constant & settled.counts.keys()):
         reason = f"{'.'.join(filter(None, key))} is the size of something else too"
         settled.locks.append((settled.counts.pop(key), reason))

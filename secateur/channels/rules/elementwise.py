@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from secateur.base.errors import PruningError
-from secateur.channels.ids import ChannelIds, NamedTensor
+from secateur.channels.ids import AttributeSize, ChannelIds, NamedTensor
 from secateur.channels.rules.call import Call
 
 SUMS = ("add", "add_", "iadd", "sub", "sub_", "isub")
@@ -28,6 +28,9 @@ def unchanged_module(call: Call, module: nn.Module, x: ChannelIds) -> ChannelIds
 
 def combine(call: Call, a: Any, b: Any, *_: Any, **__: Any) -> Any:
     """Two tensors, entry by entry: equal positions become one channel."""
+    for v in (a, b):
+        if isinstance(v, AttributeSize):
+            v.calculated = True
     sides = [
         call.channels(v) if isinstance(v, NamedTensor) and v.tensor.numel() > 1 else v
         for v in (a, b)
