@@ -265,6 +265,13 @@ def normed():
     return Net(lambda n, x: n.all(x), all=nn.Sequential(*layers))
 
 
+def plain_norms():
+    """Normalisations without entries for channels."""
+    layers = (conv(3, 5), nn.InstanceNorm2d(5), conv(5, 6), nn.GroupNorm(6, 6, affine=False),
+              nn.ReLU(), conv(6, 7), nn.LayerNorm([SIDE, SIDE]), conv(7, 4))  # fmt: skip
+    return Net(lambda n, x: n.all(x), all=nn.Sequential(*layers))
+
+
 def shared():
     def run(n, x):
         x = n.a(x)
@@ -401,7 +408,7 @@ SMALL = [
     depthwise, multiplier, grouped, shuffled, shuffle_module, halves, unequal, picked, subscripted,
     selected, excited, convnext, scaled, normed, shared, deep, attended, Own, permuted, swapped,
     permuted_take, norm_twice, tied, aliased, deep_then_grouped, mirrored, up_again, pixelwise,
-    positioned, frozen, gated,
+    positioned, frozen, gated, plain_norms,
 ]  # fmt: skip
 
 
@@ -886,6 +893,20 @@ def test_a_compact_network_comes_back_from_its_file(make, tmp_path, monkeypatch)
     assert difference(more, again, batch.float()) == 0
 
 
+def test_normalisations_without_tensors_count_the_channels_that_are_left(tmp_path, monkeypatch):
+    model, graph = graph_of(plain_norms)
+    chosen = {"all.0": torch.tensor([1, 2]), "all.2": torch.tensor([0]), "all.5": torch.tensor([3])}
+    _, compact = check(model, graph, chosen, images())
+    small = compact.to(torch.float32).model
+    checkpoint.save(tmp_path / "m.safetensors", header(), small, {})
+    monkeypatch.setattr(checkpoint, "build_architecture", lambda _: build(plain_norms, 8).float())
+    for network in (small, checkpoint.load(tmp_path / "m.safetensors").model()):
+        norms = network.all
+        assert norms[1].num_features == 3
+        assert norms[3].num_groups == norms[3].num_channels == 5
+    assert model.all[1].num_features == 5
+
+
 @pytest.mark.parametrize("dead", [True, False])
 @pytest.mark.parametrize("kind", ["masks", "channels", "both"])
 def test_the_stage_takes_both_kinds_of_decisions(kind, dead, monkeypatch):
@@ -1021,9 +1042,20 @@ def layer_normed():
     return Net(lambda n, x: n.b(n.g(n.a(x))), a=conv(3, 4), g=nn.GroupNorm(2, 4), b=conv(4, 4))
 
 
+def group_normed_by_number():
+    return Net(lambda n, x: n.b(functional.group_norm(n.a(x), 4)), a=conv(3, 4), b=conv(4, 4))
+
+
+def all_normed():
+    norm = nn.LayerNorm([4, SIDE, SIDE])
+    return Net(lambda n, x: n.b(n.norm(n.a(x))), a=conv(3, 4), norm=norm, b=conv(4, 4))
+
+
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
+        (group_normed_by_number, "number of groups that stands in the code"),
+        (all_normed, "LayerNorm whose size stands in the code"),
         (hard_coded, "shape that stands in the code"),
         (weighed, "softmax"),
         (summed, "sums over them"),

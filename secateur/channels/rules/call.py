@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.base.errors import PruningError
-from secateur.channels.ids import ZERO, ChannelIds, NamedTensor
+from secateur.channels.ids import ZERO, AttributeSize, ChannelIds, NamedTensor
 from secateur.channels.visitor import Visitor
 
 Broadcasts = dict[str, tuple[bool, bool]]
@@ -60,6 +60,19 @@ class Call:
         weight = self.tensor(module, "weight")
         assert weight is not None
         return weight
+
+    def counted(self, module: nn.Module, x: ChannelIds, *keys: str) -> None:
+        """Attributes of a module without tensors are the number of channels along axis 1.
+
+        One that is another number in the whole network stays as it is.
+        """
+        path = next(path for path, other in self.modules.items() if other is module)
+        for key in keys:
+            size = AttributeSize.of(getattr(module, key), path, key)
+            if size == x.shape[1]:
+                sizes = [size if axis == 1 else -1 for axis in range(len(x.shape))]
+                self.visitor.view(self.node, sizes, x.ids)
+            self.visitor.size(size)
 
     def lock(self, x: ChannelIds, reason: str) -> None:
         """None of the channels of this tensor can be removed."""

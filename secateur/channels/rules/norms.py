@@ -29,7 +29,10 @@ def batch_norm(
 def batch_norm_module(call: Call, module: nn.Module, x: ChannelIds) -> ChannelIds:
     """See batch_norm; instance normalisation as well."""
     keys = ("running_mean", "running_var", "weight", "bias")
-    return batch_norm(call, x, *(call.tensor(module, key) for key in keys))
+    tensors = [call.tensor(module, key) for key in keys]
+    if not any(tensors):
+        call.counted(module, x, "num_features")
+    return batch_norm(call, x, *tensors)
 
 
 def layer_norm(
@@ -51,8 +54,11 @@ def layer_norm(
             call.visitor.normalise(x.axis_ids(-1))
         else:
             call.lock(x, "normalised together by a LayerNorm whose size stands in the code")
+    tensors = [t for t in (weight, bias) if t]
     if len(shape) == 1:
-        call.visitor.norm([t for t in (weight, bias) if t], "norm", x.axis_ids(-1))
+        call.visitor.norm(tensors, "norm", x.axis_ids(-1))
+    for named in tensors if len(shape) > 1 else ():
+        call.visitor.parameter(named)  # is in use; whether channels are along it has been settled
     return x
 
 
@@ -70,16 +76,21 @@ def group_norm(
     bias: NamedTensor | None = None,
     eps: Any = None,
 ) -> ChannelIds:
-    """Unchanged; channels are locked unless every channel is a group of its own."""
+    """Unchanged; channels are locked unless every channel is a group of its own in a module."""
     name = weight.name.removesuffix(".weight") if weight else ""
-    if num_groups != x.shape[1] or not isinstance(call.modules.get(name), nn.GroupNorm):
+    if num_groups != x.shape[1]:
         call.lock(x, f"normalised together with other channels by {name or 'GroupNorm'}")
+    elif not isinstance(call.modules.get(name), nn.GroupNorm):
+        call.lock(x, "normalised in a number of groups that stands in the code")
     call.visitor.norm([t for t in (weight, bias) if t], "norm", x.axis_ids(1))
     return x
 
 
 def group_norm_module(call: Call, module: nn.GroupNorm, x: ChannelIds) -> ChannelIds:
     """See group_norm."""
+    if module.weight is None and module.num_groups == module.num_channels:
+        call.counted(module, x, "num_groups", "num_channels")
+        return x
     tensors = (call.tensor(module, key) for key in ("weight", "bias"))
     return group_norm(call, x, module.num_groups, *tensors)
 
