@@ -373,6 +373,20 @@ def positioned():
     return Net(lambda n, x: n.b(n.a(x) + n.place) * n.one, a=conv(3, 5), b=conv(5, 4), **own)
 
 
+def looked_up():
+    """Terms of a table by an index of places, in another shape than the buffer's."""
+
+    def run(n, x):
+        places = n.table[n.index.view(-1)].view(SIDE, SIDE, -1).permute(2, 0, 1)
+        return n.b(n.a(x) + places.unsqueeze(0))
+
+    own = {
+        "index": torch.randint(7, (2, SIDE * SIDE // 2)),
+        "table": nn.Parameter(torch.randn(7, 5)),
+    }
+    return Net(run, a=conv(3, 5), b=conv(5, 4), **own)
+
+
 def frozen():
     norm = import_torchvision().ops.FrozenBatchNorm2d(5)
     return Net(lambda n, x: n.b(functional.relu(n.f(n.a(x)))), a=conv(3, 5), b=conv(5, 4), f=norm)
@@ -408,7 +422,7 @@ SMALL = [
     depthwise, multiplier, grouped, shuffled, shuffle_module, halves, unequal, picked, subscripted,
     selected, excited, convnext, scaled, normed, shared, deep, attended, Own, permuted, swapped,
     permuted_take, norm_twice, tied, aliased, deep_then_grouped, mirrored, up_again, pixelwise,
-    positioned, frozen, gated, plain_norms,
+    positioned, frozen, gated, plain_norms, looked_up,
 ]  # fmt: skip
 
 
@@ -1046,6 +1060,11 @@ def group_normed_by_number():
     return Net(lambda n, x: n.b(functional.group_norm(n.a(x), 4)), a=conv(3, 4), b=conv(4, 4))
 
 
+def taken_by_view():
+    order = torch.tensor([[3, 1], [0, 2]])
+    return Net(lambda n, x: n.b(n.a(x)[:, n.i.flatten()]), a=conv(3, 4), i=order, b=conv(4, 4))
+
+
 def all_normed():
     norm = nn.LayerNorm([4, SIDE, SIDE])
     return Net(lambda n, x: n.b(n.norm(n.a(x))), a=conv(3, 4), norm=norm, b=conv(4, 4))
@@ -1055,6 +1074,7 @@ def all_normed():
     ("make", "reason"),
     [
         (group_normed_by_number, "number of groups that stands in the code"),
+        (taken_by_view, "chosen by i"),
         (all_normed, "LayerNorm whose size stands in the code"),
         (hard_coded, "shape that stands in the code"),
         (weighed, "softmax"),

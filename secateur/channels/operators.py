@@ -50,6 +50,8 @@ class Operator:
     """Sums of products of two tensors over axes."""
     averages: bool = False
     """Means of its third tensor over positions, with weights from the first two: attention."""
+    moves: bool = False
+    """The entries of the result are those of one tensor, in another shape or order."""
     metadata: bool = False
     """The result is about the tensor's shape or type, not its entries."""
     keywords: tuple[tuple[str, ...], ...] = ()
@@ -154,15 +156,15 @@ OPERATORS: dict[OperatorKey, Operator] = _table(
     ),
     (Operator(elementwise.reduce), ("mean", "sum", "amax", "amin")),
     # shapes
-    (Operator(shapes.reshape, keywords=(("shape", "size"),)), ("view", "reshape")),
-    (Operator(shapes.unflatten), ("unflatten",)),
+    (Operator(shapes.reshape, moves=True, keywords=(("shape", "size"),)), ("view", "reshape")),
+    (Operator(shapes.unflatten, moves=True), ("unflatten",)),
     (Operator(shapes.flatten_module), (nn.Flatten,)),
-    (Operator(shapes.flatten), ("flatten",)),
-    (Operator(shapes.permute, keywords=(("dims",),)), ("permute",)),
-    (Operator(shapes.transpose), ("transpose",)),
-    (Operator(shapes.squeeze, keywords=(("dim",),)), ("squeeze",)),
-    (Operator(shapes.unsqueeze), ("unsqueeze",)),
-    (Operator(shapes.expand, keywords=(("size",),)), ("expand",)),
+    (Operator(shapes.flatten, moves=True), ("flatten",)),
+    (Operator(shapes.permute, moves=True, keywords=(("dims",),)), ("permute",)),
+    (Operator(shapes.transpose, moves=True), ("transpose",)),
+    (Operator(shapes.squeeze, moves=True, keywords=(("dim",),)), ("squeeze",)),
+    (Operator(shapes.unsqueeze, moves=True), ("unsqueeze",)),
+    (Operator(shapes.expand, moves=True, keywords=(("size",),)), ("expand",)),
     (Operator(shapes.expand_as), ("expand_as",)),
     (Operator(shapes.unbind), ("unbind",)),
     (Operator(shapes.roll), ("roll",)),

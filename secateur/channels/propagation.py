@@ -129,11 +129,19 @@ class Propagation(fx.Interpreter):
 
     def _apply(self, name: str, args: Any, kwargs: Any) -> Any:
         call, operator = self._call(name), operators.find(name)
+        if operator.moves and isinstance(args[0], NamedTensor) and _counts(args[0].tensor):
+            moved = getattr(args[0].tensor, name)(*args[1:], **kwargs)
+            return NamedTensor(f"{args[0].name} ({self._node})", moved)
         if operator.parametric:
             _check_parameters(call, args, kwargs)
         if not operator.raw:
             args = (call.channels(args[0]), *args[1:])
         return operator.rule(call, *args, **kwargs)
+
+
+def _counts(tensor: Tensor) -> bool:
+    """Whether the entries are whole numbers, such as those of an index, which are no channels."""
+    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
 
 
 def _check_parameters(call: Call, args: Any, kwargs: Any) -> None:
