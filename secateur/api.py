@@ -369,9 +369,20 @@ def _check_load(into: object, rename: object) -> None:
         )
 
 
+_WRAPPERS = {
+    **{"OptimizedModule": "_orig_mod", "DataParallel": "module"},
+    **{"DistributedDataParallel": "module", "FullyShardedDataParallel": "module"},
+}
+"""Types by name, since torch.compile's takes seconds to import, and where the network is."""
+
+
 def _check_model(model: nn.Module) -> None:
     """Raise SettingsError for what is no network, PruningError for one that cannot be copied."""
     _check_network("model", model)
+    if (key := _WRAPPERS.get(type(model).__name__)) in model._modules:
+        raise PruningError(
+            f"model: a {type(model).__name__} around a network; pass model.{key} instead"
+        )
     for name, parameter in model.named_parameters():
         if isinstance(parameter, UninitializedParameter):
             raise PruningError(f"model: {name} has no shape yet; call model(images) once before")
@@ -416,14 +427,23 @@ def _check_prune(
         raise SettingsError(
             f"labels: {labels.dtype} {tuple(labels.shape)}; int64 ({len(images)},) is needed"
         )
-    types = {parameter.dtype for parameter in model.parameters()}
-    if not types:
-        raise PruningError("model: has no parameters")
-    if types != {torch.float32}:
-        raise PruningError(f"model: weights are {types.pop()}; call model.float() before pruning")
+    _check_types(model)
     for name, parameter in model.named_parameters():
         if not bool(parameter.detach().isfinite().all()):
             raise PruningError(f"model: {name} has entries that are NaN or infinite")
+
+
+def _check_types(model: nn.Module) -> None:
+    """Raise PruningError naming a parameter that is not float32, if there is one."""
+    types = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    if not types:
+        raise PruningError("model: has no parameters")
+    for name, dtype in types.items():
+        if not dtype.is_floating_point:
+            raise PruningError(f"model: {name} is {dtype}; make it a buffer (register_buffer)")
+    for name, dtype in types.items():
+        if dtype != torch.float32:
+            raise PruningError(f"model: {name} is {dtype}; call model.float() before pruning")
 
 
 def _check_options(pruner: ConfiguredPruner, latency: object, remove_dead: object) -> None:

@@ -97,6 +97,20 @@ def with_result():
     return net
 
 
+def with_count():
+    net = Net().half()
+    net.count = nn.Parameter(torch.tensor([3]), requires_grad=False)
+    return net
+
+
+class OptimizedModule(nn.Module):
+    """As what torch.compile returns, which takes seconds to import."""
+
+    def __init__(self):
+        super().__init__()
+        self._orig_mod = Net()
+
+
 TAYLOR = secateur.pruners.magnitude(criterion="taylor")
 WRONG = {
     "no network": (lambda: {"model": "resnet18"}, "model: a str; an instance of torch.nn.Module"),
@@ -116,6 +130,13 @@ WRONG = {
         lambda: {"model": hooked(nn.utils.spectral_norm)},
         "model: a.weight is computed by a hook .*remove_spectral_norm",
     ),
+    "mixed": (
+        lambda: {"model": hooked(nn.Module.half)},
+        r"model: a\.weight is torch\.float16; call",
+    ),
+    "whole": (lambda: {"model": with_count()}, r"model: count is torch\.int64; make it a buffer"),
+    "compiled": (lambda: {"model": OptimizedModule()}, r"OptimizedModule .* model\._orig_mod"),
+    "parallel": (lambda: {"model": nn.DataParallel(Net())}, r"DataParallel .* pass model\.module"),
     "result": (lambda: {"model": with_result()}, "model: last is a result .* detach"),
 }
 
