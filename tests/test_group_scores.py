@@ -514,6 +514,21 @@ def test_mistakes_are_one_line(chosen, line):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("granularity", "line"),
+    [
+        (
+            "group",
+            r"no group of the network can be pruned \(0: an output of the network; input: an",
+        ),
+        ("filter", r"no layer of the network can be pruned \(0: its outputs are locked: an output"),
+    ],
+)
+def test_a_network_of_which_nothing_can_go_is_told_with_the_reasons(granularity, line):
+    with pytest.raises(SettingsError, match=line):
+        prune(nn.Sequential(nn.Conv2d(1, 4, 3)), granularity=granularity)
+
+
 def test_which_layers_may_not_choose_alone_is_told_with_the_true_reason():
     subject = context(Excited())
     reasons = unprunable_layers(subject.graph, "filter")

@@ -52,13 +52,7 @@ def ratios_by_layer(
             ratio = 0.0
         result[name] = 0.0 if name in skipped else ratio
     if not any(result.values()):
-        prunable = _shortened(name for name in names if not refused[name])
-        raise ArgumentError(
-            "ratios",
-            "nothing would be pruned; at least one layer that may be needs a ratio above 0 (they "
-            f"are: {prunable})",
-            rules,
-        )
+        raise _nothing("layer", names, {name: why for name, why in refused.items() if why}, rules)
     return result
 
 
@@ -144,14 +138,30 @@ def ratios_by_group(
             ratio = 0.0
         result[group] = ratio
     if not any(result.values()):
-        prunable = _shortened(name for name in groups if name not in refused)
-        raise ArgumentError(
-            "ratios",
-            "nothing would be pruned; at least one group that may be needs a ratio above 0 (they "
-            f"are: {prunable})",
-            rules,
-        )
+        raise _nothing("group", groups, refused, rules)
     return result
+
+
+def _nothing(
+    kind: str, names: Iterable[str], refused: Mapping[str, str], rules: Rules
+) -> ArgumentError:
+    """The error if no ratio is above 0: which layers or groups may be pruned, or why none may.
+
+    `refused` is why some may not, by name.
+    """
+    prunable = [name for name in names if name not in refused]
+    if not prunable:
+        reasons = "; ".join(f"{name}: {why}" for name, why in list(refused.items())[:3])
+        more = f"; {len(refused) - 3} more" if len(refused) > 3 else ""
+        return ArgumentError(
+            "ratios", f"no {kind} of the network can be pruned ({reasons}{more})", rules
+        )
+    return ArgumentError(
+        "ratios",
+        f"nothing would be pruned; at least one {kind} that may be needs a ratio above 0 (they "
+        f"are: {_shortened(prunable)})",
+        rules,
+    )
 
 
 def scaled(ratios: Mapping[str, float], highest: float) -> dict[str, float]:
