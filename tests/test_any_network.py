@@ -283,3 +283,48 @@ def test_constants_are_those_from_before_an_operation_in_place():
         torch.testing.assert_close(found.model(IMAGES), net(IMAGES))
     assert found.model.c.out_channels == int(kept.sum()) == 4
     assert found.model.a.out_channels == 7
+
+
+class Sequences(nn.Module):
+    """Linear layers for each step of a sequence; `first` makes (N, steps, 6) of the input."""
+
+    def __init__(self, first):
+        super().__init__()
+        self.first = first
+        self.a, self.norm, self.b = nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 6)
+        self.place, self.fc = nn.Parameter(torch.randn(1, 7, 6)), nn.Linear(6, 5)
+
+    def forward(self, x):
+        x = self.first(x) + self.place
+        return self.fc((x + self.b(self.norm(self.a(x)).relu())).mean(1))
+
+
+@pytest.mark.parametrize(
+    ("first", "shape"),
+    [
+        (lambda x: x, (7, 6)),
+        (lambda x: x.transpose(1, 2), (6, 7)),
+        (lambda x: x.unsqueeze(1).flatten(1, 2), (7, 6)),
+    ],
+)
+def test_inputs_may_be_sequences(first, shape):
+    """Against a copy of the layers: the neurons of `a` that stay, and the norm over them."""
+    net, x = Sequences(first).eval(), torch.randn(4, *shape)
+    graph = secateur.channel_graph(net, x)
+    assert [group.name for group in graph.groups if group.locked is None] == ["a"]
+    assert "an input of the network" in {group.locked for group in graph.groups}
+    found = secateur.prune(net, x, HALF).model
+    assert found.a.out_features == found.b.in_features == 4
+    rows = [int((net.a.weight == row).all(1).nonzero()) for row in found.a.weight]
+    with torch.no_grad():
+        y = first(x) + net.place
+        hidden = F.layer_norm(F.linear(y, net.a.weight[rows], net.a.bias[rows]), [4],
+                              net.norm.weight[rows], net.norm.bias[rows]).relu()  # fmt: skip
+        wanted = net.fc((y + F.linear(hidden, net.b.weight[:, rows], net.b.bias)).mean(1))
+        torch.testing.assert_close(found(x), wanted)
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (3, 8, 8)])
+def test_a_convolution_of_an_input_without_a_batch_axis_is_told(shape):
+    with pytest.raises(PruningError, match=r"images \(N, C, H, W\) .*is the batch axis missing"):
+        secateur.channel_graph(Net(), torch.randn(shape))

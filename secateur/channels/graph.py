@@ -238,9 +238,9 @@ class ChannelGraph:
 def build_channel_graph(model: nn.Module, example: Tensor) -> ChannelGraph:
     """The channel graph of a network in eval mode.
 
-    `example` is a batch of inputs, (images, channels, height, width) or (images, features), of
-    which only the shape matters. Raises PruningError naming the first operation without a rule, or
-    the first layer that never runs.
+    `example` is a batch of inputs, (images, channels, height, width), (images, features) or
+    (sequences, steps, features), of which only the shape matters. Raises PruningError naming the
+    first operation without a rule, or the first layer that never runs.
     """
     return ChannelGraph(model, trace(model), example.shape[1:])
 

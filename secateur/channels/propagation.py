@@ -66,12 +66,18 @@ class Propagation(fx.Interpreter):
             raise PruningError(f"{_place(n)}: {reason}") from None
 
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """The network's input is a batch of images of `shape`; other arguments have defaults."""
+        """The network's input is a batch of `shape`; other arguments have defaults.
+
+        Where channels are in one with two axes beside the batch, as a sequence, is not known; since
+        they are locked, they count as one.
+        """
         if args:
             return args[0]
         required = [n for n in self.graph.nodes if n.op == "placeholder" and not n.args]
         if len(required) > 1:
             raise PruningError("the network has more than one input")
+        if len(self.shape) == 2:
+            return self._call("input").opaque((BATCH_SIZE, *self.shape), "an input of the network")
         ids = self.visitor.fixed(self.shape[0], "an input of the network")
         return ChannelIds.along(1, ids, (BATCH_SIZE, *self.shape))
 

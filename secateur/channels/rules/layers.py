@@ -15,6 +15,11 @@ def conv2d(
     stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1,
 ) -> ChannelIds:  # fmt: skip
     """New ids along axis 1, one for each filter."""
+    if len(x.shape) != 4:
+        raise PruningError(
+            f"a convolution of a tensor with {len(x.shape)} axes; images (N, C, H, W) are needed: "
+            "is the batch axis missing?"
+        )
     name = weight.name.removesuffix(".weight")
     if groups > 1 and not isinstance(call.modules.get(name), nn.Conv2d):
         call.lock(x, f"read by {name}, whose groups stand in the code")
