@@ -261,11 +261,19 @@ def test_a_damaged_workspace_costs_compare_one_line(damaged, experiments, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("changed", "inputs", "stage"),
-    [({}, "a", None), ({"decay": 0.5}, "a", "sparse-train"), ({}, "b", "sparse-train")],
+    ("changed", "inputs", "report", "stage"),
+    [
+        ({}, "a", "of DVC", None),
+        ({"decay": 0.5}, "a", "of DVC", "sparse-train"),
+        ({}, "b", "of DVC", "sparse-train"),
+        ({"decay": 0.5}, "b", "of a script", None),
+        ({"sensitivity": 1}, "a", "of DVC", None),
+        ({"rounds": {"round2": {"decay": 0.1}}}, "a", "of DVC", None),
+        ({"rounds": {"round2": {"decay": 0.2}}}, "a", "of DVC", "sparse-train@round2"),
+    ],
 )
 def test_compare_leaves_out_a_workspace_of_other_settings(
-    changed, inputs, stage, experiments, tmp_path, capsys
+    changed, inputs, report, stage, experiments, tmp_path, capsys
 ):
     experiments(1, seeds=(1,))
     params = yaml.safe_load(Path(results.PARAMS).read_text()) | {"decay": 0.1}
@@ -280,13 +288,24 @@ def test_compare_leaves_out_a_workspace_of_other_settings(
             "outs": [{"path": "models/sparse", "md5": "d"}],
         },
     }
-    (tmp_path / "dvc.lock").write_text(yaml.safe_dump({"stages": lock}))
+    if report == "of DVC":
+        md5 = hashlib.md5((tmp_path / results.REPORT).read_bytes()).hexdigest()
+        lock["evaluate"] = {"deps": [], "outs": [{"path": results.REPORT, "md5": md5}]}
+    of_round = {"params": {"params.yaml": {"rounds.round2.decay": 0.1}}, "deps": []}
+    optional = {"params": {"params.yaml": {"sensitivity": 0}}, "deps": []}
+    for path, stages in {
+        "dvc.lock": lock,
+        "stages/rounds/dvc.lock": {"sparse-train@round2": of_round},
+        "stages/sensitivity/dvc.lock": {"sensitivity": optional},
+    }.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(yaml.safe_dump({"stages": stages}))
     (tmp_path / results.PARAMS).write_text(yaml.safe_dump(params | changed))
     compare.command(Namespace(experiment=[], all=False, sort="final", json=True, csv=False))
     output = capsys.readouterr()
     names = [row["experiment"] for row in json.loads(output.out)]
     assert ("workspace" in names) == (stage is None)
-    assert ("(stage sparse-train)" in output.err) == (stage is not None)
+    assert (f"(stage {stage})" in output.err) == (stage is not None)
 
 
 @pytest.mark.parametrize("methods", [3, 40])

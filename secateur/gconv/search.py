@@ -130,7 +130,7 @@ def max_cost(space: SearchSpace, budget: Budget) -> Assignment:
     """The paper's local search: from the most groups, always the layer that gains most by fewer.
 
     One candidate at a time; of equal gains, the first layer. It ends before the first step that
-    would exceed the budget. Raises PruningError as `cheapest` does.
+    would exceed the budget. Raises ArgumentError as `cheapest` does.
     """
     assignment = cheapest(space, budget)
     place = {name: len(options) - 1 for name, options in space.layers.items()}
@@ -153,7 +153,7 @@ def max_cost(space: SearchSpace, budget: Budget) -> Assignment:
 def knapsack(space: SearchSpace, budget: Budget) -> Assignment:
     """The optimum: a multiple-choice knapsack, solved by HiGHS to optimality.
 
-    Raises PruningError as `cheapest` does.
+    Raises ArgumentError as `cheapest` does.
     """
     if not budget.excess(best := space.assignment({n: o[0] for n, o in space.layers.items()})):
         return best
@@ -211,5 +211,5 @@ def uniform(space: SearchSpace, budget: Budget) -> Assignment | None:
 
 
 def search(space: SearchSpace, budget: Budget, strategy: Strategy) -> Assignment:
-    """The assignment that the strategy of that name finds; raises PruningError as it does."""
+    """The assignment that the strategy of that name finds; raises ArgumentError as it does."""
     return {"knapsack": knapsack, "max_cost": max_cost}[strategy](space, budget)

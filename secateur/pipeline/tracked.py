@@ -4,6 +4,7 @@ DVC's own view of a commit costs a second, in which it resolves all stages; here
 are read in less. What the cache lacks, a remote may still have: only DVC reads that.
 """
 
+import hashlib
 import io
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,6 +17,8 @@ from secateur.base.documents import YAML_LOADER, parse_json
 from secateur.base.errors import SecateurError, cut
 from secateur.pipeline.record import ROUND, STAGES, stage_spec
 
+MAIN_LOCK = "dvc.lock"
+ROUNDS_LOCK = str(Path(stage_spec(f"{ROUND[0]}@x").pipeline).with_suffix(".lock"))
 _PIPELINES = [*(spec.pipeline for spec in STAGES.values()), stage_spec(f"{ROUND[0]}@x").pipeline]
 LOCKS = tuple(dict.fromkeys(str(Path(file).with_suffix(".lock")) for file in _PIPELINES))
 """The lock files of all pipelines, that of further rounds included."""
@@ -66,20 +69,26 @@ def outs(commits: Iterable[str]) -> dict[str, dict[str, str]]:
     return found
 
 
-def outdated_stage(folder: Path, params: Mapping[str, Any]) -> str | None:
-    """A stage in the lock files of this folder whose result is of other settings than `params`.
+def outdated_stage(folder: Path, params: Mapping[str, Any], report: str) -> str | None:
+    """A stage on the way to this folder's `report` that was run with other settings than `params`.
 
-    That is one whose locked parameters differ from the content of params.yaml, or whose inputs are
-    not the outs that the lock files have for the stages before it, as after an interrupted run.
+    That is one whose parameters in the lock file differ from the content of params.yaml, or whose
+    inputs are not the outs of the stages before it, as after an interrupted run. Optional pipelines
+    and rounds that are gone have no part in the report. None too if the lock file is of another
+    report, as after stages that were run without DVC.
     """
     stages: dict[str, Any] = {}
-    for lock in LOCKS:
+    for lock in (MAIN_LOCK, ROUNDS_LOCK):
         if (folder / lock).exists():
             content = yaml.load((folder / lock).read_bytes(), YAML_LOADER) or {}
             stages |= content.get("stages", {})
+    rounds = {"", *params.get("rounds", {})}
+    stages = {name: stage for name, stage in stages.items() if name.partition("@")[2] in rounds}
     made = {
         out["path"]: out.get("md5") for stage in stages.values() for out in stage.get("outs", ())
     }
+    if made.get(report) != hashlib.md5((folder / report).read_bytes()).hexdigest():
+        return None
     for name, stage in stages.items():
         locked = stage.get("params", {}).get("params.yaml", {})
         if any(_value(params, key) != value for key, value in locked.items()):

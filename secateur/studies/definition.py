@@ -162,7 +162,7 @@ def load(name: str, params: Mapping[str, Any]) -> Study:
             f"study {shorten(name)}: there is none in {FOLDER}/; there are: "
             f"{', '.join(close) or 'none'}"
         )
-    written = validated(_WRITTEN, read_yaml(path, SettingsError), str(path), SettingsError)
+    written = _read(path)
     below = recipe.load(written.recipe).settings if written.recipe else {}
     common = merged(merged(rounds.start(params), below), written.settings)
     if written.search is not None:
@@ -214,8 +214,11 @@ def names() -> list[str]:
 
 def about(name: str) -> str:
     """The line of a study's file that says what it compares; SettingsError for a damaged file."""
-    path = FOLDER / f"{name}.yaml"
-    return validated(_WRITTEN, read_yaml(path, SettingsError), str(path), SettingsError).about
+    return _read(FOLDER / f"{name}.yaml").about
+
+
+def _read(path: Path) -> _Written:
+    return validated(_WRITTEN, read_yaml(path, SettingsError), str(path), SettingsError)
 
 
 def _cells(

@@ -153,7 +153,7 @@ def workspace() -> Result | None:
     try:
         found = parse("workspace", Path(PARAMS).read_bytes(), Path(REPORT).read_bytes())
         settings = yaml.load(Path(PARAMS).read_bytes(), YAML_LOADER)
-        stage = tracked.outdated_stage(Path.cwd(), settings)
+        stage = tracked.outdated_stage(Path.cwd(), settings, REPORT)
         if stage is None:
             return found
         print(
