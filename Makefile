@@ -65,6 +65,7 @@ upgrade: ## write requirements.lock with the newest versions that pyproject.toml
 	@$(PYTHON) tools/lock.py --upgrade
 
 repro: $(RUN) git  ## run the pipelines: what has changed, and nothing else
+	@python -m secateur check
 	@dvc repro dvc.yaml stages/sensitivity/dvc.yaml
 
 export: $(EXPORT) git  ## write the finetuned network for other runtimes: models/export

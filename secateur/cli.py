@@ -243,6 +243,18 @@ COMMANDS = (
         "  dvc exp apply digits-L1-0.5-s1 && dvc repro",
     ),
     Command(
+        "check",
+        "say what the stages would refuse of params.yaml, before anything runs",
+        "secateur.pipeline.params_check:command",
+        _nothing,
+        "Checks the names of plug-ins and files, every setting, the versions of libraries and, if\n"
+        "the data are prepared, whether penalty and pruner take the network. DVC itself says no\n"
+        "more than `No such file or directory` of a name that is misspelt.\n\n"
+        "examples:\n"
+        "  secateur check\n"
+        "  secateur check && dvc repro",
+    ),
+    Command(
         "compare",
         "list experiments with accuracy, compression, MACs and latency",
         "secateur.studies.compare:command",

@@ -1,12 +1,20 @@
 """Errors that the user can correct, each shown as one line and a non-zero exit status."""
 
+import difflib
 import reprlib
+from collections.abc import Iterable
 
 
 def cut(text: str, limit: int = 100) -> str:
     """The text in one line, cut with an ellipsis if it is longer than `limit` characters."""
     text = " ".join(text[: 4 * limit].split()) if len(text) > limit or "\n" in text else text
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`; did you mean X?` for the known name that is nearest to this one; empty if none is near."""
+    close = difflib.get_close_matches(name, [*known], n=1)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def shorten(value: object, limit: int = 100) -> str:

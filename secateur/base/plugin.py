@@ -4,13 +4,12 @@ A plug-in is a module; the protocols below say what each kind of module has. Typ
 down appear in annotations only: nothing here imports them when it runs.
 """
 
-import difflib
 import importlib
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args, overload
 
-from secateur.base.errors import SettingsError, cut
+from secateur.base.errors import SettingsError, cut, did_you_mean
 
 if TYPE_CHECKING:
     from torch import nn
@@ -93,12 +92,10 @@ def find(kind: Kind, name: str, key: str | None = None) -> Path:
     is_name = kind in get_args(Kind) and re.fullmatch(r"[a-z]\w{,63}", name, re.ASCII)
     if not is_name or not path.is_file():
         name = cut(name, 60)
-        close = difflib.get_close_matches(name, names(kind), n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
         raise SettingsError(
             f"params.yaml: {cut(key or KEYS[kind], 80)} = {name!r}: there is no "
             f"secateur/{kind}/{name}.py; "
-            f"there are: {', '.join(names(kind))}{hint}"
+            f"there are: {', '.join(names(kind))}{did_you_mean(name, names(kind))}"
         )
     return path
 

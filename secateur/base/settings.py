@@ -1,6 +1,5 @@
 """params.yaml -> typed, validated settings; unknown keys and impossible values are refused."""
 
-import difflib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +13,7 @@ from pydantic import (
 
 from secateur.base import plugin
 from secateur.base.documents import read_yaml
-from secateur.base.errors import ArgumentError, SettingsError, cut, shorten
+from secateur.base.errors import ArgumentError, SettingsError, cut, did_you_mean, shorten
 from secateur.base.sections import (
     NOTHING,
     Baseline,
@@ -165,19 +164,29 @@ def read(path: Path | str = FILE) -> Params:
 
     Raises SettingsError naming the key, the value and what is allowed.
     """
+    return validate(Params, _filled(_raw(path)), "")
+
+
+def _raw(path: Path | str) -> dict[str, Any]:
+    """The values of the file."""
     raw = read_yaml(Path(path), SettingsError, "; run from the project's root")
     if not isinstance(raw, dict):
         raise SettingsError(f"{path}: must be a table of settings")
-    return validate(Params, _filled(raw), "")
+    return raw
 
 
 def check(path: Path | str = FILE) -> Params:
-    """Read the whole file and validate every section, which imports every plug-in named in it.
+    """Read the whole file and validate every section: see `check_values`."""
+    return check_values(_raw(path))
+
+
+def check_values(raw: Mapping[str, Any]) -> Params:
+    """Validate every section of these values of params.yaml, which imports every plug-in in them.
 
     So a mistake in the section of the last stage, or of a plug-in that is not in use, stops the
     first stage. Raises SettingsError naming the key, the value and what is allowed.
     """
-    params = read(path)
+    params = validate(Params, _filled(raw), "")
     for kind, key in plugin.KEYS.items():
         sections: SettingsByPlugin = getattr(params, kind)
         plugin.find(kind, getattr(params, key))
@@ -342,8 +351,7 @@ def _first_line(error: ValidationError, schema: Any, where: str) -> str:
         return f"{FILE}: {renamed}{more}"
     if first["type"] == "extra_forbidden":
         allowed = sorted(_fields(schema, location[:-1]))
-        close = difflib.get_close_matches(location[-1], allowed, n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
+        hint = did_you_mean(location[-1], allowed)
         return f"{FILE}: {key}: unknown key; allowed: {', '.join(allowed)}{hint}{more}"
     if first["type"] == "missing":
         return f"{FILE}: {key}: missing{more}"

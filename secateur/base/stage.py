@@ -68,9 +68,8 @@ def open_stage(name: str, pipeline: str = "dvc.yaml") -> Stage:
     from dvc.exceptions import DvcException, NotDvcRepoError
     from dvc.repo import Repo
 
-    _check_settings()
-    device()  # raises if SECATEUR_DEVICE cannot be used
-    processes()  # likewise for the variables of torchrun and srun
+    check_settings()
+    check_environment()
     declared: dict[str, Any] = {}
     inputs: dict[str, str] = {}
     try:
@@ -93,11 +92,17 @@ def open_stage(name: str, pipeline: str = "dvc.yaml") -> Stage:
         ) from None
     params = settings.Params.declared(declared)
     if "libraries" in declared:
-        _check_libraries(params.libraries)
+        check_libraries(params.libraries)
     return Stage(name, params, declared, inputs)
 
 
-def _check_settings() -> None:
+def check_environment() -> None:
+    """Raise SettingsError for a variable that says where the work runs and cannot be followed."""
+    device()  # SECATEUR_DEVICE
+    processes()  # those of torchrun and srun
+
+
+def check_settings() -> None:
     """`settings.check`, unless this content of params.yaml has passed it with this code before.
 
     The check imports every plug-in, which takes longer than all else that a stage does before its
@@ -123,7 +128,7 @@ def _check_settings() -> None:
                 old.unlink()
 
 
-def _check_libraries(wanted: sections.Libraries) -> None:
+def check_libraries(wanted: sections.Libraries) -> None:
     """Raise SettingsError if another version is installed than params.yaml names."""
     installed = installed_versions()
     for name, version in wanted.model_dump().items():

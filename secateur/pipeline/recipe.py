@@ -38,7 +38,7 @@ from rich.table import Table
 from secateur.base.documents import read_yaml, validated
 from secateur.base.errors import SecateurError, SettingsError, cut, shorten
 from secateur.base.settings import merged
-from secateur.pipeline import console, params_file, record
+from secateur.pipeline import console, params_check, params_file, record
 from secateur.pipeline.record import chain_of
 
 FOLDER = Path("recipes")
@@ -363,6 +363,7 @@ def command(options: argparse.Namespace) -> None:
         _list()
         return
     recipe = load(options.name)
+    params_check.check_values(merged(params_file.read(), recipe.settings))
     if options.apply:
         apply(recipe)
     else:

@@ -91,14 +91,24 @@ def outdated_stage(folder: Path, params: Mapping[str, Any], report: str) -> str 
         return None
     for name, stage in stages.items():
         locked = stage.get("params", {}).get("params.yaml", {})
-        if any(_value(params, key) != value for key, value in locked.items()):
+        if any(value_at(params, key) != value for key, value in locked.items()):
             return name
         if any(made.get(dep["path"], dep.get("md5")) != dep.get("md5") for dep in stage["deps"]):
             return name
     return None
 
 
-def _value(params: Mapping[str, Any], key: str) -> Any:
+def is_outdated(folder: Path, params: Mapping[str, Any], stage: str) -> bool:
+    """Whether a stage of the main pipeline has not run in this folder, or with other settings."""
+    try:
+        content = yaml.load((folder / MAIN_LOCK).read_bytes(), YAML_LOADER)
+        locked = content["stages"][stage]["params"]["params.yaml"]
+        return any(value_at(params, key) != value for key, value in locked.items())
+    except (OSError, yaml.YAMLError, KeyError, AttributeError, TypeError):
+        return True
+
+
+def value_at(params: Mapping[str, Any], key: str) -> Any:
     """The value of a dotted key; None without one."""
     value: Any = params
     for part in key.split("."):

@@ -109,13 +109,15 @@ def make(graph: Graph, cells: Sequence[PlannedCell], last: str | None = None) ->
     """The plan for these cells; nothing is looked up yet.
 
     With `last`, only for that stage, of the last round if rounds have it, and those whose outs it
-    needs. Raises SettingsError for a cell whose rounds are no chain.
+    needs. Raises SettingsError for a cell whose rounds are no chain, or that names what
+    does not exist.
     """
     plan = Plan(graph, cells)
     for number in range(len(cells)):
         params = plan.params(number)
         try:
             final = rounds.last(params, last or "finetune")
+            graph.stages(params)
         except SettingsError as error:
             raise SettingsError(f"cell {cells[number].name}: {error}") from None
         ids: dict[str, str] = {}

@@ -3,8 +3,6 @@
 import json
 import subprocess
 import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
 from secateur.base.errors import SettingsError
@@ -33,17 +31,12 @@ def settings(plan: Plan) -> None:
 
 def refused(cell: str, params: dict[str, Any]) -> str | None:
     """What is not allowed in the params.yaml of a cell, in one line; None if all is."""
-    import yaml
-
     from secateur.base import settings as checked
 
-    with tempfile.TemporaryDirectory(dir=".dvc/tmp") as folder:
-        file = Path(folder, "params.yaml")
-        file.write_text(yaml.safe_dump(params))
-        try:
-            checked.check(file)
-        except SettingsError as error:
-            return f"cell {cell}: {str(error).replace(str(file), file.name)}"
+    try:
+        checked.check_values(params)
+    except SettingsError as error:
+        return f"cell {cell}: {error}"
     return None
 
 

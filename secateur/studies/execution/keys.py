@@ -22,10 +22,11 @@ from dvc_data.hashfile.tree import Tree
 from voluptuous import Invalid
 
 from secateur.base.errors import SecateurError, SettingsError, cut
-from secateur.pipeline import tracked
+from secateur.pipeline import params_check, tracked
+from secateur.pipeline.tracked import value_at
 from secateur.studies.execution import stages
 from secateur.studies.execution.snapshot import bring, tracked_in
-from secateur.studies.execution.stages import PARAMS, ResolvedStage, value_at
+from secateur.studies.execution.stages import PARAMS, ResolvedStage
 
 Entry = dict[str, Any]
 """A stage as it stands in dvc.lock and in the run cache: cmd, deps, params, outs."""
@@ -62,9 +63,13 @@ class Graph:
         )
 
     def stages(self, params: Mapping[str, Any]) -> tuple[ResolvedStage, ...]:
-        """All stages for these params, each after those whose outs it reads."""
+        """All stages for these params, each after those whose outs it reads.
+
+        Raises SettingsError for a name in them that stands for no plug-in or file.
+        """
         used = self._used.values(params)
         if used not in self._resolved:
+            params_check.check_names(params, self.root)
             self._resolved[used] = stages.resolve(self.repo, self.wiring, params)
         return self._resolved[used]
 

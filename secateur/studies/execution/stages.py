@@ -19,6 +19,7 @@ from dvc.utils.serialize import load_yaml
 
 from secateur.base.errors import SettingsError, cut
 from secateur.pipeline.record import FIRST, ROUND, STAGES, stage_spec
+from secateur.pipeline.tracked import value_at
 
 PARAMS = "params.yaml"
 MAIN = STAGES["evaluate"].pipeline
@@ -82,13 +83,6 @@ class Used:
                 table = {k: [value_at(v, item) for item in self._items] for k, v in table.items()}
             found.append(table)
         return json.dumps(found, default=str)
-
-
-def value_at(tree: Any, key: str) -> Any:
-    """The value at a dotted key; None if there is none."""
-    for part in key.split("."):
-        tree = tree.get(part) if isinstance(tree, Mapping) else None
-    return tree
 
 
 def resolve(

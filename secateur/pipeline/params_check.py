@@ -1,0 +1,108 @@
+"""`secateur check`: what the stages will refuse of params.yaml, said before DVC does anything.
+
+DVC looks at the files that a stage depends on before the stage starts, and those that a setting
+names are among them. A misspelt name thus ends in DVC's `No such file or directory`.
+"""
+
+import argparse
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from secateur.base import plugin, settings
+from secateur.base.documents import read_yaml
+from secateur.base.errors import DataError, SettingsError, cut, did_you_mean, shorten
+from secateur.pipeline import console, params_file, tracked
+
+PLUGIN_CODE = "secateur/"
+"""Dependencies below it are code; `plugin.find` knows those that a setting names."""
+SHOWN = 8
+"""Files that are listed beside one that is not there."""
+
+
+def command(_options: argparse.Namespace) -> None:
+    """Raise SecateurError for the first thing that a stage would refuse when it starts.
+
+    Architecture, penalty and pruner are tried on an untrained network if the data are prepared.
+    """
+    params = params_file.read()
+    check_names(params)
+    from secateur.base import stage  # torch takes a second
+
+    stage.check_settings()
+    stage.check_environment()
+    stage.check_libraries(settings.read().libraries)
+    untried = _try_network(params)
+    console.say(f"{settings.FILE}: {untried or 'no stage will refuse it'}")
+
+
+def check_values(params: Mapping[str, Any], root: Path = Path()) -> None:
+    """Raise SettingsError, which names the key, for values of params.yaml that are not allowed."""
+    check_names(params, root)
+    settings.check_values(params)
+
+
+def check_names(params: Mapping[str, Any], root: Path = Path()) -> None:
+    """Raise SettingsError for a plug-in or a file that is named there and does not exist.
+
+    `root` is the project's folder. No plug-in is imported.
+    """
+    for kind, key in plugin.KEYS.items():
+        if key in params:
+            plugin.find(kind, str(params[key]))
+    deps, outs = _dependencies(root)
+    made = [re.sub(r"\\\$\\\{.*?\\\}", "[^/]+", re.escape(out)) for out in outs]
+    for dep in sorted(dep for dep in deps if not dep.startswith(PLUGIN_CODE)):
+        for key in re.findall(r"\$\{([\w.]+)\}", dep):
+            value = tracked.value_at(params, key)
+            path = dep.replace(f"${{{key}}}", str(value))
+            by_a_stage = any(re.fullmatch(out, path) for out in made)
+            if isinstance(value, str) and not by_a_stage and not Path(root, path).exists():
+                raise SettingsError(_missing(key, value, path, root))
+
+
+def _dependencies(root: Path) -> tuple[set[str], set[str]]:
+    """Deps and outs of all stages as the files of pipelines have them, with `${...}`."""
+    deps, outs = set[str](), set[str]()
+    for file in (root / "dvc.yaml", *sorted(root.glob("stages/*/dvc.yaml"))):
+        for stage in read_yaml(file, SettingsError)["stages"].values():
+            own = stage.get("do", stage)
+            deps.update(own.get("deps", ()))
+            written = (out for kind in ("outs", "metrics", "plots") for out in own.get(kind, ()))
+            outs |= {next(iter(out)) if isinstance(out, dict) else out for out in written}
+    return deps, outs
+
+
+def _try_network(params: Mapping[str, Any]) -> str:
+    """Why the network could not be tried; empty if it could. Raises SettingsError if it fails.
+
+    Data that were prepared with other settings say nothing about it.
+    """
+    from secateur.data import dataset
+    from secateur.pipeline import preflight
+
+    name = params["dataset"]
+    waits = f"the network is tried when the data are prepared (data/{name}); all else is right"
+    if tracked.is_outdated(Path(), params, "prepare"):
+        return waits
+    try:
+        info = dataset.load(Path("data") / name).info
+    except DataError:
+        return waits
+    preflight.check_settings(info)
+    return ""
+
+
+def _missing(key: str, value: str, path: str, root: Path) -> str:
+    """One line about a file that a setting names and that is not there."""
+    line = f"{settings.FILE}: {key} = {shorten(value)}: there is no {cut(path)}"
+    if Path(root, f"{path}.dvc").is_file():
+        return f"{line}; `dvc pull {path}` brings it"
+    folder, beside = Path(root, path).parent, Path(value).parent
+    if not folder.is_dir():
+        return line
+    known = [str(beside / p.name) for p in sorted(folder.iterdir()) if p.name[0] != "."]
+    known = [name for name in known if not name.endswith((".dvc", ".lock"))]
+    there = f"; there are: {', '.join(known)}" if len(known) <= SHOWN else ""
+    return f"{line}{there}{did_you_mean(value, known)}"
