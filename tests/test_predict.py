@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
-from secateur.archs import lenet5
+from secateur.archs import lenet5, module
 from secateur.base.errors import SecateurError
 from secateur.cli import main
 from secateur.deploy import export, metadata
@@ -203,3 +205,32 @@ def test_numpy_and_onnxruntime_suffice(folder, tmp_path):
         command = [sys.executable, "run.py", str(folder / how / "model.onnx"), "images.npy"]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
         assert done.stdout.split() == wanted
+
+
+def test_a_network_of_the_users_own_is_opened_where_params_yaml_names_its_function(
+    folder, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    shutil.copy(ROOT / "tests/own_network.py", tmp_path / "theirs.py")
+    own = {"target": "theirs:Net", "source": "theirs.py", "arguments": {"width": 3}}
+    shape = (3, 8, 8)
+    model = module.build(module.Settings(**own), 3, shape).eval()
+    header = checkpoint.Header(
+        "module", own, CLASSES, [*shape], MEAN, STD, split="", stage="finetune"
+    )
+    checkpoint.save(tmp_path / "model.safetensors", header, model, {})
+    original, picture = type(model), next(folder.glob("pictures/a/*.png"))
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    monkeypatch.setattr(sys.modules["theirs"], "Net", lambda **_: pytest.fail("ran"))
+    output, status = run("model.safetensors", picture)
+    assert status == 1 and "params.yaml is not in this folder; an exported file needs no" in output
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
+    output, status = run("model.safetensors", picture)
+    assert status == 1 and output.count("\n") == 1
+    assert "'target': 'theirs:Net'" in output and "'target': None" in output
+    monkeypatch.setattr(sys.modules["theirs"], "Net", original)
+    params["archs"]["module"] = own
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
+    output, status = run("model.safetensors", picture)
+    assert status == 0 and re.search(r"\.png  (cat|dog|ibis) \d+\.\d\d%$", output.strip()), output

@@ -12,14 +12,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from secateur.base import files
-from secateur.base.errors import CheckpointError, DataError, SecateurError
+from secateur.base import files, settings
+from secateur.base.errors import CheckpointError, DataError, SecateurError, shorten
 from secateur.data.batches import Normalise
 from secateur.data.dataset import channels_first
 from secateur.data.image_files import IMAGE_SUFFIXES, ImageView, decode_file
 from secateur.deploy import metadata
 from secateur.deploy.runtimes import Runner, open_model
 from secateur.nn import checkpoint
+from secateur.nn.checkpoint import Checkpoint
 
 BATCH = 64
 """Pictures that pass through the network at a time."""
@@ -87,6 +88,8 @@ def open_classifier(path: Path, resize: int | None = None) -> Classifier:
                 f"{path}: not of an architecture of Secateur, so only secateur.load(path, into) "
                 "reads it"
             )
+        if found.header.arch == checkpoint.OWN_CODE:
+            found = _of_own_code(path, found.header)
         about = metadata.from_header(found.header, found.sha256, "outside")
         run = _runner(found.model())
     else:
@@ -114,6 +117,24 @@ def _find(path: Path) -> Path:
         if (path / name).exists():
             return path / name
     raise CheckpointError(f"{path}: holds none of {', '.join(MODELS)}")
+
+
+def _of_own_code(path: Path, header: checkpoint.Header) -> Checkpoint:
+    """The checkpoint, if params.yaml here names the function of the user that makes its network.
+
+    Otherwise CheckpointError: a function that a file names is not called for that.
+    """
+    here = Path(settings.FILE).is_file()
+    written = (settings.read().archs.get(checkpoint.OWN_CODE) or {}) if here else {}
+    if written == header.arch_settings:
+        return checkpoint.load(path, checkpoint.OWN_CODE, written)
+    key = f"archs.{checkpoint.OWN_CODE}"
+    found = f"here has {shorten(written)}" if here else "is not in this folder"
+    raise CheckpointError(
+        f"{path}: its network comes from a function of yours, which is called only where "
+        f"{settings.FILE} has {key} = {shorten(header.arch_settings, 300)}; {settings.FILE} {found}; "
+        "an exported file needs no function: `make export`, then models/export"
+    )
 
 
 def _runner(model: torch.nn.Module) -> Runner:
