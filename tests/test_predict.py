@@ -224,7 +224,7 @@ def test_a_network_of_the_users_own_is_opened_where_params_yaml_names_its_functi
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     monkeypatch.setattr(sys.modules["theirs"], "Net", lambda **_: pytest.fail("ran"))
     output, status = run("model.safetensors", picture)
-    assert status == 1 and "params.yaml is not in this folder; an exported file needs no" in output
+    assert status == 1 and "; it is not in this folder; an exported file needs no" in output
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
     output, status = run("model.safetensors", picture)
     assert status == 1 and output.count("\n") == 1

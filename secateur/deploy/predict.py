@@ -129,11 +129,11 @@ def _of_own_code(path: Path, header: checkpoint.Header) -> Checkpoint:
     if written == header.arch_settings:
         return checkpoint.load(path, checkpoint.OWN_CODE, written)
     key = f"archs.{checkpoint.OWN_CODE}"
-    found = f"here has {shorten(written)}" if here else "is not in this folder"
+    found = f"has {shorten(written)} here" if here else "is not in this folder"
     raise CheckpointError(
         f"{path}: its network comes from a function of yours, which is called only where "
-        f"{settings.FILE} has {key} = {shorten(header.arch_settings, 300)}; {settings.FILE} {found}; "
-        "an exported file needs no function: `make export`, then models/export"
+        f"{settings.FILE} has {key} = {shorten(header.arch_settings, 300)}; it {found}; an "
+        "exported file needs no function: `make export`, then models/export"
     )
 
 
