@@ -124,7 +124,11 @@ def _latency(parser: argparse.ArgumentParser) -> None:
 
 
 def _compare(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("experiment", nargs="*", help="default: the workspace, and all of HEAD")
+    parser.add_argument(
+        "experiment",
+        nargs="*",
+        help="names, or `workspace`; default: the workspace and all experiments of HEAD",
+    )
     parser.add_argument("--all", action="store_true", help="experiments of every commit")
     parser.add_argument(
         "--sort",

@@ -244,6 +244,51 @@ def test_compare_of_all_commits_has_experiments_of_one_name_of_each(experiments,
         assert found.dense == row["dense"]
 
 
+def test_a_name_that_is_no_experiment_is_told_with_those_that_are(experiments):
+    made = [cell.experiment for cell in experiments(1)]
+    results.check_names([*made, "HEAD", experiments.git("rev-parse", "--short", "HEAD")])
+    for name, words in (
+        ("m0-2-s11", r"'m0-2-s11': .*there are: m0-2-s1, .*; did you mean m0-2-s1\?$"),
+        (
+            "workspace",
+            r"'workspace': .*; `dvc exp save dvc\.yaml -n NAME` makes one of the workspace$",
+        ),
+        ("xxx", r"'xxx': .*; `secateur compare --all` lists those of every commit$"),
+    ):
+        for function, options in ((page.command, {"name": "x"}), (compare.command, {"all": False})):
+            if function is page.command or name != "workspace":
+                with pytest.raises(SecateurError, match=f"^experiment {words}"):
+                    function(Namespace(experiment=[made[0], name], **options))
+    for seed in range(4, 20):
+        experiments(1, seeds=(seed,))
+    with pytest.raises(SecateurError, match=r"m0-2-s18 and 28 more"):
+        results.check_names(["xxx"])
+
+
+def test_compare_has_the_workspace_by_its_name(experiments, capsys):
+    name = experiments(1, seeds=(1,))[0].experiment
+    options = Namespace(experiment=[name, "workspace"], sort="experiment", json=True, csv=False)
+    compare.command(options)
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["experiment"] for row in rows] == [name, "workspace"]
+
+
+def test_compare_says_how_many_experiments_of_other_commits_it_leaves_out(experiments, capsys):
+    options = Namespace(experiment=[], all=False, sort="final", json=True, csv=False)
+    experiments(1, seeds=(1, 2))
+    compare.command(options)
+    assert "left out" not in capsys.readouterr().err
+    experiments.git("commit", "-q", "--allow-empty", "-m", "next")
+    experiments(1, seeds=(1,))
+    said = "left out: 4 experiments of other commits; `secateur compare --all` lists them too\n"
+    compare.command(options)
+    output = capsys.readouterr()
+    assert output.err == said and len(json.loads(output.out)) == 3
+    for other in ({"all": True}, {"experiment": ["m0-2-s1"]}):
+        compare.command(Namespace(**vars(options) | other))
+        assert not capsys.readouterr().err
+
+
 def test_compare_of_nothing_is_one_line(experiments):
     with pytest.raises(SecateurError, match="no experiment has a result"):
         compare.command(Namespace(experiment=[], all=False, sort="final", json=True, csv=False))

@@ -29,11 +29,21 @@ COLUMNS = {
 
 def command(options: argparse.Namespace) -> None:
     """Print the table of the experiments that were asked for."""
+    asked = [name for name in options.experiment if name != results.WORKSPACE]
     if options.experiment:
-        found = results.read(options.experiment)
+        results.check_names(asked)
+        found = results.read(asked)
     else:
         found = results.read_commits(results.experiments(options.all))
-    here = None if options.experiment else results.workspace()
+    if not options.experiment and not options.all and (others := results.elsewhere()):
+        print(
+            f"left out: {others} experiment{'s' * (others > 1)} of other commits; "
+            "`secateur compare --all` lists them too",
+            file=sys.stderr,
+            flush=True,
+        )
+    wanted = not options.experiment or results.WORKSPACE in options.experiment
+    here = results.workspace() if wanted else None
     rows = table([here, *found] if here else found)
     if not rows:
         raise SecateurError("no experiment has a result; `dvc exp run` or `dvc repro` makes one")

@@ -10,13 +10,17 @@ from typing import Any
 import yaml
 
 from secateur.base.documents import YAML_LOADER, parse_json
-from secateur.base.errors import SecateurError, cut
+from secateur.base.errors import SecateurError, cut, did_you_mean, shorten
 from secateur.pipeline import record, tracked
 from secateur.studies.execution.snapshot import git
 
 REPORT, PARAMS = "metrics/evaluate.json", "params.yaml"
 NAMESPACE = "refs/exps"
 """DVC keeps an experiment as refs/exps/<two digits>/<other digits of its parent>/<name>."""
+WORKSPACE = "workspace"
+"""Name of the result in the project's folder."""
+SHOWN = 10
+"""Experiments that are listed where a name is none of them."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,37 @@ def experiments(everything: bool = False) -> dict[str, str]:
     return {name if count[name] == 1 else f"{name}@{commit[:7]}": commit for name, commit in listed}
 
 
+def check_names(names: Iterable[str]) -> None:
+    """Raise SecateurError for the first name that is no experiment's, and no Git revision's."""
+    known = {name: None for _, name, _ in _listed()} | experiments(everything=True)
+    for name in names:
+        if name not in known and not _is_revision(name):
+            here = sorted(experiments())
+            there = ", ".join(here[:SHOWN]) or "none on this commit"
+            there += f" and {len(here) - SHOWN} more" if len(here) > SHOWN else ""
+            cure = "; `secateur compare --all` lists those of every commit"
+            if name == WORKSPACE:
+                cure = "; `dvc exp save dvc.yaml -n NAME` makes one of the workspace"
+            raise SecateurError(
+                f"experiment {shorten(name)}: there is none of this name, and no Git revision; "
+                f"there are: {there}{did_you_mean(name, known) or cure}"
+            )
+
+
+def _is_revision(name: str) -> bool:
+    """Whether Git knows a commit by this name."""
+    try:
+        git(Path.cwd(), "rev-parse", "--verify", "--quiet", f"{name}^{{commit}}")
+    except SecateurError:
+        return False
+    return True
+
+
+def elsewhere() -> int:
+    """Number of experiments of other commits than HEAD."""
+    return len(_listed()) - len(experiments())
+
+
 def _listed() -> list[tuple[str, str, str]]:
     """The commit that an experiment is on, its name and its own commit, of all that there are."""
     listed = git(Path.cwd(), "for-each-ref", "--format=%(objectname) %(refname)", NAMESPACE)
@@ -151,7 +186,7 @@ def workspace() -> Result | None:
     One that is damaged, or of other settings than params.yaml has now, costs one line.
     """
     try:
-        found = parse("workspace", Path(PARAMS).read_bytes(), Path(REPORT).read_bytes())
+        found = parse(WORKSPACE, Path(PARAMS).read_bytes(), Path(REPORT).read_bytes())
         settings = yaml.load(Path(PARAMS).read_bytes(), YAML_LOADER)
         stage = tracked.outdated_stage(Path.cwd(), settings, REPORT)
         if stage is None:

@@ -43,6 +43,7 @@ def command(options: argparse.Namespace) -> None:
     """`secateur report`: the page of experiments that are named one by one."""
     if not re.fullmatch(r"[\w.-]*\w[\w.-]*", options.name):
         raise SecateurError(f"--name {options.name}: letters, digits, '-', '_' and '.' are allowed")
+    results.check_names(options.experiment)
     found = results.read(dict.fromkeys(options.experiment))
     pair: list[str] = []
     if len(found) == 2:  # two single models
