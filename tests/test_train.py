@@ -21,6 +21,7 @@ from secateur.base.sections import Train
 from secateur.base.stage import Stage
 from secateur.data import augment, dataset
 from secateur.data.dataset import DatasetInfo, InMemoryImages
+from secateur.pipeline import console
 from secateur.pruning.decision import PruningContext
 from secateur.sparsity import masks
 from secateur.training import determinism, engine, loop, resume
@@ -625,3 +626,20 @@ def test_the_layers_of_every_rank_have_other_random_numbers_than_the_shuffling()
     assert layers == [drawn[k] for k in range(1, 12, 3)]
     assert not any(numbers in layers for numbers in drawn[2::3])
     assert len({tuple(numbers) for numbers in layers}) == 4
+
+
+@pytest.mark.parametrize(("lr", "warned"), [(1.0, 1), (0.1, 0)])
+def test_a_network_that_loses_what_it_has_learnt_is_told_once(lr, warned, capsys):
+    settings = Train(
+        epochs=20, batch_size=20, optimizer="sgd", lr=lr, schedule="constant", warmup=19
+    )
+    progress = console.Training("baseline", lambda _epoch: 1.0)
+    rows = fit(network("lenet300"), digits(), settings, "a", watcher=progress).history
+    fits = [row["train_accuracy"] for row in rows]
+    assert (fits[-1] < max(fits) / 3) == bool(warned), fits
+    said = capsys.readouterr().out
+    assert said.count("warning: baseline: accuracy on the training images fell from") == warned
+    again = console.Training("baseline", lambda _epoch: 1.0)  # a resumed training knows it too
+    again.on_train_start(21, 8, rows[:-1])
+    again.on_epoch_end(rows[-1])
+    assert capsys.readouterr().out.count(f"to {fits[-1]:.1%} in epoch 20;") == warned

@@ -21,6 +21,11 @@ from secateur.base.errors import ArgumentError, SecateurError, cut
 from secateur.pipeline.record import MODELS
 from secateur.training.callbacks import Callback, Row
 
+COLLAPSED, FALL = 1 / 3, 0.3
+"""Of accuracy on the training images: a fraction of the best epoch's, and a difference from it.
+
+Below the first and beyond the second, a warning is printed."""
+
 
 def main(
     work: Callable[..., None],
@@ -92,11 +97,14 @@ class Training(Callback):
         self.already = 0
         self.epochs = self.steps = 0
         self.words = ""
+        self.best_fit = 0.0
+        self.collapsed = False
 
     def on_train_start(self, epochs: int, steps_per_epoch: int, history: Sequence[Row]) -> None:
         """Training begins, or goes on after `history`."""
         self.epochs, self.steps, self.already = epochs, steps_per_epoch, len(history)
         self.began = self.last = time.monotonic()
+        self.best_fit = max((row.get("train_accuracy", 0.0) for row in history), default=0.0)
         if history:
             say(f"{self.stage}: going on after epoch {len(history)} of {epochs}")
         if self.console.is_terminal:
@@ -132,6 +140,7 @@ class Training(Callback):
 
     def on_epoch_end(self, row: Row) -> None:
         """An epoch is done."""
+        self._warn_if_collapsed(row)
         self.words = f"loss {row['train_loss']:.4f}"
         if "val_accuracy" in row:
             self.words += f"  val {row['val_accuracy']:.2%}"
@@ -140,6 +149,23 @@ class Training(Callback):
             self.words += f"  {_PHASES[int(row['phase'])]}, factor {row['factor']:.3g}"
             self.words += f", {row['layers_chosen']:.0f} of {len(ratios)} layers chosen"
             self.words += f", kept over chosen {min(ratios):.3g} to {max(ratios):.3g}"
+
+    def _warn_if_collapsed(self, row: Row) -> None:
+        """Say it once if the network fits the training images far worse than it did before.
+
+        The loss stays finite when all outputs of a network become constant, so nothing stops it.
+        """
+        fit, best = row.get("train_accuracy", self.best_fit), self.best_fit
+        if fit < COLLAPSED * best and fit < best - FALL and not self.collapsed:
+            self.collapsed = True
+            self.console.print(
+                f"warning: {self.stage}: accuracy on the training images fell from {best:.1%} to "
+                f"{fit:.1%} in epoch {row['epoch']:.0f}; if it does not rise again, the learning "
+                "rate (or the strength of the penalty) is too high",
+                soft_wrap=True,
+                highlight=False,
+            )
+        self.best_fit = max(best, fit)
 
     def _cost(self, epochs: int) -> float:
         """Cost of the first `epochs` epochs together."""
