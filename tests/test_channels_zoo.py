@@ -7,8 +7,6 @@ for (`pytest -m slow`).
 import copy
 import json
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +15,7 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 from torch import nn
+from workspace import ROOT, Project, warm_python
 
 from secateur.archs import vgg
 from secateur.base import plugin, settings
@@ -557,14 +556,10 @@ def test_compact_networks_come_back_without_the_code_that_pruned_them(tmp_path):
         images = pictures(shape, 3).float()
         with torch.no_grad():
             torch.save((images, small(images)), folder / "expected.pt")
-    root = Path(__file__).parents[1]
     done = subprocess.run(
-        [sys.executable, "-c", LOAD, *map(str, sorted(tmp_path.iterdir()))],
-        cwd=root,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+        [warm_python(), "-c", LOAD, *map(str, sorted(tmp_path.iterdir()))],
+        cwd=ROOT, env=Project(ROOT).env(), capture_output=True, text=True, check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == []
 

@@ -3,12 +3,10 @@
 import contextlib
 import hashlib
 import json
-import os
 import pickle
 import resource
 import shutil
 import subprocess
-import sys
 import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,6 +16,7 @@ import pytest
 import safetensors.torch
 import torch
 from torch import nn
+from workspace import ROOT, Project, warm_python
 
 from secateur.base import files
 from secateur.base.errors import CheckpointError, SecateurError
@@ -26,7 +25,6 @@ from secateur.nn.checkpoint import Header
 from secateur.pruning import removal
 from secateur.sparsity import masks
 
-ROOT = Path(__file__).resolve().parents[1]
 HEADER = Header(
     arch="lenet300",
     arch_settings={"hidden": [6, 5]},
@@ -94,10 +92,10 @@ for name in ("pruning", "gconv", "channels", "pruners", "penalties"):
 from pathlib import Path
 import safetensors.torch
 from secateur.nn import checkpoint, resizing
-for arch in sys.argv[1:]:
-    images = safetensors.torch.load_file(f"{arch}/images.safetensors")["images"]
-    logits = checkpoint.load(Path(arch, "model.safetensors")).model().eval()(images)
-    safetensors.torch.save_file({"logits": logits.detach()}, f"{arch}/logits.safetensors")
+for folder in map(Path, sys.argv[1:]):
+    images = safetensors.torch.load_file(folder / "images.safetensors")["images"]
+    logits = checkpoint.load(folder / "model.safetensors").model().eval()(images)
+    safetensors.torch.save_file({"logits": logits.detach()}, folder / "logits.safetensors")
 """
 REBUILT = ["lenet300", "lenet5"]
 
@@ -110,9 +108,8 @@ def rebuilt(tmp_path_factory):
     for arch in REBUILT:
         (folder / arch).mkdir()
         made[arch] = folder / arch, *save_compact(arch, folder / arch)
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", LOAD_WITHOUT_PRUNING, *REBUILT]
-    subprocess.run(command, cwd=folder, env=environment, check=True)
+    command = [warm_python(), "-c", LOAD_WITHOUT_PRUNING, *(str(folder / arch) for arch in REBUILT)]
+    subprocess.run(command, cwd=ROOT, env=Project(ROOT).env(), check=True)
     return made
 
 

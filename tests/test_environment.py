@@ -5,7 +5,6 @@ import re
 import runpy
 import shutil
 import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from workspace import Project, warm_python
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -101,7 +101,7 @@ def make(tmp_path):
     def run(folder, target="repro"):
         dvc = tmp_path / folder / "bin/dvc"
         dvc.parent.mkdir(parents=True, exist_ok=True)
-        real = Path(sys.executable).parent / "dvc"
+        real = Path(warm_python()).parent / "dvc"
         dvc.write_text(f'#!/bin/sh\ncase $1 in repro) echo "$0 $@" ;; *) {real} "$@" ;; esac\n')
         dvc.chmod(0o755)
         python = dvc.with_name("python")
@@ -112,7 +112,7 @@ def make(tmp_path):
             ready.touch()
         command = ["make", target, f"VENV={folder}"]
         # the make that runs these tests would make this one a part of itself
-        env = {name: value for name, value in os.environ.items() if "MAKE" not in name}
+        env = {name: value for name, value in Project(tmp_path).env().items() if "MAKE" not in name}
         env.pop("MFLAGS", None)
         done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr

@@ -77,28 +77,6 @@ def test_a_thread_policy_that_is_set_already_is_kept(given):
     assert run(script, **given).strip() == given.get("GOMP_SPINCOUNT", "None")
 
 
-COLLECTED = """
-import gc
-import stages
-def passes():
-    return [generation["collections"] for generation in gc.get_stats()]
-before = passes()
-import stages.finetune
-assert passes() == before and not gc.isenabled()
-from secateur.pipeline import console
-def work():
-    assert gc.isenabled() and gc.get_freeze_count() > 100_000
-    made = [[] for _ in range(10 * gc.get_threshold()[0])]
-    assert passes()[0] > before[0]
-    print("worked")
-console.main(work, "finetune", "")
-"""
-
-
-def test_garbage_is_collected_from_when_a_stage_works_not_while_it_imports():
-    assert run(COLLECTED) == "worked\n"
-
-
 @needs_glibc
 @pytest.mark.parametrize("given", [{}, {"MALLOC_ARENA_MAX": "2"}])
 def test_mallopt_is_called_unless_the_environment_tunes_malloc(given):

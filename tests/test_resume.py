@@ -1,6 +1,7 @@
 """Work in progress: one process at a time, nothing lost, nothing made twice, nothing kept long."""
 
 import contextlib
+import functools
 import json
 import multiprocessing
 import os
@@ -9,6 +10,7 @@ import signal
 import tempfile
 import threading
 import time
+from multiprocessing import forkserver, spawn
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +18,7 @@ import hostile
 import pytest
 import safetensors.torch
 import torch
+from workspace import ROOT, Project, warm_python
 
 from secateur.base.errors import SecateurError, SettingsError
 from secateur.base.stage import Stage
@@ -372,8 +375,18 @@ def test_inputs_and_names_are_part_of_the_work():
     assert len({work.fingerprint for work in works}) == len(works)
 
 
+@functools.cache
+def start_server_of_processes():
+    """The one that forks them; warm if it can be."""
+    with pytest.MonkeyPatch.context() as patch:
+        Project(ROOT).enter(patch)
+        patch.setattr(spawn, "_python_exe", os.fsencode(warm_python()))
+        forkserver.ensure_running()
+
+
 def start(target, *arguments):
     """A process in the folder and the project of the test."""
+    start_server_of_processes()
     where = (os.getcwd(), os.environ["DVC_ROOT"])  # noqa: PTH109
     process = PROCESSES.Process(target=in_project, args=(*where, target, *arguments))
     process.start()

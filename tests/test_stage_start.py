@@ -1,5 +1,6 @@
 """What happens at a stage's start: settings are checked once, library versions every time."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -92,10 +93,16 @@ def test_changed_values_leave_the_rest_of_params_yaml_as_it_is(tmp_path):
     assert torch.startswith("  torch: ") and new_torch == "  torch: 9.8.7"
 
 
-LIGHT = """
+STARTED = """
+import gc, json, sys
 import stages
-from stages import baseline, evaluate, finetune, prune, sparse_train
-import dataclasses, sys, torch
+def passes():
+    return [generation["collections"] for generation in gc.get_stats()]
+before = passes()
+import stages.finetune
+quiet = passes() == before and not gc.isenabled()
+from stages import baseline, evaluate, prune, sparse_train
+import torch
 from secateur.base.sections import Train
 from secateur.data import dataset
 from secateur.data.dataset import InMemoryImages
@@ -108,8 +115,26 @@ data = dataset.Dataset(info, images, images, images)
 for optimizer in ("sgd", "adam"):
     loop.fit(model, data, Train(epochs=1, batch_size=4, optimizer=optimizer), 1, _NoStore(), [])
 heavy = {"lightning_fabric", "mlflow", "pandas", "scipy", "sklearn", "sympy", "torch._dynamo"}
-sys.exit(" ".join(sorted(heavy & set(sys.modules))) or 0)
+print(json.dumps([quiet, sorted(heavy & set(sys.modules))]))
+from secateur.pipeline import console
+def work():
+    assert gc.isenabled() and gc.get_freeze_count() > 100_000
+    made = [[] for _ in range(10 * gc.get_threshold()[0])]
+    assert passes()[0] > before[0]
+    print("worked")
+console.main(work, "finetune", "")
 """
+
+
+@pytest.fixture(scope="module")
+def started():
+    """What a process of its own, and not one of the warm ones, prints after it has imported the
+    stages, trained and then worked as a stage."""
+    done = subprocess.run(
+        [sys.executable, "-c", STARTED], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout.splitlines()
 
 
 @pytest.mark.parametrize(
@@ -132,12 +157,12 @@ def test_what_the_file_system_refuses_is_one_line(error, line, monkeypatch, caps
     assert end.value.code == 1 and capsys.readouterr().err == f"error: {line}\n"
 
 
-def test_what_takes_seconds_to_import_is_not_imported_by_a_stage_that_trains():
-    """In a process of its own, and not one of the warm ones."""
-    done = subprocess.run(
-        [sys.executable, "-c", LIGHT], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert (done.returncode, done.stderr) == (0, "")
+def test_what_takes_seconds_to_import_is_not_imported_by_a_stage_that_trains(started):
+    assert json.loads(started[0])[1] == []
+
+
+def test_garbage_is_collected_from_when_a_stage_works_not_while_it_imports(started):
+    assert json.loads(started[0])[0] and started[1:] == ["worked"]
 
 
 LEAVING = """

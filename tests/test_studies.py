@@ -17,7 +17,7 @@ from urllib.parse import urlparse
 import pytest
 import yaml
 from PIL import Image
-from workspace import start_warm, warm_children, yaml_text
+from workspace import Project, start_warm, warm_children, warm_python, yaml_text
 
 from secateur.base.errors import SecateurError, SettingsError
 from secateur.base.settings import check as check_settings
@@ -395,8 +395,8 @@ def test_a_grid_costs_one_training_for_each_thing_that_differs(tmp_path):
     for rest in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "state"]):
         subprocess.run([*command, *rest], cwd=tmp_path, check=True)
     planned = subprocess.run(
-        [sys.executable, str(ROOT / "tests/planned.py"), str(tmp_path)], cwd=tmp_path, check=True,
-        capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
+        [warm_python(), "-c", (ROOT / "tests/planned.py").read_text(), str(tmp_path)],
+        cwd=tmp_path, env=Project(tmp_path).env(), check=True, capture_output=True, text=True,
     )  # fmt: skip
     found = json.loads(planned.stdout)
     assert len(found) == 4**3

@@ -4,20 +4,17 @@ import json
 import shutil
 import socket
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from workspace import ROOT, Project, warm_python
 
 from secateur.base.errors import SecateurError, SettingsError
 from secateur.cli import build_parser
 from secateur.studies.execution import check, snapshot
 from secateur.studies.execution.experiments import Experiments
 from secateur.studies.execution.keys import Graph
-
-ROOT = Path(__file__).resolve().parents[1]
 
 SERVE = """
 import os, socket, sys
@@ -40,8 +37,8 @@ def test_requests_that_arrive_together_are_all_answered():
     ours, its = socket.socketpair()
     ours.settimeout(60)
     sent = b"".join(request(key) for key in "1234")
-    command = [sys.executable, "-c", SERVE, str(its.fileno())]
-    with subprocess.Popen(command, cwd=ROOT, pass_fds=[its.fileno()]) as server, ours:
+    command, env = [warm_python(), "-c", SERVE, str(its.fileno())], Project(ROOT).env()
+    with subprocess.Popen(command, cwd=ROOT, env=env, pass_fds=[its.fileno()]) as server, ours:
         its.close()
         answers = ours.makefile("rb")
         try:

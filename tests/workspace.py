@@ -42,6 +42,13 @@ def warm_children():
     return {"WARM_EXECUTABLE": str(Path(server).parent / "bin/python")} if server else {}
 
 
+def warm_python():
+    """The `python` that starts warm, if a server runs already, as it does for workers of
+    pytest-xdist; else this one, which starts sooner than a server."""
+    server = os.environ.get("WARM_SERVER")
+    return str(Path(server).parent / "bin/python") if server else sys.executable
+
+
 def start_warm(patch):
     """Let the Pythons that this process starts by `sys.executable` be warm."""
     patch.setattr(sys, "executable", warm_children().get("WARM_EXECUTABLE", sys.executable))
