@@ -222,7 +222,11 @@ BAD = {
     "no about": ("settings: {}\n", "about: missing"),
     "about a list": ("about: [1]\nsettings: {}\n", "about = [1]"),
     "settings a list": ("about: b\nsettings: [1]\n", "settings = [1]"),
-    "unknown key": ("about: b\nsetings: {}\n", "setings: unknown"),
+    "unknown key": (
+        "about: b\nsetings: {}\n",
+        "setings: unknown key; allowed: about, base, extends, name, settings, table; did you "
+        "mean settings?",
+    ),
     "a key twice": ("about: b\nabout: c\nsettings: {}\n", "about is there twice"),
     "unknown braces": ("about: '{net}'\nname: x\nsettings: {}\n", "'{net}' is no axis"),
     "open brace": ("about: 'a {'\nsettings: {}\n", "about: '{' is no axis"),

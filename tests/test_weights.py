@@ -954,14 +954,14 @@ def test_every_wrong_setting_or_file_is_one_line(coloured, start):
         ({"baseline__weights": "gone.pth"}, "weights/gone.pth: missing"),
         ({"baseline__weights": "../params.yaml"}, "baseline.weights = '../params.yaml': none, pub"),
         ({"baseline__weights": "/etc/passwd"}, "baseline.weights = '/etc/passwd': none, published"),
-        ({"baseline__weights": None}, "baseline.weights = None: input should be a valid string"),
+        ({"baseline__weights": None}, "baseline.weights = None: text is needed"),
         ({"baseline__weights": "published"}, "there are none for arch 'resnet_cifar'"),
         (
             {"baseline__weights": "right.pth", "baseline__rename": {"x": "fc"}},
             "weights/right.pth: rename: 'x' is the name of no tensor in the file",
         ),
-        ({"baseline__rename": {"x": 1}}, "baseline.rename.x = 1: input should be a valid string"),
-        ({"baseline__rename": {}, "baseline__head": "new"}, "baseline.head = 'new': input should"),
+        ({"baseline__rename": {"x": 1}}, "baseline.rename.x = 1: text is needed"),
+        ({"baseline__rename": {}, "baseline__head": "new"}, "baseline.head = 'new': must be"),
     ]:
         assert words in start(ok=False, **params)
 

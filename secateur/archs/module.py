@@ -20,7 +20,7 @@ from pydantic import AfterValidator, Field
 from torch import nn
 
 from secateur.base.errors import ArgumentError, cut
-from secateur.base.sections import Strict
+from secateur.base.sections import Strict, matching
 
 NONE = "weights/none"
 """A file that never changes."""
@@ -49,16 +49,26 @@ def _as_in_files(arguments: dict[str, Any]) -> dict[str, Any]:
     return arguments
 
 
+Target = Annotated[
+    str,
+    Field(max_length=200),
+    matching(r"\w+(\.\w+)*:\w+", "package.module:function is needed, such as mynet:build"),
+]
+Argument = Annotated[
+    str, matching(r"[A-Za-z_]\w*", "the name of an argument is needed, such as num_classes")
+]
+
+
 class Settings(Strict):
     """Where the network comes from."""
 
-    target: Annotated[str, Field(pattern=r"^\w+(\.\w+)*:\w+$", max_length=200)] | None = None
+    target: Target | None = None
     """package.module:function, as seen from the project's root."""
     source: Annotated[str, Field(min_length=1)] = NONE
     """File or folder with the function's module and whatever it imports from the project."""
     arguments: Annotated[dict[str, Any], AfterValidator(_as_in_files)] = Field(default_factory=dict)
     """Of the function, by name: text, numbers, lists, and tables whose keys are text."""
-    classes: Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")] | None = "num_classes"
+    classes: Argument | None = "num_classes"
     """The argument that gets the number of classes; null: the function takes none."""
 
 

@@ -21,7 +21,7 @@ from torch.func import functional_call
 from secateur.base import optional
 from secateur.base.errors import ArgumentError, DataError, cut
 from secateur.base.logs import muted
-from secateur.base.sections import Strict
+from secateur.base.sections import Strict, matching
 from secateur.base.torchvision_import import import_torchvision
 from secateur.nn import weights
 from secateur.nn.weights import Weights
@@ -51,7 +51,12 @@ class Settings(Strict):
     """The network."""
 
     name: Annotated[
-        str, Field(pattern=r"^[a-z0-9_]+(\.[a-z0-9_]+)?$", max_length=100), AfterValidator(_known)
+        str,
+        Field(max_length=100),
+        matching(
+            r"[a-z0-9_]+(\.[a-z0-9_]+)?", "a name such as resnet18 or resnet18.a1_in1k is needed"
+        ),
+        AfterValidator(_known),
     ] = "resnet18"
     """A name from timm.list_models() or, with a tag, timm.list_pretrained()."""
 

@@ -31,7 +31,24 @@ def _whole_above_one(value: float) -> float:
 
 StepsOrShare = Annotated[float, Field(ge=0), AfterValidator(_whole_above_one)]
 """A number of steps of the optimizer, or, below 1, a share of all steps of the training."""
-Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=64)]
+
+
+def matching(pattern: str, needed: str) -> AfterValidator:
+    """Text that the whole of `pattern` matches; otherwise the error says `needed`."""
+
+    def check(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise ValueError(needed)
+        return text
+
+    return AfterValidator(check)
+
+
+Name = Annotated[
+    str,
+    Field(max_length=64),
+    matching("[a-z][a-z0-9_]*", "a name of small letters, digits and '_' is needed"),
+]
 SettingsByPlugin = dict[str, dict[str, Any]]
 """Name of a plug-in -> its settings, as they stand in params.yaml."""
 
@@ -451,7 +468,7 @@ class Round(Strict):
     """Keys of Finetune."""
 
 
-Version = Annotated[str, Field(pattern=r"^\d+(\.\w+)*$")]
+Version = Annotated[str, matching(r"[0-9]+(\.\w+)*", "a version such as '2.13.0' is needed")]
 
 
 class Libraries(Strict):

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Self, TypeVar, get_origin
+from typing import Annotated, Any, Self, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -12,8 +12,8 @@ from pydantic import (
 )
 
 from secateur.base import plugin
-from secateur.base.documents import read_yaml
-from secateur.base.errors import ArgumentError, SettingsError, cut, did_you_mean, shorten
+from secateur.base.documents import first_mistake, read_yaml
+from secateur.base.errors import ArgumentError, SettingsError, cut
 from secateur.base.sections import (
     NOTHING,
     Baseline,
@@ -35,7 +35,6 @@ from secateur.base.sections import (
     Sensitivity,
     SettingsByPlugin,
     Strict,
-    types_in,
 )
 
 FILE = "params.yaml"
@@ -317,7 +316,7 @@ def validate(schema: type[T], raw: Any, where: str) -> T:
     try:
         return schema.model_validate(raw)
     except ValidationError as error:
-        raise SettingsError(_first_line(error, schema, where)) from None
+        raise SettingsError(_first_line(error, raw, schema, where)) from None
 
 
 def _convert(annotation: Any, metadata: list[Any], value: Any, where: str) -> Any:
@@ -328,40 +327,16 @@ def _convert(annotation: Any, metadata: list[Any], value: Any, where: str) -> An
     try:
         return TypeAdapter(kind).validate_python(value)
     except ValidationError as error:
-        raise SettingsError(_first_line(error, annotation, where)) from None
+        raise SettingsError(_first_line(error, value, annotation, where)) from None
 
 
-_WORDS = {
-    "tuple_type": "a list is needed, such as [1, 2]",
-    "too_short": "at least one is needed",
-    "model_type": "a table of settings is needed",
-    "dict_type": "a table of settings is needed",
-}
-"""In place of the validator's words for some kinds of mistakes."""
-
-
-def _first_line(error: ValidationError, schema: Any, where: str) -> str:
+def _first_line(error: ValidationError, raw: Any, schema: Any, where: str) -> str:
     """The first mistake in words: file, dotted key, value, what is allowed."""
-    first, *others = error.errors(include_url=False)
-    others = [other for other in others if other["type"] != "too_short"]  # for its wrong items
-    location = [cut(str(part), 60) for part in first["loc"]]
-    key = ".".join(filter(None, [where, *location]))
-    more = f" (and {len(others)} more)" if others else ""
-    if renamed := _renamed(key, first["input"]):
-        return f"{FILE}: {renamed}{more}"
-    if first["type"] == "extra_forbidden":
-        allowed = sorted(_fields(schema, location[:-1]))
-        hint = did_you_mean(location[-1], allowed)
-        return f"{FILE}: {key}: unknown key; allowed: {', '.join(allowed)}{hint}{more}"
-    if first["type"] == "missing":
-        return f"{FILE}: {key}: missing{more}"
-    message = cut(first["msg"].removeprefix("Value error, "), 300)
-    for part, words in _WORDS.items():
-        if part in first["type"]:
-            message = words
-    if first["type"] == "value_error" and isinstance(first["input"], Mapping):
-        return f"{FILE}: {key + '.' if key else ''}{message}{more}"  # about several of its keys
-    return f"{FILE}: {key} = {shorten(first['input'])}: {message[:1].lower()}{message[1:]}{more}"
+    found = first_mistake(error, raw)
+    key = ".".join(filter(None, [where, *(cut(part, 60) for part in found.path)]))
+    renamed = None if found.is_key else _renamed(key, found.value)
+    line = renamed or found.sentence(key, schema).replace("a table is", "a table of settings is")
+    return f"{FILE}: {line}{found.more}"
 
 
 def _renamed(key: str, value: Any) -> str | None:
@@ -371,14 +346,3 @@ def _renamed(key: str, value: Any) -> str | None:
     if isinstance(value, str) and value in values:
         return f"{key} = {value!r}: renamed; write {new}: {values[value]}"
     return None if new == key else f"{key}: renamed; write {new}"
-
-
-def _fields(schema: Any, path: list[str]) -> list[str]:
-    """Field names of the settings class that `path` leads to."""
-    parts = iter(path)
-    for part in parts:
-        kinds = types_in(schema.model_fields[part].annotation)
-        if dict in (get_origin(kind) for kind in kinds):
-            next(parts)  # the name of one of several
-        schema = next(kind for kind in kinds if hasattr(kind, "model_fields"))
-    return list(schema.model_fields)
