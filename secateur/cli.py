@@ -5,8 +5,10 @@ needs no library; `completion` needs shtab alone.
 """
 
 import argparse
+import difflib
 import importlib
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,10 +16,12 @@ from pathlib import Path
 from typing import NoReturn
 
 from secateur import __version__
-from secateur.base.errors import SecateurError
+from secateur.base.errors import SecateurError, did_you_mean
 
 VERSIONS = ("torch", "torchvision", "lightning-fabric", "dvc", "mlflow")
 """Shown by `secateur version`."""
+RUNTIMES = ("torch", "onnxruntime", "openvino")
+LATENCY = "--latency"
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class Command:
 def _recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", nargs="?", help="the recipe; without it, all are listed")
     parser.add_argument(
-        "--seeds", nargs="+", type=int, default=[1, 2, 3], metavar="N", help="default: 1 2 3"
+        "--seeds", nargs="+", type=_whole, default=[1, 2, 3], metavar="N", help="default: 1 2 3"
     )
     parser.add_argument(
         "--apply", action="store_true", help="write its settings into params.yaml, run nothing"
@@ -50,7 +54,7 @@ def _rounds(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("steps", type=_positive, help="rounds in all")
     parser.add_argument(
         "--to",
-        type=float,
+        type=_number,
         required=True,
         metavar="SHARE",
         help="share of the dense network to be left after the last round, such as 0.02",
@@ -77,14 +81,14 @@ def _study(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--cpus",
-        type=float,
+        type=_number,
         default=1,
         metavar="N",
         help="CPUs for each piece of work, with --executor ray; default: 1",
     )
     parser.add_argument(
         "--gpus",
-        type=float,
+        type=_number,
         default=0,
         metavar="N",
         help="GPUs for each piece of work, with --executor ray; default: 0",
@@ -108,13 +112,14 @@ def _latency(parser: argparse.ArgumentParser) -> None:
     """Of the commands that write a page."""
     group = parser.add_argument_group("latency columns of the page")
     group.add_argument(
-        "--latency",
-        nargs="+",
-        choices=("torch", "onnxruntime", "openvino"),
+        LATENCY,
+        type=_runtime,
+        action="append",
+        choices=RUNTIMES,
         default=[],
         metavar="RUNTIME",
-        help="measure the dense and finetuned networks in torch, onnxruntime, openvino and keep "
-        "the times in report/NAME/latency.csv",
+        help="measure the dense and finetuned networks in torch, onnxruntime, openvino, one or "
+        "several of them, and keep the times in report/NAME/latency.csv",
     )
     group.add_argument("--batch", type=_positive, default=1, metavar="N", help="default: 1")
     group.add_argument("--threads", type=_positive, default=1, metavar="N", help="default: 1")
@@ -195,10 +200,54 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
+    """A whole number from 1 on."""
+    value = _whole(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value}: at least 1 is needed")
     return value
+
+
+def _whole(text: str) -> int:
+    """A whole number."""
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: a whole number is needed") from None
+
+
+def _number(text: str) -> float:
+    """Any number."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: a number is needed") from None
+
+
+def _runtime(text: str) -> str:
+    """The name of a runtime."""
+    if text not in RUNTIMES:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is read as a runtime; there are: {', '.join(RUNTIMES)}"
+            f"{did_you_mean(text, RUNTIMES) or '; after one of them, names may follow'}"
+        )
+    return text
+
+
+def _each_runtime(arguments: Sequence[str]) -> list[str]:
+    """The arguments with an option for each of the runtimes that follow `--latency`.
+
+    So names may follow them. What is nearly a runtime is taken for one that is misspelt.
+    """
+    found: list[str] = []
+    listing = False
+    for before, text in zip(["", *arguments], arguments, strict=False):
+        if len(before) > 2 and LATENCY.startswith(before):
+            listing = True  # the option's own value
+        elif listing:
+            listing = text in RUNTIMES or bool(difflib.get_close_matches(text, RUNTIMES, 1, 0.8))
+            found += [LATENCY] if listing else []
+        found.append(text)
+    return found
 
 
 def _completion(parser: argparse.ArgumentParser) -> None:
@@ -343,9 +392,19 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
         self._action_max_length = 4 + max(len(command.name) for command in COMMANDS)
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser, also of subcommands, that names the nearest choice to one that there is not."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print usage and message; exit status 2."""
+        choice = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)$", message)
+        hint = did_you_mean(choice[1], re.findall(r"[^', ]+", choice[2])) if choice else ""
+        super().error(message + hint)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the whole command."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="secateur",
         description="Prune image classifiers in one tracked pipeline.",
         epilog="The pipeline itself is run by DVC: dvc repro, dvc exp run.\n"
@@ -369,7 +428,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command; exit status 0, 1 for an error of the user's, 2 for a wrong argument."""
     parser = build_parser()
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(_each_runtime(sys.argv[1:] if arguments is None else arguments))
     if options.command is None:
         parser.print_help()
         sys.exit(0)

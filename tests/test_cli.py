@@ -70,6 +70,48 @@ def test_a_command_that_is_not_there_is_told(capsys):
     assert end.value.code == 2 and "invalid choice: 'recipes'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ("study digits --workers two", "argument --workers: 'two': a whole number is needed"),
+        ("study digits --workers 0", "argument --workers: 0: at least 1 is needed"),
+        ("recipe mnist --seeds a", "argument --seeds: 'a': a whole number is needed"),
+        ("rounds 3 --to little", "argument --to: 'little': a number is needed"),
+        ("compare --sort compresion", "; did you mean compression?"),
+        ("recipes", "; did you mean recipe?"),
+        (
+            "report --latency mine torch",
+            "argument --latency: 'mine' is read as a runtime; there are: torch, onnxruntime, "
+            "openvino; after one of them, names may follow",
+        ),
+        ("study digits --latency torch openvin", "; did you mean openvino?"),
+    ],
+)
+def test_a_wrong_argument_is_told_in_plain_words(arguments, line, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(arguments.split())
+    assert end.value.code == 2 and capsys.readouterr().err.splitlines()[-1].endswith(line)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names", "runtimes"),
+    [
+        ("report --latency torch mine other", ["mine", "other"], ["torch"]),
+        ("report --latency torch openvino mine", ["mine"], ["torch", "openvino"]),
+        ("report mine --latency torch onnxruntime --batch 2", ["mine"], ["torch", "onnxruntime"]),
+        ("report --lat torch onnxruntime -- mine", ["mine"], ["torch", "onnxruntime"]),
+        ("report --latency=torch torch", ["torch"], ["torch"]),
+        ("report mine", ["mine"], []),
+    ],
+)
+def test_names_may_follow_the_runtimes(arguments, names, runtimes, monkeypatch):
+    given = []
+    monkeypatch.setattr(cli, "_run", lambda _command, options: given.append(options))
+    with pytest.raises(SystemExit):
+        cli.main(arguments.split())
+    assert (given[0].experiment, given[0].latency) == (names, runtimes)
+
+
 @pytest.mark.parametrize("arguments", [["version"], ["--version"]])
 def test_versions_are_printed(arguments, capsys):
     assert __version__ in printed(capsys, *arguments)
