@@ -24,7 +24,7 @@ from secateur.base.settings import check as check_settings
 from secateur.base.settings import merged
 from secateur.cli import build_parser
 from secateur.pipeline import params_file
-from secateur.studies import definition, estimate, plan, run, search
+from secateur.studies import definition, estimate, plan, progress, run, search
 from secateur.studies.execution import snapshot
 from secateur.studies.execution.keys import Graph
 
@@ -475,6 +475,66 @@ def test_a_budget_of_computation_is_work_of_its_own_kind():
     declared = {"finetune": {"epochs": 5, "budget": "epochs"}, "arch": "lenet5"}
     longer = {"finetune": {"epochs": 5, "budget": "compute"}, "arch": "lenet5"}
     assert estimate._kind("finetune", declared)[0] != estimate._kind("finetune", longer)[0]
+
+
+@pytest.mark.parametrize(
+    ("known", "words"),
+    [
+        ((90.0, [], 1), "about 90 s left"),
+        ((90.0, [], 2), "about 45 s left"),
+        ((90.0, ["prune"], 0), "more than 90 s left"),
+        (
+            (0.0, ["baseline", "finetune"], 2),
+            "time left is known when the first baseline has ended",
+        ),
+        ((0.0, [], 1), "nearly finished"),
+    ],
+)
+def test_the_time_left_in_words(known, words):
+    assert progress.time_left(*known) == words
+
+
+class _Busy:
+    """An executor whose pieces take longer than anybody waits."""
+
+    slots = 1
+
+    def __init__(self):
+        self.begun, self.waits = [], 0
+
+    def submit(self, task):
+        self.begun.append(task.stage)
+
+    def wait(self, seconds):
+        assert seconds == progress.OFTEN
+        self.waits += 1
+        if self.waits == 5:
+            raise KeyboardInterrupt
+        return []
+
+    def close(self):
+        pass
+
+
+@pytest.mark.pipeline
+def test_while_a_piece_runs_the_time_left_is_said(project, monkeypatch, capsys):
+    """An epoch of finetune takes as long as one of the stages that have been trained."""
+    seed = params_file.read(project.path / "params.yaml")["seed"]
+    study_of(project, seeds=[seed], settings={"finetune": {"epochs": 400, "budget": "compute"}})
+    project.enter(monkeypatch)
+    study = definition.load("mine", params_file.read())
+    state = snapshot.take(project.path)
+    made = run.prepare(state, study)
+    assert [work.stage.name for work in made.missing()] == ["finetune", "evaluate"]
+    monkeypatch.setattr(progress, "SELDOM", 0.0)
+    monkeypatch.setattr(progress, "OFTEN", 0.0)
+    busy = _Busy()
+    with pytest.raises(KeyboardInterrupt):
+        progress.Progress(state, made).finish(busy)
+    lines = capsys.readouterr().out.splitlines()
+    assert busy.begun == ["finetune"] and len(lines) == 4
+    for line in lines:
+        assert re.search(r"pieces, 0 of 1 cells, after \d+ s, about \d+ (s|min) left$", line), line
 
 
 def _baseline(project):

@@ -12,7 +12,7 @@ from workspace import ROOT, Project, warm_python
 
 from secateur.base.errors import SecateurError, SettingsError
 from secateur.cli import build_parser
-from secateur.studies.execution import check, snapshot
+from secateur.studies.execution import check, local, snapshot
 from secateur.studies.execution.experiments import Experiments
 from secateur.studies.execution.keys import Graph
 
@@ -208,3 +208,18 @@ def test_a_damaged_lock_file_is_told_before_a_study_runs_anything(content, tmp_p
     with pytest.raises(SecateurError, match=r"^dvc\.lock: not a lock file of DVC: ") as caught:
         Experiments(state, made, "mine")
     assert "\n" not in str(caught.value)
+
+
+def test_a_wait_that_ends_early_loses_nothing():
+    executor = local.LocalExecutor.__new__(local.LocalExecutor)
+    executor._channel, server = socket.socketpair()
+    executor._buffer, executor._running = b"", {"a": 0, "b": 1}
+    with executor._channel, server:
+        assert executor.wait(0.01) == []
+        server.sendall(b'{"key": "a", "sta')
+        server.sendall(b'tus": 0}\n{"key": "b", "status": 1}\n')
+        assert [*executor.wait(9), *executor.wait(9)] == [
+            local.Outcome("a", 0),
+            local.Outcome("b", 1),
+        ]
+        assert executor.wait(0.01) == [] == [*executor._running]

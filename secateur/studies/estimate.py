@@ -26,11 +26,15 @@ class WorkKind(NamedTuple):
 
 
 def seconds(
-    plan: Plan, works: Sequence[Work], spent: Mapping[str, float] = MappingProxyType({})
+    plan: Plan,
+    works: Sequence[Work],
+    spent: Mapping[str, float] = MappingProxyType({}),
+    alike: bool = False,
 ) -> tuple[float, list[str]]:
     """Seconds of these pieces, one after the other, and stages of which there are no records.
 
-    `spent` has the seconds that pieces, by id, have been running for.
+    `spent` has the seconds that pieces, by id, have been running for. With `alike`, an epoch of a
+    training without records takes as long as one of another stage on the same network and data.
     """
     known: dict[WorkKind, list[float]] = {}
     for id, entry in plan.entries.items():
@@ -42,12 +46,23 @@ def seconds(
     for work in works:
         declared = plan.graph.declared(work.stage, plan.params(work.cell))
         kind, epochs = _kind(work.stage.name, declared)
-        if kind in known:
-            whole = statistics.median(known[kind]) * epochs
+        samples = known.get(kind) or (_of_others(known, kind) if alike else [])
+        if samples:
+            whole = statistics.median(samples) * epochs
             total += max(whole - spent.get(work.id, 0.0), 0.0)
         elif kind.trains and kind.stage not in unknown:
             unknown.append(kind.stage)
     return total, unknown
+
+
+def _of_others(known: Mapping[WorkKind, list[float]], kind: WorkKind) -> list[float]:
+    """Seconds for an epoch of other trainings of the same architecture and data set."""
+    same = [
+        took
+        for other, took in known.items()
+        if kind.trains and other.trains and (other.dataset, other.arch) == (kind.dataset, kind.arch)
+    ]
+    return [seconds for took in same for seconds in took]
 
 
 def _took(plan: Plan, entry: Entry) -> float | None:

@@ -5,7 +5,7 @@ import contextlib
 import heapq
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -24,6 +24,10 @@ from secateur.studies.plan import Plan
 
 KILLS = 5
 """How often a piece of work is begun again after its process was killed."""
+
+
+OFTEN, SELDOM = 10.0, 60.0
+"""Seconds between two lines about how far it is: where something has ended meanwhile, and else."""
 
 
 @contextlib.contextmanager
@@ -84,6 +88,8 @@ class Progress:
         self._tasks: dict[str, tuple[Task, list[str]]] = {}
         self._begun: dict[str, float] = {}
         self._began = self._said = self._wrote = time.monotonic()
+        self._news = True
+        """Something to say: nothing was said yet, or something has ended since."""
 
     def finish(self, executor: Executor) -> None:
         """Run all pieces that are missing."""
@@ -94,9 +100,10 @@ class Progress:
                 self._begin(heapq.heappop(self._ready)[2], executor)
             if not self._tasks:
                 continue
-            for outcome in executor.wait():
+            for outcome in executor.wait(OFTEN):
                 self._end(outcome, executor)
-            self._report()
+                self._news = True
+            self._report(executor.slots)
         self.write_experiments()
 
     def write_experiments(self) -> None:
@@ -166,24 +173,25 @@ class Progress:
         for reader in self._readers[id]:
             self._consider(reader)
 
-    def _report(self) -> None:
+    def _report(self, slots: int) -> None:
         """Say from time to time how far it is, and write the experiments that are finished."""
         now = time.monotonic()
-        if now - self._said < 10:
+        if now - self._said < (OFTEN if self._news else SELDOM):
             return
-        self._said = now
+        self._said, self._news = now, False
         if now - self._wrote > 30:
             self.write_experiments()
             self._wrote = now
         total, left = len(self.plan.works), len(self.plan.missing())
         cells = sum(map(self.plan.finished, range(len(self.plan.cells))))
         spent = {id: now - self._begun[id] for _, ids in self._tasks.values() for id in ids[:1]}
-        seconds, unknown = estimate.seconds(self.plan, self.plan.still_possible(self.failed), spent)
-        rest = duration(seconds / max(len(self._tasks), 1))
-        words = f", {'more than' if unknown else 'about'} {rest} left" if seconds else ""
+        missing = self.plan.still_possible(self.failed)
+        seconds, unknown = estimate.seconds(self.plan, missing, spent, alike=True)
+        parallel = min(slots, len(self._tasks) + len(self._ready))
+        words = time_left(seconds, unknown, parallel)
         console.say(
             f"{total - left} of {total} pieces, {cells} of {len(self.plan.cells)} cells, after "
-            f"{duration(now - self._began)}{words}"
+            f"{duration(now - self._began)}, {words}"
         )
 
     def failure(self) -> str | None:
@@ -205,6 +213,17 @@ def _last_line(log: Path) -> str:
     except OSError:
         return ""
     return cut(lines[-1].removeprefix("error: "), 300) if lines else ""
+
+
+def time_left(seconds: float, unknown: Sequence[str], parallel: int) -> str:
+    """When it will be finished, in words, by the seconds of work that is done `parallel` at a time.
+
+    `unknown`: stages of which nothing is known yet.
+    """
+    if unknown and not seconds:
+        return f"time left is known when the first {unknown[0]} has ended"
+    more = "more than" if unknown else "about"
+    return f"{more} {duration(seconds / max(parallel, 1))} left" if seconds else "nearly finished"
 
 
 def duration(seconds: float) -> str:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import select
 import socket
 import subprocess
 import sys
@@ -35,8 +36,8 @@ class Executor(Protocol):
     def submit(self, task: Task) -> None:
         """Begin a piece of work."""
 
-    def wait(self) -> Sequence[Outcome]:
-        """Wait until at least one piece has ended."""
+    def wait(self, seconds: float | None = None) -> Sequence[Outcome]:
+        """Wait until at least one piece has ended, or, without one, for so many seconds."""
 
     def close(self) -> None:
         """Interrupt what runs, so that it can go on later, and wait for its end."""
@@ -71,10 +72,12 @@ class LocalExecutor:
         with contextlib.suppress(OSError):  # the server was killed: `wait` says so
             channel.sendall(f"{line}\n".encode())
 
-    def wait(self) -> Sequence[Outcome]:
+    def wait(self, seconds: float | None = None) -> Sequence[Outcome]:
         """What has ended since; all that ran, if the server itself was killed."""
         found: list[Outcome] = []
         while not found:
+            if seconds is not None and not self._can_read(seconds):
+                break
             answer = self._read()
             if answer is None:
                 found = [Outcome(key, -9) for key in self._running]
@@ -115,6 +118,12 @@ class LocalExecutor:
         its.close()
         self._channel, self._buffer, self._ready = ours, b"", False
         return ours
+
+    def _can_read(self, seconds: float) -> bool:
+        """Whether `_read` would return something, after waiting for it."""
+        if self._channel is None or b"\n" in self._buffer:
+            return True
+        return bool(select.select([self._channel], [], [], seconds)[0])
 
     def _read(self) -> dict[str, object] | None:
         """The next line from the server; None if it has ended."""

@@ -62,9 +62,9 @@ class RayExecutor:
             node = self.kind.remote(self.state, f"ray-{number}", self.ignored)
         self.running[node.do.remote(task)] = (task.key, number, node)
 
-    def wait(self) -> Sequence[Outcome]:
+    def wait(self, seconds: float | None = None) -> Sequence[Outcome]:
         """Pieces that have ended; an actor that died counts as killed."""
-        done, _ = self.ray.wait(list(self.running), num_returns=1)
+        done, _ = self.ray.wait(list(self.running), num_returns=1, timeout=seconds)
         found = []
         for reference in done:
             key, number, node = self.running.pop(reference)
