@@ -1,15 +1,19 @@
 """Projects for the tests that run the pipeline, and the order of the files of tests."""
 
+import contextlib
 import functools
 import gc
 import os
 import re
 import shutil
+import sys
+import threading
 from pathlib import Path
 
 import documentation
 import pytest
 import warm
+from _pytest.assertion import rewrite
 from filelock import FileLock
 from workspace import PROGRAMS, Project, fresh_project
 
@@ -97,10 +101,27 @@ def pytest_xdist_setupnodes(config, specs):
         documentation.start(base / "site")
     (base / "tmp").mkdir()
     os.environ["TMPDIR"] = str(base / "tmp")
+    rewriting = threading.Thread(target=rewrite_asserts, args=[config])
+    rewriting.start()  # while the server imports
     found = warm.start(base / "warm", Project(base).env(), os.getpid())
+    rewriting.join()
     os.environ |= {name: value for name, value in found.items() if name == "WARM_SERVER"}
     for spec in specs if found else ():
         spec.python = str(base / "warm/bin/python")
+
+
+def rewrite_asserts(config):
+    """Compile the tests as pytest does, unless they are: every worker of a fresh clone would."""
+    if sys.dont_write_bytecode:
+        return
+    with contextlib.suppress(Exception):  # a part of pytest is gone, or it will tell the mistake
+        state = config.stash[rewrite.assertstate_key]
+        for file in Path(__file__).parent.glob("test_*.py"):
+            folder = rewrite.get_cache_dir(file)
+            compiled = folder / (file.stem + rewrite.PYC_TAIL)
+            if rewrite.try_makedirs(folder) and rewrite._read_pyc(file, compiled) is None:
+                status, code = rewrite._rewrite_test(file, config)
+                rewrite._write_pyc(state, code, status, compiled)
 
 
 def pytest_collection_modifyitems(items):

@@ -291,6 +291,27 @@ def test_a_text_that_is_parsed_twice_gives_values_of_their_own(project):
         assert real == warm and real[1].startswith("True {'a'") and "corrupted" in real[1]
 
 
+CHANGED = r"""
+import collections
+from dvc.utils.serialize import dumps_yaml, modify_yaml
+values = [1, -2.5, 1e-05, 1e20, float("inf"), "", "1", "yes", "a: b", "ä 'b'", 'c "d"', "x" * 200,
+          "a b " * 60, "two\nlines", True, None, [], {}, [[1, [2]], {"z": 1, "a": {}}]]
+stages = {f"s{n}": {"cmd": "python -m s", "params": {"p": {"k": v}}} for n, v in enumerate(values)}
+text = dumps_yaml(collections.OrderedDict({"schema": "2.0", "stages": stages}))
+for text in (text, text + "# a comment\n", text.replace("cmd: python", "cmd: &a python", 1)):
+    open("dvc.lock", "w").write(text)
+    with modify_yaml("dvc.lock") as data:
+        data["stages"].update({"new": collections.OrderedDict({"cmd": "x", "deps": [1]})})
+        data["stages"].move_to_end("s3")
+    print(type(data).__name__, open("dvc.lock").read())
+"""
+
+
+def test_a_lock_file_is_changed_as_by_a_parser_that_keeps_comments(project):
+    real, warm = (run(project, program, "-c", CHANGED) for program in (sys.executable, "python"))
+    assert real == warm and real[0] == 0 and "# a comment" in real[1] and "&a" in real[1]
+
+
 def test_other_programs_are_not_taken_over(project):
     (project.path / "script.py").write_text("import sys; print('mlflow' in sys.modules)")
     assert run(project, "python", "script.py")[1] == "False\n"

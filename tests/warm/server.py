@@ -17,6 +17,7 @@ import gc
 import importlib
 import marshal
 import os
+import re
 import runpy
 import select
 import signal
@@ -32,6 +33,7 @@ from typing import Any, NoReturn
 import known
 from client import early, limits
 from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
 
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARIES = [
@@ -99,6 +101,10 @@ LIBRARIES = [
     "wcwidth",
 ]
 """What stages and the commands of DVC import; torch and torchvision come before them."""
+OPTIONAL = ["hypothesis", "onnxscript"]
+"""What the workers of pytest-xdist import beside them as they collect the tests."""
+LOCK = re.compile(r"schema: '2\.0'\nstages:\n(?!.*(?:#|: [&*]|- [&*]))", re.DOTALL)
+"""A lock file of DVC without comments and references."""
 MOST_FILES = 16
 """Open files that a caller may pass on."""
 
@@ -113,14 +119,18 @@ def import_libraries() -> dict[str, str]:
 
     tune_process()
     tuned = early(dict(os.environ))
-    from secateur.base import torchvision_import  # noqa: F401  declares operators if need be
+    from secateur.base.torchvision_import import import_torchvision
 
+    import_torchvision()
     sys.path.remove(str(ROOT))
     for name in [name for name in sys.modules if name.split(".")[0] == "secateur"]:
         del sys.modules[name]
 
     for name in LIBRARIES:
         importlib.import_module(name)
+    for name in OPTIONAL:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
     del sys.modules["torch.distributed.run"]  # which runs as __main__: runpy would warn
     return tuned
 
@@ -137,15 +147,28 @@ def leave_nothing_to_do_at_exit() -> None:
         finalizer.atexit = False
 
 
+def as_written(value: Any) -> Any:
+    """A value as the parser gives it that keeps comments, of a text without any."""
+    if isinstance(value, dict):
+        found = CommentedMap()
+        for key, each in value.items():
+            found[key] = as_written(each)
+        return found
+    return CommentedSeq(map(as_written, value)) if isinstance(value, list) else value
+
+
 def remember_documents() -> None:
     """Let a text of YAML be parsed once in a process, and those of the pipelines only here.
 
-    DVC parses the same files dozens of times in a command, which is most of its work.
+    DVC parses the same files dozens of times in a command, which is most of its work. Its lock
+    files have no comments, so they need no parser that keeps them to be changed and written again.
     """
     parse = YAML.load
     known: dict[str, bytes] = {}
 
     def load(self: YAML, stream: Any) -> Any:
+        if self.typ == ["rt"] and isinstance(stream, str) and LOCK.match(stream):
+            return as_written(YAML(typ="safe").load(stream))
         if self.typ != ["safe"] or not isinstance(stream, str):
             return parse(self, stream)
         if stream in known:
