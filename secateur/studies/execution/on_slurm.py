@@ -49,10 +49,11 @@ class SlurmExecutor:
 
     def wait(self, seconds: float | None = None) -> Sequence[Outcome]:
         """Submit what waits as one array, and wait for the first jobs that end."""
-        with self.jobs.batch():
-            made = [self.jobs.submit(run, task.dumps()) for task in self._waiting]
-        self._running |= {task.key: job for task, job in zip(self._waiting, made, strict=True)}
-        self._waiting = []
+        if self._waiting:  # submitit warns of an empty array
+            with self.jobs.batch():
+                made = [self.jobs.submit(run, task.dumps()) for task in self._waiting]
+            self._running |= {task.key: job for task, job in zip(self._waiting, made, strict=True)}
+            self._waiting = []
         end = None if seconds is None else time.monotonic() + seconds
         while True:
             done = {key: job for key, job in self._running.items() if job.done()}
