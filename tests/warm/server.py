@@ -105,6 +105,8 @@ OPTIONAL = ["hypothesis", "onnxscript"]
 """What the workers of pytest-xdist import beside them as they collect the tests."""
 LOCK = re.compile(r"schema: '2\.0'\nstages:\n(?!.*(?:#|: [&*]|- [&*]))", re.DOTALL)
 """A lock file of DVC without comments and references."""
+OPERATORS: list[Any] = []
+"""Those declared for torchvision where torch lacks them, which go when nobody keeps them."""
 MOST_FILES = 16
 """Open files that a caller may pass on."""
 
@@ -119,9 +121,10 @@ def import_libraries() -> dict[str, str]:
 
     tune_process()
     tuned = early(dict(os.environ))
-    from secateur.base.torchvision_import import import_torchvision
+    from secateur.base import torchvision_import
 
-    import_torchvision()
+    torchvision_import.import_torchvision()
+    OPERATORS.extend(torchvision_import._KEEP)
     sys.path.remove(str(ROOT))
     for name in [name for name in sys.modules if name.split(".")[0] == "secateur"]:
         del sys.modules[name]
