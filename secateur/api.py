@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from secateur.base import plugin
-from secateur.base.callable_plugin import ConfiguredPruner, arguments_of
 from secateur.base.errors import CheckpointError, PruningError, SettingsError, shorten
 from secateur.base.sections import Export, RuntimeName
 from secateur.channels.graph import ChannelGraph, build_channel_graph
@@ -25,6 +24,7 @@ from secateur.nn.checkpoint import Checkpoint, Header
 from secateur.nn.matching import Names
 from secateur.nn.weights import Weights
 from secateur.pruning.apply import PrunedNetwork, apply_decision
+from secateur.pruning.callable_pruners import ConfiguredPruner, arguments_of
 from secateur.pruning.decision import PruningContext
 from secateur.pruning.latency import LatencyTable, load_table
 from secateur.pruning.target import Target

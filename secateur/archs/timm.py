@@ -6,7 +6,6 @@ resnet18.a1_in1k, says which of several published weights `baseline.weights: pub
 Needs timm (`pip install '.[timm]'`).
 """
 
-import difflib
 import logging
 import re
 from dataclasses import replace
@@ -19,7 +18,7 @@ from torch import nn
 from torch.func import functional_call
 
 from secateur.base import optional
-from secateur.base.errors import ArgumentError, DataError, cut
+from secateur.base.errors import ArgumentError, DataError, cut, did_you_mean
 from secateur.base.logs import muted
 from secateur.base.sections import Strict, matching
 from secateur.base.torchvision_import import import_torchvision
@@ -41,9 +40,7 @@ def _known(name: str) -> str:
     base, _, tag = name.partition(".")
     if base not in timm.list_models() or (tag and name not in timm.list_pretrained()):
         names = timm.list_pretrained(f"{base}.*") if tag else timm.list_models()
-        close = difflib.get_close_matches(name, names, n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise ValueError(f"timm has no such network{hint}")
+        raise ValueError(f"timm has no such network{did_you_mean(name, names)}")
     return name
 
 

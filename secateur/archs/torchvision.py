@@ -6,7 +6,6 @@ are drawn as torchvision does; finetune.init = scratch draws those of torch's la
 refuses networks with parameters outside of layers (vit, swin, maxvit, convnext).
 """
 
-import difflib
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,7 +15,7 @@ from pydantic import AfterValidator, Field
 from torch import nn
 from torch.func import functional_call
 
-from secateur.base.errors import ArgumentError, DataError
+from secateur.base.errors import ArgumentError, DataError, did_you_mean
 from secateur.base.sections import Strict
 from secateur.base.torchvision_import import import_torchvision
 from secateur.nn import weights
@@ -33,9 +32,8 @@ def _known(name: str) -> str:
     models = import_torchvision().models
     names = models.list_models(module=models)
     if name not in names:
-        close = difflib.get_close_matches(name, names, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"allowed: {', '.join(names)}"
-        raise ValueError(f"torchvision has no such classification network; {hint}")
+        hint = did_you_mean(name, names) or f"; allowed: {', '.join(names)}"
+        raise ValueError(f"torchvision has no such classification network{hint}")
     return name
 
 

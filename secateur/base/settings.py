@@ -12,8 +12,9 @@ from pydantic import (
 )
 
 from secateur.base import plugin
-from secateur.base.documents import first_mistake, read_yaml
+from secateur.base.documents import read_yaml
 from secateur.base.errors import ArgumentError, SettingsError, cut
+from secateur.base.mistakes import first_mistake
 from secateur.base.sections import (
     NOTHING,
     Baseline,

@@ -4,7 +4,6 @@ A JSON object: module name, with or without `module.` before it, -> {"G": groups
 "C": inputs, "id": place among the modules}. Layers that are not named stay as they are.
 """
 
-import difflib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from secateur.base.documents import read_json
-from secateur.base.errors import SettingsError, cut, shorten
+from secateur.base.errors import SettingsError, cut, did_you_mean, shorten
 
 PREFIX = "module."
 SHORTCUTS = (".shortcut", ".shortcut.conv")
@@ -40,8 +39,7 @@ def read(path: Path, model: nn.Module) -> dict[str, int]:
         if name is None:
             if groups == 1:
                 continue
-            close = difflib.get_close_matches(key.removeprefix(PREFIX), known, n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
+            hint = did_you_mean(key.removeprefix(PREFIX), known)
             raise SettingsError(f"{path}: {key}: the network has no such convolution{hint}")
         layer = known[name]
         if (layer.out_channels, layer.in_channels) != (outputs, inputs):

@@ -90,8 +90,7 @@ def outdated_stage(folder: Path, params: Mapping[str, Any], report: str) -> str 
     if made.get(report) != hashlib.md5((folder / report).read_bytes()).hexdigest():
         return None
     for name, stage in stages.items():
-        locked = stage.get("params", {}).get("params.yaml", {})
-        if any(value_at(params, key) != value for key, value in locked.items()):
+        if _differs(stage.get("params", {}).get("params.yaml", {}), params):
             return name
         if any(made.get(dep["path"], dep.get("md5")) != dep.get("md5") for dep in stage["deps"]):
             return name
@@ -102,10 +101,14 @@ def is_outdated(folder: Path, params: Mapping[str, Any], stage: str) -> bool:
     """Whether a stage of the main pipeline has not run in this folder, or with other settings."""
     try:
         content = yaml.load((folder / MAIN_LOCK).read_bytes(), YAML_LOADER)
-        locked = content["stages"][stage]["params"]["params.yaml"]
-        return any(value_at(params, key) != value for key, value in locked.items())
+        return _differs(content["stages"][stage]["params"]["params.yaml"], params)
     except (OSError, yaml.YAMLError, KeyError, AttributeError, TypeError):
         return True
+
+
+def _differs(locked: Mapping[str, Any], params: Mapping[str, Any]) -> bool:
+    """Whether `params` has another value for a key that a lock file has."""
+    return any(value_at(params, key) != value for key, value in locked.items())
 
 
 def value_at(params: Mapping[str, Any], key: str) -> Any:

@@ -15,7 +15,7 @@ makes every pruner callable: `secateur.pruners.magnitude(ratios=0.5)`.
 
 from typing import TYPE_CHECKING
 
-from secateur.base.callable_plugin import ConfiguredPruner, callable_plugins
+from secateur.pruning.callable_pruners import ConfiguredPruner, callable_plugins
 
 if TYPE_CHECKING:
     from collections.abc import Callable

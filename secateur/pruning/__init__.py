@@ -8,6 +8,8 @@ proves. Removal (`removal`) is exact: selected channels with all their members, 
 (`dead_channels`), whose constants (`constants`) are folded into what reads them (`folding`).
 `proof` compares the outputs.
 
+`callable_pruners` makes the plug-ins functions that validate their settings.
+
 The room knows channels by the channel graph only (see `channels`); methods themselves are plug-ins
 (see `pruners`).
 """

@@ -1,4 +1,4 @@
-"""Plug-ins as functions: `secateur.pruners.magnitude(ratios=0.5)`.
+"""Pruners as functions: `secateur.pruners.magnitude(ratios=0.5)`.
 
 A package of plug-ins becomes callable by `callable_plugins(__name__)` in its `__init__.py`. The
 plug-ins themselves stay plain modules with `Settings` and their one function; no result depends on
