@@ -91,13 +91,13 @@ def test_every_method_is_named_beside_a_paper():
 
 
 def test_the_reference_has_every_room_and_kind_of_plugin():
-    pages = "".join(page.read_text() for page in (ROOT / "docs/reference").glob("*.md"))
+    pages = "".join(page.read_text() for page in (ROOT / "docs/reference").rglob("*.md"))
     folders = {path.parent.name for path in ROOT.glob("secateur/*/__init__.py")}
     assert set(re.findall(r"^::: secateur\.([a-z]+)$", pages, re.MULTILINE)) >= folders
 
 
 def test_the_reference_has_every_public_name_of_the_package():
-    pages = "".join(page.read_text() for page in (ROOT / "docs/reference").glob("*.md"))
+    pages = "".join(page.read_text() for page in (ROOT / "docs/reference").rglob("*.md"))
     assert set(re.findall(r"^::: secateur\.(\w+)$", pages, re.MULTILINE)) >= set(secateur.__all__)
 
 
