@@ -1,15 +1,18 @@
 """A process that starts warm (tests/warm) does what the real program does."""
 
+import contextlib
 import json
 import os
 import re
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
 from pathlib import Path
 
+import mlflow
 import pytest
 from workspace import PROGRAMS, Project, warm_children
 
@@ -310,6 +313,25 @@ for text in (text, text + "# a comment\n", text.replace("cmd: python", "cmd: &a 
 def test_a_lock_file_is_changed_as_by_a_parser_that_keeps_comments(project):
     real, warm = (run(project, program, "-c", CHANGED) for program in (sys.executable, "python"))
     assert real == warm and real[0] == 0 and "# a comment" in real[1] and "&a" in real[1]
+
+
+def test_a_new_store_of_mlflow_has_all_tables_that_its_migrations_make(copied):
+    (copied.path / "dvc.yaml").touch()  # as in the root of a project
+    told = run(copied, "python", "-m", "secateur.sync", SECATEUR_TRACKING="on")
+    assert told[0] == 0, told
+    made = mlflow.MlflowClient(f"sqlite:///{copied.path}/migrated.db")  # not in a command: by them
+    made.create_experiment("secateur")
+    assert tables(copied.path / "mlflow.db") == tables(copied.path / "migrated.db")
+
+
+def tables(file):
+    """Statements that make the tables and indices, number of rows of each, and the revision."""
+    with contextlib.closing(sqlite3.connect(file)) as database:
+        made = dict(database.execute("SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL"))
+        named = [name for name, sql in made.items() if sql.startswith("CREATE TABLE")]
+        rows = {n: database.execute(f'SELECT count(*) FROM "{n}"').fetchone() for n in named}
+        rows.pop("experiment_tags")  # which describe ours
+        return made, rows, database.execute("SELECT * FROM alembic_version").fetchall()
 
 
 def test_other_programs_are_not_taken_over(project):

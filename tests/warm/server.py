@@ -13,6 +13,7 @@ the process OWNER has ended.
 import atexit
 import contextlib
 import fcntl
+import functools
 import gc
 import importlib
 import marshal
@@ -22,15 +23,18 @@ import runpy
 import select
 import signal
 import socket
+import sqlite3
 import struct
 import sys
 import threading
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
 import known
+import sqlalchemy
 from client import early, limits
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
@@ -186,6 +190,53 @@ def remember_documents() -> None:
         YAML(typ="safe").load(file.read_text())
 
 
+def remember_migrations() -> Callable[[], None]:
+    """Read once the scripts that every opening of an MLflow store reads, and run them once.
+
+    After a call of what this returns, a new store is a copy of the one that they have made here.
+    """
+    from alembic.util import pyfiles
+    from mlflow.store.db import utils
+
+    load, initialise = pyfiles.load_module_py, utils._initialize_tables
+    read_once = functools.cache(load)
+
+    def load_or_remember(name: str, path: str) -> ModuleType:
+        migration = Path(path).parent.name == "versions"
+        return read_once(name, str(path)) if migration else load(name, path)
+
+    pyfiles.load_module_py = load_or_remember
+    engine = sqlalchemy.create_engine("sqlite://")
+    initialise(engine)
+    with contextlib.closing(engine.raw_connection()) as made:
+        store = made.driver_connection.serialize()
+
+    def copy(engine: sqlalchemy.Engine) -> None:
+        if engine.dialect.name != "sqlite" or sqlalchemy.inspect(engine).get_table_names():
+            initialise(engine)
+            return
+        source = sqlite3.connect(":memory:")
+        source.deserialize(store)
+        with contextlib.closing(source), contextlib.closing(engine.raw_connection()) as target:
+            source.backup(target.driver_connection)
+
+    def use_copy() -> None:
+        utils._initialize_tables = copy
+
+    return use_copy
+
+
+def name_frames_quickly() -> None:
+    """Let torchrun find the name of a caller without the source of all frames.
+
+    It looks for the module of each among those imported, of which there are thousands here.
+    """
+    from torch.distributed.elastic.rendezvous import dynamic_rendezvous
+
+    if hasattr(dynamic_rendezvous, "get_method_name"):
+        dynamic_rendezvous.get_method_name = lambda depth=2: sys._getframe(depth).f_code.co_name
+
+
 def serve(path: str, owner: int) -> tuple[list[str], str]:
     """Answer requests until the owner has ended; in a forked process, returns what it is to run."""
     listener = socket.socket(socket.AF_UNIX)
@@ -289,9 +340,16 @@ def _kill(pid: int) -> None:
         os.killpg(pid, signal.SIGKILL)
 
 
-def run(command: list[str], folder: str, modules: dict[str, known.Module]) -> None:
-    """Run the command as Python itself would: `dvc`, `python -c` or `python -m`."""
+def run(
+    command: list[str], folder: str, modules: dict[str, known.Module], use_copy: Callable[[], None]
+) -> None:
+    """Run the command as Python itself would: `dvc`, `python -c` or `python -m`.
+
+    Stores of MLflow are made by its migrations in code, which are the workers of pytest-xdist too.
+    """
     sys.path.pop(0)
+    if command[1:2] != ["-c"]:
+        use_copy()
     if command[0] == "dvc":
         from dvc.cli import main as dvc
 
@@ -346,13 +404,15 @@ def main() -> NoReturn:
     modules = known.learn(ROOT)
     leave_nothing_to_do_at_exit()
     remember_documents()
+    name_frames_quickly()
+    use_copy = remember_migrations()
     Path(path + ".known").write_bytes(marshal.dumps([fits, limits()]))
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)  # as in conftest.py
     gc.enable()
     try:
-        run(*serve(path, owner), modules)
+        run(*serve(path, owner), modules, use_copy)
     except BaseException as error:
         end(error)
     end(None)
