@@ -125,7 +125,7 @@ def write(
             digest,
         ),
     )
-    print(f"{folder / PAGE}: {len(pairs)} experiments, {len(rows)} rows", flush=True)
+    print(f"{folder / PAGE}: experiments: {len(pairs)}, rows: {len(rows)}", flush=True)
 
 
 def _published(rows: Sequence[Row]) -> list[Anchor]:
