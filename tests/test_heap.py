@@ -1,8 +1,10 @@
 """The policies of a process are set on request only; the heap is trimmed when it grows."""
 
 import os
+import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -48,6 +50,69 @@ def run(script, **environment):
 def test_holes_are_given_back_and_a_steady_step_is_left_alone():
     """One after the other in one process: importing torch takes longer than both."""
     run(STEADY + GROWING)
+
+
+LARGE = """
+from pathlib import Path
+from secateur.base import allocator
+allocator.tune_process()
+import torch
+def large():
+    # kB of the heap that lie in large pages
+    parts = Path("/proc/self/smaps").read_text().split("[heap]")[1:]
+    return sum(int(part.partition("AnonHugePages:")[2].split()[0]) for part in parts)
+clock = [0.0]
+allocator.time.monotonic = lambda: clock[0]
+allocator._state.looked = 0.0
+def steps(count):
+    for _ in range(count):
+        allocator.trim()
+kept = [torch.full((2**20,), float(number)) for number in range(24)]
+steps(100 * allocator.CHECK_INTERVAL)
+assert large() == 0, "not before its time"
+clock[0] = allocator.LARGE_PAGES_AFTER + 1
+steps(allocator.CHECK_INTERVAL)
+found = large()
+assert found > 80 * 2**10, found
+assert all((block == number).all() for number, block in enumerate(kept))
+kept += [torch.full((2**20,), float(number)) for number in range(24, 60)]
+assert large() < found + 60 * 2**10, "what is new lies in small pages"
+clock[0] *= 2
+steps(allocator.CHECK_INTERVAL)
+assert large() > found + 100 * 2**10, (found, large())
+assert all((block == number).all() for number, block in enumerate(kept))
+"""
+
+
+def large_pages_at_once():
+    """Whether Linux puts memory into large pages when a program asks for it: from 6.1 on."""
+    try:
+        asked = "[madvise]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
+    except OSError:
+        return False
+    return asked and tuple(map(int, platform.release().split(".")[:2])) >= (6, 1)
+
+
+@needs_glibc
+@pytest.mark.skipif(not large_pages_at_once(), reason="no large pages on request")
+def test_a_long_training_gets_large_pages_and_again_when_it_has_grown():
+    run(LARGE)
+
+
+@needs_glibc
+@pytest.mark.skipif(not large_pages_at_once(), reason="no large pages on request")
+def test_a_process_without_the_policies_keeps_its_pages():
+    untuned = LARGE.replace("allocator.tune_process()", "").partition("found = large()")[0]
+    run(untuned + "assert large() == 0")
+
+
+@pytest.mark.parametrize("line", ["always madvise [never]", None])
+def test_large_pages_that_are_forbidden_or_unknown_are_not_asked_for(line, tmp_path, monkeypatch):
+    monkeypatch.setattr(allocator, "_THP", tmp_path)
+    monkeypatch.setattr(allocator, "_libc", None)  # nothing is called
+    if line:
+        (tmp_path / "enabled").write_text(line)
+    assert not allocator.use_large_pages()
 
 
 UNTOUCHED = """
