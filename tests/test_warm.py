@@ -325,10 +325,15 @@ def test_a_new_store_of_mlflow_has_all_tables_that_its_migrations_make(copied):
 
 
 def tables(file):
-    """Statements that make the tables and indices, number of rows of each, and the revision."""
+    """What the tables and indices are made of, number of rows of each, and the revision.
+
+    The statements as their words in order of the alphabet: MLflow writes some lists of values in
+    an order that differs between processes.
+    """
     with contextlib.closing(sqlite3.connect(file)) as database:
         made = dict(database.execute("SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL"))
         named = [name for name, sql in made.items() if sql.startswith("CREATE TABLE")]
+        made = {name: sorted(re.findall(r"\w+", sql)) for name, sql in made.items()}
         rows = {n: database.execute(f'SELECT count(*) FROM "{n}"').fetchone() for n in named}
         rows.pop("experiment_tags")  # which describe ours
         return made, rows, database.execute("SELECT * FROM alembic_version").fetchall()
