@@ -10,7 +10,7 @@ can leave a hole at every step. `trim` returns such holes to the system once the
 needs.
 
 Every step also goes through all of its activations, and with pages of 4 kB the processor forgets
-where they lie before they are read again. In a process that goes on for a while, `trim` lets Linux
+where they lie before they are read again. In a process that goes on for a while, `trim` has Linux
 put the heap into pages of 2 MB.
 """
 
@@ -30,7 +30,8 @@ CHECK_INTERVAL = 16
 SLACK = 64 * 2**20
 """Bytes of idle memory that are always tolerated."""
 LARGE_PAGES_AFTER = 20.0
-"""Seconds of steps after which the heap is put into large pages: 300 MB of it take a second."""
+"""Seconds after the start of a process from which on its heap is put into large pages, which takes
+a second for 300 MB."""
 GROWTH = 1.25
 """Factor by which the heap must have grown before that is done again."""
 _MADV_HUGEPAGE, _MADV_COLLAPSE = 14, 25
