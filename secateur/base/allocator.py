@@ -34,6 +34,8 @@ LARGE_PAGES_AFTER = 20.0
 a second for 300 MB."""
 GROWTH = 1.25
 """Factor by which the heap must have grown before that is done again."""
+RESIDENT = 0.5
+"""Share of the heap that must be in memory for that."""
 _MADV_HUGEPAGE, _MADV_COLLAPSE = 14, 25
 _THP = Path("/sys/kernel/mm/transparent_hugepage")
 
@@ -147,8 +149,9 @@ def trim() -> bool:
         return False
     if _state.tuned and time.monotonic() > _state.looked + LARGE_PAGES_AFTER:
         _state.looked = time.monotonic()
-        size = _libc.mallinfo2().arena
-        if size > GROWTH * _state.large and use_large_pages():
+        size, resident = _heap()
+        whole = resident > RESIDENT * size  # else it has holes, which large pages would fill
+        if whole and size > GROWTH * _state.large and use_large_pages():
             _state.large, _state.baseline = size, None
     now = idle_bytes()
     if _state.baseline is None:
@@ -158,6 +161,16 @@ def trim() -> bool:
     _libc.malloc_trim(0)
     _state.baseline = None  # measured again by the next steps
     return True
+
+
+def _heap() -> tuple[int, int]:
+    """Bytes of the heap, and how many of them are in memory."""
+    parts = Path("/proc/self/smaps").read_text().split("[heap]")[1:]
+    found = [
+        [int(part.partition(f"\n{key}:")[2].split(maxsplit=1)[0]) for key in ("Size", "Rss")]
+        for part in parts
+    ]
+    return 1024 * sum(size for size, _ in found), 1024 * sum(resident for _, resident in found)
 
 
 def use_large_pages() -> bool:
