@@ -19,14 +19,17 @@ import contextlib
 import ctypes
 import gc
 import os
+import re
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-CHECK_INTERVAL = 16
-"""Steps between two checks of the heap."""
+CHECK_INTERVAL = 2
+"""Steps between two checks of the heap: one takes 10 µs, and an epoch of large pictures can leave a
+hole of 20 MB at every step, which those of the first steps must not hide."""
 SLACK = 64 * 2**20
 """Bytes of idle memory that are always tolerated."""
 LARGE_PAGES_AFTER = 20.0
@@ -149,9 +152,10 @@ def trim() -> bool:
         return False
     if _state.tuned and time.monotonic() > _state.looked + LARGE_PAGES_AFTER:
         _state.looked = time.monotonic()
-        size, resident = _heap()
+        parts = _heap()
+        size, resident = sum(p.size for p in parts), sum(p.resident for p in parts)
         whole = resident > RESIDENT * size  # else it has holes, which large pages would fill
-        if whole and size > GROWTH * _state.large and use_large_pages():
+        if whole and size > GROWTH * _state.large and use_large_pages(parts):
             _state.large, _state.baseline = size, None
     now = idle_bytes()
     if _state.baseline is None:
@@ -163,17 +167,28 @@ def trim() -> bool:
     return True
 
 
-def _heap() -> tuple[int, int]:
-    """Bytes of the heap, and how many of them are in memory."""
-    parts = Path("/proc/self/smaps").read_text().split("[heap]")[1:]
-    found = [
-        [int(part.partition(f"\n{key}:")[2].split(maxsplit=1)[0]) for key in ("Size", "Rss")]
-        for part in parts
-    ]
-    return 1024 * sum(size for size, _ in found), 1024 * sum(resident for _, resident in found)
+@dataclass(frozen=True)
+class _Part:
+    """A part of the heap; numbers of bytes."""
+
+    start: int
+    size: int
+    resident: int
+    """Of them in memory."""
 
 
-def use_large_pages() -> bool:
+def _heap() -> list[_Part]:
+    """The parts of the heap; none where the system does not tell."""
+    try:
+        content = Path("/proc/self/smaps").read_text()
+    except OSError:  # another system, or a kernel that is built without it
+        return []
+    form = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) .*\[heap\]\n(?:.+\n)*?Rss: +(\d+) kB", re.M)
+    found = ((int(low, 16), int(high, 16), int(kb)) for low, high, kb in form.findall(content))
+    return [_Part(low, high - low, 1024 * kb) for low, high, kb in found]
+
+
+def use_large_pages(parts: Sequence[_Part] | None = None) -> bool:
     """Put the heap into pages of 2 MB, where Linux lets programs ask for them; whether it did.
 
     Its values stay as they are. Linux 6.1 and later do it at once, earlier ones as time permits.
@@ -182,14 +197,12 @@ def use_large_pages() -> bool:
         if "[never]" in (_THP / "enabled").read_text():
             return False
         page = int((_THP / "hpage_pmd_size").read_text())
-        maps = Path("/proc/self/maps").read_text().splitlines()
     except (OSError, ValueError):  # another system, or a kernel without them
         return False
-    for line in maps:
-        if line.endswith("[heap]"):
-            low, high = (int(place, 16) for place in line.split(maxsplit=1)[0].split("-"))
-            start = -(-low // page) * page
-            length = high // page * page - start
-            for advice in (_MADV_HUGEPAGE, _MADV_COLLAPSE) if length > 0 else ():
-                _libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), advice)
-    return True
+    parts = _heap() if parts is None else parts
+    for part in parts:
+        start = -(-part.start // page) * page
+        length = (part.start + part.size) // page * page - start
+        for advice in (_MADV_HUGEPAGE, _MADV_COLLAPSE) if length > 0 else ():
+            _libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), advice)
+    return bool(parts)
