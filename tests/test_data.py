@@ -1,6 +1,7 @@
 """Data: what is read, how it is divided, hashed, kept, and handed out in batches."""
 
 import hashlib
+import itertools
 import math
 import multiprocessing
 import os
@@ -20,12 +21,12 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 from PIL import Image
 from scipy.ndimage import map_coordinates
-from scipy.stats import kstest
+from scipy.stats import chisquare, kstest
 
 from secateur.base import machine, plugin, stage
 from secateur.base.errors import DataError, SettingsError
 from secateur.base.torchvision_import import import_torchvision
-from secateur.data import augment, dataset, image_files, warp
+from secateur.data import augment, cutout, dataset, image_files, warp
 from secateur.data.augment import Augment, FileAugment
 from secateur.data.batches import (
     Batches,
@@ -514,6 +515,45 @@ def test_distortions_are_drawn_as_asked_and_depend_on_seed_and_epoch_alone():
             torch.testing.assert_close(part[0], whole[0][rank::2])
     plain = batches_of(coloured(shape=(1, 7, 5), pad=1), epoch=2)
     assert all(torch.equal(a[1], b[1]) for a, b in zip(alone, plain, strict=True)), "same order"
+
+
+def test_cutout_hides_one_square_of_every_training_image():
+    """Beside the images without cutout: zeros in the planned square, counted pixel by pixel."""
+    prepared, plain = coloured(shape=(2, 7, 9), pad=1, cutout=4), coloured(shape=(2, 7, 9), pad=1)
+    centres = cutout.plan_cutouts(40, 1, 2, 4, (7, 9))
+    found = torch.cat([images for images, _ in batches_of(prepared, epoch=2)])
+    whole = torch.cat([images for images, _ in batches_of(plain, epoch=2)])
+    for image, before, (row, column) in zip(found, whole, centres.tolist(), strict=True):
+        for y, x in itertools.product(range(7), range(9)):
+            inside = row - 2 <= y <= row + 1 and column - 2 <= x <= column + 1
+            assert torch.equal(image[:, y, x], before[:, y, x] * (not inside)), (y, x)
+    shown, expected = (
+        list(sequential_batches(d.train, d.info, device=CPU)) for d in (prepared, plain)
+    )
+    assert same(shown, expected), "evaluation sees whole images"
+
+
+def test_cutouts_are_drawn_evenly_and_depend_on_seed_and_epoch_alone():
+    centres = cutout.plan_cutouts(7000, 3, 7, 2, (7, 5))
+    counts = torch.bincount(centres[:, 0] * 5 + centres[:, 1], minlength=35)
+    assert len(counts) == 35 and chisquare(counts.numpy()).pvalue > 1e-4
+    assert torch.equal(cutout.plan_cutouts(7000, 3, 7, 2, (7, 5)), centres)
+    assert not torch.equal(cutout.plan_cutouts(7000, 3, 8, 2, (7, 5)), centres)
+    assert not torch.equal(cutout.plan_cutouts(7000, 4, 7, 2, (7, 5)), centres)
+    assert cutout.plan_cutouts(4, 0, 0, 0, (7, 5)) is None
+    prepared = coloured(shape=(1, 7, 5), pad=1, cutout=3)
+    alone = batches_of(prepared, epoch=2)
+    ranks = [batches_of(prepared, epoch=2, rank=r, world=2) for r in (0, 1)]
+    for whole, *parts in zip(alone, *ranks, strict=True):
+        assert all(torch.equal(part[0], whole[0][rank::2]) for rank, part in enumerate(parts))
+
+
+def test_cutout_that_would_hide_whole_images_is_refused():
+    coloured(shape=(1, 7, 5), cutout=4)
+    with pytest.raises(
+        DataError, match=r"datasets\.toy\.augment\.cutout = 5 hides whole images of 7x5; .* than 5"
+    ):
+        coloured(shape=(1, 7, 5), cutout=5)
 
 
 def test_augmentation_depends_on_seed_and_epoch_alone():

@@ -74,7 +74,7 @@ METHODS = (
     "granularity 2:4", "granularity group", "reduce", "normalise", "ranking isomorphic",
     "ratios by stage", "target latency", "finetune.budget compute", "finetune.init rewind",
     "finetune.init orthogonal", "schedule_after", "distillation", "distillation.features",
-    "average.kind swa", "progressive_resizing", "export to group convolutions",
+    "average.kind swa", "augment.cutout", "progressive_resizing", "export to group convolutions",
     "regrow of penalty gradual", "growth random of penalty rigl",
 )  # fmt: skip
 """Settings that choose a published method, as CITATION.cff names them."""

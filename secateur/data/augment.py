@@ -22,6 +22,8 @@ class Augment(Strict):
     """Largest angle, in degrees, by which an image is turned to either side; see data/warp.py."""
     elastic: Annotated[float, Field(ge=0, le=64)] = 0.0
     """Standard deviation, in pixels, of the displacements of an elastic distortion."""
+    cutout: Annotated[int, Field(ge=0, le=1024)] = 0
+    """Side, in pixels, of a square that is hidden in every image; 0 is off. See data/cutout.py."""
 
     @property
     def nothing(self) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from secateur.base import allocator
-from secateur.data import augment, warp
+from secateur.data import augment, cutout, warp
 from secateur.data.augment import Augment, SamplePlan
 from secateur.data.dataset import DatasetInfo, InMemoryImages, Split, channels_first
 from secateur.data.image_loader import ImageFileLoader
@@ -61,15 +61,20 @@ class Batches:
         on; if the last batch is smaller than `world`, the last ranks get (0, channels, ...).
         Raises DataError naming the file if an image cannot be decoded.
         """
-        plan = augment.plan_epoch(len(self.split), self.seed, number, self.info.augment)
-        warps = warp.plan_warps(len(self.split), self.seed, number, self.info.augment)
+        settings, count, (_, *size) = self.info.augment, len(self.split), self.info.shape
+        plan = augment.plan_epoch(count, self.seed, number, settings)
+        warps = warp.plan_warps(count, self.seed, number, settings)
+        squares = cutout.plan_cutouts(count, self.seed, number, settings.cutout, size)
         labels = self.split.labels[plan.image].to(self.device)
-        parts = _rank_slices(len(self.split), self.batch_size, self.rank, self.world)
+        parts = _rank_slices(count, self.batch_size, self.rank, self.world)
         for pixels, part in zip(self.loader.batches(plan, parts), parts, strict=True):
             allocator.trim()
             if warps is not None:
                 pixels = warp.warp(pixels, warps.part(part).to(self.device))
-            yield self.normalise(channels_first(pixels)), labels[part]
+            images = self.normalise(channels_first(pixels))
+            if squares is not None:
+                cutout.hide_squares(images, squares[part].to(self.device), settings.cutout)
+            yield images, labels[part]
 
     def close(self) -> None:
         """Stop the worker processes, if there are any."""

@@ -177,8 +177,14 @@ def prepare(name: str, images: Images, validation: float, seed: int) -> Dataset:
 
 
 def _check_images(name: str, images: Images) -> None:
-    """DataError if a split is empty, its shape differs, or a label is missing or has no name."""
+    """DataError if a split is empty, its shape differs, a label is missing or has no name, or
+    augmentation would hide whole images."""
     shape, classes = images.train.shape, len(images.classes)
+    if (side := images.augment.cutout) >= min(shape[1:]):
+        raise DataError(
+            f"datasets.{name}.augment.cutout = {side} hides whole images of {shape[1]}x{shape[2]}; "
+            f"allowed: less than {min(shape[1:])}"
+        )
     for key, split in (("train", images.train), ("test", images.test), ("val", images.val)):
         if split is None:
             continue

@@ -1,0 +1,44 @@
+"""Cutout: a square at a random place of every training image is hidden.
+
+Source: T. DeVries, G. Taylor, Improved regularization of convolutional neural networks with cutout,
+arXiv 1708.04552, 2017. `torchvision.transforms.RandomErasing` draws once for a whole batch.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_CUTOUT_STREAM = 0x63757430
+"""Separates these random numbers from those that shuffle, crop, flip and distort."""
+
+
+def plan_cutouts(
+    count: int, seed: int, epoch: int, side: int, size: Sequence[int]
+) -> Tensor | None:
+    """Draw the centres of the squares of `count` images: int64 (count, 2), row and column.
+
+    Uniform over the pixels of images of (height, width) `size`; depends on the arguments alone.
+    None if `side` is 0.
+    """
+    if not side:
+        return None
+    sequence = np.random.SeedSequence(seed, spawn_key=(_CUTOUT_STREAM, epoch))
+    generator = torch.Generator().manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
+    return torch.stack([torch.randint(n, (count,), generator=generator) for n in size], 1)
+
+
+def hide_squares(images: Tensor, centres: Tensor, side: int) -> Tensor:
+    """Normalised images (count, channels, height, width) with zeros, the mean colour, in squares.
+
+    A square of `side` pixels begins side // 2 above and to the left of its centre, and ends at the
+    borders of the image. Changes `images`, and returns them.
+    """
+    hidden = []
+    for length, centre in zip(images.shape[-2:], centres.T, strict=True):
+        position = torch.arange(length, device=images.device)
+        first = (centre - side // 2)[:, None]
+        hidden.append((position >= first) & (position < first + side))
+    rows, columns = hidden
+    return images.masked_fill_((rows[:, :, None] & columns[:, None, :])[:, None], 0.0)
