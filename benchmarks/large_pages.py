@@ -72,7 +72,7 @@ def main() -> None:
         print(json.dumps(measure(options.row, options.steps)))
         return
     print(f"{cpu_name()}; torch {torch.__version__}; batch {BATCH}, 32x32, channels_last")
-    print("| network | precision | ms a step | in large pages | ratio |")
+    print("| network | precision | ms per step | with huge pages | ratio |")
     print("|---|---|---:|---:|---:|")
     command = [sys.executable, "-m", "benchmarks.large_pages", "--steps", str(options.steps)]
     for number, (arch, _, precision) in enumerate(ROWS):
