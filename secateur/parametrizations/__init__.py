@@ -2,8 +2,8 @@
 
 A file offers `Settings` (a `base.sections.Strict`) and `build(settings, model) -> Parametrization`:
 while sparse-train runs, the weights of the model are computed from other parameters, which are
-trained in their place, or at random. `training.parametrization` has the protocol. At the end they
-are collapsed to plain weights, zero where the parametrization prunes, so that no later stage knows
-of it. For a setting that does not fit the network, `build` raises `ArgumentError`, which names the
-setting without the section of params.yaml.
+trained in their place, or drawn at random. `training.parametrization` has the protocol. At the end
+they are collapsed to plain weights, zero where the parametrization prunes, so that later stages are
+not aware of it. For a setting that does not fit the network, `build` raises `ArgumentError`, which
+names the setting without the section of params.yaml.
 """

@@ -7,7 +7,7 @@ from secateur.training.parametrization import Parametrization
 
 
 class Settings(Strict):
-    """Nothing to set."""
+    """No settings."""
 
 
 def build(settings: Settings, model: nn.Module) -> Parametrization | None:

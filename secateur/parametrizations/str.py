@@ -1,13 +1,14 @@
-"""STR: a soft threshold in every layer, learnt beside the weights.
+"""STR: a soft threshold in every layer, learnt together with the weights.
 
 Source: A. Kusupati, V. Ramanujan, R. Somani, M. Wortsman, P. Jain, S. Kakade, A. Farhadi, Soft
 threshold weight reparameterization for learnable sparsity, ICML 2020, equations 2 to 4. The forward
-pass has sign(w) * max(0, |w| - sigmoid(s)) in the place of a layer's weight w, with one s for each
-layer. The gradient of a weight is that of its place in the forward pass, and 0 where that is zero;
-that of s is -sigmoid'(s) times the sum over the other places of gradient * sign(w).
+pass uses the soft-thresholded weight sign(w) * max(0, |w| - sigmoid(s)) in place of a layer's
+weight w, with one s for each layer. The gradient of w is the gradient of the soft-thresholded
+weight, and 0 where that weight is zero; the gradient of s is -sigmoid'(s) times the sum of
+gradient * sign(w) over the other entries.
 
-Weight decay acts on s as on all parameters, and draws it, and with it the threshold, upwards to
-sigmoid(0): the more of it, the sparser the network. `initial` is what it starts from.
+Weight decay acts on s as on all parameters, and pulls the threshold upwards to sigmoid(0): the
+stronger the decay, the sparser the network. `initial` is the value of s at the start.
 """
 
 from typing import Any
@@ -27,12 +28,12 @@ from secateur.training.penalty import TrainingPlan
 
 
 class Settings(Strict):
-    """Where the thresholds start, and what draws them."""
+    """Where the thresholds start, and how strongly they are pulled upwards."""
 
     initial: float = -5.0
     """s of every layer at the beginning; the threshold is sigmoid(s): 0.0067 for -5."""
     pull: NonNegative = 0.0
-    """Factor of half the sum of s^2 in the loss, beside the weight decay of sparse_train."""
+    """Factor of half the sum of s^2 in the loss, on top of the weight decay of sparse_train."""
     skip: Skip = ()
     """Layers that keep plain weights: names, or stage.block."""
 
@@ -40,13 +41,13 @@ class Settings(Strict):
 def build(settings: Settings, model: nn.Module) -> Parametrization:
     """A soft threshold for the weights of convolutions and linear layers.
 
-    Raises ArgumentError if `skip` names no layer, or all of them.
+    Raises ArgumentError if a name under `skip` matches no layer, or if all layers are skipped.
     """
     return SoftThresholds(settings, model)
 
 
 class SoftThreshold(nn.Module):
-    """sign(w) * max(0, |w| - sigmoid(s)) of one weight."""
+    """sign(w) * max(0, |w| - sigmoid(s)) for the weight of one layer."""
 
     def __init__(self, initial: float, device: torch.device) -> None:
         super().__init__()
@@ -71,7 +72,7 @@ class SoftThresholds:
             parametrize.register_parametrization(layer, "weight", self.thresholds[name])
 
     def start(self, plan: TrainingPlan) -> None:
-        """Nothing depends on the training."""
+        """Nothing to prepare."""
 
     def __call__(self, step: int) -> Tensor:
         """`pull` times half the sum of s^2."""
@@ -89,7 +90,7 @@ class SoftThresholds:
 
     @torch.no_grad()
     def collapse(self) -> Choices:
-        """The weights that the layers use become their own."""
+        """Replace the weights of the layers by their soft-thresholded values."""
         for layer in self.layers.values():
             parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
         return zeros(self.model, (f"{name}.weight" for name in self.layers))

@@ -1,21 +1,22 @@
-"""Sparse variational dropout: Gaussian noise on every weight, whose size is learnt.
+"""Sparse variational dropout: Gaussian noise of learnt variance on every weight.
 
 Source: D. Molchanov, A. Ashukha, D. Vetrov, Variational dropout sparsifies deep neural networks,
 ICML 2017. A weight is Gaussian with mean w and variance sigma^2 (additive noise, section 4.2);
 log alpha = log sigma^2 - log w^2. The loss is the cross-entropy plus the divergence of the weights
-from the log-uniform prior, summed and divided by the number of training images, where that of one
-weight is approximated by equation 14:
+from the log-uniform prior, summed and divided by the number of training images. The divergence of
+one weight is approximated by equation 14:
 
     k1 - k1 * sigmoid(k2 + k3 * log alpha) + 0.5 * log(1 + 1 / alpha)
 
-with k1 = 0.63576, k2 = 1.87320, k3 = 1.48695, and log alpha limited to -8 and 8 as in the authors'
+with k1 = 0.63576, k2 = 1.87320, k3 = 1.48695, and log alpha clamped to [-8, 8] as in the authors'
 code. Noise is drawn for the outputs of a layer in place of its weights (local reparameterisation,
-equations 6 and 7): Gaussian with the mean of the plain layer and the variance that sigma^2 and the
-squared inputs lead to. The factor of the divergence rises linearly over the warm-up. Weights with
-log alpha above 3 are pruned; evaluation has the means of the others.
+equations 6 and 7): Gaussian, with the output of the plain layer as mean and a variance computed
+from sigma^2 and the squared inputs. The factor of the divergence rises linearly over the warm-up.
+Weights with log alpha above 3 are pruned; evaluation uses the means of the others.
 
-The divergence moves log sigma^2 by little more than 1 / images a step at rate 1, so it takes an
-optimizer that divides by the size of the gradient, as the source's Adam does.
+At learning rate 1, the divergence moves log sigma^2 by little more than 1 / images per step, so
+that training needs an optimizer that divides by the size of the gradient, such as Adam in the
+source.
 """
 
 from typing import Any
@@ -35,9 +36,9 @@ from secateur.training.penalty import TrainingPlan
 
 K1, K2, K3 = 0.63576, 1.87320, 1.48695
 LIMIT = 8.0
-"""log alpha is held between this and its negative in the divergence."""
+"""Bound of |log alpha| in the divergence."""
 SMALL = 1e-8
-"""Added to squares, whose logarithm or root is taken."""
+"""Added to squares before their logarithm or root is taken."""
 NO_NOISE = -50.0
 """log sigma^2 of weights that the training holds at zero."""
 
@@ -52,7 +53,7 @@ class Settings(Strict):
     strength: NonNegative = 1.0
     """Factor of the divergence; 1 is the variational lower bound."""
     warmup: StepsOrShare = 0.2
-    """Steps until the factor is whole, or, below 1, this share of the training."""
+    """Steps until the factor reaches its full value or, below 1, a share of the training."""
     skip: Skip = ()
     """Layers that keep plain weights: names, or stage.block."""
 
@@ -60,14 +61,14 @@ class Settings(Strict):
 def build(settings: Settings, model: nn.Module) -> Parametrization:
     """Noise on the weights of convolutions and linear layers.
 
-    Layers of classes derived from them keep plain weights. Raises ArgumentError if none is left, or
-    if `skip` names no layer.
+    Layers of derived classes keep plain weights. Raises ArgumentError if no layer is left, or if a
+    name under `skip` matches no layer.
     """
     return VariationalDropout(settings, model)
 
 
 class _Noisy:
-    """What both kinds of noisy layers have: variances, and means without the pruned weights."""
+    """Base of both noisy layers: variances, and means without the pruned weights."""
 
     weight: Tensor
     training: bool
@@ -83,7 +84,7 @@ class _Noisy:
         return torch.where(self.log_alpha() > self.threshold, 0.0, self.weight)
 
     def noisy(self, mean: Tensor, variance: Tensor) -> Tensor:
-        """Outputs of this mean and variance."""
+        """Random outputs with this mean and variance."""
         return mean + torch.sqrt(variance + SMALL) * torch.randn_like(mean)
 
 
@@ -128,8 +129,8 @@ class VariationalDropout:
             layer.log_variance = nn.Parameter(torch.full_like(layer.weight, settings.initial))
 
     def start(self, plan: TrainingPlan) -> None:
-        """Note the length of the training; ArgumentError for an optimizer that is too slow,
-        for weight decay, and for a warm-up that the training is too short for."""
+        """Store the length of the training. ArgumentError for an optimizer that would be too slow,
+        for weight decay, and for a warm-up longer than the training."""
         if plan.settings.optimizer == "sgd" and plan.steps:
             raise ArgumentError(
                 "optimizer",
@@ -158,7 +159,7 @@ class VariationalDropout:
                     layer.log_variance.masked_fill_(~mask.to(layer.weight.device), NO_NOISE)
 
     def __call__(self, step: int) -> Tensor:
-        """The divergence over the number of images, by the factor of this step."""
+        """The divergence over the number of images, times the factor of this step."""
         factor = min(1.0, step / self.warmup) if self.warmup else 1.0
         layers = self.layers.values()
         total = torch.stack([divergence(lay.weight, lay.log_variance) for lay in layers]).sum()
@@ -172,7 +173,7 @@ class VariationalDropout:
 
     @torch.no_grad()
     def collapse(self) -> Choices:
-        """The means become the weights of plain layers."""
+        """Turn the noisy layers into plain ones, with the means as weights."""
         for layer in self.layers.values():
             layer.weight.copy_(layer.mean())
             del layer.log_variance, layer.threshold
@@ -181,7 +182,7 @@ class VariationalDropout:
 
 
 def divergence(weight: Tensor, log_variance: Tensor) -> Tensor:
-    """Sum of the approximate divergences of weights with these means and variances, a scalar."""
+    """Sum of the approximate divergences of weights with these means and log variances."""
     total: Tensor = _Divergence.apply(weight, log_variance)
     return total
 

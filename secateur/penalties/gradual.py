@@ -1,14 +1,15 @@
-"""Gradual magnitude pruning: the pruned share rises along a cubic while the network trains.
+"""Gradual magnitude pruning: the pruned share rises along a cubic curve while the network trains.
 
 Source: M. Zhu, S. Gupta, To prune, or not to prune: exploring the efficacy of pruning for model
-compression, 2017 (workshop of ICLR 2018), equation 1: at step t the share is s_f + (s_0 - s_f) *
-(1 - (t - t_0) / (n * dt))^3, chosen anew at t_0, t_0 + dt, ..., t_0 + n * dt. The weights with the
-lowest scores go; in the source those of the smallest magnitude in each layer.
+compression, 2017 (workshop of ICLR 2018), equation 1: at step t the pruned share is s_f +
+(s_0 - s_f) * (1 - (t - t_0) / (n * dt))^3; the choice is made anew at t_0, t_0 + dt, ...,
+t_0 + n * dt. The weights with the lowest scores are pruned; in the source, the weights of the
+smallest magnitude in each layer.
 
-With `regrow` what is pruned is zero in the forward pass only. The optimizer goes on with the
-weights as they were, by the gradient at the masked ones (straight-through), so that a weight that
-has grown meanwhile comes back at the next choice: T. Lin et al., Dynamic model pruning with
-feedback, ICLR 2020. Without it, what is pruned stays zero.
+With `regrow`, pruned weights are zero in the forward pass only. The optimizer continues to update
+their unmasked values with the gradient at the masked weights (straight-through), so that a weight
+that has grown in the meantime returns at the next choice: T. Lin et al., Dynamic model pruning with
+feedback, ICLR 2020. Without `regrow`, pruned weights stay zero.
 """
 
 from collections.abc import Mapping, Sequence
@@ -44,32 +45,31 @@ class Settings(DynamicSparsitySettings):
 
     granularity: Granularity | Literal["group"] = "weight"
     """weight: single weights; filter: outputs of a layer, with their bias and their scale and shift
-    in the normalisation behind it; channel: inputs of a layer; group: channels with all that is
-    coupled to them in any layer."""
+    in the normalisation after it; channel: inputs of a layer; group: channels with everything that
+    is coupled to them in any layer."""
     scope: masks.Scope = "weights"
-    """Of granularity weight: the parameters whose entries are ranked."""
+    """For granularity weight: the parameters whose entries are ranked."""
     criterion: WeightCriterion = "l1"
-    """How importance is measured, see pruning/criteria.py; taylor by the gradient of the step. Of
-    granularity group: l1."""
+    """How importance is measured, see pruning/criteria.py; taylor uses the gradient of the step.
+    Granularity group allows only l1."""
     ranking: Ranking = "layer"
     """layer: within a layer (or channel group); global: over all that have a ratio above 0."""
     ratios: Ratios = Rules(0.9)
-    """Share of each layer that is pruned in the end, see sparsity/ratios.py; one number with
-    ranking global."""
+    """Final pruned share of each layer, see sparsity/ratios.py; one number with ranking global."""
     initial: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share at the first choice."""
+    """Pruned share at the first choice."""
     skip: Skip = ()
     """Layers that are not pruned: names, or stage.block."""
     keep_at_least: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of each layer that is kept whatever the ranking; at least one weight or group."""
     begin: StepsOrShare = 0.1
-    """The first choice is made after this many steps, or, below 1, this share of the training."""
+    """The first choice is made after this many steps or, below 1, this share of the training."""
     end: StepsOrShare = 0.7
-    """The last one, or one less than `interval` earlier."""
+    """When the last choice is made, at the latest; it may be earlier by less than `interval`."""
     interval: Annotated[StepsOrShare, Field(gt=0)] = 0.01
-    """From one choice to the next; at least one step."""
+    """Steps, or share of the training, from one choice to the next; at least one step."""
     regrow: bool = False
-    """What is pruned goes on learning and may come back."""
+    """Whether pruned weights continue to train and may return."""
 
     @model_validator(mode="after")
     def _fit_each_other(self) -> Self:
@@ -92,7 +92,7 @@ class Settings(DynamicSparsitySettings):
 def build(
     settings: Settings, model: nn.Module, decay: float, shape: Sequence[int] | None = None
 ) -> DynamicSparsityPenalty:
-    """The schedule on this model; `decay` is the strength of the norm that is added to the loss.
+    """The schedule for this model; `decay` is the strength of the norm that is added to the loss.
 
     Raises ArgumentError for ratios that do not fit the network, PruningError if it cannot be traced
     (granularity filter and group).
@@ -102,13 +102,13 @@ def build(
 
 
 def share_at(final: float, initial: float, progress: float) -> float:
-    """The share that is pruned at a progress from 0 to 1 between the first and the last choice."""
+    """The pruned share at a progress between 0, the first choice, and 1, the last choice."""
     left: float = (1 - progress) ** 3
     return final + (initial - final) * left
 
 
 class GradualPenalty(DynamicSparsityPenalty):
-    """The schedule, and the weights that go on learning; subclasses choose."""
+    """The schedule, and with `regrow` the unmasked weights; subclasses choose what is pruned."""
 
     def __init__(
         self, settings: Settings, model: nn.Module, decay: float, held: Mapping[str, Tensor]
@@ -116,10 +116,10 @@ class GradualPenalty(DynamicSparsityPenalty):
         super().__init__(model, "gradual", settings.norm, decay, held)
         self.settings = settings
         self.dense: list[Tensor] = []
-        """The held parameters as the optimizer has left them; without `regrow` empty."""
+        """The held parameters as the optimizer has left them, unmasked; empty without `regrow`."""
 
     def start(self, plan: TrainingPlan) -> None:
-        """Turn shares of the training into steps. ArgumentError if the schedule does not fit."""
+        """Convert shares of the training to steps. ArgumentError if the schedule does not fit."""
         self.first = plan.in_steps(self.settings.begin)
         end = plan.in_steps(self.settings.end)
         self.interval = max(1, plan.in_steps(self.settings.interval))
@@ -140,22 +140,22 @@ class GradualPenalty(DynamicSparsityPenalty):
         return rest == 0 and 0 <= number <= self.count
 
     def update(self, step: int, optimizer: Optimizer) -> None:
-        """Choose by the share at this step."""
+        """Choose the groups for the share at this step."""
         number = (step - self.first) // self.interval
         self.choose(number / self.count if self.count else 1.0)
 
     def choose(self, progress: float) -> None:
-        """Set the choice by the share at this progress, from 0 to 1."""
+        """Set the choice for the share at this progress, from 0 to 1."""
         raise NotImplementedError
 
     @torch.no_grad()
     def before_step(self, step: int, optimizer: Optimizer) -> None:
-        """Give the optimizer the weights as it left them."""
+        """Restore the unmasked weights for the optimizer."""
         if self.dense:
             torch._foreach_copy_(list(self.held.values()), self.dense)
 
     def after_step(self, step: int, optimizer: Optimizer) -> None:
-        """Remember the weights before what is chosen is set to zero."""
+        """Store the unmasked weights before the chosen ones are set to zero."""
         if self.dense:
             torch._foreach_copy_(self.dense, [weight.detach() for weight in self.held.values()])
         elif self.settings.regrow and self.due(step):
@@ -211,15 +211,16 @@ class Gradual(GradualPenalty):
             self.held |= {name: model.get_parameter(name) for name in names}
 
     def choose(self, progress: float) -> None:
-        """The lowest scores of each layer, or of all; without `regrow` what is chosen stays so."""
+        """Choose the lowest scores by layer or globally; without `regrow` for good."""
         scores = {name: self._scores(name, weight) for name, weight in self.ranked.items()}
         shares = {n: share_at(r, self.settings.initial, progress) for n, r in self.ratios.items()}
         self.choice = lowest(scores, shares, self.settings.ranking, self.settings.keep_at_least)
 
     def kept(self) -> dict[str, Tensor]:
-        """Also of biases of pruned filters, and of what their normalisations have for them.
+        """Masks, including biases of pruned filters and their entries in normalisations.
 
-        As long as filters may come back, the scales stay: the gradient of a filter passes them.
+        As long as filters may return, scales are kept: the gradient of a filter passes through
+        them.
         """
         found = {name: ~choice for name, choice in self.choice.items()}
         if self.behind is not None:
@@ -247,7 +248,7 @@ class Gradual(GradualPenalty):
 
 
 class GradualChannels(GradualPenalty):
-    """Channels with all that is coupled to them."""
+    """Channels with everything that is coupled to them."""
 
     def __init__(
         self, settings: Settings, model: nn.Module, decay: float, shape: Sequence[int] | None
@@ -257,7 +258,7 @@ class GradualChannels(GradualPenalty):
         super().__init__(settings, model, decay, self.groups.coupled.weights)
 
     def choose(self, progress: float) -> None:
-        """The channels of the smallest mean magnitude of each group, or of all."""
+        """Choose the channels of the smallest mean magnitude by group or globally."""
         groups, settings = self.groups, self.settings
         scores = groups.unit_scores()
         if settings.ranking == "layer":
@@ -279,7 +280,7 @@ class GradualChannels(GradualPenalty):
         self.choice = groups.choice
 
     def kept(self) -> dict[str, Tensor]:
-        """Every weight of a chosen channel goes, whatever its other channel is."""
+        """Masks: a weight is pruned if either of the two channels that it connects is chosen."""
         ones, zeros = torch.ones(len(self.groups.names)), torch.zeros(len(self.groups.names))
         factors = self.groups.expand(ones, zeros)
         return {name: factor == 0 for name, factor in zip(self.held, factors, strict=True)}
@@ -299,7 +300,7 @@ class GradualChannels(GradualPenalty):
 
 
 def _check_initial(settings: Settings, ratios: Mapping[str, float]) -> None:
-    """ArgumentError if a layer would lose more at the beginning than in the end."""
+    """ArgumentError if a layer would not lose more at the end than at the beginning."""
     if settings.initial >= min(ratios.values()):
         raise ArgumentError(
             "initial",

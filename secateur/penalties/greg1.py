@@ -2,10 +2,10 @@
 
 Source: H. Wang, C. Qin, Y. Zhang, Y. Fu, Neural pruning via growing regularization, ICLR 2021,
 section 3.2. The groups with the smallest L1 norms in the dense network are chosen. At every update
-their factor f rises by `decay`; f * w is added to their gradient, beside the weight decay, and
-nothing to that of the others. Growth ends when in every layer the kept groups are 1,000 times as
-large as the chosen ones (mean |w|, averaged exponentially with 0.9 over updates), or when f exceeds
-the ceiling.
+their factor f rises by `decay`; f * w is added to their gradient, in addition to the weight decay.
+The gradients of the other groups are unchanged. Growth ends when the kept groups of every layer are
+1,000 times as large as its chosen ones (mean |w|, exponential average with 0.9 over updates), or
+when f exceeds the ceiling.
 """
 
 from collections.abc import Sequence
@@ -26,15 +26,15 @@ class Settings(GrowthSettings):
     pick: Pick = "min"
     """Which groups are chosen: the smallest, the largest, or random ones (the paper's controls)."""
     seed: Seed = 0
-    """Of pick: random."""
+    """For pick: random."""
     jump: bool = False
-    """Raise the factor to the ceiling in one update, and stabilise then (the paper's ablation)."""
+    """Raise the factor to the ceiling in one update, then stabilise (the paper's ablation)."""
 
 
 def build(
     settings: Settings, model: nn.Module, decay: float, shape: Sequence[int] | None = None
 ) -> Penalty:
-    """The growing penalty on groups chosen by the model's weights as they are now.
+    """The growing penalty, on groups chosen by the current weights of the model.
 
     `decay` is the growth at each update. Raises ArgumentError for ratios that do not fit the
     network, and for a growth too small to reach the ceiling.
@@ -58,14 +58,14 @@ class GReg1(GrowingPenalty):
         self.groups.choose(settings.pick, settings.seed)
 
     def grow(self) -> None:
-        """By `decay`, or to the ceiling at once."""
+        """Raise the factor by `decay`, or to the ceiling at once."""
         if self.jump:
             self.factor[self.active] = self.settings.ceiling
         else:
             self.factor[self.active] += self.growth
 
     def ends(self) -> Tensor:
-        """Over the ceiling, or all layers at once when each of them is separated."""
+        """Layers over the ceiling; all layers once each of them is separated."""
         if self.jump:
             return torch.ones_like(self.active)
         return self.over_ceiling | self.separated.all()

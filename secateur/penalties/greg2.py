@@ -1,12 +1,13 @@
-"""GReg-2: grow a small L2 penalty on all groups, choose by what resists it, then as GReg-1.
+"""GReg-2: grow a small L2 penalty on all groups, choose the smallest, then as GReg-1.
 
 Source: H. Wang, C. Qin, Y. Zhang, Y. Fu, Neural pruning via growing regularization, ICLR 2021,
-section 3.3: under a common penalty, weights where the loss curves strongly shrink less, so that
-magnitudes separate by importance. Picking: the factor of all groups rises by `pick_growth` at every
-update; at `pick_ceiling` those with the smallest L1 norms are chosen. Then the factor of the chosen
-groups rises by `decay`, and that of the others is `recover`, which lets them grow back. The growth
-of a layer ends when its own kept groups are 1,000 times as large as its chosen ones (mean |w|,
-averaged exponentially with 0.9 over updates), or when the factor exceeds the ceiling.
+section 3.3: under a common penalty, weights in directions of high curvature of the loss shrink
+less, so that magnitudes separate by importance. Picking: the factor of all groups rises by
+`pick_growth` at every update; when it reaches `pick_ceiling`, the groups with the smallest L1 norms
+are chosen. Then the factor of the chosen groups rises by `decay`, and the factor of the kept groups
+is `recover`, which lets them grow back. The growth of a layer ends when its own kept groups are
+1,000 times as large as its chosen ones (mean |w|, exponential average with 0.9 over updates), or
+when the factor exceeds the ceiling.
 """
 
 from collections.abc import Sequence
@@ -36,7 +37,7 @@ class Settings(GrowthSettings):
     pick_growth: Positive = 0.00001
     """Growth of that factor at each update."""
     recover: Annotated[float, Field(le=0)] = -0.0001
-    """Factor of kept groups once the choice is made: below 0, against the weight decay."""
+    """Factor of kept groups once the choice is made: below 0, to counteract the weight decay."""
 
     @model_validator(mode="after")
     def _picks_below_the_ceiling(self) -> Self:
@@ -59,7 +60,7 @@ def build(
 
 
 class GReg2(GrowingPenalty):
-    """One factor for all groups of a layer until they are chosen, then two."""
+    """One factor for all groups of a layer until some are chosen, then one for each kind."""
 
     def __init__(
         self, settings: Settings, model: nn.Module, decay: float, shape: Sequence[int] | None
@@ -81,7 +82,7 @@ class GReg2(GrowingPenalty):
         self.max_steps = self.steps_for(first + second)
 
     def grow(self) -> None:
-        """All groups alike until they are chosen; the update that chooses changes nothing else."""
+        """Raise all factors equally while picking, then only those of the chosen groups."""
         if self.phase == PICKING:
             self.factor += self.picking.pick_growth
             self.kept_factor.copy_(self.factor)
@@ -93,11 +94,11 @@ class GReg2(GrowingPenalty):
             self.kept_factor[self.active] = self.picking.recover
 
     def ends(self) -> Tensor:
-        """Separated, or over the ceiling; not before the kept groups recover."""
+        """Layers that are separated or over the ceiling; none before the kept groups recover."""
         return (self.separated | self.over_ceiling) & (self.kept_factor <= 0)
 
     def metrics(self) -> dict[str, float]:
-        """Also the share of the choice that the L1 norms of the dense network lead to as well."""
+        """Also the share of chosen groups that L1 norms in the dense network would choose too."""
         chosen = self.groups.choice or self.groups.choice_of_smallest()
         both = sum(int((chosen[n].cpu() & self.initial[n].cpu()).sum()) for n in self.groups.names)
         return super().metrics() | {"overlap": both / sum(self.groups.numbers.values())}

@@ -1,10 +1,10 @@
-"""Group-Hoyer-Square over channels and filters: a scale-free count of the groups that are large.
+"""Group-Hoyer-Square over channels and filters: a scale-free count of large groups.
 
 Source: Group-HS of H. Yang, W. Wen, H. Li, DeepHoyer, ICLR 2020.
 With A the sum of channel norms, B the sum of filter norms: R(W) = (A^2 + B^2) / sum w^2, between 2
 and channels + filters; gradient 2w (A/a_c + B/b_n - R) / sum w^2, and 0 in a group of zeros.
-With grouping coupled, a_c is the norm of all weights that are coupled to a channel in any layer,
-and the formula is that of one channel group, summed over groups: R = A^2 / S^2.
+With grouping coupled, a_c is the norm of all weights that are coupled to a channel in any layer.
+Each channel group has its own formula, R = A^2 / S^2, and these are summed.
 """
 
 from collections.abc import Sequence
@@ -53,7 +53,7 @@ def value(w: Tensor, by_position: bool = False, groups: int = 1) -> Tensor:
 
 
 def gradient(w: Tensor, by_position: bool = False, groups: int = 1) -> Tensor:
-    """2 w (A/a_c + B/b_n - R) / S^2, through ratios that neither overflow nor divide by zero."""
+    """2 w (A/a_c + B/b_n - R) / S^2, computed without overflow or division by zero."""
     a, b, s = (
         channel_norms(w, by_position, groups),
         filter_norms(w, by_position),

@@ -1,11 +1,11 @@
 """Group lasso over channels and filters: the sum of their Euclidean norms.
 
 Source: M. Yuan, Y. Lin, Model selection and estimation in regression with grouped variables,
-JRSS B, 2006; on networks W. Wen et al., Learning structured sparsity, NeurIPS 2016.
+JRSS B, 2006; for networks, W. Wen et al., Learning structured sparsity, NeurIPS 2016.
 With a_c the norm of input channel c and b_n the norm of filter n: R(W) = sum_c a_c + sum_n b_n;
 gradient w/a_c + w/b_n, and 0 in a group of zeros.
-With grouping coupled, a_c is the norm of all weights that are coupled to a channel in any layer,
-and the formula is that of one channel group, summed over groups: R = sum_c a_c.
+With grouping coupled, a_c is the norm of all weights that are coupled to a channel in any layer.
+Each channel group has its own formula, R = sum_c a_c, and these are summed.
 """
 
 from collections.abc import Sequence

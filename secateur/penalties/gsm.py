@@ -1,14 +1,15 @@
-"""Global sparse momentum (GSM): the loss moves only the weights that matter to it at each step.
+"""Global sparse momentum (GSM): at each step, the loss updates only the most important weights.
 
 Source: X. Ding, G. Ding, X. Zhou, Y. Guo, J. Han, J. Liu, Global sparse momentum SGD for pruning
 very deep neural networks, NeurIPS 2019, equations 5 to 9. At every step the Q weights with the
-largest |w * dL/dw| are active. The gradient that the momentum takes up is dL/dw + decay * w for
-them, and decay * w alone for the others, which therefore shrink exponentially until they are next
-to zero. Q is what is to be left, and which weights are active is decided anew at each step, so that
-a weight can come back. In the end those of the smallest magnitude are pruned, which costs nothing.
+largest |w * dL/dw| are active. The gradient that enters the momentum is dL/dw + decay * w for
+active weights, and decay * w alone for passive ones, which therefore shrink exponentially towards
+zero. Q is the number of weights to be kept. The active weights are chosen anew at each step, so
+that a weight can return. In the end the weights of the smallest magnitude are pruned, which barely
+changes the network.
 
-`decay` is the weight decay of the source; a high momentum (0.98 or 0.99 there) brings the others
-down sooner.
+`decay` is the weight decay of the source; a high momentum (0.98 or 0.99 there) shrinks passive
+weights faster.
 """
 
 from typing import Self
@@ -55,9 +56,9 @@ class Settings(Strict):
 
 
 def build(settings: Settings, model: nn.Module, decay: float) -> DynamicSparsityPenalty:
-    """The gradients of this model's weights, with `decay` as their weight decay.
+    """The penalty on the weights of this model, with `decay` as their weight decay.
 
-    Raises ArgumentError unless that is above 0, and for ratios that do not fit the network.
+    Raises ArgumentError unless `decay` is above 0, and for ratios that do not fit the network.
     """
     if not decay > 0:
         raise ArgumentError(
@@ -76,7 +77,7 @@ class GSM(DynamicSparsityPenalty):
         self.settings, self.decay = settings, decay
 
     def start(self, plan: TrainingPlan) -> None:
-        """ArgumentError for another optimizer than sgd, or without a step."""
+        """ArgumentError for an optimizer other than sgd, or for a training without steps."""
         if plan.settings.optimizer != "sgd":
             raise ArgumentError(
                 "optimizer",
@@ -95,7 +96,7 @@ class GSM(DynamicSparsityPenalty):
 
     @torch.no_grad()
     def before_step(self, step: int, optimizer: Optimizer) -> None:
-        """Leave active weights their gradient, and add the decay of all."""
+        """Set the gradients of passive weights to zero, and add the decay to all."""
         weights = list(self.held.values())
         gradients = [weight.grad for weight in weights if weight.grad is not None]
         assert len(gradients) == len(weights)
@@ -104,12 +105,12 @@ class GSM(DynamicSparsityPenalty):
 
     @torch.no_grad()
     def after_step(self, step: int, optimizer: Optimizer) -> None:
-        """Note the magnitudes of what would be kept and pruned now; nothing is set to zero."""
+        """Record the magnitudes of what would be kept and pruned now; nothing is set to zero."""
         if step % self.trace_interval == 0:
             self.trace.append((step, self._now()))
 
     def choices(self) -> Choices:
-        """The weights that are smallest now."""
+        """The weights that are currently the smallest."""
         return {name: choice.cpu() for name, choice in self._smallest().items() if choice.any()}
 
     def metrics(self) -> dict[str, float]:
@@ -118,7 +119,7 @@ class GSM(DynamicSparsityPenalty):
         return {"magnitude_ratio": kept / max(chosen, 1e-30)}
 
     def _active(self, weights: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
-        """1 where |w * dL/dw| is among the largest, else 0; of equal ones at the edge, none."""
+        """1 where |w * dL/dw| is among the largest, else 0; ties at the threshold are passive."""
         scores = torch._foreach_mul(weights, gradients)
         torch._foreach_abs_(scores)
         if self.settings.ranking == "layer":
@@ -138,7 +139,7 @@ class GSM(DynamicSparsityPenalty):
 
     @torch.no_grad()
     def _now(self) -> Tensor:
-        """The trace's point of the weights as they are."""
+        """A point of the trace for the current weights."""
         chosen = self._smallest()
         pruned = sum(int(choice.sum()) for choice in chosen.values())
         total = sum(choice.numel() for choice in chosen.values())

@@ -18,9 +18,9 @@ class Settings(Strict):
     """Which scales it covers."""
 
     coupled: Coupled = "skip"
-    """skip: scales of channels that one layer makes | include: also those of residual sums |
-    blocks: as skip, but in networks with residual blocks only those inside them, not the stem's
-    (the way of the code classifier-pruner)."""
+    """skip: scales of channels that a single layer produces | include: also scales of residual sums
+    | blocks: as skip, but in networks with residual blocks only scales inside these blocks, not the
+    stem's (as in the code of classifier-pruner)."""
 
 
 def build(settings: Settings, model: nn.Module, decay: float) -> Penalty:

@@ -7,7 +7,7 @@ from secateur.training.penalty import Penalty
 
 
 class Settings(Strict):
-    """Nothing to set."""
+    """No settings."""
 
 
 def build(settings: Settings, model: nn.Module, decay: float) -> Penalty | None:

@@ -1,19 +1,19 @@
-"""RigL: a sparse network whose connections move while it trains; SET with growth at random.
+"""RigL: a sparse network whose connections move while it trains; with random growth, SET.
 
 Source: U. Evci, T. Gale, J. Menick, P. S. Castro, E. Elsen, Rigging the lottery: making all tickets
-winners, ICML 2020, algorithm 1. The number of weights of every layer is constant from the first
-step on. Every `interval` steps, before step T = `until`, each layer drops the share a / 2 * (1 +
-cos(pi * t / T)) of its weights, those of the smallest magnitude, and grows as many in the places
-with the largest gradient among all that it then lacks, so that a weight may drop and grow at once
-and stays as it is. Others start at zero, with nothing remembered by the optimizer. Here the
-optimizer takes its step at these times too; the source does not.
+winners, ICML 2020, algorithm 1. The number of kept weights of every layer is constant from the
+first step on. Every `interval` steps, before step T = `until`, each layer drops the share a / 2 *
+(1 + cos(pi * t / T)) of its weights, those of the smallest magnitude. It then grows as many weights
+at the pruned positions with the largest gradient. A weight that was just dropped may be grown again
+and then keeps its value; other grown weights start at zero, with their optimizer state reset. Here
+the optimizer also takes its step at an update; in the source it does not.
 
-Which share of a layer is kept follows from `allocation`. erk (equation in section 3, after D.
-Mocanu et al., 2018): in proportion to (inputs + outputs + height + width of the kernel) / (inputs *
-outputs * height * width), at most 1, such that the network as a whole has the density asked for.
+`allocation` determines the kept share of each layer. erk (equation in section 3, after D. Mocanu et
+al., 2018): in proportion to (inputs + outputs + height + width of the kernel) / (inputs * outputs *
+height * width), at most 1, such that the network as a whole has the required density.
 
 SET: D. Mocanu et al., Scalable training of artificial neural networks with adaptive sparse
-connectivity inspired by network science, Nature Communications, 2018: grows at random.
+connectivity inspired by network science, Nature Communications, 2018: weights grow at random.
 """
 
 import math
@@ -48,35 +48,35 @@ class Settings(DynamicSparsitySettings):
     allocation: Literal["erk", "uniform"] = "erk"
     """erk: small layers keep a larger share; uniform: every layer keeps the same share."""
     initial: Literal["magnitude", "random"] = "magnitude"
-    """Which weights of the network the training starts from; the source's are random ones."""
+    """Which weights are kept at the start: the largest, or random ones as in the source."""
     growth: Literal["gradient", "random"] = "gradient"
     """Where weights grow; random: SET."""
     fraction: Share = 0.3
-    """a: share of the weights of a layer that moves at first; it falls by half a cosine."""
+    """a: share of the weights of a layer that moves at first; it decays along half a cosine."""
     interval: Annotated[StepsOrShare, Field(gt=0)] = 100
-    """Steps, or below 1 a share of the training, from one move to the next."""
+    """Steps, or below 1 a share of the training, from one update to the next."""
     until: StepsOrShare = 0.75
-    """No connection moves after this many steps, or below 1 this share of the training; 0: none
-    moves at all."""
+    """No connection moves after this many steps, or below 1 this share of the training; 0: no
+    connection ever moves."""
     skip: Skip = ()
     """Layers that stay dense: names, or stage.block."""
     seed: Seed = 0
-    """Of what is random."""
+    """Seed of all random choices."""
 
 
 def build(settings: Settings, model: nn.Module, decay: float) -> DynamicSparsityPenalty:
     """The sparse training of this model; `decay` is the strength of the norm in the loss.
 
-    Raises ArgumentError if `skip` names no layer, or all.
+    Raises ArgumentError if a name under `skip` matches no layer, or if all layers are skipped.
     """
     return RigL(settings, model, decay)
 
 
 def erdos_renyi_kernel(shapes: Mapping[str, torch.Size], density: float) -> dict[str, float]:
-    """Share of the weights that each layer keeps, by ERK; `density` is that of all of them.
+    """Share of the weights that each layer keeps, by ERK; `density` is that of the whole network.
 
-    `shapes` are those of weights, (outputs, inputs) or (filters, channels, height, width). Layers
-    whose share would exceed 1 are dense, and the others share what is left.
+    `shapes` are the shapes of weights: (outputs, inputs) or (filters, channels, height, width).
+    Layers whose share would exceed 1 are dense, and the others share the remaining weights.
     """
     sizes = {name: shape.numel() for name, shape in shapes.items()}
     raw = {name: sum(shape) / sizes[name] for name, shape in shapes.items()}
@@ -92,7 +92,7 @@ def erdos_renyi_kernel(shapes: Mapping[str, torch.Size], density: float) -> dict
 
 
 class RigL(DynamicSparsityPenalty):
-    """Masks of a constant number of weights in each layer."""
+    """Masks that keep a constant number of weights in each layer."""
 
     def __init__(self, settings: Settings, model: nn.Module, decay: float) -> None:
         layers = masks.layers(model)
@@ -107,13 +107,13 @@ class RigL(DynamicSparsityPenalty):
         self.numbers = {n: max(1, round(shares[n] * shapes[n].numel())) for n in shapes}
         """Name of a weight -> number of its entries that are kept."""
         self.allowed: dict[str, Tensor] = {}
-        """Of weights that the training holds masks on: True where an entry may be kept."""
+        """For weights with a mask that the training holds: True where an entry may be kept."""
         self._gradients: list[Tensor] = []
 
     @torch.no_grad()
     def start(self, plan: TrainingPlan) -> None:
-        """Choose where the training starts. ArgumentError if it has no step, or ends before the
-        first connection would move."""
+        """Choose the weights to start from. ArgumentError if the training has no step, or ends
+        before the first connection would move."""
         check_end(0, plan, self.name)
         self.interval = max(1, plan.in_steps(self.settings.interval))
         self.until = plan.in_steps(self.settings.until)
@@ -147,7 +147,7 @@ class RigL(DynamicSparsityPenalty):
 
     @torch.no_grad()
     def before_step(self, step: int, optimizer: Optimizer) -> None:
-        """Only weights that are kept have gradients; those of all of them tell where to grow."""
+        """Mask the gradients; before an update, store all of them, to know where to grow."""
         gradients = [weight.grad for weight in self.held.values()]
         found = [gradient for gradient in gradients if gradient is not None]
         assert len(found) == len(gradients)
@@ -156,7 +156,7 @@ class RigL(DynamicSparsityPenalty):
         torch._foreach_mul_(found, self.keep)
 
     def update(self, step: int, optimizer: Optimizer) -> None:
-        """Drop and grow as many weights in each layer."""
+        """Drop some weights in each layer, and grow the same number."""
         share = self.settings.fraction / 2 * (1 + math.cos(math.pi * step / self.until))
         seed = self.settings.seed * 1_000_003 + self.updates + 1
         chance = torch.Generator().manual_seed(seed)
@@ -182,7 +182,7 @@ class RigL(DynamicSparsityPenalty):
 
 
 def _forget(optimizer: Optimizer, weight: Tensor, entries: Tensor) -> None:
-    """Set what the optimizer remembers about these entries to zero."""
+    """Set the optimizer state of these entries to zero."""
     for value in optimizer.state.get(weight, {}).values():
         if isinstance(value, Tensor) and value.shape == weight.shape:
             value.masked_fill_(entries, 0.0)

@@ -3,14 +3,14 @@
 A file offers `Settings` (a `base.sections.Strict`) and `prune(settings, context) ->
 PruningDecision`; both types are in `pruning.decision`. The context holds the network, some training
 images, the penalty's choice, and, on request, the channel graph. The decision has masks for single
-weights, by parameter name, and whole channels, by the name of their group and their numbers in it.
+weights, by parameter name, and whole channels, by the name of their group and their index in it.
 A pruner trains nothing, prints nothing, and does not change the model. For a setting that does not
 fit the network it raises `ArgumentError`, which names the setting without the section of
 params.yaml.
 
-What several pruners need is in the rooms: criteria, targets and sensitivity in `pruning`, ratios
-and choices in `sparsity`, permutations and budgets of groups in `gconv`. Importing this package
-makes every pruner callable: `secateur.pruners.magnitude(ratios=0.5)`.
+Code that several pruners use is in the rooms: criteria, targets and sensitivity in `pruning`,
+ratios and choices in `sparsity`, permutations and budgets of groups in `gconv`. Importing this
+package makes every pruner callable: `secateur.pruners.magnitude(ratios=0.5)`.
 """
 
 from typing import TYPE_CHECKING

@@ -1,9 +1,9 @@
 """Prune exactly what the penalty has chosen.
 
-Penalties that choose (greg1, greg2, gradual, rigl, gsm) store their choice in the sparse-trained
-checkpoint: filters, channels or single weights, which they have brought to zero, or close to it,
-already. Parametrizations (str, variational_dropout) store which weights they have set to zero.
-Filters and channels are removed whole unless they are coupled to other layers.
+Penalties that choose what to prune (greg1, greg2, gradual, rigl, gsm) store their choice in the
+sparse-trained checkpoint: filters, channels or single weights, which training has already brought
+to zero or close to it. Parametrizations (str, variational_dropout) store which weights they have
+set to zero. Filters and channels are removed whole unless they are coupled to other layers.
 """
 
 from secateur.base.errors import PruningError
@@ -12,13 +12,13 @@ from secateur.pruning.decision import PruningContext, PruningDecision, decision_
 
 
 class Settings(Strict):
-    """Nothing to set: what is pruned follows from the settings of the penalty."""
+    """No settings: the settings of the penalty determine what is pruned."""
 
 
 def prune(settings: Settings, context: PruningContext) -> PruningDecision:
     """The penalty's choice, as whole channels where these can be removed.
 
-    Raises PruningError if there is no choice, or one for another network.
+    Raises PruningError if the checkpoint has no choice, or one that belongs to another network.
     """
     if not context.choices:
         raise PruningError(

@@ -1,10 +1,11 @@
-"""Group convolutions: prune kernels outside of the best groups of outputs and inputs.
+"""Group convolutions: prune the kernels outside the best groups of outputs and inputs.
 
 Source: R. Zhao, W. Luk, Efficient structured pruning and architecture searching for group
-convolution, ICCV workshops 2019. Each convolution keeps the kernels within G matching groups of its
-outputs and inputs, found so that these kernels have as much importance as possible
-(gconv/permutation.py). The number of groups of a layer is set, read from a file, or searched for
-within a budget (gconv/search.py). With prune.export = gconv the masks become group convolutions.
+convolution, ICCV workshops 2019. Outputs and inputs of a convolution are divided into G matching
+groups, and only the kernels within these groups are kept; the division is searched for such that
+the kept kernels have as much importance as possible (gconv/permutation.py). The number of groups of
+a layer is set, read from a file, or searched for within a budget (gconv/search.py). With
+prune.export = gconv the masks become group convolutions.
 """
 
 from collections.abc import Mapping
@@ -36,7 +37,7 @@ class SearchSettings(Strict):
     strategy: Strategy = "knapsack"
     """knapsack: the optimum | max_cost: the paper's local search."""
     min_channels_per_group: Count = 1
-    """Of outputs and of inputs."""
+    """Fewest outputs, and fewest inputs, of a group."""
     max_groups: Count = 64
     depthwise: bool = False
     """Whether a layer may have as many groups as inputs and outputs."""
@@ -51,11 +52,11 @@ class SearchSettings(Strict):
 
 
 class Settings(permutation.PermutationSettings):
-    """The number of groups, by one of groups, channels_per_group, config and search; and how the
-    groups are found."""
+    """How many groups (set by one of groups, channels_per_group, config and search), and how they
+    are found."""
 
     groups: Annotated[int, Field(ge=2)] | None = 4
-    """One number for every layer whose channels it divides; the others stay dense."""
+    """The same number for all layers whose channels it divides; other layers stay dense."""
     channels_per_group: Count | None = None
     """Channels of a group on the wider side of a layer."""
     config: str | None = None
@@ -88,9 +89,9 @@ class Settings(permutation.PermutationSettings):
 def prune(settings: Settings, context: PruningContext) -> PruningDecision:
     """Masks of all convolutions that get groups; kernels are masked as a whole.
 
-    Raises ArgumentError if no layer can have groups, if the network meets the budget as it is, if
-    a budget cannot be met (with the excess), for a file that cannot be read or is for another
-    network, and if a layer is named that does not exist.
+    Raises ArgumentError if no layer can have groups, if the dense network already meets the budget,
+    if a budget cannot be met (with the excess), for a file that cannot be read or that belongs to
+    another network, and for the name of a layer that does not exist.
     """
     convolutions = config.convolutions(context.model)
     layers = _prunable(settings, convolutions)
@@ -125,13 +126,13 @@ def prune(settings: Settings, context: PruningContext) -> PruningDecision:
 
 @dataclass
 class _Report:
-    """Figures and lines of a decision, as they are found."""
+    """Notes and lines of a decision, collected one after another."""
 
     notes: dict[str, float] = field(default_factory=dict)
     lines: list[str] = field(default_factory=list)
 
     def add_search(self, strategy: str, found: Assignment, even: Assignment | None) -> None:
-        """The assignment found, and beside it the smallest one with equal numbers of groups."""
+        """The assignment found, beside the one with the same number of groups everywhere."""
         for name, assignment in {"search": found, "uniform": even}.items():
             if assignment is not None:
                 self.notes |= {
@@ -285,7 +286,7 @@ def _described(found: Assignment) -> str:
 
 
 def _refused(settings: Settings) -> ArgumentError:
-    """The argument that says how many groups there are to be, if no layer can have them."""
+    """Error for a number of groups that no layer can have; names the argument that asked for it."""
     ways = ("groups", "channels_per_group", "config")
     way, number = next((way, v) for way in ways if (v := getattr(settings, way)) is not None)
     return ArgumentError(way, "no convolution can have groups as asked", number)

@@ -1,21 +1,23 @@
-"""Magnitude pruning: the least important filters, channels or weights of each layer, or of all.
+"""Magnitude pruning: the least important filters, channels or weights, by layer or globally.
 
-Source: of filters by L1 norm H. Li, A. Kadav, I. Durdanovic, H. Samet, H. P. Graf, Pruning filters
-for efficient ConvNets, ICLR 2017; of single weights S. Han et al., NeurIPS 2015. Other criteria,
-with their sources, are in pruning/criteria.py.
+Sources: for filters by L1 norm, H. Li, A. Kadav, I. Durdanovic, H. Samet, H. P. Graf, Pruning
+filters for efficient ConvNets, ICLR 2017; for single weights, S. Han et al., NeurIPS 2015. Other
+criteria, with their sources, are in pruning/criteria.py.
 
-Filters and channels are removed whole. Filters whose outputs are added to those of other layers
-(residual sums), and inputs that are such a sum, are not for one layer to choose: a ratio for such a
-layer by name is an error, and a ratio for all layers passes over it. Inputs that several layers
-read (DenseNet) are masked in the layer that chose them, and removed if all of their readers did.
+Filters and channels are removed whole. Where the outputs of several layers are added (residual
+sums), no single layer can choose among its filters, nor a layer that reads the sum among its
+inputs: a ratio that names such a layer is an error, and a ratio for all layers skips it. Inputs
+that several layers read (DenseNet) are masked in the layer that chose them, and removed if all
+layers that read them chose them.
 
-Granularity group: channels with all that is coupled to them, wherever that is, scored as
-pruning/group_scores.py says, so that residual sums, depthwise convolutions and squeeze-excite
-products are pruned too.
+Granularity group: channels together with everything that is coupled to them in any layer, scored as
+described in pruning/group_scores.py, so that residual sums, depthwise convolutions and
+squeeze-excite products are pruned too.
 
-Granularity 2:4: of each four consecutive inputs the two least important, in all layers that have a
-multiple of four (sparsity/semi_structured.py). Removing dead channels afterwards would move inputs
-from one four to another, so that the zeros are no longer two of four: prune.remove_dead: false.
+Granularity 2:4: the two least important of every four consecutive inputs, in all layers whose
+number of inputs is a multiple of four (sparsity/semi_structured.py). Removing dead channels
+afterwards would shift inputs between these fours and break the pattern: set
+prune.remove_dead: false.
 """
 
 from collections.abc import Callable
@@ -55,7 +57,7 @@ from secateur.sparsity.ratios import Ratios, Rules, Skip
 
 
 def _two_of_four(value: Any) -> Any:
-    """YAML 1.1 reads 2:4 without quotes as the sexagesimal number 124."""
+    """Undo YAML 1.1, which reads an unquoted 2:4 as the sexagesimal number 124."""
     return "2:4" if value == 124 and not isinstance(value, bool) else value
 
 
@@ -65,36 +67,35 @@ class Settings(Strict):
     granularity: Annotated[Granularity | Literal["group", "2:4"], BeforeValidator(_two_of_four)] = (
         "filter"
     )
-    """filter: outputs of a layer; channel: inputs of it; weight: single weights; group: channels
-    with all that is coupled to them; 2:4: two of each four consecutive inputs."""
+    """filter: outputs of a layer; channel: inputs of a layer; weight: single weights; group:
+    channels with everything that is coupled to them; 2:4: two of every four consecutive inputs."""
     scope: masks.Scope | None = None
-    """Of granularity weight: the parameters whose entries are ranked; null: weights. A bias has the
-    ratio of its layer."""
+    """For granularity weight: the parameters whose entries are ranked; null: weights. A bias has
+    the ratio of its layer."""
     criterion: criteria.Criterion = "l1"
     """How importance is measured; see pruning/criteria.py, for groups pruning/group_scores.py."""
     reduce: Reduction | None = None
-    """Of granularity group: how what a channel is worth in each of its tensors becomes one score;
-    null: mean."""
+    """For granularity group: how the scores of a channel in its tensors become one; null: mean."""
     normalise: ScoreNormalisation | None = None
-    """Of granularity group: what makes scores of different groups compare; null: mean."""
+    """For granularity group: how scores of different groups are made comparable; null: mean."""
     pick: Pick = "min"
     """Which groups are pruned: the least important, the most important, or random ones (the last
     two are controls)."""
     seed: Seed = 0
-    """Of pick: random."""
+    """For pick: random."""
     ranking: StructuralRanking = "layer"
-    """layer: within a layer (of granularity group: within a channel group); global: over all that
-    have a ratio above 0; isomorphic: over channel groups of equal structure."""
+    """layer: within a layer (granularity group: within a channel group); global: over all layers
+    that have a ratio above 0; isomorphic: over channel groups of equal structure."""
     ratios: Ratios = Rules(0.5)
     """Share of each layer's groups that is pruned, see sparsity/ratios.py; one number with ranking
     global or isomorphic."""
     skip: Skip = ()
     """Layers that are not pruned: names, or stage.block."""
     target: Target | None = None
-    """What is to be left of the network; `ratios` then are the proportions between layers."""
+    """Size that the network is pruned to; `ratios` are then the proportions between layers."""
     round_to: Annotated[int, Field(ge=1)] | None = None
-    """The filters or channels that are kept are a multiple of this; all of them if there are
-    fewer. null: 1, and with a target of latency what the measured layers suggest."""
+    """The number of kept filters or channels is a multiple of this; a layer that has fewer keeps
+    all. null: 1, and with a latency target the multiple that the measured layers suggest."""
     keep_at_least: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Share of each layer, or channel group, that is kept whatever the ranking. null: a quarter
     where channel groups are compared with each other, else one filter, channel or weight."""
@@ -148,7 +149,7 @@ class Settings(Strict):
 
     @property
     def least(self) -> float:
-        """The share that is kept at least."""
+        """The smallest share that is kept."""
         if self.keep_at_least is not None:
             return self.keep_at_least
         return 0.25 if self.granularity == "group" and self.ranking != "layer" else 0.0
@@ -203,7 +204,7 @@ def prune(settings: Settings, context: PruningContext) -> PruningDecision:
 def _ratios(
     settings: Settings, granularity: Granularity, context: PruningContext
 ) -> dict[str, float]:
-    """Share of every parameter that loses something, by its name."""
+    """Ratio of every parameter that is pruned, by its name."""
     if granularity == "weight":
         scope = settings.scope or "weights"
         return ratios_by_parameter(context.model, settings.ratios, scope, settings.skip)
@@ -213,7 +214,7 @@ def _ratios(
 
 
 def _prune_two_of_four(settings: Settings, context: PruningContext) -> PruningDecision:
-    """Masks of two of each four consecutive inputs, in layers that have a multiple of four."""
+    """Masks of two of every four consecutive inputs, in layers that have a multiple of four."""
     suitable = semi_structured.suitable_layers(context.model)
     names = [name for name in layers_left(context.model, settings.skip) if name in suitable]
     if not names:
@@ -229,7 +230,7 @@ def _prune_two_of_four(settings: Settings, context: PruningContext) -> PruningDe
 
 
 def _prune_groups(settings: Settings, context: PruningContext) -> PruningDecision:
-    """The least important channels with all that is coupled to them."""
+    """The least important channels with everything that is coupled to them."""
     graph = context.graph
     groups, refused = group_scores.score_groups(
         context, settings.criterion, settings.reduce or "mean", settings.normalise or "mean"
@@ -255,7 +256,7 @@ def _prune_groups(settings: Settings, context: PruningContext) -> PruningDecisio
 
     def decide(ranked: GroupRanking) -> PruningDecision:
         units = ranked.chosen()
-        key = torch.cat(units).numpy().tobytes()  # neighbouring ratios often choose the same
+        key = torch.cat(units).numpy().tobytes()  # close ratios often choose the same channels
         if key not in known:
             known[key] = graph.removable(ranked.selection(graph, units))
         channels = known[key]
@@ -280,7 +281,7 @@ Chooser = Callable[[dict[str, float]], Choices]
 
 
 def _by_layer(scores: dict[str, Tensor]) -> Chooser:
-    """Choose in each layer the share of its groups that its ratio is."""
+    """Choose in each layer the share of its groups that its ratio says."""
     ranks = {name: choices.ranks({name: score})[name] for name, score in scores.items()}
 
     def choose(ratios: dict[str, float]) -> Choices:
@@ -293,7 +294,7 @@ def _by_layer(scores: dict[str, Tensor]) -> Chooser:
 
 
 def _over_all_layers(scores: dict[str, Tensor]) -> Chooser:
-    """Choose a share of all groups together; the ratios of all layers are equal."""
+    """Choose a share of the groups of all layers together; all ratios are equal."""
     ranks = choices.ranks(scores)
     total = sum(rank.numel() for rank in ranks.values())
 
@@ -305,7 +306,7 @@ def _over_all_layers(scores: dict[str, Tensor]) -> Chooser:
 
 
 def _ratios_reached(ratios: dict[str, float], chosen: Choices) -> dict[str, float]:
-    """The share of all groups that was asked for, and the share that is chosen."""
+    """The share of all groups that was asked for, and the share that was chosen."""
     sizes = {name: choice.numel() for name, choice in chosen.items()}
     total = sum(sizes.values())
     asked = sum(ratio * sizes[name] for name, ratio in ratios.items())

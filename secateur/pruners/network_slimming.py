@@ -1,12 +1,12 @@
 """Network Slimming: prune channels whose batch-normalisation scale is below a global threshold.
 
 Source: Z. Liu, J. Li, Z. Shen, G. Huang, S. Yan, C. Zhang, Learning efficient convolutional
-networks through network slimming, ICCV 2017. The threshold is the value at place
+networks through network slimming, ICCV 2017. The threshold is the value at index
 floor(ratio * number of scales) of all |gamma| in ascending order. A channel with several scales is
-pruned only if all of them are below. A channel that a layer reads without a scale in between is
-kept, because no scale is a measure of its importance. With `reduce` or `normalise` a channel has
-one number in place of its scales, and the threshold is found among these numbers; both follow
-G. Fang et al., DepGraph: Towards any structural pruning, CVPR 2023.
+pruned only if all of them are below the threshold. A channel that a layer reads without a scale in
+between is kept, because no scale measures its importance. With `reduce` or `normalise` a channel
+has one score in place of its scales, and the threshold is found among these scores; both settings
+follow G. Fang et al., DepGraph: Towards any structural pruning, CVPR 2023.
 """
 
 from decimal import Decimal
@@ -32,25 +32,27 @@ class Settings(Strict):
     ratio: Annotated[float, Field(ge=0, lt=1)] = 0.5
     """Share of the scales that are below the threshold."""
     coupled: Literal["skip", "union", "blocks"] = "skip"
-    """Channels of residual sums. skip: they are kept, and their scales do not count; union: one is
-    pruned if its scales are below the threshold in all layers whose outputs are added; blocks: as
-    skip, but in networks with residual blocks only channels inside them, not the stem's (the way of
-    the code classifier-pruner: 7,552 scales of ResNet-50, where skip has 7,616)."""
+    """Channels of residual sums. skip: they are kept, and their scales do not count; union: a
+    channel is pruned if its scales are below the threshold in all layers whose outputs are added;
+    blocks: as skip, but in networks with residual blocks only channels inside these blocks, not the
+    stem's (as in the code of classifier-pruner: 7,552 scales of ResNet-50, where skip has 7,616).
+    """
     reduce: Reduction | None = None
-    """Of coupled: union: how the scales of a channel become one number, which is compared with the
-    threshold; null: max, so that all of them must be below."""
+    """For coupled: union: how the scales of a channel become the one score that is compared with
+    the threshold; null: max, so that all scales must be below."""
     normalise: ScoreNormalisation | None = None
-    """Of coupled: union: what makes these numbers of different channel groups compare, as in
+    """For coupled: union: how scores of different channel groups are made comparable, as in
     pruning/group_scores.py; null: none."""
     keep_at_least: Annotated[float, Field(ge=0, lt=1)] = 0.01
     """Share of each layer's channels that is kept whatever the threshold; at least one channel."""
     keep_rounds: Literal["up", "down"] | None = None
-    """How keep_at_least becomes a number: 0.01 of 256 is 3 (null: up), or 2 (classifier-pruner)."""
+    """How keep_at_least is rounded: 0.01 of 256 is 3 (up; also null) or 2 (down, as in
+    classifier-pruner)."""
     target: Target | None = None
-    """What is to be left of the network, in place of a ratio."""
+    """Size that the network is pruned to, in place of a ratio."""
     round_to: Annotated[int, Field(ge=1)] | None = None
-    """The channels that are kept are a multiple of this; all of them if there are fewer. null: 1,
-    and with a target of latency what the measured layers suggest."""
+    """The number of kept channels is a multiple of this; a layer that has fewer keeps all. null: 1,
+    and with a latency target the multiple that the measured layers suggest."""
 
     @model_validator(mode="after")
     def _only_of_union(self) -> Self:
@@ -61,7 +63,7 @@ class Settings(Strict):
 
 
 def prune(settings: Settings, context: PruningContext) -> PruningDecision:
-    """Whole channels with scales below the threshold; the notes have the share of the scales.
+    """Whole channels whose scales are below the threshold; the notes have the share of the scales.
 
     Raises ArgumentError if no channel that can be pruned has a scale, PruningError for a target
     that cannot be reached.
@@ -112,7 +114,7 @@ class _Slimming:
             )
 
     def _score_groups(self, entries: scales.FlatScales) -> None:
-        """One number for each channel in place of its scales; see the settings."""
+        """One score for each channel in place of its scales; see the settings."""
         how = _REDUCTIONS[self.settings.reduce or "max"]
         found = entries.by_channel(len(self.score), how).double()
         for group in self.graph.groups:
@@ -124,7 +126,7 @@ class _Slimming:
         self.scales = found[self.ids]
 
     def _unlocked(self, count: int, union: bool) -> Tensor:
-        """Channels that are not locked, and, without `union`, that one layer alone produces."""
+        """Channels that are not locked and, without `union`, are produced by a single layer."""
         unlocked = torch.zeros(count, dtype=torch.bool)
         depthwise = {n for n, layer in self.graph.layers.items() if layer.depthwise()}
         for group in self.graph.groups:
@@ -134,7 +136,7 @@ class _Slimming:
         return unlocked
 
     def decide(self, ratio: float, multiple: int) -> PruningDecision:
-        """The channels below the threshold that belongs to this ratio; see `round_to`."""
+        """The channels below the threshold of this ratio; `multiple` is that of `round_to`."""
         place = floor(Decimal(repr(ratio)) * len(self.scales))
         threshold = self.scales.sort().values[place]
         below = self._with_enough_kept(self.prunable & (self.score < threshold), multiple)
@@ -153,9 +155,9 @@ class _Slimming:
         return PruningDecision({}, channels, notes)
 
     def _with_enough_kept(self, chosen: Tensor, multiple: int) -> Tensor:
-        """Keep the best channels of layers that would lose too many, or end between multiples.
+        """Keep the best channels of layers that would lose too many or not keep a multiple.
 
-        Repeated over all layers until nothing changes, since layers of a sum share channels.
+        Repeated over all layers until nothing changes, since layers that are added share channels.
         """
         share = Decimal(repr(self.settings.keep_at_least))
         whole = floor if self.settings.keep_rounds == "down" else ceil

@@ -1,15 +1,16 @@
-"""Optimal brain surgeon by layer: single weights go, and those that stay make up for them.
+"""Layer-wise optimal brain surgeon: prune single weights and adjust the kept ones to compensate.
 
-For each output of a layer, with inputs x over some images and all positions, the weights w' that
-stay minimise the mean of (w' x - w x)^2. With H the mean of x x', removing weight p costs
-w_p^2 / (H^-1)_pp, and changes the others by -w_p / (H^-1)_pp times column p of H^-1. Weights go one
-by one, the cheapest first, and the outputs of a layer share its ratio by what the next removal
-costs; in the end the least squares are solved for what is left.
+For each output of a layer, with inputs x over some images and all positions, the kept weights w'
+minimise the mean of (w' x - w x)^2. With H the mean of x x', removing weight p costs
+w_p^2 / (H^-1)_pp, and changes the others by -w_p / (H^-1)_pp times column p of H^-1. Weights are
+removed one by one, the cheapest first; the outputs of a layer compete for its ratio by the cost of
+their next removal. Finally, the kept weights are computed anew by least squares.
 
 Sources: B. Hassibi, D. Stork, Second order derivatives for network pruning: optimal brain surgeon,
-NeurIPS 1992; by layer, E. Frantar, D. Alistarh, Optimal brain compression, NeurIPS 2022. Weights
-that are zero cost nothing, so what earlier rounds have pruned goes first. The time grows with the
-cube of a layer's inputs and with its outputs: minutes for 784 inputs and 300 outputs.
+NeurIPS 1992; layer-wise, E. Frantar, D. Alistarh, Optimal brain compression, NeurIPS 2022. Removing
+a zero costs nothing, so the weights that earlier rounds have pruned are removed first. The time
+grows with the cube of the number of inputs of a layer and linearly with its outputs: minutes for
+784 inputs and 300 outputs.
 """
 
 from collections.abc import Mapping
@@ -30,11 +31,11 @@ from secateur.sparsity.layer_ratios import ratios_by_parameter
 from secateur.sparsity.ratios import Ratios, Rules, Skip
 
 ENTRIES = 2**24
-"""Of all inverses that are held at once, 8 bytes each."""
+"""Entries of all inverses that are in memory at once, 8 bytes each."""
 
 
 class Settings(Strict):
-    """How many weights go."""
+    """How many weights are pruned."""
 
     ratios: Ratios = Rules(0.5)
     """Share of each layer's weights that is pruned, see sparsity/ratios.py."""
@@ -45,7 +46,7 @@ class Settings(Strict):
 
 
 def prune(settings: Settings, context: PruningContext) -> PruningDecision:
-    """Masks of the weights that go, and new values of those that stay.
+    """Masks, and new values of the kept weights.
 
     Raises ArgumentError for a convolution with groups, and if H cannot be inverted.
     """
@@ -75,8 +76,8 @@ def prune(settings: Settings, context: PruningContext) -> PruningDecision:
 
 
 def _damped(second: Tensor, damping: float, images: int) -> Tensor:
-    """H with what is added to its diagonal; of a single image nothing but the diagonal, and the
-    identity if there are no inputs but zeros."""
+    """H with the damping added to its diagonal. Of a single image only the diagonal of H is used;
+    if all inputs are zero, the result is the identity."""
     if images == 1:
         second = second.diagonal().diag()
     added = damping * float(second.diagonal().mean())
@@ -87,7 +88,7 @@ def _damped(second: Tensor, damping: float, images: int) -> Tensor:
 def _second_moments(
     context: PruningContext, layers: Mapping[str, nn.Conv2d | nn.Linear]
 ) -> dict[str, Tensor]:
-    """H of each layer, float64 on the CPU, (inputs, inputs); of a convolution those of a patch."""
+    """H of each layer, float64 on the CPU, (inputs, inputs); a convolution's inputs are a patch."""
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
 
@@ -107,7 +108,7 @@ def _second_moments(
 
 
 def _patches(layer: nn.Conv2d, inputs: Tensor) -> Tensor:
-    """What a convolution multiplies its weights by: (N, positions, inputs of a patch)."""
+    """The patches that a convolution reads: (N, positions, inputs of a patch)."""
     if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
         raise ArgumentError("skip", f"padding {layer.padding_mode} {layer.padding}: skip it", [])
     size = (layer.kernel_size[0], layer.kernel_size[1])
@@ -115,7 +116,7 @@ def _patches(layer: nn.Conv2d, inputs: Tensor) -> Tensor:
 
 
 def choose(rows: Tensor, second: Tensor, count: int) -> Tensor:
-    """Which weights stay when `count` of them go: bool, as `rows` (outputs, inputs)."""
+    """True at the weights that are kept when `count` are removed; as `rows`, (outputs, inputs)."""
     diagonal = second.diagonal()
     if torch.equal(second, diagonal.diag()):  # no removal changes other weights
         cost, order = (rows.square() * diagonal).sort(dim=1, stable=True)
@@ -123,8 +124,8 @@ def choose(rows: Tensor, second: Tensor, count: int) -> Tensor:
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(second))
         step = max(1, ENTRIES // second.numel())
         orders, costs = zip(*(removal(part, inverse) for part in rows.split(step)), strict=True)
-        order, cost = torch.cat(orders), torch.cat(costs).cummax(1).values  # none before its turn
-    first = cost.T.flatten().argsort(stable=True)[:count]  # equal costs: in the order of turns
+        order, cost = torch.cat(orders), torch.cat(costs).cummax(1).values  # none out of order
+    first = cost.T.flatten().argsort(stable=True)[:count]  # equal costs: in order of removal
     removed = torch.bincount(first % len(rows), minlength=len(rows))
     kept = torch.ones_like(rows, dtype=torch.bool)
     turn = torch.arange(rows.shape[1])
@@ -132,9 +133,10 @@ def choose(rows: Tensor, second: Tensor, count: int) -> Tensor:
 
 
 def removal(rows: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
-    """The order in which the weights of each row go, and what each removal adds to the mean square.
+    """The order in which the weights of each row are removed, and the cost of each removal: what it
+    adds to the mean square.
 
-    `inverse` is H^-1, (inputs, inputs); both results are as `rows`, (outputs, inputs).
+    `inverse` is H^-1, (inputs, inputs); both results have the shape of `rows`, (outputs, inputs).
     """
     weights, each = rows.clone(), torch.arange(len(rows))
     inverses = inverse.repeat(len(rows), 1, 1)
@@ -155,7 +157,7 @@ def removal(rows: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def reconstruct(rows: Tensor, second: Tensor, kept: Tensor) -> Tensor:
-    """The least squares: of each row the weights that stay, with which it changes outputs least."""
+    """The kept weights of each row that change its output least, by least squares; others are 0."""
     found = torch.zeros_like(rows)
     for row, (weights, stay) in enumerate(zip(rows, kept, strict=True)):
         if stay.any():

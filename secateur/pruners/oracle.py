@@ -1,13 +1,14 @@
-"""Oracle: every possible choice of filters is tried, and the one with the lowest loss is taken.
+"""Oracle: try every possible choice of filters, and take the one with the lowest loss.
 
 Source: the method `Oracle` in the code of H. Wang, C. Qin, Y. Zhang, Y. Fu, Neural pruning via
-growing regularization, ICLR 2021: what other criteria are measured against, for networks of a few
-filters. With k of the n filters of each layer to go, there are as many trials as the product of the
-binomials C(n, k); each is the mean cross-entropy of the network without these filters on training
+growing regularization, ICLR 2021: a reference for other criteria, for networks with few filters.
+When each layer loses k of its n filters, the number of trials is the product of the binomials
+C(n, k). Each trial computes the mean cross-entropy of the network without these filters on training
 images, in eval mode. Of equal losses the first is taken.
 
-The number k is rounded up, as for all pruners here; the original rounds down. It can also finetune
-each candidate, which a pruner does not: a study over seeds of `pick: random` shows that.
+The number k is rounded up, as in all pruners here; the original rounds down. The original can also
+finetune each candidate, which a pruner does not; a study over seeds of `pick: random` shows what
+finetuned candidates reach.
 """
 
 import itertools
@@ -36,14 +37,14 @@ from secateur.sparsity.ratios import Ratios, Rules, Skip
 
 
 class Settings(Strict):
-    """How many filters go, and how many trials are too many."""
+    """How many filters are pruned, and how many trials are allowed."""
 
     ratios: Ratios = Rules(0.5)
     """Share of each layer's filters that is pruned; see sparsity/ratios.py."""
     skip: Skip = ()
     """Layers that are not pruned: names, or stage.block."""
     max_trials: Annotated[int, Field(ge=1)] = 10_000
-    """More choices than these are not tried."""
+    """With more choices than this, the pruner raises an error."""
 
 
 def prune(settings: Settings, context: PruningContext) -> PruningDecision:

@@ -1,4 +1,4 @@
-"""Threshold in standard deviations: entries that are small for their own tensor are pruned.
+"""Threshold in standard deviations: prune the entries that are small within their tensor.
 
 Source: the `V` scripts of H. Yang, W. Wen, H. Li, DeepHoyer, ICLR 2020, after S. Han et al.,
 Learning both weights and connections, NeurIPS 2015.
@@ -12,7 +12,7 @@ from secateur.sparsity.masks import Scope, prunable
 
 
 class Settings(Strict):
-    """The threshold, and what it is applied to."""
+    """The threshold, and the parameters that it is applied to."""
 
     sensitivity: NonNegative = 0.25
     """Smallest absolute value that is kept, in standard deviations; 0 prunes nothing."""

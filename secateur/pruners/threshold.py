@@ -1,4 +1,4 @@
-"""Absolute threshold: entries smaller than one value for all tensors are pruned.
+"""Absolute threshold: prune the entries of all tensors that are smaller than one value.
 
 Source: the `T` scripts of H. Yang, W. Wen, H. Li, DeepHoyer, ICLR 2020.
 Keep w if |w| >= sensitivity.
@@ -10,7 +10,7 @@ from secateur.sparsity.masks import Scope, prunable
 
 
 class Settings(Strict):
-    """The threshold, and what it is applied to."""
+    """The threshold, and the parameters that it is applied to."""
 
     sensitivity: NonNegative = 0.001
     """Smallest absolute value that is kept; 0 prunes nothing."""

@@ -1,1 +1,1 @@
-"""What several penalties share; no penalties themselves."""
+"""Code that several penalties share; none of these modules is a penalty."""

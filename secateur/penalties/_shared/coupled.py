@@ -1,8 +1,8 @@
-"""Channels with all that is coupled to them, and penalties on those.
+"""Channels with everything that is coupled to them, and penalties on these weights.
 
-A channel counts with its filters, the weights that read it, and its scales of normalisations, in
-all layers (`channels.graph`). `group_penalty` makes the penalty of a file that offers these
-channels beside filters and channels of single layers.
+To a channel belong its filters, the weights that read it, and its scales in normalisations, in all
+layers (`channels.graph`). `group_penalty` builds penalties that offer coupled channels beside the
+filters and channels of single layers.
 """
 
 import copy
@@ -33,7 +33,7 @@ class CoupledWeights:
         free = [group for group in self.graph.groups if group.locked is None]
         sizes = torch.tensor([group.size for group in free])
         self.owner = torch.arange(len(free)).repeat_interleave(sizes)
-        """int64, (channels,): number of the group that a channel is of."""
+        """int64, (channels,): number of the group that each channel belongs to."""
         self.number = torch.full((len(self.graph.canonical),), -1)
         """By canonical id: number of the channel, -1 if it cannot be removed."""
         if free:
@@ -47,13 +47,13 @@ class CoupledWeights:
                 own[member.index] = self.number[group.ids].unsqueeze(1).expand(member.index.shape)
         self.axes = [(key, own.to(device)) for key, own in axes.items()]
         """Weight, axis and groups of a convolution, and the channel of each entry along the axis;
-        the number of channels where it is none of them."""
+        entries without a channel have the number of channels in its place."""
         self.weights: dict[str, Tensor] = {
             name: model.get_parameter(name) for name in dict.fromkeys(key[0] for key in axes)
         }
 
     def sums(self, entries: Callable[[Tensor], Tensor]) -> Tensor:
-        """Sum over all weights of a channel of a function of every weight: (channels,)."""
+        """Sum of an elementwise function over all weights of each channel: (channels,)."""
         values = {name: entries(weight) for name, weight in self.weights.items()}
         first = next(iter(values.values()))
         total = first.new_zeros(len(self.owner) + 1)
@@ -65,8 +65,8 @@ class CoupledWeights:
         return total[:-1]
 
     def by_weight(self, factors: Tensor) -> dict[str, Tensor]:
-        """Name of a weight -> the sum of the factors of the channels that each of its entries
-        belongs to, broadcastable to the weight; `factors` has one for each channel, (channels,)."""
+        """Name of a weight -> factor of each entry, broadcastable to the weight: the sum of the
+        factors of the channels that it belongs to. `factors` is by channel, (channels,)."""
         padded = torch.cat((factors, factors.new_zeros(1)))
         found: dict[str, Tensor] = {}
         for (name, axis, groups), own in self.axes:
@@ -82,7 +82,7 @@ class CoupledWeights:
 
 
 class CoupledPenalty:
-    """A penalty without state on channels with all that is coupled to them, summed over groups."""
+    """A stateless penalty on channels with everything coupled to them, summed over groups."""
 
     finished = False
 
@@ -122,9 +122,9 @@ def group_penalty(
 ) -> GroupPenalty | CoupledPenalty:
     """The penalty with the grouping of the settings.
 
-    `value` and `gradient` are of one tensor and take `by_position` and the number of groups of its
-    convolution; `coupled` is the formula of a CoupledPenalty. `shape` is that of one image, which
-    grouping coupled needs.
+    `value` and `gradient` take one tensor, `by_position`, and the number of groups of its
+    convolution; `coupled` is the formula of a CoupledPenalty. `shape` is the shape of one image,
+    which grouping coupled needs.
     """
     if settings.grouping == "coupled":
         return CoupledPenalty(CoupledWeights(model, shape), coupled, decay)

@@ -1,8 +1,8 @@
-"""Dynamic sparsity: the base of the penalties that prune while the network trains, gradual, rigl
-and gsm.
+"""Dynamic sparsity: the base of the penalties that prune while the network trains (gradual, rigl
+and gsm).
 
 They act on gradients and weights at every step (`training.penalty.SteppingPenalty`), choose what is
-pruned, and add a plain norm of the weights to the loss, `decay` times.
+pruned, and add a plain norm of the weights, times `decay`, to the loss.
 """
 
 import math
@@ -22,36 +22,36 @@ from secateur.training.penalty import TrainingPlan
 from secateur.training.state import with_prefix
 
 MAX_POINTS = 500
-"""Points of a trace, about."""
+"""Approximate largest number of points of a trace."""
 COLUMNS = ("pruned", "kept", "chosen")
-"""Of a point of the trace: share of the groups that is pruned; mean |w| of kept and of chosen
-weights, before these are set to zero."""
+"""Values of a point of the trace: share of the groups that is pruned; mean |w| of kept and of
+chosen weights, before the chosen ones are set to zero."""
 
 
 class DynamicSparsitySettings(Strict):
     """The settings that gradual and rigl share."""
 
     norm: Literal["l2", "l1"] = "l2"
-    """What is added to the loss, `decay` times: half the sum of the squares of the weights that may
-    be pruned, as weight decay does, or the sum of their magnitudes. With decay: 0 nothing is."""
+    """Norm that is added to the loss, times `decay`: half the sum of squares of the weights that
+    may be pruned, like weight decay, or the sum of their magnitudes. With decay: 0 no norm is."""
 
 
 class DynamicSparsityPenalty:
     """A penalty that prunes while the network trains; subclasses decide what and when.
 
-    `held` are the parameters that are masked; a subclass may add some that the norm and the trace
-    leave out. Subclasses implement `update`, which sets `choice` and is called after every step
-    that `due` names.
+    `held` are the parameters that are masked; a subclass may add parameters that the norm and the
+    trace leave out. Subclasses implement `update`, which sets `choice` and is called after every
+    step for which `due` returns True.
     """
 
     finished = False
     max_steps = 0
-    """The penalty does not end the training; `start` checks that its schedule fits into it."""
+    """The penalty does not end the training; `start` checks that the training is long enough."""
 
     def __init__(
         self, model: nn.Module, name: str, norm: str, decay: float, held: Mapping[str, Tensor]
     ) -> None:
-        """`name` is the penalty's, for messages; `held` parameters by name, not empty."""
+        """`name` is the penalty's name, for messages; `held` are parameters by name, not empty."""
         self.model, self.name = model, name
         self.held = dict(held)
         self._weights = list(self.held.values())
@@ -60,10 +60,10 @@ class DynamicSparsityPenalty:
         """Name of a weight -> True where it is pruned; empty until the first update."""
         self.updates = 0
         self.trace: list[tuple[int, Tensor]] = []
-        """Step and `COLUMNS` of some updates."""
+        """Step, and the values of `COLUMNS`, at some of the updates."""
         self.trace_interval = 1
         self.keep: list[Tensor] = []
-        """Of each held parameter: 1 where it is kept, else 0."""
+        """For each held parameter: 1 where it is kept, else 0."""
         self._term = _term(model, norm, decay, self._weights)
 
     def start(self, plan: TrainingPlan) -> None:
@@ -89,7 +89,7 @@ class DynamicSparsityPenalty:
         """Gradients stay as they are, unless a subclass changes them here."""
 
     def after_step(self, step: int, optimizer: Optimizer) -> None:
-        """Choose anew if it is time to, and set to zero what is chosen."""
+        """Update the choice if that is due, and set the chosen weights to zero."""
         if self.due(step):
             with torch.no_grad():
                 self.update(step, optimizer)
@@ -115,7 +115,7 @@ class DynamicSparsityPenalty:
         return dict(zip(self.held, self.keep, strict=True)) if self.keep else {}
 
     def as_factors(self, kept: Mapping[str, Tensor]) -> list[Tensor]:
-        """Masks, broadcastable, as tensors of 1 and 0 like the held parameters."""
+        """Broadcastable masks as tensors of 1 and 0, with shape and type of the held parameters."""
         return [torch.empty_like(self.held[name]).copy_(mask) for name, mask in kept.items()]
 
     def metrics(self) -> dict[str, float]:
@@ -123,7 +123,7 @@ class DynamicSparsityPenalty:
         return {"pruned": self.share(), "updates": float(self.updates)}
 
     def share(self) -> float:
-        """Share of the groups that are ranked that is chosen now."""
+        """Share of the ranked groups that is currently chosen."""
         total = sum(choice.numel() for choice in self.choice.values())
         return sum(int(choice.sum()) for choice in self.choice.values()) / max(1, total)
 
@@ -169,7 +169,7 @@ class DynamicSparsityPenalty:
 
     @torch.no_grad()
     def point(self, pruned: float, keep: Sequence[Tensor]) -> Tensor:
-        """A point of the trace: `pruned`, and the mean magnitudes by these factors."""
+        """A point of the trace: `pruned`, and the mean |w| where `keep` is 1 and where it is 0."""
         pairs = list(zip(self._weights, keep, strict=False))
         sums = torch.stack([torch.stack([(w.abs() * k).sum(), w.abs().sum()]) for w, k in pairs])
         number = float(sum(k.sum() for _, k in pairs))
@@ -197,8 +197,8 @@ def lowest(
 ) -> Choices:
     """The choice of the groups with the lowest scores, in each parameter or over all of them.
 
-    With ranking global the shares are equal. Of each weight and scale the share `least` stays, and
-    at least one group; biases may all go.
+    With ranking global the shares are equal. Every weight and scale keeps at least the share
+    `least`, and at least one group; a bias may be pruned entirely.
     """
     if ranking == "layer":
         counts = {n: choices.number_pruned(shares[n], score.numel()) for n, score in scores.items()}
@@ -215,7 +215,7 @@ def lowest(
 
 
 def check_end(last: int, plan: TrainingPlan, name: str) -> None:
-    """ArgumentError unless the training has more steps than the number `last`, from 0."""
+    """ArgumentError unless the training reaches step `last`, counted from 0."""
     if last >= plan.steps:
         epochs = plan.settings.epochs
         steps = plan.steps // max(1, epochs)

@@ -1,8 +1,8 @@
-"""What a pruned filter leaves behind it: shifts of normalisations, and biases of depthwise layers.
+"""What remains of a pruned filter: shifts of normalisations, and biases of depthwise layers.
 
-A filter that is zero still has an effect where a normalisation behind it adds its shift: layers
-that follow read a constant. Removing the filter removes these entries with it, so they have to be
-zero beside it.
+A filter of zeros still has an effect if a normalisation after it adds its shift: the following
+layers read a constant. Removing the filter removes these entries too, so that they must be zero as
+well.
 """
 
 import copy
@@ -18,10 +18,10 @@ from secateur.sparsity.masks import LAYERS, BatchNorm
 
 
 class EntriesBehindFilters:
-    """Scales and shifts of normalisations, and biases, of the filters of a network.
+    """Scales and shifts of normalisations, and biases, that belong to the filters of a network.
 
-    An entry goes with the filter if its normalisation reads the layer directly, and nothing else;
-    otherwise if all layers that produce its channel have pruned it.
+    An entry is pruned with its filter if its normalisation reads only the layer of this filter,
+    directly; otherwise if all layers that produce its channel have pruned it.
     """
 
     def __init__(self, model: nn.Module, shape: Sequence[int] | None) -> None:
@@ -40,7 +40,7 @@ class EntriesBehindFilters:
                     ids = self.ids.setdefault(member.tensor, torch.full((size,), -1))
                     ids[member.index] = group.ids.unsqueeze(1).expand(member.index.shape)
         self.source: dict[str, str] = {}
-        """Name of a parameter -> weight of the only layer whose outputs it is applied to."""
+        """Name of a parameter -> weight of the only layer to whose outputs it is applied."""
         for layer in self.graph.layers.values():
             if layer.bias is not None:
                 self.source[layer.bias] = layer.weight
@@ -49,7 +49,7 @@ class EntriesBehindFilters:
             self.source |= {f"{norm}.weight": weight, f"{norm}.bias": weight}
 
     def concerned(self, weights: Mapping[str, Tensor]) -> list[str]:
-        """The parameters that lose entries if all filters of these weights, by name, go."""
+        """The parameters that lose entries if all filters of these weights are pruned."""
         every = {name: torch.ones(len(w), dtype=torch.bool) for name, w in weights.items()}
         return [name for name, kept in self.kept(every).items() if not bool(kept.all())]
 
@@ -65,7 +65,7 @@ class EntriesBehindFilters:
         return found
 
     def _without_producer(self, choice: Choices) -> Tensor:
-        """bool, by canonical id: channels that every layer that produces them has pruned."""
+        """bool, by canonical id: channels that are pruned in every layer that produces them."""
         graph = self.graph
         layers, left = torch.zeros(2, len(graph.canonical)).unbind(0)
         for layer in graph.layers.values():
@@ -84,7 +84,7 @@ class EntriesBehindFilters:
 
 
 def _norms_behind_layers(graph: fx.Graph, model: nn.Module) -> dict[str, str]:
-    """Batch normalisation -> layer, by name, where it reads that layer and nothing else."""
+    """Batch normalisation -> the layer that it reads, by name, where it reads only this layer."""
     modules = dict(model.named_modules())
     read: dict[str, set[str]] = {}
     for node in graph.nodes:

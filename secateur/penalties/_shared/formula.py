@@ -1,13 +1,14 @@
 """Penalties in closed form: a formula for one tensor, summed over all covered tensors.
 
-A penalty is called once a training step and returns a scalar that is added to the loss, its
-strength `decay` included. It covers the weights of convolutions and linear layers (and optionally
-their biases). Values of tensors are summed: no average, no square root of the group size.
+A penalty is called once per training step and returns a scalar that is added to the loss, already
+multiplied by its strength `decay`. It covers the weights of convolutions and linear layers (and
+optionally their biases). The values of the tensors are summed, without averaging and without a
+factor for the group size.
 
 `ClosedFormPenalty` has a function for the value and one for the gradient. `NormPenalty` is for
-formulas of L1 and L2 norms only, and computes all tensors at once. Formulas of the norms of
-channels and filters use `channel_norms`, `filter_norms` and `scale_groups`; `coupled` has those of
-channels with all that is coupled to them.
+formulas of only L1 and L2 norms, and computes all tensors at once. Formulas of the norms of
+channels and filters use `channel_norms`, `filter_norms` and `scale_groups`; formulas of channels
+with everything that is coupled to them are in `coupled`.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,7 +25,7 @@ Value = Callable[[Tensor], Tensor]
 """A tensor -> its penalty, a scalar."""
 
 Gradient = Callable[[Tensor], Tensor]
-"""A tensor -> the gradient of its penalty, of the tensor's shape, zero where the tensor is zero."""
+"""A tensor -> the gradient of its penalty, of the same shape, zero where the tensor is zero."""
 
 
 class GroupSettings(Strict):
@@ -33,8 +34,8 @@ class GroupSettings(Strict):
     biases: bool = False
     """Cover biases too, each entry a group of its own."""
     grouping: Literal["layer", "position", "coupled"] = "layer"
-    """layer: filters and input channels of each layer; each group of a convolution has input
-    channels of its own. position: the same at each position of the kernel by itself, as in the
+    """layer: filters and input channels of each layer; each group of a convolution has its own
+    input channels. position: as layer, but separately at each position of the kernel, as in the
     source's scripts for ImageNet. coupled: channels that can be removed, each with its filters, its
     inputs and its scales in all layers."""
 
@@ -90,7 +91,7 @@ class ClosedFormPenalty:
 
 
 class GroupPenalty(ClosedFormPenalty):
-    """A formula of channels and filters, with those of each group of a convolution."""
+    """A formula of channels and filters; each group of a convolution has its own channels."""
 
     def __init__(
         self,
@@ -121,7 +122,7 @@ def _with_groups(
 
 
 class _Closed(torch.autograd.Function):
-    """Sum of formulas, one a tensor, with their gradients in closed form: a third of the work."""
+    """Sum of one formula per tensor, with gradients in closed form: a third of autograd's work."""
 
     @staticmethod
     def forward(
@@ -138,7 +139,7 @@ class _Closed(torch.autograd.Function):
 
 
 ByNorms = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
-"""L1 and L2 norms -> the penalty, and a and b of its gradient a * sign(w) + b * w.
+"""L1 and L2 norms -> the penalty, and the factors a and b of its gradient a * sign(w) + b * w.
 
 Works on scalars and, elementwise, on vectors with one norm for each tensor."""
 
@@ -200,8 +201,8 @@ def l1_l2(tensor: Tensor) -> tuple[Tensor, Tensor]:
 def channel_norms(weight: Tensor, by_position: bool = False, groups: int = 1) -> Tensor:
     """L2 norm of each input channel: (filters, channels, ...) or (outputs, inputs) -> (channels,).
 
-    With `by_position` of each channel at each position of the kernel, (channels * positions,). Each
-    of the `groups` of a convolution has its own channels, group by group in the result. Its
+    With `by_position`, of each channel at each position of the kernel, (channels * positions,).
+    Each of the `groups` of a convolution has its own channels, group by group in the result. The
     derivative at zero is finite. Each entry of a bias vector is a channel.
     """
     if weight.dim() == 1:
@@ -217,7 +218,7 @@ def channel_norms(weight: Tensor, by_position: bool = False, groups: int = 1) ->
 def filter_norms(weight: Tensor, by_position: bool = False) -> Tensor:
     """L2 norm of each filter: (filters, channels, ...) or (outputs, inputs) -> (filters,).
 
-    With `by_position` of each filter at each position of the kernel, (filters * positions,). Its
+    With `by_position`, of each filter at each position of the kernel, (filters * positions,). The
     derivative at zero is finite. A bias vector has no filters: the result is empty.
     """
     if weight.dim() == 1:
@@ -265,5 +266,5 @@ def ratio(above: Tensor, below: Tensor) -> Tensor:
 
 
 def _floor(values: Tensor) -> float:
-    """A norm below this counts as zero: its square is lost, its inverse squared overflows."""
+    """A norm below this counts as zero: its square underflows, its squared inverse overflows."""
     return float(torch.finfo(values.dtype).tiny ** 0.4)  # 7e-16 in float32

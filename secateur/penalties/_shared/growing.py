@@ -2,12 +2,12 @@
 
 Source: H. Wang, C. Qin, Y. Zhang, Y. Fu, Neural pruning via growing regularization, ICLR 2021,
 Algorithm 1. At regular intervals the factor of the groups to be pruned rises by `decay`; their
-weights shrink while the network adapts to being without them. With the factor f of a weight's
-group, R(w) = sum f * w^2 / 2, so that f * w is added to the gradient, beside the optimizer's own
-weight decay.
+weights shrink while the network adapts to their loss. With the factor f of a weight's group,
+R(w) = sum f * w^2 / 2, so that f * w is added to the gradient, in addition to the weight decay of
+the optimizer.
 
-The schedule of a training: picking (greg2 only), growing, then stabilising under factors that no
-longer change, for exactly as many steps as the settings say; then it is finished.
+The schedule of a training: picking (greg2 only), growing, then stabilising with constant factors
+for exactly as many steps as the settings say. After that the training is finished.
 """
 
 from collections.abc import Sequence
@@ -29,16 +29,16 @@ from secateur.sparsity.ratios import Ratios, Rules, Skip, Skipped
 
 PICKING, GROWING, STABILISING, FINISHED = range(4)
 MAX_POINTS = 500
-"""Points of a growth trace, not counting its end."""
+"""Largest number of points of a growth trace, not counting its end."""
 
 
 class GrowthSettings(Strict):
-    """What is pruned, how fast the factors grow, and when they stop. Defaults: the source's, for
-    CIFAR."""
+    """What is pruned, how fast the factors grow, and when they stop. The defaults are those of the
+    source for CIFAR."""
 
     granularity: Granularity | Literal["group"] = "filter"
-    """filter: outputs of a layer; channel: inputs of it; weight: single weights; group: channels
-    with all that is coupled to them in any layer."""
+    """filter: outputs of a layer; channel: inputs of a layer; weight: single weights; group:
+    channels with everything that is coupled to them in any layer."""
     ratios: Ratios = Rules(0.5)
     """Share of each layer, or channel group, that is pruned; see sparsity/ratios.py."""
     skip: Skip = ()
@@ -48,16 +48,17 @@ class GrowthSettings(Strict):
     ceiling: Positive = 1.0
     """A layer's factor stops growing when it exceeds this."""
     magnitude_ratio: Positive = 1000.0
-    """Or when the mean magnitude of its kept groups is this many times that of its chosen ones; not
-    for weights."""
+    """It also stops when the mean magnitude of the layer's kept groups is this many times that of
+    its chosen groups; not for granularity weight."""
     stabilise: Annotated[int, Field(ge=0)] = 10_000
-    """Steps with factors that no longer change."""
+    """Steps with constant factors, after the growth."""
 
 
 class PrunedGroups:
     """The groups of weights that are to be pruned, by layer, and their magnitudes.
 
-    Layers are those that lose at least one group, in order; tensors have one entry for each.
+    Only layers that lose at least one group are included, in order; tensors have one entry for each
+    of these layers.
     """
 
     def __init__(
@@ -81,13 +82,13 @@ class PrunedGroups:
         """Empty until the groups are chosen."""
 
     def choose(self, pick: choices.Pick = "min", seed: int = 0) -> None:
-        """Choose by the L1 norms of the groups as they are now."""
+        """Choose by the current L1 norms of the groups."""
         for place, (name, weight) in enumerate(zip(self.names, self.weights, strict=True)):
             score = choices.magnitude_scores(weight, self.granularity)
             self.choice[name] = choices.choose(score, self.numbers[name], pick, seed + place)
 
     def choice_of_smallest(self) -> Choices:
-        """The choice of the groups with the smallest L1 norms now, on the CPU; changes nothing."""
+        """The groups that currently have the smallest L1 norms, on the CPU; changes nothing."""
         return {
             name: choices.choose_smallest(
                 choices.magnitude_scores(weight, self.granularity), self.numbers[name]
@@ -99,7 +100,7 @@ class PrunedGroups:
     def magnitudes(self) -> tuple[Tensor, Tensor]:
         """Mean |w| of the kept and of the chosen groups by layer, float64 on the CPU.
 
-        As long as nothing is chosen, the smallest groups stand for the chosen ones.
+        Before the choice, the smallest groups count as chosen.
         """
         pairs = []
         for name, weight in zip(self.names, self.weights, strict=True):
@@ -116,7 +117,7 @@ class PrunedGroups:
         return means[:, 0], means[:, 1]
 
     def magnitude_ratios(self) -> Tensor:
-        """Magnitude of the kept over that of the chosen groups by layer; always finite."""
+        """Magnitude of the kept groups over that of the chosen groups by layer; always finite."""
         kept, chosen = self.magnitudes()
         return kept / chosen.clamp_min(1e-30)
 
@@ -124,7 +125,7 @@ class PrunedGroups:
     def expand(self, chosen: Tensor, kept: Tensor) -> list[Tensor]:
         """Factors of each layer's chosen and kept groups -> tensors that broadcast over its weight.
 
-        As long as nothing is chosen, all groups have the factor `chosen`.
+        Before the choice, all groups have the factor `chosen`.
         """
         if not self.choice:
             return [w.new_tensor(float(f)) for w, f in zip(self.weights, chosen, strict=True)]
@@ -161,9 +162,9 @@ class HasRatios(Protocol):
 
 
 class PrunedChannels:
-    """The channels that are to be pruned with all that is coupled to them; as `PrunedGroups`.
+    """As `PrunedGroups`, for channels with everything that is coupled to them.
 
-    The place of a layer is taken by a channel group, or by several that need a balance.
+    In place of a layer there is a channel group, or several groups that must lose equal numbers.
     """
 
     def __init__(self, model: nn.Module, settings: HasRatios, shape: Sequence[int] | None) -> None:
@@ -175,10 +176,11 @@ class PrunedChannels:
         units, refused = graph.units(torch.zeros(len(graph.canonical)))
         ratios = ratios_by_group(model, settings.ratios, settings.skip, layers, refused)
         self.numbers: dict[str, int] = {}
-        """Name of the first group -> number of units, each a channel or one of every part."""
+        """Name of the first group -> number of units to prune; a unit is one channel, or one
+        channel of each of several parts."""
         self.ratios: dict[str, float] = {}
         self.channels: dict[str, Tensor] = {}
-        """The channels that are chosen from, by canonical id, (channels,)."""
+        """The candidate channels, by canonical id, (channels,)."""
         self._names: dict[int, str] = {}  # by place among the graph's units
         for place, unit in enumerate(units):
             ratio = min(ratios[name] for name in unit.groups)
@@ -199,17 +201,17 @@ class PrunedChannels:
         self._sizes = ones.detach().cpu()  # weights of each channel
 
     def choose(self, pick: choices.Pick = "min", seed: int = 0) -> None:
-        """Choose by the mean magnitude of the channels' weights as they are now."""
+        """Choose by the current mean magnitude of the weights of each channel."""
         self.choice = self._chosen(pick, seed)
 
     def choice_of_smallest(self) -> Choices:
-        """The choice of the channels with the smallest mean magnitude now; changes nothing."""
+        """The channels that currently have the smallest mean magnitude; changes nothing."""
         return self._chosen("min", 0)
 
     def magnitudes(self) -> tuple[Tensor, Tensor]:
         """Mean |w| of the kept and of the chosen channels by group, float64 on the CPU.
 
-        As long as nothing is chosen, the smallest channels stand for the chosen ones.
+        Before the choice, the smallest channels count as chosen.
         """
         scores = self._scores()
         choice = self.choice or self.choice_of_smallest()
@@ -221,7 +223,7 @@ class PrunedChannels:
         return kept, chosen
 
     def magnitude_ratios(self) -> Tensor:
-        """Magnitude of the kept over that of the chosen channels by group; always finite."""
+        """Magnitude of the kept channels over that of the chosen ones by group; always finite."""
         kept, chosen = self.magnitudes()
         return kept / chosen.clamp_min(1e-30)
 
@@ -229,8 +231,8 @@ class PrunedChannels:
     def expand(self, chosen: Tensor, kept: Tensor) -> list[Tensor]:
         """Factors of each group's chosen and kept channels -> tensors that broadcast over weights.
 
-        A weight has the sum of the factors of the two channels that it connects. As long as nothing
-        is chosen, all channels have the factor `chosen`.
+        A weight has the sum of the factors of the two channels that it connects. Before the choice,
+        all channels have the factor `chosen`.
         """
         factors = torch.zeros(len(self.coupled.owner))
         for place, (name, ids) in enumerate(self.channels.items()):
@@ -258,7 +260,7 @@ class PrunedChannels:
 
     @torch.no_grad()
     def _scores(self) -> Tensor:
-        """Mean |w| over all that is coupled to a channel, by canonical id; 0 for locked ones."""
+        """Mean |w| of all weights coupled to a channel, by canonical id; 0 for locked channels."""
         mean = self.coupled.sums(torch.abs).cpu() / self._sizes
         return torch.cat((mean, mean.new_zeros(1)))[self.coupled.number]
 
@@ -288,7 +290,7 @@ class PrunedChannels:
 def pruned_groups(
     model: nn.Module, settings: GrowthSettings, shape: Sequence[int] | None
 ) -> PrunedGroups | PrunedChannels:
-    """What is to be pruned at the granularity of the settings; `shape` is that of one image."""
+    """The groups to be pruned, at the granularity of the settings; `shape` is that of one image."""
     if settings.granularity == "group":
         return PrunedChannels(model, settings, shape)
     return PrunedGroups(model, settings, settings.granularity)
@@ -347,10 +349,10 @@ class GrowingPenalty:
         name: str,
         shape: Sequence[int] | None,
     ) -> None:
-        """`decay` is the growth of a factor at each update; `name` the penalty's, for messages;
-        `shape` that of one image.
+        """`decay` is the growth of a factor at each update; `name` is the name of the penalty, for
+        messages; `shape` is the shape of one image.
 
-        Raises ArgumentError unless it is above 0, and for ratios that do not fit the network.
+        Raises ArgumentError unless `decay` is above 0, and for ratios that do not fit the network.
         """
         if not decay > 0:
             raise ArgumentError(
@@ -365,9 +367,9 @@ class GrowingPenalty:
         """`since`: the step at which stabilising began."""
         count = len(self.groups.names)
         self.factor, self.kept_factor = torch.zeros(count), torch.zeros(count)
-        """Of chosen groups, and of kept ones."""
+        """Factors of the chosen and of the kept groups."""
         self.average = torch.zeros(count, dtype=torch.float64)
-        """Of the magnitude ratios over the updates, exponential."""
+        """Exponential average of the magnitude ratios over the updates."""
         self.active = torch.ones(count, dtype=torch.bool)
         """Layers whose factor still grows."""
         self._expanded: list[Tensor] = []
@@ -377,12 +379,12 @@ class GrowingPenalty:
         raise NotImplementedError
 
     def ends(self) -> Tensor:
-        """Layers whose growth is to end, bool."""
+        """bool: layers whose growth ends now."""
         raise NotImplementedError
 
     @property
     def finished(self) -> bool:
-        """Whether the steps under constant factors are over."""
+        """Whether the steps with constant factors are over."""
         done = self.steps - 1 - self.since
         return self.phase == STABILISING and done >= self.settings.stabilise
 
@@ -400,7 +402,7 @@ class GrowingPenalty:
 
     def metrics(self) -> dict[str, float]:
         """Phase from 0 (picking) to 3 (finished), largest factor, number of layers whose groups are
-        chosen, and kept over chosen magnitude, of each layer and as a mean."""
+        chosen, and the magnitude ratio (kept over chosen), of each layer and as a mean."""
         ratios = self.groups.magnitude_ratios()
         layers = [name.removesuffix(".weight") for name in self.groups.names]
         return {
@@ -460,7 +462,7 @@ class GrowingPenalty:
 
     @property
     def separated(self) -> Tensor:
-        """Layers whose magnitude ratio has reached that of the settings; none for weights."""
+        """Layers that have reached `magnitude_ratio`; none with granularity weight."""
         if self.settings.granularity == "weight":
             return torch.zeros_like(self.active)
         return self.average >= self.settings.magnitude_ratio
@@ -471,7 +473,7 @@ class GrowingPenalty:
         return self.factor > self.settings.ceiling
 
     def steps_for(self, updates: int) -> int:
-        """Steps of a schedule with this number of updates, the first of them at step 0."""
+        """Steps of a schedule with this number of updates, the first at step 0."""
         return (updates - 1) * self.settings.interval + 1 + self.settings.stabilise
 
     def _update(self, step: int) -> None:
@@ -508,9 +510,9 @@ class _HalfSquares(torch.autograd.Function):
 
 
 def updates_until(limit: float, growth: float, start: float = 0.0, *, reach: bool = False) -> int:
-    """Number of additions of `growth` that bring a float32 from `start` above `limit`.
+    """Number of additions of `growth` that bring a float32 from `start` above `limit`, at least 1.
 
-    With `reach`, to it or above. At least one. Raises ValueError if the limit is never reached,
+    With `reach`, the sum may also equal the limit. Raises ValueError if the limit is never reached
     because the growth is lost in rounding.
     """
     rough = max((limit - start) / growth, 0.0)
@@ -525,5 +527,5 @@ def updates_until(limit: float, growth: float, start: float = 0.0, *, reach: boo
 
 
 def grown(count: int, growth: float) -> float:
-    """The float32 that `count` additions of `growth` to 0 lead to."""
+    """The float32 result of adding `growth` to 0 `count` times."""
     return float(np.add.accumulate(np.full(count, growth, np.float32))[-1])
