@@ -5,8 +5,8 @@
     result = secateur.prune(model, images, secateur.pruners.magnitude(ratios=0.5))
     secateur.save(result, "small.safetensors")
 
-Importing the package imports neither torch nor anything else: each name is loaded when it is first
-used.
+Importing the package does not import torch or any other library: each name is loaded when it is
+first used.
 """
 
 import importlib

@@ -1,7 +1,7 @@
-"""The Python API: load, channel_graph, prune and save, as `import secateur` offers them.
+"""The Python API behind `import secateur`: load, channel_graph, prune, save and latency tables.
 
-The pipeline's stages and these functions stand on the same library: what `prune` returns here is
-what the stage `prune` writes for the same network, images and settings.
+The pipeline's stages and these functions use the same code: `prune` returns the network that the
+stage `prune` writes for the same network, images and settings.
 """
 
 import copy
@@ -36,17 +36,18 @@ from secateur.sparsity.masks import Masks
 class Preprocess:
     """The normalisation that a network expects, as a function of images.
 
-    Without `mean` and `std` (a network whose file names none) pixels are brought to [0, 1] only.
+    Without `mean` and `std` (the network's file has none), pixels are only scaled to [0, 1].
     """
 
     mean: tuple[float, ...] = ()
-    """By channel, of pixels in [0, 1]."""
+    """Mean of each channel, for pixels in [0, 1]."""
     std: tuple[float, ...] = ()
+    """Standard deviation of each channel, for pixels in [0, 1]."""
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Normalised float32 images, (N, C, H, W), from uint8 ones or from floats in [0, 1].
+        """Normalise images (N, C, H, W), uint8 or floats in [0, 1]; returns float32 images.
 
-        Raises ValueError for images of another type, or with another number of axes or channels.
+        Raises ValueError for images of another dtype, or with the wrong number of axes or channels.
         """
         if images.dim() != 4:
             raise ValueError(f"images: {images.dim()} axes; (N, C, H, W) is needed")
@@ -64,32 +65,32 @@ class Preprocess:
 
 @dataclass(frozen=True)
 class Origin:
-    """What the file of a loaded network has beside its weights; the network's `origin`."""
+    """What the file of a loaded network contains besides its weights: attribute `origin`."""
 
     header: Header
     masks: Masks
-    """Parameter name -> True where the entry stays; hold them while training on."""
+    """Parameter name -> mask, True for entries that are kept; apply them in further training."""
     choices: Choices
     """What the penalty has chosen, for the pruner `chosen`."""
     sha256: str = ""
-    """Of the file; empty for a network that has not been loaded from one."""
+    """Hash of the file; empty if the network was not loaded from a file."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PruneResult(PrunedNetwork):
-    """A pruned network that has been proved equal to the masked one."""
+    """A pruned network that has been proved equal to the masked network."""
 
     notes: Mapping[str, float]
-    """What the pruner reports, such as the ratio that was reached."""
+    """Figures that the pruner reports, such as the ratio that was reached."""
     parameters: tuple[int, int]
-    """All of the network before, and those that are not pruned after (see `nn.cost.nonzero`)."""
+    """All parameters before pruning, and those not pruned afterwards (see `nn.cost.nonzero`)."""
     pruner: str
     header: Header = field(repr=False)
-    """What `save` writes beside the weights."""
+    """What `save` writes besides the weights."""
 
     @property
     def compression(self) -> float:
-        """Parameters of the network before over those that are not pruned after."""
+        """Number of parameters before pruning, divided by the number not pruned afterwards."""
         return self.parameters[0] / self.parameters[1]
 
     def __str__(self) -> str:
@@ -102,24 +103,25 @@ class PruneResult(PrunedNetwork):
 
 
 def load(path: str | Path, into: nn.Module | None = None, rename: Names | None = None) -> nn.Module:
-    """The network that a file holds, in eval mode.
+    """Load a network from a file; it is returned in eval mode.
 
-    `path` is a checkpoint of Secateur or the folder that has it as model.safetensors. Its network,
-    compact or dense, is rebuilt from the architecture that the file names. A file that names none,
-    as that of a network of your own, needs `into`: an instance of the dense network, which is
-    resized to the file's shapes, filled and returned, on the device where it is.
+    `path` is a checkpoint of Secateur, or a folder that contains one as model.safetensors. The
+    network, compact or dense, is rebuilt from the architecture that the file names. If the file
+    names no architecture, as for a network of your own, pass `into`: an instance of the dense
+    network, which is resized to the file's shapes, filled and returned, on its own device.
 
-    With `into`, weights that others have saved are loaded too: safetensors, what torch.save writes
-    (.pt, .pth, .pth.tar), folders as Hugging Face's hub has them. No code in a file is executed.
-    Names may have prefixes such as `module.`; `rename` has further names there -> names here, of
-    tensors or of modules, where * stands for any text.
+    With `into`, weights from other programs can be loaded too: safetensors files, files of
+    torch.save (.pt, .pth, .pth.tar) and folders in the layout of Hugging Face's hub. No code in a
+    file is executed. Prefixes such as `module.` in the file's names are recognised; `rename` maps
+    other names in the file to names in the network, of tensors or modules; * matches any text.
 
-    The network gets three attributes, unless it has them: `classes`, the names of its classes in
-    the order of its outputs; `preprocess`, a `Preprocess`; and `origin`, an `Origin`.
+    The network gets three attributes, unless it uses these names for something else: `classes`, the
+    names of its classes in the order of its outputs; `preprocess`, a `Preprocess`; and `origin`, an
+    `Origin`.
 
-    Raises CheckpointError for a file that is missing, damaged or of another format, for one that
-    needs `into` or takes no `rename`, and if the tensors do not fit; `into` is then left as it was.
-    Raises SettingsError if `into` is no network, or `rename` no names.
+    Raises CheckpointError if the file is missing, damaged or of another format, if it requires
+    `into` or does not allow `rename`, or if the tensors do not fit; `into` then stays unchanged.
+    Raises SettingsError if `into` is not a network, or `rename` not a mapping of names.
     """
     _check_load(into, rename)
     file = Path(path)
@@ -147,9 +149,9 @@ def load(path: str | Path, into: nn.Module | None = None, rename: Names | None =
 
 
 def _rebuild(found: Checkpoint, into: nn.Module | None, file: str) -> tuple[nn.Module, Origin]:
-    """The network of a checkpoint of Secateur."""
+    """The network stored in a checkpoint of Secateur."""
     if into is not None:
-        fill(copy.deepcopy(into), found, file)  # an error leaves the network itself alone
+        fill(copy.deepcopy(into), found, file)  # on an error, `into` itself stays unchanged
         model = fill(into, found, file)
     elif not found.header.arch:
         raise CheckpointError(
@@ -164,7 +166,7 @@ def _rebuild(found: Checkpoint, into: nn.Module | None, file: str) -> tuple[nn.M
 def _fill_with_weights(
     found: Weights, into: nn.Module | None, rename: Names
 ) -> tuple[nn.Module, Origin]:
-    """A network filled with weights that others have saved."""
+    """A network filled with weights from another program."""
     if into is None:
         raise CheckpointError(
             f"{found.source}: weights without an architecture, not written by Secateur; give an "
@@ -178,25 +180,25 @@ def _fill_with_weights(
 def fill(model: nn.Module, found: Checkpoint, file: str | Path) -> nn.Module:
     """Resize a network to the shapes of a checkpoint and fill it, in place.
 
-    Raises CheckpointError if a tensor has no place, or one of the network's is not in the file.
+    Raises CheckpointError unless file and network have tensors of the same names that fit.
     """
     message = f"{file}: its tensors do not fit into = {type(model).__name__}"
     return found.fill(model, message)
 
 
 def _attach(model: nn.Module, **attributes: object) -> None:
-    """Set attributes, but none that the network itself has for something else."""
+    """Set attributes, except those that the network itself uses for something else."""
     for name, value in attributes.items():
         if isinstance(getattr(model, name, value), type(value)):
             setattr(model, name, value)
 
 
 def channel_graph(model: nn.Module, images: Tensor) -> ChannelGraph:
-    """Which channels of a network can only be removed together, and which not at all, and why.
+    """Find the channel groups of a network, and the channels that cannot be removed, with reasons.
 
-    `images` is a batch of inputs, (N, C, H, W), of which only the shape matters. `print` shows the
-    groups; the network is left as it is. Raises PruningError naming the first operation that is
-    not known, or a layer that never runs.
+    A channel group is a set of channels that can only be removed together. `images` is a batch of
+    inputs, (N, C, H, W); only its shape matters. `print(graph)` shows the groups. `model` is not
+    changed. Raises PruningError naming the first unknown operation, or a layer that never runs.
     """
     _check_model(model)
     _check_batch(images)
@@ -214,16 +216,15 @@ def prune(
     remove_dead: bool = True,
     export: Export = "none",
 ) -> PruneResult:
-    """Prune a network that torch.fx can trace, and prove that the result computes the same.
+    """Prune a network that torch.fx can trace, and prove that the compact network is equivalent.
 
-    `images` (N, C, H, W) are some training images as the network gets them, normalised; with
-    `labels` (N,), int64, for criteria that look at the loss (taylor). Weights are set to zero, and
-    channels removed, as the pruner decides; masks that the network was loaded with stay in force.
-    A target of latency needs the table of `measure_latency` as `latency`.
-    With `remove_dead`, channels that no longer matter to the output are removed too.
-    `export="gconv"` turns masks made of groups of channels into group convolutions. The compact
-    network is compared to the masked one on `images`, in float64 and in float32, before it is
-    returned; `model` is left as it is.
+    `images` (N, C, H, W) are some normalised training images, and `labels` (N,), int64, their
+    labels, which criteria that use the loss (taylor) need. The pruner decides which weights are set
+    to zero and which channels are removed; masks that the network was loaded with stay in force. A
+    latency target needs the table of `measure_latency` as `latency`. With `remove_dead`, channels
+    that no longer affect the output are removed too. `export="gconv"` turns masks made of groups of
+    channels into group convolutions. The compact network is compared with the masked network on
+    `images`, in float64 and in float32, before it is returned. `model` is not changed.
 
     Raises SettingsError naming the argument that does not fit the network, and PruningError if the
     network cannot be traced, if a layer would be left empty, or if the two networks differ.
@@ -271,13 +272,13 @@ def measure_latency(
     threads: int = 1,
     repeats: int = 100,
 ) -> LatencyTable:
-    """Times of a network's layers at several widths on this machine, for a target of latency.
+    """Measure a network's layers at several widths on this machine, for latency targets.
 
-    `images` is a batch of inputs, (N, C, H, W), of which only the shape of one matters; `batch` is
-    the number of images of a pass, and `repeats` how often whole networks are timed. The table has
-    `save`; `secateur.load_latency` reads it. Raises SettingsError for an argument that is not
-    allowed, SecateurError if the runtime is not installed or the network cannot be exported, and
-    PruningError if it cannot be traced.
+    `images` is a batch of inputs, (N, C, H, W); only the shape of one image matters. `batch` is the
+    number of images per pass, `repeats` the number of timed passes of whole networks. Write the
+    table with its method `save`, and read it with `secateur.load_latency`. Raises SettingsError for
+    an invalid argument, SecateurError if the runtime is not installed or the network cannot be
+    exported, and PruningError if it cannot be traced.
     """
     from secateur.deploy import layer_times  # takes a while to import
 
@@ -306,7 +307,7 @@ def measure_latency(
 
 
 def load_latency(path: str | Path) -> LatencyTable:
-    """The table that `measure_latency(...).save`, or stage `latency`, has written.
+    """Read the table written by `measure_latency(...).save` or by the stage `latency`.
 
     Raises SecateurError naming the file if it is missing or damaged.
     """
@@ -316,9 +317,9 @@ def load_latency(path: str | Path) -> LatencyTable:
 def save(result: PruneResult, path: str | Path) -> None:
     """Write a pruned network as one safetensors file, which `load` reads.
 
-    The weights are those that `result.model` has now: a network that was finetuned in between is
-    saved as it is. Masked weights are written as zeros. Raises TypeError for anything but a
-    PruneResult, and SecateurError if the file cannot be written.
+    The current weights of `result.model` are written, so it may be finetuned first. Masked weights
+    are written as zeros. Raises TypeError for anything but a PruneResult, and SecateurError if the
+    file cannot be written.
     """
     if not isinstance(result, PruneResult):
         raise TypeError(f"result: a {type(result).__name__}; what `prune` returned is needed")
@@ -326,7 +327,7 @@ def save(result: PruneResult, path: str | Path) -> None:
 
 
 def _masks_of(origin: object, model: nn.Module) -> Masks:
-    """Masks that the network was loaded with, as far as they still fit it."""
+    """The masks that the network was loaded with, if their shapes still fit."""
     if not isinstance(origin, Origin):
         return {}
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
@@ -343,7 +344,7 @@ def _check_batch(images: Tensor) -> None:
 
 
 def _check_values(model: nn.Module, **arguments: object) -> None:
-    """Raise SettingsError for tensors on the device meta, which have shapes and no values."""
+    """Raise SettingsError for tensors on the meta device, which have shapes but no values."""
     held = [*model.named_parameters(), *model.named_buffers()]
     named = {f"model: {name}": tensor for name, tensor in held}
     for name, tensor in {**named, **arguments}.items():
@@ -373,11 +374,11 @@ _WRAPPERS = {
     **{"OptimizedModule": "_orig_mod", "DataParallel": "module"},
     **{"DistributedDataParallel": "module", "FullyShardedDataParallel": "module"},
 }
-"""Types by name, since torch.compile's takes seconds to import, and where the network is."""
+"""Wrapper types -> the submodule with the network; by name, as torch.compile is slow to import."""
 
 
 def _check_model(model: nn.Module) -> None:
-    """Raise SettingsError for what is no network, PruningError for one that cannot be copied."""
+    """Raise SettingsError if it is not a network, PruningError if it cannot be copied."""
     _check_network("model", model)
     if (key := _WRAPPERS.get(type(model).__name__)) in model._modules:
         raise PruningError(
@@ -385,7 +386,7 @@ def _check_model(model: nn.Module) -> None:
         )
     for name, parameter in model.named_parameters():
         if isinstance(parameter, UninitializedParameter):
-            raise PruningError(f"model: {name} has no shape yet; call model(images) once before")
+            raise PruningError(f"model: {name} has no shape yet; call model(images) once first")
     for path, module in model.named_modules():
         for key, value in vars(module).items():
             if not isinstance(value, Tensor):
@@ -461,7 +462,7 @@ def _check_options(pruner: ConfiguredPruner, latency: object, remove_dead: objec
 
 
 def _usable(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy of one that was made in inference mode, which autograd refuses."""
+    """The tensor, or a copy if it was created in inference mode, which autograd does not accept."""
     return tensor.clone() if tensor.is_inference() else tensor
 
 

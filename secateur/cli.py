@@ -1,7 +1,7 @@
-"""The command `secateur`: what lies beside the pipeline, as subcommands.
+"""The command `secateur`: everything around the pipeline, as subcommands.
 
-A subcommand is one entry of COMMANDS. Its handler is imported only when it runs, so that `--help`
-needs no library; `completion` needs shtab alone.
+A subcommand is one entry of COMMANDS. Its handler is imported only when it runs, so `--help`
+needs no third-party library, and `completion` only shtab.
 """
 
 import argparse
@@ -35,9 +35,9 @@ class Command:
     """`module:function`; the function takes the parsed options."""
     arguments: Callable[[argparse.ArgumentParser], None]
     details: str = ""
-    """What `--help` has below the arguments, such as examples."""
+    """Shown by `--help` below the arguments, such as examples."""
     in_project: bool = True
-    """It only works in a project, and runs in the project's root."""
+    """Whether it only works in a project; it then runs in the project's root."""
 
 
 def _recipe(parser: argparse.ArgumentParser) -> None:
@@ -46,34 +46,34 @@ def _recipe(parser: argparse.ArgumentParser) -> None:
         "--seeds", nargs="+", type=_whole, default=[1, 2, 3], metavar="N", help="default: 1 2 3"
     )
     parser.add_argument(
-        "--apply", action="store_true", help="write its settings into params.yaml, run nothing"
+        "--apply", action="store_true", help="write its settings into params.yaml; run nothing"
     )
 
 
 def _rounds(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("steps", type=_positive, help="rounds in all")
+    parser.add_argument("steps", type=_positive, help="number of rounds")
     parser.add_argument(
         "--to",
         type=_number,
         required=True,
         metavar="SHARE",
-        help="share of the dense network to be left after the last round, such as 0.02",
+        help="share of the dense network that is left after the last round, such as 0.02",
     )
     parser.add_argument(
         "--of", choices=("params", "macs", "bytes"), default="params", help="default: params"
     )
-    parser.add_argument("--equal", action="store_true", help="equal steps; default: geometric ones")
-    parser.add_argument("--apply", action="store_true", help="write them into params.yaml")
+    parser.add_argument("--equal", action="store_true", help="equal steps; default: geometric")
+    parser.add_argument("--apply", action="store_true", help="write the rounds into params.yaml")
 
 
 def _study(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", nargs="?", help="the study; without it, all are listed")
-    parser.add_argument("--plan", action="store_true", help="show what would run, run nothing")
+    parser.add_argument("--plan", action="store_true", help="show what would run; run nothing")
     parser.add_argument(
         "--workers",
         type=_positive,
         metavar="N",
-        help="pieces of work at the same time; default: one for each processor, with slurm 64, "
+        help="pieces of work that run at the same time; default: one per processor; with slurm 64, "
         "with ray as many as the cluster has room for",
     )
     parser.add_argument(
@@ -84,14 +84,14 @@ def _study(parser: argparse.ArgumentParser) -> None:
         type=_number,
         default=1,
         metavar="N",
-        help="CPUs for each piece of work, with --executor ray; default: 1",
+        help="CPUs per piece of work, with --executor ray; default: 1",
     )
     parser.add_argument(
         "--gpus",
         type=_number,
         default=0,
         metavar="N",
-        help="GPUs for each piece of work, with --executor ray; default: 0",
+        help="GPUs per piece of work, with --executor ray; default: 0",
     )
     parser.add_argument(
         "--slurm",
@@ -99,17 +99,19 @@ def _study(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="a parameter of submitit, as slurm_partition=gpu or timeout_min=60; may be repeated",
+        help="a parameter of submitit, such as slurm_partition=gpu or timeout_min=60; repeatable",
     )
     parser.add_argument(
-        "--no-mlflow", action="store_true", help="leave out MLflow; `secateur sync --all` writes it"
+        "--no-mlflow",
+        action="store_true",
+        help="write no MLflow runs; `secateur sync --all` writes them later",
     )
 
     _latency(parser)
 
 
 def _latency(parser: argparse.ArgumentParser) -> None:
-    """Of the commands that write a page."""
+    """Arguments of the commands that write a page."""
     group = parser.add_argument_group("latency columns of the page")
     group.add_argument(
         LATENCY,
@@ -118,8 +120,8 @@ def _latency(parser: argparse.ArgumentParser) -> None:
         choices=RUNTIMES,
         default=[],
         metavar="RUNTIME",
-        help="measure the dense and finetuned networks in torch, onnxruntime, openvino, one or "
-        "several of them, and keep the times in report/NAME/latency.csv",
+        help="measure the dense and finetuned networks in one or several of torch, onnxruntime "
+        "and openvino, and keep the times in report/NAME/latency.csv",
     )
     group.add_argument("--batch", type=_positive, default=1, metavar="N", help="default: 1")
     group.add_argument("--threads", type=_positive, default=1, metavar="N", help="default: 1")
@@ -132,7 +134,8 @@ def _compare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "experiment",
         nargs="*",
-        help="names, or `workspace`; default: the workspace and all experiments of HEAD",
+        help="names of experiments, or `workspace`; default: the workspace and all experiments "
+        "of HEAD",
     )
     parser.add_argument("--all", action="store_true", help="experiments of every commit")
     parser.add_argument(
@@ -155,7 +158,7 @@ def _report(parser: argparse.ArgumentParser) -> None:
 
 def _sync(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--all", action="store_true", help="every experiment, not the workspace only"
+        "--all", action="store_true", help="all experiments, not only the workspace"
     )
 
 
@@ -171,23 +174,24 @@ def _groups(parser: argparse.ArgumentParser) -> None:
         "--groups",
         type=_positive,
         metavar="N",
-        help="groups of every convolution whose channels N divides; default: -1, to be replaced",
+        help="groups of every convolution whose channels are divisible by N; default: -1, a "
+        "placeholder to replace",
     )
 
 
 def _predict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help=".safetensors, .onnx or .pt2 file, or a folder with one")
-    parser.add_argument("image", nargs="+", help="pictures, and folders of pictures")
+    parser.add_argument("image", nargs="+", help="image files, and folders of them")
     parser.add_argument("--json", action="store_true", help="print one JSON list")
     parser.add_argument(
-        "--top", type=_positive, default=1, metavar="N", help="classes for each picture; default: 1"
+        "--top", type=_positive, default=1, metavar="N", help="classes per image; default: 1"
     )
     parser.add_argument(
         "--resize",
         type=_positive,
         metavar="PIXELS",
-        help="length to bring the shorter side to before the centre is cut out; default: what the "
-        "file says, else as many as the network takes",
+        help="length of the shorter side before the centre crop; default: the length that the file "
+        "names, otherwise the network's input size",
     )
 
 
@@ -200,7 +204,7 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 def _positive(text: str) -> int:
-    """A whole number from 1 on."""
+    """A whole number of at least 1."""
     value = _whole(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value}: at least 1 is needed")
@@ -234,9 +238,10 @@ def _runtime(text: str) -> str:
 
 
 def _each_runtime(arguments: Sequence[str]) -> list[str]:
-    """The arguments with an option for each of the runtimes that follow `--latency`.
+    """The arguments with `--latency` repeated before each runtime that follows it.
 
-    So names may follow them. What is nearly a runtime is taken for one that is misspelt.
+    This way, names of experiments may follow the runtimes. A word that is close to the name of a
+    runtime is treated as a misspelt runtime.
     """
     found: list[str] = []
     listing = False
@@ -264,9 +269,10 @@ COMMANDS = (
         "run a published experiment over several seeds, or list all",
         "secateur.pipeline.recipe:command",
         _recipe,
-        "Every seed is a DVC experiment in a temporary copy: the workspace stays as it is, and\n"
-        "what has run before comes from the cache. A recipe changes what it names; everything\n"
-        "else is as params.yaml has it, so start from a clean one: git checkout params.yaml\n\n"
+        "Every seed is a DVC experiment in a temporary copy: the workspace is not changed, and\n"
+        "stages that have run before come from the cache. A recipe changes only the settings that\n"
+        "it names; all others come from params.yaml, so start from a clean one:\n"
+        "git checkout params.yaml\n\n"
         "examples:\n"
         "  secateur recipe\n"
         "  secateur recipe mnist-lenet300-element --seeds 1 2 3\n"
@@ -274,10 +280,10 @@ COMMANDS = (
     ),
     Command(
         "rounds",
-        "settings of rounds that lead to a target in several steps",
+        "make settings of rounds that reach a target in several steps",
         "secateur.pipeline.commands.rounds:command",
         _rounds,
-        "For the pruner that params.yaml has switched on: magnitude or network_slimming.\n\n"
+        "For the pruner selected in params.yaml: magnitude or network_slimming.\n\n"
         "examples:\n"
         "  secateur rounds 5 --to 0.02              # of the parameters, in geometric steps\n"
         "  secateur rounds 3 --to 0.4 --of macs --equal --apply && dvc repro",
@@ -287,9 +293,9 @@ COMMANDS = (
         "run many experiments as one graph, or list the studies",
         "secateur.studies.run:command",
         _study,
-        "A study is a file studies/NAME.yaml: settings, axes, seeds and controls. What cells\n"
-        "share is trained once, what the cache has is not trained again, and every cell becomes a\n"
-        "DVC experiment. Interrupted at any moment, the same command goes on.\n\n"
+        "A study is a file studies/NAME.yaml: settings, axes, seeds and controls. Trainings that\n"
+        "cells share run once, results in the cache are reused, and every cell becomes a DVC\n"
+        "experiment. After an interruption, the same command continues.\n\n"
         "examples:\n"
         "  secateur study digits --plan\n"
         "  secateur study digits --workers 2\n"
@@ -297,12 +303,12 @@ COMMANDS = (
     ),
     Command(
         "check",
-        "say what the stages would refuse of params.yaml, before anything runs",
+        "report mistakes in params.yaml before anything runs",
         "secateur.pipeline.params_check:command",
         _nothing,
         "Checks the names of plug-ins and files, every setting, the versions of libraries and, if\n"
-        "the data are prepared, whether penalty and pruner take the network. DVC itself says no\n"
-        "more than `No such file or directory` of a name that is misspelt.\n\n"
+        "the data are prepared, whether penalty and pruner support the network. DVC itself only\n"
+        "reports `No such file or directory` for a misspelt name.\n\n"
         "examples:\n"
         "  secateur check\n"
         "  secateur check && dvc repro",
@@ -322,7 +328,7 @@ COMMANDS = (
         "write the page that compares experiments: tables, plot, statistics",
         "secateur.studies.report.page:command",
         _report,
-        "Seeds of equal settings are one method at one operating point.",
+        "Experiments that differ only in the seed are one method at one operating point.",
     ),
     Command(
         "sync",
@@ -330,34 +336,34 @@ COMMANDS = (
         "secateur.pipeline.sync:command",
         _sync,
         "For a store that was lost or could not be reached, another tracking server, or a clone\n"
-        "that pulled its models. Runs that the store has are left alone.",
+        "that pulled its models. Runs that are in the store are not changed.",
     ),
     Command(
         "libraries",
         "compare the versions of libraries in params.yaml with those installed",
         "secateur.pipeline.commands.libraries:command",
         _libraries,
-        "Results depend on the versions of torch and torchvision, so a stage only runs with those\n"
-        "that params.yaml names. After --update, `dvc status` lists what `dvc repro` will make\n"
-        "again.",
+        "Results depend on the versions of torch and torchvision, so a stage only runs with the\n"
+        "versions that params.yaml names. After --update, `dvc status` lists the stages that\n"
+        "`dvc repro` will run again.",
     ),
     Command(
         "groups",
-        "write a form with every convolution of the network, for pruner gconv",
+        "write a template file with every convolution of the network, for pruner gconv",
         "secateur.pipeline.commands.group_file:command",
         _groups,
-        "The network is that of arch and dataset in params.yaml; the data must be prepared.\n\n"
+        "The network follows from arch and dataset in params.yaml; the data must be prepared.\n\n"
         "examples:\n"
         "  secateur groups mine\n"
         "  secateur groups mine --groups 4",
     ),
     Command(
         "predict",
-        "name the classes of pictures, by a checkpoint or an exported file",
+        "classify images with a checkpoint or an exported file",
         "secateur.deploy.predict:command",
         _predict,
-        "A picture of another size than the network's is resized and its centre is cut out.\n"
-        "Hidden files in folders are left out.\n\n"
+        "An image of another size than the network's input is resized and centre-cropped.\n"
+        "Hidden files in folders are ignored.\n\n"
         "examples:\n"
         "  secateur predict models/finetuned pictures/\n"
         "  secateur predict models/export/model.onnx a.png b.png --top 3\n"
@@ -385,7 +391,7 @@ COMMANDS = (
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """Line breaks as written; room for the longest name of a command, which argparse miscounts."""
+    """Line breaks as written; room for the longest command name, which argparse miscounts."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=28)
@@ -393,7 +399,7 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser, also of subcommands, that names the nearest choice to one that there is not."""
+    """A parser, also for subcommands, that suggests the nearest choice for an unknown one."""
 
     def error(self, message: str) -> NoReturn:
         """Print usage and message; exit status 2."""
@@ -426,7 +432,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run the command; exit status 0, 1 for an error of the user's, 2 for a wrong argument."""
+    """Run the command; exit status 0, 1 for an error that the user can correct, 2 for a wrong
+    argument, 130 if interrupted."""
     parser = build_parser()
     options = parser.parse_args(_each_runtime(sys.argv[1:] if arguments is None else arguments))
     if options.command is None:
@@ -438,12 +445,12 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         _fail(str(error), 1)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
-    except BrokenPipeError:  # as of `secateur recipe | head`
+    except BrokenPipeError:  # as in `secateur recipe | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         _fail(f"{error.filename or options.command}: {error.strerror or error}", 1)
     except Exception as error:
-        dvc = sys.modules.get("dvc.exceptions")  # imported by those commands that need it
+        dvc = sys.modules.get("dvc.exceptions")  # imported by the commands that need it
         if dvc is None or not isinstance(error, dvc.DvcException):
             raise
         _fail(f"DVC: {' '.join(str(error).split())}", 1)
@@ -467,7 +474,7 @@ def _run(command: Command, options: argparse.Namespace) -> None:
 
 
 def _project_root(command: str) -> Path:
-    """The folder of the project around the current one; SecateurError if there is none.
+    """The root of the project that the current folder is in; SecateurError if there is none.
 
     stages/sensitivity has a dvc.yaml too, but no params.yaml.
     """

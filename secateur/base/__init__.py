@@ -1,4 +1,4 @@
-"""What everything else stands on: settings, errors, files, plug-ins, the machine, the stage.
+"""The foundation of all other packages: settings, errors, files, plug-ins, machine, stage.
 
-Nothing here knows of networks, images or pruning; every other room may import from this one.
+Nothing here deals with networks, images or pruning; every other room may import from this one.
 """

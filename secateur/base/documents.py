@@ -13,14 +13,14 @@ from secateur.base.errors import SecateurError, cut, shorten
 from secateur.base.mistakes import first_mistake
 
 MAX_BYTES = 2**20
-"""Of a file that people write: params.yaml, recipes, configurations of groups."""
+"""Limit for files that people write: params.yaml, recipes, configurations of groups."""
 MAX_DEPTH = 32
-"""Nested tables and lists."""
+"""Limit of nested tables and lists."""
 MAX_VALUES = 100_000
-"""Of a YAML file, counting what an alias stands for wherever it is used."""
+"""Limit of values in a YAML file, with aliases expanded wherever they are used."""
 
 YAML_LOADER: type[yaml.SafeLoader] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-"""The safe loader, in C where there is one: ten times as fast, and with a limit of depth."""
+"""The safe loader, in C if available: ten times as fast, and it limits the depth."""
 
 T = TypeVar("T")
 
@@ -40,7 +40,7 @@ def read_json(path: Path, error: type[SecateurError], cure: str = "") -> Any:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The value of a JSON text; ValueError if it is malformed, too deep or has a key twice.
+    """The value of a JSON text; ValueError if it is malformed, nested too deep or repeats a key.
 
     NaN and infinity are accepted, as `json` writes them.
     """
@@ -73,7 +73,7 @@ def read_yaml(path: Path, error: type[SecateurError], cure: str = "") -> Any:
     try:
         value = yaml.load(content.decode(), _Loader)
         _check_size(value)
-    except Exception as reason:  # beside YAMLError: ValueError, KeyError, AttributeError, ...
+    except Exception as reason:  # besides YAMLError: ValueError, KeyError, AttributeError, ...
         words = " ".join(str(reason).replace('in "<unicode string>", ', "").split())
         if isinstance(reason, RecursionError) or "maximum nesting depth" in words:
             words = f"nested more than {MAX_DEPTH} deep"
@@ -85,10 +85,10 @@ def read_yaml(path: Path, error: type[SecateurError], cure: str = "") -> Any:
 
 
 class _Loader(YAML_LOADER):  # type: ignore[misc, valid-type]
-    """YAML in which a key that occurs twice is a mistake, as it is for DVC."""
+    """A loader that rejects a key that occurs twice, as DVC does."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """The table; YAMLError if it has a key twice."""
+        """The table; YAMLError if a key occurs twice."""
         lines: dict[str, int] = {}
         for key, _ in node.value:
             line = key.start_mark.line + 1
@@ -101,7 +101,7 @@ class _Loader(YAML_LOADER):  # type: ignore[misc, valid-type]
         return super().construct_mapping(node, deep)
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
-        """The whole number; YAMLError if it has more digits than Python converts."""
+        """The whole number; YAMLError if it has more digits than Python can convert."""
         try:
             return super().construct_yaml_int(node)
         except ValueError:
@@ -116,7 +116,7 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
 def _check_size(value: Any) -> None:
-    """ValueError for values that are nested too deeply, too many, or contain themselves."""
+    """ValueError if there are too many values, nested too deep, or a value contains itself."""
     level, count = [value], 0
     for _ in range(MAX_DEPTH + 1):
         inner: list[Any] = []
@@ -134,7 +134,7 @@ def _check_size(value: Any) -> None:
 
 
 def validated(adapter: TypeAdapter[T], value: Any, where: str, error: type[SecateurError]) -> T:
-    """The value as the type of `adapter`; raises `error` naming the first field that is wrong."""
+    """The value, converted to the type of `adapter`; raises `error` naming the first bad field."""
     try:
         if not isinstance(value, dict):
             raise error(f"{where}: {shorten(value)} in place of a table")

@@ -12,7 +12,7 @@ def cut(text: str, limit: int = 100) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """`; did you mean X?` for the known name that is nearest to this one; empty if none is near."""
+    """`; did you mean X?` with the nearest known name; empty if none is near."""
     close = difflib.get_close_matches(name, [*known], n=1)
     return f"; did you mean {close[0]}?" if close else ""
 
@@ -20,7 +20,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 def shorten(value: object, limit: int = 100) -> str:
     """`repr` of a value for a message, cut with an ellipsis at about `limit` characters.
 
-    Nothing large is formatted on the way, neither a long text nor a number of thousands of digits.
+    Large values, such as a long text or a number with thousands of digits, are never formatted in
+    full.
     """
     return cut(_Brief(limit).repr(value), limit)
 
@@ -35,12 +36,12 @@ class _Brief(reprlib.Repr):
         self.maxstring = self.maxother = limit
 
     def repr_int(self, value: int, _level: int) -> str:
-        """The digits, or their number if there are many."""
+        """The digits, or how many there are if there are many."""
         digits = value.bit_length() * 0.30103
         return repr(value) if digits < 60 else f"a number of about {digits:.0f} digits"
 
     def repr_dict(self, value: dict[object, object], level: int) -> str:
-        """In the order of the keys as they were inserted."""
+        """The items in insertion order."""
         if level <= 0 and value:
             return "{...}"
         pairs = list(value.items())[: self.maxdict]
@@ -57,14 +58,14 @@ class SettingsError(SecateurError):
 
 
 class ArgumentError(SettingsError):
-    """An argument with a value that is not allowed, raised by code that serves a Python call too.
+    """An argument with a value that is not allowed, raised by code that Python callers use too.
 
-    Such code does not know the section of params.yaml that the argument came from, if it came from
-    one. `settings.section` turns the error into a SettingsError that names the whole key.
+    Such code does not know from which section of params.yaml the argument came, if from any.
+    `settings.section` turns the error into a SettingsError that names the whole key.
     """
 
     def __init__(self, key: str, message: str, value: object = ...) -> None:
-        """`key`: the argument's name (dotted for a field of it); `value`: left out if not given."""
+        """`key` is the name of the argument (dotted for a field); `value` is shown if given."""
         shown = "" if value is ... else f" = {shorten(value)}"
         super().__init__(f"{key}{shown}: {message}")
         self.key = key
@@ -75,7 +76,7 @@ class DataError(SecateurError):
 
 
 class CheckpointError(SecateurError):
-    """A file that is not a checkpoint of Secateur, or not the one that this stage needs."""
+    """A file that is not a checkpoint of Secateur, or not the checkpoint that this stage needs."""
 
 
 class StateError(SecateurError):
@@ -83,7 +84,7 @@ class StateError(SecateurError):
 
 
 class TrainingError(SecateurError):
-    """Training that cannot go on, for example because the loss is no longer a finite number."""
+    """Training that cannot continue, for example because the loss is no longer finite."""
 
 
 class PruningError(SecateurError):

@@ -1,7 +1,7 @@
 """Find a data set, architecture, penalty, pruner and so on: the file name is the registry.
 
-A plug-in is a module; the protocols below say what each kind of module has. Types of rooms further
-down appear in annotations only: nothing here imports them when it runs.
+A plug-in is a module; the protocols below define what each kind of module must provide. Types from
+the rooms below appear in annotations only and are not imported at run time.
 """
 
 import importlib
@@ -27,7 +27,7 @@ KEYS: dict[Kind, str] = {
     "parametrizations": "parametrization",
     "pruners": "pruner",
 }
-"""Folder of plug-ins -> the top-level key of params.yaml that names the one in use."""
+"""Folder of plug-ins -> the top-level key of params.yaml that names the plug-in in use."""
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -36,18 +36,18 @@ class Plugin(Protocol):
     """What every plug-in has."""
 
     Settings: Any
-    """Its class of settings, a `sections.Strict`; the section of params.yaml is validated by it."""
+    """Class of its settings, a `sections.Strict`, which validates its section of params.yaml."""
 
 
 class DatasetPlugin(Plugin, Protocol):
     """A module of secateur/datasets."""
 
     def read(self, settings: Any, root: Path) -> "Images":
-        """Read training and test images; files are looked for under `root`."""
+        """Read training and test images; `root` is the folder of raw data."""
 
 
 class ArchPlugin(Plugin, Protocol):
-    """A module of secateur/archs, which may also have functions that are named there."""
+    """A module of secateur/archs; that package's docstring lists further, optional functions."""
 
     def build(self, settings: Any, classes: int, shape: tuple[int, int, int]) -> "nn.Module":
         """Build the network with new weights for images of `shape` (C, H, W)."""
@@ -59,8 +59,8 @@ class PenaltyPlugin(Plugin, Protocol):
     def build(self, settings: Any, model: "nn.Module", decay: float) -> "Penalty":
         """Build the penalty of strength `decay` on the weights of `model`.
 
-        A penalty that follows channels through the network takes a fourth parameter, `shape`: that
-        of an image, (channels, height, width).
+        A penalty that follows channels through the network takes a fourth parameter, `shape`: the
+        shape of an image, (channels, height, width).
         """
 
 
@@ -68,25 +68,25 @@ class ParametrizationPlugin(Plugin, Protocol):
     """A module of secateur/parametrizations."""
 
     def build(self, settings: Any, model: "nn.Module") -> "Parametrization | None":
-        """Parametrize the weights of `model`, in place; None if nothing is."""
+        """Parametrize the weights of `model`, in place; None if nothing is parametrized."""
 
 
 class PrunerPlugin(Plugin, Protocol):
     """A module of secateur/pruners."""
 
     def prune(self, settings: Any, context: "PruningContext") -> "PruningDecision":
-        """Decide which weights or channels are pruned; the network itself is left alone."""
+        """Decide which weights or channels are pruned; the network itself is not changed."""
 
 
 def names(kind: Kind) -> list[str]:
-    """All plug-ins of a kind, sorted; files that begin with an underscore are shared code."""
+    """Names of all plug-ins of a kind, sorted; files with a leading underscore are shared code."""
     return sorted(p.stem for p in (_PACKAGE / kind).glob("*.py") if not p.stem.startswith("_"))
 
 
 def find(kind: Kind, name: str, key: str | None = None) -> Path:
-    """File of the plug-in; raises SettingsError with the known names if there is none.
+    """File of a plug-in; raises SettingsError with the known names if there is no such plug-in.
 
-    `key` is the key of params.yaml that the name was read from, if not the usual one.
+    `key` is the key of params.yaml that the name was read from, by default that of KEYS.
     """
     path = _PACKAGE.joinpath(kind, f"{name}.py")
     is_name = kind in get_args(Kind) and re.fullmatch(r"[a-z]\w{,63}", name, re.ASCII)
@@ -113,6 +113,6 @@ def load(kind: Literal["pruners"], name: str) -> PrunerPlugin: ...
 @overload
 def load(kind: Kind, name: str) -> Plugin: ...
 def load(kind: Kind, name: str) -> Any:
-    """Import the plug-in `secateur/<kind>/<name>.py`, and no other."""
+    """Import the plug-in `secateur/<kind>/<name>.py`, and no other plug-in."""
     find(kind, name)
     return importlib.import_module(f"secateur.{kind}.{name}")

@@ -1,4 +1,4 @@
-"""The sections of params.yaml: what each may hold, with ranges and defaults."""
+"""The sections of params.yaml: keys, types, ranges and defaults."""
 
 import re
 from pathlib import Path
@@ -19,7 +19,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**31)]
 NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, lt=1)]
-"""A part of a whole, neither nothing nor all of it."""
+"""A share strictly between 0 and 1."""
 
 
 def _whole_above_one(value: float) -> float:
@@ -30,11 +30,11 @@ def _whole_above_one(value: float) -> float:
 
 
 StepsOrShare = Annotated[float, Field(ge=0), AfterValidator(_whole_above_one)]
-"""A number of steps of the optimizer, or, below 1, a share of all steps of the training."""
+"""A number of optimizer steps, or, if less than 1, a share of all steps of the training."""
 
 
 def matching(pattern: str, needed: str) -> AfterValidator:
-    """Text that the whole of `pattern` matches; otherwise the error says `needed`."""
+    """Validator: `pattern` must match the whole text; otherwise the error message is `needed`."""
 
     def check(text: str) -> str:
         if not re.fullmatch(pattern, text):
@@ -50,11 +50,11 @@ Name = Annotated[
     matching("[a-z][a-z0-9_]*", "a name of small letters, digits and '_' is needed"),
 ]
 SettingsByPlugin = dict[str, dict[str, Any]]
-"""Name of a plug-in -> its settings, as they stand in params.yaml."""
+"""Name of a plug-in -> its settings, as written in params.yaml."""
 
 
 def _refuse_truth(value: Any, annotation: Any) -> Any:
-    """`value`; ValueError if it is, or holds, a truth value where the type has numbers."""
+    """`value`; ValueError if it is, or contains, a boolean where the type has numbers."""
     is_list = isinstance(value, list)
     if isinstance(value, bool) or (is_list and any(isinstance(item, bool) for item in value)):
         types = set(types_in(annotation))
@@ -64,7 +64,7 @@ def _refuse_truth(value: Any, annotation: Any) -> Any:
 
 
 def types_in(annotation: Any) -> list[Any]:
-    """The annotation and all that it is made of."""
+    """The annotation and, recursively, all its type arguments."""
     return [annotation, *(t for part in get_args(annotation) for t in types_in(part))]
 
 
