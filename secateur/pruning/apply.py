@@ -16,7 +16,7 @@ from secateur.sparsity.masks import Masks
 
 @dataclass(frozen=True)
 class PrunedNetwork:
-    """A pruned network, and how far its outputs are from those of the masked one."""
+    """A pruned network, and how far its outputs are from those of the masked network."""
 
     model: nn.Module
     """The compact network, in eval mode."""
@@ -24,7 +24,7 @@ class PrunedNetwork:
     """Parameter name -> True where the entry is kept; in the shapes after the removal."""
     differences: Mapping[str, float] = field(default_factory=dict)
     """`difference_float64` and `difference_float32`: largest difference of the outputs over the
-    largest output. Empty if nothing was removed: the network then is the masked one."""
+    largest output. Empty if nothing was removed: `model` is then the masked network."""
 
     @property
     def max_difference(self) -> float:
@@ -41,16 +41,17 @@ def apply_decision(
     export: Export = "none",
     requested: str = "this decision",
 ) -> PrunedNetwork:
-    """The network as the decision leaves it, in eval mode; `model` itself is not changed.
+    """The network after the decision, in eval mode; `model` itself is not changed.
 
-    Weights get the decision's values and are set to zero by its masks; its channels are removed.
-    With `remove_dead`, so are the channels that are dead after that; `export` says what becomes of
-    masks made of groups of channels (see gconv/export.py). If anything may be removed, the compact
-    network is compared to the masked one on `images`, (N, C, H, W), in float64 and in float32.
+    Weights get the values of the decision and are masked by its masks; its channels are removed.
+    With `remove_dead`, channels that are dead afterwards are removed too; `export` tells how masks
+    that consist of groups of channels are exported (see gconv/export.py). If anything may be
+    removed, the compact network is compared with the masked one on `images`, (N, C, H, W), in
+    float64 and in float32.
 
-    Raises PruningError if a layer would be left empty (`requested` then names what the user asked
-    for), if the network cannot be traced, or if the two networks differ; ArgumentError (`export`)
-    if there is nothing to export.
+    Raises PruningError if a layer would be left empty (`requested` describes in the message what
+    the user asked for), if the network cannot be traced, or if the two networks differ;
+    ArgumentError (`export`) if there is nothing to export.
     """
     masks.refuse_empty(model, decision.masks, requested)
     images = images.to(next(model.parameters()).device)

@@ -1,8 +1,8 @@
 """Pruners as functions: `secateur.pruners.magnitude(ratios=0.5)`.
 
-A package of plug-ins becomes callable by `callable_plugins(__name__)` in its `__init__.py`. The
-plug-ins themselves stay plain modules with `Settings` and their one function; no result depends on
-what is here.
+`callable_plugins(__name__)` in the `__init__.py` of a package makes its plug-ins callable. The
+plug-ins themselves remain plain modules with `Settings` and one function; no result depends on this
+module.
 """
 
 import importlib
@@ -21,7 +21,7 @@ from secateur.base.sections import Strict
 
 @dataclass(frozen=True)
 class ConfiguredPruner:
-    """A pruner with its settings, validated."""
+    """A pruner with validated settings."""
 
     name: str
     settings: Strict
@@ -37,7 +37,7 @@ class CallablePlugin(ModuleType):
     Settings: type[Strict]
 
     def __call__(self, **arguments: Any) -> ConfiguredPruner:
-        """The pruner with these settings; those not given have their defaults.
+        """The pruner with these settings, and defaults for all others.
 
         Raises SettingsError naming the argument, its value and what is allowed.
         """
@@ -65,7 +65,7 @@ class PluginPackage(ModuleType):
         return importlib.import_module(f"{self.__name__}.{name}")
 
     def __setattr__(self, name: str, value: object) -> None:
-        """The import system sets every plug-in that it has imported as an attribute."""
+        """Make a plug-in callable when the import system sets it as an attribute."""
         if type(value) is ModuleType and not name.startswith("_"):
             value.__class__ = CallablePlugin
         super().__setattr__(name, value)
@@ -82,7 +82,7 @@ def callable_plugins(package: str) -> None:
 
 @contextmanager
 def arguments_of(name: str) -> Iterator[None]:
-    """Name the argument of the pruner in a SettingsError raised inside, not the key of params.yaml.
+    """A SettingsError raised inside names the pruner's argument, not the key of params.yaml.
 
     The counterpart of `settings.section`.
     """

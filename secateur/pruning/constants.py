@@ -1,8 +1,8 @@
 """Values in a network that are the same for every input.
 
-One forward pass in which NaN stands for "depends on the input". Known values are computed by the
-layers themselves, so that biases, normalisations, activations, pooling and padded borders all
-count. In a product a known zero wins.
+They are found by one forward pass in which NaN stands for "depends on the input". Known values are
+computed by the layers themselves, so that biases, normalisations, activations, pooling and padded
+borders are all included. In a product, a known zero wins over NaN.
 """
 
 from dataclasses import dataclass
@@ -18,9 +18,9 @@ from secateur.nn.layers import ChannelSelect
 
 
 class ConstantPropagation(fx.Interpreter):
-    """Runs a traced network with NaN as its input, and notes the inputs of its layers.
+    """Runs a traced network with NaN as its input, and records the inputs of its layers.
 
-    How operations treat unknown values follows from their properties in `channels.operators`.
+    The properties of operations in `channels.operators` determine how they treat unknown values.
     """
 
     def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
@@ -40,12 +40,12 @@ class ConstantPropagation(fx.Interpreter):
         return propagation
 
     def run_node(self, n: fx.Node) -> Any:
-        """Without the traces that fx keeps for each node, which cost as much as most rules."""
+        """Run a node without the traces that fx keeps for it, which cost as much as most rules."""
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         return getattr(self, n.op)(n.target, args, kwargs)
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """Most modules return NaN for NaN; where they do not, it is restored."""
+        """Run a module. Most return NaN for NaN; where a module does not, NaN is restored."""
         module, x = self.submodules[target], args[0]
         operator = operators.find(type(module))
         if isinstance(module, nn.Conv2d):
@@ -57,18 +57,18 @@ class ConstantPropagation(fx.Interpreter):
         if operator.scales_channels:
             if getattr(module, "running_mean", None) is not None:
                 out = super().call_module(target, args, kwargs)
-            else:  # statistics of its input
+            else:  # it normalises by statistics of its input
                 out = torch.full_like(x, torch.nan)
             return _shift_where_scale_is_zero(out, module.weight, module.bias)
         out = super().call_module(target, args, kwargs)
         return _restore_nan(x, out) if operator.elementwise and not operator.keeps_nan else out
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """Functions, by the properties of their operators."""
+        """Run a function by the properties of its operator."""
         return self._call(super().call_function, target, args, kwargs)
 
     def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """Methods, by the properties of their operators."""
+        """Run a method by the properties of its operator."""
         return self._call(super().call_method, target, args, kwargs)
 
     def _call(self, run: Any, target: Any, args: Any, kwargs: Any) -> Any:
@@ -124,18 +124,18 @@ class LayerInput:
 
     @classmethod
     def of(cls, x: Tensor, axis: int) -> "LayerInput":
-        """From an input with NaN for what varies; channels are along this axis."""
+        """From an input with NaN where it varies; `axis` is that of the channels."""
         rows = by_channel(x, axis)
         high, low = rows.amax(dim=1), rows.amin(dim=1)  # NaN if one entry is
         zero, constant = (high == 0) & (low == 0), ~high.isnan()
-        # a copy, since an operation in place may follow; of all inputs it would fill the memory
+        # a copy, since an in-place operation may follow; copies of all inputs would fill the memory
         values = x.clone() if bool((constant & ~zero).any()) else None
         least = rows.nan_to_num(nan=torch.inf).amin(dim=1)  # finite if one entry is a number
         return cls(values, zero, constant, least.isinf())
 
 
 def _through_linear(run: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """An output varies where a varying input has a weight that is not zero."""
+    """An output varies where a varying input meets a non-zero weight."""
     varying = x.isnan()
     out: Tensor = run(x.masked_fill(varying, 0.0), weight, bias)
     count = run(varying.to(x.dtype), weight.bool().to(x.dtype), None)
@@ -143,7 +143,7 @@ def _through_linear(run: Any, x: Tensor, weight: Tensor, bias: Tensor | None) ->
 
 
 def _products(run: Any, args: Any) -> Tensor:
-    """Sums of products vary where a varying entry meets one that is not zero."""
+    """Sums of products vary where a varying entry meets a non-zero one."""
     a, b = (number for number, value in enumerate(args) if isinstance(value, Tensor))
 
     def of(x: Tensor, y: Tensor) -> Tensor:
@@ -161,7 +161,7 @@ def _products(run: Any, args: Any) -> Tensor:
 
 
 def _averages(run: Any, args: Any) -> Tensor:
-    """Attention varies, except where values are equal at all positions: weights sum to one."""
+    """Attention varies, except where values are equal at all positions, as weights sum to one."""
     if not any(isinstance(value, Tensor) and bool(value.isnan().any()) for value in args):
         out: Tensor = run(*args)
         return out
@@ -175,13 +175,14 @@ def _averages(run: Any, args: Any) -> Tensor:
 def _through_convolution(
     run: Any, x: Tensor, found: LayerInput, weight: Tensor, bias: Tensor | None
 ) -> Tensor:
-    """As in `_through_linear`, but only channels known in part need a convolution of their own.
+    """As `_through_linear`, but only channels that are known in part need their own convolution.
 
     Channels that vary everywhere make an output vary wherever its filter has a weight for one of
-    them, so they need one convolution of ones; constant channels alone are convolved with values.
+    them, so that one convolution of ones is enough; only constant channels are convolved with
+    values.
     """
     groups = x.shape[1] // weight.shape[1]
-    nonzero = weight.bool()  # many times as fast as `ne`
+    nonzero = weight.bool()  # many times faster than `ne`
     count: Tensor | None = None  # varying inputs that each output sums over, above 0.5 if any
     if bool(found.varying.any()):
         count = _varying_outputs(run, x, found.varying, nonzero)
@@ -217,7 +218,7 @@ def _varying_outputs(run: Any, x: Tensor, varying: Tensor, nonzero: Tensor) -> T
 def _of_channels(x: Tensor, weight: Tensor, channels: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     """The input and the weight of a convolution reduced to some channels, bool, (channels,).
 
-    With several groups all keep the k-th channel if one does; where none would be left, the first.
+    With several groups, all keep the k-th channel if one does. At least the first channel is kept.
     """
     channels = channels.reshape(groups, -1).any(dim=0)
     channels[0] = channels[0] | ~channels.any()
@@ -227,12 +228,12 @@ def _of_channels(x: Tensor, weight: Tensor, channels: Tensor, groups: int) -> tu
 
 
 def _any(x: Tensor, dim: int) -> Tensor:
-    """`x.any(dim, keepdim=True)` for bool, many times as fast."""
+    """`x.any(dim, keepdim=True)` for bool, many times faster."""
     return x.view(torch.uint8).amax(dim=dim, keepdim=True).view(torch.bool)
 
 
 def _shift_where_scale_is_zero(out: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """A normalisation with a scale of zero returns its shift for every input; in place."""
+    """Set channels of a normalisation whose scale is zero to their shift, in place."""
     if weight is not None and len(zero := weight.eq(0).nonzero().flatten()):
         shift = torch.zeros_like(weight) if bias is None else bias
         out[:, zero] = shift[zero].reshape(-1, *[1] * (out.dim() - 2))
@@ -240,7 +241,7 @@ def _shift_where_scale_is_zero(out: Tensor, weight: Tensor | None, bias: Tensor 
 
 
 def _restore_nan(x: Tensor, out: Any) -> Any:
-    """The result of an elementwise operation, NaN where its input is."""
+    """The result of an elementwise operation, with NaN where its input is NaN."""
     if isinstance(out, Tensor) and out.shape == x.shape and out.is_floating_point():
         return out.masked_fill(x.isnan(), torch.nan)
     return out

@@ -1,8 +1,8 @@
 """Importance criteria: a score for each group of weights, in the shape of a choice.
 
 A group is a filter, an input channel or a single weight of one layer. Scores are means over a
-group's weights, not sums, so that groups of different layers compare. In a layer that never runs in
-eval mode, inputs and gradients are zero. With w a group's weights:
+group's weights, not sums, so that groups of different layers are comparable. In a layer that never
+runs in eval mode, inputs and gradients are zero. With w the weights of a group:
 
     l1                 mean of |w|.
     l2                 square root of the mean of w^2.
@@ -13,21 +13,21 @@ eval mode, inputs and gradients are zero. With w a group's weights:
     taylor             (sum of w * dL/dw)^2, with the cross-entropy L of some images: to first
                        order, the squared change of the loss without the group. P. Molchanov et
                        al., Importance estimation for neural network pruning, CVPR 2019, equation 8.
-    fisher             mean of h * w^2 / 2, with the mean over some images of (dL/dw)^2 in place of
-                       the curvature h: the increase of the loss without the weights, to second
-                       order and one by one. Y. LeCun et al., Optimal brain damage, NeurIPS 1989;
-                       with Fisher information for h L. Theis et al., Faster gaze prediction with
-                       dense networks and Fisher pruning, 2018. L is that of the true labels.
+    fisher             mean of h * w^2 / 2, with the mean of (dL/dw)^2 over some images in place of
+                       the curvature h: to second order, the increase of the loss when the weights
+                       are removed one by one. Y. LeCun et al., Optimal brain damage, NeurIPS 1989;
+                       with Fisher information for h, L. Theis et al., Faster gaze prediction with
+                       dense networks and Fisher pruning, 2018. L is computed with the true labels.
     wanda              mean of |w| * ||x||, with ||x|| the Euclidean norm over some images and all
                        positions of the input channel that w is multiplied by. M. Sun et al., A
                        simple and effective pruning approach for large language models, ICLR 2024,
-                       for single weights, compared within an output; here within a layer.
-    lamp               squared norm over the sum of the squared norms in the layer that are not
+                       for single weights compared within an output; here within a layer.
+    lamp               squared norm over the sum of all squared norms in the layer that are not
                        smaller. J. Lee et al., Layer-adaptive sparsity for the magnitude-based
                        pruning, ICLR 2021, equation 3, for single weights; here for groups too.
-    bn_scale           |gamma| of the batch normalisation of the output or input that the group
-                       is; the largest if there are several. Z. Liu et al., Learning efficient
-                       convolutional networks through network slimming, ICCV 2017.
+    bn_scale           |gamma| of the batch normalisation of this output or input; the largest if
+                       there are several. Z. Liu et al., Learning efficient convolutional networks
+                       through network slimming, ICCV 2017.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -59,8 +59,8 @@ def scores(
 ) -> dict[str, Tensor]:
     """Score of every group of these layers, by the weight's parameter name.
 
-    Raises ArgumentError for a criterion that is not defined at this granularity, and for bn_scale
-    naming a layer without scales; PruningError for images that it cannot be computed from.
+    Raises ArgumentError for a criterion that is not defined at this granularity, and, with
+    bn_scale, for a layer without scales; PruningError for images that do not fit the criterion.
     """
     names = [f"{name}.weight" for name in layers]
     return parameter_scores(context, names, granularity, criterion)
@@ -72,10 +72,10 @@ def parameter_scores(
     granularity: Granularity,
     criterion: Criterion,
 ) -> dict[str, Tensor]:
-    """As `scores`, of parameters by name; biases and scales with granularity weight.
+    """As `scores`, for parameters by name; with granularity weight also biases and scales.
 
-    Raises ArgumentError, PruningError as `scores` does, and ArgumentError for a criterion that is
-    not defined for biases and scales.
+    Raises ArgumentError and PruningError as `scores`, and ArgumentError for a criterion that is not
+    defined for biases and scales.
     """
     if criterion in NOT_FOR_WEIGHTS and granularity == "weight":
         raise ArgumentError(
@@ -99,14 +99,14 @@ def parameter_scores(
 
 
 def _means(entries: Mapping[str, Tensor], granularity: Granularity) -> dict[str, Tensor]:
-    """Mean over every group of what is positive by entry."""
+    """Mean over every group of scores of single entries, which are not negative."""
     return {name: magnitude_scores(entry, granularity) for name, entry in entries.items()}
 
 
 def gradients(context: PruningContext, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Gradient of the cross-entropy over the context's images with respect to these parameters.
 
-    Raises PruningError if the images have no labels, and for a network that is no classifier.
+    Raises PruningError if the images have no labels, and for a network that is not a classifier.
     """
     if not len(context.labels):
         raise PruningError("labels: criterion taylor needs one for each image")
@@ -115,10 +115,10 @@ def gradients(context: PruningContext, weights: Sequence[Tensor]) -> tuple[Tenso
 
 
 def loss_increases(context: PruningContext, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """h * w^2 / 2 of every entry of these parameters, with h the mean of the squared gradients of
-    the cross-entropy of single images.
+    """h * w^2 / 2 of every entry of these parameters, with h the mean over images of the squared
+    gradient of the cross-entropy of one image.
 
-    Raises PruningError if the images have no labels, and for a network that is no classifier.
+    Raises PruningError if the images have no labels, and for a network that is not a classifier.
     """
     if not len(context.labels):
         raise PruningError("labels: criterion fisher needs one for each image")
@@ -140,7 +140,7 @@ def input_products(context: PruningContext, weights: Mapping[str, Tensor]) -> di
     """|w| * ||x|| of every entry of these weights of convolutions and linear maps, with ||x|| the
     norm of the input channel over all images and positions; zero if the layer never runs.
 
-    Raises PruningError naming a weight of which it is not known what it is multiplied by.
+    Raises PruningError naming a weight whose input is not known.
     """
     squares: dict[str, Tensor] = {}
 
@@ -180,7 +180,7 @@ def _gradients(
 
 @contextmanager
 def _differentiable(weights: Sequence[Tensor]) -> Iterator[None]:
-    """Gradients are computed, of these parameters too if they are frozen at other times."""
+    """Enable gradients, for these parameters even if they are frozen."""
     frozen = [weight for weight in weights if not weight.requires_grad]
     with torch.enable_grad():
         try:
@@ -194,7 +194,7 @@ def _differentiable(weights: Sequence[Tensor]) -> Iterator[None]:
 
 @contextmanager
 def _evaluated(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode, and afterwards in the mode that it was in."""
+    """Set the model to eval mode, and back to its previous mode afterwards."""
     training = model.training
     model.eval()
     try:
@@ -240,7 +240,7 @@ def layers_without_scales(
 def _largest_scales(
     context: PruningContext, layers: Sequence[str], granularity: Granularity
 ) -> dict[str, Tensor]:
-    """Of every filter or channel of these layers, (groups,); NaN where it has no scale."""
+    """Largest scale of every filter or channel of these layers, (groups,); NaN if it has none."""
     graph = context.graph
     every = scales.norm_scales(context.model, graph.fx_graph)
     flat = scales.flat_scales(context.model, graph, every)

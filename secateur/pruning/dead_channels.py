@@ -1,8 +1,8 @@
 """Find dead channels: those that no output of the network depends on.
 
 A channel is dead if every weight that reads it is zero or belongs to a dead output, or if it is the
-same for every input and can be folded into what reads it (see pruning/folding.py). A channel whose
-mean is taken together with others' is never dead: a LayerNorm depends on it.
+same for every input and can be folded into the layers that read it (see pruning/folding.py). A
+channel that is normalised together with others, as by a LayerNorm, is never dead.
 """
 
 from collections.abc import Callable
@@ -21,11 +21,11 @@ from secateur.pruning.folding import ConstantInputs, Folding
 
 @dataclass
 class Consumer:
-    """A layer that reads channels, or the index of a ChannelSelect, which does so too."""
+    """A reader of channels: a layer, or the index of a ChannelSelect."""
 
     name: str
     inputs: Tensor
-    """int64, (inputs,): canonical ids; one past the last of them stands for fixed zeros."""
+    """int64, (inputs,): canonical ids; fixed zeros have the id one past the last."""
     outputs: Tensor
     """int64, (outputs,): canonical ids."""
     inputs_read_by: Callable[[Tensor], Tensor]
@@ -35,7 +35,7 @@ class Consumer:
     foldable: Tensor
     """bool, (inputs,): constant, not zero, and foldable."""
     values: Tensor | None = None
-    """What it sees of one image, NaN where it depends on the image."""
+    """The input for one image, NaN where it depends on the image."""
     _last: tuple[Tensor, Tensor] | None = None
     """Argument and result of the last call of `requires`."""
 
@@ -45,7 +45,7 @@ class Consumer:
         return self.inputs.unique()
 
     def requires(self, alive: Tensor) -> Tensor:
-        """Canonical ids that the outputs that are alive, bool, (outputs,), depend on."""
+        """Canonical ids that living outputs depend on; `alive` is bool, (outputs,)."""
         if self._last is None or not torch.equal(alive, self._last[0]):
             self._last = alive, self.inputs[self.inputs_read_by(alive) & ~self.ignorable]
         return self._last[1]
@@ -54,12 +54,12 @@ class Consumer:
 class DeadChannels:
     """The dead channels of a network, and the constants that some of them hold.
 
-    Sets of channels are bool tensors by canonical id, with one entry more for fixed zeros.
+    Sets of channels are bool tensors by canonical id, with an extra entry for fixed zeros.
     """
 
     @torch.no_grad()
     def __init__(self, model: nn.Module, graph: ChannelGraph, example: Tensor) -> None:
-        """`graph` is the model's; of the batch `example`, shape, type and device matter."""
+        """`graph` is the model's; only shape, type and device of the batch `example` matter."""
         self.graph, self.folding = graph, Folding(model, graph)
         constants = ConstantPropagation.of(model, graph.fx_graph, example)
         self.consumers = _consumers(graph, self.folding, constants)
@@ -89,7 +89,7 @@ class DeadChannels:
             balanced = self.graph.balanced(chosen)
             if sum(map(len, balanced.values())) == sum(map(len, chosen.values())):
                 return chosen
-            # channels that must be kept are alive, and so is what they read
+            # channels that must be kept are alive, and so are the channels that they read
             kept |= dead
             kept[self.graph.ids_of(balanced)] = False
 
@@ -105,7 +105,7 @@ class DeadChannels:
         return found
 
     def _dead(self, candidates: Tensor) -> Tensor:
-        """The candidates that are dead, except one channel of a layer that is dead as a whole."""
+        """The candidates that are dead; a layer that is dead as a whole keeps one channel."""
         candidates = candidates.clone()
         while True:
             dead = torch.zeros_like(candidates)
@@ -120,11 +120,11 @@ class DeadChannels:
             candidates[self.graph.output_ids()[emptied[0]][0]] = False
 
     def _sweep(self, candidates: Tensor, dead: Tensor) -> Tensor:
-        """One more pass over the consumers: candidates that no output that is alive depends on.
+        """One more pass over the consumers: candidates that no living output depends on.
 
-        From the last consumer to the first. A channel all of whose consumers have been passed is
-        dead at once; not so if the network's output is constant, where the error has to name the
-        first layer that dies.
+        The pass runs from the last consumer to the first, and marks a channel as dead once all its
+        consumers have been visited. If the network's output is constant it does not, since the
+        error has to name the first layer that dies.
         """
         dead, required = dead.clone(), ~candidates
         pending = self.consumer_count.clone()
@@ -185,17 +185,17 @@ def _select(name: str, graph: ChannelGraph, calls: list[LayerInput]) -> Consumer
 
 
 def _canonical(graph: ChannelGraph, ids: Tensor) -> Tensor:
-    """Canonical ids; one past the last of them for a negative id, a fixed zero."""
+    """Canonical ids; a negative id, a fixed zero, becomes the id one past the last."""
     return torch.where(ids >= 0, graph.canonical[ids.clamp_min(0)], len(graph.canonical))
 
 
 def _block_reader(reads: Tensor) -> Callable[[Tensor], Tensor]:
-    """Outputs -> inputs that they read; `reads` is bool, (groups, outputs, inputs) of each."""
+    """Outputs -> inputs that they read; `reads` is bool, (groups, outputs, inputs of a group)."""
     matrix = reads.float().cpu()
     return lambda outputs: (outputs.view(len(matrix), 1, -1).float() @ matrix).flatten() > 0
 
 
 def _index_reader(index: Tensor, inputs: int) -> Callable[[Tensor], Tensor]:
-    """Outputs -> inputs that they read: the one at its index, or none where that is negative."""
+    """Outputs -> inputs that they read: the input at its index; none for a negative index."""
     none, real = torch.zeros(inputs, dtype=torch.bool), index >= 0
     return lambda outputs: none.index_fill(0, index[outputs & real], True)

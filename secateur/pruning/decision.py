@@ -1,4 +1,4 @@
-"""What a pruner is given, and what it decides: single weights, whole channels, or both."""
+"""Input and result of a pruner: a context, and a decision on weights, whole channels, or both."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,26 +14,26 @@ from secateur.sparsity.choices import Choices, Granularity, masks_from_choices, 
 from secateur.sparsity.masks import Masks
 
 Side = Literal["outputs", "inputs"]
-"""A side of a layer: its filters are its outputs, its channels are its inputs."""
+"""A side of a layer: filters are its outputs, channels are its inputs."""
 COUPLED = "granularity group removes such channels from all layers at once"
 
 
 @dataclass(frozen=True)
 class PruningDecision:
-    """What is to be pruned; all parameters and channels that are not named are kept."""
+    """What is pruned; all parameters and channels that are not named are kept."""
 
     masks: Masks = field(default_factory=dict)
     """Parameter name -> True where the entry is kept."""
     channels: Mapping[str, Tensor] = field(default_factory=dict)
-    """Group of the channel graph -> numbers of the channels to remove, int64."""
+    """Group of the channel graph -> indices of the channels to remove, int64."""
     notes: Mapping[str, float] = field(default_factory=dict)
     """Figures for the log, such as the ratio asked for and the ratio reached."""
     lines: tuple[str, ...] = ()
     """Lines of text for the user."""
     weights: Mapping[str, Tensor] = field(default_factory=dict)
-    """Parameter name -> values that its entries get; other parameters stay as they are."""
+    """Parameter name -> its new values; other parameters do not change."""
     files: Mapping[str, str] = field(default_factory=dict)
-    """File name -> text to be written beside the model."""
+    """File name -> text that is written beside the model."""
 
 
 class PruningContext:
@@ -50,9 +50,9 @@ class PruningContext:
     ) -> None:
         """`images` (N, C, H, W) are some of the training images, normalised; `labels` (N,) int64.
 
-        `choices` are those of the penalty; a penalty that does not choose has none. `latency` has
-        measured times of the network's layers, for a target of it. `dense` is the network before
-        any pruning, with any weights, where it is known.
+        `choices` are those of the penalty, if it makes any. `latency` has measured times of the
+        network's layers, for latency targets. `dense` is the network before any pruning, if known;
+        its weights do not matter.
         """
         self.model, self.images, self.dense = model, images, dense
         self.labels = torch.empty(0, dtype=torch.int64) if labels is None else labels
@@ -72,11 +72,11 @@ def decision_from_choices(
 
     A channel is removed whole if it is not locked and every layer that produces it has chosen it as
     a filter, or every layer that reads it has chosen all its entries as a channel. Choices of
-    single weights, biases and scales become masks. A choice by the name of an index buffer is of
-    the channels that a ChannelSelect selects.
+    single weights, biases and scales become masks. A choice with the name of an index buffer is one
+    of the channels that a ChannelSelect selects.
 
-    The shape of a choice does not tell its granularity where a filter or a channel is one single
-    weight. Without `granularity` it is that of the other choices, or weight if there are none.
+    Where a filter or a channel is a single weight, the shape of a choice does not determine its
+    granularity. Without `granularity` it is that of the other choices, or weight if there are none.
     Raises PruningError for a choice that does not fit the network.
     """
     buffers = dict(context.model.named_buffers())
@@ -119,7 +119,7 @@ def decision_from_choices(
 
 
 def _of_filters_or_channels(model: nn.Module, choices: Choices) -> bool:
-    """Whether these choices are of filters or channels, by those whose shapes tell it."""
+    """Whether these choices are of filters or channels, by the choices whose shapes show it."""
     found = False
     for name, choice in choices.items():
         if choice.numel() < model.get_parameter(name).numel():
@@ -130,7 +130,7 @@ def _of_filters_or_channels(model: nn.Module, choices: Choices) -> bool:
 
 
 def _kept_entries(graph: ChannelGraph, by_layer: Choices, selected: Choices) -> dict[str, Tensor]:
-    """By side and canonical id: number of layers' entries for the channel that are not chosen."""
+    """By side and canonical id: in how many layers the channel's entry is not chosen."""
     count = len(graph.canonical)
     kept = {"outputs": torch.zeros(count), "inputs": torch.zeros(count)}
     for name, layer in graph.layers.items():
@@ -142,7 +142,7 @@ def _kept_entries(graph: ChannelGraph, by_layer: Choices, selected: Choices) -> 
             if name in by_layer and _side(by_layer[name]) == side:
                 not_chosen = ~by_layer[name].flatten().cpu()
             number.index_add_(0, graph.canonical[ids[ids >= 0]], not_chosen[ids >= 0].float())
-    for name, select in graph.selects.items():  # channels of a shortcut, chosen by groups alone
+    for name, select in graph.selects.items():  # channels of a shortcut, chosen only by group
         if select.owns_channels:
             chosen = selected.get(name, torch.zeros(len(select.outputs), dtype=torch.bool))
             kept["outputs"].index_add_(0, graph.canonical[select.outputs], (~chosen.cpu()).float())
@@ -150,7 +150,7 @@ def _kept_entries(graph: ChannelGraph, by_layer: Choices, selected: Choices) -> 
 
 
 def _chosen_ids(graph: ChannelGraph, name: str, choice: Tensor) -> Tensor:
-    """Canonical ids of the channels that a layer's choice is of; without fixed zeros."""
+    """Canonical ids of the channels that are chosen in a layer, without fixed zeros."""
     ids = getattr(graph.layers[name], _side(choice))
     found: Tensor = graph.canonical[ids[choice.flatten().cpu() & (ids >= 0)]]
     return found
@@ -159,8 +159,9 @@ def _chosen_ids(graph: ChannelGraph, name: str, choice: Tensor) -> Tensor:
 def unprunable_layers(graph: ChannelGraph, granularity: Granularity) -> dict[str, str]:
     """Layers whose filters or channels cannot be pruned on their own, with the reason.
 
-    Filters that are coupled to others' (by a sum, a product), or locked; channels that several
-    layers produce, or locked; both of grouped convolutions. Single weights can always be pruned.
+    These are filters that are locked or coupled to those of other layers (by a sum, a product),
+    channels that are locked or that several layers produce, and both in grouped convolutions.
+    Single weights can always be pruned.
     """
     if granularity == "weight":
         return {}
@@ -198,7 +199,7 @@ def unprunable_layers(graph: ChannelGraph, granularity: Granularity) -> dict[str
 
 
 def _side(choice: Tensor) -> str:
-    """The side of its layer that a choice is of; empty for single weights."""
+    """The side of the layer that a choice belongs to; empty for single weights."""
     if choice.dim() < 2:
         return ""
     if choice.shape[0] == choice.numel() > 1:

@@ -1,9 +1,9 @@
-"""Fold constant inputs of layers into biases or running means, so that their channels can go.
+"""Fold constant inputs of layers into biases or running means; then channels can be removed.
 
-An input that is the same for every image adds the same to each output, if it adds the same at
-every position: at a border padded with zeros it does not. Such a contribution is added to the
-layer's bias, or subtracted from the running mean of the batch normalisation that alone reads the
-layer.
+An input that is the same for every image contributes a constant to each output, provided that the
+contribution is the same at every position; at a border padded with zeros it is not. Such a constant
+is added to the bias of the layer, or subtracted from the running mean of the batch normalisation
+that is the only reader of the layer.
 """
 
 import copy
@@ -25,23 +25,23 @@ class ConstantInputs:
 
     layer: str
     values: Tensor
-    """What the layer sees of one image, NaN where it depends on the image."""
+    """Input of the layer for one image, NaN where it depends on the image."""
     channels: Tensor
-    """bool, (inputs,): those to be folded."""
+    """bool, (inputs,): the inputs to be folded."""
 
 
 @dataclass(frozen=True)
 class Folded:
-    """Tensors that have taken up the contributions of constant inputs."""
+    """Tensors that include the contributions of constant inputs."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     """Bias or running mean, by name -> its new value."""
     shift: dict[str, Tensor] = field(default_factory=dict)
-    """Layer -> what its outputs lack because it was folded after the layer, (outputs,)."""
+    """Layer -> contribution that its outputs lack because it was folded after it, (outputs,)."""
 
 
 class Folding:
-    """Which constant inputs can be folded, and the folding."""
+    """Finds the constant inputs that can be folded, and folds them."""
 
     def __init__(self, model: nn.Module, graph: ChannelGraph) -> None:
         """`graph` is the model's."""
@@ -51,9 +51,9 @@ class Folding:
         self.running_means = _running_means(graph)
 
     def foldable(self, name: str, calls: list[LayerInput], constant: Tensor) -> Tensor:
-        """Which of a layer's constant inputs, bool, (inputs,), can be folded.
+        """The constant inputs of a layer that can be folded, bool, (inputs,).
 
-        `calls` has its input at each of its calls.
+        `calls` has its input at each call.
         """
         if len(calls) > 1 or (self.layers[name].bias is None and name not in self.running_means):
             return torch.zeros_like(constant)
@@ -67,7 +67,7 @@ class Folding:
     def fold(self, constants: Iterable[ConstantInputs], masks: Masks) -> Folded:
         """New biases and running means; the model's tensors are only read.
 
-        A masked bias that is no longer zero is taken out of its mask, in place.
+        A masked bias that is no longer zero is removed from its mask, in place.
         """
         folded = Folded()
         for inputs in constants:
@@ -99,7 +99,7 @@ class Folding:
         return bool((added - added[:, :1]).abs().max() <= tolerance)
 
     def _contribution(self, inputs: ConstantInputs) -> Tensor:
-        """What constant inputs add to each output of their layer, (outputs,)."""
+        """The contribution of constant inputs to each output of their layer, (outputs,)."""
         module, values = self.modules[inputs.layer], inputs.values
         assert isinstance(module, nn.Conv2d | nn.Linear)
         shape = [1] * values.dim()
@@ -112,7 +112,7 @@ class Folding:
 
 
 def _contribution_of_one(conv: nn.Conv2d, only: Tensor, channel: int) -> Tensor:
-    """What one input of a convolution adds to all outputs that read it, at every position."""
+    """Contribution of one input of a convolution to all outputs that read it, by position."""
     group, column = divmod(channel, conv.weight.shape[1])
     outputs = conv.weight.shape[0] // conv.groups
     weight = conv.weight[group * outputs : (group + 1) * outputs, column : column + 1]
@@ -122,7 +122,7 @@ def _contribution_of_one(conv: nn.Conv2d, only: Tensor, channel: int) -> Tensor:
 
 
 def _running_means(graph: ChannelGraph) -> dict[str, str]:
-    """Layer -> running mean of the batch normalisation that alone reads it, once each."""
+    """Layer -> running mean of the batch normalisation that is its only reader; both run once."""
     modules = dict(graph.model.named_modules())
     found: dict[str, str] = {}
     nodes = [n for n in graph.fx_graph.nodes if n.op == "call_module"]

@@ -1,23 +1,24 @@
-"""Scores of whole channel groups: what a channel is worth, counting everything coupled to it.
+"""Scores of whole channel groups: the importance of a channel with everything coupled to it.
 
-A channel's share of a member is what a criterion makes of the entries that the channel has there:
-its filter in each layer that produces it, the weights of each layer that consumes it, its scale in
-each normalisation on the way. Biases and shifts do not count. With w the entries of one member:
+The members of a channel are its filter in each layer that produces it, the weights of each layer
+that reads it, and its scale in each normalisation in between; biases and shifts do not count. A
+criterion gives the channel a share for each member. With w the entries of the channel in one
+member:
 
     l1                 sum of |w|.
     l2                 sum of w^2.
     taylor             (sum of w * dL/dw)^2.
-    fisher, wanda      sum of what they are for single weights; wanda without normalisations.
+    fisher, wanda      sum of the scores of single weights; wanda without normalisations.
     geometric_median   mean Euclidean distance to the other channels; without normalisations.
-    bn_scale           |gamma|; of normalisations only.
+    bn_scale           |gamma|; normalisations only.
 
 Sources of the criteria are in pruning/criteria.py. Shares are reduced over the members, and the
-scores of a group are normalised, so that groups compare: G. Fang et al., DepGraph: Towards any
-structural pruning, CVPR 2023. Ranking `isomorphic` compares groups of equal structure among
-themselves: G. Fang et al., Isomorphic pruning for vision models, ECCV 2024.
+scores of a group are normalised to make groups comparable: G. Fang et al., DepGraph: Towards any
+structural pruning, CVPR 2023. Ranking `isomorphic` compares only groups of equal structure: G. Fang
+et al., Isomorphic pruning for vision models, ECCV 2024.
 
-Where parts need a balance (grouped convolutions, shuffles), a unit of one channel of each part is
-scored by the mean of its channels (channels/selection.py).
+Where parts must stay balanced (grouped convolutions, shuffles), a unit consists of one channel of
+each part and is scored by the mean of its channels (channels/selection.py).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -40,8 +41,8 @@ from secateur.sparsity.scores import mean_distances
 Reduction = Literal["sum", "mean", "max", "prod"]
 """How the shares of a channel's members become one score."""
 ScoreNormalisation = Literal["none", "sum", "mean", "max", "standard", "lamp"]
-"""By what the scores of a group are divided: their sum, mean or maximum; standard: mean 0 and
-deviation 1; lamp: each by the sum of those that are not smaller."""
+"""How the scores of a group are normalised. sum, mean, max: divided by their sum, mean or maximum;
+standard: mean 0 and deviation 1; lamp: each divided by the sum of all that are not smaller."""
 StructuralRanking = Literal[choices.Ranking, "isomorphic"]
 """layer: scores are compared within their group; global: over all groups; isomorphic: over groups
 with members of the same kinds in modules of the same types."""
@@ -54,7 +55,7 @@ class ScoredGroup:
     groups: tuple[str, ...]
     """Names of the channel groups."""
     units: Tensor
-    """int64, (units, channels): canonical ids of what is removed as one."""
+    """int64, (units, channels): canonical ids of the channels that are removed as one unit."""
     scores: Tensor
     """(units,); the units with the lowest scores are removed first."""
     structure: tuple[str, ...]
@@ -67,9 +68,9 @@ def score_groups(
     reduction: Reduction = "mean",
     normalisation: ScoreNormalisation = "mean",
 ) -> tuple[list[ScoredGroup], dict[str, str]]:
-    """All groups whose channels can be removed, and the others by name, with the reason.
+    """All groups whose channels can be removed, and the names of the others with the reason.
 
-    Raises ArgumentError for criterion lamp, which for groups is a normalisation.
+    Raises ArgumentError for criterion lamp, which is a normalisation of groups.
     """
     if criterion == "lamp":
         raise ArgumentError(
@@ -104,7 +105,7 @@ def reduce(shares: Tensor, reduction: Reduction) -> Tensor:
 
 
 def normalise(scores: Tensor, normalisation: ScoreNormalisation) -> Tensor:
-    """Scores of one group, (units,), divided as the normalisation says, but never by 0."""
+    """Scores of one group, (units,), normalised without division by 0."""
     if normalisation == "none":
         return scores
     if normalisation == "lamp":
@@ -124,8 +125,8 @@ def normalise(scores: Tensor, normalisation: ScoreNormalisation) -> Tensor:
 def _shares(
     context: PruningContext, groups: Sequence[ChannelGroup], criterion: Criterion
 ) -> list[list[Tensor]]:
-    """For each group the shares of those of its members that the criterion is defined for, each
-    (channels,), float64."""
+    """For each group the shares of all members for which the criterion is defined, each (channels,)
+    and float64."""
     counted = [[m for m in group.weights if _has_share(m, criterion)] for group in groups]
     names = dict.fromkeys(member.tensor for own in counted for member in own)
     weights: dict[str, Tensor] = {name: context.model.get_parameter(name) for name in names}
@@ -147,7 +148,7 @@ def _has_share(member: Member, criterion: Criterion) -> bool:
 def _by_entry(
     context: PruningContext, weights: Mapping[str, Tensor], criterion: Criterion
 ) -> dict[str, Tensor]:
-    """For every entry of these parameters what is summed over a channel's entries, float64."""
+    """For every entry of these parameters the term that is summed over a channel, float64."""
     if not weights:
         return {}
     if criterion == "taylor":
@@ -188,15 +189,15 @@ class GroupRanking:
 
     groups: tuple[ScoredGroup, ...]
     ratios: tuple[float, ...]
-    """Share of the units of each group; with a ranking over several groups all are equal."""
+    """Share of the units of each group; all equal with a ranking over several groups."""
     ranking: StructuralRanking
     least: float = 0.0
-    """Share of each group's units that stays at least; never less than one."""
+    """Smallest share of each group's units that is kept; at least one unit is."""
     multiple: int = 1
-    """The channels of a group that stay are a multiple of this; all of them if there are fewer."""
+    """The number of kept channels of a group is a multiple of this; a smaller group keeps all."""
 
     def with_highest(self, ratio: float) -> "GroupRanking":
-        """This ranking with all ratios multiplied by one factor, so that the highest is `ratio`."""
+        """This ranking with all ratios scaled by one factor, so that the highest is `ratio`."""
         most = max(self.ratios)
         return replace(self, ratios=tuple(own / most * ratio for own in self.ratios))
 
@@ -217,7 +218,7 @@ class GroupRanking:
     ) -> dict[str, Tensor]:
         """The channels of the chosen units by channel group, the least important first.
 
-        `units` is what `chosen` returns, where it is known.
+        `units` is the result of `chosen`, if it is already known.
         """
         by_id = torch.zeros(len(graph.canonical), dtype=torch.float64)
         ids = []
@@ -240,7 +241,7 @@ class GroupRanking:
         return list(together.values())
 
     def _kept_apart(self, number: int, chosen: Tensor) -> Tensor:
-        """A choice of units without the best ones, as far as the settings keep them."""
+        """A choice of units without the best ones, which `least` and `multiple` keep."""
         group = self.groups[number]
         units, channels = group.units.shape
         least = choices.number_kept(self.least, units)

@@ -1,11 +1,12 @@
-"""Time of a network at other widths, predicted from a table of measured layers.
+"""Latency of a network at other widths, predicted from a table of measured layers.
 
-The table has the time of every layer at several numbers of outputs and inputs, between which it is
-interpolated, and the time of the whole network as it is and with all channel groups narrower. With
-S the sum over the layers and A the number of their outputs at all positions, a network takes the
-time of the dense one less a * (dense S - S) + b * (dense A - A). The factors a and b, not negative,
-are those that fit the measured networks best: layers on their own take another time than within a
-network, and what lies between them (norms, activations, sums, attention) takes time by output.
+The table has the time of every layer at several numbers of outputs and inputs, and times in between
+are interpolated. It also has the time of the whole network, at full width and with all channel
+groups narrower. With S the sum of the layers' times and A the number of their outputs at all
+positions, the predicted time of a network is that of the dense network minus
+a * (dense S - S) + b * (dense A - A). The non-negative factors a and b are fitted to the measured
+networks, because a layer takes a different time on its own than within a network, and because the
+operations between layers (norms, activations, sums, attention) take time for every output.
 
 Source of the table by layer: T.-J. Yang et al., NetAdapt: Platform-aware neural network adaptation
 for mobile applications, ECCV 2018. The correction by whole networks is Secateur's own.
@@ -51,7 +52,7 @@ class MeasuredLayer(Strict):
         return self
 
     def time(self, outputs: int, inputs: int) -> float:
-        """Milliseconds at these widths, interpolated; outside of the table as at its edge."""
+        """Milliseconds at these widths, interpolated; outside the table, those at its edge."""
         row, up = _place(self.outputs, outputs)
         column, right = _place(self.inputs, inputs)
         rows = []
@@ -63,7 +64,7 @@ class MeasuredLayer(Strict):
 
 
 def _place(widths: Sequence[int], width: int) -> tuple[int, float]:
-    """Number of the last entry up to `width`, and how far towards the next one it is."""
+    """Index of the last entry up to `width`, and how far `width` is towards the next entry."""
     number = bisect_right(widths, width) - 1
     if number < 0:
         return 0, 0.0
@@ -91,7 +92,7 @@ class LatencyTable(Strict):
     """The model of the processor."""
     versions: dict[str, str]
     multiple: Annotated[int, Field(ge=1)]
-    """Widths between its multiples take about as long as the next one."""
+    """A width between two multiples of this takes about as long as the next multiple."""
     layers: dict[str, MeasuredLayer]
     networks: Annotated[tuple[MeasuredNetwork, ...], Field(min_length=1)]
     """The dense network first."""
@@ -104,7 +105,7 @@ class LatencyTable(Strict):
 
     @cached_property
     def factors(self) -> tuple[float, float]:
-        """Of the sum over the layers, and of the number of their outputs, in milliseconds."""
+        """Factors a (of the sum over the layers) and b (milliseconds per output)."""
         from scipy.optimize import nnls  # takes a while to import
 
         dense = self.networks[0]
@@ -120,7 +121,7 @@ class LatencyTable(Strict):
         return float(found[0]), float(found[1])
 
     def time(self, widths: Mapping[str, tuple[int, int]]) -> float:
-        """Milliseconds of the network at these widths of its layers, outputs and inputs.
+        """Milliseconds of the network; `widths` are the outputs and inputs of its layers.
 
         Raises PruningError naming a layer that was not measured.
         """
@@ -145,12 +146,12 @@ class LatencyTable(Strict):
         return layers, outputs
 
     def save(self, path: str | Path) -> None:
-        """Write it as JSON."""
+        """Write the table as JSON."""
         files.write_text(Path(path), self.model_dump_json(indent=1) + "\n")
 
 
 def load_table(path: Path) -> LatencyTable:
-    """The table in a file; SecateurError naming it if it is missing or damaged."""
+    """Read a table; SecateurError naming the file if it is missing or damaged."""
     found = read_json(path, SecateurError)
     return validated(TypeAdapter(LatencyTable), found, str(path), SecateurError)
 

@@ -12,18 +12,18 @@ from secateur.nn.outputs import tensors_of
 from secateur.pruning.removal import Compact
 
 FLOAT64_TOLERANCE = 1e-9
-"""Difference over the largest output that rounding in float64 may make."""
+"""Difference over the largest output that rounding in float64 may cause."""
 FLOAT32_TOLERANCE = 1e-4
-"""Difference over the largest output that rounding in float32 may make."""
+"""Difference over the largest output that rounding in float32 may cause."""
 
 
 @torch.no_grad()
 def verify(masked: nn.Module, compact: Compact, images: Tensor, tolerance: float) -> float:
     """Run both networks on `images`; returns the largest difference over the largest output.
 
-    A network may return several tensors, each of which is compared with its counterpart. Raises
-    PruningError naming the first layer that differs by more than `tolerance`, and for a network
-    whose results are random, or not finite once what is pruned is zero.
+    If a network returns several tensors, each is compared with its counterpart. Raises PruningError
+    naming the first layer that differs by more than `tolerance`, and for a network whose outputs
+    are random, or not finite when the pruned weights are zero.
     """
     expected, actual = _outputs(masked, images), _outputs(compact.model, images)
     differences = [_difference(*pair) for pair in zip(expected, actual, strict=True)]
@@ -45,7 +45,7 @@ def verify(masked: nn.Module, compact: Compact, images: Tensor, tolerance: float
 
 
 class InDouble(TorchFunctionMode):
-    """Networks run in float64 although their code asks for float32: `x.float()` gives float64."""
+    """Run networks in float64 even where their code asks for float32: `x.float()` gives float64."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """The function's result."""
@@ -77,9 +77,9 @@ def _first_difference(
 
 
 def _outputs(model: nn.Module, images: Tensor) -> list[Tensor]:
-    """All tensors of floats that a network returns, in eval mode; PruningError if it has none.
+    """All float tensors that a network returns, in eval mode; PruningError if there are none.
 
-    Others, such as predicted classes, are made of what rounding may change.
+    Other tensors, such as predicted classes, may change by rounding.
     """
     found = tensors_of(model.eval()(images))
     if not (found := [t for t in found if t.is_floating_point() or t.is_complex()]):
@@ -98,7 +98,7 @@ def _refuse_random(first: list[Tensor], second: list[Tensor]) -> None:
 
 
 def _difference(expected: Tensor, actual: Tensor) -> float:
-    """Largest difference over the largest value; NaN if one of the tensors has one."""
+    """Largest difference over the largest value; NaN if one of the tensors has a NaN."""
     return float((expected - actual).abs().max()) / max(float(expected.abs().max()), 1e-30)
 
 

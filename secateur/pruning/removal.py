@@ -1,10 +1,10 @@
-"""Exact removal of channels: what is left computes what the masked network computes.
+"""Exact removal of channels: the compact network computes what the masked network computes.
 
-A selected channel is removed with all its members: the network without it computes what the network
-with zeros in all of them computes, of which every LayerNorm takes its mean and variance over the
-channels that remain. A channel that was not selected is removed if it is dead (see
-pruning/dead_channels.py). Constants that dead channels hold are folded into biases or running
-means (see pruning/folding.py); where that is not possible, the channel is kept.
+A selected channel is removed with all its members. The resulting network equals the network with
+zeros in all these members, in which every LayerNorm takes its mean and variance over the remaining
+channels. A channel that was not selected is removed if it is dead (see pruning/dead_channels.py).
+Constants that dead channels hold are folded into biases or running means (see pruning/folding.py);
+where that is not possible, the channel is kept.
 """
 
 import copy
@@ -30,21 +30,20 @@ from secateur.sparsity.masks import Masks
 
 @dataclass(frozen=True)
 class Compact:
-    """A network without some of its channels, and what is left of each layer."""
+    """A network without some of its channels, and the outputs that each layer has kept."""
 
     model: nn.Module
     masks: Masks
     kept: dict[str, Tensor]
-    """Layer -> indices of the outputs that it still has, in their new order; a layer that is not
-    named has all of them."""
+    """Layer -> indices of the outputs that it has kept, in their new order; layers that are not
+    named have kept all."""
     shift: dict[str, Tensor] = field(default_factory=dict)
-    """Layer -> what its outputs lack because it was folded after the layer, (outputs,)."""
+    """Layer -> contribution that its outputs lack because it was folded after it, (outputs,)."""
 
     def to(self, dtype: torch.dtype, leave: Container[str] = ()) -> "Compact":
         """This network in another precision; the model is changed in place.
 
-        Tensors that are neither float32 nor float64, and those that `leave` names, stay as they
-        are.
+        Tensors that are neither float32 nor float64, and those named in `leave`, are not changed.
         """
         shift = {name: tensor.to(dtype) for name, tensor in self.shift.items()}
         return replace(self, model=to_precision(self.model, dtype, leave), shift=shift)
@@ -72,8 +71,8 @@ def remove(
 ) -> Compact:
     """The network without the selected channels; `model` itself is not changed.
 
-    It computes what the result of `mask` computes. `example` is a batch of inputs, of which the
-    shape matters; with `graph`, the model's, it is not traced again. Raises PruningError if the
+    It computes the same as the result of `mask`. `example` is a batch of inputs, of which only the
+    shape matters. Given its `graph`, the model is not traced again. Raises PruningError if the
     network cannot be traced, or if the selection cannot be removed.
     """
     small = _shallow_copy(model)
@@ -88,10 +87,10 @@ def remove_dead(
 ) -> Compact:
     """The network without its dead channels; `model` itself is not changed.
 
-    `example` is a batch of inputs, of which the shape matters; with `graph`, the model's, it is not
-    traced again. One channel of a dead layer is kept as long as the network's output depends on its
-    input. Raises PruningError naming the first layer without a living output if it does not, or if
-    the network cannot be traced.
+    `example` is a batch of inputs, of which only the shape matters. Given its `graph`, the model is
+    not traced again. A dead layer keeps one channel. Raises PruningError if the network cannot be
+    traced, or, naming the first layer without a living output, if the output of the network does
+    not depend on its input.
     """
     small = _shallow_copy(model)
     masks = {name: mask.clone() for name, mask in masks.items()}
@@ -114,9 +113,9 @@ def compact(
     dead: bool,
     export: Export = "none",
 ) -> Compact:
-    """The network without the selected channels, and, with `dead`, without the dead ones.
+    """The network without the selected channels and, with `dead`, without the dead ones.
 
-    After the selected channels are removed, masks become what `export` says (gconv/export.py).
+    After the selected channels are removed, masks are exported by `export` (gconv/export.py).
     """
     first = remove(model, selection, example, masks)
     if export == "gconv":
@@ -144,8 +143,8 @@ def mask(
 def silence(model: nn.Module, selection: Selection, graph: ChannelGraph) -> None:
     """Set all members of the selected channels to zero, in place; `graph` is the model's.
 
-    Normalisations over several channels (LayerNorm) leave those that are zero out of their mean and
-    variance from then on.
+    From then on, normalisations over several channels (LayerNorm) exclude these channels from mean
+    and variance.
     """
     removed = torch.zeros(len(graph.canonical), dtype=torch.bool)
     removed[graph.ids_of(selection)] = True
@@ -169,7 +168,7 @@ def silence(model: nn.Module, selection: Selection, graph: ChannelGraph) -> None
 
 
 def _set_zero(tensor: Tensor, axis: int, groups: int, entries: Tensor) -> None:
-    """Set entries along an axis to zero, in place; see `by_channel` for `groups`."""
+    """Set some entries along an axis to zero, in place; see `by_channel` for `groups`."""
     if groups == 1:
         tensor.index_fill_(axis, entries, 0.0)
         return
@@ -192,7 +191,7 @@ def _shallow_copy(model: nn.Module) -> nn.Module:
 def _new_empty_tables(model: nn.Module) -> dict[int, Any]:
     """Copies of the empty dictionaries of the modules by id, as a memo of deepcopy.
 
-    A dozen of them in every module are half of the time that deepcopy takes.
+    Every module has about a dozen of these, which take half of the time of a deepcopy.
     """
     return {
         id(own): type(own)()
@@ -206,9 +205,9 @@ def _new_empty_tables(model: nn.Module) -> dict[int, Any]:
 def _resize(
     copied: nn.Module, plan: ShapePlan, masks: Masks, changed: Mapping[str, Tensor]
 ) -> Masks:
-    """Give a shallow copy tensors of its own, in the plan's shapes; returns masks in these shapes.
+    """Give a shallow copy its own tensors, in the plan's shapes; returns masks in these shapes.
 
-    `changed` has tensors whose values are no longer the model's, by name.
+    `changed` has new values for some tensors of the model, by name.
     """
     own: dict[int, Tensor] = {}
     for name, old in [*copied.named_parameters(), *copied.named_buffers()]:
@@ -219,7 +218,7 @@ def _resize(
         own[id(old)] = (
             nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
         )
-    # one tensor under several names stays one
+    # a tensor that is shared under several names stays shared
     state = {name: own[id(old)] for name, old in copied.state_dict(keep_vars=True).items()}
     sizes = {name: {"groups": count} for name, count in plan.groups.items()}
     for (module, key), count in plan.sizes.items():
@@ -229,7 +228,7 @@ def _resize(
 
 
 def _kept_outputs(graph: ChannelGraph, plan: ShapePlan) -> dict[str, Tensor]:
-    """Indices of the outputs that are left of every layer that could have become smaller."""
+    """Indices of the kept outputs of every layer that has outputs that can be removed."""
     free = torch.zeros(len(graph.canonical), dtype=torch.bool)
     for group in graph.groups:
         free[group.ids] = group.locked is None

@@ -1,8 +1,8 @@
 """Sensitivity of accuracy to each layer: ablations of some of its outputs.
 
-An ablation sets the members of some channels to zero. Everything before the layer computes what it
-computed without it. Therefore each batch passes once through the whole network, all intermediate
-results are kept, and for each ablation only the nodes that depend on changed tensors are run again.
+An ablation sets the members of some channels to zero. It changes nothing before their layer.
+Therefore each batch passes through the whole network once, all intermediate results are kept, and
+for each ablation only the nodes that depend on changed tensors are run again.
 """
 
 import operator
@@ -23,23 +23,23 @@ from secateur.sparsity import choices, masks
 from secateur.sparsity.masks import Masks
 
 MAX_BYTES = 2**28
-"""Intermediate results that are kept at once."""
+"""Memory for the intermediate results of a batch."""
 MAX_BATCH = 500
 JOIN = " + "
-"""Between the names of channel groups that can only be pruned together, in a balance."""
+"""Joins the names of channel groups that can only be pruned together, to stay balanced."""
 
 
 @dataclass(frozen=True)
 class Ablation:
-    """What is set to zero: the least important outputs of one layer, or of several."""
+    """The outputs that are set to zero: the least important ones of one layer, or of several."""
 
     layer: str
-    """Or the channel groups, joined by JOIN."""
+    """Name of the layer, or of the channel groups, joined by JOIN."""
     criterion: str
     ratio: float
     channels: Selection
     masks: Masks = field(default_factory=dict)
-    """Of outputs that cannot be removed whole, because parts of a network need a balance."""
+    """Masks of outputs that cannot be removed whole, because parts must stay balanced."""
 
 
 def independent_layers(context: PruningContext) -> list[str]:
@@ -63,7 +63,7 @@ def ablations(
 ) -> list[Ablation]:
     """One ablation for every layer, criterion (or `random`) and ratio.
 
-    Layers that lack what a criterion is computed from have none of it.
+    Layers for which a criterion is not defined are left out.
     """
     found = []
     for criterion in measures:
@@ -94,8 +94,8 @@ def group_ablations(
 ) -> list[Ablation]:
     """One ablation for every group of coupled channels, criterion (or `random`) and ratio.
 
-    Groups that lack what a criterion is computed from have none of it. Raises PruningError if there
-    are none at all.
+    Groups for which a criterion is not defined are left out. Raises PruningError if no group has
+    channels that can be pruned.
     """
     graph, found = context.graph, []
     for criterion in measures:
@@ -130,7 +130,7 @@ def _scores(
 
 
 def combined(found: Sequence[Ablation], ratios: Mapping[str, float], criterion: str) -> Ablation:
-    """One ablation of several layers at once; `found` has each of them at its ratio."""
+    """One ablation of several layers at once; `found` has an ablation of each at its ratio."""
     channels: dict[str, Tensor] = {}
     masked: Masks = {}
     for ablation in found:
@@ -142,10 +142,10 @@ def combined(found: Sequence[Ablation], ratios: Mapping[str, float], criterion: 
 
 
 class AblationRunner:
-    """Runs ablations on a network, which has its own weights again after each of them."""
+    """Runs ablations on a network, and restores its weights after each."""
 
     def __init__(self, context: PruningContext) -> None:
-        """Takes over the context's model: its operations no longer work in place."""
+        """Takes over the context's model: its in-place operations are replaced."""
         self.model, self.graph = context.model.eval(), context.graph
         fx_graph = self.graph.fx_graph
         _make_out_of_place(self.model, fx_graph)
@@ -155,7 +155,8 @@ class AblationRunner:
 
     @torch.inference_mode()
     def batch_size(self, example: Tensor) -> int:
-        """Most images whose intermediate results fit into `MAX_BYTES`; `example` is one image."""
+        """Largest number of images whose intermediate results fit into `MAX_BYTES`; `example` is
+        one image."""
         self.interpreter.run(example)
         results = [t for t in self.interpreter.env.values() if isinstance(t, Tensor)]
         bytes_ = sum(t.numel() * t.element_size() for t in results)
@@ -168,7 +169,7 @@ class AblationRunner:
         found: Sequence[Ablation],
         tick: Callable[[], None],
     ) -> list[int]:
-        """Number of correctly classified images: of the network as it is, then of each ablation.
+        """Number of correctly classified images: without an ablation, then with each of them.
 
         `tick` is called after every ablation on every batch.
         """
@@ -189,12 +190,12 @@ class AblationRunner:
         return counts.tolist()
 
     def changed_tensors(self, ablation: Ablation) -> set[str]:
-        """Names of the tensors that have members of its channels, or a mask."""
+        """Names of the tensors that an ablation changes: members of its channels, or masked."""
         groups = [self.graph.group(name) for name in ablation.channels]
         return {member.tensor for group in groups for member in group.members} | {*ablation.masks}
 
     def dependent_nodes(self, ablation: Ablation) -> list[fx.Node]:
-        """Nodes that depend on what is set to zero, in order; the last returns the logits."""
+        """Nodes that depend on an ablation, in order; the last returns the logits."""
         changed = self.changed_tensors(ablation)
         owners = {name.rpartition(".")[0] for name in changed}
         found: dict[fx.Node, None] = {}
@@ -207,7 +208,7 @@ class AblationRunner:
 
 
 class _Ablated:
-    """Context manager: zeros in the members of an ablation's channels, and by its masks."""
+    """Context manager in which the members of an ablation's channels are zero, and masks apply."""
 
     def __init__(self, runner: AblationRunner, ablation: Ablation) -> None:
         self.runner, self.ablation = runner, ablation
@@ -233,7 +234,7 @@ class _Ablated:
 
 
 def _make_out_of_place(model: nn.Module, fx_graph: fx.Graph) -> None:
-    """Replace in-place operations, so that the results before them stay valid."""
+    """Replace in-place operations, so that earlier results stay valid."""
     for module in model.modules():
         if getattr(module, "inplace", False):
             module.inplace = False  # type: ignore[assignment]
@@ -248,7 +249,7 @@ def _make_out_of_place(model: nn.Module, fx_graph: fx.Graph) -> None:
 
 
 def largest_ratio(rows: Iterable[tuple[float, float]], least: float) -> float:
-    """The largest ratio up to which no accuracy is below `least`; 0 if that of the first is.
+    """The largest ratio up to which no accuracy is below `least`; 0 if the first one already is.
 
     `rows` are pairs of ratio and accuracy.
     """

@@ -1,11 +1,12 @@
-"""A target for what is left of a network, in place of a ratio, reached by bisection.
+"""A target for the remaining size of a network, in place of a ratio, reached by bisection.
 
 `target: {macs: 0.5}` leaves half of the multiply-accumulates (MACs) of the network that is pruned,
-`target: {params: 0.3}` three tenths of its parameters; with `of: dense`, of those of the dense
-network. Single weights that the decision masks count as removed; weights that were zero before do
-not. `target: {bytes: 0.3}` leaves three tenths of the bytes of all parameters and buffers, of which
-masked weights take as many as others. `target: {latency: 0.5}` leaves half of the time of a pass,
-predicted from measured layers (pruning/latency.py); there only whole channels count.
+`target: {params: 0.3}` three tenths of its parameters; with `of: dense`, these are shares of the
+dense network. Single weights that the decision masks count as removed; weights that were zero
+before do not. `target: {bytes: 0.3}` leaves three tenths of the bytes of all parameters and
+buffers, where masked weights take as many bytes as others. `target: {latency: 0.5}` leaves half of
+the time of a forward pass, predicted from measured layers (pruning/latency.py), where only whole
+channels count.
 """
 
 from collections.abc import Callable, Iterator
@@ -31,19 +32,19 @@ HIGHEST_RATIO = 1 - 1e-6
 
 
 class Target(Strict):
-    """The share of the network's MACs, parameters, bytes or latency that pruning is to leave."""
+    """The share of the network's MACs, parameters, bytes or latency that pruning leaves."""
 
     macs: Share | None = None
-    """Of the multiply-accumulates of convolutions and linear layers."""
+    """Share of the multiply-accumulates of convolutions and linear layers."""
     params: Share | None = None
-    """Of all parameters."""
+    """Share of all parameters."""
     bytes: Share | None = None
-    """Of the parameters and buffers as a checkpoint stores them, masked weights included."""
+    """Share of the bytes of parameters and buffers in a checkpoint, masked weights included."""
     latency: Share | None = None
-    """Of the time of a pass, in the runtime whose table of measured layers is given."""
+    """Share of the time of a forward pass, predicted for the runtime that was measured."""
     of: Literal["given", "dense"] = "given"
-    """Of the network that is pruned, or of the dense one that it comes from: in further rounds the
-    network that is pruned has lost much already."""
+    """What the share refers to: the network that is pruned, or the dense network that it comes
+    from. They differ from the second round on."""
 
     @model_validator(mode="after")
     def _one_of_them(self) -> Self:
@@ -61,7 +62,7 @@ class Target(Strict):
 
     @property
     def wanted(self) -> tuple[str, float]:
-        """`macs`, `params`, `bytes` or `latency`, and the share."""
+        """The kind (`macs`, `params`, `bytes` or `latency`) and the share."""
         return self._given[0]
 
     def __str__(self) -> str:
@@ -74,7 +75,7 @@ class RemainingShare:
     """The share of a network that a decision leaves, found without removing anything."""
 
     def __init__(self, context: PruningContext, dense: nn.Module | None = None) -> None:
-        """Runs the network on one image. The shares are of `dense`, or else of the network."""
+        """Runs the network on one image. Shares refer to `dense` if given, else to the network."""
         self.context = context
         model = context.model
         device = next(model.parameters()).device
@@ -91,7 +92,7 @@ class RemainingShare:
         self.tensors: dict[str, Tensor] = {name: stored[name] for name in names.values()}
         self.bytes = sum(t.numel() * t.element_size() for t in self.tensors.values())
         self.whole: dict[str, float]
-        """MACs, parameters, bytes and milliseconds of the network that the shares are of."""
+        """MACs, parameters, bytes and milliseconds of the network that shares refer to."""
         self.whole = {"macs": self.macs, "params": self.params, "bytes": self.bytes}
         if dense is not None:
             self.whole = RemainingShare(PruningContext(dense, context.images)).whole
@@ -101,7 +102,7 @@ class RemainingShare:
             )
 
     def __call__(self, decision: PruningDecision) -> dict[str, float]:
-        """Shares of `macs`, `params` and `bytes` that are left; of `latency` if it can be told."""
+        """Remaining shares of `macs`, `params`, `bytes` and, with a latency table, `latency`."""
         macs, params, size = self.macs, self.params, self.bytes
         kept = self._kept(decision)
         for name in {**kept, **decision.masks}:
@@ -122,11 +123,11 @@ class RemainingShare:
         return {kind: count / self.whole[kind] for kind, count in left.items()}
 
     def _time(self, table: LatencyTable, decision: PruningDecision) -> float:
-        """Predicted milliseconds of a pass once the decision's channels are removed."""
+        """Predicted milliseconds of a forward pass without the decision's channels."""
         return table.time(widths_left(self.context.graph, decision.channels))
 
     def _kept(self, decision: PruningDecision) -> dict[str, "_KeptEntries"]:
-        """What is left of the tensors that have members of removed channels."""
+        """The kept entries of tensors that have members of removed channels."""
         kept: dict[str, _KeptEntries] = {}
         for name, chosen in decision.channels.items():
             for member in self.context.graph.group(name).members:
@@ -153,7 +154,7 @@ class _KeptEntries:
         """Number of entries that are kept: the product over the axes."""
         number, axes = tensor.numel(), dict(self.along)
         for axis, groups in self.along:
-            if groups > 1:  # each group of a convolution by itself
+            if groups > 1:  # counted for each group of a convolution separately
                 whole = torch.ones(tensor.shape[0], dtype=torch.bool)
                 outputs = axes.pop((0, 1), whole).view(groups, -1).sum(1)
                 inputs = axes.pop((axis, groups)).view(groups, -1).sum(1)
@@ -184,16 +185,17 @@ class Solution:
 
     decision: PruningDecision
     ratio: float
-    """The ratio that leads to it."""
+    """The ratio of this decision."""
 
 
 def solve(
     decide: Callable[[float], PruningDecision], target: Target, context: PruningContext
 ) -> Solution:
-    """The ratio from 0 to 1 whose decision leaves a share that is closest to the target.
+    """The ratio from 0 to 1 whose decision leaves the share closest to the target.
 
-    `decide` must not remove less for a higher ratio. The notes of the decision get the share asked
-    for and the share reached. Raises PruningError if the highest ratio leaves more than the target.
+    `decide` must not remove less for a higher ratio. The requested and the reached share are added
+    to the notes of the decision. Raises PruningError if the highest ratio leaves more than the
+    target.
     """
     kind, wanted = target.wanted
     check_latency(target, context)
@@ -203,7 +205,7 @@ def solve(
     known: dict[int, tuple[PruningDecision, float]] = {}
 
     def share_left(decision: PruningDecision) -> float:
-        """Share that a decision leaves, kept for decisions with the same object of channels."""
+        """Share that a decision leaves; cached for decisions with the same `channels` object."""
         if decision.masks or id(decision.channels) not in known:
             known[id(decision.channels)] = decision, remaining(decision)[kind]
         return known[id(decision.channels)][1]
@@ -239,9 +241,9 @@ def solve_rounded(
 ) -> PruningDecision:
     """As `solve`, where `decide` takes a ratio and the multiple that widths are rounded up to.
 
-    Without `round_to` it is 1; for a latency it is that of the table of measured layers, or, if the
-    target cannot be reached with it, the largest half, quarter, ... of it with which it can. The
-    notes then have it as `round_to`.
+    Without `round_to` the multiple is 1. For a latency target it is the multiple of the latency
+    table or, if the target cannot be reached with it, the largest of its half, quarter, ... that
+    reaches the target; the notes then have it as `round_to`.
     """
     check_latency(target, context)
     if round_to is not None or context.latency is None or target.latency is None:
@@ -267,7 +269,7 @@ def _halves(multiple: int) -> Iterator[int]:
 
 
 def check_latency(target: Target, context: PruningContext) -> None:
-    """Raise ArgumentError if a latency is asked for and nothing has been measured."""
+    """Raise ArgumentError for a latency target without a table of measured layers."""
     if target.latency is not None and context.latency is None:
         raise ArgumentError(
             "target",
