@@ -4,14 +4,14 @@ Importing this module changes nothing and does not import torch. `tune_process` 
 torch is imported; the stages call it from `stages/__init__.py`.
 
 Since freed memory then stays with the process, aligned blocks of tens of megabytes do not always
-fit the hole that the previous one left: up to glibc 2.37, memalign requests more than the block
-needs and hands the surplus to other allocations (sourceware.org, bug 14581). A loop over batches
+fit the hole that the previous block left: up to glibc 2.37, memalign requests more than the block
+needs and gives the surplus to other allocations (sourceware.org, bug 14581). A loop over batches
 can leave a hole at every step. `trim` returns such holes to the system once they exceed what a step
 needs.
 
-Every step also goes through all of its activations, and with pages of 4 kB the processor forgets
-where they lie before they are read again. In a process that goes on for a while, `trim` has Linux
-put the heap into pages of 2 MB.
+Every step also goes through all of its activations, and with pages of 4 kB their translations do
+not stay in the processor's TLB until they are read again. In a process that runs for a while,
+`trim` asks Linux to back the heap with huge pages of 2 MB.
 """
 
 import atexit
@@ -28,17 +28,17 @@ from pathlib import Path
 from typing import Any
 
 CHECK_INTERVAL = 2
-"""Steps between two checks of the heap: one takes 10 µs, and an epoch of large pictures can leave a
-hole of 20 MB at every step, which those of the first steps must not hide."""
+"""Steps between two checks of the heap. A check takes 10 µs. An epoch of large images can leave a
+hole of 20 MB at every step; with rare checks, holes of the first steps would count as normal."""
 SLACK = 64 * 2**20
 """Bytes of idle memory that are always tolerated."""
 LARGE_PAGES_AFTER = 20.0
-"""Seconds after the start of a process from which on its heap is put into large pages, which takes
-a second for 300 MB."""
+"""Seconds from the start of a process until its heap is moved to huge pages, which takes a second
+for 300 MB, and between two looks at its size."""
 GROWTH = 1.25
-"""Factor by which the heap must have grown before that is done again."""
+"""Factor by which the heap must have grown before it is moved again."""
 RESIDENT = 0.5
-"""Share of the heap that must be in memory for that."""
+"""Share of the heap that must be resident for a move."""
 _MADV_HUGEPAGE, _MADV_COLLAPSE = 14, 25
 _THP = Path("/sys/kernel/mm/transparent_hugepage")
 
@@ -47,12 +47,12 @@ def tune_process() -> None:
     """Set the policies of this process; call it before torch is imported.
 
     - OpenMP workers stop spinning after microseconds instead of milliseconds. With one process on
-      the machine this costs a few per cent; beside a second busy process (a DVC queue with two
-      workers) it decides between half the speed and a hundredth of it.
+      the machine this costs a few per cent; with a second busy process (a DVC queue with two
+      workers), training has half the speed instead of a hundredth.
     - glibc keeps freed memory: a training step allocates the same tensors as the step before, and
-      fetching their pages anew takes a quarter of the step of a small convolutional network.
-    - After `succeeded`, the process ends without taking its modules apart, which takes 0.3 s with
-      torch; what was registered at exit after this call still runs.
+      mapping their pages again takes a quarter of the step of a small convolutional network.
+    - After `succeeded`, the process exits without tearing down its modules, which takes 0.3 s with
+      torch; exit handlers that were registered after this call still run.
 
     Existing environment variables (GOMP_SPINCOUNT, OMP_WAIT_POLICY, MALLOC_*) take precedence.
     """
@@ -70,22 +70,22 @@ def tune_process() -> None:
 
 
 def pause_collection() -> None:
-    """Let no garbage collection run until `resume_collection`: for the imports of a process.
+    """Turn garbage collection off until `resume_collection`, during the imports of a process.
 
-    Its passes through the hundreds of thousands of objects that they make, which stay for good,
-    take a tenth of a stage's start.
+    Imports create hundreds of thousands of permanent objects; collecting among them would take a
+    tenth of a stage's start.
     """
     gc.disable()
 
 
 def resume_collection() -> None:
-    """Let garbage collections run from now on; they pass over the objects that exist already."""
+    """Turn garbage collection on again; it ignores the objects that exist already."""
     gc.freeze()
     gc.enable()
 
 
 def succeeded() -> None:
-    """Note that this process is about to end with status 0; `tune_process` says what for."""
+    """Note that this process is about to end with status 0, so that it may exit fast."""
     global _succeeded
     _succeeded = True
 
@@ -97,7 +97,7 @@ def _exit_fast() -> None:
     if not _succeeded:
         return
     for stream in (sys.stdout, sys.stderr):
-        stream.flush()  # an error, such as a full disk, is reported as Python does it
+        stream.flush()  # Python reports an error, such as a full disk
     os._exit(0)
 
 
@@ -116,11 +116,11 @@ class _State:
     baseline: int | None = None
     """Idle bytes between two steps in normal operation; None: to be measured."""
     tuned: bool = False
-    """Whether freed memory stays with the process: `tune_process`."""
+    """Whether freed memory stays with the process: see `tune_process`."""
     large: int = 0
-    """Bytes of the heap when it was last put into large pages."""
+    """Bytes of the heap when it was last moved to huge pages."""
     looked: float = field(default_factory=time.monotonic)
-    """When its size was looked at last."""
+    """When the size of the heap was last examined."""
 
 
 _state = _State()
@@ -131,7 +131,7 @@ if _supported:
 
 
 def idle_bytes() -> int:
-    """Bytes of resident memory that no allocated block of the heap occupies."""
+    """Bytes of resident memory that are not in an allocated block of the heap."""
     with open("/proc/self/statm") as file:  # noqa: PTH123
         _, resident, shared, *_ = map(int, file.read().split())
     used = _libc.mallinfo2()
@@ -141,9 +141,9 @@ def idle_bytes() -> int:
 def trim() -> bool:
     """Return idle memory to the system if it has grown; call once per step.
 
-    Trims when the idle memory exceeds that of the first steps by half (at least by `SLACK`).
-    Returns whether it did. Does nothing without glibc 2.33 or later. After LARGE_PAGES_AFTER, the
-    heap of a process with the policies of `tune_process` is put into large pages.
+    Trims when the idle memory exceeds that of the first steps by half (at least by `SLACK`), and
+    returns whether it did. Does nothing without glibc 2.33 or later. After LARGE_PAGES_AFTER, the
+    heap of a process with the policies of `tune_process` is moved to huge pages.
     """
     if not _supported:
         return False
@@ -154,7 +154,7 @@ def trim() -> bool:
         _state.looked = time.monotonic()
         parts = _heap()
         size, resident = sum(p.size for p in parts), sum(p.resident for p in parts)
-        whole = resident > RESIDENT * size  # else it has holes, which large pages would fill
+        whole = resident > RESIDENT * size  # else it has holes, which huge pages would fill
         if whole and size > GROWTH * _state.large and use_large_pages(parts):
             _state.large, _state.baseline = size, None
     now = idle_bytes()
@@ -169,19 +169,19 @@ def trim() -> bool:
 
 @dataclass(frozen=True)
 class _Part:
-    """A part of the heap; numbers of bytes."""
+    """A part of the heap: its start address, and sizes in bytes."""
 
     start: int
     size: int
     resident: int
-    """Of them in memory."""
+    """Bytes in memory."""
 
 
 def _heap() -> list[_Part]:
-    """The parts of the heap; none where the system does not tell."""
+    """The parts of the heap; empty if the system does not report them."""
     try:
         content = Path("/proc/self/smaps").read_text()
-    except OSError:  # another system, or a kernel that is built without it
+    except OSError:  # another system, or a kernel built without it
         return []
     form = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) .*\[heap\]\n(?:.+\n)*?Rss: +(\d+) kB", re.M)
     found = ((int(low, 16), int(high, 16), int(kb)) for low, high, kb in form.findall(content))
@@ -189,15 +189,15 @@ def _heap() -> list[_Part]:
 
 
 def use_large_pages(parts: Sequence[_Part] | None = None) -> bool:
-    """Put the heap into pages of 2 MB, where Linux lets programs ask for them; whether it did.
+    """Move the heap to huge pages of 2 MB, if Linux allows programs to; returns whether it did.
 
-    Its values stay as they are. Linux 6.1 and later do it at once, earlier ones as time permits.
+    No value changes. Linux 6.1 and later move it at once, earlier versions in the background.
     """
     try:
         if "[never]" in (_THP / "enabled").read_text():
             return False
         page = int((_THP / "hpage_pmd_size").read_text())
-    except (OSError, ValueError):  # another system, or a kernel without them
+    except (OSError, ValueError):  # another system, or a kernel without huge pages
         return False
     parts = _heap() if parts is None else parts
     for part in parts:

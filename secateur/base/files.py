@@ -1,4 +1,4 @@
-"""Reading ordinary files only, and writing them in one step: the old content or the new one."""
+"""Read ordinary files only, and write files atomically: either the old or the new content."""
 
 import contextlib
 import csv
@@ -16,36 +16,36 @@ from typing import Any, Self
 from secateur.base.errors import SecateurError
 
 MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-"""Bytes of the machine; a file that is read as a whole must be smaller."""
+"""Bytes of memory of the machine; a file that is read as a whole must not be larger."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """A small table to be written as CSV: pandas, which reads it later, takes 0.4 s to import."""
+    """A small table to be written as CSV, without pandas, which takes 0.4 s to import."""
 
     columns: Sequence[str]
     rows: Sequence[Mapping[str, Any]]
 
     @classmethod
     def of(cls, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> Self:
-        """A table with the columns of its rows; `columns` are those of one without rows."""
+        """A table with the columns of its rows; `columns` are used if there are no rows."""
         found = dict.fromkeys(key for row in rows for key in row)
         return cls(tuple(found) or tuple(columns), rows)
 
     def csv(self) -> str:
-        """A header and a line for each row, numbers in full; empty where a value is missing."""
+        """A header and one line per row, numbers in full precision, missing values empty."""
         stream = io.StringIO()
         writer = csv.DictWriter(stream, self.columns, lineterminator="\n")
         writer.writeheader()
-        for row in self.rows:  # only not-a-number differs from itself
+        for row in self.rows:  # leaves out NaN, the only value that differs from itself
             writer.writerow({key: value for key, value in row.items() if value == value})
         return stream.getvalue()
 
 
 def file_size(path: Path, error: type[SecateurError], cure: str = "") -> int:
-    """Bytes of an ordinary file; raises `error` if it is missing, or is no ordinary file.
+    """Bytes of an ordinary file; raises `error` if it is missing or not an ordinary file.
 
-    Folders, devices and FIFOs are refused without being opened, which might never return.
+    Folders, devices and FIFOs are rejected without opening them, which might block forever.
     `cure` is added to the message about a missing file.
     """
     try:
@@ -61,7 +61,7 @@ def file_size(path: Path, error: type[SecateurError], cure: str = "") -> int:
 
 
 def is_folder(path: Path, error: type[SecateurError]) -> bool:
-    """Whether there is a folder of this path; raises `error` if that cannot be seen."""
+    """Whether the path is a folder; raises `error` if that cannot be determined."""
     try:
         return path.is_dir()
     except OSError as reason:
@@ -71,9 +71,9 @@ def is_folder(path: Path, error: type[SecateurError]) -> bool:
 def read_bytes(
     path: Path, error: type[SecateurError], limit: int | None = None, cure: str = ""
 ) -> bytes:
-    """Content of an ordinary file of at most `limit` bytes, by default what memory can hold.
+    """Content of an ordinary file of at most `limit` bytes, by default the size of the memory.
 
-    Raises `error`, naming the file, for everything else.
+    Raises `error`, naming the file, for anything else.
     """
     limit = MEMORY if limit is None else limit
     size = file_size(path, error, cure)
@@ -81,34 +81,34 @@ def read_bytes(
         raise error(f"{path}: {size:,} bytes; at most {limit:,} are read")
     try:
         with path.open("rb") as file:
-            return file.read(size)  # what is appended in the meantime is left out
+            return file.read(size)  # ignores what is appended in the meantime
     except (OSError, MemoryError) as reason:
         raise error(f"{path}: cannot be read: {_reason(reason)}") from None
 
 
 def _reason(error: Exception) -> str:
-    """What the operating system reports, in words."""
+    """The operating system's message."""
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def _kind(mode: int) -> str:
-    """What a file is that is not an ordinary one."""
+    """The kind of a file that is not ordinary, in words."""
     kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
     return kinds.get(stat.S_IFMT(mode), "a device")
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Replace `path` by `content`, as `write` does."""
+    """Replace the file `path` atomically by `content`; see `write`."""
     write(path, lambda temporary: temporary.write_bytes(content))
 
 
 def write_text(path: Path, content: str) -> None:
-    """Replace `path` by `content`, as `write` does."""
+    """Replace the file `path` atomically by `content`; see `write`."""
     write_bytes(path, content.encode())
 
 
 def copy_tree(source: Path, target: Path) -> None:
-    """Copy a file, or a folder file by file, each in one step."""
+    """Copy a file, or a folder file by file; each file is written atomically."""
     if not source.is_dir():
         write_bytes(target, source.read_bytes())
         return
@@ -119,7 +119,7 @@ def copy_tree(source: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[None]:
-    """The folder of `path` exists inside; SecateurError if anything there cannot be written."""
+    """Context in which the folder of `path` exists; an OSError becomes a SecateurError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield
@@ -129,9 +129,9 @@ def _replacing(path: Path) -> Iterator[None]:
 
 
 def write(path: Path, fill: Callable[[Path], object]) -> None:
-    """Replace `path`, in one step, by the file that `fill` writes.
+    """Replace `path` atomically by the file that `fill` writes.
 
-    Raises SecateurError if it cannot be written (disk full, read-only); what was there before
+    Raises SecateurError if it cannot be written (disk full, read-only); the previous file then
     stays, and nothing half-written is left behind.
     """
     temporary = None
@@ -150,11 +150,11 @@ def write(path: Path, fill: Callable[[Path], object]) -> None:
 
 
 def write_folder(path: Path, fill: Callable[[Path], object]) -> None:
-    """Replace the folder `path` by the one that `fill` fills, an empty one beside it at first.
+    """Replace the folder `path` by a new one; `fill` is called with an empty temporary folder.
 
-    If `fill` raises, or the process is killed meanwhile, what was there before stays. Whoever is
-    killed while the folders change places leaves none: never one that is half old, half new. What
-    a killed process has left beside it is removed. Raises SecateurError if it cannot be written.
+    If `fill` raises, or the process is killed meanwhile, the previous folder stays. If it is killed
+    while the two folders are swapped, there is no folder, but never a mixture of old and new.
+    Leftovers of killed processes are removed. Raises SecateurError if it cannot be written.
     """
     temporary = None
     try:
@@ -175,8 +175,8 @@ def write_folder(path: Path, fill: Callable[[Path], object]) -> None:
 
 @contextlib.contextmanager
 def _without_leftovers(path: Path) -> Iterator[None]:
-    """Remove temporary folders of `path` unless another process writes beside it; inside, no other
-    process removes ours. Where the file system has no locks, they stay."""
+    """Context that first removes leftover temporary folders of `path`, unless another process is
+    writing there, and in which no other process removes ours. Without file locks, they stay."""
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
             folder = os.open(path.parent, os.O_RDONLY)
@@ -190,7 +190,7 @@ def _without_leftovers(path: Path) -> Iterator[None]:
 
 
 def _finish(file: Path) -> None:
-    """Wait until the file is on the disk, and let everybody read it."""
+    """Wait until the file is on disk, and make it readable for everybody."""
     with file.open("rb") as opened:
         os.fsync(opened.fileno())
     file.chmod(0o644)

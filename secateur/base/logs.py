@@ -1,4 +1,4 @@
-"""What libraries log and warn of, where it says nothing to users of Secateur."""
+"""Mute logs and warnings of libraries where they do not help users of Secateur."""
 
 import contextlib
 import logging
@@ -8,9 +8,9 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def muted(level: int, warn: bool = True) -> Iterator[None]:
-    """Without log lines of this level (`logging.INFO`, ...) and below, of any library.
+    """Context without log lines of this level (`logging.INFO`, ...) and below, of any library.
 
-    Without `warn`, there are no Python warnings either.
+    If `warn` is false, Python warnings are suppressed too.
     """
     previous = logging.root.manager.disable
     logging.disable(level)

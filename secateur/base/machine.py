@@ -1,4 +1,4 @@
-"""Where the work runs: by what the machine has, never by a setting."""
+"""Where the work runs: decided by the machine and the environment, never by a setting."""
 
 import functools
 import os
@@ -11,11 +11,11 @@ import torch
 from secateur.base.errors import SettingsError, cut, shorten
 
 DEVICES = ("cpu", "cuda", "mps")
-"""Types of devices that trainings run on."""
+"""Types of devices on which trainings can run."""
 
 
 def device() -> torch.device:
-    """The GPU if there is one, else the CPU; SECATEUR_DEVICE (cpu, cuda, mps) overrides."""
+    """The CUDA GPU if there is one, else the CPU; SECATEUR_DEVICE (cpu, cuda, mps) overrides."""
     wanted = os.environ.get("SECATEUR_DEVICE")
     if not wanted:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -47,14 +47,14 @@ def cpu_name() -> str:
 
 def processors() -> int:
     """Processors that this process may use."""
-    usable = getattr(os, "sched_getaffinity", None)  # Linux: what a container leaves us
+    usable = getattr(os, "sched_getaffinity", None)  # Linux; respects the limits of a container
     return len(usable(0)) if usable else os.cpu_count() or 1
 
 
 def workers(world: int = 1) -> int:
-    """Processes that decode pictures; SECATEUR_WORKERS overrides, 0 being none but this one.
+    """Number of processes that decode images; SECATEUR_WORKERS overrides, 0: this process decodes.
 
-    By default one for each processor that may be used, sixteen at most, shared by `world` ranks.
+    By default one per usable processor, at most sixteen, divided among `world` ranks.
     """
     wanted = os.environ.get("SECATEUR_WORKERS")
     if not wanted:
@@ -65,9 +65,10 @@ def workers(world: int = 1) -> int:
 
 
 def save_interval() -> float:
-    """Seconds between two saved states of a training: 1, or what SECATEUR_SAVE_SECONDS says.
+    """Seconds between two saved states of a training: 1, or the value of SECATEUR_SAVE_SECONDS.
 
-    More of them spare a slow disk, and a kill then costs as many; 0 saves after every epoch.
+    A larger value spares a slow disk, but as many seconds are lost if the process is killed; 0
+    saves after every epoch.
     """
     wanted = os.environ.get("SECATEUR_SAVE_SECONDS")
     if not wanted:
@@ -80,14 +81,14 @@ def save_interval() -> float:
 
 
 def versions() -> dict[str, str]:
-    """Versions of the libraries that results depend on, of those that are installed."""
+    """Versions of the libraries that results depend on, if they are installed."""
     names = ("torch", "torchvision", "lightning-fabric", "safetensors")
     return {name: found for name in names if (found := _version(name))}
 
 
 @functools.cache
 def _version(name: str) -> str | None:
-    """The installed version, read once a process; None of a package that is not installed."""
+    """The installed version, read once per process; None for a package that is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:  # the Python API needs neither lightning-fabric nor torchvision
@@ -101,9 +102,9 @@ def installed_versions() -> dict[str, str]:
 
 
 def processes() -> tuple[int, int, int]:
-    """Processes in all, processes on this machine, machines: as torchrun or srun has set them.
+    """Number of all processes, of processes on this machine, and of machines (torchrun or srun).
 
-    Raises SettingsError for a variable of theirs that is missing or is not the number it must be.
+    Raises SettingsError for a variable of torchrun or srun that is missing or not a valid number.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         world, local = _number("WORLD_SIZE"), _number("LOCAL_WORLD_SIZE")
@@ -112,7 +113,7 @@ def processes() -> tuple[int, int, int]:
         _check_multiple("WORLD_SIZE", world, "LOCAL_WORLD_SIZE", local)
         return world, local, world // local
     for name in ("SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID"):
-        if name in os.environ:  # Fabric reads them, also outside of srun
+        if name in os.environ:  # Fabric reads these variables outside of srun too
             _number(name, 0)
     if "SLURM_STEP_NUM_TASKS" not in os.environ:  # set within srun, not by sbatch
         return 1, 1, 1

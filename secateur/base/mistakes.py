@@ -1,4 +1,4 @@
-"""What a validator has refused, in the words of people who write params.yaml and other files."""
+"""Turn a validator's errors into messages for people who write params.yaml and other files."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Mistake:
-    """One field or key that a validator has refused, in the words of people who write files."""
+    """One field or key that a validator has rejected, described for people who write files."""
 
     path: tuple[str, ...]
     """Keys, and positions in lists, that lead to it."""
@@ -26,9 +26,9 @@ class Mistake:
     words: str
     """What is allowed."""
     more: str
-    """How many other mistakes there are, in brackets; empty if there is none."""
+    """The number of other mistakes, in brackets; empty if there is none."""
     is_key: bool = False
-    """The value is a key of the table at `path`."""
+    """Whether the value is a key of the table at `path`."""
 
     def sentence(self, key: str, schema: Any) -> str:
         """Key, value and what is allowed; `key` is how the path is written, `schema` the type."""
@@ -48,14 +48,14 @@ class Mistake:
 
 
 def first_mistake(error: ValidationError, raw: Any) -> Mistake:
-    """The first thing that is wrong with `raw`.
+    """The first mistake in `raw`.
 
-    Where several types are allowed, the validator has tried each of them: what the one that came
-    furthest has found is told, or, if all stopped at the same place, what each of them needs.
+    Where several types are allowed, the validator has tried each of them. The mistake is then that
+    of the type that came furthest or, if all stopped at the same place, names what each needs.
     """
     found = [_Found(each, raw) for each in error.errors(include_url=False)]
     unknown = [one for one in found if one.kind in _UNKNOWN]
-    if found[0].kind in _MISSING:  # a key that is misspelt is missing, too
+    if found[0].kind in _MISSING:  # a misspelt key is reported as missing too
         beside = [one for one in unknown if one.path[:-1] == found[0].path[:-1]]
         found = [*beside[:1], *(one for one in found if one not in beside[:1])]
     first, tried = found[0], found[:1]
@@ -73,13 +73,13 @@ def first_mistake(error: ValidationError, raw: Any) -> Mistake:
 _UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
 _MISSING = ("missing", "missing_argument")
 _KEY = "[key]"
-"""What the validator adds to the place of a key that is wrong itself."""
+"""What the validator appends to the location if the key itself is wrong."""
 
 
 class _Found:
-    """One of the validator's mistakes, with its place as the keys of the value alone.
+    """One of the validator's mistakes; its location consists of keys of the value only.
 
-    The validator's own place also has the names of the types that it has tried.
+    The validator's own location also contains the names of the types that it has tried.
     """
 
     def __init__(self, error: "ErrorDetails", raw: Any) -> None:
@@ -88,7 +88,7 @@ class _Found:
         parts = error["loc"][:-1] if self.is_key else error["loc"]
         path: list[str] = []
         self.choice: tuple[str, ...] | None = None
-        """Where types were tried, the first time; None if only one is allowed."""
+        """First location at which several types were tried; None if only one is allowed."""
         for number, part in enumerate(parts):
             absent = self.kind in _MISSING and number == len(parts) - 1
             inside = {str(k): v for k, v in _items(raw)}
@@ -101,7 +101,7 @@ class _Found:
 
 
 def _items(value: Any) -> Iterable[tuple[Any, Any]]:
-    """Keys or positions of a table or list, with what is there; none of any other value."""
+    """Keys of a table, or positions of a list, with their values; empty for any other value."""
     if isinstance(value, Mapping):
         return value.items()
     return enumerate(value) if isinstance(value, list | tuple) else ()
@@ -119,11 +119,11 @@ _NEEDED = {
     "model": "a table",
     "dataclass": "a table",
 }
-"""First word of the validator's name for a mistake in the type -> what is needed."""
+"""First word of the validator's name for a wrong type -> the type that is needed, in words."""
 
 
 def _allowed(tried: Sequence[_Found]) -> str:
-    """What is allowed, in words, for a value that none of these takes."""
+    """What is allowed, in words, for a value that none of the types tried accepts."""
     first = tried[0]
     if all(one.kind == "literal_error" for one in tried):
         return _one_of([one.error["ctx"]["expected"] for one in tried], first.value)
@@ -143,7 +143,7 @@ def _allowed(tried: Sequence[_Found]) -> str:
 
 
 def _one_of(expected: Sequence[str], value: Any) -> str:
-    """The values of all lists such as `'a', 'b' or 'c'`, with the nearest one."""
+    """`must be ...` with the values of all lists such as `'a', 'b' or 'c'`, and the nearest one."""
     names = [name for text in expected for name in re.split(r", | or ", text)]
     *others, last = names
     text = f"{', '.join(others)} or {last}" if others else last
@@ -152,7 +152,7 @@ def _one_of(expected: Sequence[str], value: Any) -> str:
 
 
 def _needed(found: _Found) -> str | None:
-    """The type that is needed, if that is what is wrong."""
+    """The type that is needed, if the type is wrong; else None."""
     if found.kind == "literal_error":
         return str(found.error["ctx"]["expected"])
     name, _, rest = found.kind.partition("_")
@@ -161,7 +161,7 @@ def _needed(found: _Found) -> str | None:
 
 
 def _words(found: _Found) -> str:
-    """What is allowed, of a value of the right type."""
+    """What is allowed, for a value of the right type."""
     context = found.error.get("ctx", {})
     least, most = context.get("min_length"), context.get("max_length")
     if found.kind == "too_short":
@@ -178,17 +178,17 @@ def _words(found: _Found) -> str:
 
 
 def fields_at(schema: Any, path: Iterable[str]) -> list[str]:
-    """Names of the fields that the table at this place may have; none if it is a free one."""
+    """Names of the fields that the table at this path may have; empty if any are allowed."""
     kinds = types_in(schema)
     for part in path:
         fields = next(filter(None, map(_fields, kinds)), {})
-        if part in fields:  # else the name of one of several, or a position in a list
+        if part in fields:  # else the key of a free table, or a position in a list
             kinds = types_in(fields[part])
     return list(next(filter(None, map(_fields, kinds)), {}))
 
 
 def _fields(kind: Any) -> dict[str, Any]:
-    """Name and type of each field of a class that has some."""
+    """Name and type of each field of a model or dataclass; empty for any other type."""
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         return {name: field.annotation for name, field in kind.model_fields.items()}
     return get_type_hints(kind) if isinstance(kind, type) and is_dataclass(kind) else {}

@@ -1,4 +1,4 @@
-"""Packages that only some work needs, imported when that work begins."""
+"""Optional packages, imported only when they are needed."""
 
 import importlib
 from typing import Any
@@ -11,10 +11,10 @@ INSTALL = "in a clone of Secateur `make setup` installs it, elsewhere `pip insta
 def load(module: str, purpose: str, group: str | None = None) -> Any:
     """Import an optional package; `purpose` says what it is needed for, as in "to run .onnx files".
 
-    `group`: the optional group of pyproject.toml, of those that `make setup` leaves out.
+    `group` is the package's dependency group in pyproject.toml if `make setup` does not install it.
 
-    Raises SecateurError with the command that installs the package if it is not installed. A
-    package that is installed and cannot be imported raises whatever it raises.
+    Raises SecateurError with the command that installs the package if it is not installed. Errors
+    of a package that is installed but cannot be imported are passed on.
     """
     try:
         return importlib.import_module(module)

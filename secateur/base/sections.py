@@ -71,8 +71,8 @@ def types_in(annotation: Any) -> list[Any]:
 class Strict(BaseModel):
     """A group of settings: frozen, no unknown keys, text converted by the field's type.
 
-    YAML 1.1 hands `1e-05` over as text, which is why text that reads as a number is a number here.
-    The reverse is not forgiven: `yes` or `true` is no number.
+    YAML 1.1 parses `1e-05` as text, so text that is a valid number is accepted for a number.
+    Booleans, such as `yes` or `true`, are not.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -89,28 +89,28 @@ class Data(Strict):
     validation: Annotated[float, Field(ge=0, le=0.5)] = 0.1
     """Fraction of the training images held out to pick epochs on; 0 trains on all of them."""
     seed: Seed = 0
-    """Which images are held out. Kept apart from `seed`, so that seeds compare on one split."""
+    """Selects the images held out; separate from `seed`, so that all seeds share one split."""
 
 
 class Averaging(Strict):
-    """An average of the weights, which is evaluated and kept in their place."""
+    """An average of the weights over the training, which is evaluated and kept in their place."""
 
     kind: Literal["none", "ema", "swa"] = "none"
-    """ema: with weights that fall off exponentially, over steps. swa: the mean over epochs."""
+    """ema: exponential moving average over steps. swa: plain mean over epochs."""
     decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
-    """Of ema: share of the average that stays, at every step."""
+    """For ema: factor of the previous average at every step."""
     start: StepsOrShare = 0.0
-    """Steps, or below 1 a share of the training, before the average begins."""
+    """Steps, or if less than 1 a share of the training, before averaging begins."""
     recalibrate: Annotated[int, Field(ge=0)] = 4096
-    """Training images to measure statistics of batch normalisations on for the average; 0: those
-    of the network that is trained."""
+    """Training images on which batch-norm statistics are measured for the averaged weights; 0:
+    the statistics of the network that is trained."""
 
 
 class ImageScale(Strict):
     """One part of a training, in which the images are smaller."""
 
     scale: Share
-    """Factor for the height and width of the images."""
+    """Factor by which height and width of the images are multiplied."""
     until: Share
     """Share of the epochs at which this part ends."""
 
@@ -119,12 +119,12 @@ class Train(Strict):
     """One training: baseline, sparse_train and finetune have one each."""
 
     epochs: Annotated[int, Field(ge=0)]
-    """0: the network is handed on as it came."""
+    """0: the network is passed on unchanged."""
     batch_size: Annotated[int, Field(ge=1)] = 128
-    """Images of one step of the optimizer, over all parts and all processes."""
+    """Images per optimizer step, over all parts and all processes."""
     accumulate_grad_batches: Annotated[int, Field(ge=1)] = 1
-    """A batch is computed in this many parts, one after the other: less memory, and the same step
-    but for batch norms, which see one part at a time."""
+    """A batch is computed in this many parts, one after the other: less memory, and the same step,
+    except that batch norms see one part at a time."""
     optimizer: Literal["sgd", "adam", "adamw"] = "adam"
     lr: Positive = 0.001
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -133,30 +133,31 @@ class Train(Strict):
     """Used by sgd."""
     weight_decay: NonNegative = 0.0
     weight_decay_on: Literal["all", "weights"] = "all"
-    """All parameters, or those of convolutions and linear layers without their biases."""
+    """all: all parameters. weights: only weights of convolutions, linear layers and attention, not
+    their biases."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     schedule: Literal["constant", "multistep", "cosine", "one_cycle"] = "cosine"
-    """The rate over the epochs; see training/optim.py."""
+    """The learning rate over the epochs; see training/optim.py."""
     schedule_by: Literal["step", "epoch"] = "step"
-    """Change the rate at every step, or only at the beginning of an epoch."""
+    """Change the learning rate at every step, or only at the beginning of an epoch."""
     schedule_after: NonNegative = 0.0
-    """Epochs of the schedule that count as past, so that it goes on from there over `epochs` more
+    """Epochs of the schedule that are skipped: it starts from there and lasts for `epochs` more
     (learning-rate rewinding: A. Renda et al., ICLR 2020)."""
     warmup: NonNegative = 0.0
-    """Epochs over which the rate rises to lr; not with one_cycle, which has its own."""
+    """Epochs over which the learning rate rises to lr; not with one_cycle, which has a warm-up."""
     milestones: tuple[NonNegative, ...] = ()
-    """Epochs after which multistep multiplies the rate by gamma."""
+    """Epochs after which multistep multiplies the learning rate by gamma."""
     gamma: Annotated[float, Field(gt=0, lt=1)] = 0.1
     precision: Literal["auto", "float32", "bfloat16"] = "float32"
-    """Of products and convolutions while training; weights and everything else stay float32.
-    auto: bfloat16 on GPUs and CPUs that multiply it faster. It pays for convolutions above all."""
+    """Precision of matrix products and convolutions in training; weights and everything else stay
+    float32. auto: bfloat16 on GPUs and CPUs where it is faster; it helps convolutions most."""
     compile: bool = False
-    """torch.compile: pays for long trainings on GPUs; takes minutes to start."""
+    """Use torch.compile: takes minutes to start, worthwhile for long trainings on GPUs."""
     keep: Literal["best", "last"] = "best"
-    """The epoch that is kept: best on the validation images, or simply the last."""
+    """Which epoch is kept: the best on the validation images, or the last."""
     average: Averaging = Averaging()
     progressive_resizing: tuple[ImageScale, ...] = ()
-    """Parts of the training with smaller images, whose steps cost less; then the full size."""
+    """First parts of the training, with smaller images, which cost less; then the full size."""
 
     @model_validator(mode="after")
     def _sizes_follow_each_other(self) -> Self:
@@ -188,26 +189,26 @@ class Train(Strict):
 
 
 def _inside_folder(path: str) -> str:
-    """The path; ValueError unless it is relative and leads nowhere outside."""
+    """The path; ValueError unless it is relative and stays inside its folder."""
     if not path or Path(path).is_absolute() or ".." in Path(path).parts:
         raise ValueError("none, published, or the path of a file or folder in weights/")
     return path
 
 
 class Baseline(Train):
-    """The dense network: trained from random weights, or taken from weights that are there."""
+    """The dense network: trained from random weights, or started from existing weights."""
 
     weights: Annotated[str, AfterValidator(_inside_folder)] = "none"
-    """none: random ones. published: those that torchvision or timm publish for the architecture.
-    Else a file or a folder below weights/, which dvc.yaml names as a dependency. With epochs: 0 the
-    network is taken as it is, otherwise it is trained on."""
+    """none: random weights. published: the weights that torchvision or timm publish for the
+    architecture. Otherwise a file or folder in weights/, which dvc.yaml names as a dependency. With
+    epochs: 0 the network is used as it is, otherwise it is trained further."""
     rename: dict[str, str] = Field(default_factory=dict)
-    """Name of a tensor or module in the file -> name in the network; * stands for any text."""
+    """Name of a tensor or module in the file -> name in the network; * matches any text."""
     head: Literal["inherit", "reset"] = "inherit"
-    """reset: a new classifier, for other classes than those of the weights; it must be trained."""
+    """reset: a new classifier, if the weights belong to other classes; it must be trained."""
     keep_epoch: Annotated[int, Field(ge=0)] | None = None
     """The weights after this epoch are kept too, as models/baseline/epoch.safetensors, for networks
-    that are rewound to them; 0: those before the first."""
+    that are rewound to them; 0: the weights before the first epoch."""
 
     @model_validator(mode="after")
     def _epoch_is_one_of_the_training(self) -> Self:
@@ -227,7 +228,7 @@ NOTHING, DENSE_PARENT = "weights/none", "models/baseline"
 
 
 def _teacher(path: str) -> str:
-    """The path; ValueError unless it names what may teach."""
+    """The path; ValueError unless it names a possible teacher."""
     parts = Path(path).parts
     if path not in (NOTHING, DENSE_PARENT) and (
         len(parts) < 2 or parts[0] != "weights" or ".." in parts
@@ -239,29 +240,30 @@ def _teacher(path: str) -> str:
 
 
 def _code(path: str) -> str:
-    """The path; ValueError unless it lies within the project."""
+    """The path; ValueError unless it is within the project."""
     if not path or Path(path).is_absolute() or ".." in Path(path).parts:
         raise ValueError(f"{NOTHING}, or secateur/archs/<architecture of the teacher>.py")
     return path
 
 
 class Distillation(Strict):
-    """A teacher whose outputs are imitated beside the labels; see training/distillation.py."""
+    """A teacher whose outputs the network imitates, in addition to the labels; see
+    training/distillation.py."""
 
     teacher: Annotated[str, AfterValidator(_teacher)] = NOTHING
     """A path, which dvc.yaml names as a dependency: weights/none, a file that never changes, for no
     teacher; models/baseline for the dense network; or a checkpoint that Secateur has written."""
     code: Annotated[str, AfterValidator(_code)] = NOTHING
-    """Of a teacher of another architecture, its file: secateur/archs/<name>.py. dvc.yaml names this
-    path as a dependency too."""
+    """For a teacher of another architecture: the file secateur/archs/<name>.py of that
+    architecture, which dvc.yaml names as a dependency too."""
     temperature: Positive = 4.0
     """Logits are divided by it before the softmax."""
     weight: Annotated[float, Field(ge=0, le=1)] = 0.9
-    """Of the teacher's outputs in the loss; that of the labels is 1 - weight."""
+    """Weight of the teacher's outputs in the loss; the labels have the weight 1 - weight."""
     features: tuple[str, ...] = ()
     """Layers whose outputs are compared too."""
     features_weight: NonNegative = 1.0
-    """Of the mean square of their differences in the loss, summed over the layers."""
+    """Weight in the loss of the mean squared differences, summed over these layers."""
 
     @model_validator(mode="after")
     def _features_need_a_teacher(self) -> Self:
@@ -273,7 +275,7 @@ class Distillation(Strict):
 
 
 class ContinuedTrain(Train):
-    """A training that goes on from the network of an earlier stage."""
+    """A training that continues from the network of an earlier stage."""
 
     distillation: Distillation = Distillation()
 
@@ -288,18 +290,19 @@ class Finetune(ContinuedTrain):
     """Training after pruning."""
 
     init: Literal["inherit", "scratch", "orthogonal", "rewind"] = "inherit"
-    """Start from the pruned weights; from new ones in the same pruned shape, as the architecture
-    draws them, or orthogonal; or from those that `rewind_to` has (J. Frankle et al., Linear mode
-    connectivity and the lottery ticket hypothesis, ICML 2020)."""
+    """inherit: start from the pruned weights. scratch: from new weights in the pruned shapes, drawn
+    as the architecture draws them. orthogonal: from new orthogonal weights. rewind: from the
+    weights of `rewind_to` (J. Frankle et al., Linear mode connectivity and the lottery ticket
+    hypothesis, ICML 2020)."""
     rewind_to: Literal["weights/none", "models/baseline"] = "weights/none"
-    """A path, which dvc.yaml names as a dependency: models/baseline for init: rewind, whose weights
-    are those of baseline.keep_epoch; else weights/none, a file that never changes."""
+    """A path, which dvc.yaml names as a dependency. For init: rewind it is models/baseline, with
+    the weights kept by baseline.keep_epoch; otherwise weights/none, a file that never changes."""
     budget: Literal["epochs", "compute"] = "epochs"
-    """epochs: the number that is set. compute: the computation that this number of epochs takes for
-    the dense network, so more for a smaller one (with init: scratch: Scratch-B of Z. Liu et al.,
-    Rethinking the value of network pruning, ICLR 2019)."""
+    """epochs: train for `epochs`. compute: train for the computation that `epochs` take with the
+    dense network, which is more epochs for a smaller network (with init: scratch, this is Scratch-B
+    of Z. Liu et al., Rethinking the value of network pruning, ICLR 2019)."""
     budget_limit: Annotated[float, Field(ge=1)] = 2.0
-    """Of compute: the most epochs, as a multiple of `epochs`."""
+    """For compute: the largest number of epochs, as a multiple of `epochs`."""
 
     @model_validator(mode="after")
     def _weights_to_rewind_to(self) -> Self:
@@ -312,17 +315,17 @@ Export = Literal["none", "gconv"]
 
 
 class Prune(Strict):
-    """Settings of the prune stage that hold for every pruner."""
+    """Settings of the prune stage that apply to every pruner."""
 
     remove_dead: bool = True
-    """Remove neurons and filters whose outputs are constant or unread, where that is exact."""
+    """Remove neurons and filters whose outputs are constant or not used, where that is exact."""
     export: Export = "none"
     """gconv: masks made of groups of channels become group convolutions; see gconv/export.py."""
     recalibrate: Annotated[int, Field(ge=0)] = 0
-    """Training images to measure statistics of batch normalisations on again; 0: as they are."""
+    """Training images on which batch-norm statistics are measured again; 0: they are kept."""
     latency: Literal["none", "torch", "onnxruntime", "openvino"] = "none"
-    """Runtime whose table of measured layers a pruner's target {latency: ...} is predicted from;
-    `dvc repro` then measures it (stages/latency)."""
+    """Runtime whose table of measured layers predicts a pruner's target {latency: ...}; `dvc repro`
+    measures that table first (stages/latency)."""
 
 
 class Evaluate(Strict):
@@ -333,8 +336,8 @@ class Evaluate(Strict):
     latency_repeats: Annotated[int, Field(ge=3)] = 100
     """Timed passes of each model, interleaved, after a warm-up."""
     last_epochs: Annotated[int, Field(ge=0)] = 0
-    """Epochs at the end of each training whose accuracy on the validation images is reported as a
-    mean with its deviation, as GReg's code does of five; 0: none."""
+    """Number of last epochs of each training over which mean and standard deviation of the
+    validation accuracy are reported, as GReg's code does for five; 0: none."""
 
 
 SensitivityCriterion = Literal[
@@ -350,16 +353,16 @@ class Sensitivity(Strict):
         "bn_scale",
         "random",
     )
-    """Criteria to rank a layer's outputs by; bn_scale is left out where there are no scales."""
+    """Criteria that rank a layer's outputs; bn_scale is skipped where there are no scales."""
     granularity: Literal["filter", "group"] = "filter"
-    """filter: outputs of layers whose outputs can be pruned on their own; group: channels of every
-    channel group that can be pruned, with all that is coupled to them."""
+    """filter: outputs of layers whose outputs can be pruned independently. group: channels of every
+    channel group that can be pruned, with everything that is coupled to them."""
     ratios: Annotated[tuple[Share, ...], Field(min_length=1)] = (0.25, 0.5, 0.75)
     """Shares of a layer's outputs that are removed in a trial."""
     images: Annotated[int, Field(ge=0)] = 0
     """Validation images to measure on; 0: all."""
     drop: Annotated[float, Field(ge=0, lt=1)] = 0.01
-    """Accuracy that a layer may cost in the suggested ratios, as a fraction."""
+    """Loss of accuracy that a layer may cause at its suggested ratio, as a fraction."""
 
 
 RuntimeName = Literal["torch", "onnxruntime", "openvino"]
@@ -373,21 +376,21 @@ class MeasuredLatency(Strict):
     """Images per pass."""
     threads: Annotated[int, Field(ge=1)] = 1
     repeats: Annotated[int, Field(ge=3)] = 100
-    """Timed passes of whole networks, taking turns, after a warm-up; the shortest counts."""
+    """Timed passes of whole networks, interleaved, after a warm-up; the shortest counts."""
 
 
 Count = Annotated[int, Field(ge=1)]
 
 
 def _registered(name: str) -> str:
-    """The name; ValueError if MLflow would not take it, or its alias."""
+    """The name; ValueError if MLflow does not allow the name or its alias."""
     _, _, alias = name.partition("@")
     if not re.fullmatch(r"[\w.-]+(@[a-zA-Z][\w-]*)?", name):
         raise ValueError("a name or name@alias is needed, such as digits or digits@champion")
     if alias.lower() == "latest" or re.fullmatch(r"[vV]\d+", alias):
         raise ValueError(
-            f"MLflow keeps the alias {alias} for itself; allowed is any but latest and v1, v2, "
-            "..., such as digits@champion"
+            f"MLflow reserves the alias {alias}; any but latest and v1, v2, ... is allowed, "
+            "such as digits@champion"
         )
     return name
 
@@ -402,49 +405,49 @@ class ExportedFiles(Strict):
     """outside: the files take normalised images. inside: they take pixels from 0 to 255, as
     float32, and normalise them."""
     int8: bool = True
-    """Write an int8 version of the finetuned network, and measure one of the dense network too."""
+    """Write an int8 version of the finetuned network; one of the dense network is measured too."""
     calibration_images: Annotated[int, Field(ge=1)] = 256
     """Training images on which the ranges of the activations are measured for int8."""
     runtimes: Annotated[tuple[RuntimeName, ...], Field(min_length=1)] = ("torch", "onnxruntime")
-    """Where the latency is measured."""
+    """Runtimes in which the latency is measured."""
     latency_batches: Annotated[tuple[Count, ...], Field(min_length=1)] = (1, 32)
     """Images per forward pass while the latency is measured."""
     latency_repeats: Annotated[int, Field(ge=3)] = 30
-    """Timed passes of each network in each runtime, taking turns, after a warm-up."""
+    """Timed passes of each network in each runtime, interleaved, after a warm-up."""
     register_as: Registered | None = None
-    """name or name@alias of the registered model in MLflow that becomes this network; no alias is
-    latest, v1, v2, ..., which MLflow keeps for itself."""
+    """name or name@alias under which the network is registered in MLflow; the aliases latest, v1,
+    v2, ... are reserved by MLflow."""
 
 
 class RoundSparseTrain(ContinuedTrain):
-    """Section sparse_train as a round may change it, and the penalty's strength and settings."""
+    """The keys of sparse_train that a round may change, and the penalty's strength and settings."""
 
     decay: NonNegative
     penalties: SettingsByPlugin
-    """Of the penalty in use, by its name."""
+    """Settings of the penalty in use, by its name."""
 
 
 class RoundPrune(Prune):
-    """Section prune as a round may change it, and the pruner's settings."""
+    """The keys of prune that a round may change, and the pruner's settings."""
 
     pruners: SettingsByPlugin
-    """Of the pruner in use, by its name."""
+    """Settings of the pruner in use, by its name."""
 
 
 def _round_name(name: Any) -> Any:
     """The name; ValueError for a number, which `dvc exp run -S` cannot address."""
     named = isinstance(name, str) and re.fullmatch(r"[a-z][a-z0-9_]{,63}", name)
-    if not named or name == "round1":  # which is the main chain's in reports
+    if not named or name == "round1":  # reports use this name for the main chain
         raise ValueError("a name is needed, such as round2: small letters, digits and '_'")
     return name
 
 
 def _model_of_a_round(path: str) -> str:
-    """The path; ValueError unless it may name the model that a round leaves."""
+    """The path; ValueError unless it names a model that a round can start from."""
     if not re.fullmatch(r"(rounds/[a-z][a-z0-9_]*/)?(pruned|finetuned)", path):
         raise ValueError(
             "the model that the round starts from: finetuned, or rounds/<name>/finetuned of "
-            "another round; pruned in its place: the same before finetuning"
+            "another round; with pruned instead of finetuned, the model before finetuning"
         )
     return path
 
@@ -453,19 +456,19 @@ RoundName = Annotated[str, BeforeValidator(_round_name)]
 
 
 class Round(Strict):
-    """A further round of sparse-train, prune and finetune: what differs from the first one.
+    """A further round of sparse-train, prune and finetune: settings that differ from the first one.
 
-    A stage of a round holds only what dvc.yaml declares for it; params.yaml has all four keys.
+    A stage of a round gets only the keys that dvc.yaml declares for it; params.yaml has all four.
     """
 
     after: Annotated[str, AfterValidator(_model_of_a_round)] = ""
-    """The model below models/ that the round starts from."""
+    """The model in models/ that the round starts from."""
     sparse_train: dict[str, Any] = Field(default_factory=dict)
-    """Keys of RoundSparseTrain."""
+    """Keys as in RoundSparseTrain."""
     prune: dict[str, Any] = Field(default_factory=dict)
-    """Keys of RoundPrune."""
+    """Keys as in RoundPrune."""
     finetune: dict[str, Any] = Field(default_factory=dict)
-    """Keys of Finetune."""
+    """Keys as in Finetune."""
 
 
 Version = Annotated[str, matching(r"[0-9]+(\.\w+)*", "a version such as '2.13.0' is needed")]

@@ -59,7 +59,7 @@ T = TypeVar("T", bound=BaseModel)
 
 
 class Params(Strict):
-    """All of params.yaml. A stage holds one with only the keys that dvc.yaml declares for it."""
+    """All of params.yaml, or, in a stage, only the keys that dvc.yaml declares for it."""
 
     dataset: Name
     arch: Name
@@ -88,7 +88,7 @@ class Params(Strict):
 
     @classmethod
     def declared(cls, raw: Mapping[str, Any]) -> Self:
-        """Validate the given keys alone; reading any other one later is an error of the stage."""
+        """Validate only the given keys; reading any other key later is an error of the stage."""
         known = cls.model_fields
         values = {
             key: _convert(known[key].annotation, known[key].metadata, value, key)
@@ -97,19 +97,19 @@ class Params(Strict):
         return cls.model_construct(**values)
 
     def __getattr__(self, key: str) -> Any:
-        """Name the key that a stage reads without having declared it."""
+        """Raise AttributeError naming the key that a stage reads but does not declare."""
         if key in type(self).model_fields:
             raise AttributeError(f"'{key}' is not among the params that dvc.yaml declares here")
         return super().__getattr__(key)  # type: ignore[misc]
 
     def chosen(self, kind: plugin.Kind) -> Any:
-        """Settings of the plug-in that is switched on, as its own `Settings` class has them."""
+        """Settings of the plug-in in use, as an instance of its `Settings` class."""
         name: str = getattr(self, plugin.KEYS[kind])
         table: SettingsByPlugin = getattr(self, kind)
         return validate(plugin.load(kind, name).Settings, table.get(name) or {}, f"{kind}.{name}")
 
     def of_round(self, name: str) -> Self:
-        """These params with what differs in a round, in those sections that are held here.
+        """These params with the changes of a round, applied to the sections that are present.
 
         Raises SettingsError naming the key of the round.
         """
@@ -138,9 +138,9 @@ class Params(Strict):
         kind: plugin.Kind,
         where: str,
     ) -> T:
-        """A section with the changes of a round, and the settings of the plug-in in use with it.
+        """A section with the changes of a round, together with the settings of the plug-in in use.
 
-        A value of the plug-in's settings is replaced as a whole, also if it is a table, such as a
+        A value of the plug-in's settings is replaced as a whole, even if it is a table, such as a
         target or ratios by layer, whose keys belong together.
         """
         name: str = getattr(self, plugin.KEYS[kind])
@@ -160,7 +160,7 @@ class Params(Strict):
 
 
 def read(path: Path | str = FILE) -> Params:
-    """Read the whole file; the sections of plug-ins are not validated.
+    """Read the whole file without validating the sections of plug-ins.
 
     Raises SettingsError naming the key, the value and what is allowed.
     """
@@ -181,10 +181,10 @@ def check(path: Path | str = FILE) -> Params:
 
 
 def check_values(raw: Mapping[str, Any]) -> Params:
-    """Validate every section of these values of params.yaml, which imports every plug-in in them.
+    """Validate every section of these values of params.yaml; imports every plug-in they name.
 
-    So a mistake in the section of the last stage, or of a plug-in that is not in use, stops the
-    first stage. Raises SettingsError naming the key, the value and what is allowed.
+    A mistake in the section of the last stage, or of a plug-in that is not in use, therefore stops
+    the first stage. Raises SettingsError naming the key, the value and what is allowed.
     """
     params = validate(Params, _filled(raw), "")
     for kind, key in plugin.KEYS.items():
@@ -213,10 +213,10 @@ def check_values(raw: Mapping[str, Any]) -> Params:
 
 
 def chain(rounds: Mapping[str, Round]) -> tuple[str, ...]:
-    """The names of the rounds in their order.
+    """The names of the rounds in order.
 
-    Raises SettingsError unless the first starts from a model of the main chain, and each other one
-    from a model of the round before.
+    Raises SettingsError unless the first round starts from a model of the main chain, and every
+    other round from a model of the round before.
     """
     following: dict[str, str] = {}
     for name, found in rounds.items():
@@ -245,13 +245,13 @@ def chain(rounds: Mapping[str, Round]) -> tuple[str, ...]:
         name = next(name for name in rounds if name not in order)
         raise SettingsError(
             f"{FILE}: rounds.{name}.after = {rounds[name].after!r}: leads in a circle; the first "
-            "round is after 'finetuned' (or 'pruned', which is the same before finetuning)"
+            "round is after 'finetuned' (or 'pruned', the model before finetuning)"
         )
     return tuple(order)
 
 
 def _check_files(name: str, given: Round) -> None:
-    """SettingsError if a round names files of its own: DVC would not know that it reads them."""
+    """SettingsError if a round names files of its own, since DVC would not track them."""
     if "rewind_to" in given.finetune:
         raise SettingsError(
             f"{FILE}: rounds.{name}.finetune.rewind_to: the same for all rounds, "
@@ -271,9 +271,9 @@ def _check_files(name: str, given: Round) -> None:
 def merged(
     below: Mapping[str, Any], above: Mapping[str, Any], depth: int | None = None
 ) -> dict[str, Any]:
-    """Both tables, `above` where they differ; tables within them likewise.
+    """Merge two tables; where they differ, `above` wins. Nested tables are merged likewise.
 
-    `depth` is the number of levels that are merged: with 1, tables within the two are replaced.
+    `depth` is the number of levels that are merged: with 1, nested tables are replaced.
     """
     result = dict(below)
     for key, value in above.items():
@@ -286,11 +286,11 @@ def merged(
 
 @contextmanager
 def section(name: str) -> Iterator[None]:
-    """Name the whole key of params.yaml in an ArgumentError that is raised inside.
+    """Context that turns an ArgumentError into a SettingsError with the whole key of params.yaml.
 
-    `name` is the section that the arguments were read from, such as `pruners.magnitude`. An
-    argument that is a value at the file's top level (`decay`, `arch`), or a plug-in's
-    (`penalties.rigl.interval`), keeps its name.
+    `name` is the section that the arguments were read from, such as `pruners.magnitude`. The name
+    of a top-level value (`decay`, `arch`), or one that begins with a kind of plug-ins
+    (`penalties.rigl.interval`), is not changed.
     """
     try:
         yield
@@ -303,7 +303,7 @@ def section(name: str) -> Iterator[None]:
 
 
 def _filled(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of params.yaml with an empty table for every plug-in whose section is empty."""
+    """The content of params.yaml, with an empty table for a plug-in whose section is null."""
     return {
         key: {name: {} if section is None else section for name, section in table.items()}
         if key in plugin.KEYS and isinstance(table, dict)
@@ -321,7 +321,7 @@ def validate(schema: type[T], raw: Any, where: str) -> T:
 
 
 def _convert(annotation: Any, metadata: list[Any], value: Any, where: str) -> Any:
-    """One top-level value, by its field's type and range."""
+    """Convert and check one top-level value by the type and range of its field."""
     if isinstance(value, bool) and annotation in (int, float):
         raise SettingsError(f"{FILE}: {where} = {value}: a number is needed")
     kind: Any = Annotated[annotation, *metadata] if metadata else annotation
@@ -341,7 +341,7 @@ def _first_line(error: ValidationError, raw: Any, schema: Any, where: str) -> st
 
 
 def _renamed(key: str, value: Any) -> str | None:
-    """What to write instead of a key or value of an earlier version; None if it is none."""
+    """What to write instead of a key or value of an earlier version; None for any other."""
     new = RENAMED.get(key, key)
     values = RENAMED_VALUES.get(new, {})
     if isinstance(value, str) and value in values:

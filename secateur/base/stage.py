@@ -22,17 +22,17 @@ from secateur.base.machine import device, installed_versions, processes, version
 
 @dataclass(frozen=True)
 class Stage:
-    """What dvc.yaml declares for a stage; it sees nothing else of params.yaml."""
+    """What dvc.yaml declares for a stage; the stage sees nothing else of params.yaml."""
 
     name: str
     params: settings.Params
     declared: dict[str, Any]
-    """The params that dvc.yaml declares for the stage, as plain values; these are tracked."""
+    """The params that dvc.yaml declares for the stage, as plain values; MLflow records these."""
     inputs: dict[str, str]
     """Declared dependency -> hash of its content, code included."""
 
     def input(self, path: str) -> Path:
-        """The path of a dependency, or of what lies in one that is a folder.
+        """The path of a dependency, or of a file inside a dependency that is a folder.
 
         Raises SettingsError if it is not declared or is missing.
         """
@@ -44,7 +44,8 @@ class Stage:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of all that the result depends on: params, inputs, code, versions, device type."""
+        """Hash of everything that the result depends on: params, inputs, code, versions, device
+        type, threads, processes."""
         key = {
             "stage": self.name,
             "params": self.declared,
@@ -60,7 +61,7 @@ class Stage:
 def open_stage(name: str, pipeline: str = "dvc.yaml") -> Stage:
     """Read and validate what the file `pipeline` declares for the stage `name`.
 
-    The whole of params.yaml is checked, the environment variables that say where the work runs, and
+    Checks the whole of params.yaml, the environment variables that decide where the work runs, and
     the versions of the libraries if the stage declares them. Raises SettingsError for the first
     key, value or version that is not allowed.
     """
@@ -97,17 +98,17 @@ def open_stage(name: str, pipeline: str = "dvc.yaml") -> Stage:
 
 
 def check_environment() -> None:
-    """Raise SettingsError for a variable that says where the work runs and cannot be followed."""
+    """Raise SettingsError for an invalid environment variable that decides where the work runs."""
     device()  # SECATEUR_DEVICE
-    processes()  # those of torchrun and srun
+    processes()  # the variables of torchrun and srun
 
 
 def check_settings() -> None:
     """`settings.check`, unless this content of params.yaml has passed it with this code before.
 
-    The check imports every plug-in, which takes longer than all else that a stage does before its
-    work. What has passed is noted by an empty file under `.resume/settings/` for a week. Stages
-    that start at the same time may both check, and both write the same file.
+    The check imports every plug-in, which takes longer than everything else that a stage does
+    before its work. A content that has passed is remembered for a week by an empty file in
+    `.resume/settings/`. Stages that start at the same time may both check and write the same file.
     """
     try:
         content = Path(settings.FILE).read_bytes()
@@ -129,7 +130,7 @@ def check_settings() -> None:
 
 
 def check_libraries(wanted: sections.Libraries) -> None:
-    """Raise SettingsError if another version is installed than params.yaml names."""
+    """Raise SettingsError if an installed version is not the one that params.yaml names."""
     installed = installed_versions()
     for name, version in wanted.model_dump().items():
         found = installed.get(name)
@@ -142,7 +143,7 @@ def check_libraries(wanted: sections.Libraries) -> None:
 
 
 def content_hash(path: Path) -> str:
-    """sha256 of a file, or of a folder's names and contents; 'missing' if there is neither."""
+    """sha256 of a file, or of the names and contents in a folder; 'missing' if neither exists."""
     if path.is_file():
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -165,10 +166,10 @@ def revision() -> str | None:
 
 
 def project_root() -> Path:
-    """The user's project, also from an experiment's temporary copy of it."""
+    """The user's project, even if this is an experiment's temporary copy of it."""
     return Path(os.environ.get("DVC_ROOT") or Path.cwd())
 
 
 def raw_folder() -> Path:
-    """The folder named by SECATEUR_DATA, by default data/raw; relative ones from the project."""
+    """The folder named by SECATEUR_DATA, by default data/raw, relative to the project."""
     return project_root() / os.environ.get("SECATEUR_DATA", "data/raw")

@@ -1,7 +1,7 @@
-"""Read safetensors files that Secateur has written: our header first, then the tensors.
+"""Read safetensors files that Secateur has written: our header, then the tensors.
 
 Everything that the file declares is compared with its length before a tensor is allocated.
-Checkpoints, prepared data and resume states are read here, each with a schema of its header.
+Checkpoints, prepared data and resume states use this module; each has its own header schema.
 """
 
 import hashlib
@@ -37,23 +37,23 @@ BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "U16": 16, "I16": 16, "F16": 16,
     "BF16": 16, "U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64, "C64": 64,
 }  # fmt: skip
-"""Of one element, by the format's name of its type; other types are refused."""
+"""Bits per element, by the format's name of the type; other types are rejected."""
 
 MAX_PIXELS = 2**27
-"""Values of one image: half a GiB as float32."""
+"""Limit of values in one image: half a GiB as float32."""
 
 Finite = Annotated[float, Field(allow_inf_nan=False, strict=True)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]
 ClassName = Annotated[InstanceOf[str], Field(min_length=1)]
-"""A name of a folder, perhaps, which need not be valid Unicode."""
+"""Possibly the name of a folder, which need not be valid Unicode."""
 Shape = Annotated[list[Annotated[int, Field(ge=1, le=2**27, strict=True)]], Field(max_length=8)]
-"""Of one image. These types are shared by the schemas of the headers."""
+"""Shape of one image. The schemas of the headers share these types."""
 
 Size = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class _Entry(BaseModel):
-    """Where a tensor lies in the file."""
+    """Type, shape and position of a tensor in the file."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -81,10 +81,10 @@ class TensorFile:
     """Content of a safetensors file."""
 
     header: Any
-    """Our header, parsed but not validated; None if the file has none of ours."""
+    """Our header, parsed but not validated; None if the file does not contain one."""
     tensors: dict[str, Tensor]
     sha256: str
-    """Of the file."""
+    """Hash of the file."""
 
 
 def read(
@@ -93,7 +93,7 @@ def read(
     """Read the whole file into memory and hash it.
 
     Raises `error` naming the file if it is missing, a pickle, truncated or malformed. `cure` is
-    added to the message about a missing file, `otherwise` precedes the reason in the other ones.
+    added to the message about a missing file; `otherwise` precedes the reason in other messages.
     """
     content = files.read_bytes(path, error, cure=cure)
     try:
@@ -126,11 +126,11 @@ def map_file(
 
 
 class _HeaderError(ValueError):
-    """The format is right, our header in it is not."""
+    """The file is valid safetensors, but our header in it is not valid."""
 
 
 def _header(beginning: bytes, size: int) -> Any:
-    """Our header, after the format's own has been compared with the size of the file."""
+    """Our header, after the format's own header has been compared with the size of the file."""
     is_json = beginning[8:9] == b"{"  # safetensors: eight bytes of length, then JSON
     if not is_json and (beginning[:2] == b"PK" or beginning[:1] == b"\x80"):
         raise _HeaderError(

@@ -1,4 +1,4 @@
-"""Wall time of short pieces of work that are compared with each other."""
+"""Wall-clock times of short pieces of work that are compared with each other."""
 
 import statistics
 import time
@@ -11,12 +11,11 @@ Key = TypeVar("Key")
 def take_turns(
     passes: Mapping[Key, Callable[[], object]], repeats: int, untimed: int = 0
 ) -> dict[Key, list[float]]:
-    """Milliseconds of `repeats` passes of each, by key.
+    """Milliseconds of `repeats` passes of each piece of work, by key.
 
-    They take turns, so that a machine that slows down affects all of them. Whole turns, a fifth of
-    `repeats` but at least three, warm up and do not count. `untimed` is
-    the number of passes before each timed one that are not timed: the caches then hold what they
-    would if nothing else were running.
+    The pieces take turns, so that a machine that slows down affects all of them. A fifth as many
+    turns as `repeats`, but at least three, are a warm-up and not counted. `untimed` passes precede
+    each timed pass, so that the caches are as warm as if the piece ran alone.
     """
     taken: dict[Key, list[float]] = {key: [] for key in passes}
     for turn in range(repeats + max(3, repeats // 5)):
@@ -40,5 +39,5 @@ def median_and_iqr(values: Sequence[float]) -> tuple[float, float]:
 
 
 def speedup(before: Sequence[float], after: Sequence[float]) -> float:
-    """How many times as fast: median of the ratios turn by turn."""
+    """How many times as fast `after` is: the median of the ratios of all turns."""
     return statistics.median(b / a for b, a in zip(before, after, strict=True))
