@@ -215,10 +215,10 @@ def test_heads_whose_width_follows_from_the_embedding_are_locked_with_it():
     check(model, graph, {"grow": torch.tensor([0, 4])}, batch)
 
 
-def test_heads_whose_number_stands_in_the_code_are_locked():
+def test_heads_whose_number_is_hard_coded_are_locked():
     _, _, graph = followed(lambda: Written(lambda _, x: x.unflatten(-1, (3, -1))), 8)
     assert [group.name for group in free(graph)] == ["patches"]
-    assert "stands in the code" in graph.group("q").locked
+    assert "hard-coded" in graph.group("q").locked
 
 
 CALCULATED = {

@@ -1073,15 +1073,15 @@ def all_normed():
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (group_normed_by_number, "number of groups that stands in the code"),
+        (group_normed_by_number, "normalised in a hard-coded number of groups"),
         (taken_by_view, "chosen by i"),
-        (all_normed, "LayerNorm whose size stands in the code"),
-        (hard_coded, "shape that stands in the code"),
+        (all_normed, "LayerNorm whose size is hard-coded"),
+        (hard_coded, "views them in a hard-coded shape"),
         (weighed, "softmax"),
         (summed, "sums over them"),
         (layer_normed, "normalised together"),
         (padded, "code pads with"),
-        (unequal, "splits them where the code says"),
+        (unequal, "splits them at hard-coded positions"),
     ],
 )
 def test_channels_that_cannot_go_are_locked_with_a_reason(make, reason):

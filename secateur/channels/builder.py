@@ -1,4 +1,4 @@
-"""The first visitor: makes channel ids and notes which tensors have entries for them."""
+"""The first visitor: creates channel ids and records which tensors have entries for them."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,7 +15,7 @@ from secateur.channels.visitor import NormKind
 
 
 class GroupBuilder:
-    """A Visitor that unites ids of one channel; `finish` gives every id its canonical one."""
+    """A Visitor that unites the ids of one channel; `finish` gives every id its canonical id."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -25,12 +25,12 @@ class GroupBuilder:
         self.selects: dict[str, SelectInfo] = {}
         """By index buffer."""
         self.parameters: dict[str, tuple[Tensor, int]] = {}
-        """Of tensors that are added or multiplied: id of each entry, in the tensor's shape, and the
-        axis along which channels differ, ZERO if there is none."""
+        """For tensors that are added or multiplied: id of each entry, in the tensor's shape, and
+        the axis along which channels differ, ZERO if there is none."""
         self.fixed_ids: list[Tensor] = []
-        """In the order in which they were made."""
+        """In the order of their creation."""
         self.balances: list[tuple[str, list[Tensor]]] = []
-        """Where, and the ids of each part."""
+        """Place in the network, and the ids of each part."""
         self.canonical = torch.empty(0, dtype=torch.int64)
         """Canonical id of every id, (ids,)."""
         self.reasons: dict[int, str] = {}
@@ -38,13 +38,13 @@ class GroupBuilder:
         self.beside_zeros = torch.empty(0, dtype=torch.bool)
         """By id: added to fixed zeros. The last entry is for ZERO itself."""
         self.couplings: list[tuple[Tensor, str]] = []
-        """Ids where results of several layers meet, and how they do."""
+        """Ids where the outputs of several layers are combined, and how."""
         self._sets = UnionFind(0)
         self._locks: list[tuple[Tensor, str]] = []
         self.sizes: dict[Attribute, Tensor] = {}
-        """Module and attribute -> ids of the channels that it counts."""
+        """Module and attribute -> ids of the channels that the attribute counts."""
         self.normalised = torch.empty(0, dtype=torch.bool)
-        """By canonical id: normalised together with others."""
+        """By canonical id: normalised together with other channels."""
         self._views: list[View] = []
         self._normalised: list[Tensor] = []
         self._beside: list[Tensor] = []
@@ -61,7 +61,7 @@ class GroupBuilder:
         self, named: NamedTensor, axis: int, kind: MemberKind, ids: Tensor, owner: str,
         groups: int = 1,
     ) -> None:  # fmt: skip
-        """An axis of a tensor has these ids; if it had others, they are the same channels."""
+        """Record that an axis of a tensor has these ids, and unite them with earlier ids of it."""
         self._used.add(named.name)
         if (reason := self._constant(named.name)) is not None:
             self.lock(ids, f"{named.name} is {reason}")
@@ -74,7 +74,7 @@ class GroupBuilder:
             self.axes[named.name, axis] = AxisEntry(named.name, axis, kind, ids, owner, groups)
 
     def fixed(self, count: int, reason: str) -> Tensor:
-        """New ids, locked."""
+        """New ids, which are locked."""
         ids = self._new(count)
         self.fixed_ids.append(ids)
         self.lock(ids, reason)
@@ -101,7 +101,7 @@ class GroupBuilder:
         return outputs
 
     def norm(self, tensors: Sequence[NamedTensor], kind: NormKind, ids: Tensor) -> None:
-        """Note the tensors."""
+        """Record the tensors."""
         for named in tensors:
             self._note(named, 0, kind, ids, named.name.rpartition(".")[0])
 
@@ -115,7 +115,7 @@ class GroupBuilder:
         return self.parameters[named.name][0]
 
     def select(self, index: NamedTensor, into: Tensor, owns_channels: bool) -> Tensor:
-        """New ids for positions that are channels of their own, else the selected ids."""
+        """New ids with `owns_channels`, else the selected ids."""
         self._used.add(index.name)
         numbers = index.tensor.detach().cpu()
         if index.name in self.selects:
@@ -133,7 +133,7 @@ class GroupBuilder:
         return outputs
 
     def unify(self, a: Tensor, b: Tensor) -> None:
-        """Ids of a pair become one channel; one that is paired with ZERO is locked instead."""
+        """Unite the ids of each pair; an id that is paired with ZERO is locked instead."""
         different = a != b
         x, y = a[different] - ZERO, b[different] - ZERO  # from 0, so that a pair is one number
         base = len(self._sets.parent) - ZERO
@@ -148,15 +148,15 @@ class GroupBuilder:
             self._sets.union(x, y)
 
     def couple(self, ids: Tensor, how: str) -> None:
-        """Note the operation."""
+        """Record the operation."""
         self.couplings.append((ids[ids >= 0].unique(), how))
 
     def lock(self, ids: Tensor, reason: str) -> None:
-        """Note the reason; where there are several, the first one counts."""
+        """Record the reason; of several reasons, the first one counts."""
         self._locks.append((ids[ids >= 0].unique(), reason))
 
     def view(self, node: str, sizes: Sequence[Any], ids: Tensor) -> None:
-        """Note the view, for `views.settle`."""
+        """Record the view, for `views.settle`."""
         if (view := View(node, tuple(sizes), ids)).matters():
             self._views.append(view)
 
@@ -165,11 +165,11 @@ class GroupBuilder:
         return int(size)
 
     def normalise(self, ids: Tensor) -> None:
-        """Note the ids."""
+        """Record the ids."""
         self._normalised.append(ids)
 
     def balance(self, where: str, parts: Sequence[Tensor]) -> None:
-        """Note the parts."""
+        """Record the parts."""
         self.balances.append((where, list(parts)))
 
     def finish(self) -> None:
@@ -217,7 +217,7 @@ class GroupBuilder:
 
 
 def _constants(model: nn.Module) -> Callable[[str], str | None]:
-    """Tells by its name why a tensor of the network cannot become smaller; None if it can."""
+    """A function: name of a tensor -> why it cannot become smaller; None if it can."""
     saved = {name for name, _ in model.named_parameters()}
     unsaved: set[str] = set()
     for path, module in model.named_modules():
@@ -244,7 +244,7 @@ def _refuse_unused(model: nn.Module, used: set[str]) -> None:
 
 
 def _only_axis(ids: Tensor) -> int | None:
-    """The axis along which alone ids differ, the first one if there is none; None if several."""
+    """The only axis along which ids differ; the first if they do along none, None if several."""
     for axis in range(ids.dim()):
         if bool((ids == _first_of_other_axes(ids, axis)).all()):
             return axis

@@ -1,9 +1,9 @@
 """The channel graph: which channels of a network can only be removed together.
 
-A channel is produced by an output of one layer, or of several whose outputs are added, and it is
-consumed by inputs of others; normalisations have entries for it in between. All of these are its
-members. Channels with members in the same tensors form a group. An operation without a rule is
-refused by name, and channels whose removal would change others are locked, with the reason.
+A channel is produced by an output of one layer, or of several layers whose outputs are added, and
+is consumed by inputs of other layers; normalisations in between have entries for it. All of these
+are its members. Channels with members in the same tensors form a group. For an operation without a
+rule, an error names it; channels whose removal would change others are locked, with the reason.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,14 +29,14 @@ from secateur.channels.selection import (
 from secateur.channels.trace import trace
 
 Selection = Mapping[str, Tensor]
-"""Group name -> numbers of channels to remove, int64, (channels,); where not all can be removed,
-the first ones take precedence."""
+"""Group name -> indices of channels to remove, int64, (channels,); if not all can be removed, the
+first ones take precedence."""
 
 
 class ChannelGraph:
-    """The channel groups of a network, and what removing channels leaves of it.
+    """The channel groups of a network, and the result of removing channels.
 
-    `print(graph)` lists the groups. `build_channel_graph` makes one from a network.
+    `print(graph)` lists the groups. `build_channel_graph` builds the graph of a network.
     """
 
     def __init__(self, model: nn.Module, fx_graph: fx.Graph, shape: Sequence[int]) -> None:
@@ -54,8 +54,8 @@ class ChannelGraph:
         self.canonical: Tensor = self._built.canonical
         """Canonical id of every channel id: equal for ids of one channel, int64, (ids,)."""
         self.normalised: Tensor = self._built.normalised
-        """By canonical id, bool: normalised together with others (LayerNorm), so that all others
-        change if it is removed."""
+        """By canonical id, bool: normalised together with other channels (LayerNorm), so that
+        removing the channel changes all others."""
         axes = list(self._built.axes.values())
         self.groups: tuple[ChannelGroup, ...] = tuple(
             group_channels(axes, self.canonical, self._built.reasons)
@@ -100,14 +100,14 @@ class ChannelGraph:
 
     @cached_property
     def _outputs(self) -> tuple[list[str], Tensor, Tensor]:
-        """Names as in `output_ids`, all of these ids, and for each the place of its name."""
+        """Names as in `output_ids`, all of these ids, and for each id the index of its name."""
         found = self.output_ids()
         counts = torch.tensor([len(ids) for ids in found.values()], dtype=torch.int64)
         places = torch.arange(len(found)).repeat_interleave(counts)
         return list(found), torch.cat([torch.empty(0, dtype=torch.int64), *found.values()]), places
 
     def emptied(self, gone: Tensor) -> list[str]:
-        """Layers and index buffers that have no other outputs than these, bool, (ids,)."""
+        """Layers and index buffers all of whose outputs are in `gone`, bool, (ids,)."""
         names, ids, places = self._outputs
         left = places[~gone[ids]].bincount(minlength=len(names))
         return [names[place] for place in (left == 0).nonzero().flatten().tolist()]
@@ -136,15 +136,15 @@ class ChannelGraph:
         return {name: index for name, index in chosen.items() if len(index)}
 
     def units(self, scores: Tensor) -> tuple[list[RemovalUnits], dict[str, str]]:
-        """All channels that may go, in units that no balance forbids to remove one by one; and
-        groups without any, with the reason. `scores` (ids,) is the importance of each channel."""
+        """All channels that can be removed, in units that can be removed one by one; and groups
+        without any, with the reason. `scores` (ids,) is the importance of each channel."""
         return removal_units(self.groups, self._balances.cells if self._balances else [], scores)
 
     def plan(self, selection: Selection) -> ShapePlan:
-        """What removing these channels leaves of every tensor.
+        """The entries of every tensor that remain when these channels are removed.
 
-        Raises PruningError if a channel is locked, naming the layer if one is left without outputs,
-        or if what remains does not fit together, as with unequal groups of a convolution.
+        Raises PruningError if a channel is locked, if a layer is left without outputs (naming it),
+        or if the remaining tensors do not fit together, as with unequal groups of a convolution.
         """
         gone = self.ids_of(selection)
         lost = self._among(gone)
@@ -155,11 +155,11 @@ class ChannelGraph:
         return planner.plan
 
     def removable(self, selection: Selection) -> dict[str, Tensor]:
-        """A selection that can be removed: `balanced`, and channels that select nothing else.
+        """A selection that can be removed: `balanced`, and channels that select only removed ones.
 
-        A channel of a ChannelSelect that selects a removed channel is zero from then on, and
-        constant behind its normalisation: it is removed too, unless it is locked, needs a balance,
-        or is the last one of its ChannelSelect.
+        When a removed channel is selected by a ChannelSelect, the resulting channel becomes zero,
+        and constant after its normalisation. It is removed too, unless it is locked, must stay
+        balanced, or is the last one of its ChannelSelect.
         """
         chosen = self.balanced(selection)
         lost = self._among(self.ids_of(chosen))
@@ -173,11 +173,11 @@ class ChannelGraph:
         return chosen
 
     def balanced(self, selection: Selection) -> dict[str, Tensor]:
-        """The selection without channels that other channels cannot do without.
+        """The selection without channels that cannot be removed.
 
-        No layer loses all outputs, and the parts of every balance lose equally many channels, the
-        first ones that are selected. Where that is impossible, all channels that need a balance
-        remain. Raises PruningError if a channel is locked, as `ids_of` does.
+        No layer loses all outputs, and the parts of every balance lose the same number of channels,
+        the first ones that are selected. Where that is impossible, no channel that must stay
+        balanced is removed. Raises PruningError if a channel is locked, as `ids_of` does.
         """
         chosen = self._leave_one({name: _distinct(index) for name, index in selection.items()})
         if not self._balances:
@@ -193,7 +193,7 @@ class ChannelGraph:
         return self._pick(chosen, ~self._among(self._balances.bound))
 
     def _leave_one(self, selection: Selection) -> dict[str, Tensor]:
-        """Where all outputs of a layer are selected, without the last one in its group's order."""
+        """The selection without the last output, in group order, of layers that would lose all."""
         gone = self._among(self.ids_of(selection))
         if not (emptied := self.emptied(gone)):
             return dict(selection)
@@ -204,7 +204,7 @@ class ChannelGraph:
         return self._pick(selection, gone)
 
     def _selected_alone(self) -> Tensor:
-        """bool, (ids,): free channels that no layer produces and that need no balance."""
+        """bool, (ids,): free channels that no layer produces and that are in no balance."""
         free = torch.zeros(len(self.canonical), dtype=torch.bool)
         for group in self.groups:
             free[group.ids] = group.locked is None
@@ -227,7 +227,7 @@ class ChannelGraph:
         return {name: selection[name][own] for name, own in stays.items() if bool(own.any())}
 
     def _ranks(self, selection: Selection) -> dict[int, int]:
-        """Canonical id -> place in the selection of its group."""
+        """Canonical id -> its rank in the selection of its group."""
         return {
             canonical_id: place
             for name, index in selection.items()
@@ -246,5 +246,5 @@ def build_channel_graph(model: nn.Module, example: Tensor) -> ChannelGraph:
 
 
 def _distinct(index: Tensor) -> Tensor:
-    """Every number once, where it first stands."""
+    """Every number once, in the order of first occurrence."""
     return torch.tensor(list(dict.fromkeys(index.tolist())), dtype=torch.int64)

@@ -17,7 +17,7 @@ class Member:
     """Name of the parameter or buffer."""
     axis: int
     index: Tensor
-    """int64, (channels, entries): positions along the axis, equally many for each channel."""
+    """int64, (channels, entries): positions along the axis, the same number for each channel."""
     kind: MemberKind
     groups: int = 1
     """Groups of the convolution whose inputs these are; `index` counts inputs over all groups."""
@@ -38,15 +38,15 @@ class ChannelGroup:
     """Channels with members in the same tensors."""
 
     name: str
-    """The first layer that produces them, with a number if it produces several groups."""
+    """The first layer that produces the channels; numbered if it produces several groups."""
     size: int
     """Number of channels."""
     members: tuple[Member, ...]
     """In the order of execution."""
     producers: tuple[str, ...]
-    """Layers whose outputs the channels are; outputs of several producers are added."""
+    """Layers that have the channels as outputs; outputs of several producers are added."""
     consumers: tuple[str, ...]
-    """Layers whose inputs the channels are."""
+    """Layers that have the channels as inputs."""
     locked: str | None
     """Why none of the channels can be removed; None if they can."""
     ids: Tensor
@@ -54,8 +54,8 @@ class ChannelGroup:
 
     @property
     def weights(self) -> tuple[Member, ...]:
-        """Members whose size tells how much the network makes of a channel: filters of the layers
-        that produce it, weights that consume it, and scales of normalisations on the way."""
+        """Members whose magnitude shows the importance of a channel: filters of the layers that
+        produce it, weights that consume it, and scales of normalisations in between."""
         return tuple(
             member
             for member in self.members
@@ -67,8 +67,8 @@ class ChannelGroup:
 def by_channel(tensor: Tensor, axis: int, groups: int = 1) -> Tensor:
     """The tensor with the axis first and all others flattened: (channels, values).
 
-    A view where that is possible. With `groups` above 1 the tensor is the weight of a convolution
-    with that many groups and the axis is that of its inputs, counted over all groups.
+    The result is a view if possible. With `groups` above 1, the tensor is the weight of a
+    convolution with that many groups, and the axis is that of its inputs, counted over all groups.
     """
     if groups > 1:
         split = tensor.reshape(groups, -1, *tensor.shape[1:])  # group, output, input, kernel
@@ -104,9 +104,9 @@ class _AxisChannels:
 def group_channels(
     axes: Sequence[AxisEntry], canonical: Tensor, locks: Mapping[int, str]
 ) -> list[ChannelGroup]:
-    """Channels with entries along the same axes, and locked for the same reason, form a group.
+    """Groups of the channels that have entries along the same axes and the same reason for a lock.
 
-    `canonical` has the canonical id of every id, (ids,); `locks` the reason by canonical id.
+    `canonical` has the canonical id of every id, (ids,); `locks` has reasons by canonical id.
     """
     class_of, found = _classes(axes, canonical, locks)
     members: dict[int, list[Member]] = {}
@@ -137,8 +137,8 @@ def _classes(
 ) -> tuple[Tensor, list[_AxisChannels]]:
     """Class of each canonical id, (ids,), and the channels of each axis.
 
-    Classes begin with the reasons for locking, and each axis divides them by the number of its
-    entries (partition refinement).
+    The initial classes are the reasons for locking; each axis then divides them by the number of
+    its entries (partition refinement).
     """
     class_of = torch.zeros(len(canonical), dtype=torch.int64)
     reasons = sorted(set(locks.values()))

@@ -13,16 +13,16 @@ ZERO = -1
 
 
 class TracedSize(int):
-    """A size that was read from a tensor, so that it changes when the tensor gets smaller.
+    """A size that was read from a tensor, and that changes when the tensor gets smaller.
 
     Arithmetic with a TracedSize gives a TracedSize.
     """
 
     counted: Tensor | None = None
-    """Ids of the channels that the size is the number of, or that it was computed from; None if it
-    does not depend on channels."""
+    """Ids of the channels that the size counts, or that it was computed from; None if it does not
+    depend on channels."""
     computed: bool = False
-    """It is the result of arithmetic."""
+    """Whether it is the result of arithmetic."""
 
     @classmethod
     def of(cls, x: "ChannelIds", axis: int) -> "TracedSize":
@@ -59,8 +59,8 @@ for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "floordiv", "rfloordi
 class AttributeSize(int):
     """A size that a module of the network holds as an attribute, such as its number of heads.
 
-    It can change with the channels that it counts. Arithmetic with it gives a plain number, and
-    notes that there is a number that would change with it.
+    It can change with the channels that it counts. Arithmetic with it gives a plain number, which
+    would have to change too; that is recorded in `calculated`.
     """
 
     module: str
@@ -68,7 +68,7 @@ class AttributeSize(int):
     key: str
     """Name of the attribute."""
     calculated: bool = False
-    """The network's code calculates with it."""
+    """Whether the network's code calculates with it."""
 
     @classmethod
     def of(cls, value: int, module: str, key: str) -> "AttributeSize":
@@ -109,7 +109,7 @@ class ChannelIds:
     ids: Tensor
     """int64, broadcastable to `shape`: an axis along which ids are equal has one entry."""
     shape: tuple[int, ...]
-    """Of the tensor."""
+    """Shape of the tensor."""
 
     @classmethod
     def from_expanded(cls, ids: Tensor) -> "ChannelIds":
@@ -147,7 +147,7 @@ class ChannelIds:
 
 @dataclass(frozen=True)
 class NamedTensor:
-    """A parameter or buffer of the network; or another tensor attribute, by its path."""
+    """A parameter or buffer of the network, or another tensor attribute, with its path."""
 
     name: str
     tensor: Tensor

@@ -1,7 +1,7 @@
-"""The table of operations that are understood: what each does to channels.
+"""The table of supported operations: what each does to channels.
 
 A new operation is one entry: its module types, and the names of its functions and methods, with a
-rule. A type without an entry of its own is covered by that of its nearest base class.
+rule. A type without an entry is covered by the entry of its nearest base class.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ OperatorKey = type[nn.Module] | str
 
 
 OTHER = ("other", "mat2")
-"""Keywords of the second of two tensors."""
+"""Keywords for the second of two tensors."""
 
 
 @dataclass(frozen=True)
@@ -30,20 +30,20 @@ class Operator:
     rule: Callable[..., Any]
     """See rules/__init__.py."""
     raw: bool = False
-    """The rule gets its first argument as it is; otherwise it gets channel ids, and a parameter or
-    buffer in this place has been replaced by the ids of its entries."""
+    """The rule gets its first argument unchanged. Otherwise it gets channel ids; a parameter or
+    buffer as first argument is replaced by the ids of its entries."""
     parametric: bool = False
-    """Its other tensors must be parameters or buffers of the network."""
+    """All tensors but the first must be parameters or buffers of the network."""
     weighted: bool = False
     """A layer that sums over its inputs with weights: convolution, linear."""
     scales_channels: bool = False
     """A normalisation that multiplies channels along axis 1 by `weight` and adds `bias`."""
     elementwise: bool = False
-    """Each entry of the result depends on the entry of one tensor in the same place alone."""
+    """Each entry of the result depends only on the entry of one tensor at the same position."""
     keeps_nan: bool = False
-    """NaN stays NaN. (Some elementwise operations return a number for it.)"""
+    """NaN stays NaN. (Some elementwise operations return a number for NaN.)"""
     combines: bool = False
-    """Each entry of the result depends on the entries of several tensors in the same place."""
+    """Each entry of the result depends on the entries of several tensors at the same position."""
     multiplies: bool = False
     """A zero in either of two tensors gives zero."""
     contracts: bool = False
@@ -55,8 +55,8 @@ class Operator:
     metadata: bool = False
     """The result is about the tensor's shape or type, not its entries."""
     keywords: tuple[tuple[str, ...], ...] = ()
-    """Names of the arguments behind the first that the rule takes by position, each in the words of
-    all functions of the row."""
+    """Names of the arguments after the first that the rule takes by position: for each argument,
+    its names in all functions of the row."""
 
 
 def _table(*rows: tuple[Operator, tuple[OperatorKey, ...]]) -> dict[OperatorKey, Operator]:
@@ -190,18 +190,18 @@ def _refuse(call: Call, *_: Any, **__: Any) -> Any:
 
 
 UNKNOWN = Operator(_refuse)
-"""For what is not in the table."""
+"""The entry of all operations that are not in the table."""
 
 
 def find(key: OperatorKey) -> Operator:
-    """The entry for a function's name, or for a type of module or its nearest base; or UNKNOWN."""
+    """The entry for a function's name, or a module type (or its nearest base); else UNKNOWN."""
     if isinstance(key, str):
         return OPERATORS.get(key, UNKNOWN)
     return next((OPERATORS[base] for base in key.__mro__ if base in OPERATORS), UNKNOWN)
 
 
 def name_of(target: Any) -> str:
-    """The name under which a function or method stands in the table."""
+    """The name of a function or method in the table."""
     return target if isinstance(target, str) else getattr(target, "__name__", str(target))
 
 

@@ -1,4 +1,4 @@
-"""The second visitor: what removing channels leaves of every tensor, if that fits together."""
+"""The second visitor: the entries of every tensor that remain after a removal, with checks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,8 +21,8 @@ class ShapePlan:
     cuts: dict[str, dict[int, Tensor]] = field(default_factory=dict)
     """Tensor -> axis -> indices that remain, in their new order."""
     columns: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    """Weight of a convolution with groups -> rows that remain, (outputs,), and the columns that
-    remain of each, (outputs, inputs of a group)."""
+    """Weight of a convolution with groups -> rows that remain, (outputs,), and for each the columns
+    that remain, (outputs, inputs of a group)."""
     values: dict[str, Tensor] = field(default_factory=dict)
     """Index buffer -> its new content."""
     groups: dict[str, int] = field(default_factory=dict)
@@ -33,7 +33,7 @@ class ShapePlan:
     """Layer -> indices of its outputs that remain, in their new order."""
 
     def shrink(self, name: str, tensor: Tensor) -> Tensor:
-        """What remains of a tensor of that name; the tensor itself if all of it does."""
+        """The remaining entries of the tensor with this name; the tensor itself if all remain."""
         if name in self.columns:
             rows, columns = (index.to(tensor.device) for index in self.columns[name])
             return tensor[rows.unsqueeze(1), columns]
@@ -45,7 +45,7 @@ class ShapePlan:
 
 
 class ShapePlanner:
-    """A Visitor that propagates the ids that remain, and notes the positions that they had."""
+    """A Visitor that propagates the remaining ids, and records their former positions."""
 
     def __init__(self, built: GroupBuilder, gone: Tensor) -> None:
         """`gone` has the canonical ids of the channels to remove, int64."""
@@ -61,7 +61,7 @@ class ShapePlanner:
         return self._remains[self.built.canonical_of(ids)].nonzero().flatten()
 
     def _match(self, where: str, old: Tensor, new: Tensor) -> Tensor:
-        """The old position of each new id; equal channels match in their order."""
+        """The old position of each new id; ids of the same channel are matched in order."""
         before, found = self.built.canonical_of(old), self.built.canonical_of(new)
         positions = self._remains[before].nonzero().flatten()
         kept = before[positions]
@@ -80,13 +80,13 @@ class ShapePlanner:
             raise PruningError(f"{name} would be needed in two orders")
 
     def fixed(self, count: int, reason: str) -> Tensor:
-        """The ids of the first propagation, which came in this order too."""
+        """The ids of the first propagation, in which they were created in the same order."""
         return next(self._fixed)
 
     def layer(
         self, name: str, weight: NamedTensor, bias: NamedTensor | None, into: Tensor, groups: int
     ) -> Tensor:
-        """Rows of the weight by the outputs that remain, columns by the inputs that come in."""
+        """Keep the rows of the remaining outputs, and the columns of the inputs in `into`."""
         layer = self.built.layers[name]
         if len(into) == 0:
             raise PruningError(f"layer {name} would be left without inputs; remove fewer")
@@ -107,12 +107,12 @@ class ShapePlanner:
         return layer.outputs[rows]
 
     def _regroup(self, name: str, count: int) -> None:
-        """Note a convolution's groups; those of a mere function call stand in the code."""
+        """Record a convolution's groups; those of a plain function call are part of the code."""
         if name in self._modules:
             self.plan.groups[name] = count
 
     def _grouped(self, name: str, layer: LayerInfo, into: Tensor) -> Tensor:
-        """Groups keep equally many inputs and outputs, or are removed as a whole."""
+        """Groups keep equal numbers of inputs and outputs, or are removed as a whole."""
         inputs, outputs = len(layer.inputs) // layer.groups, len(layer.outputs) // layer.groups
         index = self._match(name, layer.inputs, into)
         owners = index // inputs
@@ -133,7 +133,7 @@ class ShapePlanner:
         return order
 
     def norm(self, tensors: Sequence[NamedTensor], kind: NormKind, ids: Tensor) -> None:
-        """Entries in the order in which the channels come in."""
+        """Keep the entries of the channels in `ids`, in their order."""
         known: tuple[Tensor, Tensor] | None = None  # often equal for all tensors
         for named in tensors:
             before = self.built.axes[named.name, 0].ids
@@ -151,7 +151,7 @@ class ShapePlanner:
         return ids.index_select(axis, index)
 
     def select(self, index: NamedTensor, into: Tensor, owns_channels: bool) -> Tensor:
-        """Positions that remain, and where the channels are that they select."""
+        """Keep the remaining positions of the index, and update where it points to."""
         known = self.built.selects[index.name]
         matched = self._match(index.name, known.inputs, into)
         position = torch.full((len(known.inputs) + 1,), ZERO)  # the last one is that of zeros
@@ -162,7 +162,7 @@ class ShapePlanner:
         return known.outputs[remaining]
 
     def unify(self, a: Tensor, b: Tensor) -> None:
-        """A pair must have been one channel before."""
+        """Check that each pair was one channel before the removal."""
         x, y = self.built.canonical_of(a), self.built.canonical_of(b)
         wrong = (x != y) & ~self._was_padding(a, b) & ~self._was_padding(b, a)
         if bool(wrong.any()):
@@ -172,16 +172,16 @@ class ShapePlanner:
         return (a == ZERO) & self.built.beside_zeros[b]
 
     def couple(self, ids: Tensor, how: str) -> None:
-        """Nothing to do: noted once."""
+        """Nothing to do: the builder has recorded it."""
 
     def lock(self, ids: Tensor, reason: str) -> None:
-        """Nothing to do: locked channels are never among those that are removed."""
+        """Nothing to do: locked channels are never removed."""
 
     def view(self, node: str, sizes: Sequence[Any], ids: Tensor) -> None:
         """Nothing to do: the view itself fails if channels do not fit its sizes."""
 
     def size(self, size: AttributeSize) -> int:
-        """The number of channels that remain of those that the attribute counts."""
+        """The number of remaining channels that the attribute counts."""
         counted = self.built.sizes.get((size.module, size.key))
         if counted is None:
             return int(size)
@@ -190,7 +190,7 @@ class ShapePlanner:
         return left
 
     def normalise(self, ids: Tensor) -> None:
-        """Nothing to do: the normalisation is over the channels that remain."""
+        """Nothing to do: the normalisation is over the remaining channels."""
 
     def balance(self, where: str, parts: Sequence[Tensor]) -> None:
         """Nothing to do: the operation that needs the balance checks it."""

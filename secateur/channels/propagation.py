@@ -1,9 +1,9 @@
 """Propagates channel ids through a traced network: the id of every entry of every tensor.
 
-A layer with weights makes new ids, one for each of its outputs. Operations that move entries
-(views, permutations, concatenations, padding) move their ids alike. Everything else is reported to
-a `Visitor`: which layer reads which ids, which ids are added, and which cannot be removed because
-an operation mixes them.
+A layer with weights creates new ids, one for each of its outputs. Operations that move entries
+(views, permutations, concatenations, padding) move the ids in the same way. Everything else is
+reported to a `Visitor`: which layer reads which ids, which ids are added, and which cannot be
+removed because an operation mixes them.
 """
 
 from collections.abc import Sequence
@@ -19,9 +19,9 @@ from secateur.channels.ids import ChannelIds, NamedTensor
 from secateur.channels.rules.call import Broadcasts, Call
 from secateur.channels.visitor import Visitor
 
-BATCH_SIZE = 2  # not 1, so that the batch is never taken for an axis that is broadcast
+BATCH_SIZE = 2  # not 1, so that the batch is never mistaken for a broadcast axis
 _LIBRARIES = ("torch", "_operator", "torchvision", "builtins", "secateur")
-"""Packages whose functions the table knows by their names alone."""
+"""Packages whose functions the table finds by name only."""
 
 
 class Propagation(fx.Interpreter):
@@ -39,7 +39,7 @@ class Propagation(fx.Interpreter):
         self.extra_traceback = False  # errors name the node themselves
         self.visitor, self.shape = visitor, tuple(shape)
         self.broadcasts: Broadcasts = {} if broadcasts is None else broadcasts
-        """What this propagation found, for those after it."""
+        """Broadcasts found by this propagation, for later ones."""
         tensors = [*model.named_parameters(), *model.named_buffers()]
         self._names = {id(tensor): name for name, tensor in tensors}
         self._dtype = next((p.dtype for p in model.parameters()), torch.get_default_dtype())
@@ -51,9 +51,9 @@ class Propagation(fx.Interpreter):
         return super().run(*args, **options)
 
     def run_node(self, n: fx.Node) -> Any:
-        """Errors of any type become a PruningError that names the node.
+        """Run a node; errors of any type become a PruningError that names the node.
 
-        Without the traces that fx keeps for each node, which cost as much as most rules.
+        The traces that fx keeps for each node are left out: they cost as much as most rules.
         """
         self._node = n.name
         try:
@@ -68,8 +68,8 @@ class Propagation(fx.Interpreter):
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
         """The network's input is a batch of `shape`; other arguments have defaults.
 
-        Where channels are in one with two axes beside the batch, as a sequence, is not known; since
-        they are locked, they count as one.
+        In an input with two axes beside the batch, such as a sequence, it is not known which axis
+        is that of the channels; since they are locked, they count as one channel.
         """
         if args:
             return args[0]
@@ -89,7 +89,7 @@ class Propagation(fx.Interpreter):
                 call.lock(value, "an output of the network")
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """Tensors get their names; a single number is a number."""
+        """Return a tensor with its name; a single number is returned as such."""
         value = self.fetch_attr(target)
         if not isinstance(value, Tensor):
             return value
@@ -146,7 +146,7 @@ class Propagation(fx.Interpreter):
 
 
 def _counts(tensor: Tensor) -> bool:
-    """Whether the entries are whole numbers, such as those of an index, which are no channels."""
+    """Whether the entries are integers, such as those of an index, which are not channels."""
     return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
 
 

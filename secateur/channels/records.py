@@ -1,4 +1,4 @@
-"""What the first propagation notes: layers, index buffers, and axes of tensors with their ids."""
+"""Records of the first propagation: layers, index buffers, and axes of tensors with their ids."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,9 +6,9 @@ from typing import Literal
 from torch import Tensor
 
 MemberKind = Literal["out", "bias", "in", "norm", "statistic", "scale", "index"]
-"""What the entries along an axis are to a channel.
+"""The role of the entries along an axis for a channel.
 
-out: filters of the layer that produces it. bias: of that layer. in: weights that consume it.
+out: filters of the layer that produces it. bias: bias of that layer. in: weights that consume it.
 norm: weight or bias of a normalisation. statistic: running mean or variance. scale: any other
 tensor that is multiplied or added. index: position in the index of a ChannelSelect.
 """
@@ -29,13 +29,13 @@ class LayerInfo:
     groups: int
 
     def depthwise(self) -> bool:
-        """Every input has filters of its own."""
+        """Whether every input has its own filters."""
         return self.groups > 1 and self.groups == len(self.inputs)
 
 
 @dataclass(frozen=True)
 class SelectInfo:
-    """A buffer by which channels are selected."""
+    """An index buffer that selects channels."""
 
     index: Tensor
     """Its content, int64, (outputs,); negative for zeros."""
@@ -44,8 +44,8 @@ class SelectInfo:
     outputs: Tensor
     """Channel ids, int64, (outputs,)."""
     owns_channels: bool
-    """Each output is a channel of its own, which may be zero (ChannelSelect). Otherwise it is the
-    input that is selected."""
+    """Whether each output is a new channel, which may be zero (ChannelSelect). Otherwise it is the
+    same channel as the selected input."""
 
 
 @dataclass(frozen=True)
@@ -61,4 +61,4 @@ class AxisEntry:
     owner: str
     """Path of the module."""
     groups: int = 1
-    """Groups of the convolution, if the axis is that of its inputs; ids are those of all groups."""
+    """Groups of the convolution, if the axis is that of its inputs; `ids` covers all groups."""

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from secateur.channels.groups import ChannelGroup
 
 COLUMNS = {"group": 16, "channels": 8, "producers": 16, "consumers": 16, "norms and scales": 16}
-"""Titles, and characters of each unless one name is longer; lists of names are wrapped."""
+"""Titles and widths in characters, exceeded only by longer names; lists of names are wrapped."""
 
 
 def describe(
@@ -17,8 +17,8 @@ def describe(
 ) -> str:
     """A summary, then a table with a row for each group, in the order of execution.
 
-    `shape` is that of one input. Below the row of a group stand, by `couplings`, how the results of
-    its producers are coupled, and the reason why it is locked, if it is.
+    `shape` is the shape of one input. Below the row of a group follow how the outputs of its
+    producers are coupled (`couplings`), and why it is locked, if it is.
     """
     free = sum(group.size for group in groups if group.locked is None)
     total = sum(group.size for group in groups)

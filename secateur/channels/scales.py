@@ -1,11 +1,11 @@
-"""Scales of batch normalisations (gamma), and which of them decide about a channel alone.
+"""Scales of batch normalisations (gamma), and which of them alone determine a channel.
 
-Between two layers with weights lies a region of the network: normalisations, activations, sums and
-concatenations that are connected. A scale near zero silences its channel for certain only if
-everything in that region that consumes the channel does so behind a normalisation. A region with a
-sum or a product is coupled: there a channel can have several producers. A normalisation that is the
-only consumer of a ChannelSelect, as at the entrance of a pre-activation block, decides alone about
-what its block reads, coupled or not.
+Between layers with weights lie regions of the network: connected normalisations, activations, sums
+and concatenations. A scale near zero is certain to silence its channel only if every consumer in
+its region reads the channel after a normalisation. A region with a sum or a product is coupled:
+there a channel can have several producers. A normalisation that is the only consumer of a
+ChannelSelect, as at the entrance of a pre-activation block, alone determines what its block reads,
+whether the region is coupled or not.
 """
 
 from collections.abc import Iterable, Iterator
@@ -24,8 +24,8 @@ from secateur.sparsity.masks import LAYERS, BatchNorm
 from secateur.sparsity.positions import BLOCK
 
 Coupled = Literal["skip", "include", "blocks"]
-"""Whether scales in coupled regions are left out, or included; blocks: left out, and so are those
-outside of residual blocks, if the network has any."""
+"""skip: leave out scales in coupled regions; include: include them; blocks: leave them out, and
+also those outside residual blocks, if the network has such blocks."""
 
 Modules = dict[str, nn.Module]
 """By path."""
@@ -38,9 +38,10 @@ class NormScale:
     name: str
     """Path of the normalisation."""
     coupled: bool
-    """Its region has a sum or a product: a channel can have several producers."""
+    """Whether its region has a sum or a product: a channel can have several producers."""
     gates: bool
-    """No layer reads a channel of its region that no normalisation has scaled."""
+    """Whether every layer that reads its region does so after a normalisation, or it is the only
+    consumer of a ChannelSelect."""
 
     @property
     def weight(self) -> str:
@@ -53,7 +54,7 @@ class FlatScales:
     """Scales of several normalisations, one after the other."""
 
     names: list[str]
-    """Of the parameters."""
+    """Names of the parameters."""
     sizes: list[int]
     """Number of scales of each."""
     values: Tensor
@@ -66,8 +67,8 @@ class FlatScales:
         return self.by_channel(count, "amax")
 
     def by_channel(self, count: int, reduce: Literal["sum", "mean", "amax", "prod"]) -> Tensor:
-        """One number for the scales of each channel, NaN if it has none: (count,), by canonical
-        id."""
+        """The scales of each channel reduced to one number, NaN if it has none: (count,), by
+        canonical id."""
         known = self.ids >= 0
         found = torch.full((count,), torch.nan, dtype=self.values.dtype)
         return found.scatter_reduce_(
@@ -76,9 +77,9 @@ class FlatScales:
 
 
 def prunable_norms(model: nn.Module, coupled: Coupled) -> dict[str, BatchNorm]:
-    """Batch normalisations whose scales alone decide about channels of one producer; or all.
+    """Batch normalisations whose scales alone determine channels of one producer, or all.
 
-    With `include` they are all batch normalisations with scales, of any network. Otherwise raises
+    With `include`, these are all batch normalisations with scales, of any network. Otherwise raises
     PruningError if the network cannot be traced.
     """
     norms = scaled_norms(model)
@@ -92,7 +93,7 @@ def prunable_norms(model: nn.Module, coupled: Coupled) -> dict[str, BatchNorm]:
 
 
 def inside_blocks(names: Iterable[str]) -> set[str]:
-    """The modules of residual blocks (`layer1.0.bn1`); all of them where no name is of a block."""
+    """The modules inside residual blocks (`layer1.0.bn1`); all of them if there are no blocks."""
     every = set(names)
     return {name for name in every if BLOCK.fullmatch(name)} or every
 
@@ -115,7 +116,7 @@ def norm_scales(model: nn.Module, fx_graph: fx.Graph) -> list[NormScale]:
 
 
 def flat_scales(model: nn.Module, graph: ChannelGraph, scales: list[NormScale]) -> FlatScales:
-    """The scales as one list, each with its channel."""
+    """The scales in one tensor, each with its channel."""
     owner: dict[str, Tensor] = {}
     wanted = {scale.weight for scale in scales}
     for group in graph.groups:
@@ -136,9 +137,10 @@ def flat_scales(model: nn.Module, graph: ChannelGraph, scales: list[NormScale]) 
 
 
 def with_selected_scales(graph: ChannelGraph, scales: Tensor) -> Tensor:
-    """Scales by canonical id, where a ChannelSelect adds to a sum at least that of what it selects.
+    """Scales by canonical id, where a channel of a ChannelSelect counts at least with the scale of
+    the channel that it selects.
 
-    `scales` has one for each id, (ids,), NaN for a channel without any; so has the result.
+    `scales` and the result have one scale for each id, (ids,), NaN for a channel without any.
     """
     produced = torch.zeros(len(graph.canonical), dtype=torch.bool)
     for layer in graph.layers.values():

@@ -1,4 +1,4 @@
-"""Which channels of a selection can be removed, and which lose their purpose along with it.
+"""Which channels of a selection can be removed, and which channels lose their purpose with them.
 
 Channels are given by their canonical ids.
 """
@@ -17,29 +17,29 @@ from secateur.channels.union_find import UnionFind
 
 @dataclass(frozen=True)
 class BalanceConstraint:
-    """An operation that needs equally many channels in each of several parts."""
+    """An operation that needs the same number of channels in each of several parts."""
 
     where: str
     """Node of the traced network, or layer."""
     parts: tuple[tuple[tuple[str, int], ...], ...]
-    """Channels of each part, as (group, number)."""
+    """Channels of each part, as (group, index)."""
 
 
 @dataclass(frozen=True)
 class RemovalUnits:
     """Channels in units that can be removed one by one, each unit as a whole.
 
-    A unit is a single channel; or, where parts need a balance, a channel of each part.
+    A unit is a single channel or, where parts must stay balanced, one channel of each part.
     """
 
     groups: tuple[str, ...]
-    """Channel groups that the channels are of."""
+    """Channel groups that the channels belong to."""
     ids: Tensor
     """int64, (units, channels): canonical ids, the least important unit first in a balance."""
 
 
 class Balances:
-    """The balances of a network, and how a selection is made to respect them."""
+    """The balances of a network; makes a selection respect them."""
 
     def __init__(
         self,
@@ -47,11 +47,11 @@ class Balances:
         canonical: Tensor,
         layers: Mapping[str, LayerInfo],
     ) -> None:
-        """`balances` as `GroupBuilder` notes them; `canonical` has the canonical id of every id."""
+        """`balances` as `GroupBuilder` records them; `canonical`: canonical id of every id."""
         self._balances, self._canonical, self._layers = balances, canonical, layers
 
     def __bool__(self) -> bool:
-        """Whether there are any."""
+        """Whether the network has any balances."""
         return bool(self._balances)
 
     def _known(self, ids: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ class Balances:
         return self._canonical[ids[ids >= 0]]
 
     def constraints(self, groups: Sequence[ChannelGroup]) -> tuple[BalanceConstraint, ...]:
-        """With channels as numbers within their groups."""
+        """The balances, with channels as indices within their groups."""
         if not self:
             return ()
         names = {
@@ -92,16 +92,16 @@ class Balances:
 
     @cached_property
     def bound(self) -> Tensor:
-        """All channels that need a balance, int64, ascending."""
+        """All channels that are in a balance, int64, ascending."""
         bound = {i for parts in self.cells for part in parts for i in part}
         return torch.tensor(sorted(bound), dtype=torch.int64)
 
     def even(self, rank: Mapping[int, int], whole: bool, spare: bool) -> Tensor:
-        """The selected channels without those by which a part would lose more than another.
+        """The selected channels, reduced so that all parts of a balance lose the same number.
 
-        `rank` has the selected channels and their places; the first ones stay selected. With
-        `whole`, groups of a convolution that are selected as a whole are removed as a whole; with
-        `spare` no part loses all of its channels.
+        `rank` has the rank of every selected channel; lower ranks are selected first. With `whole`,
+        groups of a convolution that are selected as a whole are removed as a whole; with `spare`,
+        no part loses all of its channels.
         """
         chosen = set(rank)
         removed = self._whole_groups(chosen) if whole else set()
@@ -134,11 +134,12 @@ class Balances:
 def removal_units(
     groups: Sequence[ChannelGroup], cells: Sequence[Sequence[set[int]]], scores: Tensor
 ) -> tuple[list[RemovalUnits], dict[str, str]]:
-    """All channels that may go, in units; and groups without any, with the reason, by name.
+    """All channels that can be removed, in units; and the names of groups without any, with the
+    reason.
 
-    `cells` are those of `Balances`, `scores` the importance of each channel by canonical id. The
-    channels of a part are matched with those of the other parts in the order of their scores, so
-    that the least important channels of all parts go first.
+    `cells` are those of `Balances`; `scores` is the importance of each channel by canonical id. The
+    channels of the parts are matched in the order of their scores, so that the least important
+    channels of all parts are removed first.
     """
     refused = {group.name: group.locked for group in groups if group.locked is not None}
     owner = {i: group for group in groups for i in group.ids.tolist()}
@@ -169,9 +170,9 @@ def removal_units(
 def orphans(
     gone: Tensor, free: Tensor, selects: Mapping[str, SelectInfo], canonical: Tensor
 ) -> Tensor:
-    """Free channels of ChannelSelects that select nothing but channels that are gone: bool, (ids,).
+    """Free channels of ChannelSelects that select only removed channels: bool, (ids,).
 
-    `gone` and `free` are bool, (ids,). A channel that selected an orphan is one too.
+    `gone` and `free` are bool, (ids,). A channel that selects only orphans is an orphan too.
     """
     lost = gone
     while True:

@@ -15,16 +15,16 @@ from secateur.nn.layers import ChannelSelect
 from secateur.sparsity.masks import LAYERS, BatchNorm
 
 _LEAVES = (*LAYERS, *get_args(BatchNorm), nn.InstanceNorm2d, nn.LayerNorm, nn.GroupNorm)
-"""Types whose plain subclasses, without methods of their own, are leaves as well."""
+"""Types whose plain subclasses, without own methods, are leaves as well."""
 
 _FIRST = ("input", "tensor", "tensors", "query", "x")
 """Keywords of the first argument of functions."""
 _ALIASES = {"axis": "dim", "keepdims": "keepdim"}
-"""Keywords that torch takes as numpy does, and its own."""
+"""Keywords that torch accepts for numpy's sake -> torch's own keywords."""
 
 
 class _Tracer(fx.Tracer):
-    """Treats the project's own layers, and plain subclasses of known ones, as leaves.
+    """Treats Secateur's layers, and plain subclasses of known layers, as leaves.
 
     Attention modules whose sizes are tied are traced through the code of `nn.attention`.
     """
@@ -36,9 +36,9 @@ class _Tracer(fx.Tracer):
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
     ) -> tuple[Any, list[Any]]:
-        """Arguments of the network's forward: those alone that it needs, its first in any case.
+        """Arguments of the network's forward: the first and all required ones.
 
-        The others have their defaults, so that code that asks whether they are given finds that
+        The others keep their defaults, so that code that checks whether they are given finds that
         they are not.
         """
         given = list(signature(root_fn).parameters.values())[1:]
@@ -58,7 +58,7 @@ class _Tracer(fx.Tracer):
         return isinstance(m, _LEAVES) and type(m).__mro__[1] in _LEAVES and not _has_methods(m)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Call the module with the code of the class that may take its place, if there is one."""
+        """Call the module with the code of the class that can replace its own, if there is one."""
         free = free_class(m)
         if free is not None:
             forward = free.forward.__get__(m)
@@ -71,9 +71,9 @@ def _has_methods(module: nn.Module) -> bool:
 
 @contextmanager
 def _named_sizes(model: nn.Module) -> Iterator[None]:
-    """Sizes that modules hold as attributes are AttributeSizes meanwhile.
+    """Context in which sizes that modules hold as attributes are AttributeSizes.
 
-    Except in layers of torch, whose attributes are no arguments of operations.
+    Layers of torch are excepted: their attributes are not arguments of operations.
     """
     changed: list[tuple[nn.Module, str, int]] = []
     for path, module in model.named_modules():
@@ -91,10 +91,10 @@ def _named_sizes(model: nn.Module) -> Iterator[None]:
 
 
 def trace(model: nn.Module) -> fx.Graph:
-    """The operations of the network in eval mode, all optional arguments at their defaults.
+    """The operations of the network in eval mode, with all optional arguments at their defaults.
 
-    Buffers are nodes where that is possible, so that their uses are seen. The modes of the modules
-    are restored. Raises PruningError with the reason if torch.fx cannot trace the network.
+    Where possible, buffers are nodes, so that their uses are visible. The modes of the modules are
+    restored. Raises PruningError with the reason if torch.fx cannot trace the network.
     """
     training = {m: m.training for m in model.modules()}
     try:
@@ -114,7 +114,7 @@ def trace(model: nn.Module) -> fx.Graph:
 
 
 def _normalise_keywords(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
-    """Give known operations the arguments by position that rules take so, in place."""
+    """Pass by position the arguments of known operations that rules take by position, in place."""
     for node in graph.nodes:
         operator = operators.of_node(node, modules)
         if not node.kwargs or operator is operators.UNKNOWN:

@@ -2,19 +2,19 @@
 
 
 class UnionFind:
-    """Numbers from 0 in disjoint sets; the smallest number of a set is its canonical one."""
+    """Numbers from 0 in disjoint sets; the smallest number of a set is its canonical number."""
 
     def __init__(self, count: int) -> None:
         self.parent = list(range(count))
 
     def add(self, count: int) -> range:
-        """New numbers, each in a set of its own."""
+        """New numbers, each in its own set."""
         fresh = range(len(self.parent), len(self.parent) + count)
         self.parent.extend(fresh)
         return fresh
 
     def find(self, x: int) -> int:
-        """The canonical number of the set that holds this one."""
+        """The canonical number of the set that contains `x`."""
         parent = self.parent
         while parent[x] != x:
             parent[x] = parent[parent[x]]
@@ -22,7 +22,7 @@ class UnionFind:
         return x
 
     def union(self, a: int, b: int) -> None:
-        """Make one set of two."""
+        """Unite two sets."""
         a, b = self.find(a), self.find(b)
         self.parent[max(a, b)] = min(a, b)
 

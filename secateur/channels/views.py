@@ -1,4 +1,4 @@
-"""Views of tensors in given sizes: which attributes count channels, and which channels they fix."""
+"""Views of tensors with given sizes: attributes that count channels, and locks of channels."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,17 +15,17 @@ Attribute = tuple[str, str]
 
 @dataclass(frozen=True)
 class View:
-    """A tensor that is viewed, or expanded, in sizes."""
+    """A tensor that is viewed, or expanded, with given sizes."""
 
     node: str
     sizes: tuple[Any, ...]
-    """-1 or TracedSizes where they follow the tensor, AttributeSizes where an attribute holds them,
-    and otherwise numbers that stand in the code."""
+    """-1 or TracedSizes for sizes that follow the tensor, AttributeSizes for sizes that an
+    attribute holds, and plain numbers for hard-coded sizes."""
     ids: Tensor
-    """Of its entries, broadcastable to the sizes."""
+    """Ids of its entries, broadcastable to the sizes."""
 
     def matters(self) -> bool:
-        """Whether the view may say anything about channels."""
+        """Whether the view may restrict channels."""
         return any(
             isinstance(size, AttributeSize)
             or getattr(size, "counted", None) is not None
@@ -36,25 +36,26 @@ class View:
 
 @dataclass
 class Settled:
-    """What follows from all views of a network."""
+    """The consequences of all views of a network."""
 
     counts: dict[Attribute, Tensor] = field(default_factory=dict)
     """Attribute -> ids of the channels that it counts."""
     locks: list[tuple[Tensor, str]] = field(default_factory=list)
     """Ids that cannot be removed, and the reason."""
     balances: list[tuple[str, list[Tensor]]] = field(default_factory=list)
-    """Node, and ids of parts that have to stay equal."""
+    """Node, and the ids of parts that must stay of equal size."""
 
 
 def settle(views: Sequence[View], canonical_of: Callable[[Tensor], Tensor]) -> Settled:
-    """What the views demand, once it is known which ids are one channel.
+    """The consequences of the views, once it is known which ids are the same channel.
 
-    Where channels differ along one axis alone, of a size that is an attribute's, the attribute
-    counts them, unless the code calculates with it; if the size stands in the code, they are
-    locked. If they differ along other axes too, each position of the former is a part of a balance.
+    If channels differ along a single axis, and an attribute holds the size of this axis, the
+    attribute counts the channels, unless the code calculates with it; if the size is hard-coded,
+    the channels are locked. If they differ along other axes too, each position of the former axis
+    is a part of a balance.
     """
     settled, constant = Settled(), set[Attribute]()
-    calculated: dict[Attribute, str] = {}  # and why it cannot change
+    calculated: dict[Attribute, str] = {}  # attribute -> why it cannot change
     first: list[tuple[Tensor, str]] = []
     for view in views:
         known = canonical_of(view.ids)
@@ -72,7 +73,7 @@ def settle(views: Sequence[View], canonical_of: Callable[[Tensor], Tensor]) -> S
         if counting is not None and isinstance(size := view.sizes[counting], AttributeSize):
             settled.locks += _count(settled.counts, size, _along(view.ids, counting), canonical_of)
         elif fixed and fixed == varying:
-            reason = f"{view.node} views them in a shape that stands in the code"
+            reason = f"{view.node} views them in a hard-coded shape"
             settled.locks.append((view.ids.flatten(), reason))
         elif fixed:
             parts = view.ids.movedim(fixed, tuple(range(len(fixed))))
@@ -89,9 +90,9 @@ def settle(views: Sequence[View], canonical_of: Callable[[Tensor], Tensor]) -> S
 def _foreign(
     node: str, size: TracedSize, ids: Tensor | None, canonical_of: Callable[[Tensor], Tensor]
 ) -> list[tuple[Tensor, str]]:
-    """Locks for a size that counts other channels than those along its axis, if it has any.
+    """Locks for a size that counts channels other than those along its axis.
 
-    Sizes that are computed may count parts of them; whether the parts fit is seen in each case.
+    Computed sizes may count parts of them; each propagation checks whether the parts fit.
     """
     assert size.counted is not None
     if ids is not None:
@@ -108,7 +109,7 @@ def _count(
     ids: Tensor,
     canonical_of: Callable[[Tensor], Tensor],
 ) -> list[tuple[Tensor, str]]:
-    """Note that an attribute counts these channels; locks if it counts others as well."""
+    """Record that an attribute counts these channels; returns locks if it also counts others."""
     before = counts.setdefault((size.module, size.key), ids)
     if torch.equal(canonical_of(before), canonical_of(ids)):
         return []
@@ -117,7 +118,7 @@ def _count(
 
 
 def _stated(size: Any) -> bool:
-    """Whether the size stands in the code, or an attribute holds it."""
+    """Whether the size is hard-coded, or held by an attribute."""
     return not isinstance(size, TracedSize) and size != -1
 
 

@@ -1,4 +1,4 @@
-"""What a propagation reports to the object that builds something from it."""
+"""The interface through which a propagation reports what it finds."""
 
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol
@@ -12,7 +12,7 @@ NormKind = Literal["norm", "statistic", "scale"]
 
 
 class Visitor(Protocol):
-    """Makes channel ids and notes what operations do with them; ids are int64, (channels,)."""
+    """Creates channel ids and learns what operations do with them; ids are int64, (channels,)."""
 
     def fixed(self, count: int, reason: str) -> Tensor:
         """New ids for channels that cannot be removed, such as the network's input."""
@@ -31,32 +31,31 @@ class Visitor(Protocol):
     def select(self, index: NamedTensor, into: Tensor, owns_channels: bool) -> Tensor:
         """Ids of the channels that an index selects.
 
-        With `owns_channels` every position of the index is a channel of its own (ChannelSelect);
-        otherwise it is the channel that is selected.
+        With `owns_channels` every position of the index is a new channel (ChannelSelect); otherwise
+        it is the selected channel.
         """
 
     def unify(self, a: Tensor, b: Tensor) -> None:
         """Entries with these ids are added or multiplied, pair by pair."""
 
     def couple(self, ids: Tensor, how: str) -> None:
-        """Channels with these ids are where results of several layers meet, for instance in a
-        sum."""
+        """Outputs of several layers are combined in channels with these ids, such as in a sum."""
 
     def lock(self, ids: Tensor, reason: str) -> None:
         """Channels with these ids cannot be removed."""
 
     def view(self, node: str, sizes: Sequence[Any], ids: Tensor) -> None:
-        """A tensor is viewed in these sizes; one id for every entry, broadcastable.
+        """A tensor is viewed with these sizes; one id for every entry, broadcastable.
 
-        Sizes are -1 or TracedSizes where they follow the tensor, AttributeSizes where they can be
-        changed, and otherwise numbers that stand in the code.
+        Sizes are -1 or TracedSizes if they follow the tensor, AttributeSizes if they can be
+        changed, and plain numbers if they are hard-coded.
         """
 
     def size(self, size: AttributeSize) -> int:
         """The size that an attribute holds."""
 
     def normalise(self, ids: Tensor) -> None:
-        """Channels with these ids are normalised together: each has an influence on all others."""
+        """Channels with these ids are normalised together: each influences all others."""
 
     def balance(self, where: str, parts: Sequence[Tensor]) -> None:
-        """Equally many channels must remain in each part."""
+        """The same number of channels must remain in each part."""

@@ -1,7 +1,7 @@
 """Products of two tensors, as in attention, and its windows.
 
-A head is one channel: the sum over its width makes one number of all of it, so queries, keys and
-values of a head are one unit, which is removed as a whole.
+A head is one channel: the products sum over its whole width, so that queries, keys and values of a
+head are one unit and can only be removed as a whole.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from secateur.nn import attention
 
 
 def matmul(call: Call, a: ChannelIds, b: Any) -> ChannelIds:
-    """Sums over the last axis of the one and the last but one of the other."""
+    """Sums of products over the last axis of `a` and the second to last axis of `b`."""
     b = call.channels(b)
     if len(a.shape) < 2 or len(b.shape) < 2:
         raise PruningError("multiplies a matrix by a vector")
@@ -28,7 +28,7 @@ def matmul(call: Call, a: ChannelIds, b: Any) -> ChannelIds:
 
 
 def einsum(call: Call, equation: str, *operands: Any) -> ChannelIds:
-    """Products of two tensors by axes that have letters."""
+    """Products of two tensors whose axes are named by letters."""
     if len(operands) == 1 and isinstance(operands[0], tuple | list):
         operands = tuple(operands[0])
     inputs, arrow, result = equation.replace(" ", "").partition("->")
@@ -44,7 +44,7 @@ def scaled_dot_product_attention(
     dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None,
     enable_gqa: bool = False,
 ) -> ChannelIds:  # fmt: skip
-    """Scores of queries and keys; sums of values that they weight."""
+    """Products of queries and keys, and sums of values weighted by them."""
     if enable_gqa:
         raise PruningError("heads that share keys (enable_gqa) are not covered")
     key, value = call.channels(key), call.channels(value)
@@ -60,7 +60,7 @@ def _contract(
 ) -> ChannelIds:
     """The sum of products over all letters that the result lacks.
 
-    All that is summed up becomes one channel, and so do entries of both in the same place.
+    All entries that are summed become one channel, and so do entries that are multiplied.
     """
     sizes: dict[str, int] = {}
     for letters, operand in (first, second):
@@ -94,7 +94,7 @@ def _aligned(letters: str, x: ChannelIds, every: str) -> torch.Tensor:
 
 
 def _united(call: Call, ids: torch.Tensor, axes: Sequence[int]) -> torch.Tensor:
-    """Ids with one entry along these axes, which are one channel from now on."""
+    """Ids with one entry along these axes, whose entries become one channel."""
     for axis in axes:
         if ids.shape[axis] > 1:
             first = ids.narrow(axis, 0, 1)
@@ -118,7 +118,7 @@ def join_windows(
 
 
 def patch_merging_pad(call: Call, x: ChannelIds) -> ChannelIds:
-    """torchvision's: the four pixels of each square become channels of one."""
+    """torchvision's `_patch_merging_pad`: the four pixels of each square become channels of one."""
     ids = x.axis_ids(-1)
     height, width = (-(-side // 2) for side in x.shape[-3:-1])
     shape = (*x.shape[:-3], height, width, 4 * len(ids))
@@ -126,7 +126,7 @@ def patch_merging_pad(call: Call, x: ChannelIds) -> ChannelIds:
 
 
 def index_parameter(call: Call, table: NamedTensor, dim: int, index: torch.Tensor) -> ChannelIds:
-    """Entries of a parameter by an index along one axis, along which all are one channel."""
+    """Entries of a parameter, by an index along an axis whose entries are all one channel."""
     own = call.visitor.parameter(table)
     ids = _united(call, own, [dim])
     shape = (*own.shape[:dim], *index.shape, *own.shape[dim + 1 :])

@@ -1,4 +1,4 @@
-"""One call of an operation, as its rule sees it."""
+"""One call of an operation, as passed to its rule."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,26 +12,26 @@ from secateur.channels.ids import ZERO, AttributeSize, ChannelIds, NamedTensor
 from secateur.channels.visitor import Visitor
 
 Broadcasts = dict[str, tuple[bool, bool]]
-"""Node -> whether its first and its second operand are combined with all channels of the other; of
-a concatenation, whether channels differ along another axis than the one that it joins.
-With a single channel left that can no longer be seen, so later propagations get the first one's."""
+"""Node -> whether its first and its second operand are combined with all channels of the other; for
+a concatenation, whether channels differ along an axis other than the joined one. This can no longer
+be seen when a single channel is left, so later propagations reuse the result of the first."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """A node of the traced network, and what rules need beside its arguments."""
+    """A node of the traced network, with everything that rules need besides its arguments."""
 
     node: str
     """Name of the node."""
     name: str
-    """Of the function or method; of a module its type, with an article."""
+    """Name of the function or method; for a module its type, with an article."""
     visitor: Visitor
     modules: Mapping[str, nn.Module]
     """Modules of the network by path."""
     names: Mapping[int, str]
     """Names of the parameters and buffers by the id() of the tensor."""
     dtype: torch.dtype
-    """Of the network."""
+    """Type of the network's tensors."""
     broadcasts: Broadcasts
 
     def unknown(self) -> PruningError:
@@ -47,7 +47,7 @@ class Call:
         return value
 
     def tensor(self, module: nn.Module, key: str) -> NamedTensor | None:
-        """A module's own parameter or buffer, None if it has none; its name is the first one."""
+        """A parameter or buffer of a module, None if it has none; of several names, the first."""
         value = getattr(module, key, None)
         if value is None:
             return None
@@ -62,9 +62,9 @@ class Call:
         return weight
 
     def counted(self, module: nn.Module, x: ChannelIds, *keys: str) -> None:
-        """Attributes of a module without tensors are the number of channels along axis 1.
+        """Report that attributes of a module without tensors are the number of channels, axis 1.
 
-        One that is another number in the whole network stays as it is.
+        An attribute that is another number in the unpruned network is not changed.
         """
         path = next(path for path, other in self.modules.items() if other is module)
         for key in keys:
@@ -75,16 +75,16 @@ class Call:
             self.visitor.size(size)
 
     def lock(self, x: ChannelIds, reason: str) -> None:
-        """None of the channels of this tensor can be removed."""
+        """Report that no channel of this tensor can be removed."""
         self.visitor.lock(x.ids.flatten(), reason)
 
     def opaque(self, shape: Sequence[int], reason: str) -> ChannelIds:
-        """A tensor whose entries are made of several channels each; it cannot become smaller."""
+        """A tensor whose entries each depend on several channels; it cannot become smaller."""
         ids = self.visitor.fixed(1, reason)
         return ChannelIds(ids.reshape([1] * len(shape)), tuple(shape))
 
     def created(self, value: Any) -> Any:
-        """The result of an operation without channels: zeros, or a tensor that stays as it is."""
+        """The result of an operation without channels: zeros, or a tensor that does not change."""
         if not isinstance(value, Tensor) or value.dim() == 0:
             return value
         if not bool(value.any()):

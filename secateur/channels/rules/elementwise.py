@@ -1,4 +1,4 @@
-"""Elementwise operations, pooling, and those that reduce axes."""
+"""Elementwise operations, pooling, and reductions over axes."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,12 +17,12 @@ PRODUCTS = ("mul", "mul_", "imul", "multiply")
 
 
 def unchanged(call: Call, x: ChannelIds, *_: Any, **__: Any) -> ChannelIds:
-    """For functions of every entry by itself."""
+    """For functions that act on each entry separately."""
     return x
 
 
 def unchanged_module(call: Call, module: nn.Module, x: ChannelIds) -> ChannelIds:
-    """For modules that are functions of every entry by itself."""
+    """For modules that act on each entry separately."""
     return x
 
 
@@ -75,7 +75,7 @@ def combine_all(call: Call, *values: Any, **named: Any) -> Any:
 
 
 def _meeting(call: Call, a: ChannelIds, b: ChannelIds) -> str:
-    """What it is called when two results meet in this operation."""
+    """How the report describes that two results are combined by this operation."""
     if call.name in SUMS:
         return "a residual sum"
     if call.name not in PRODUCTS:
@@ -85,7 +85,7 @@ def _meeting(call: Call, a: ChannelIds, b: ChannelIds) -> str:
 
 
 def pool(call: Call, x: ChannelIds, *options: Any, **more: Any) -> ChannelIds:
-    """The last two axes change their sizes; channels there are locked."""
+    """The last two axes change their sizes; channels along them are locked."""
     function: Any = getattr(functional, call.name)
     return _pooled(call, x, lambda image: function(image, *options, **more))
 
@@ -109,7 +109,7 @@ def _pooled(call: Call, x: ChannelIds, run: Callable[[Tensor], Any]) -> ChannelI
 def reduce(
     call: Call, x: ChannelIds, dim: Any = None, keepdim: bool = False, **_: Any
 ) -> ChannelIds:
-    """Mean, sum or extremum over axes; channels there are locked."""
+    """Mean, sum or extremum over axes; channels along them are locked."""
     axes = range(len(x.shape)) if dim is None else [dim] if isinstance(dim, int) else dim
     axes = sorted(k % len(x.shape) for k in axes)
     kept = [1 if k in axes else s for k, s in enumerate(x.shape)]

@@ -22,7 +22,7 @@ def conv2d(
         )
     name = weight.name.removesuffix(".weight")
     if groups > 1 and not isinstance(call.modules.get(name), nn.Conv2d):
-        call.lock(x, f"read by {name}, whose groups stand in the code")
+        call.lock(x, f"read by {name}, whose number of groups is hard-coded")
     outputs = call.visitor.layer(name, weight, bias, x.axis_ids(1), groups)
     kernel = weight.tensor.shape[2:]
     sides = [
@@ -61,7 +61,7 @@ def channel_select(call: Call, module: ChannelSelect, x: ChannelIds) -> ChannelI
 
 
 def _each(value: Any, axis: int) -> Any:
-    """An option that is given once, or for every axis."""
+    """The value for one axis of an option that is given once, or for every axis."""
     return value[axis] if isinstance(value, tuple | list) else value
 
 

@@ -1,4 +1,4 @@
-"""Operations that normalise or scale: they have entries for channels, or mix channels."""
+"""Operations that normalise or scale: they have an entry for each channel, or mix channels."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -43,9 +43,9 @@ def layer_norm(
     bias: NamedTensor | None = None,
     eps: Any = None,
 ) -> ChannelIds:
-    """Unchanged; channels that the mean is over are normalised together.
+    """Unchanged; channels that are averaged over are normalised together.
 
-    They are locked if there is no module with an entry for each, so that its size could follow.
+    They are locked unless a module has an entry for each, so that its size can follow.
     """
     shape = normalized_shape
     module = call.modules.get(weight.name.removesuffix(".weight")) if weight else None
@@ -53,12 +53,12 @@ def layer_norm(
         if len(shape) == 1 and isinstance(module, nn.LayerNorm):
             call.visitor.normalise(x.axis_ids(-1))
         else:
-            call.lock(x, "normalised together by a LayerNorm whose size stands in the code")
+            call.lock(x, "normalised together by a LayerNorm whose size is hard-coded")
     tensors = [t for t in (weight, bias) if t]
     if len(shape) == 1:
         call.visitor.norm(tensors, "norm", x.axis_ids(-1))
     for named in tensors if len(shape) > 1 else ():
-        call.visitor.parameter(named)  # is in use; whether channels are along it has been settled
+        call.visitor.parameter(named)  # reports its use; locks are handled above
     return x
 
 
@@ -76,12 +76,12 @@ def group_norm(
     bias: NamedTensor | None = None,
     eps: Any = None,
 ) -> ChannelIds:
-    """Unchanged; channels are locked unless every channel is a group of its own in a module."""
+    """Unchanged; channels are locked unless a module normalises each channel separately."""
     name = weight.name.removesuffix(".weight") if weight else ""
     if num_groups != x.shape[1]:
         call.lock(x, f"normalised together with other channels by {name or 'GroupNorm'}")
     elif not isinstance(call.modules.get(name), nn.GroupNorm):
-        call.lock(x, "normalised in a number of groups that stands in the code")
+        call.lock(x, "normalised in a hard-coded number of groups")
     call.visitor.norm([t for t in (weight, bias) if t], "norm", x.axis_ids(1))
     return x
 

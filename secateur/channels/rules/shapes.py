@@ -15,8 +15,8 @@ from secateur.channels.rules.call import Call, zeros
 def reshape(call: Call, x: ChannelIds, *shape: Any) -> ChannelIds:
     """Ids move with their entries.
 
-    An axis of a size that stands in the code, along which channels differ, cannot become smaller
-    unless an attribute holds that size; see channels/views.py.
+    An axis along which channels differ cannot become smaller if its size is hard-coded; if an
+    attribute holds the size, it can. See channels/views.py.
     """
     sizes = shape[0] if len(shape) == 1 and isinstance(shape[0], tuple | list) else shape
     out = ChannelIds.from_expanded(x.expanded().reshape(_present(call, sizes)))
@@ -25,7 +25,7 @@ def reshape(call: Call, x: ChannelIds, *shape: Any) -> ChannelIds:
 
 
 def _present(call: Call, sizes: Sequence[Any]) -> tuple[int, ...]:
-    """The sizes, those that attributes hold as they are at present."""
+    """The sizes, with the current values of attributes."""
     return tuple(call.visitor.size(s) if isinstance(s, AttributeSize) else s for s in sizes)
 
 
@@ -90,24 +90,24 @@ def expand(call: Call, x: ChannelIds, *sizes: Any) -> ChannelIds:
 
 
 def unbind(call: Call, x: ChannelIds, dim: int = 0) -> list[ChannelIds]:
-    """The entries along one axis, which has to keep its size."""
+    """The entries along one axis, which must keep its size."""
     entries = [ChannelIds.from_expanded(entry) for entry in x.expanded().unbind(dim)]
     entry(call, x, dim % len(x.shape))
     return entries
 
 
 def entry(call: Call, x: ChannelIds, axis: int) -> None:
-    """Single entries along an axis are taken, so that it has to keep its size."""
+    """Report that single entries along an axis are read, so that it must keep its size."""
     if x.varies(axis):
         sizes = [s if k == axis else TracedSize(s) for k, s in enumerate(x.shape)]
         call.visitor.view(call.node, sizes, x.ids)
 
 
 def roll(call: Call, x: ChannelIds, shifts: Any, dims: Any = None) -> ChannelIds:
-    """Entries move along axes; channels there are locked."""
+    """Entries move along axes; channels along them are locked."""
     axes = range(len(x.shape)) if dims is None else [dims] if isinstance(dims, int) else dims
     if any(x.varies(axis) for axis in axes):
-        call.lock(x, f"{call.node} moves them by a number that stands in the code")
+        call.lock(x, f"{call.node} moves them by a hard-coded number")
         ids = torch.roll(x.expanded(), shifts, dims)
         return ChannelIds.from_expanded(ids)
     return x
@@ -121,7 +121,7 @@ def expand_as(call: Call, x: ChannelIds, other: ChannelIds) -> ChannelIds:
 def pad(
     call: Call, x: ChannelIds, pad: Sequence[int], mode: str = "constant", value: Any = None
 ) -> ChannelIds:
-    """Zeros beside channels get the id ZERO; with anything else beside them they are locked."""
+    """Padding with zeros gets the id ZERO; with other values, channels are locked."""
     ids, shape = x.ids, list(x.shape)
     for k in range(len(pad) // 2):
         axis, (before, after) = len(shape) - 1 - k, pad[2 * k : 2 * k + 2]
@@ -129,7 +129,7 @@ def pad(
         if not (x.varies(axis) or axis == 1) or before == after == 0:
             continue
         if mode != "constant" or value not in (None, 0, 0.0) or min(before, after) < 0:
-            call.lock(x, "padded among the channels with something else than zeros")
+            call.lock(x, "padded among the channels with values other than zero")
             return call.opaque(shape, "padded among the channels")
         if ids.shape[axis] == 1:
             ids = ids.expand([x.shape[i] if i == axis else n for i, n in enumerate(ids.shape)])
@@ -144,12 +144,12 @@ def pad_module(call: Call, module: nn.ZeroPad2d | nn.ZeroPad3d, x: ChannelIds) -
 
 
 def new_zeros(call: Call, x: ChannelIds, *size: Any, **_: Any) -> ChannelIds:
-    """Zeros in the shape that is given."""
+    """Zeros in the given shape."""
     return zeros(size[0] if isinstance(size[0], tuple | list) else size)
 
 
 def size(call: Call, x: ChannelIds, dim: int | None = None) -> Any:
-    """Sizes that follow the tensor's."""
+    """Sizes that follow the tensor."""
     sizes = tuple(TracedSize.of(x, axis) for axis in range(len(x.shape)))
     return sizes if dim is None else sizes[dim]
 
@@ -160,7 +160,7 @@ def dim(call: Call, x: ChannelIds) -> int:
 
 
 def attribute(call: Call, x: ChannelIds, name: str) -> Any:
-    """`getattr`: the shape, and what does not depend on channels."""
+    """`getattr`: the shape, and attributes that do not depend on channels."""
     known = {"shape": size(call, x), "ndim": len(x.shape)}
     known |= {"dtype": call.dtype, "device": torch.device("cpu")}
     if name not in known:

@@ -14,11 +14,11 @@ from secateur.channels.rules.call import Call
 def cat(call: Call, tensors: Sequence[Any], dim: int = 0, axis: int | None = None) -> ChannelIds:
     """Ids are joined like their tensors.
 
-    Where channels differ along another axis, such as that of an embedding to which a class token is
-    joined, entries in the same place there become one channel.
+    If channels differ along another axis, such as that of an embedding to which a class token is
+    joined, entries at the same position of this axis become one channel.
     """
     if not all(isinstance(t, ChannelIds | NamedTensor) for t in tensors):
-        raise PruningError("joins channels with something that is none")
+        raise PruningError("joins channels with something that has none")
     parts = [call.channels(t) for t in tensors]
     dim = (dim if axis is None else axis) % len(parts[0].shape)
     across = any(part.varies(k) for part in parts for k in range(len(part.shape)) if k != dim)
@@ -44,7 +44,7 @@ def cat(call: Call, tensors: Sequence[Any], dim: int = 0, axis: int | None = Non
 
 
 def _one_along(call: Call, parts: Sequence[ChannelIds], dim: int) -> list[ChannelIds]:
-    """Parts whose entries along an axis are one channel, and that of all other parts too."""
+    """Parts whose entries along an axis are one channel, which all parts share."""
     rows = []
     for part in parts:
         first = part.ids.narrow(dim, 0, 1)
@@ -61,7 +61,7 @@ def _one_along(call: Call, parts: Sequence[ChannelIds], dim: int) -> list[Channe
 
 
 def chunk(call: Call, x: ChannelIds, chunks: int, dim: int = 0) -> list[ChannelIds]:
-    """Channels are divided into equal parts, which have to stay equal."""
+    """Channels are divided into equal parts, which must stay equal."""
     parts = [ChannelIds.from_expanded(part) for part in x.expanded().chunk(chunks, dim)]
     if x.varies(dim):
         call.visitor.balance(call.node, [part.ids.flatten() for part in parts])
@@ -69,32 +69,32 @@ def chunk(call: Call, x: ChannelIds, chunks: int, dim: int = 0) -> list[ChannelI
 
 
 def split(call: Call, x: ChannelIds, split_size_or_sections: Any, dim: int = 0) -> list[ChannelIds]:
-    """Like chunk if the size was read from a tensor; otherwise channels are locked."""
+    """As chunk if the size was read from a tensor; otherwise channels are locked."""
     size = split_size_or_sections
     parts = [ChannelIds.from_expanded(part) for part in x.expanded().split(size, dim)]
     if x.varies(dim) and isinstance(size, TracedSize):
         call.visitor.balance(call.node, [part.ids.flatten() for part in parts])
     elif x.varies(dim):
-        call.lock(x, f"{call.node} splits them where the code says")
+        call.lock(x, f"{call.node} splits them at hard-coded positions")
     return parts
 
 
 def index_select(call: Call, x: ChannelIds, dim: int, index: Any) -> ChannelIds:
     """Entries along one axis by an index; an index buffer is a member of the channels' group.
 
-    A mask is none: which channels it marks stands in it by their places.
+    With a boolean mask channels are locked, since it marks channels by their positions.
     """
     dim %= len(x.shape)
     numbers = index.tensor if isinstance(index, NamedTensor) else torch.as_tensor(index)
     if numbers.dtype in (torch.bool, torch.uint8):
-        call.lock(x, f"{call.node} takes those that a mask marks")
+        call.lock(x, f"{call.node} selects them by a boolean mask")
         numbers = numbers.nonzero().flatten()
     elif isinstance(index, NamedTensor) and (x.varies(dim) or x.shape[dim] == 1):
         ids = call.visitor.select(index, x.axis_ids(dim), owns_channels=False)
         shape = [len(ids) if k == dim else s for k, s in enumerate(x.shape)]
         return ChannelIds.along(dim, ids, shape)
     else:
-        call.lock(x, "chosen by numbers that stand in the code")
+        call.lock(x, "selected by hard-coded indices")
     return ChannelIds.from_expanded(x.expanded().index_select(dim, numbers.cpu()))
 
 
@@ -121,6 +121,6 @@ def getitem(call: Call, x: Any, index: Any) -> Any:
         if x.varies(axis) and isinstance(part, int):
             shapes.entry(call, x, axis)
         elif x.varies(axis) and part != slice(None):
-            call.lock(x, f"{call.node} takes some of them, by numbers that stand in the code")
+            call.lock(x, f"{call.node} selects some of them by hard-coded indices")
         axis += 1
     return ChannelIds.from_expanded(x.expanded()[tuple(parts)])
