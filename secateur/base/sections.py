@@ -389,7 +389,7 @@ def _registered(name: str) -> str:
         raise ValueError("a name or name@alias is needed, such as digits or digits@champion")
     if alias.lower() == "latest" or re.fullmatch(r"[vV]\d+", alias):
         raise ValueError(
-            f"MLflow reserves the alias {alias}; any but latest and v1, v2, ... is allowed, "
+            f"the alias {alias} is reserved by MLflow; allowed is any but latest and v1, v2, ..., "
             "such as digits@champion"
         )
     return name

@@ -12,22 +12,22 @@ from secateur.base.sections import Strict
 
 
 class Augment(Strict):
-    """Random changes of training images; evaluation uses the images as they are."""
+    """Random augmentation of training images; images for evaluation are not augmented."""
 
     pad: Annotated[int, Field(ge=0, le=512)] = 0
-    """Pixels of black padding around an image before a crop of its own size; 0 is off."""
+    """Pixels of black padding around an image, before a crop of the original size; 0: off."""
     flip: bool = False
     """Mirror half of the images, left to right."""
     rotate: Annotated[float, Field(ge=0, le=180)] = 0.0
-    """Largest angle, in degrees, by which an image is turned to either side; see data/warp.py."""
+    """Largest angle of the rotation to either side, in degrees; see data/warp.py."""
     elastic: Annotated[float, Field(ge=0, le=64)] = 0.0
     """Standard deviation, in pixels, of the displacements of an elastic distortion."""
     cutout: Annotated[int, Field(ge=0, le=1024)] = 0
-    """Side, in pixels, of a square that is hidden in every image; 0 is off. See data/cutout.py."""
+    """Side, in pixels, of a square that is hidden in every image; 0: off. See data/cutout.py."""
 
     @property
     def nothing(self) -> bool:
-        """Whether an image is the same in every epoch."""
+        """Whether there is no augmentation, so that an image is the same in every epoch."""
         return self == type(self)()
 
 
@@ -35,7 +35,8 @@ class FileAugment(Augment):
     """Augmentation of images that are decoded anew in every epoch."""
 
     area: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Crops of at least this fraction of the image, of 3:4 to 4:3, stretched to size; 1 is off."""
+    """Smallest area of random crops, as a fraction of the image; crops have an aspect ratio of 3:4
+    to 4:3 and are resized to the input size. 1: off."""
 
 
 class SamplePlan(NamedTuple):
@@ -52,7 +53,7 @@ class SamplePlan(NamedTuple):
     """bool: whether the image is mirrored."""
 
     def part(self, positions: slice) -> "SamplePlan":
-        """The plan for some positions of the epoch."""
+        """The plan for a slice of the epoch."""
         return SamplePlan(self.epoch, *(tensor[positions] for tensor in self[1:]))
 
     def to(self, device: torch.device) -> "SamplePlan":
@@ -70,7 +71,7 @@ def plan_epoch(count: int, seed: int, epoch: int, augment: Augment) -> SamplePla
 
 
 def plan_sequential(count: int) -> SamplePlan:
-    """All images in their order, neither cropped nor flipped."""
+    """All images in the order of the split, neither cropped nor flipped."""
     index, zeros = torch.arange(count), torch.zeros(count, dtype=torch.int64)
     return SamplePlan(0, index, zeros, zeros, zeros.bool())
 
@@ -100,11 +101,13 @@ def crop_and_flip(padded: Tensor, plan: SamplePlan, pad: int) -> Tensor:
 def random_resized_crop(
     size: tuple[int, int], min_area: float, seed: int, epoch: int, index: int
 ) -> tuple[int, int, int, int]:
-    """Left, top, right and bottom of a crop with `min_area` to all of the area of (width, height).
+    """Left, top, right and bottom of a random crop of an image of (width, height) `size`.
 
-    The usual crop for ImageNet (C. Szegedy et al., Going deeper with convolutions, CVPR 2015): area
-    uniform, ratio of the sides between 3:4 and 4:3, uniform in its logarithm. Ten tries; if none
-    fits, the centre with the nearest ratio. Depends on the arguments alone; `index` is the image's.
+    The usual crop for ImageNet (C. Szegedy et al., Going deeper with convolutions, CVPR 2015): the
+    area is uniform between `min_area` and 1, as a fraction of the image, the logarithm of the
+    aspect ratio uniform between those of 3:4 and 4:3. Of ten tries the first that fits is taken; if
+    none fits, a centre crop with the nearest aspect ratio. The result depends on the arguments
+    alone; `index` is that of the image.
     """
     width, height = size
     rng = np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, 0, 0, index]))

@@ -20,7 +20,7 @@ class Batches:
     """Shuffled mini-batches of training images, augmented and normalised.
 
     Order and augmentation depend on seed and epoch alone, so that training can resume at any epoch.
-    Neither the number of workers, nor memory or files, nor the number of processes changes them.
+    The number of workers or processes, and whether images are in memory or files, has no influence.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class Batches:
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        """`batch_size` counts the images of all `world` processes together."""
+        """`batch_size` is the number of images over all `world` processes."""
         self.split, self.info, self.batch_size, self.seed = split, info, batch_size, seed
         self.device, self.rank, self.world = device, rank, world
         self.normalise = Normalise(info.mean, info.std, device)
@@ -49,7 +49,7 @@ class Batches:
         return -(-len(self.split) // self.batch_size)
 
     def order(self, number: int) -> Tensor:
-        """Positions in the split, int64, of this process's images of an epoch, in their order."""
+        """Positions in the split of this process's images of an epoch, in order: int64."""
         image = augment.plan_epoch(len(self.split), self.seed, number, self.info.augment).image
         parts = _rank_slices(len(self.split), self.batch_size, self.rank, self.world)
         return torch.cat([image[part] for part in parts])
@@ -57,9 +57,9 @@ class Batches:
     def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
         """All images once: float32 (batch, channels, height, width), and int64 labels (batch,).
 
-        Of several processes each gets every `world`-th image of the global batch, from its rank
-        on; if the last batch is smaller than `world`, the last ranks get (0, channels, ...).
-        Raises DataError naming the file if an image cannot be decoded.
+        With several processes, each gets every `world`-th image of the global batch, starting at
+        its rank; if the last batch is smaller than `world`, the last ranks get an empty batch
+        (0, channels, ...). Raises DataError naming the file if an image cannot be decoded.
         """
         settings, count, (_, *size) = self.info.augment, len(self.split), self.info.shape
         plan = augment.plan_epoch(count, self.seed, number, settings)
@@ -96,7 +96,7 @@ class _InMemoryLoader:
             if augmented:
                 yield augment.crop_and_flip(self.padded, part, self.settings.pad)
             else:
-                yield self.padded.index_select(0, part.image)  # a tenth of the time of [image]
+                yield self.padded.index_select(0, part.image)  # ten times as fast as [image]
 
     def close(self) -> None:
         """Nothing to stop."""
@@ -111,10 +111,10 @@ def sequential_batches(
     rank: int = 0,
     world: int = 1,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """All images once, in their order, without augmentation; yields what `Batches.epoch` yields.
+    """All images once, in the order of the split, without augmentation; see `Batches.epoch`.
 
-    A batch has `size` images (of all processes together), or fewer if that would exceed 64 MiB of
-    float32. The last batch may be smaller, and empty for the last ranks.
+    A batch has `size` images over all processes, or fewer if it would exceed 64 MiB as float32. The
+    last batch may be smaller, and empty for the last ranks.
     """
     size = max(1, min(size, 2**24 // math.prod(info.shape)))
     normalise = Normalise(info.mean, info.std, device)
@@ -140,9 +140,9 @@ def first_images(split: Split, info: DatasetInfo, count: int) -> Tensor:
 
 
 def evenly_spaced_images(split: Split, info: DatasetInfo, count: int) -> Tensor:
-    """`count` images (at most all) at equal distances in the order of the split, as `first_images`.
+    """`count` images (at most all), evenly spaced in the order of the split; see `first_images`.
 
-    Image folders list one class after the other, so that their first images show a single class.
+    Image folders list one class after the other, so their first images belong to a single class.
     """
     count = min(count, len(split))
     return _images(split, info, torch.arange(count) * len(split) // max(count, 1))
@@ -158,19 +158,19 @@ def _images(split: Split, info: DatasetInfo, indices: Tensor) -> Tensor:
 
 
 def example_batch(split: Split, info: DatasetInfo) -> tuple[Tensor, Tensor]:
-    """The first images, normalised, and their labels: as many pixels as 256 images of 32x32.
+    """The first images, normalised, and their labels; about as many pixels as 256 images of 32x32.
 
-    At least 8 images and at most 256, if there are as many.
+    At least 8 and at most 256 images, if the split has as many.
     """
     images = first_images(split, info, _example_size(info))
     return images, split.labels[: len(images)]
 
 
 def stratified_batch(split: Split, info: DatasetInfo) -> tuple[Tensor, Tensor]:
-    """A sample of the split with the classes in proportion: images, normalised, and their labels.
+    """A stratified sample of the split: images, normalised, and their labels.
 
-    It has as many images as `example_batch`; those of each class are its share to within one,
-    whatever the order of the split.
+    It has as many images as `example_batch`; the number of images of each class is proportional to
+    its share of the split, to within one, whatever the order of the split.
     """
     count = min(_example_size(info), len(split))
     places = torch.arange(count) * len(split) // max(count, 1)
@@ -188,7 +188,7 @@ class Normalise:
     """Turns uint8 pixels into float32: (pixel / 255 - mean) / std, by channel."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device) -> None:
-        """`mean` and `std`, one value per channel, are those of pixels in [0, 1]."""
+        """`mean` and `std` have one value per channel and apply to pixels in [0, 1]."""
         deviation = torch.tensor(std, dtype=torch.float32, device=device).view(1, -1, 1, 1)
         centre = torch.tensor(mean, dtype=torch.float32, device=device).view(1, -1, 1, 1)
         self.scale = 1 / (255 * deviation)
@@ -196,7 +196,7 @@ class Normalise:
         self.centred = any(mean)
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """Normalise a batch (count, channels, height, width); its memory format stays."""
+        """Normalise a batch (count, channels, height, width); its memory format is preserved."""
         batch = pixels * self.scale
         return batch.add_(self.shift) if self.centred else batch
 

@@ -1,4 +1,4 @@
-"""Cutout: a square at a random place of every training image is hidden.
+"""Cutout: hide a square at a random place of every training image.
 
 Source: T. DeVries, G. Taylor, Improved regularization of convolutional neural networks with cutout,
 arXiv 1708.04552, 2017. `torchvision.transforms.RandomErasing` draws once for a whole batch.
@@ -19,8 +19,8 @@ def plan_cutouts(
 ) -> Tensor | None:
     """Draw the centres of the squares of `count` images: int64 (count, 2), row and column.
 
-    Uniform over the pixels of images of (height, width) `size`; depends on the arguments alone.
-    None if `side` is 0.
+    The centres are uniform over the pixels of images of (height, width) `size`, and depend on the
+    arguments alone. None if `side` is 0.
     """
     if not side:
         return None
@@ -30,10 +30,10 @@ def plan_cutouts(
 
 
 def hide_squares(images: Tensor, centres: Tensor, side: int) -> Tensor:
-    """Normalised images (count, channels, height, width) with zeros, the mean colour, in squares.
+    """Fill squares of normalised images (count, channels, height, width) with 0, the mean colour.
 
-    A square of `side` pixels begins side // 2 above and to the left of its centre, and ends at the
-    borders of the image. Changes `images`, and returns them.
+    A square of `side` pixels begins side // 2 pixels above and to the left of its centre, and is
+    clipped at the borders of the image. Changes `images` in place, and returns them.
     """
     hidden = []
     for length, centre in zip(images.shape[-2:], centres.T, strict=True):

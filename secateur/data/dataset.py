@@ -1,7 +1,7 @@
-"""Prepared data sets: divided into train, val and test, hashed, saved and loaded.
+"""Prepared data sets: split into train, val and test, hashed, saved and loaded.
 
-Images of a small data set are held in memory (`InMemoryImages`), those of a large one stay in their
-files (`image_files.ImageFileList`). Both give the same batches for the same seed.
+Images of small data sets are held in memory (`InMemoryImages`), images of large data sets stay in
+their files (`image_files.ImageFileList`). Both give the same batches for the same seed.
 """
 
 import hashlib
@@ -71,7 +71,7 @@ Split = InMemoryImages | ImageFileList
 def channels_first(pixels: Tensor) -> Tensor:
     """View of (count, height, width, channels) as (count, channels, height, width).
 
-    That is PyTorch's channels-last memory format; with one channel, its contiguous one.
+    The result is in PyTorch's channels-last memory format; with one channel, contiguous.
     """
     count, height, width, channels = pixels.shape
     if channels == 1:
@@ -81,15 +81,15 @@ def channels_first(pixels: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Images:
-    """A data set as it was read, before it is divided."""
+    """A data set as it was read, before it is split."""
 
     train: Split
     test: Split
     classes: Sequence[str]
-    """Names in the order of the labels."""
+    """Names of the classes, in the order of the labels."""
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    """Mean and standard deviation by channel that normalise pixels in [0, 1]."""
+    """Mean and standard deviation of each channel, which normalise pixels in [0, 1]."""
     augment: Augment = field(default_factory=Augment)
     val: Split | None = None
     """Validation images, if the data set has its own."""
@@ -97,7 +97,7 @@ class Images:
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """Description of a prepared data set. Annotations are the schema of the file."""
+    """Description of a prepared data set. Its annotations are the schema of the file."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -108,9 +108,9 @@ class DatasetInfo:
     mean: list[Finite]
     std: list[Positive]
     hash: str
-    """sha256 of images, labels and their division."""
+    """sha256 of images, labels and splits."""
     counts: dict[str, Annotated[int, Field(ge=0, strict=True)]]
-    """Images of each split."""
+    """Number of images in each split."""
     augment: FileAugment = field(default_factory=FileAugment)
 
     def to_dict(self) -> dict[str, Any]:
@@ -126,7 +126,7 @@ class _Header:
 
     about: DatasetInfo
     listing: image_files.FileListHeader | None = None
-    """Of images that stay in their files."""
+    """Present if the images stay in their files."""
 
 
 _HEADER = TypeAdapter(_Header)
@@ -143,11 +143,11 @@ class Dataset:
 
 
 def prepare(name: str, images: Images, validation: float, seed: int) -> Dataset:
-    """Divide the training images into train and val, stratified by class.
+    """Split the training images into train and val, stratified by class.
 
     `validation` is the fraction of the training images in val; with 0, val is empty. A data set
-    with a val of its own keeps it, and all its training images. Raises DataError if a class has no
-    training image or too few for val, or a label has no name.
+    that has validation images keeps them and all its training images. Raises DataError if a class
+    has no training image, or too few for val, or if a label has no class name.
     """
     classes, labels = list(images.classes), images.train.labels.numpy()
     _check_images(name, images)
@@ -177,8 +177,8 @@ def prepare(name: str, images: Images, validation: float, seed: int) -> Dataset:
 
 
 def _check_images(name: str, images: Images) -> None:
-    """DataError if a split is empty, its shape differs, a label is missing or has no name, or
-    augmentation would hide whole images."""
+    """DataError if a split is empty, has another image shape or a label that is missing or has no
+    class name, or if augmentation would hide whole images."""
     shape, classes = images.train.shape, len(images.classes)
     if (side := images.augment.cutout) >= min(shape[1:]):
         raise DataError(
@@ -237,10 +237,10 @@ def save(folder: Path, dataset: Dataset) -> None:
 
 
 def load(folder: Path) -> Dataset:
-    """Read a prepared data set, whether its images are in memory or in files.
+    """Read a prepared data set, with its images in memory or in files.
 
-    Raises DataError if it is missing, damaged, only half of it is there, or it was not written by
-    `save`, or if the folder of its files does not exist.
+    Raises DataError if it is missing, damaged, incomplete or not written by `save`, or if the
+    folder of its image files does not exist.
     """
     path, cure = folder / FILE, "; run `dvc repro prepare` to make it"
     stored = tensor_files.map_file(
@@ -273,7 +273,7 @@ def load(folder: Path) -> Dataset:
 
 
 def _check_info(info: DatasetInfo) -> None:
-    """ValueError if fields that are right one by one do not fit each other."""
+    """ValueError if fields that are valid on their own do not fit each other."""
     channels, means, deviations = info.shape[0], len(info.mean), len(info.std)
     if means not in (1, channels) or deviations != means:
         raise ValueError(f"{means} values in mean and {deviations} in std for {channels} channels")
@@ -284,14 +284,14 @@ def _check_info(info: DatasetInfo) -> None:
 
 
 def _tensors(split: Split) -> dict[str, Tensor]:
-    """What is stored of a split."""
+    """The tensors that are stored for a split."""
     if isinstance(split, InMemoryImages):
         return {"images": split.pixels, "labels": split.labels.contiguous()}
     return split.tensors()
 
 
 def _restore(header: "_Header", tensors: dict[str, Tensor], key: str) -> Split:
-    """A split from its tensors; ValueError or KeyError if they are not those of one."""
+    """A split from its tensors; ValueError or KeyError if they do not form one."""
     prefix = f"{key}."
     part = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
     if header.listing is not None:
@@ -317,11 +317,11 @@ def _check_split(info: DatasetInfo, key: str, split: Split) -> None:
 
 
 def _write(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
-    # one key of metadata: safetensors writes several in an order that changes
+    # a single key of metadata: safetensors writes several in varying order
     metadata = {"secateur": json.dumps(header, sort_keys=True)}
     try:
         safetensors.torch.save_file(tensors, path, metadata)
-    except safetensors.SafetensorError as error:  # what it makes of a full disk
+    except safetensors.SafetensorError as error:  # raised for a full disk, among others
         raise OSError(str(error)) from None
 
 

@@ -1,4 +1,4 @@
-"""Images that stay in their files: a list of them, and how one of them is decoded."""
+"""Images that stay in their files: lists of files, and how a file is decoded."""
 
 import contextlib
 import hashlib
@@ -27,7 +27,7 @@ IMAGE_SUFFIXES = {
 GREY_MODES = {"1", "L", "LA"}
 """Pillow's modes of images without colour."""
 DEEP_MODES = {"I", "F"}
-"""First letters of Pillow's modes of more than 8 bits per channel."""
+"""First letters of Pillow's modes with more than 8 bits per channel."""
 
 
 Extent = Annotated[int, Field(ge=1, le=2**16, strict=True)]
@@ -35,14 +35,14 @@ Extent = Annotated[int, Field(ge=1, le=2**16, strict=True)]
 
 
 class PackedNames:
-    """Many file names in two tensors, which worker processes share instead of copying."""
+    """Many file names, packed into two tensors that worker processes share instead of copying."""
 
     def __init__(self, text: Tensor, ends: Tensor) -> None:
         self.text, self.ends = text, ends
 
     @classmethod
     def pack(cls, names: Sequence[bytes]) -> "PackedNames":
-        """Pack names into a tensor of their bytes (uint8) and one of their ends (int64)."""
+        """Pack names into a tensor of their bytes (uint8) and a tensor of their ends (int64)."""
         text = np.frombuffer(b"".join(names), dtype=np.uint8).copy()
         ends = np.cumsum([len(name) for name in names], dtype=np.int64)
         return cls(torch.from_numpy(text), torch.from_numpy(ends))
@@ -62,11 +62,11 @@ class ImageView:
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     channels: Extent
-    """1: converted to grey; 3: to red, green and blue. Transparency is dropped."""
+    """1: converted to greyscale; 3: to RGB. Transparency is dropped."""
     height: Extent
     width: Extent
     resize: Extent | None
-    """Pixels of the shorter side before the centre is cropped; None: neither resize nor crop."""
+    """Pixels of the shorter side before the centre crop; None: neither resized nor cropped."""
 
     @property
     def bytes(self) -> int:
@@ -76,14 +76,14 @@ class ImageView:
 
 @dataclass(frozen=True)
 class ImageFileList:
-    """Labelled images by file name."""
+    """Labelled images that stay in their files."""
 
     base: Path
     """The folder of raw data; not saved, since it differs between machines."""
     folder: str
     """Name of the data set's folder in `base`."""
     names: PackedNames
-    """Paths below that folder, in the bytes of the file system."""
+    """Paths relative to that folder, as bytes of the file system."""
     labels: Tensor
     """int64, (count,), indices into the class names."""
     sizes: Tensor
@@ -126,9 +126,9 @@ class ImageFileList:
     def decode(self, index: int, crop: tuple[float, int, int] | None = None) -> np.ndarray:
         """Decode one image: uint8, (height, width, channels).
 
-        `crop` is the smallest area, the seed and the epoch of a random crop; without it, the image
-        is resized and cropped as for evaluation. Raises DataError naming the file if it is missing,
-        has changed or is damaged.
+        `crop` has the smallest area, the seed and the epoch of a random crop; without it, the image
+        is resized and centre-cropped as for evaluation. Raises DataError naming the file if it is
+        missing, has changed or is damaged.
         """
         with open_image(self.path(index), int(self.sizes[index])) as image:
             converted = _convert(image, self.view.channels)
@@ -144,25 +144,25 @@ class ImageFileList:
         return pixels.reshape(self.view.height, self.view.width, self.view.channels)
 
     def update_hash(self, digest: "hashlib._Hash") -> None:
-        """Feed names, labels, sizes, contents and view to a hash."""
+        """Update a hash with names, labels, sizes, digests and view."""
         digest.update(json.dumps([self.folder, asdict(self.view)]).encode())
         for tensor in self.tensors().values():
             digest.update(f" {tuple(tensor.shape)} ".encode())
             digest.update(tensor.contiguous().numpy().data)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors that are saved, beside `header`."""
+        """The tensors that are saved, in addition to `header`."""
         names = {"names": self.names.text, "ends": self.names.ends}
         return names | {"labels": self.labels, "sizes": self.sizes, "digests": self.digests}
 
     def header(self) -> dict[str, Any]:
-        """Plain values that are saved; `from_tensors` restores the list from both."""
+        """The plain values that are saved; `from_tensors` restores the list from both."""
         return {"folder": self.folder, "view": asdict(self.view)}
 
 
 @dataclass(frozen=True)
 class FileListHeader:
-    """What `ImageFileList.header` returns; annotations are the schema of the file."""
+    """What `ImageFileList.header` returns; its annotations are the schema of the file."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -207,11 +207,11 @@ TYPES = {
     "sizes": "int64",
     "digests": "uint8",
 }
-"""Of the tensors of a list of files."""
+"""Types of the tensors of a list of files."""
 
 
 def _check_names(names: PackedNames) -> None:
-    """ValueError if names are empty or lead out of their folder; fast for a million of them."""
+    """ValueError if names are empty or lead out of their folder; fast even for a million names."""
     text, ends = names.text.numpy(), names.ends.numpy()
     starts = np.concatenate([np.zeros(1, np.int64), ends])[:-1]
     if np.any(ends <= starts) or np.any(ends < 0) or (ends[-1] if len(ends) else 0) != len(text):
@@ -230,7 +230,7 @@ def _check_names(names: PackedNames) -> None:
 def open_image(path: Path, size: int | None = None) -> Iterator[Image.Image]:
     """Open an image file; `size` is the number of bytes that it must have.
 
-    Any error, also while the image is decoded inside the context, becomes a DataError of one line.
+    Any error, including those of decoding inside the context, becomes a DataError of one line.
     """
     found = files.file_size(path, DataError, "; SECATEUR_DATA names the folder it is under")
     if size is not None and found != size:
@@ -248,10 +248,10 @@ def open_image(path: Path, size: int | None = None) -> Iterator[Image.Image]:
 
 
 def decode_file(path: Path, view: ImageView) -> np.ndarray:
-    """Decode a picture of any size: uint8, (height, width, channels).
+    """Decode an image of any size: uint8, (height, width, channels).
 
-    One of the view's own size is taken as it is; others are resized and cropped as for evaluation.
-    Raises DataError naming the file if it is missing or no readable image.
+    An image of the view's size is not changed; others are resized and cropped as for evaluation.
+    Raises DataError naming the file if it is missing or not a readable image.
     """
     with open_image(path) as image:
         converted = _convert(image, view.channels)
@@ -262,14 +262,14 @@ def decode_file(path: Path, view: ImageView) -> np.ndarray:
 
 
 def _convert(image: Image.Image, channels: int) -> Image.Image:
-    """The image in grey (1 channel) or in red, green and blue (3)."""
+    """The image in greyscale (1 channel) or RGB (3 channels)."""
     if image.mode[:1] in DEEP_MODES:
         raise ValueError(f"more than 8 bits per channel ({image.mode}); convert it to 8")
     return image.convert("L" if channels == 1 else "RGB")
 
 
 def _resize_and_crop(image: Image.Image, view: ImageView) -> Image.Image:
-    """Resize and crop the centre as the view demands, equal to torchvision's Resize, CenterCrop."""
+    """Resize and centre-crop according to the view, as torchvision's Resize and CenterCrop do."""
     if view.resize is None:
         return image
     width, height = image.size

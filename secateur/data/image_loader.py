@@ -18,7 +18,7 @@ from secateur.data.image_files import ImageFileList
 class ImageFileLoader:
     """Decodes the images of a list in worker processes that live until `close`.
 
-    Their number (`machine.workers`) affects nothing but the speed.
+    The number of workers (`machine.workers`) only affects the speed.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class ImageFileLoader:
             persistent_workers=workers > 0,
             pin_memory=device.type == "cuda",
             worker_init_fn=_set_signal_handlers if workers else None,
-            generator=torch.Generator(),  # not the global one, which belongs to the training
+            generator=torch.Generator(),  # not the global generator, which the training uses
         )
 
     def batches(self, plan: SamplePlan, parts: list[slice]) -> Iterator[Tensor]:
@@ -60,7 +60,7 @@ class ImageFileLoader:
 
 
 class _PlanSampler(Sampler[SamplePlan]):
-    """The plans of the current epoch's batches, in the place of a sampler's indices."""
+    """Yields the plans of the current epoch's batches instead of indices."""
 
     def __init__(self) -> None:
         self.plans: list[SamplePlan] = []
@@ -70,7 +70,7 @@ class _PlanSampler(Sampler[SamplePlan]):
 
 
 class _BatchDecoder(TorchDataset[Tensor | str]):
-    """Runs in a worker: decodes the images of one batch; an error is returned as its message."""
+    """Runs in a worker: decodes the images of one batch; returns the message of an error."""
 
     def __init__(self, files: ImageFileList, augment: FileAugment | None, seed: int) -> None:
         self.files, self.augment, self.seed = files, augment, seed
@@ -96,6 +96,6 @@ class _BatchDecoder(TorchDataset[Tensor | str]):
 
 
 def _set_signal_handlers(_worker: int) -> None:
-    """Leave Ctrl-C to the main process, and exit on SIGTERM at once."""
+    """Leave Ctrl-C to the main process, and exit at once on SIGTERM."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -1,9 +1,9 @@
 """Progressive resizing: smaller images in the first epochs of a training.
 
-The cost of a step falls with the number of pixels, and what small images teach serves the large
-ones. Source: M. Tan, Q. Le, EfficientNetV2: Smaller models and faster training, ICML 2021,
-section 4 (there the augmentation grows with the images; here it stays). Accuracies on validation
-images are always measured at the full size.
+The cost of a step falls with the number of pixels, and features learnt on small images are useful
+for large images too. Source: M. Tan, Q. Le, EfficientNetV2: Smaller models and faster training,
+ICML 2021, section 4 (there the augmentation grows with the images; here it does not). Accuracy on
+validation images is always measured at the full size.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from secateur.base.sections import ImageScale, Train
 
 
 class ProgressiveResizing:
-    """The size of the training images by epoch; that of the last epoch is the full one."""
+    """The size of the training images by epoch; the last epoch always has the full size."""
 
     def __init__(self, settings: Train) -> None:
         self.parts = [
@@ -26,17 +26,17 @@ class ProgressiveResizing:
         ]
 
     def scale(self, epoch: int) -> float:
-        """Scale of height and width in an epoch, counted from 0; 1: the full size."""
+        """Scale of height and width in an epoch (counted from 0); 1 is the full size."""
         return next((scale for end, scale in self.parts if epoch < end), 1.0)
 
     def pixels(self, epoch: int) -> float:
-        """Share of the full size's pixels in an epoch, which is about the share of its cost."""
+        """Number of pixels in an epoch, relative to the full size: about its relative cost."""
         return self.scale(epoch) ** 2
 
     def __call__(self, images: Tensor, epoch: int) -> Tensor:
-        """Images (n, channels, height, width) at the size of the epoch; `images` if that is full.
+        """Resize images (n, channels, height, width) to the size of the epoch.
 
-        Bilinear interpolation over all pixels that a smaller one covers (antialiasing).
+        Bilinear interpolation with antialiasing. At the full size, `images` itself is returned.
         """
         scale = self.scale(epoch)
         if scale == 1.0 or not len(images):
@@ -53,11 +53,11 @@ def scaled(size: Sequence[int], scale: float) -> tuple[int, int]:
 
 @torch.no_grad()
 def check(model: nn.Module, parts: Sequence[ImageScale], shape: Sequence[int]) -> None:
-    """Raise ArgumentError if the network does not take images of (channels, height, width) `shape`
-    at one of the sizes.
+    """Raise ArgumentError if the network does not accept images of (channels, height, width)
+    `shape` at one of the scales.
 
-    A network with a linear layer on the pixels of its last feature map takes one size alone; one
-    with global pooling takes many. The network is called in evaluation mode, and not changed.
+    A network with a linear layer on the pixels of its last feature map accepts only one size, a
+    network with global pooling many. The network is called in eval mode, and not changed.
     """
     if not parts:
         return

@@ -1,6 +1,6 @@
-"""Small rotations and elastic distortions of images, one of its own for every image of a batch.
+"""Small rotations and elastic distortions, drawn separately for every image of a batch.
 
-The transforms of torchvision draw once for a whole batch, and would be called image by image.
+torchvision's transforms draw once per batch, so they would have to be called image by image.
 """
 
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from secateur.data.augment import Augment
 GRID = 4
 """Rows and columns of the coarse grid on which elastic displacements are drawn."""
 _WARP_STREAM = 0x77617270
-"""Separates these random numbers from those that shuffle, crop and flip."""
+"""Separates these random numbers from those for shuffling, crops and flips."""
 
 
 class WarpPlan(NamedTuple):
@@ -24,11 +24,11 @@ class WarpPlan(NamedTuple):
     angle: Tensor
     """float32 (count,): counter-clockwise, in radians."""
     displacement: Tensor
-    """float32 (count, 2, GRID, GRID): of the place that a pixel is taken from, to the right and
-    down, in pixels."""
+    """float32 (count, 2, GRID, GRID): displacement of the place that a pixel is taken from, to the
+    right and down, in pixels."""
 
     def part(self, positions: slice) -> "WarpPlan":
-        """The plan for some positions of the epoch."""
+        """The plan for a slice of the epoch."""
         return WarpPlan(self.angle[positions], self.displacement[positions])
 
     def to(self, device: torch.device) -> "WarpPlan":
@@ -37,8 +37,11 @@ class WarpPlan(NamedTuple):
 
 
 def plan_warps(count: int, seed: int, epoch: int, augment: Augment) -> WarpPlan | None:
-    """Draw the distortions of `count` images; depends on the arguments alone. None if there are
-    none: angles are uniform up to `augment.rotate` degrees to both sides, displacements normal."""
+    """Draw the distortions of `count` images; they depend on the arguments alone.
+
+    Angles are uniform up to `augment.rotate` degrees to both sides, displacements are normal. None
+    if both are off.
+    """
     if not augment.rotate and not augment.elastic:
         return None
     sequence = np.random.SeedSequence(seed, spawn_key=(_WARP_STREAM, epoch))
@@ -51,18 +54,18 @@ def plan_warps(count: int, seed: int, epoch: int, augment: Augment) -> WarpPlan 
 
 
 def warp(pixels: Tensor, plan: WarpPlan) -> Tensor:
-    """Images (count, height, width, channels) of any type, distorted: the same in float32.
+    """Distort images (count, height, width, channels) of any type; returns float32, same shape.
 
-    A pixel is interpolated linearly at the place that it is taken from; outside is black. That
-    place is the pixel turned about the centre, plus a displacement: those of the coarse grid,
-    whose corners are the image's, interpolated by cubic polynomials (as O. Ronneberger et al.,
-    U-Net, MICCAI 2015, after P. Simard et al., ICDAR 2003).
+    Each pixel is interpolated linearly at the place that it is taken from; outside of the image is
+    black. That place is the pixel's position rotated about the centre, plus a displacement, which
+    is interpolated by cubic polynomials from the coarse grid, whose corners are the corners of the
+    image (as O. Ronneberger et al., U-Net, MICCAI 2015, after P. Simard et al., ICDAR 2003).
     """
     _, height, width, _ = pixels.shape
     across = torch.arange(width, device=pixels.device) - (width - 1) / 2
     down = torch.arange(height, device=pixels.device) - (height - 1) / 2
     sine, cosine = plan.angle.sin()[:, None, None], plan.angle.cos()[:, None, None]
-    x = cosine * across - sine * down[:, None]  # rows point down: counter-clockwise as it is seen
+    x = cosine * across - sine * down[:, None]  # rows point down: counter-clockwise when displayed
     y = sine * across + cosine * down[:, None]
     fine = F.interpolate(plan.displacement, (height, width), mode="bicubic", align_corners=True)
     x, y = x + fine[:, 0], y + fine[:, 1]

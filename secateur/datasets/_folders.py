@@ -1,7 +1,7 @@
 """Folders of images, one per class: scanned, checked, and decoded or listed.
 
-The layout is `<split>/<class>/<image>` below the data set's folder, `<split>` being train, test and
-optionally val; folders within a class's folder belong to the class. Everything is sorted by the
+The layout is `<split>/<class>/<image>` in the data set's folder, where `<split>` is train, test and
+optionally val; subfolders of a class's folder belong to the class. Everything is sorted by the
 bytes of the names, so that the result depends neither on the file system nor on threads.
 """
 
@@ -35,10 +35,10 @@ from secateur.data.image_files import (
 )
 
 IGNORED_SUFFIXES = {".txt", ".md", ".csv", ".tsv", ".json", ".xml", ".yaml", ".yml", ".ini", ".db"}
-"""Suffixes of files that are ignored, as hidden files are; any other suffix is an error."""
+"""Suffixes of files that are ignored, like hidden files; any other suffix is an error."""
 
 MAX_DEPTH = 32
-"""Folders within a class's folder."""
+"""Limit of nested folders in a class's folder."""
 
 T = TypeVar("T")
 
@@ -50,18 +50,18 @@ def _require_relative(name: str) -> str:
 
 
 FolderName = Annotated[str, AfterValidator(_require_relative)]
-"""Path of a folder below SECATEUR_DATA, whose own place differs between machines."""
+"""Path of a folder relative to SECATEUR_DATA, which differs between machines."""
 
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """The image files of a data set by split, before any is opened."""
+    """The image files of a data set by split, before any file is opened."""
 
     base: Path
     folder: str
     classes: list[str]
     splits: dict[str, list[tuple[bytes, int, int]]]
-    """train, test and optionally val: path below the folder, label, size in bytes."""
+    """train, test and optionally val -> path relative to the folder, label, size in bytes."""
 
     def paths(self) -> list[Path]:
         """Paths of all images, split by split."""
@@ -72,7 +72,7 @@ class ImageFolder:
         return sum(map(len, self.splits.values()))
 
     def file_lists(self, view: ImageView) -> dict[str, ImageFileList]:
-        """A list of files for each split, decoded as `view` says; without digests."""
+        """A list of files for each split, to be decoded according to `view`; without digests."""
         return {
             key: ImageFileList(
                 self.base,
@@ -91,8 +91,8 @@ def scan(base: Path, folder: str, splits: Mapping[str, str]) -> ImageFolder:
     """Find the images of train, test and optionally val; `splits` maps each to its folder's name.
 
     The class folders of train, sorted, are the classes. Raises DataError if a folder is missing, a
-    class has no images in some split, a split has a class that train has not, a file is neither an
-    image nor ignored, or an image lies outside the class folders.
+    class has no images in some split, a split has a class that train does not have, a file is
+    neither an image nor ignored, or an image is outside of the class folders.
     """
     root = base / folder
     if not is_folder(root, DataError):
@@ -126,10 +126,10 @@ def scan(base: Path, folder: str, splits: Mapping[str, str]) -> ImageFolder:
 def common_view(
     found: ImageFolder, size: int | None, resize: int | None, channels: int | None
 ) -> ImageView:
-    """The view with the given `size` and `channels`, or else those of the images themselves.
+    """The view with `size` and `channels`; a value that is None is taken from the images.
 
-    Reads the header of every image only if one of them is None. `channels` is then 1 if all images
-    are grey, else 3. Raises DataError if `size` is None and the sizes differ.
+    Only then the header of every image is read. `channels` is 1 if all images are grey, else 3.
+    Raises DataError if `size` is None and the images differ in size.
     """
     if size is not None and channels is not None:
         return ImageView(channels, size, size, resize)
@@ -157,7 +157,7 @@ def common_view(
 
 
 def decode_all(file_lists: dict[str, ImageFileList]) -> dict[str, InMemoryImages]:
-    """All images decoded into memory, resized and cropped as for evaluation.
+    """Decode all images into memory, resized and cropped as for evaluation.
 
     Raises DataError naming the first file that is damaged.
     """
@@ -177,7 +177,7 @@ def decode_all(file_lists: dict[str, ImageFileList]) -> dict[str, InMemoryImages
 
 
 def hash_all(file_lists: dict[str, ImageFileList]) -> dict[str, ImageFileList]:
-    """The lists with the sha256 of every file, each of which is decoded once as a check.
+    """The lists with the sha256 of every file; each file is decoded once as a check.
 
     Raises DataError naming the first file that is damaged.
     """
@@ -195,7 +195,7 @@ def hash_all(file_lists: dict[str, ImageFileList]) -> dict[str, ImageFileList]:
 
 
 def _entries(folder: Path) -> list[os.DirEntry[bytes]]:
-    """Entries of a folder without hidden ones, sorted by the bytes of their names."""
+    """Entries of a folder except hidden ones, sorted by the bytes of their names."""
     try:
         with os.scandir(os.fsencode(folder)) as entries:
             shown = [entry for entry in entries if not entry.name.startswith(b".")]
@@ -214,9 +214,9 @@ def _is_class(entry: os.DirEntry[bytes]) -> bool:
 
 
 def _size(entry: os.DirEntry[bytes]) -> int | None:
-    """Bytes of a file, None for a folder; DataError for what is neither, such as a FIFO.
+    """Bytes of a file, None for a folder; DataError for anything else, such as a FIFO.
 
-    A link to a folder that the link is in is refused too: it has no end.
+    A link to a folder that contains the link is rejected too, since following it would never end.
     """
     path = os.fsdecode(entry.path)
     try:
@@ -243,7 +243,7 @@ def _is_image(entry: os.DirEntry[bytes]) -> bool:
 
 
 def _class_images(folder: Path, name: bytes) -> list[tuple[bytes, int]]:
-    """Paths below the split's folder and sizes of a class's images; DataError if there are none."""
+    """Paths, relative to the split's folder, and sizes of a class's images; DataError if none."""
     if not is_folder(folder, DataError):
         raise DataError(f"{folder}: no such folder; every class needs images in every split")
     found = list(_walk(folder, name))
@@ -253,7 +253,7 @@ def _class_images(folder: Path, name: bytes) -> list[tuple[bytes, int]]:
 
 
 def _walk(folder: Path, name: bytes) -> Iterator[tuple[bytes, int]]:
-    """Paths and sizes of the images in a folder and in the folders below it."""
+    """Paths and sizes of the images in a folder and in its subfolders."""
     for entry in _entries(folder):
         below = name + b"/" + entry.name
         size = _size(entry)
@@ -269,9 +269,9 @@ def _walk(folder: Path, name: bytes) -> Iterator[tuple[bytes, int]]:
 def _map(
     function: Callable[[Any], T], items: Any, title: str, done: str, chunk: int = 64
 ) -> Iterator[T]:
-    """Apply `function` to every item in threads: results in order, with progress for the user.
+    """Apply `function` to every item in threads; yields the results in order and shows progress.
 
-    `title` and `done` are the words of the progress: "<title>: 64 of 128 <done>".
+    `title` and `done` are the words of the progress line: "<title>: 64 of 128 <done>".
     """
 
     def apply(part: Any) -> list[T]:

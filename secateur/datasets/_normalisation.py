@@ -15,10 +15,10 @@ _NORMALISATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
 def normalisation(
     name: Normalisation, channels: int = 3
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation by channel, of pixels in [0, 1].
+    """Mean and standard deviation of each channel, for pixels in [0, 1].
 
-    With one channel, the averages over the three. cifar10's deviations are averages of those of
-    single images (over all pixels at once they are near 0.25); most published code uses them.
+    With one channel, the averages over the three channels. cifar10's standard deviations are
+    averages over single images (over all pixels they are near 0.25); most published code uses them.
     """
     mean, std = _NORMALISATIONS[name]
     if channels == 1:

@@ -18,9 +18,9 @@ from secateur.data.dataset import Images, InMemoryImages
 from secateur.datasets._normalisation import Normalisation, normalisation
 
 IMAGES, LABELS = 0x803, 0x801
-"""First four bytes of an idx file: unsigned bytes along three axes, or along one."""
+"""First four bytes of an idx file: unsigned bytes with three axes, or with one."""
 MAX_BYTES = 2**28
-"""Of a file of CIFAR: the largest has 155 MB."""
+"""Limit for a file of CIFAR; the largest has 155 MB."""
 SIDE = 28
 """Height and width of the images of all data sets in this format."""
 
@@ -30,7 +30,7 @@ def idx_images(
 ) -> Images:
     """MNIST or a data set in its format, downloaded by torchvision's class of that name.
 
-    Raises DataError naming the file that is damaged, or does not fit the one beside it.
+    Raises DataError naming a file that is damaged, or labels that do not fit their images.
     """
     where = root / name / "raw"
     kinds = ("images-idx3", "labels-idx1")
@@ -45,7 +45,7 @@ def idx_images(
 
 
 def _idx_split(name: str, images: Path, labels: Path) -> InMemoryImages:
-    """The images of one file with the labels of another one; DataError if they do not fit."""
+    """The images of one file with the labels of another; DataError if they do not fit."""
     pixels, targets = _idx_tensor(name, images, IMAGES, 3), _idx_tensor(name, labels, LABELS, 1)
     count, height, width = pixels.shape
     if (height, width) != (SIDE, SIDE):
@@ -60,7 +60,7 @@ def _idx_split(name: str, images: Path, labels: Path) -> InMemoryImages:
 
 
 def _idx_tensor(name: str, path: Path, magic: int, axes: int) -> torch.Tensor:
-    """Content of an idx file: big-endian integers of 32 bits, magic and lengths, then bytes."""
+    """Content of an idx file: magic number and lengths (big-endian, 32 bits), then bytes."""
     size, header = file_size(path, DataError), 4 + 4 * axes
     try:
         with path.open("rb") as file:
@@ -82,7 +82,8 @@ def _idx_tensor(name: str, path: Path, magic: int, axes: int) -> torch.Tensor:
 def cifar_images(name: str, root: Path, normalise: Normalisation, augment: Augment) -> Images:
     """CIFAR-10 or CIFAR-100, read by torchvision's class of that name; class names from its files.
 
-    Raises DataError naming the file if one is missing beside others, or is not the published one.
+    Raises DataError naming a file that is missing although the folder exists, or that is not the
+    published file.
     """
     make = getattr(import_torchvision().datasets, name)
     folder = root / make.base_folder
@@ -94,7 +95,7 @@ def cifar_images(name: str, root: Path, normalise: Normalisation, augment: Augme
         _check_file(name, folder / file, md5)
     try:
         parts = [make(str(root), train=train) for train in (True, False)]
-    except Exception as error:  # of files that were changed in the meantime
+    except Exception as error:  # if files were changed in the meantime
         raise DataError(f"{name}: the files under {folder} are damaged: {_short(error)}") from None
     train, test = (
         InMemoryImages.from_pixels(torch.from_numpy(part.data), torch.tensor(part.targets))
@@ -119,16 +120,16 @@ def _check_file(name: str, path: Path, md5: str) -> None:
 
 
 def _refuse_special(*paths: Path) -> None:
-    """Raise DataError for a FIFO or the like in the place of a file: a download would hang."""
+    """Raise DataError for a FIFO or the like in place of a file: a download would hang."""
     for path in paths:
         if os.path.lexists(path):
             file_size(path, DataError)
 
 
 def _download(make: Callable[[], Any], name: str, root: Path, where: Path) -> Any:
-    """Download by `make`; DataError with what to do instead if that fails.
+    """Download by calling `make`; if that fails, a DataError says what to do instead.
 
-    `where` is the folder of the files, below `root`.
+    `where` is the folder of the files, inside `root`.
     """
     try:
         print(f"{name}: not under {root}, downloading", flush=True)

@@ -18,7 +18,7 @@ class Settings(Strict):
     """Scaling and augmentation."""
 
     normalise: Normalisation = "cifar10"
-    """Published codes differ: most use CIFAR-10's figures, Regularization-Pruning ImageNet's."""
+    """Published code differs: most uses CIFAR-10's values, Regularization-Pruning ImageNet's."""
     augment: Augment = Augment(pad=4, flip=True)
 
 

@@ -16,7 +16,7 @@ class Settings(Strict):
     """Scaling and augmentation."""
 
     normalise: Normalisation = "cifar100"
-    """Published codes differ: Regularization-Pruning uses these, most CIFAR-10's."""
+    """Published code differs: Regularization-Pruning uses these values, most uses CIFAR-10's."""
     augment: Augment = Augment(pad=4, flip=True)
 
 

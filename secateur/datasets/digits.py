@@ -1,7 +1,7 @@
 """The 1,797 handwritten digits of 8x8 pixels that come with scikit-learn: no download.
 
 Source: E. Alpaydin, C. Kaynak, Optical Recognition of Handwritten Digits, UCI, 1998 (its test
-part). A fifth of them, by class in equal shares, is set aside as the test images.
+part). A fifth of them, stratified by class, is held out as test images.
 """
 
 from pathlib import Path
@@ -17,7 +17,7 @@ class Settings(Strict):
 
 
 def read(settings: Settings, root: Path) -> Images:
-    """All digits as (1, 8, 8) images; the original's grey levels 0..16 become 0..255."""
+    """All digits as (1, 8, 8) images; the original grey levels 0..16 become 0..255."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 

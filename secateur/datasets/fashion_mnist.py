@@ -18,10 +18,11 @@ _CLASSES = [
 
 
 class Settings(Strict):
-    """How the pixels are scaled, and training images distorted."""
+    """Scaling of the pixels, and augmentation."""
 
     normalise: bool = False
-    """Take off the mean 0.2860 and divide by the deviation 0.3530; else pixels stay in [0, 1]."""
+    """Subtract the mean 0.2860 and divide by the standard deviation 0.3530; otherwise pixels stay
+    in [0, 1]."""
     augment: Augment = Augment()
 
 

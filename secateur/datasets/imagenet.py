@@ -19,18 +19,18 @@ from secateur.datasets._normalisation import Normalisation, normalisation
 
 
 class Settings(Strict):
-    """Where the images are, and how they are brought to one size."""
+    """Where the images are, and how they are resized."""
 
     folder: _folders.FolderName = "imagenet"
-    """Folder of the images, below SECATEUR_DATA."""
+    """Folder of the images, inside SECATEUR_DATA."""
     size: Annotated[int, Field(ge=8, le=1024)] = 224
-    """Pixels of each side of the network's input."""
+    """Height and width of the network's input, in pixels."""
     resize: Annotated[int, Field(ge=8, le=2048)] = 256
-    """Pixels of the shorter side before the centre is cropped, in evaluation."""
+    """Pixels of the shorter side before the centre crop, in evaluation."""
     normalise: Normalisation = "imagenet"
     augment: FileAugment = FileAugment(area=0.08, flip=True)
     version: Annotated[int, Field(ge=0)] = 0
-    """Raise it when the files have changed: DVC does not look into the folder."""
+    """Raise it when the files have changed: DVC does not watch the folder."""
 
     @field_validator("resize")
     @classmethod
@@ -41,7 +41,7 @@ class Settings(Strict):
 
 
 def read(settings: Settings, root: Path) -> Images:
-    """A list of the files below `root`/`folder`, none of which is opened.
+    """A list of the files in `root`/`folder`; no file is opened.
 
     Names and sizes are hashed, not contents. A damaged file is an error when training decodes it.
     """

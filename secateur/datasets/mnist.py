@@ -14,10 +14,11 @@ from secateur.datasets import _torchvision
 
 
 class Settings(Strict):
-    """How the pixels are scaled, and training images distorted."""
+    """Scaling of the pixels, and augmentation."""
 
     normalise: bool = False
-    """Take off the mean 0.1307 and divide by the deviation 0.3081; else pixels stay in [0, 1]."""
+    """Subtract the mean 0.1307 and divide by the standard deviation 0.3081; otherwise pixels stay
+    in [0, 1]."""
     augment: Augment = Augment()
 
 
