@@ -1,1 +1,1 @@
-"""Exported networks: files that other runtimes read, run and timed where they will be used."""
+"""Exported networks: files for other runtimes, tested and timed in these runtimes."""

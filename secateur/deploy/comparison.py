@@ -1,4 +1,4 @@
-"""Exported networks side by side: accuracy, size and latency, in float32 and int8, by runtime."""
+"""Comparison of exported networks: accuracy, size and latency, in float32 and int8, by runtime."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -16,10 +16,9 @@ INT8 = "_int8"
 
 
 def proved(results: Mapping[tuple[Path, str], Parity]) -> dict[str, dict[str, Any]]:
-    """File name -> its size and what was found for it, from the results by file and runtime.
+    """File name -> its size and its parity results, from the results by file and runtime.
 
-    What was found in the default runtime stands beside the size, that of another one below its
-    name.
+    Results of the default runtime are next to the size, those of other runtimes below their names.
     """
     report: dict[str, dict[str, Any]] = {}
     for (path, runtime), result in results.items():
@@ -29,7 +28,7 @@ def proved(results: Mapping[tuple[Path, str], Parity]) -> dict[str, dict[str, An
 
 
 def add_latencies(report: dict[str, dict[str, Any]], latencies: Sequence[Latency]) -> None:
-    """Write the times into the networks' parts of the report, by runtime, threads and batch."""
+    """Add the times to the networks' parts of the report, by runtime, threads and batch."""
     for row in latencies:
         for key in ("latency_ms", "latency_iqr_ms"):
             runtime = report[row.model].setdefault(key, {}).setdefault(row.runtime, {})
@@ -38,7 +37,7 @@ def add_latencies(report: dict[str, dict[str, Any]], latencies: Sequence[Latency
 
 
 def add_gains(report: dict[str, Any], gains: Sequence[Gain]) -> None:
-    """Write what sparse layers are worth into one network's part of the report."""
+    """Add the gains by sparse layers to one network's part of the report."""
     for gain in gains:
         plain = asdict(gain) | {"layers": list(gain.layers)}
         threads, batch = plain.pop("threads"), plain.pop("batch")
@@ -86,7 +85,7 @@ def _file(row: Latency) -> str:
 
 
 def _accuracy(file: Mapping[str, Any], row: Latency) -> float:
-    """What was measured for the file in the runtime in which it was timed."""
+    """The accuracy of the file in the runtime in which it was timed."""
     if row.model.endswith(INT8):
         found: float = file["accuracy"][row.runtime]
     elif row.runtime == for_file(Path(_file(row)))[0]:

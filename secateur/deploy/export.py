@@ -1,7 +1,7 @@
-"""Networks written as ONNX and as programs of torch.export, both from one trace.
+"""Export of networks to ONNX and to torch.export programs, both from one trace.
 
-Equal networks with equal metadata give equal bytes: neither paths of this machine, nor times, nor
-example inputs get into the files.
+Equal networks with equal metadata give equal bytes: the files contain no paths of this machine, no
+times and no example inputs.
 """
 
 import copy
@@ -26,13 +26,13 @@ INPUT, OUTPUT = "images", "logits"
 ONNX, PT2 = "model.onnx", "model.pt2"
 """Names of the files in an exported model's folder."""
 OPSET = 20
-"""Version of ONNX's operators: what torch's exporter writes without a conversion."""
+"""Version of ONNX's operators: the one that torch's exporter writes without a conversion."""
 MAX_ONNX = 2**31 - 1
-"""Bytes of a protobuf message."""
+"""Largest size of a protobuf message in bytes."""
 
 
 class PixelNetwork(nn.Module):
-    """A network that takes pixels as they are decoded, from 0 to 255, and normalises them itself.
+    """A network that takes decoded pixels, from 0 to 255, and normalises them itself.
 
     The arithmetic is that of `data.batches.Normalise`.
     """
@@ -65,10 +65,10 @@ def check_packages() -> None:
 def write(
     model: nn.Module, shape: Sequence[int], metadata: Metadata, folder: Path
 ) -> dict[str, Path]:
-    """Write `model.onnx` and `model.pt2` into a folder that exists; returns suffix -> path.
+    """Write `model.onnx` and `model.pt2` into an existing folder; returns suffix -> path.
 
     `shape` is that of one image: channels, height, width. Raises SecateurError if the network
-    cannot be traced, or has more than 2 GiB.
+    cannot be traced, or is larger than 2 GiB.
     """
     program = trace(model, shape)
     content = {ONNX: onnx_bytes(program, metadata), PT2: pt2_bytes(program, metadata)}
@@ -80,8 +80,8 @@ def write(
 def trace(model: nn.Module, shape: Sequence[int]) -> ExportedProgram:
     """The network's operations for any number of images, on the CPU, in eval mode and float32.
 
-    The example has two images: with one, torch takes the number for a constant. Raises
-    SecateurError with torch's reason if the network cannot be traced.
+    The example has two images: with a single image, torch would treat the batch size as a constant.
+    Raises SecateurError with torch's reason if the network cannot be traced.
     """
     example, network = torch.zeros(2, *shape), copy.deepcopy(model).eval().cpu().float()
     network.requires_grad_(False)  # or the exporter prepares for gradients, which takes time
@@ -137,15 +137,15 @@ def onnx_model(program: ExportedProgram) -> Any:
         )
     model = converted.model_proto
     for part in _parts(model.graph):
-        del part.metadata_props[:]  # how the trace looked, with paths of this machine
+        del part.metadata_props[:]  # details of the trace, with paths of this machine
     for value in (*model.graph.input, *model.graph.output):
         value.type.tensor_type.shape.dim[0].dim_param = "batch"
-    del model.graph.value_info[:]  # shapes in between, which runtimes infer themselves
+    del model.graph.value_info[:]  # intermediate shapes, which runtimes infer themselves
     return model
 
 
 def _parts(graph: Any) -> Iterator[Any]:
-    """The graph and all in it that may carry properties."""
+    """The graph and all its parts that may have properties."""
     yield graph
     for part in (graph.node, graph.initializer, graph.input, graph.output):
         yield from part

@@ -1,4 +1,4 @@
-"""Latency of exported networks where they will run: by runtime, threads and images per pass."""
+"""Latency of exported networks by runtime, number of threads and images per pass."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from secateur.deploy import runtimes
 
 @dataclass(frozen=True)
 class Latency:
-    """One network in one runtime."""
+    """Latency of one network in one runtime."""
 
     model: str
     runtime: str
@@ -29,7 +29,7 @@ class Latency:
 
 
 def thread_counts() -> list[int]:
-    """One thread, and as many as there are processors, if that is more than one."""
+    """One thread, and as many threads as processors if there are several."""
     return sorted({1, machine.processors()})
 
 
@@ -45,11 +45,11 @@ def measure(
 ) -> list[Latency]:
     """Time every file of every network in each of these runtimes (keys of RUNTIMES) that opens it.
 
-    All networks and runtimes take turns, with one number of threads and one number of images per
-    pass at a time; `on_group` is told which before it begins. An untimed pass precedes each timed
-    one, as if the network were the only one in use. `images` has the shape (count, channels,
-    height, width) and is repeated if a pass takes more. Raises SecateurError for a runtime that is
-    not installed or cannot open a file.
+    For each number of threads and of images per pass, all networks and runtimes take turns;
+    `on_group` is called with a description before each of these combinations. An untimed pass
+    precedes each timed one, as if the network were the only one in use. `images` has the shape
+    (count, channels, height, width) and is repeated if a pass needs more. Raises SecateurError for
+    a runtime that is not installed or cannot open a file.
     """
     rows: list[Latency] = []
     for count in threads:
@@ -72,5 +72,5 @@ def measure(
 
 
 def images_of(images: NDArray[Any], count: int) -> NDArray[Any]:
-    """The first `count` images, from the beginning again if there are fewer; contiguous."""
+    """The first `count` images, repeated from the beginning if there are fewer; contiguous."""
     return np.ascontiguousarray(images[np.arange(count) % len(images)])

@@ -1,8 +1,8 @@
 """Times of a network's layers at several widths, measured in the runtime that will run it.
 
-What is measured becomes a `pruning.latency.LatencyTable`, from which a pruner predicts the time of
-narrower networks. Layers of equal shape are measured once. Weights are random: they have no
-influence on the time, unless they are denormal numbers.
+The result is a `pruning.latency.LatencyTable`, from which a pruner predicts the time of narrower
+networks. Layers of equal shape are measured once. Weights are random: they do not influence the
+time, unless they are denormal numbers.
 """
 
 import contextlib
@@ -32,13 +32,13 @@ from secateur.sparsity import choices
 PARTS = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1.0)
 """Shares of a layer's outputs and inputs at which it is measured."""
 NETWORKS = (0.75, 0.5, 0.35, 0.25)
-"""Shares of all channel groups that are left in the networks measured as a whole."""
+"""Shares of all channel groups that are kept in the networks measured as a whole."""
 MULTIPLES = (1, 2, 4, 8, 16)
-"""Of the widths of layers; 16 float32 numbers fill the widest vector registers."""
+"""Multiples that widths may be rounded up to; 16 float32 numbers fill the widest registers."""
 WASTE = 1.05
 """Factor by which a layer may be slower, on average, with widths rounded up to a multiple."""
 LAYER_REPEATS = 15
-"""Passes of layers; of whole networks their number is a setting."""
+"""Passes of each layer; for whole networks the number is a setting."""
 Pass = Callable[[], object]
 
 
@@ -50,8 +50,8 @@ class LayerShape:
     inputs: int
     bias: bool
     positions: tuple[int, ...]
-    """Height and width of the images that a convolution gets; of a linear layer how often it is
-    applied for each image."""
+    """Height and width of a convolution's inputs; for a linear layer, how often it is applied per
+    image."""
     kernel: tuple[int, ...] = ()
     """Empty for a linear layer."""
     stride: tuple[int, ...] = ()
@@ -64,7 +64,7 @@ class LayerShape:
 
     @property
     def depthwise(self) -> bool:
-        """Every input has filters of its own."""
+        """Whether every input has its own filters."""
         return self.groups > 1 and self.groups == self.inputs
 
     def narrower(self, outputs: int, inputs: int) -> "LayerShape":
@@ -85,11 +85,11 @@ def measure(
     repeats: int = 100,
     on_step: Callable[[str], object] = lambda _what: None,
 ) -> LatencyTable:
-    """The table of a network, of which `image` is one input, (1, channels, height, width).
+    """The latency table of a network; `image` is one input, (1, channels, height, width).
 
-    `repeats` are the passes of whole networks. `on_step` is told what is measured next. Raises
-    SecateurError if the runtime is not installed or the network cannot be exported, PruningError if
-    its channels cannot be followed.
+    `repeats` is the number of passes of whole networks. `on_step` is called with a description of
+    what is measured next. Raises SecateurError if the runtime is not installed or the network
+    cannot be exported, PruningError if its channels cannot be followed.
     """
     check_packages([runtime])
     model = model.eval()
@@ -138,7 +138,7 @@ def compare(
 ) -> dict[str, float]:
     """Milliseconds of each network, taking turns: the shortest of `repeats` passes.
 
-    What else a machine does only makes a pass longer.
+    The shortest, because other work of the machine only makes a pass longer.
     """
     with tempfile.TemporaryDirectory() as folder, runtimes.torch_threads(threads):
         opener = _Opener(runtime, batch, threads, Path(folder))
@@ -173,7 +173,7 @@ class _Opener:
         return self._file(_onnx_layer(shape, module, tuple(images.shape)), images)
 
     def network(self, model: nn.Module, image: Tensor) -> Pass:
-        """A whole network, as `export` writes it."""
+        """A whole network, exported by `export`."""
         program = export.trace(model, image.shape[1:])
         images = image.expand(self.batch, *image.shape[1:]).contiguous()
         if self.runtime == "torch":
@@ -185,7 +185,7 @@ class _Opener:
         path = self.folder / f"{self.opened}.onnx"
         path.write_bytes(content)
         run = runtimes.open_model(path, self.runtime, self.threads)
-        with contextlib.suppress(OSError):  # of a mapped file, where the system forbids it
+        with contextlib.suppress(OSError):  # some systems do not remove a mapped file
             path.unlink()
         return partial(run, images.numpy())
 
@@ -256,7 +256,7 @@ def _onnx_layer(shape: LayerShape, module: nn.Module, size: tuple[int, ...]) -> 
 def _shapes(
     model: nn.Module, graph: ChannelGraph, image: Tensor
 ) -> dict[str, tuple[LayerShape, ...]]:
-    """The shape of every layer of the channel graph in each of its calls, in that order."""
+    """The shapes of every layer of the channel graph, one for each of its calls, in order."""
     modules = dict(model.named_modules())
     convolutions = {name: m for name, m in modules.items() if isinstance(m, nn.Conv2d)}
     calls: dict[int, list[tuple[nn.Conv2d, Tensor]]] = {}  # by the id() of the weight
@@ -317,10 +317,10 @@ def _fixed_sides(graph: ChannelGraph) -> dict[str, tuple[bool, bool]]:
 
 
 def _multiple(opener: _Opener, shapes: Iterable[LayerShape]) -> int:
-    """The largest multiple that widths can be brought up to at hardly any cost in time.
+    """The largest multiple that widths can be rounded up to at hardly any cost in time.
 
-    It is looked for in the two convolutions or linear layers and the depthwise convolution that
-    compute most, at 32 numbers of outputs in a row.
+    It is measured on the two most expensive convolutions or linear layers and the most expensive
+    depthwise convolution, at 32 consecutive numbers of outputs.
     """
     span = 2 * MULTIPLES[-1]
     wide = [shape for shape in dict.fromkeys(shapes) if shape.outputs >= 2 * span]
@@ -367,7 +367,7 @@ def _measure_layer(
 
 
 def _together(calls: Sequence[MeasuredLayer]) -> MeasuredLayer:
-    """One layer in all of its calls, which are measured at equal widths."""
+    """The sum over all calls of one layer, which are measured at equal widths."""
     times = torch.tensor([call.ms for call in calls], dtype=torch.float64).sum(0)
     return calls[0].model_copy(
         update={
@@ -387,7 +387,7 @@ def _widths(width: int, fixed: bool, multiple: int, groups: int) -> list[int]:
 
 
 def _fine(multiple: int, width: int) -> int:
-    """The multiple, or, of what is narrow, a quarter of its width."""
+    """The multiple or, for a narrow side, a quarter of its width."""
     return max(1, min(multiple, width // 4))
 
 
@@ -399,7 +399,7 @@ def _measure_networks(
     multiple: int,
     repeats: int,
 ) -> list[MeasuredNetwork]:
-    """The network as it is, and with shares of all channel groups left."""
+    """The given network, and networks that keep a share of all channel groups."""
     widths = [widths_left(graph, {})]
     passes = {0: opener.network(model, image)}
     for share in NETWORKS:
@@ -414,7 +414,7 @@ def _measure_networks(
 
 
 def _narrower(graph: ChannelGraph, share: float, multiple: int) -> dict[str, Tensor]:
-    """A selection that leaves this share of the channels of every group."""
+    """A selection that keeps this share of the channels of every group."""
     chosen = {}
     for group in graph.groups:
         if group.locked is None:
@@ -428,8 +428,8 @@ def _narrower(graph: ChannelGraph, share: float, multiple: int) -> dict[str, Ten
 def _shortest(passes: Mapping[Any, Pass], repeats: int, untimed: int = 0) -> dict[Any, float]:
     """Milliseconds of the shortest pass of each, taking turns; see `timing.take_turns`.
 
-    Of whole networks an untimed pass goes before each timed one, as if the network were the only
-    one in use: how many others take turns would otherwise decide how much is in the caches.
+    For whole networks an untimed pass precedes each timed one, as if the network were the only one
+    in use. Otherwise the content of the caches would depend on how many networks take turns.
     """
     times = timing.take_turns(passes, repeats, untimed)
     return {key: min(taken) for key, taken in times.items()}

@@ -1,4 +1,4 @@
-"""What an exported file says about itself: classes, normalisation, and where it comes from."""
+"""Metadata of exported files: classes, normalisation, and origin."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -25,7 +25,7 @@ Preprocessing = Literal["outside", "inside"]
 
 @dataclass(frozen=True)
 class Metadata:
-    """Description of an exported file. Annotations are the schema; there are no times in it."""
+    """Metadata of an exported file. The annotations are the schema; it contains no times."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -40,18 +40,18 @@ class Metadata:
     """outside: the input is (pixel / 255 - mean) / std; inside: pixels from 0 to 255, as float32.
     """
     sha256: str
-    """Of the safetensors file that the network comes from."""
+    """Hash of the safetensors file that the network comes from."""
     arch: str
     resize: int | None
-    """Pixels of the shorter side before the centre of a picture is cut out; None: the image's."""
+    """Pixels of a picture's shorter side before the centre is cut out; None: size of the image."""
     split: str
     """Hash of the images and their division into train, val and test."""
     fingerprint: str = ""
-    """Of the work that made the safetensors file, as its run record has it."""
+    """Fingerprint of the stage that made the safetensors file, from its run record."""
     experiment: str = ""
     """DVC experiment in which the safetensors file was made."""
     revision: str = ""
-    """Git commit on which it was made."""
+    """Git commit on which the safetensors file was made."""
     secateur: str = __version__
 
     def to_json(self) -> str:
@@ -75,9 +75,9 @@ def from_header(
     resize: int | None = None,
     **origin: str,
 ) -> Metadata:
-    """Metadata of the network of a checkpoint; `origin` has what its run record says.
+    """Metadata of the network of a checkpoint; `origin` has fields from its run record.
 
-    `resize` is by default what the checkpoint says.
+    `resize` defaults to that of the checkpoint.
     """
     return Metadata(
         classes=header.classes,

@@ -15,20 +15,20 @@ from secateur.data.dataset import DatasetInfo, Split
 from secateur.deploy.runtimes import Runner
 
 TOLERANCE = 1e-5
-"""Difference from float64, over the largest output, that rounding in float32 may make."""
+"""Difference from float64, over the largest output, that rounding in float32 may cause."""
 _CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class Parity:
-    """What was found for one file in one runtime."""
+    """Results for one file in one runtime."""
 
     difference: float
-    """The largest of all outputs for some images, from float64, over the largest output."""
+    """Largest difference of any output from float64, for some images, over the largest output."""
     accuracy: float
     """Fraction of all images that the file classifies correctly."""
     ties: int
-    """Images whose two highest outputs are equal but for rounding: either class is right."""
+    """Images whose two highest outputs are equal up to rounding: either class is right."""
 
 
 @torch.inference_mode()
@@ -41,12 +41,13 @@ def verify(
     pixels: bool = False,
     tick: Callable[[], object] = lambda: None,
 ) -> dict[str, Parity]:
-    """Compare files that have been opened with the network that they were written from.
+    """Compare opened files with the network that they were exported from.
 
-    The outputs for `data.batches.example_batch`, together and for one image alone, must be within
-    TOLERANCE of those in float64; the classes of all images must be those that the network
-    predicts in float32. With `pixels`, network and files take pixels from 0 to 255. `tick` is
-    called after every batch. Raises SecateurError naming what differs, and by how much.
+    The outputs for `data.batches.example_batch`, as one batch and for a single image, must be
+    within TOLERANCE of the network's outputs in float64; the classes of all images must be those
+    that the network predicts in float32. With `pixels`, network and files take pixels from 0 to
+    255. `tick` is called after every batch. Raises SecateurError naming the file that differs, and
+    by how much.
     """
     exact = copy.deepcopy(model).cpu().double().eval()
     model = copy.deepcopy(model).cpu().float().eval()
@@ -85,7 +86,7 @@ def accuracy(run: Runner, split: Split, info: DatasetInfo, *, pixels: bool = Fal
 
 
 def _difference(run: Runner, images: Tensor, wanted: Tensor) -> float:
-    """The largest for all images together, and for the first alone; NaN if there is any."""
+    """Largest difference for all images as a batch, and for the first alone; NaN if one is NaN."""
     together = torch.from_numpy(_run(run, images)).double() - wanted
     alone = torch.from_numpy(_run(run, images[:1])).double() - wanted[:1]
     return float(torch.cat([together, alone]).abs().max())
@@ -119,7 +120,7 @@ def _batches(split: Split, info: DatasetInfo, pixels: bool) -> Iterator[tuple[Te
 
 
 def as_input(images: Tensor, info: DatasetInfo, pixels: bool) -> Tensor:
-    """What a file takes, from normalised images: these, or with `pixels` what they come from."""
+    """The input of a file: the normalised images or, with `pixels`, their original pixels."""
     if not pixels:
         return images
     std, mean = (torch.tensor(v).view(1, -1, 1, 1) for v in (info.std, info.mean))

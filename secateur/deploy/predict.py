@@ -1,4 +1,4 @@
-"""Classes of pictures, by a checkpoint of the pipeline or by an exported file."""
+"""Classification of pictures with a checkpoint of the pipeline or an exported file."""
 
 import argparse
 import json
@@ -23,14 +23,14 @@ from secateur.nn import checkpoint
 from secateur.nn.checkpoint import Checkpoint
 
 BATCH = 64
-"""Pictures that pass through the network at a time."""
+"""Pictures in one pass through the network."""
 MODELS = ("model.safetensors", "model.onnx", "model.pt2")
-"""Files that are looked for in a folder, in this order."""
+"""Files to look for in a folder, in this order."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a network says about one picture."""
+    """Prediction of a network for one picture."""
 
     file: str
     label: str
@@ -42,19 +42,19 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Classifier:
-    """A network that has been opened, with all that it needs to know about pictures."""
+    """An opened network, with everything needed to prepare pictures for it."""
 
     run: Runner
     classes: Sequence[str]
     view: ImageView
-    """How a picture that is not of the network's own size is brought to it."""
+    """How pictures of other sizes are brought to the network's size."""
     preprocess: Callable[[torch.Tensor], torch.Tensor]
-    """uint8 (N, channels, height, width) -> float32, as the network takes it."""
+    """uint8 (N, channels, height, width) -> float32 input of the network."""
 
     def predict(self, paths: Sequence[Path], top: int = 1) -> Iterator[Prediction]:
         """Predictions in the order of the files, `top` classes for each.
 
-        Raises DataError naming the first file that is no readable picture.
+        Raises DataError naming the first file that is not a readable picture.
         """
         for start in range(0, len(paths), BATCH):
             part = paths[start : start + BATCH]
@@ -76,9 +76,9 @@ def softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
 def open_classifier(path: Path, resize: int | None = None) -> Classifier:
     """Open a .safetensors, .onnx or .pt2 file, or the first of them in a folder.
 
-    `resize`: pixels of the shorter side before the centre is cut out, by default what the file
-    says, else as many as the network takes. Raises SecateurError, naming the file, if it cannot be
-    opened or does not say what its classes are.
+    `resize`: pixels of the shorter side before the centre is cut out; the default is the value in
+    the file, else the size that the network takes. Raises SecateurError, naming the file, if it
+    cannot be opened or has no class names.
     """
     path = _find(path)
     if path.suffix == ".safetensors":
@@ -120,9 +120,9 @@ def _find(path: Path) -> Path:
 
 
 def _of_own_code(path: Path, header: checkpoint.Header) -> Checkpoint:
-    """The checkpoint, if params.yaml here names the function of the user that makes its network.
+    """The checkpoint, if params.yaml in this folder names the user function that makes its network.
 
-    Otherwise CheckpointError: a function that a file names is not called for that.
+    Otherwise CheckpointError: a function is not called just because a file names it.
     """
     here = Path(settings.FILE).is_file()
     written = (settings.read().archs.get(checkpoint.OWN_CODE) or {}) if here else {}
@@ -149,8 +149,8 @@ def _runner(model: torch.nn.Module) -> Runner:
 def find_pictures(paths: Sequence[Path]) -> list[Path]:
     """The files among `paths`, and the pictures in and below the folders among them, sorted.
 
-    Hidden files and folders in them are left out, as by data set image_folder. Raises DataError
-    for a path that does not exist, and for a folder without pictures.
+    Hidden files and folders are left out, as in data set image_folder. Raises DataError for a path
+    that does not exist, and for a folder without pictures.
     """
     found: list[Path] = []
     for path in paths:
@@ -166,7 +166,7 @@ def find_pictures(paths: Sequence[Path]) -> list[Path]:
 
 
 def _is_picture(path: Path, folder: Path) -> bool:
-    """Whether what lies below a folder is taken for a picture: by its name alone, if no folder."""
+    """Whether a path below a folder is taken for a picture, by its name; folders never are."""
     return (
         path.suffix.lower() in IMAGE_SUFFIXES
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
@@ -189,6 +189,6 @@ def command(options: argparse.Namespace) -> None:
 
 
 def _printable(text: str) -> str:
-    """The text with backslashes for what stdout cannot encode, such as names that are not UTF-8."""
+    """The text with backslash escapes for characters that stdout cannot encode, as in odd names."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)

@@ -1,8 +1,8 @@
-"""Archives of torch.export (.pt2), looked into before torch reads them: none with a pickle in it.
+"""Checks archives of torch.export (.pt2) before torch reads them, and refuses pickles.
 
 torch.export writes tensors as plain bytes and the program as JSON, but example inputs, tensors of
-special types and custom objects as pickles, which `torch.export.load` then loads freely. A file
-that Secateur has written has none of them.
+special types and custom objects as pickles, which `torch.export.load` loads without restriction.
+Files written by Secateur contain no pickles.
 """
 
 import re
@@ -15,13 +15,13 @@ from secateur.base.documents import parse_json
 from secateur.base.errors import CheckpointError, cut, shorten
 
 MAX_JSON = 2**28
-"""Bytes of one JSON file in an archive: 256 MiB."""
+"""Largest size of a JSON file in an archive: 256 MiB."""
 KNOWN = re.compile(
     r"data/(weights|constants)/(weight_\d+|tensor_\d+|model_(weights|constants)_config\.json)|"
     r"data/sample_inputs/model\.pt|models/model\.json|extra/[^/]+|archive_format|archive_version|"
     r"byteorder|\.data/(version|serialization_id)|\.format_version|\.storage_alignment"
 )
-"""Files of an archive that holds one program, without the archive's own folder."""
+"""Files of an archive with one program, without the archive's own folder."""
 
 
 def check(path: Path) -> None:
@@ -36,7 +36,7 @@ def check(path: Path) -> None:
 def read_extra(path: Path, name: str) -> Any:
     """The JSON value in the archive's extra file `name`; None if there is no such file.
 
-    Raises CheckpointError, naming the file, if it is no archive or the value cannot be read.
+    Raises CheckpointError, naming the file, if it is not an archive or the value cannot be read.
     """
     files.file_size(path, CheckpointError)
     try:
@@ -48,7 +48,7 @@ def read_extra(path: Path, name: str) -> Any:
 
 
 def _inner(item: zipfile.ZipInfo) -> str:
-    """A file's name without the folder that holds everything in the archive."""
+    """A file's name without the archive's top folder."""
     return item.filename.partition("/")[2]
 
 

@@ -1,14 +1,14 @@
-"""int8: static quantisation of an ONNX file after training, calibrated on training images.
+"""int8: static post-training quantisation of an ONNX file, calibrated on training images.
 
 The result is an ONNX file with pairs of QuantizeLinear and DequantizeLinear (QDQ), which ONNX
-Runtime and OpenVINO replace by integer kernels. Weights are rounded by output channel, activations
-by tensor (R. Krishnamoorthi, Quantizing deep convolutional networks for efficient inference, arXiv
-1806.08342, 2018).
+Runtime and OpenVINO replace by integer kernels. Weights are quantised per output channel,
+activations per tensor (R. Krishnamoorthi, Quantizing deep convolutional networks for efficient
+inference, arXiv 1806.08342, 2018).
 
-Activations are unsigned: with signed ones, which have zero points, ONNX Runtime's kernels for x86
-are slower than float32, and OpenVINO refuses some networks and computes others wrongly. Weights
-use seven of the eight bits, since processors without integer dot products (VNNI) add two products
-in 16 bits, which would overflow.
+Activations are unsigned: with signed activations, which have zero points, ONNX Runtime's kernels
+for x86 are slower than float32, and OpenVINO refuses some networks and computes others wrongly.
+Weights use seven of the eight bits, since processors without integer dot products (VNNI) add two
+products in 16 bits, which would overflow.
 """
 
 import logging
@@ -25,22 +25,22 @@ from secateur.base.errors import SecateurError, cut
 from secateur.base.logs import muted
 
 CALIBRATION_BATCH = 64
-"""Images that pass through the network at a time while the ranges are measured."""
+"""Images in one pass through the network during calibration."""
 
 
 def quantise(source: Path, target: Path, images: NDArray[np.float32]) -> None:
     """Write the int8 version of the float32 network in `source` to `target`, in one step.
 
-    `images`, training images of shape (count, channels, height, width) as the network takes them,
-    measure the range of every activation: its smallest and its largest value. The file's metadata
-    are copied. Raises SecateurError if the file cannot be quantised, and SecateurError with the
-    command to install it if onnx or onnxruntime is missing.
+    `images` are training images, (count, channels, height, width), prepared for the network; they
+    determine the smallest and the largest value of every activation. The metadata of the file is
+    copied. Raises SecateurError if the file cannot be quantised, and, with the command to install
+    it, if onnx or onnxruntime is missing.
     """
     onnx = optional.load("onnx", "to quantise .onnx files")
     package = optional.load("onnxruntime.quantization", "to quantise .onnx files")
     shapes = optional.load("onnxruntime.quantization.shape_inference", "to quantise .onnx files")
     parts = np.array_split(images, -(-len(images) // CALIBRATION_BATCH))
-    advice = logging.WARNING  # of what has been done already
+    advice = logging.WARNING  # the quantiser advises a step that is done here already
     with tempfile.TemporaryDirectory() as scratch, muted(advice):
         prepared, quantised = Path(scratch, "prepared.onnx"), Path(scratch, "int8.onnx")
         try:
@@ -66,7 +66,7 @@ def quantise(source: Path, target: Path, images: NDArray[np.float32]) -> None:
 
 
 class _Reader:
-    """Batches of images as ONNX Runtime's calibration asks for them, one after the other."""
+    """Feeds ONNX Runtime's calibration with batches of images."""
 
     def __init__(self, name: str, parts: Sequence[NDArray[np.float32]]) -> None:
         self.name, self.parts = name, iter(parts)

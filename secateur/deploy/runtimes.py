@@ -1,8 +1,8 @@
 """Exported files opened in the runtimes that will run them: torch, ONNX Runtime, OpenVINO.
 
-All compute in float32 on the CPU. OpenVINO would use bfloat16 where the processor has it, and pin
-its threads to cores that other processes may be using, so both are switched off: the runtimes are
-compared at equal precision, on a machine that is rarely theirs alone.
+All compute in float32 on the CPU. By default OpenVINO uses bfloat16 if the processor supports it,
+and pins its threads to cores, which other processes may be using. Both are switched off, so that
+runtimes are compared at equal precision on machines that also do other work.
 """
 
 import contextlib
@@ -39,12 +39,12 @@ def open_model(path: Path, runtime: str | None = None, threads: int = 0) -> Runn
     """Open an exported file for inference.
 
     `runtime` is a key of RUNTIMES, by default the first that opens files of this suffix; `threads`
-    is a number of threads, 0 for as many as the runtime takes by itself. Raises SecateurError,
-    naming the file, if it is missing, is of another kind, or cannot be opened, and SecateurError
-    with the command to install it if the runtime is missing.
+    is the number of threads, 0 for the default of the runtime. Raises SecateurError, naming the
+    file, if it is missing, is of another kind, or cannot be opened, and, with the command to
+    install it, if the runtime is missing.
 
-    A .pt2 file with a pickle in it is refused. What is left is a program that torch rebuilds, so
-    open files alone that you trust. An .onnx file is data.
+    A .pt2 file that contains a pickle is refused. It still contains a program that torch rebuilds,
+    so only open files that you trust. An .onnx file is data.
     """
     able = [name for name in for_file(path) if runtime in (None, name)]
     if not able:
@@ -61,7 +61,7 @@ def check_packages(names: Iterable[str]) -> None:
 
 
 def version(name: str) -> str:
-    """The version of a runtime that is installed."""
+    """The version of an installed runtime."""
     return str(_package(name).__version__)
 
 
@@ -78,10 +78,10 @@ def tested_in(path: Path, asked: Iterable[str]) -> list[str]:
 
 @contextlib.contextmanager
 def torch_threads(count: int) -> Iterator[None]:
-    """Let torch compute with `count` threads (0: with as many as now) inside, and as before after.
+    """Context in which torch computes with `count` threads (0: the current number).
 
-    The number belongs to the whole process. To change it for every pass would start and stop
-    threads within the measured time, so a runner of torch changes nothing if it is right already.
+    The number belongs to the whole process. Changing it for every pass would start and stop threads
+    within the measured time, so it is not set again if it is already right.
     """
     before = torch.get_num_threads()
     if count in (0, before):
@@ -120,7 +120,7 @@ def _open_onnxruntime(path: Path, threads: int) -> Runner:
     options.intra_op_num_threads = threads  # 0: its own choice, one per physical core
     options.inter_op_num_threads = 1  # these networks are one operation after the other
     options.log_severity_level = 3  # errors only
-    # its threads would go on waiting actively after a pass, and slow whatever runs next
+    # otherwise its threads would busy-wait after a pass, and slow down whatever runs next
     options.add_session_config_entry("session.force_spinning_stop", "1")
     try:
         session = package.InferenceSession(path, options, providers=["CPUExecutionProvider"])
@@ -157,7 +157,7 @@ def _open_openvino(path: Path, threads: int) -> Runner:
 
 
 def _package(name: str) -> Any:
-    """The package of a runtime, which has its name."""
+    """The package of a runtime, which has the same name."""
     return optional.load(name, f"to run {RUNTIMES[name].suffix} files in {RUNTIMES[name].title}")
 
 

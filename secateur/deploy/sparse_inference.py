@@ -1,9 +1,9 @@
-"""What single zeros among the weights are worth: linear layers in PyTorch's CSR format, if faster.
+"""Speed-up by single zeros among the weights: linear layers in PyTorch's CSR format, if faster.
 
 No runtime for CPUs skips the zeros of a dense matrix, and none has a sparse kernel for
-convolutions. A linear layer whose weights are stored as compressed sparse rows (CSR) skips them, at
-a price for each that is left; from which sparsity on that pays depends on its size, the number of
-images and the processor. So every layer is measured in both forms.
+convolutions. A linear layer whose weights are stored as compressed sparse rows (CSR) skips zeros,
+at a higher cost for each remaining weight. The sparsity from which on this pays off depends on the
+layer's size, the number of images and the processor, so every layer is measured in both forms.
 """
 
 import copy
@@ -24,7 +24,7 @@ from secateur.sparsity import masks
 LEAST_ZEROS = 0.5
 """Layers with fewer zeros are not tried: each entry of CSR stores a column beside its value."""
 LEAST_GAIN = 1.05
-"""A layer, or a network, counts as faster from this speed-up on; less is noise."""
+"""Speed-up from which on a layer, or a network, counts as faster; less is noise."""
 
 
 class SparseLinear(nn.Module):
@@ -34,7 +34,7 @@ class SparseLinear(nn.Module):
         super().__init__()
         weight, bias = linear.weight.detach(), linear.bias
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that CSR is in beta
+            warnings.simplefilter("ignore")  # warns that CSR is in beta
             self.weight = weight.to_sparse_csr()
         self.bias = weight.new_zeros(len(weight), 1) if bias is None else bias.detach()[:, None]
 
@@ -47,30 +47,30 @@ class SparseLinear(nn.Module):
 
 @dataclass(frozen=True)
 class Gain:
-    """A network with its sparse layers against the same one with dense layers, both in torch."""
+    """A network with sparse layers compared with the same network with dense layers, in torch."""
 
     threads: int
     batch: int
     """Images per pass."""
     layers: Sequence[str]
-    """Names of the layers that are faster as CSR; empty if none is."""
+    """Names of the layers that are faster as CSR."""
     dense_ms: float
     dense_iqr_ms: float
     sparse_ms: float
     """Equal to `dense_ms` without such layers."""
     sparse_iqr_ms: float
     speedup: float
-    """Median of the ratios turn by turn; 1 without such layers."""
+    """Median over the turns of the ratio of both times; 1 without such layers."""
 
 
 @torch.inference_mode()
 def measure(model: nn.Module, images: Tensor, threads: int, repeats: int) -> Gain:
     """Find the linear layers that are faster as CSR for this batch, and time the network with them.
 
-    `images` has the shape (batch, channels, height, width). Layers are timed one by one on what
-    they get from these images, dense and sparse taking turns; then the whole network is timed with
-    and without the chosen ones, and if it is not faster nothing is chosen. The model is left as it
-    is, in eval mode, on the CPU.
+    `images` has the shape (batch, channels, height, width). Layers are timed one by one on their
+    inputs for these images, dense and sparse taking turns; then the whole network is timed with and
+    without the chosen layers, and if it is not faster, none is chosen. The model, in eval mode on
+    the CPU, is not changed.
     """
     with torch_threads(threads):
         model.eval()
@@ -94,7 +94,7 @@ def with_sparse_layers(model: nn.Module, names: Sequence[str]) -> nn.Module:
 
 
 def layer_inputs(model: nn.Module, images: Tensor) -> Mapping[str, Tensor]:
-    """What each linear layer that has many zeros gets from these images, by its name."""
+    """Input of each linear layer with many zeros for these images, by its name."""
     found: dict[str, Tensor] = {}
     layers = {
         name: layer

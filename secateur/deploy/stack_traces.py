@@ -1,4 +1,4 @@
-"""Traces of networks without a stack trace for every operation, which take a quarter less time."""
+"""Tracing of networks without a stack trace per operation, which takes a quarter less time."""
 
 import contextlib
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from torch.fx import config
 
 @contextlib.contextmanager
 def omitted() -> Iterator[None]:
-    """While torch traces or rebuilds a program, its nodes note no lines of code.
+    """Context in which torch traces or rebuilds programs without recording lines of code.
 
     Only torch's own messages could show them. Versions of torch without this switch ignore it.
     """

@@ -1,7 +1,7 @@
 """Group convolutions: from masks made of groups of channels to convolutions with groups.
 
-`permutation` finds the groups of outputs and inputs of one convolution that keep the most.
-`search` assigns a number of groups to every convolution within a budget, and `config` reads and
-writes files of such numbers. `export` replaces masked convolutions by group convolutions between
-permutations of channels. The pruner itself is `pruners.gconv`.
+`permutation` finds the groups of outputs and inputs of one convolution that keep the most
+importance. `search` assigns a number of groups to every convolution within a budget, and `config`
+reads and writes files of such numbers. `export` replaces masked convolutions by group convolutions
+between permutations of channels. The pruner itself is `pruners.gconv`.
 """

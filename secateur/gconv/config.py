@@ -1,7 +1,7 @@
 """Files with the number of groups of each convolution, in the format of gconv-prune.
 
 A JSON object: module name, with or without `module.` before it, -> {"G": groups, "F": outputs,
-"C": inputs, "id": place among the modules}. Layers that are not named stay as they are.
+"C": inputs, "id": index among the modules}. Layers that are not named are not changed.
 """
 
 import json
@@ -16,7 +16,7 @@ from secateur.base.errors import SettingsError, cut, did_you_mean, shorten
 
 PREFIX = "module."
 SHORTCUTS = (".shortcut", ".shortcut.conv")
-"""Names in this package's architectures for what torchvision calls `.downsample.0`."""
+"""Names in Secateur's architectures for torchvision's `.downsample.0`."""
 
 
 def convolutions(model: nn.Module) -> dict[str, nn.Conv2d]:

@@ -1,10 +1,11 @@
-"""Export masks made of groups of channels as group convolutions (for the pruner gconv).
+"""Export masks that consist of groups of channels as group convolutions (for the pruner gconv).
 
 A convolution whose mask keeps G groups of outputs and inputs is a group convolution between two
 permutations of channels. The order of channels is free unless an operation depends on it, so that
-most permutations need not be computed: the channels of the network are reordered such that groups
-are contiguous, in all tensors that have entries for them, and an index is left only where several
-layers need different orders. The exported network computes what the masked network computes.
+most permutations need not be computed at run time: the channels of the network are reordered to
+make groups contiguous, in all tensors that have entries for them, and an index remains only where
+several layers need different orders. The exported network computes what the masked network
+computes.
 """
 
 import copy
@@ -32,7 +33,7 @@ class Exported:
     groups: dict[str, int]
     """Exported convolution -> its groups."""
     left: tuple[str, ...]
-    """Convolutions with masks that are not made of groups; they are unchanged."""
+    """Convolutions with masks that do not consist of groups; they are unchanged."""
     kept: dict[str, Tensor] = field(default_factory=dict)
     """Layer -> its outputs in their new order, if the order has changed."""
 
@@ -40,9 +41,9 @@ class Exported:
 def export(model: nn.Module, masks: Masks, example: Tensor, fold: bool = True) -> Exported:
     """The network with group convolutions; `model` itself is not changed.
 
-    Masked weights must be zero already. `example` is a batch of inputs, of which the shape
+    Masked weights must be zero already. `example` is a batch of inputs, of which only the shape
     matters. Without `fold`, channels are not reordered and every exported convolution has both
-    indices. Raises ArgumentError if no mask is made of groups.
+    indices. Raises ArgumentError if no mask consists of groups.
     """
     model = copy.deepcopy(model).eval()
     masks = {name: mask.clone() for name, mask in masks.items()}
@@ -81,7 +82,7 @@ def group_convolution_counts(model: nn.Module) -> dict[str, float]:
 def _groupings(
     model: nn.Module, masks: Mapping[str, Tensor]
 ) -> tuple[dict[str, Grouping], list[str]]:
-    """Groupings by convolution, and names of convolutions whose masks are not made of groups."""
+    """Groupings by convolution, and names of convolutions whose masks do not consist of groups."""
     found: dict[str, Grouping] = {}
     left: list[str] = []
     names = [id(p) for _, p in model.named_parameters(remove_duplicate=False)]
@@ -103,7 +104,7 @@ def _groupings(
 
 @dataclass(frozen=True)
 class _Side:
-    """The inputs or outputs of a convolution, if they are all the channels of one channel group."""
+    """The inputs or outputs of a convolution, if they are all the channels of a channel group."""
 
     layer: str
     label: Tensor
@@ -116,7 +117,7 @@ class _Side:
         return self.label[order[self.place]]
 
     def sequence(self, order: Tensor) -> tuple[int, ...] | None:
-        """The sequence of the groups if each of them is contiguous in this order, else None."""
+        """The sequence of the groups if each is contiguous in this order, else None."""
         count = int(self.label.max()) + 1
         rows = self.labels(order).reshape(count, -1)
         if bool((rows != rows[:, :1]).any()):
@@ -126,7 +127,7 @@ class _Side:
     def order(self, sequence: tuple[int, ...] | None) -> Tensor:
         """An order of the channels in which the groups are contiguous and have this sequence.
 
-        Without one, in the sequence of their first channels.
+        Without a given sequence, groups are in the order of their first channels.
         """
         count = int(self.label.max()) + 1
         rank = torch.arange(count)
@@ -149,7 +150,7 @@ class _ChannelOrders:
         self.sequences: dict[str, tuple[int, ...]] = {}
         """Convolution -> the sequence of its groups, once one of its sides has one."""
         self.chosen: dict[str, Tensor] = {}
-        """Channel group -> its order: the channel that moves to each channel's place."""
+        """Channel group -> its order: for each position, the channel that moves there."""
         fixed = _fixed(graph)
         for group in graph.groups:
             if group.name not in fixed:
@@ -184,7 +185,7 @@ class _ChannelOrders:
         return met
 
     def _sides(self, group: ChannelGroup) -> Iterable[_Side]:
-        """The sides of convolutions with groups that are this channel group."""
+        """The sides of exported convolutions whose channels are this channel group."""
         number = {channel_id: k for k, channel_id in enumerate(group.ids.tolist())}
         for name, grouping in self.groupings.items():
             layer = self.graph.layers.get(name)
@@ -230,7 +231,7 @@ def _reorder(
     for group_name, order in orders.items():
         group = graph.group(group_name)
         for member in group.members:
-            if member.tensor in shared:  # it passes on what stands in its places
+            if member.tensor in shared:  # it passes on the content of its positions
                 continue
             there, here = member.index.flatten(), member.index[order].flatten()
             _move(tensors[member.tensor], member.axis, there, here)
@@ -250,13 +251,13 @@ def _reorder(
 
 
 def _move(tensor: Tensor, axis: int, there: Tensor, here: Tensor) -> None:
-    """Entries along an axis from `here` to `there`, all at once, in place."""
+    """Move entries along an axis from `here` to `there`, all at once, in place."""
     there, here = there.to(tensor.device), here.to(tensor.device)
     tensor.index_copy_(axis, there, tensor.index_select(axis, here))
 
 
 def _rewrite_index(index: Tensor, channels: Tensor, group: ChannelGroup, order: Tensor) -> None:
-    """Rewrite an index for the new places of a group's channels, in place."""
+    """Rewrite an index for the new positions of a group's channels, in place."""
     position = {channel_id: k for k, channel_id in enumerate(channels.tolist())}
     moved = torch.arange(len(channels))
     for place, channel in enumerate(order.tolist()):

@@ -1,14 +1,14 @@
 """Groups of the channels of one convolution that keep as much importance as possible.
 
-Given the importance of every kernel, that is of every (output, input) pair, find groups of outputs
+Given the importance of every kernel, that is, of every (output, input) pair, find groups of outputs
 and groups of inputs, all of equal size, so that the sum over the pairs within matching groups is
-large. Kernels outside of the groups can then be pruned; what is left is a group convolution between
-two permutations.
+large. When the kernels outside the groups are pruned, the result is a group convolution between two
+permutations.
 
 Source: R. Zhao, W. Luk, Efficient structured pruning and architecture searching for group
 convolution, ICCV workshops 2019: the importance, the heuristic by sorting (`grps`, with
-`sort_iters` rounds for each group), and the assignment of groups to each other. Restarts and
-refinements are not part of it.
+`sort_iters` rounds for each group), and the matching of output groups with input groups. Restarts
+and refinements are not from the paper.
 """
 
 from dataclasses import dataclass
@@ -30,26 +30,26 @@ Refine = Literal["none", "swap", "assignment"]
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-_GAIN = 1e-9  # smallest improvement worth a move, of the mean entry
+_GAIN = 1e-9  # smallest improvement worth a move, relative to the mean entry
 
 
 class PermutationSettings(Strict):
     """How the groups of one layer are found."""
 
     permutation: Permutation = "grps"
-    """grps: the paper's heuristic | sort: channels by their sums | same: in their present order."""
+    """grps: the paper's heuristic | sort: order channels by their sums | same: keep their order."""
     sort_iters: Annotated[int, Field(ge=0, le=1000)] = 10
-    """Rounds for each group of grps, the N_S of the paper; fewer if the order no longer changes."""
+    """Rounds of grps for each group, N_S in the paper; fewer if the order no longer changes."""
     refine: Refine = "none"
-    """Improvement of the result. swap: exchange the best pair of channels, repeatedly | assignment:
-    all outputs at once, exactly, for fixed inputs, then the reverse."""
+    """How the result is improved. swap: repeatedly exchange the best pair of channels | assignment:
+    assign all outputs optimally for fixed inputs, then vice versa."""
     restarts: Annotated[int, Field(ge=0, le=1000)] = 0
-    """Further searches from random orders of the channels; the best result is taken."""
+    """Number of further searches from random orders of the channels; the best result is taken."""
 
 
 @dataclass(frozen=True)
 class Grouping:
-    """Groups of outputs and of inputs; those with the same number belong together."""
+    """Groups of outputs and of inputs; groups with the same number belong together."""
 
     outputs: Tensor
     """int64, (groups, outputs of each), ascending."""
@@ -80,7 +80,7 @@ def kernel_magnitudes(weight: Tensor) -> Tensor:
 def kernel_taylor(weight: Tensor, gradient: Tensor) -> Tensor:
     """Sum over each kernel of |gradient of the loss x weight|: (outputs, inputs).
 
-    To first order, an upper bound of the change of the loss without the kernel.
+    To first order, an upper bound on the change of the loss when the kernel is removed.
     """
     return (weight.detach() * gradient).abs().flatten(2).double().sum(dim=2)
 
@@ -91,9 +91,10 @@ def divides(outputs: int, inputs: int, groups: int) -> bool:
 
 
 def find_grouping(importance: Tensor, groups: int, settings: PermutationSettings) -> Grouping:
-    """The best grouping found for an importance (outputs, inputs), which is not negative.
+    """The best grouping found for a non-negative importance, (outputs, inputs).
 
-    Raises PruningError if the channels do not divide, or unless it is a matrix of finite numbers.
+    Raises PruningError if the numbers of channels are not multiples of `groups`, or if the
+    importance is not a matrix of finite numbers.
     """
     if importance.dim() != 2:
         raise PruningError(f"importance must be a matrix, not of {importance.dim()} axes")
@@ -142,8 +143,8 @@ def sort_groups(
 ) -> tuple[Ints, Ints]:
     """The paper's heuristic: new orders of rows and columns; the last group is found first.
 
-    For the last group, alternately: columns by their sums over its rows, then rows by their sums
-    over its columns, both ascending, so that it gets the largest; then again without that group.
+    For the last group, alternately sort columns by their sums over its rows, and rows by their sums
+    over its columns, both ascending, so that it gets the largest; then repeat without this group.
     Only sums are computed, no matrix is permuted, and a group that no longer changes is final.
     """
     rows, columns = rows.copy(), columns.copy()
@@ -183,7 +184,7 @@ def _sums_by_group(values: Floats, groups: int, column_group: Ints) -> Floats:
 
 
 def _swap(values: Floats, groups: int, row_group: Ints, column_group: Ints) -> None:
-    """Exchange the best pair of rows until none gains, then of columns, until nothing changes."""
+    """Exchange the best pair of rows while that gains, then of columns, until nothing changes."""
     transposed, least = np.ascontiguousarray(values.T), _GAIN * max(float(values.mean()), 1e-300)
     while True:
         moved = _swap_side(_sums_by_group(values, groups, column_group), row_group, least)
@@ -211,7 +212,7 @@ def _swap_side(sums: Floats, group: Ints, least: float) -> int:
 def _assign(values: Floats, groups: int, row_group: Ints, column_group: Ints) -> tuple[Ints, Ints]:
     """Best rows for the columns, best columns for the rows, until nothing is gained.
 
-    Then once more from the columns; the better of the two results is taken.
+    Then the same starting with the columns; the better of the two results is taken.
     """
     transposed = np.ascontiguousarray(values.T)
     by_row, rows, columns = _alternate(values, transposed, groups, column_group)
@@ -299,10 +300,10 @@ def find_grouping_within(
 
 
 def grouping_from_mask(mask: Tensor) -> Grouping | None:
-    """The groups of a mask (outputs, inputs, ...), or None if it is not made of groups.
+    """The groups of a mask (outputs, inputs, ...), or None if it does not consist of groups.
 
-    It is if every kernel is masked as a whole or not at all, if outputs that share an input share
-    all their inputs, and if there are at least two groups, of equal size.
+    A mask consists of groups if every kernel is masked as a whole or not at all, if outputs that
+    share an input share all their inputs, and if there are at least two groups, of equal size.
     """
     flat = mask.detach().cpu().reshape(*mask.shape[:2], -1)
     if not bool((flat == flat[:, :, :1]).all()):

@@ -1,11 +1,11 @@
 """Search for the number of groups of each convolution, so that a network fits a budget.
 
 Every layer has candidates: numbers of groups, each with the share of the layer's importance that is
-kept, the parameters and the MACs. The objective is the mean share over all layers.
+kept, its parameters and its MACs. The objective is the mean share over all layers.
 
 Source: R. Zhao, W. Luk, Efficient structured pruning and architecture searching for group
-convolution, ICCV workshops 2019. `max_cost` is its local search. The objective is a sum over
-layers; the problem is a multiple-choice knapsack, which `knapsack` solves exactly.
+convolution, ICCV workshops 2019. `max_cost` is the local search of the paper. Since the objective
+is a sum over layers, the problem is a multiple-choice knapsack, which `knapsack` solves exactly.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,7 +28,7 @@ class Candidate:
 
     groups: int
     share: float
-    """Of the layer's importance that is kept, 0 to 1."""
+    """Share of the layer's importance that is kept, 0 to 1."""
     params: int
     """Entries of the weight."""
     macs: int
@@ -41,7 +41,7 @@ class SearchSpace:
     layers: Mapping[str, Sequence[Candidate]]
     """By layer, with ascending groups; at least one each."""
     params: int = 0
-    """Of all but the weights of these layers."""
+    """Parameters of the network without the weights of these layers."""
     macs: int = 0
 
     def assignment(self, chosen: Mapping[str, Candidate]) -> "Assignment":
@@ -127,10 +127,11 @@ def cheapest(space: SearchSpace, budget: Budget) -> Assignment:
 
 
 def max_cost(space: SearchSpace, budget: Budget) -> Assignment:
-    """The paper's local search: from the most groups, always the layer that gains most by fewer.
+    """The paper's local search: start with the most groups, then repeatedly reduce the groups of
+    the layer that gains most by it.
 
-    One candidate at a time; of equal gains, the first layer. It ends before the first step that
-    would exceed the budget. Raises ArgumentError as `cheapest` does.
+    Each step moves one layer by one candidate; of equal gains, the first layer. The search ends
+    before the first step that would exceed the budget. Raises ArgumentError as `cheapest` does.
     """
     assignment = cheapest(space, budget)
     place = {name: len(options) - 1 for name, options in space.layers.items()}
@@ -195,9 +196,10 @@ def knapsack(space: SearchSpace, budget: Budget) -> Assignment:
 
 
 def uniform(space: SearchSpace, budget: Budget) -> Assignment | None:
-    """The smallest number of groups, equal in all layers that can have it, that meets the budget.
+    """The assignment with the smallest number of groups, the same for all layers, that meets the
+    budget; None if there is none.
 
-    None if no number does. Layers that cannot have that number get the fewest groups they can have.
+    Layers that cannot have that number get the fewest groups they can have.
     """
     numbers = sorted({c.groups for options in space.layers.values() for c in options})
     for groups in numbers:
@@ -211,5 +213,5 @@ def uniform(space: SearchSpace, budget: Budget) -> Assignment | None:
 
 
 def search(space: SearchSpace, budget: Budget, strategy: Strategy) -> Assignment:
-    """The assignment that the strategy of that name finds; raises ArgumentError as it does."""
+    """The assignment found by this strategy. Raises ArgumentError as `cheapest` does."""
     return {"knapsack": knapsack, "max_cost": max_cost}[strategy](space, budget)

@@ -1,13 +1,13 @@
 """Choices of groups of weights at a granularity (filter, channel or weight): scores and selection.
 
 A choice is a boolean tensor with as many axes as the weight and one entry for each group, True if
-the group is to be pruned. Its shape tells the granularity, and it broadcasts over the weight:
+the group is to be pruned. Its shape shows the granularity, and it broadcasts over the weight:
 
     filter     (filters, 1, 1, 1), or (outputs, 1) for a linear layer
     channel    (1, channels, 1, 1), or (1, inputs)
     weight     the shape of the weight, or of a bias or scale, whose entries are chosen one by one
 
-Where a filter or a channel is one single weight, the other choices tell the granularity.
+Where a filter or a channel is a single weight, the other choices determine the granularity.
 """
 
 from collections.abc import Mapping
@@ -22,13 +22,13 @@ from secateur.base.errors import PruningError
 from secateur.sparsity.masks import Masks
 
 Granularity = Literal["filter", "channel", "weight"]
-"""What is pruned as one: an output of a layer, an input of a layer, or a single weight."""
+"""The unit of pruning: an output of a layer, an input of a layer, or a single weight."""
 
 Pick = Literal["min", "max", "random"]
-"""Which groups are chosen: those with the lowest scores, with the highest, or random ones."""
+"""Which groups are chosen: those with the lowest or the highest scores, or random ones."""
 
 Ranking = Literal["layer", "global"]
-"""Groups are compared within a layer (or channel group), or over all of them."""
+"""Whether groups are compared within a layer (or channel group), or over all of them."""
 
 Choices = dict[str, Tensor]
 """Weight's parameter name -> its choice."""
@@ -37,7 +37,7 @@ Choices = dict[str, Tensor]
 def magnitude_scores(weight: Tensor, granularity: Granularity) -> Tensor:
     """Mean absolute value of every group, in the shape of a choice.
 
-    Orders the groups of one layer as their L1 norms do.
+    The order of the groups of a layer is that of their L1 norms.
     """
     size = weight.detach().abs()
     if granularity == "weight":
@@ -47,7 +47,7 @@ def magnitude_scores(weight: Tensor, granularity: Granularity) -> Tensor:
 
 
 def number_pruned(ratio: float, total: int) -> int:
-    """Number of groups that a ratio of `total` groups is: rounded up, and at most all but one.
+    """Number of groups for a ratio of `total` groups: rounded up, and at most all but one.
 
     Computed with the decimal number that the user wrote: 0.55 of 100 is 55.
     """
@@ -55,7 +55,7 @@ def number_pruned(ratio: float, total: int) -> int:
 
 
 def number_kept(share: float, total: int) -> int:
-    """Number of groups that a share of `total` groups is: rounded up, and at least one."""
+    """Number of groups for a share of `total` groups: rounded up, and at least one."""
     return max(1, ceil(Decimal(repr(share)) * total))
 
 
@@ -65,7 +65,7 @@ def choose(score: Tensor, number: int, pick: Pick = "min", seed: int = 0) -> Ten
 
 
 def choose_smallest(score: Tensor, number: int) -> Tensor:
-    """What `choose` returns for the lowest scores, without sorting all of them."""
+    """As `choose` for the lowest scores, without sorting all of them."""
     if not number:
         return torch.zeros_like(score, dtype=torch.bool)
     flat = score.flatten()
@@ -99,8 +99,8 @@ def pick_scores(scores: Mapping[str, Tensor], pick: Pick, seed: int) -> dict[str
 
 
 def pick_scores_by_layer(scores: Mapping[str, Tensor], pick: Pick, seed: int) -> dict[str, Tensor]:
-    """Scores whose lowest groups are those that `pick` chooses in each layer; every layer has a
-    seed of its own."""
+    """Scores whose lowest groups are those that `pick` chooses in each layer; every layer has its
+    own seed."""
     found: dict[str, Tensor] = {}
     for place, (name, score) in enumerate(scores.items()):
         found |= pick_scores({name: score}, pick, seed + place)
@@ -116,8 +116,8 @@ def _split(flat: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def keep_at_least(choice: Tensor, score: Tensor, least: int = 1, multiple: int = 1) -> Tensor:
     """The choice without its best groups, so that at least `least` of the layer's groups are kept.
 
-    More are kept until their number is a multiple of `multiple`; all of them if there are fewer.
-    Of equal scores, the last are kept.
+    More are kept until their number is a multiple of `multiple`; a layer that has fewer groups
+    keeps all. Of equal scores, the last are kept.
     """
     flat = choice.flatten()
     kept = flat.numel() - int(flat.sum())

@@ -1,7 +1,7 @@
-"""The ratio of each layer of a network, found from ratios and layers to skip as a user wrote them.
+"""The ratio of each layer of a network, from the settings `ratios` and `skip`.
 
-Source of stages, numbers and `skip`: the code of H. Wang et al., Neural pruning via growing
-regularization, ICLR 2021.
+Source of the notation by stage and number, and of `skip`: the code of H. Wang et al., Neural
+pruning via growing regularization, ICLR 2021.
 """
 
 import re
@@ -27,10 +27,10 @@ def ratios_by_layer(
 ) -> dict[str, float]:
     """Ratio of every convolution and linear layer, by name; 0 where nothing is pruned.
 
-    `refused` is why layers cannot be pruned, by name; by default it follows from their names and
-    positions. Raises ArgumentError (`ratios` or `skip`) for an entry that matches no layer, for a
-    ratio above 0 of a layer that cannot be pruned at this granularity (a single number for all
-    passes over such layers), and if nothing at all would be pruned.
+    `refused` has the reasons why layers cannot be pruned, by name; by default they follow from
+    names and positions. Raises ArgumentError (`ratios` or `skip`) for an entry that matches no
+    layer, for a ratio above 0 of a layer that cannot be pruned at this granularity (a single number
+    for all layers skips such layers), and if nothing would be pruned.
     """
     positions = layer_positions(model)
     names = list(positions)
@@ -59,10 +59,11 @@ def ratios_by_layer(
 def ratios_by_parameter(
     model: nn.Module, rules: Rules, scope: Scope, skip: tuple[Skipped, ...]
 ) -> dict[str, float]:
-    """Ratio of every parameter in scope that loses single entries, by the parameter's name.
+    """Ratio of every parameter in scope that is pruned, by the parameter's name.
 
-    A bias has the ratio of its layer; scales of normalisations have the one number that is given
-    for all. Raises ArgumentError as `ratios_by_layer` does, and for scales without such a number.
+    A bias has the ratio of its layer; scales of normalisations have the single ratio that is given
+    for everything. Raises ArgumentError as `ratios_by_layer` does, and for scales without such a
+    ratio.
     """
     by_layer = ratios_by_layer(model, rules, "weight", skip)
     found: dict[str, float] = {}
@@ -101,10 +102,10 @@ def ratios_by_group(
 ) -> dict[str, float]:
     """Ratio of every group of coupled channels, by name; 0 where nothing is pruned.
 
-    `groups` are the layers whose outputs the channels of a group are, `refused` is why groups
-    cannot be pruned, by name. A group has the ratio that is given for one of its layers, or for its
-    own name; of one ratio a stage, the lowest of its layers' stages. Raises ArgumentError as
-    `ratios_by_layer` does, and if layers of one group are given different ratios.
+    `groups` are the layers that produce the channels of each group; `refused` has the reasons why
+    groups cannot be pruned, by name. A group has the ratio that is given for one of its layers, or
+    for its own name; with ratios by stage, it has the lowest ratio of its layers' stages. Raises
+    ArgumentError as `ratios_by_layer` does, and if layers of a group are given different ratios.
     """
     positions = layer_positions(model)
     named = [name for name, layers in groups.items() if layers]
@@ -145,9 +146,9 @@ def ratios_by_group(
 def _nothing(
     kind: str, names: Iterable[str], refused: Mapping[str, str], rules: Rules
 ) -> ArgumentError:
-    """The error if no ratio is above 0: which layers or groups may be pruned, or why none may.
+    """The error if no ratio is above 0: which layers or groups can be pruned, or why none can.
 
-    `refused` is why some may not, by name.
+    `refused` has the reasons why some cannot, by name.
     """
     prunable = [name for name in names if name not in refused]
     if not prunable:
@@ -165,13 +166,13 @@ def _nothing(
 
 
 def scaled(ratios: Mapping[str, float], highest: float) -> dict[str, float]:
-    """The ratios in the same proportions, with the highest of them as given."""
+    """The ratios scaled by one factor, so that the highest is `highest`."""
     most = max(ratios.values())
     return {name: ratio / most * highest for name, ratio in ratios.items()}
 
 
 def _given(rules: Rules, positions: Mapping[str, Position]) -> dict[str, tuple[float, str]]:
-    """Ratio of each layer, and the entry that gives it; "" for one that is meant for all."""
+    """Ratio of each layer, and the entry that gives it; "" for a number given for all layers."""
     if rules.everywhere is not None:
         return dict.fromkeys(positions, (rules.everywhere, ""))
     if rules.stages:
@@ -207,7 +208,7 @@ def _named(
 def _by_stage(
     ratios: tuple[float, ...], positions: Mapping[str, Position]
 ) -> dict[str, tuple[float, str]]:
-    """One ratio a stage; within blocks it is meant for the layers that can be pruned."""
+    """One ratio per stage; within blocks it applies to the layers that can be pruned."""
     stages = {position.stage for position in positions.values()}
     if None in stages:
         raise ArgumentError(
@@ -289,7 +290,7 @@ def _skipped_layers(
 
 
 def _specificity(pattern: str) -> int:
-    """Characters that are not wildcards; numbers are more specific than any name."""
+    """Number of characters that are not wildcards; numbers are more specific than any name."""
     if NUMBERS.fullmatch(pattern):
         return 10**9
     pattern = re.sub(r"\[([^]!])\]", r"\1", pattern)  # [3] is the character 3

@@ -1,4 +1,4 @@
-"""Masks: which parameters can have one; applying and holding masks."""
+"""Masks: which parameters can have a mask; applying and holding masks."""
 
 from collections.abc import Mapping
 from typing import Literal, get_args
@@ -17,11 +17,11 @@ Masks = dict[str, Tensor]
 
 LAYERS = (nn.Conv2d, nn.Linear)
 BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
-"""Batch normalisations; several GPUs train SyncBatchNorm in place of the others."""
+"""Batch normalisations; on several GPUs SyncBatchNorm replaces the others."""
 
 
 def layers(model: nn.Module) -> dict[str, nn.Conv2d | nn.Linear]:
-    """Convolutions and linear layers by name, in order; of several with one weight, the first."""
+    """Convolutions and linear layers by name, in order; of those with one weight, the first."""
     found: dict[str, nn.Conv2d | nn.Linear] = {}
     seen: set[int] = set()
     for name, module in model.named_modules():
@@ -36,9 +36,9 @@ def layers(model: nn.Module) -> dict[str, nn.Conv2d | nn.Linear]:
 def prunable(model: nn.Module, scope: Scope) -> dict[str, nn.Parameter]:
     """Parameters in scope, by name, in the order of the modules.
 
-    The weights that a MultiheadAttention holds itself (`in_proj_weight`) are those of linear layers
-    too. Other parameters without a layer, such as embeddings of positions, are not in scope; see
-    `passed_over`. A parameter that several layers share has the name in the first of them.
+    The projections that a MultiheadAttention holds itself (`in_proj_weight`) count as weights of
+    linear layers. Other parameters without a layer, such as position embeddings, are not in scope;
+    see `passed_over`. A parameter that several layers share has its name in the first of them.
     """
     types: tuple[type[nn.Module], ...] = (*LAYERS, nn.MultiheadAttention)
     if scope == "weights_and_scales":
@@ -56,10 +56,10 @@ def prunable(model: nn.Module, scope: Scope) -> dict[str, nn.Parameter]:
 
 
 def passed_over(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, int]:
-    """Number of entries of each parameter that can have no mask, or that no pruner has covered.
+    """Number of entries of each parameter that cannot have a mask, or that no pruner has covered.
 
-    These are parameters of several axes that belong to no convolution or linear layer, such as
-    embeddings, and have no mask.
+    These are parameters with several axes that belong to no convolution or linear layer, such as
+    embeddings, and that have no mask.
     """
     own = {f"{name}.weight" if name else "weight" for name in layers(model)}
     return {
@@ -70,7 +70,7 @@ def passed_over(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, int]
 
 
 def joined(masks: Masks, held: Masks) -> Masks:
-    """What both keep; a parameter that one of them does not name has the mask of the other."""
+    """Masks that keep what both keep; a parameter named in only one of them has that mask."""
     together = {name: mask & held[name] for name, mask in masks.items() if name in held}
     return {**held, **masks, **together}
 
@@ -78,7 +78,7 @@ def joined(masks: Masks, held: Masks) -> Masks:
 def refuse_empty(model: nn.Module, masks: Mapping[str, Tensor], requested: str) -> None:
     """Raise PruningError if a mask keeps none of a layer's weights.
 
-    `requested` is what the user asked for, for the message.
+    `requested` describes in the message what the user asked for.
     """
     for name, mask in masks.items():
         if name.endswith("weight") and not bool(mask.any()):
@@ -120,7 +120,7 @@ def hold(model: nn.Module, masks: Mapping[str, Tensor], optimizer: torch.optim.O
 
 
 def _trained(model: nn.Module, name: str) -> nn.Parameter:
-    """The parameter of this name, or, if that is computed from others, the one that has its place.
+    """The parameter of this name or, if it is computed by a parametrization, its original.
 
     A parametrization must leave zeros zero.
     """

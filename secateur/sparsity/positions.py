@@ -17,10 +17,10 @@ SHORTCUTS = {"shortcut", "downsample"}
 
 @dataclass(frozen=True)
 class Position:
-    """Where a layer is in its network."""
+    """Position of a layer in its network."""
 
     number: int
-    """Among convolutions and linear layers, from 0."""
+    """Index among convolutions and linear layers, from 0."""
     last: bool
     grouped: bool
     residual: bool
@@ -29,7 +29,7 @@ class Position:
     """0: stem; then the number in `layer<n>`; one more for the layers after the last stage."""
     block: int | None = None
     conv: int | None = None
-    """Within its block, from 0; None for a shortcut."""
+    """Index within its block, from 0; None for a shortcut."""
     block_end: bool = False
 
     def refusal(self, granularity: Granularity) -> str:

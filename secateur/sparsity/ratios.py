@@ -1,4 +1,4 @@
-"""Settings `Ratios` and `Skip`: the notations for the share of each layer that is pruned.
+"""Settings `Ratios` and `Skip`: notations for the share of each layer that is pruned.
 
 A ratio is at least 0 and less than 1, and is written in one of these ways:
 
@@ -9,9 +9,9 @@ A ratio is at least 0 and less than 1, and is written in one of these ways:
     {"layer?.*.conv1": 0.75}       names or numbers as a table
 
 If several patterns match a layer, the one with the most characters that are not wildcards counts,
-and a number counts before any name. Their order is without meaning, since DVC does not keep it.
-Where layers have numbers as names, as in nn.Sequential, "[3]" is the layer of this name and "3-3"
-the one of this number; "3" is refused unless both are the same layer.
+and a number takes precedence over any name. Their order does not matter, since DVC does not keep
+it. If layers have numbers as names, as in nn.Sequential, "[3]" is the layer with this name and
+"3-3" the layer with this number; "3" is an error unless both are the same layer.
 """
 
 import math
@@ -28,7 +28,7 @@ NUMBERS = re.compile(r"(\d+)(?:\s*-\s*(\d+))?")
 
 @dataclass(frozen=True, repr=False)
 class Rules:
-    """Ratios as they were written, validated as far as that needs no network."""
+    """Ratios as the user wrote them, validated as far as possible without a network."""
 
     everywhere: float | None = None
     stages: tuple[float, ...] = ()
@@ -50,7 +50,7 @@ class Skipped:
 
     text: str
     number: bool = False
-    """YAML read it as a number, which has no trailing zeros: 2.1 may have been 2.10."""
+    """Whether YAML read it as a number, which loses trailing zeros: 2.1 may have been 2.10."""
 
     def __str__(self) -> str:
         return self.text
@@ -130,7 +130,7 @@ def _distinct(pairs: Iterable[tuple[str, Any]]) -> tuple[tuple[str, float], ...]
 def _ratio(value: Any, place: str = "") -> float:
     """A ratio; ValueError unless it is a number of at least 0 and less than 1.
 
-    `place` is where it stands among several; the whole value is named by whoever validates it.
+    `place` is its place among several ratios; the whole value is named by the caller.
     """
     named = f"{place} = {value!r}: " if place else ""
     try:

@@ -1,7 +1,7 @@
-"""Importance scores of the groups of one weight, computed from it and its gradient alone.
+"""Importance scores of the groups of one weight, computed from the weight and its gradient only.
 
-`pruning/criteria.py` says what each criterion is and where it comes from, and has those that need
-images or the channel graph.
+`pruning/criteria.py` defines all criteria, with their sources, and computes those that need images
+or the channel graph.
 """
 
 from typing import Literal
@@ -20,7 +20,7 @@ def scores_of_weight(
     criterion: WeightCriterion,
     gradient: Tensor | None = None,
 ) -> Tensor:
-    """Score of every group in the shape of a choice; `gradient` is for taylor, (weight's shape)."""
+    """Score of every group, in the shape of a choice; taylor needs the weight's `gradient`."""
     if criterion == "taylor":
         assert gradient is not None
         return _taylor(weight, gradient, granularity)
@@ -32,7 +32,7 @@ def scores_of_weight(
 
 
 def choice_shape(weight: Tensor, granularity: Granularity) -> list[int]:
-    """Shape of a choice of filters or channels, -1 for their number."""
+    """Shape of a choice of filters or channels, with -1 for their number."""
     shape = [1] * weight.dim()
     shape[0 if granularity == "filter" else 1] = -1
     return shape

@@ -1,7 +1,7 @@
-"""2:4 masks: of each four consecutive inputs of an output, two are pruned.
+"""2:4 masks: of every four consecutive inputs of an output, two are pruned.
 
-Source: A. Mishra et al., Accelerating sparse deep neural networks, 2021. Consecutive are the input
-channels of a convolution at one position of its kernel, and the inputs of a linear layer. The
+Source: A. Mishra et al., Accelerating sparse deep neural networks, 2021. Consecutive inputs are
+input channels of a convolution at the same position of its kernel, or inputs of a linear layer. The
 sparse matrix units of GPUs (from compute capability 8.0 on) skip such zeros.
 """
 
@@ -11,13 +11,13 @@ from secateur.sparsity import masks
 
 
 def suitable_layers(model: nn.Module) -> dict[str, nn.Conv2d | nn.Linear]:
-    """Layers whose inputs (of each group of a convolution) are a multiple of four, by name."""
+    """Layers, by name, whose number of inputs (per group of a convolution) is divisible by four."""
     layers = masks.layers(model)
     return {name: layer for name, layer in layers.items() if layer.weight.shape[1] % 4 == 0}
 
 
 def smaller_two_of_four(scores: Tensor) -> Tensor:
-    """The choice of the two lowest scores of each four along axis 1; of equal ones, the first.
+    """The choice of the two lowest of every four scores along axis 1; of equal ones, the first.
 
     `scores` have the shape of the weight, and a multiple of four inputs.
     """
