@@ -14,7 +14,7 @@ from secateur.nn import blocks
 
 
 class Settings(Strict):
-    """Nothing to set."""
+    """AlexNet has no settings."""
 
 
 def build(settings: Settings, classes: int, shape: tuple[int, int, int]) -> nn.Module:

@@ -25,7 +25,7 @@ class Settings(Strict):
     stages: Stages = (14, 14, 14)
     growth: Stages = (8, 16, 32)
     groups: Count = 1
-    """Convolution groups of all layers but the stem, from the start of the training."""
+    """Groups of all convolutions except the stem, from the start of the training."""
 
     @model_validator(mode="after")
     def _groups_divide_every_growth(self) -> Self:
@@ -47,7 +47,7 @@ class Settings(Strict):
 def build(settings: Settings, classes: int, shape: tuple[int, int, int]) -> nn.Module:
     """Stem `conv1`, `layer1` and so on with 2x2 average pooling between them, `fc`: logits.
 
-    Images of at least 2 ** (stages - 1) pixels a side.
+    Height and width of images must be at least 2 ** (stages - 1) pixels.
     """
     blocks.require_side("condensenet", shape, 2 ** (len(settings.stages) - 1))
     width = 2 * settings.growth[0]

@@ -22,7 +22,7 @@ from secateur.nn.layers import ChannelSelect
 
 
 class Settings(Strict):
-    """Weight layers, channels that each adds (growth rate), and the two options of the BC form."""
+    """Weight layers, channels that each layer adds (growth rate), and options of the BC form."""
 
     depth: Annotated[int, Field(ge=7, le=2000)] = 40
     """3n+4 for plain layers, 6n+4 with bottlenecks."""

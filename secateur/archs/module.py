@@ -1,10 +1,10 @@
 """A network of your own: a function, or class, that is not part of this repository.
 
-It is called with the keyword arguments given and, unless it takes none, the number of classes, and
-returns the network: logits (N, classes) from images (N, C, H, W). `source` is the file or folder
-with all its code inside the project; baseline depends on it, and all later stages on what baseline
-makes. A checkpoint is rebuilt by this function only where params.yaml names it, never because a
-file does.
+It is called with `arguments` and, unless `classes` is null, with the number of classes, and returns
+a network that computes logits (N, classes) from images (N, C, H, W). `source` is the file or folder
+with all its code inside the project; baseline depends on it, and all later stages depend on the
+output of baseline. A checkpoint is rebuilt by this function only if params.yaml names it, never
+only because a file does.
 """
 
 import importlib
@@ -28,9 +28,9 @@ OURS = ("secateur", "stages", "tests", "benchmarks")
 
 
 def _as_in_files(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments; ValueError unless JSON, in the header of checkpoints, keeps them as they are.
+    """The arguments; ValueError unless they can be stored unchanged as JSON in checkpoint headers.
 
-    Keys of JSON are text, and a date, for instance, has no place in it.
+    Keys in JSON are text, and a date, for instance, cannot be stored.
     """
     waiting: list[tuple[str, Any]] = list(arguments.items())
     for where, value in waiting:
@@ -63,20 +63,20 @@ class Settings(Strict):
     """Where the network comes from."""
 
     target: Target | None = None
-    """package.module:function, as seen from the project's root."""
+    """package.module:function, importable from the project's root."""
     source: Annotated[str, Field(min_length=1)] = NONE
-    """File or folder with the function's module and whatever it imports from the project."""
+    """File or folder with the function's module and everything it imports from the project."""
     arguments: Annotated[dict[str, Any], AfterValidator(_as_in_files)] = Field(default_factory=dict)
-    """Of the function, by name: text, numbers, lists, and tables whose keys are text."""
+    """Keyword arguments of the function: text, numbers, lists, and tables whose keys are text."""
     classes: Argument | None = "num_classes"
-    """The argument that gets the number of classes; null: the function takes none."""
+    """The argument for the number of classes; null: the function has no such argument."""
 
 
 def build(settings: Settings, classes: int, shape: tuple[int, int, int]) -> nn.Module:
-    """What the function returns, as it is.
+    """The network that the function returns, unchanged.
 
-    Raises ArgumentError if its module cannot be imported, lies outside of `source`, or the function
-    fails or returns no network with an output for each class.
+    Raises ArgumentError if its module cannot be imported or is outside of `source`, or if the
+    function fails or does not return a network with one output per class.
     """
     if settings.target is None:
         raise ArgumentError("target", "name the function: package.module:function", None)
@@ -123,7 +123,7 @@ def _check_source(target: str, source: str, before: set[str]) -> None:
 
 
 def _path_in_project(module: ModuleType) -> Path | None:
-    """Where a module lies, relative to the project; None for installed code and for ours."""
+    """A module's path relative to the project; None for installed code and Secateur's own."""
     root, file = Path.cwd(), getattr(module, "__file__", None)
     if file is None or "site-packages" in Path(file).parts or not Path(file).is_relative_to(root):
         return None
@@ -132,12 +132,12 @@ def _path_in_project(module: ModuleType) -> Path | None:
 
 
 def _check_output(model: nn.Module, target: str, classes: int, shape: tuple[int, int, int]) -> None:
-    """ArgumentError unless an image gives one row of as many numbers as there are classes."""
+    """ArgumentError unless the network returns (1, classes) for one image."""
     if any(p.device.type == "meta" for p in model.parameters()):
         return
     training = model.training
     try:
-        # tensors that it keeps from its first pass must serve in training too: no inference_mode
+        # not inference_mode: tensors that the network caches in this pass must work in training too
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             outputs = model.eval()(torch.zeros(1, *shape))
     except Exception as error:
@@ -154,7 +154,7 @@ def _check_output(model: nn.Module, target: str, classes: int, shape: tuple[int,
 
 
 def _explain(error: Exception) -> str:
-    """The error and the line that it comes from."""
+    """The error, and the file and line that raised it."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     text = cut(f"{type(error).__name__}: {error}", 200)
     return f"{text} ({Path(last.filename).name}, line {last.lineno})"

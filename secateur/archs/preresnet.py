@@ -1,8 +1,8 @@
 """Pre-activation ResNet for CIFAR: BN and ReLU before each convolution, none after the sum.
 
 Source: K. He, X. Zhang, S. Ren, J. Sun, Identity mappings in deep residual networks, ECCV 2016. A
-block that changes the shape has a 1x1 convolution without BN beside it, which reads the raw input,
-as in bearpaw/pytorch-classification and gconv-prune. For 32x32x3 images and ten classes:
+block that changes the shape has a 1x1 convolution without BN as its shortcut, on the raw input, as
+in bearpaw/pytorch-classification and gconv-prune. For 32x32x3 images and ten classes:
 
     depth, block        parameters        MACs
     110, basic           1,730,522    253.15 M
@@ -23,7 +23,7 @@ class Settings(blocks.Residual):
 
 
 class Basic(nn.Module):
-    """Twice BN-ReLU-3x3 beside a shortcut."""
+    """Twice BN-ReLU-3x3, with a shortcut."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Basic(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """BN-ReLU before each of a 1x1, a 3x3 and a 1x1 convolution, beside a shortcut."""
+    """BN-ReLU before each of a 1x1, a 3x3 and a 1x1 convolution, with a shortcut."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()

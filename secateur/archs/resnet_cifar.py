@@ -1,8 +1,8 @@
 """ResNet for CIFAR: three stages of 16, 32 and 64 channels, ReLU after each sum.
 
 Source: K. He, X. Zhang, S. Ren, J. Sun, Deep residual learning for image recognition, CVPR 2016,
-section 4.2. Each name stands for two networks, which differ in `shortcut`. For 32x32x3 images and
-ten classes:
+section 4.2. A name such as ResNet-56 may mean two networks, which differ in `shortcut`. For 32x32x3
+images and ten classes:
 
     depth, block, shortcut    parameters        MACs     used by
     20,  basic, B                272,474     40.81 M     bearpaw/pytorch-classification, DeepHoyer
@@ -28,8 +28,8 @@ class Settings(blocks.Residual):
     depth: blocks.Depth = 56
     block: blocks.Block = "basic"
     shortcut: Literal["A", "B"] = "A"
-    """A: every second pixel, and channels of zeros, half before and half after the input's.
-    B: 1x1 convolution with BN."""
+    """A: every second pixel, padded with channels of zeros, half of them before and half after the
+    input's channels. B: 1x1 convolution with BN."""
 
 
 def build(settings: Settings, classes: int, shape: tuple[int, int, int]) -> nn.Module:

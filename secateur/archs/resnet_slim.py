@@ -1,9 +1,9 @@
-"""ResNet-18 to 152 for small images: ImageNet's four stages behind a 3x3 stem without pooling.
+"""ResNet-18 to 152 for small images: ImageNet's four stages after a 3x3 stem without pooling.
 
 Source: K. He, X. Zhang, S. Ren, J. Sun, Deep residual learning for image recognition, CVPR 2016,
-in the form that Network Slimming's followers prune on CIFAR (classifier-pruner). Projections (1x1
-convolution with BN) where the shape changes; initial weights are torch's. For 32x32x3 images
-and ten classes:
+in the form that work after Network Slimming prunes on CIFAR (classifier-pruner). Shortcuts are
+projections (1x1 convolution with BN) where the shape changes; initial weights are torch's. For
+32x32x3 images and ten classes:
 
     depth       18            34            50            101           152
     parameters  11,173,962    21,282,122    23,520,842    42,512,970    58,156,618

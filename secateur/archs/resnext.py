@@ -42,7 +42,7 @@ class Settings(Strict):
 
 
 class ResNeXt(blocks.ConvNet):
-    """The classifier's initial weights are He-normal too, by fan-in, its bias is zero."""
+    """ConvNet whose classifier has He-normal initial weights too, by fan-in, and a bias of zero."""
 
     def reset_parameters(self) -> None:
         """Draw the weights of convolutions and classifier; BN is not changed."""

@@ -2,7 +2,7 @@
 
 Source: R. Wightman, PyTorch Image Models, https://github.com/huggingface/pytorch-image-models,
 where each network names its paper. Modules keep timm's names. A name with a tag, such as
-resnet18.a1_in1k, says which of several published weights `baseline.weights: published` loads.
+resnet18.a1_in1k, selects one of several published weights for `baseline.weights: published`.
 Needs timm (`pip install '.[timm]'`).
 """
 
@@ -27,14 +27,14 @@ from secateur.nn.weights import Weights
 
 
 def import_timm() -> Any:
-    """timm, after torchvision, which it imports; SecateurError with the cure if it is missing."""
+    """Import timm, and torchvision first; SecateurError with the remedy if timm is missing."""
     import_torchvision()
     return optional.load("timm", "for arch: timm")
 
 
 def _known(name: str) -> str:
-    """The name; ValueError unless it is that of a network, with or without a tag of weights."""
-    if name == "resnet18":  # the usual one, accepted without the seconds that the import takes
+    """The name, with or without a weights tag; ValueError unless timm has such a network."""
+    if name == "resnet18":  # the default, accepted without an import that takes seconds
         return name
     timm = import_timm()
     base, _, tag = name.partition(".")
@@ -59,9 +59,9 @@ class Settings(Strict):
 
 
 def build(settings: Settings, classes: int, shape: tuple[int, int, int]) -> nn.Module:
-    """The network with random weights and a classifier of its own: logits.
+    """The network with random weights and a classifier for `classes`; it returns logits.
 
-    Raises ArgumentError if it cannot take images of this number of channels or size.
+    Raises ArgumentError if it does not accept images of this size or number of channels.
     """
     timm = import_timm()
     known = timm.get_pretrained_cfg(settings.name)
@@ -84,7 +84,7 @@ def build(settings: Settings, classes: int, shape: tuple[int, int, int]) -> nn.M
 
 
 def _outputs(model: nn.Module, shape: tuple[int, int, int]) -> tuple[int, ...]:
-    """Shape of what the network gives for one image, computed without values."""
+    """Shape of the network's output for one image, computed on the meta device."""
     tensors = {name: t.detach().to("meta") for name, t in model.state_dict().items()}
     training = model.training
     image = torch.empty(1, *shape, device="meta")
@@ -94,10 +94,10 @@ def _outputs(model: nn.Module, shape: tuple[int, int, int]) -> tuple[int, ...]:
 
 
 def published(settings: Settings) -> Weights:
-    """The weights that are published under this name, from the cache or downloaded.
+    """The weights that timm publishes under this name, from a cache or downloaded.
 
-    The cache of Hugging Face's hub (HF_HOME) is searched first, then that of torch.hub. Raises
-    DataError if there are none, or the file in the cache is not the one that was published.
+    The cache of torch.hub is searched first, then that of Hugging Face's hub (HF_HOME). Raises
+    DataError if there are none, CheckpointError if the cached file is not the published one.
     """
     known = import_timm().get_pretrained_cfg(settings.name)
     if known is None or not (known.hf_hub_id or known.url):
@@ -111,7 +111,7 @@ def published(settings: Settings) -> Weights:
 
 
 def _file(name: str, known: Any) -> Path:
-    """The file with the weights, downloaded if it is in no cache."""
+    """The file with the weights, downloaded if it is not in a cache."""
     url = known.url or ""
     old = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
     if url and old.is_file():
@@ -128,7 +128,7 @@ def _file(name: str, known: Any) -> Path:
         except Exception as error:  # no network, no such file: each has its own type
             reason = error
             if not local and not isinstance(error, hub.errors.RemoteEntryNotFoundError):
-                break  # nor would another file come
+                break  # another file could not be downloaded either
     raise DataError(
         f"baseline.weights = published: those of {name} ({known.hf_hub_id or url}) are in no "
         f"cache and were not downloaded ({cut(str(reason), 120)}); run `hf download "
@@ -137,6 +137,6 @@ def _file(name: str, known: Any) -> Path:
 
 
 def _digest(path: Path) -> str:
-    """What the sha256 of a cache's file begins with, by its name; empty if the name has none."""
+    """The beginning of the sha256 that the name of a cached file contains; empty if none."""
     blob, part = path.resolve().name, re.search(r"-([a-f0-9]{8,64})\.\w+$", path.name)
     return blob if re.fullmatch("[a-f0-9]{64}", blob) else part[1] if part else ""

@@ -1,9 +1,9 @@
 """Any classification network of torchvision, with its published weights on request.
 
 Source: torchvision.models, where each network names its paper. ResNet-18 for 224x224x3 images and
-1,000 classes: 11,689,512 parameters and 1.814 GMACs. Modules keep torchvision's names. New weights
-are drawn as torchvision does; finetune.init = scratch draws those of torch's layers instead, and
-refuses networks with parameters outside of layers (vit, swin, maxvit, convnext).
+1,000 classes: 11,689,512 parameters and 1.814 GMACs. Modules keep torchvision's names. Initial
+weights are drawn as torchvision draws them; finetune.init = scratch draws them as torch's layers do
+instead, and rejects networks with parameters outside of layers (vit, swin, maxvit, convnext).
 """
 
 from dataclasses import replace
@@ -26,8 +26,8 @@ PORTED = ("googlenet", "inception_v3")
 
 
 def _known(name: str) -> str:
-    """The name; ValueError unless it is that of a classification network."""
-    if name == "resnet18":  # the usual one, accepted without the second that the import takes
+    """The name; ValueError unless torchvision has a classification network of this name."""
+    if name == "resnet18":  # the default, accepted without an import that takes a second
         return name
     models = import_torchvision().models
     names = models.list_models(module=models)
@@ -43,14 +43,14 @@ class Settings(Strict):
     name: Annotated[str, Field(max_length=64), AfterValidator(_known)] = "resnet18"
     """A name from torchvision.models.list_models()."""
     transform_input: bool = False
-    """Of googlenet and inception_v3: normalise again, from ImageNet's mean and deviation to 0.5, as
-    their published weights, ported from TensorFlow, need it."""
+    """For googlenet and inception_v3: convert ImageNet's normalisation to mean 0.5 and standard
+    deviation 0.5, which their published weights, ported from TensorFlow, require."""
 
 
 def build(settings: Settings, classes: int, shape: tuple[int, int, int]) -> nn.Module:
-    """The network with random weights and a classifier of its own: logits.
+    """The network with random weights and a classifier for `classes`; it returns logits.
 
-    Raises ArgumentError if it cannot take images of this number of channels or size.
+    Raises ArgumentError if it does not accept images of this size or number of channels.
     """
     models = import_torchvision().models
     if shape[0] != 3:
@@ -70,10 +70,10 @@ def build(settings: Settings, classes: int, shape: tuple[int, int, int]) -> nn.M
 
 
 def published(settings: Settings) -> Weights:
-    """The best published weights of the network, and what they expect of images.
+    """The best published weights of the network, and the normalisation and size they expect.
 
-    They are read from the folder of torch.hub (TORCH_HOME) and downloaded if they are not there.
-    Raises DataError if that fails, CheckpointError if the file is not the one that was published.
+    They are read from the folder of torch.hub (TORCH_HOME), and downloaded if they are not there.
+    Raises DataError if that fails, CheckpointError if the file is not the published one.
     """
     if settings.name in PORTED and not settings.transform_input:
         raise ArgumentError(
@@ -94,19 +94,19 @@ def published(settings: Settings) -> Weights:
 
 
 def aliases(settings: Settings) -> dict[str, str]:
-    """Names in files of an earlier version, among them the published ones: of densenets."""
+    """Names in files of earlier versions, among them the published weights, of densenets."""
     if not settings.name.startswith("densenet"):
         return {}
     return {f"*.{kind}.{n}": f"*.{kind}{n}" for kind in ("norm", "conv") for n in (1, 2)}
 
 
 def auxiliary(settings: Settings) -> tuple[str, ...]:
-    """Beginnings of names of the auxiliary classifiers, which are left out of the network."""
+    """Prefixes of the names of auxiliary classifiers, which the network does not have."""
     return ("aux", "AuxLogits") if settings.name in PORTED else ()
 
 
 def _download(url: str, path: Path, digest: str, name: str) -> None:
-    """Download a file, whose sha256 begins with `digest`; DataError if that fails."""
+    """Download a file whose sha256 begins with `digest`; DataError if that fails."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(path), hash_prefix=digest, progress=False)
@@ -118,7 +118,7 @@ def _download(url: str, path: Path, digest: str, name: str) -> None:
 
 
 def _options(settings: Settings, shape: tuple[int, int, int]) -> dict[str, Any]:
-    """Arguments of some constructors beside the number of classes."""
+    """Further arguments of some constructors, besides the number of classes."""
     if settings.name in PORTED:
         transform = settings.transform_input
         return {"aux_logits": False, "init_weights": True, "transform_input": transform}
@@ -132,7 +132,7 @@ def _options(settings: Settings, shape: tuple[int, int, int]) -> dict[str, Any]:
 def _trace_shapes(model: nn.Module, shape: tuple[int, int, int]) -> tuple[int, int]:
     """Run one image through the network on the meta device, which computes shapes only.
 
-    Returns height and width of the input of its pooling `avgpool`, (0, 0) if it has none.
+    Returns height and width of the input of its pooling layer `avgpool`, (0, 0) if it has none.
     """
     seen = [(0, 0)]
     pool = getattr(model, "avgpool", nn.Identity())
@@ -148,9 +148,9 @@ def _trace_shapes(model: nn.Module, shape: tuple[int, int, int]) -> tuple[int, i
 
 
 def _use_fixed_pooling(model: nn.Module, size: tuple[int, int]) -> None:
-    """Replace the adaptive pooling of AlexNet and VGG by windows of a fixed size, where equal.
+    """Replace the adaptive pooling of AlexNet and VGG by pooling of a fixed size, where equal.
 
-    On GPUs the gradient of the adaptive pooling has no deterministic algorithm.
+    On GPUs, the gradient of adaptive pooling has no deterministic algorithm.
     """
     pool = getattr(model, "avgpool", None)
     if not isinstance(pool, nn.AdaptiveAvgPool2d) or pool.output_size in (1, (1, 1)):

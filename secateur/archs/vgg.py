@@ -1,8 +1,8 @@
 """VGG for CIFAR: 3x3 convolutions in five stages, max-pooling between them, one linear layer.
 
 Source: K. Simonyan, A. Zisserman, Very deep convolutional networks for large-scale image
-recognition, ICLR 2015, with the head of 512 inputs that is usual on CIFAR. Several networks share
-one name. For 32x32x3 images and ten classes, with BN:
+recognition, ICLR 2015, with the usual head for CIFAR, which has 512 inputs. Several networks share
+a name. For 32x32x3 images and ten classes, with BN:
 
     depth                    11           13           16            19
     parameters, with bias    9,231,114    9,416,010    14,728,266    20,040,522
@@ -13,9 +13,9 @@ one name. For 32x32x3 images and ten classes, with BN:
     EigenDamage, GReg                 false    [1, 2, 3, 4]       20,035,018      398.1 M
     Torch-Pruning (DepGraph)          false    [1, 2, 3, 5]       20,035,018      511.4 M
 
-The first two differ in how the last 2x2 pixels become one: by their maximum or by their mean.
-Initial weights of convolutions are He-normal by fan-out, those of the classifier normal with
-standard deviation 0.01; biases are zero (bearpaw/pytorch-classification).
+The first two differ in how the last 2x2 pixels are pooled: by their maximum or by their mean.
+Initial weights of convolutions are He-normal by fan-out, weights of the classifier are normal with
+standard deviation 0.01, biases are zero (bearpaw/pytorch-classification).
 """
 
 from typing import Annotated, Literal
@@ -67,7 +67,7 @@ class VGG(blocks.ConvNet):
 def build(settings: Settings, classes: int, shape: tuple[int, int, int]) -> nn.Module:
     """`conv1`, `bn1`, `relu1` and so on, `pool<stage>`, global average pooling, `fc`: logits.
 
-    Images of at least 2 ** (number of pools) pixels a side.
+    Height and width of images must be at least 2 ** (number of pools) pixels.
     """
     blocks.require_side("vgg", shape, 2 ** len(settings.pools))
     modules: dict[str, nn.Module] = {}

@@ -35,7 +35,7 @@ class Settings(Strict):
 
 
 class IdentityBlock(nn.Module):
-    """BN-ReLU-3x3, dropout, BN-ReLU-3x3, added to the raw input; the shape stays."""
+    """BN-ReLU-3x3, dropout, BN-ReLU-3x3, added to the raw input; the shape does not change."""
 
     def __init__(self, channels: int, dropout: float) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class IdentityBlock(nn.Module):
 
 
 class ProjectionBlock(nn.Module):
-    """IdentityBlock to another shape; the shortcut is a 1x1 convolution after the first ReLU."""
+    """IdentityBlock that changes the shape; the shortcut is a 1x1 convolution after a ReLU."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, dropout: float) -> None:
         super().__init__()

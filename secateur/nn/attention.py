@@ -1,10 +1,10 @@
-"""Attention whose number of heads and widths follow from attributes and tensors.
+"""Attention modules with any number of heads of any width, for compact networks.
 
 The attention modules of torch and torchvision compute the width of a head as the width of the
-embedding over the number of heads, so they cannot lose a head alone, or a channel of the embedding.
-The classes here compute the same with the same parameters, under the same names, for any number of
-heads of any width. They take the place of the former in networks that were made smaller, and their
-code is what is traced where a network has one of the former.
+embedding divided by the number of heads. Therefore neither a single head nor a channel of the
+embedding can be removed from them. The classes here compute the same from parameters of the same
+names, for any number of heads of any width. They replace the original modules in compact networks,
+and their code is traced in place of the code of the original modules.
 
 Source: Vaswani et al., Attention Is All You Need, NeurIPS 2017; windows: Liu et al., Swin
 Transformer, ICCV 2021.
@@ -18,10 +18,10 @@ from torch.nn import functional
 
 
 class FreeAttention(nn.MultiheadAttention):
-    """Multi-head attention of a tensor to itself, in place of `nn.MultiheadAttention`.
+    """Multi-head self-attention, in place of `nn.MultiheadAttention`.
 
     `in_proj_weight` is (3 * heads * width, embedding), `out_proj.weight` (embedding, heads *
-    width). Weights of attention are not returned. Raises ValueError for what it does not cover:
+    width). Attention weights are not returned. Raises ValueError for what is not supported:
     attention to another tensor, padding masks, and additional keys and values.
     """
 
@@ -30,7 +30,7 @@ class FreeAttention(nn.MultiheadAttention):
         need_weights: bool = True, attn_mask: Tensor | None = None,
         average_attn_weights: bool = True, is_causal: bool = False,
     ) -> tuple[Tensor, None]:  # fmt: skip
-        """(N, positions, embedding) three times -> the same shape, and None."""
+        """Three times the same tensor (N, positions, embedding) -> a tensor of its shape, None."""
         if not (query is key and key is value):
             raise ValueError("a MultiheadAttention of one tensor to another is not covered")
         if key_padding_mask is not None or self.bias_k is not None or self.add_zero_attn:
@@ -54,7 +54,7 @@ class FreeAttention(nn.MultiheadAttention):
 
 
 class FreeWindowAttention(nn.Module):
-    """Attention in shifted windows, in place of torchvision's `ShiftedWindowAttention`.
+    """Shifted-window attention, in place of torchvision's `ShiftedWindowAttention`.
 
     `qkv.weight` is (3 * heads * width, embedding), `proj.weight` (embedding, heads * width) and
     `relative_position_bias_table` (relative positions, heads).
@@ -91,11 +91,11 @@ _FREE: dict[str, type[nn.Module]] = {
     "torch.nn.modules.activation.MultiheadAttention": FreeAttention,
     "torchvision.models.swin_transformer.ShiftedWindowAttention": FreeWindowAttention,
 }
-"""By full name, since torchvision is not imported here."""
+"""Replacements by full name of the class, since torchvision is not imported here."""
 
 
 def free_class(module: nn.Module) -> type[nn.Module] | None:
-    """The class that computes what this module computes, with sizes that are free; None if none."""
+    """The class with free sizes that replaces this module; None if there is none."""
     return _FREE.get(f"{type(module).__module__}.{type(module).__qualname__}")
 
 
@@ -128,7 +128,7 @@ def _flat_windows(x: Tensor) -> Tensor:
 def join_windows(
     windows: Tensor, like: Tensor, window: Sequence[int], shift: Sequence[int]
 ) -> Tensor:
-    """The reverse of `split_windows`; of the tensor `like`, height and width matter."""
+    """The inverse of `split_windows`; `like` has the height and width of the result."""
     height, width = _padded(like, window)
     x = windows.unflatten(0, (-1, height // window[0], width // window[1]))
     x = x.unflatten(3, (window[0], window[1])).transpose(2, 3).flatten(3, 4).flatten(1, 2)
@@ -140,10 +140,10 @@ def join_windows(
 def separate_regions(
     scores: Tensor, like: Tensor, window: Sequence[int], shift: Sequence[int]
 ) -> Tensor:
-    """Scores with -100 between positions that are neighbours only since the image was rolled.
+    """Add -100 to the scores between positions that are neighbours only because of the roll.
 
-    `scores` is (N * windows, heads, positions, positions); `like` is the tensor that was divided
-    into windows, of which height and width matter.
+    `scores` is (N * windows, heads, positions, positions); `like` has the height and width of the
+    tensor that was divided into windows.
     """
     height, width = _padded(like, window)
     down, right = _shift(like.new_empty(1, height, width), window, shift)
@@ -174,6 +174,6 @@ def _padded(x: Tensor, window: Sequence[int]) -> tuple[int, int]:
 
 
 def _shift(x: Tensor, window: Sequence[int], shift: Sequence[int]) -> tuple[int, int]:
-    """The shift; none along a side that a single window covers. `x` is padded."""
+    """The shift; 0 along a side that a single window covers. `x` is the padded tensor."""
     down, right = (0 if window[k] >= x.shape[k + 1] else shift[k] for k in (0, 1))
     return down, right

@@ -1,6 +1,6 @@
 """Building blocks of architectures: residual blocks, stages, initial weights, checks.
 
-Layers are called as modules, each of them once, so that torch.fx can trace them.
+Every layer is a module that is called once, so that torch.fx can trace it.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ Block = Literal["basic", "bottleneck"]
 Depth = Annotated[int, Field(ge=8, le=2000)]
 """6n+2 for basic blocks (20, 32, 44, 56, 110, 1202), 9n+2 for bottlenecks (164, 1001)."""
 EXPANSION = 4
-"""Outputs of a bottleneck per inner channel."""
+"""Output channels of a bottleneck, divided by its inner channels."""
 RESIDUAL_NAMES = {
     "*.downsample.0": "*.shortcut.conv",
     "*.downsample.1": "*.shortcut.bn",
@@ -32,9 +32,9 @@ RESIDUAL_NAMES = {
 class ConvNet(nn.Sequential):
     """Convolutional network: layers in sequence, with the initial weights of He et al.
 
-    Normal with variance 2 / fan-out, biases zero; other layers are initialised as torch does.
-    Source: K. He, X. Zhang, S. Ren, J. Sun, Delving deep into rectifiers, ICCV 2015. The fan-out is
-    that of the present weights, so that a pruned network draws weights for its own shape.
+    Convolutions: normal with variance 2 / fan-out, biases zero; other layers as torch initialises
+    them. Source: K. He, X. Zhang, S. Ren, J. Sun, Delving deep into rectifiers, ICCV 2015. The
+    fan-out follows from the current shape, so a pruned network draws weights for its own shape.
     """
 
     def __init__(self, *layers: nn.Module, **named: nn.Module) -> None:
@@ -80,7 +80,7 @@ class Residual(Strict):
 
 
 class Basic(nn.Module):
-    """Two 3x3 convolutions beside a shortcut, ReLU after the sum.
+    """Two 3x3 convolutions with a shortcut, ReLU after the sum.
 
     Source: K. He, X. Zhang, S. Ren, J. Sun, Deep residual learning, CVPR 2016.
     """
@@ -103,9 +103,9 @@ class Basic(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 and 1x1 convolution beside a shortcut, ReLU after the sum; the 3x3 has the stride.
+    """1x1, 3x3 and 1x1 convolution with a shortcut, ReLU after the sum; the 3x3 has the stride.
 
-    With groups it is the block of ResNeXt. Source: that of `Basic`.
+    With groups, it is the block of ResNeXt. Source: see `Basic`.
     """
 
     def __init__(
@@ -162,7 +162,7 @@ class DenseBottleneck(nn.Module):
 
 
 def projection(inputs: int, outputs: int, stride: int) -> nn.Module:
-    """Shortcut B of He et al.: 1x1 convolution and BN where the shape changes, else nothing."""
+    """Shortcut B of He et al.: 1x1 convolution and BN if the shape changes, else the identity."""
     if inputs == outputs and stride == 1:
         return nn.Identity()
     shortcut = nn.Sequential()
@@ -205,9 +205,9 @@ def conv1x1(inputs: int, outputs: int, stride: int = 1, groups: int = 1) -> nn.C
 
 
 def blocks_per_stage(depth: int, layers: int, others: int, name: str) -> int:
-    """Blocks in each stage: the n of `depth` = `layers` * n + `others`.
+    """Blocks in each stage: the n in `depth` = `layers` * n + `others`.
 
-    Raises ValueError naming the depths on either side if there is no such n of at least 1.
+    If there is no such n of at least 1, raises ValueError naming the nearest possible depths.
     """
     n, rest = divmod(depth - others, layers)
     if rest or n < 1:
@@ -218,7 +218,7 @@ def blocks_per_stage(depth: int, layers: int, others: int, name: str) -> int:
 
 
 def require_side(arch: str, shape: tuple[int, int, int], side: int) -> None:
-    """Raise ArgumentError unless images (channels, height, width) have `side` pixels a side."""
+    """Raise ArgumentError if images of `shape` (C, H, W) have less than `side` pixels a side."""
     _, height, width = shape
     if min(height, width) < side:
         raise ArgumentError(

@@ -1,8 +1,8 @@
 """Checkpoints: safetensors files with a JSON header, written and read; never a pickle.
 
-Weights and buffers have their own names, boolean masks `mask:<parameter>`, and the weights that a
-penalty has selected for pruning `choice:<parameter>` (sparsity/choices.py). Header and shapes of
-the tensors suffice to rebuild the network, also one that was made smaller. Equal models give equal
+Weights and buffers are stored under their own names, boolean masks as `mask:<parameter>`, and what
+a penalty has selected for pruning as `choice:<parameter>` (sparsity/choices.py). The header and the
+shapes of the tensors suffice to rebuild the network, even a compact one. Equal models give equal
 bytes.
 """
 
@@ -33,7 +33,8 @@ MASK, CHOICE = "mask:", "choice:"
 OWN_CODE = "module"
 """The architecture whose settings name a function of the user."""
 LARGE_SETTING = 256
-"""Widths, depths and sides of images up to here are built without counting their bytes first."""
+"""Up to this value of all widths, depths and image sizes, a network is built without first counting
+its bytes."""
 
 LayerKey = Annotated[str, Field(pattern=r"^(groups|before|after|size:[A-Za-z]\w*)$")]
 Count = Annotated[int, Field(ge=1, lt=2**31, strict=True)]
@@ -41,33 +42,33 @@ Count = Annotated[int, Field(ge=1, lt=2**31, strict=True)]
 
 @dataclass(frozen=True)
 class Header:
-    """Description of a network: all but its tensors. Annotations are the schema of the file."""
+    """Description of a network without its tensors. Its annotations are the schema of the file."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     arch: str
-    """Empty for a network that is not one of secateur/archs; it may lack classes, mean and std."""
+    """Empty for a network that is not from secateur/archs; it may lack classes, mean and std."""
     arch_settings: dict[str, Any]
     classes: list[ClassName]
     shape: Shape
     """Channels, height and width of one image."""
     mean: list[Finite]
     std: list[Positive]
-    """Mean and standard deviation by channel with which pixels in [0, 1] are normalised."""
+    """Mean and standard deviation of each channel, which normalise pixels in [0, 1]."""
     split: str
-    """Hash of the images and their division into train, val and test."""
+    """Hash of the images and their split into train, val and test."""
     stage: str
     parent: str | None = None
     """sha256 of the checkpoint that the stage started from."""
     notes: dict[str, Any] = field(default_factory=dict)
-    """Results of the stage: requested and reached amounts, proof of equality."""
+    """Results of the stage, such as the requested and the reached amount, and the proof."""
     versions: dict[str, str] = field(default_factory=versions)
     format: int = FORMAT
     layers: dict[str, dict[LayerKey, Count]] = field(default_factory=dict)
-    """Properties that shapes do not contain, see `resizing.describe_layers`; set by `save`."""
+    """Properties that shapes do not show; see `resizing.describe_layers`. Set by `save`."""
     resize: Annotated[int, Field(ge=1, le=2**16, strict=True)] | None = None
-    """Pixels of the shorter side of a picture before its centre is cut out, as for evaluation;
-    None, which is not written: they are not resized, or an earlier version did not say."""
+    """Pixels of the shorter side of an image before the centre crop, as in evaluation. None, which
+    is not written: images are not resized, or an earlier version did not store it."""
 
 
 @dataclass(frozen=True)
@@ -80,14 +81,14 @@ class Checkpoint:
     sha256: str = ""
     """Hash of the file; empty before it is saved."""
     choices: Choices = field(default_factory=dict)
-    """What the penalty has selected for pruning, by the weight's parameter name."""
+    """What the penalty has selected for pruning, by parameter name of the weight."""
     trusted: bool = False
-    """Architecture and settings have been compared with those of params.yaml."""
+    """Whether architecture and settings have been compared with params.yaml."""
 
     def model(self) -> nn.Module:
         """Rebuild the network, in eval mode; CheckpointError if the tensors do not fit it.
 
-        A function that a file names as its architecture (arch `module`) is called only if
+        If the architecture is a function of the user (arch `module`), it is called only if
         params.yaml names it too.
         """
         where = f"checkpoint of stage {cut(self.header.stage)}: "
@@ -108,8 +109,8 @@ class Checkpoint:
     def fill(self, model: nn.Module, message: str) -> nn.Module:
         """Resize a dense network to the shapes of the tensors and load them, in place.
 
-        The network is in eval mode afterwards. Raises CheckpointError, `message` and the reason, if
-        a tensor has no place, is missing, or does not fit.
+        The network is in eval mode afterwards. Raises CheckpointError with `message` and the reason
+        if a tensor is unexpected, missing, or does not fit.
         """
         try:
             _check_indices(self.header, self.tensors)
@@ -124,17 +125,18 @@ class Checkpoint:
                 classes = len(self.header.classes)
                 if classes and outputs.shape != (1, classes):
                     raise ValueError(f"{outputs.shape[-1]} outputs for {classes} classes")
-        except Exception as error:  # whatever the code of a network raises on foreign tensors
+        except Exception as error:  # whatever a network's code raises on unsuitable tensors
             reason = cut(str(error) or type(error).__name__, 300)
             raise CheckpointError(f"{message}: {reason}") from error
         return model.eval()
 
 
 def _check_memory(header: Header) -> None:
-    """CheckpointError if the dense network has more bytes than half of the machine's memory.
+    """CheckpointError if the dense network needs more than half of the machine's memory.
 
-    It is built without tensors, which may take longer than building it, so only if a setting is
-    large enough to matter. A network whose code needs values of tensors is not counted.
+    To count its bytes, the network is built on the meta device. That may take longer than building
+    it, so it is done only if a setting is large. A network whose code needs values of tensors is
+    not checked.
     """
     if all(number <= LARGE_SETTING for number in _numbers([header.arch_settings, header.shape])):
         return
@@ -152,7 +154,7 @@ def _check_memory(header: Header) -> None:
 
 
 def _numbers(value: Any) -> Iterator[float]:
-    """All numbers in nested tables and lists; text, such as a network's name, holds none."""
+    """All numbers in nested tables and lists; text, such as a network's name, is skipped."""
     if isinstance(value, Mapping):
         value = list(value.values())
     if isinstance(value, list | tuple):
@@ -163,7 +165,7 @@ def _numbers(value: Any) -> Iterator[float]:
 
 
 def _check_indices(header: Header, tensors: dict[str, Tensor]) -> None:
-    """ValueError unless the indices of the header's layers are tensors of that length."""
+    """ValueError unless the indices that the header declares are tensors of that length."""
     for name, known in header.layers.items():
         for end in {"before", "after"} & set(known):
             index = tensors.get(f"{name}.{end}")
@@ -172,7 +174,7 @@ def _check_indices(header: Header, tensors: dict[str, Tensor]) -> None:
 
 
 def _check_types(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """ValueError if a tensor is not of the network's type; floating-point types are converted."""
+    """ValueError if a tensor's type is not the network's; floating-point types are converted."""
     for name, own in model.state_dict().items():
         found = tensors[name]
         floating = own.is_floating_point() and found.is_floating_point()
@@ -181,7 +183,7 @@ def _check_types(model: nn.Module, tensors: dict[str, Tensor]) -> None:
 
 
 def build_architecture(header: Header) -> nn.Module:
-    """The dense network that the header names, with random weights.
+    """The dense network of the architecture that the header names, with random weights.
 
     Raises SettingsError if the settings do not fit the images.
     """
@@ -193,7 +195,7 @@ def build_architecture(header: Header) -> nn.Module:
 
 
 def classifier(header: Header) -> frozenset[str]:
-    """Names of the tensors whose shape depends on the number of classes; empty if none does."""
+    """Names of the tensors whose shape depends on the number of classes."""
     headers = header, replace(header, classes=[*header.classes, ""])
     with torch.random.fork_rng(devices=[]):
         try:
@@ -219,7 +221,7 @@ def save(
     """Write a checkpoint atomically and return its sha256.
 
     Masks that prune nothing are left out. Pruned weights are written as positive zeros, so that
-    equal models are equal bytes.
+    equal models give equal bytes.
     """
     kept = {name: m.detach().cpu() for name, m in masks.items() if not bool(m.all())}
     tensors = _stored(model, kept)
@@ -235,7 +237,7 @@ def save(
 
 
 def _plain(header: Header) -> dict[str, Any]:
-    """The header as plain values; without `resize` if it says nothing, as earlier versions do."""
+    """The header as plain values, without `resize` if it is None, as in earlier versions."""
     plain = asdict(header)
     if header.resize is None:
         del plain["resize"]
@@ -243,9 +245,9 @@ def _plain(header: Header) -> dict[str, Any]:
 
 
 def _stored(model: nn.Module, masks: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The network's tensors by name, masked, each in memory of its own.
+    """The network's tensors by name, masked, none of them sharing memory.
 
-    A tensor under several names is stored under each of them, with the masks of all.
+    A tensor with several names is stored under each of them, with the masks of all names.
     """
     state = model.state_dict(keep_vars=True)
     by_tensor: dict[int, Tensor] = {}
@@ -272,8 +274,8 @@ def load(
 ) -> Checkpoint:
     """Read a checkpoint; with `arch`, `arch_settings` and `split`, check it against them.
 
-    Raises CheckpointError for a missing, truncated or foreign file, for a pickle, and for a
-    checkpoint of another architecture or of other data.
+    Raises CheckpointError if the file is missing, truncated, a pickle or not written by Secateur,
+    or if the checkpoint belongs to another architecture or to other data.
     """
     found = parse(
         path, tensor_files.read(path, CheckpointError, cure="; run `dvc repro` to make it")
@@ -297,7 +299,7 @@ def load(
 
 
 def parse(path: Path, found: TensorFile) -> Checkpoint:
-    """The checkpoint that a file held; CheckpointError unless Secateur has written it."""
+    """The checkpoint in a file's content; CheckpointError if Secateur has not written it."""
     header = _header(path, found.header)
     tensors, masks, choices = _divide(path, found.tensors)
     return Checkpoint(header, tensors, masks, found.sha256, choices)
@@ -321,7 +323,7 @@ def _divide(
 
 
 def _header(path: Path, plain: Any) -> Header:
-    """The header from its plain values; CheckpointError if this version does not read it."""
+    """The header from its plain values; CheckpointError if this version cannot read it."""
     if plain is None:
         raise CheckpointError(f"{path}: safetensors, but not written by Secateur")
     if isinstance(plain, dict) and plain.get("format", FORMAT) != FORMAT:
@@ -338,7 +340,7 @@ _HEADER = TypeAdapter(Header)
 
 
 def _problem(header: Header) -> str | None:
-    """What is wrong with fields that are right one by one."""
+    """What is wrong with fields that are valid on their own; None if nothing is."""
     if math.prod(header.shape) > MAX_PIXELS:
         return f"shape = {header.shape}: images of more than {MAX_PIXELS:,} values"
     if len(header.mean) != len(header.std):

@@ -1,4 +1,4 @@
-"""Cost of a network: parameters, non-zeros, compression, MACs, bytes, latency."""
+"""Cost of a network: parameters, non-zero parameters, compression, MACs, bytes, latency."""
 
 import contextlib
 import gzip
@@ -20,7 +20,7 @@ from secateur.sparsity.masks import LAYERS, prunable
 
 @dataclass(frozen=True)
 class LayerCost:
-    """One convolution or linear layer, biases included in the counts of parameters."""
+    """One convolution or linear layer; counts of parameters include the bias."""
 
     layer: str
     kind: str
@@ -33,25 +33,24 @@ class LayerCost:
     """Fraction of the parameters that are pruned."""
     filters: int
     filters_alive: int
-    """Outputs that have a non-zero weight."""
+    """Outputs with at least one non-zero weight."""
     channels: int
     channels_alive: int
-    """Inputs that a non-zero weight reads."""
+    """Inputs with at least one non-zero weight."""
     macs_dense: int
-    """Multiply-accumulates for one image, zeros included."""
+    """Multiply-accumulates for one image, zero weights included."""
     macs: int
-    """Multiply-accumulates for one image without those of zero weights."""
+    """Multiply-accumulates for one image, zero weights not included."""
 
 
 @torch.no_grad()
 def layer_costs(
     model: nn.Module, example: Tensor, masks: Mapping[str, Tensor] = MappingProxyType({})
 ) -> list[LayerCost]:
-    """All convolutions and linear layers in order.
+    """Costs of all convolutions and linear layers, in order.
 
-    Among them are the projections that a MultiheadAttention holds itself; a layer that never runs
-    in eval mode has no MACs. `example` is a batch of one image; `masks` are those of the model, by
-    parameter name.
+    They include the projections inside a MultiheadAttention; a layer that never runs in eval mode
+    has no MACs. `example` is a batch of one image; `masks` are the model's masks by parameter name.
     """
     positions = output_positions(model, example)
     biases = prunable(model, "weights_and_biases")
@@ -71,16 +70,16 @@ def layer_costs(
 def output_positions(model: nn.Module, example: Tensor) -> dict[str, int]:
     """Number of output positions of each convolution and linear layer for one image.
 
-    Every weight is multiplied once per position; those of all calls count if a layer runs more than
-    once, and a layer that never runs is left out. `example` is a batch of one image; the model is
-    left in eval mode.
+    Every weight is multiplied once per position. If a layer runs more than once, the positions of
+    all calls are summed; a layer that never runs is left out. `example` is a batch of one image;
+    the model is left in eval mode.
     """
     return {name: sum(calls) for name, calls in positions_by_call(model, example).items()}
 
 
 @torch.no_grad()
 def positions_by_call(model: nn.Module, example: Tensor) -> dict[str, list[int]]:
-    """As `output_positions`, for each call of the layer's weight in the order of execution."""
+    """Like `output_positions`, but for each use of the layer's weight, in order of execution."""
     weights = prunable(model, "weights")
     counter = _PositionCounter(
         {id(weight): name.removesuffix(".weight") for name, weight in reversed(weights.items())}
@@ -96,7 +95,7 @@ def positions_by_call(model: nn.Module, example: Tensor) -> dict[str, list[int]]
 
 @contextlib.contextmanager
 def _running(model: nn.Module, stack: list[Tensor | None]) -> Iterator[None]:
-    """Keep in `stack` the weights of the convolutions and linear layers that are computing."""
+    """Keep in `stack` the weights of the convolutions and linear layers that are running."""
 
     def enter(layer: nn.Module, _inputs: Any) -> None:
         stack.append(layer._parameters["weight"])
@@ -116,18 +115,18 @@ def _running(model: nn.Module, stack: list[Tensor | None]) -> Iterator[None]:
 
 
 class _PositionCounter(TorchFunctionMode):
-    """Notes the positions of all convolutions and linear maps, whoever calls the function.
+    """Records the positions of all convolutions and linear maps, also of functional calls.
 
-    What a layer computes with another tensor of its weight's shape, such as the standardised
-    weight, counts as its own.
+    If a layer computes with another tensor of its weight's shape, such as a standardised weight,
+    that counts as its weight.
     """
 
     def __init__(self, names: Mapping[int, str]) -> None:
         super().__init__()
         self.names = names
-        """By the id() of the weight."""
+        """Names by id() of the weight."""
         self.running: list[Tensor | None] = []
-        """Weights of the layers that are computing, the innermost last."""
+        """Weights of the layers that are running, the innermost last."""
         self.found: dict[str, list[int]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -156,7 +155,7 @@ _PROJECTIONS = {
     **{"in_proj_weight": "query", "q_proj_weight": "query", "k_proj_weight": "key"},
     **{"v_proj_weight": "value", "out_proj_weight": "query"},
 }
-"""Weights of a MultiheadAttention, and the tensor that has as many positions as their output."""
+"""Weight of a MultiheadAttention -> the input that has as many positions as its output."""
 
 
 def _layer_cost(
@@ -195,17 +194,17 @@ def macs(model: nn.Module, example: Tensor) -> int:
 
 
 def parameters(model: nn.Module) -> int:
-    """Number of parameters, scales and shifts of norms included; buffers are none."""
+    """Number of parameters, including scales and shifts of norms; buffers are not counted."""
     return sum(p.numel() for p in model.parameters())
 
 
 @torch.no_grad()
 def nonzero(model: nn.Module, masks: Mapping[str, Tensor]) -> int:
-    """Number of parameters that are not pruned, scales and shifts of norms included.
+    """Number of parameters that are not pruned, including scales and shifts of norms.
 
     A weight of a convolution or linear layer is pruned if it is zero. Any other parameter is pruned
     only if `masks` (by parameter name, True where the entry is kept) hold it at zero: biases and
-    shifts of norms start at zero in a new network, and zero is a value like any other for them.
+    shifts of norms are initialised to zero, so for them zero is an ordinary value.
     """
     weights = set(map(id, prunable(model, "weights").values()))
     count = 0
@@ -218,9 +217,9 @@ def nonzero(model: nn.Module, masks: Mapping[str, Tensor]) -> int:
 
 
 def compression(dense: nn.Module, model: nn.Module, masks: Mapping[str, Tensor]) -> float:
-    """Parameters of the dense network over those of `model` that are not pruned (see `nonzero`).
+    """Parameters of the dense network, divided by the parameters of `model` that are not pruned.
 
-    The dense network itself has a compression of 1.
+    See `nonzero`. The dense network itself has a compression of 1.
     """
     return parameters(dense) / nonzero(model, masks)
 
@@ -233,7 +232,10 @@ def weight_bytes(model: nn.Module) -> tuple[int, int]:
 
 @torch.inference_mode()
 def latency(models: Mapping[str, nn.Module], batch: Tensor, repeats: int) -> dict[str, list[float]]:
-    """Milliseconds of `repeats` forward passes of `batch`, by model; see `timing.take_turns`."""
+    """Milliseconds of each of `repeats` forward passes of `batch`, by model name.
+
+    The models take turns; see `timing.take_turns`.
+    """
 
     def forward(model: nn.Module) -> None:
         model(batch)

@@ -1,4 +1,4 @@
-"""What layers get while a network computes."""
+"""Observe the inputs of layers and weights during a forward pass."""
 
 import contextlib
 import inspect
@@ -17,18 +17,18 @@ from secateur.nn.outputs import tensors_of
 from secateur.sparsity.masks import LAYERS
 
 Take = Callable[[str, Tensor, nn.Module | None], object]
-"""Gets the name of a weight, what it is multiplied by, and the layer that computes; None if a
-function does that is given the weight."""
+"""Called with the name of a weight, the input that it is multiplied by, and the layer; None instead
+of the layer if a functional call uses the weight."""
 
 
 @contextlib.contextmanager
 def watched_inputs(
     layers: Mapping[str, nn.Module], take: Callable[[str, Tensor], object]
 ) -> Iterator[None]:
-    """Call `take` with the name and the first input of each of these layers before it computes.
+    """Call `take` with the name and the first input of each of these layers before it runs.
 
-    The channels are in the order in which the weights read them. Calls of functions with a layer's
-    weight are not seen; see `watched_weights`.
+    The channels of the input are in the order in which the weights read them. Functional calls with
+    a layer's weight are not observed; see `watched_weights`.
     """
     hooks = [
         layer.register_forward_pre_hook(lambda m, inputs, n=name: _call(take, n, m, inputs[0]))
@@ -45,8 +45,8 @@ def watched_inputs(
 def watched_weights(model: nn.Module, weights: Mapping[str, Tensor], take: Take) -> Iterator[None]:
     """Call `take` for each of these weights of convolutions and linear maps whenever it is used.
 
-    That may be by its layer or by a function, as in a MultiheadAttention. In the end raises
-    PruningError naming a weight that was used in other ways alone.
+    A weight may be used by its layer or by a functional call, as in a MultiheadAttention. Raises
+    PruningError at the end, naming a weight that was only used in other ways.
     """
     names = {id(weight): name for name, weight in weights.items()}
     mode = _WeightMode(names, take)
@@ -73,26 +73,26 @@ def watched_weights(model: nn.Module, weights: Mapping[str, Tensor], take: Take)
 
 
 class _WeightMode(TorchFunctionMode):
-    """Notes what weights are multiplied by."""
+    """Reports the inputs that weights are multiplied by."""
 
     def __init__(self, names: Mapping[int, str], take: Take) -> None:
         super().__init__()
         self.names = names
-        """By the id() of the weight."""
+        """Names by id() of the weight."""
         self.seen: set[str] = set()
         self.others: dict[str, str] = {}
-        """Weight -> another function that it is given to, and that returns a tensor."""
+        """Weight -> an unsupported function that gets the weight and returns a tensor."""
         self._take = take
         self._running: list[str] = []
-        """Weights of the layers that are computing, the innermost last."""
+        """Weights of the layers that are running, the innermost last."""
 
     def enter(self, name: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        """A layer with this weight begins to compute."""
+        """A layer with this weight starts to run."""
         self._running.append(name)
         _call(partial(self._note, layer=layer), name, layer, inputs[0])
 
     def leave(self, *_: Any) -> None:
-        """The innermost layer has computed."""
+        """The innermost layer is done."""
         self._running.pop()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -111,7 +111,8 @@ class _WeightMode(TorchFunctionMode):
         return out
 
     def _attention(self, given: dict[str, Any]) -> None:
-        """The projections of a MultiheadAttention; that of its output gets what attention mixes."""
+        """Report the projections of a MultiheadAttention; the input of the output projection is
+        the concatenated heads."""
         for key, source in _PROJECTIONS.items():
             if given.get(key) is not None:
                 self._function(given[key], partial(given.__getitem__, source))
@@ -130,7 +131,7 @@ class _WeightMode(TorchFunctionMode):
         self._function(given["out_proj_weight"], mixed)
 
     def _function(self, weight: Tensor, inputs: Callable[[], Tensor]) -> None:
-        """A function multiplies the weight by these inputs, of which its own layer has not told."""
+        """Report a functional use of a weight, unless its own layer has reported it."""
         name = self.names.get(id(weight))
         if name is not None and name not in self._running:
             self._note(name, inputs(), None)
@@ -141,13 +142,13 @@ class _WeightMode(TorchFunctionMode):
 
 
 _PROJECTIONS = {"q_proj_weight": "query", "k_proj_weight": "key", "v_proj_weight": "value"}
-"""Weights of a MultiheadAttention with one for each tensor, and the tensor."""
+"""Weight of a MultiheadAttention with separate projections -> its input."""
 
 
 def _call(
     take: Callable[[str, Tensor], object], name: str, layer: nn.Module, given: Tensor
 ) -> None:
-    """What a hook returns would replace the input."""
+    """Call `take` and return None, since a value that a hook returns replaces the input."""
     if isinstance(layer, IndexedConv2d) and layer.before is not None:
         given = given.index_select(1, layer.before)
     take(name, given)

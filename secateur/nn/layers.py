@@ -1,4 +1,4 @@
-"""Layers that channels can be removed from: selection of channels, convolution with indices."""
+"""Layers from which channels can be removed: channel selection, convolution with indices."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,9 +11,9 @@ from torch.nn import functional
 class ChannelSelect(nn.Module):
     """Selects channels by index, in any order; index -1 gives a channel of zeros.
 
-    A shortcut that widens with zeros is ChannelSelect([-1, -1, 0, 1, 2, 3, -1, -1]); after pruning
-    the layer selects the channels that are left. The index is a buffer, so that a smaller network
-    is described by its tensors alone. Change it with `set_index`, not by writing into the buffer.
+    A shortcut that pads with zeros is ChannelSelect([-1, -1, 0, 1, 2, 3, -1, -1]); after pruning,
+    the layer selects the remaining channels. The index is a buffer, so that the tensors alone
+    describe a compact network. Change it with `set_index`, not by writing into the buffer.
     """
 
     index: Tensor
@@ -29,7 +29,7 @@ class ChannelSelect(nn.Module):
         return select_channels(x, self.index, self._padding, self._zeros)
 
     def set_index(self, index: Tensor) -> None:
-        """Select these channels from now on; the buffer is reused if the length stays."""
+        """Select these channels from now on; the buffer is reused if the length does not change."""
         if index.shape == self.index.shape:
             self.index.copy_(index)
         else:
@@ -41,7 +41,7 @@ class ChannelSelect(nn.Module):
         self._analyse(self.index.tolist())
 
     def _analyse(self, index: list[int]) -> None:
-        """Note the properties of the index that make the selection cheap."""
+        """Store the properties of the index that make the selection cheap."""
         self._padding = _padding(index)
         self._zeros = min(index, default=0) < 0
 
@@ -54,10 +54,10 @@ class ChannelSelect(nn.Module):
 def select_channels(
     x: Tensor, index: Tensor, padding: tuple[int, int] | None, zeros: bool
 ) -> Tensor:
-    """Channels of `x` by index, zeros for -1; `zeros` says whether the index has any.
+    """Channels of `x` by index, zeros for -1; `zeros` says whether the index contains -1.
 
-    `padding` is `_padding(index)`: selecting all channels in their order, as dense networks do,
-    costs nothing or a padding.
+    `padding` is `_padding(index)`. Selecting all channels in order, as dense networks do, costs
+    nothing, or only a padding.
     """
     if padding is not None and x.shape[1] + sum(padding) == len(index):
         return functional.pad(x, [0, 0] * (x.dim() - 2) + list(padding)) if any(padding) else x
@@ -68,7 +68,7 @@ def select_channels(
 
 
 def _padding(index: list[int]) -> tuple[int, int] | None:
-    """Numbers of -1 before and after 0, 1, 2, ...; None for an index of another form."""
+    """How many -1 precede and follow 0, 1, 2, ...; None for an index of another form."""
     channels = [n for n in index if n >= 0]
     before = index.index(0) if 0 in index else 0
     if channels and index[before : before + len(channels)] == list(range(len(channels))):
@@ -77,10 +77,10 @@ def _padding(index: list[int]) -> tuple[int, int] | None:
 
 
 class IndexedConv2d(nn.Conv2d):
-    """A convolution that permutes its inputs before, or its outputs after it; either is optional.
+    """A convolution that permutes its input channels, its output channels, or both.
 
-    With groups this is a convolution that was pruned to groups of channels. The indices are
-    buffers; the parameters have the names that they have in an `nn.Conv2d`.
+    With groups, this is a convolution that was pruned to groups of channels. The indices are
+    buffers; the parameters have the same names as in `nn.Conv2d`.
     """
 
     before: Tensor | None
@@ -104,7 +104,7 @@ class IndexedConv2d(nn.Conv2d):
         before: Tensor | None,
         after: Tensor | None,
     ) -> nn.Conv2d:
-        """A convolution with the options of `conv` and these tensors; plain without indices."""
+        """A convolution with the options of `conv` and these tensors; `nn.Conv2d` if no indices."""
         plain = before is None and after is None
         made = (nn.Conv2d if plain else IndexedConv2d)(
             weight.shape[1] * groups,

@@ -1,4 +1,4 @@
-"""Fill a network with tensors that were saved under other names."""
+"""Fill a network with tensors that were saved under different names."""
 
 import re
 from collections import Counter
@@ -13,17 +13,17 @@ from secateur.nn import resizing
 from secateur.nn.weights import Weights
 
 Names = Mapping[str, str]
-"""Name of a tensor, or of a module with all its tensors -> the name to use instead. A `*` stands
-for any text; both names have as many."""
+"""Name of a tensor, or of a module with all its tensors -> the name to use instead. A `*` matches
+any text; both names have the same number of `*`."""
 
 WRAPPERS = frozenset({"module", "_orig_mod", "_forward_module", "_fsdp_wrapped_module"})
-"""Parts of names that come from wrappers: of data parallelism, torch.compile, Lightning."""
+"""Parts of names that wrappers add: data parallelism, torch.compile, Lightning."""
 COUNTERS = ("total_ops", "total_params", "num_batches_tracked")
-"""Last parts of names of tensors that no output depends on; a network may lack them."""
+"""Last parts of names of tensors that do not affect any output; a network may lack them."""
 MASK, INDICES = "mask", ("ind_in", "ind_out")
-"""Last parts of names of what gconv-prune's layers have beside a weight."""
+"""Last parts of names of additional tensors in gconv-prune's layers."""
 LISTED = 10
-"""Tensors of a kind that an error names."""
+"""Largest number of tensors of each kind that an error names."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Matches:
     sources: dict[str, str]
     """Name in the network -> name in the file."""
     unexpected: list[str]
-    """Names in the file, without the prefixes of wrappers, that the network has none for."""
+    """Names in the file, without the prefixes of wrappers, that match nothing in the network."""
 
 
 def fill(
@@ -47,16 +47,16 @@ def fill(
     classifier: Collection[str] = (),
     hint: str = "",
 ) -> None:
-    """Copy the weights into a network, in place; those named in `fresh` stay as they are.
+    """Copy the weights into a network, in place; its tensors named in `fresh` are not changed.
 
-    Names are matched as they are, without prefixes that wrappers have added, by `rename`, and by
+    Names are matched without the prefixes that wrappers add: directly, by `rename`, or by
     `aliases`, the names that other implementations of the network use. Tensors whose names begin
     with one of `auxiliary` may be left over. Masks of gconv-prune's layers are multiplied into the
-    weights. Buffers of integers that the file lacks, such as counters of batches, stay as they are.
+    weights. Integer buffers that the file lacks, such as counters of batches, are not changed.
 
-    Raises CheckpointError before anything is changed: with all that is missing, unexpected or of
-    another shape, ten names of each at most, and `hint` if a tensor of `classifier` has another
-    shape; or for a value that is not finite.
+    Raises CheckpointError before anything is changed: if tensors are missing, unexpected or of
+    another shape, naming up to ten of each kind, with `hint` if a tensor of `classifier` has
+    another shape; or if a value is not finite.
     """
     own = model.state_dict()
     tensors = _without_layers_of_gconv(weights)
@@ -95,11 +95,10 @@ def fill(
 
 
 def match(names: Iterable[str], own: Collection[str], rename: Names, aliases: Names) -> Matches:
-    """Assign each of `names` to one of `own`; of several ways to read prefixes, the one that fits
-    most names.
+    """Assign each of `names` to one of `own`; prefixes are removed such that most names match.
 
-    Raises CheckpointError if a rule of `rename` applies to no name, or two names become one, or
-    the two sides of a rule have not as many `*`.
+    Raises CheckpointError if a rule of `rename` applies to no name, if two names become the same,
+    or if the two sides of a rule differ in their number of `*`.
     """
     for rule, new in rename.items():
         if rule.count("*") != new.count("*"):
@@ -128,7 +127,7 @@ def match(names: Iterable[str], own: Collection[str], rename: Names, aliases: Na
 
 
 def renamed(name: str, rule: str, new: str) -> str | None:
-    """The name by one rule of `Names`; None if the rule does not apply to it."""
+    """The name after one rule of `Names`; None if the rule does not apply to it."""
     pattern = re.escape(rule).replace(r"\*", "(.*)") + r"(?=\.|$)"
     if (found := re.match(pattern, name)) is None:
         return None
@@ -140,9 +139,9 @@ def renamed(name: str, rule: str, new: str) -> str | None:
 def _resolve(
     name: str, original: str, own: Collection[str], rename: Names, aliases: Names
 ) -> tuple[str | None, str | None]:
-    """The network's name for a tensor, if there is one, and the rule of `rename` that applied.
+    """The network's name for a tensor, or None, and the rule of `rename` that applied, or None.
 
-    Rules are of `name`, without prefixes, or else of `original`, as it stands in the file.
+    Rules are applied to `name`, without prefixes, then to `original`, the name in the file.
     """
     for rule, new in rename.items():
         if (other := renamed(name, rule, new)) is not None:
@@ -166,7 +165,7 @@ def _resolve(
 
 
 def _readings(names: list[str], own: Collection[str]) -> list[dict[str, str]]:
-    """Ways to read the names of a file: without wrappers, then without common beginnings too."""
+    """Candidates for the names of a file: without wrappers, then also without common prefixes."""
     known = {part for name in own for part in name.split(".")}
     parts = {
         name: [p for p in name.split(".") if p not in WRAPPERS or p in known] for name in names
@@ -186,9 +185,9 @@ def _readings(names: list[str], own: Collection[str]) -> list[dict[str, str]]:
 
 
 def _without_layers_of_gconv(weights: Weights) -> dict[str, Tensor]:
-    """The tensors with masks (F, C) multiplied into the weights beside them, without indices.
+    """The tensors without gconv-prune's indices, and with its masks (F, C) applied to the weights.
 
-    CheckpointError for indices that change the order of channels: the convolution is grouped.
+    CheckpointError for indices that permute channels, since the convolution is then grouped.
     """
     tensors = dict(weights.tensors)
     for name in weights.tensors:

@@ -14,14 +14,14 @@ BIN_WIDTH = 0.02
 
 
 class _OverRemaining(TorchFunctionMode):
-    """Calls of `layer_norm` take mean and variance over the channels that remain."""
+    """Context in which `layer_norm` takes mean and variance over the remaining channels."""
 
     def __init__(self, remaining: Tensor) -> None:
         super().__init__()
         self.remaining = remaining
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """`layer_norm` of the remaining channels; all other functions as they are."""
+        """`layer_norm` over the remaining channels; other functions are not changed."""
         if func is functional.layer_norm:
             return _masked_layer_norm(self.remaining, *args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
@@ -31,7 +31,7 @@ def _masked_layer_norm(
     remaining: Tensor, x: Tensor, normalized_shape: Any, weight: Tensor, bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:  # fmt: skip
-    """Layer normalisation with sums over some channels, bool, (channels,); zero in all others."""
+    """Layer normalisation over the channels in `remaining`, bool (channels,); others become 0."""
     own = remaining.to(x.device, x.dtype)
     mean = (x * own).sum(-1, keepdim=True) / own.sum()
     apart = (x - mean) * own
@@ -40,7 +40,7 @@ def _masked_layer_norm(
 
 
 class _MaskedForward:
-    """A module's own forward, with `layer_norm` over the channels that remain."""
+    """A module's own forward, with `layer_norm` over the remaining channels."""
 
     def __init__(self, module: nn.LayerNorm, remaining: Tensor) -> None:
         self.module, self.remaining = module, remaining
@@ -52,9 +52,9 @@ class _MaskedForward:
 
 
 def mask_layer_norm(norm: nn.LayerNorm, removed: Tensor) -> None:
-    """Leave channels, int64, out of mean and variance of a LayerNorm from now on, in place.
+    """Exclude channels (int64 indices) from mean and variance of a LayerNorm, in place.
 
-    Their outputs are zero. Its parameters and their names stay as they are.
+    The outputs of these channels are zero. Parameters and their names do not change.
     """
     remaining = torch.ones(norm.weight.shape[0], dtype=torch.bool)
     before = vars(norm).get("forward")
@@ -78,8 +78,7 @@ def scaled_norms(model: nn.Module) -> dict[str, BatchNorm]:
 def distribution(model: nn.Module) -> Table:
     """Histogram of |gamma|: `scale`, the lower edge of a bin, and `count`, the scales in it.
 
-    The bins start at 0 in every network and end at its largest scale; without scales there are
-    none.
+    The bins start at 0 and end at the network's largest scale; without scales there are no bins.
     """
     scales = [norm.weight.detach().abs().flatten().cpu() for norm in scaled_norms(model).values()]
     if not scales:

@@ -9,7 +9,7 @@ from secateur.base.errors import PruningError
 
 
 def tensors_of(value: Any) -> list[Tensor]:
-    """All tensors of a result, which may be nested, in its order."""
+    """All tensors in a result, which may be nested, in order."""
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, Mapping):
@@ -20,7 +20,7 @@ def tensors_of(value: Any) -> list[Tensor]:
 def class_scores(value: Any, labels: Tensor, purpose: str) -> Tensor:
     """A network's result for images with these labels, if it is one tensor (N, classes).
 
-    Raises PruningError saying what needs it for anything else, and for a label of no class.
+    Otherwise raises PruningError naming the `purpose`; also for a label that is not a class.
     """
     if not (isinstance(value, Tensor) and value.dim() == 2 and len(value) == len(labels)):
         found = f"tensor {tuple(value.shape)}" if isinstance(value, Tensor) else ""

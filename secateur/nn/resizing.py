@@ -1,4 +1,4 @@
-"""Give the layers of a network the shapes of given tensors: how compact networks are rebuilt."""
+"""Resize the layers of a network to given tensor shapes, as when a compact network is rebuilt."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -12,9 +12,9 @@ from secateur.nn.layers import IndexedConv2d
 from secateur.sparsity.masks import BatchNorm
 
 SIZE = "size:"
-"""Before the name of an attribute that counts channels or heads."""
+"""Prefix of the name of an attribute that counts channels or heads."""
 _CHANGED = "_secateur_sizes"
-"""Attribute of a module: names of its attributes that have changed, and their values."""
+"""Attribute of a module with the names and values of its attributes that have changed."""
 
 
 def resize(
@@ -22,16 +22,16 @@ def resize(
     shapes: Mapping[str, Sequence[int]],
     layers: Mapping[str, Mapping[str, int]] | None = None,
 ) -> None:
-    """Give every parameter and buffer the shape that `shapes` has for its name, in place.
+    """Resize every parameter and buffer to the shape that `shapes` has for its name, in place.
 
-    `layers` complements the shapes as `describe_layers` returns it; a convolution that it does not
-    name has one group, and any other module keeps its sizes. With None, depthwise convolutions get
-    as many groups as they have filters, and other convolutions keep their groups.
-    The values of resized tensors are lost. Raises ValueError if a tensor of the model is not named,
-    or has another number of axes.
+    `layers` complements the shapes as returned by `describe_layers`; a convolution that it does not
+    name has one group, and any other module keeps its sizes. If `layers` is None, depthwise
+    convolutions get as many groups as they have filters, and other convolutions keep their groups.
+    The values of resized tensors are lost. Raises ValueError if `shapes` lacks a tensor of the
+    model, or has another number of axes for it.
     """
     _insert_indexed(model, layers or {})
-    fresh: dict[int, torch.Tensor] = {}  # a tensor that several modules share stays shared
+    fresh: dict[int, torch.Tensor] = {}  # tensors that several modules share stay shared
     tensors: dict[str, torch.Tensor] = {}
     for name, module in model.named_modules():
         for path, old in _named_tensors(name, module):
@@ -57,10 +57,11 @@ def assign(
     tensors: Mapping[str, torch.Tensor],
     layers: Mapping[str, Mapping[str, int]],
 ) -> None:
-    """Replace the network's tensors by given ones with as many axes, without copying, in place.
+    """Replace the network's tensors by `tensors`, without copying, in place.
 
-    `tensors` has all names of `state_dict`; `layers` has new `groups`, as in `resize`. Modules that
-    override or hook the loading of tensors are loaded as well.
+    `tensors` has all names of `state_dict`, with the same numbers of axes; `layers` has new
+    `groups`, as in `resize`. For modules that override or hook the loading of a state dict, that
+    loading runs as well.
     """
     _assign(model, tensors, layers)
     for name, module in _outermost(model, _customises_loading):
@@ -70,10 +71,10 @@ def assign(
 
 
 def load_state(model: nn.Module, tensors: Mapping[str, torch.Tensor], assign: bool = False) -> None:
-    """Copy tensors into a network of their shapes; RuntimeError if they do not fit.
+    """Copy tensors into a network with the same shapes; RuntimeError if they do not fit.
 
-    With `assign` they replace the network's tensors instead. Unlike `load_state_dict` with a plain
-    dictionary, it gives modules the version of the state that they expect: the present one.
+    With `assign`, they replace the network's tensors instead. Unlike `load_state_dict` with a plain
+    dictionary, this passes the current version of the state to the modules.
     """
     versions = getattr(model.state_dict(), "_metadata", None)
     state = OrderedDict(tensors)
@@ -84,9 +85,9 @@ def load_state(model: nn.Module, tensors: Mapping[str, torch.Tensor], assign: bo
 def describe_layers(model: nn.Module) -> dict[str, dict[str, int]]:
     """Properties of layers that do not follow from the shapes of their tensors, by layer name.
 
-    Of convolutions: `groups` if there are several, and the lengths of the indices `before` and
-    `after` if they exist (see `layers.IndexedConv2d`). Of any module: `size:<attribute>` for
-    attributes that count channels or heads and have changed with them.
+    For convolutions: `groups` if there are several, and the lengths of the indices `before` and
+    `after` if they exist (see `layers.IndexedConv2d`). For any module: `size:<attribute>` for
+    attributes that count channels or heads and have changed.
     """
     found: dict[str, dict[str, int]] = {}
     for name, module in model.named_modules():
@@ -102,7 +103,7 @@ def describe_layers(model: nn.Module) -> dict[str, dict[str, int]]:
 
 
 def _insert_indexed(model: nn.Module, layers: Mapping[str, Mapping[str, int]]) -> None:
-    """Replace convolutions for which `layers` has indices, in place; their values come later."""
+    """Replace convolutions for which `layers` has indices, in place; values are filled in later."""
     for name, known in layers.items():
         module = model.get_submodule(name) if "before" in known or "after" in known else None
         if isinstance(module, nn.Conv2d) and not isinstance(module, IndexedConv2d):
@@ -121,9 +122,9 @@ def _insert_indexed(model: nn.Module, layers: Mapping[str, Mapping[str, int]]) -
 
 
 def reset_parameters(model: nn.Module) -> None:
-    """Draw new random weights for every layer, in its present shape, in place.
+    """Draw new random weights for every layer in its current shape, in place.
 
-    Inner modules are reset before those that contain them, so that the `reset_parameters()` of a
+    Inner modules are reset before the modules that contain them, so the `reset_parameters()` of a
     network overrides those of its layers. Raises SettingsError naming a module that has parameters
     but no such method, before anything is changed.
     """
@@ -143,8 +144,8 @@ def orthogonalise(model: nn.Module) -> None:
 
     The rows of a weight, flattened to (outputs, inputs x kernel), are orthonormal, or its columns
     if there are fewer of them (A. Saxe, J. McClelland, S. Ganguli, Exact solutions to the nonlinear
-    dynamics of learning in deep linear neural networks, ICLR 2014); of grouped convolutions those
-    of each group. The re-initialisation of GReg's code (`--reinit orth`).
+    dynamics of learning in deep linear neural networks, ICLR 2014). In grouped convolutions this
+    holds for each group. This is the re-initialisation of GReg's code (`--reinit orth`).
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
@@ -170,7 +171,7 @@ def _assign(
     tensors: Mapping[str, torch.Tensor],
     layers: Mapping[str, Mapping[str, int]],
 ) -> None:
-    """Set the tensors of every module, and update the sizes that modules note for themselves."""
+    """Set the tensors of every module, and update the sizes that modules store as attributes."""
     for module in _around_changed(model, tensors):
         if (free := free_class(module)) is not None:
             module.__class__ = free
@@ -188,7 +189,7 @@ def _assign(
 
 
 def _around_changed(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> list[nn.Module]:
-    """Modules of which a tensor, or one of a module in them, gets another shape."""
+    """Modules in which a tensor, or a tensor of one of their submodules, gets another shape."""
     inside: set[str] = set()
     for name, module in model.named_modules():
         if any(tensors[path].shape != old.shape for path, old in _named_tensors(name, module)):
@@ -200,7 +201,7 @@ def _around_changed(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> li
 def _set_sizes(name: str, module: nn.Module, known: Mapping[str, int]) -> None:
     """Set attributes that count channels or heads.
 
-    Raises ValueError for one that the module lacks, or that would grow.
+    Raises ValueError for an attribute that the module lacks, or that would grow.
     """
     changed = dict(vars(module).get(_CHANGED, {}))
     for key, size in known.items():
@@ -219,7 +220,7 @@ def _set_sizes(name: str, module: nn.Module, known: Mapping[str, int]) -> None:
 def _outermost(
     model: nn.Module, wanted: Callable[[nn.Module], bool]
 ) -> list[tuple[str, nn.Module]]:
-    """Modules that are wanted, by name, without those in one that is."""
+    """Modules for which `wanted` is true, with names, but not modules inside such a module."""
     found: list[tuple[str, nn.Module]] = []
     inside: set[nn.Module] = set()
     for name, module in model.named_modules():
@@ -230,15 +231,15 @@ def _outermost(
 
 
 def _customises_loading(module: nn.Module) -> bool:
-    """Whether a module of a class that is not torch's overrides or hooks the loading of tensors."""
+    """Whether a module hooks the loading of its state dict, or overrides it outside of torch.nn."""
     overridden = type(module)._load_from_state_dict is not nn.Module._load_from_state_dict
     hooks = module._load_state_dict_pre_hooks or module._load_state_dict_post_hooks
     return bool(hooks) or (overridden and not type(module).__module__.startswith("torch.nn."))
 
 
 def _named_tensors(name: str, module: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """Parameters and persistent buffers of a module itself, with their full names."""
-    unsaved = module._non_persistent_buffers_set  # these stay as the code creates them
+    """The module's own parameters and persistent buffers, with their full names."""
+    unsaved = module._non_persistent_buffers_set  # these keep the values that the code gives them
     buffers = {key: tensor for key, tensor in module._buffers.items() if key not in unsaved}
     own: dict[str, torch.Tensor | None] = {**module._parameters, **buffers}
     start = f"{name}." if name else ""
@@ -253,10 +254,10 @@ def _empty(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
 def _update_sizes(
     module: nn.Module, before: Mapping[str, torch.Size], known: Mapping[str, int]
 ) -> None:
-    """Set attributes such as `out_channels` to the shapes of the module's tensors.
+    """Set attributes such as `out_channels` according to the shapes of the module's tensors.
 
-    `before` has the previous shapes of its parameters. Modules that are not torch's are taken to
-    have no such attributes. Raises ValueError for a layer of torch that is not known here.
+    `before` has the previous shapes of its parameters. Modules that are not from torch are assumed
+    to have no such attributes. Raises ValueError for an unknown layer of torch.
     """
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
@@ -282,6 +283,6 @@ def _update_sizes(
     elif isinstance(module, nn.PReLU):
         module.num_parameters = module.weight.numel()
     elif isinstance(module, nn.ParameterList | nn.ParameterDict):
-        pass  # notes no sizes
+        pass  # has no size attributes
     elif type(module).__module__.startswith("torch.nn."):
         raise ValueError(f"do not know how to resize a {type(module).__name__}")

@@ -1,8 +1,8 @@
-"""Weights that were saved elsewhere: read from any of the usual formats, matched, and loaded.
+"""Read weights that other programs have saved, in any of the usual formats.
 
-Formats: safetensors; what `torch.save` writes (.pt, .pth, .pth.tar, .bin), whether it is a state
-dict, a dictionary around one, or a whole pickled network; a folder as Hugging Face's hub has it.
-No code that a file names is imported or called.
+Formats: safetensors; files of `torch.save` (.pt, .pth, .pth.tar, .bin) with a state dict, a
+dictionary that contains one, or a whole pickled network; a folder in the layout of Hugging Face's
+hub. No code that a file names is imported or called.
 """
 
 import hashlib
@@ -31,38 +31,38 @@ ENTRIES = (
     "state_dict", "model_state_dict", "model", "net", "network", "module", "weights", "params",
     "state_dict_ema", "model_ema", "ema",
 )  # fmt: skip
-"""Keys under which dictionaries keep a state dict; the first that has one is taken."""
+"""Keys under which dictionaries may contain a state dict; the first that does is used."""
 MAX_PICKLE = 2**26
-"""Bytes of the pickle in a file of torch.save, tensors not counted: 64 MiB."""
+"""Limit for the pickle in a file of torch.save, without the tensors: 64 MiB."""
 MAX_COLLECTIONS = 20
-"""Foreign classes of dictionaries and lists in one file; it is read once more for each of them."""
+"""Limit of unknown dictionary and list classes in one file, which is read once more for each."""
 MAX_PARTS, MAX_NAME = 100_000, 1000
-"""Modules and tensors of a pickled network, each counted as often as it has a name; characters."""
+"""Limits for a pickled network: names of modules and tensors; characters of a name."""
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Tensors by name, and what their source says about the images that they expect."""
+    """Tensors by name, and what their source says about the images that the network expects."""
 
     source: str
     """The file, folder or published name, for messages."""
     tensors: dict[str, Tensor]
     sha256: str = ""
-    """Of the file or files."""
+    """Hash of the file or files."""
     mean: tuple[float, ...] = ()
-    """By channel, of pixels in [0, 1]; empty if the source does not say."""
+    """Mean of each channel, for pixels in [0, 1]; empty if the source does not say."""
     std: tuple[float, ...] = ()
     size: tuple[int, int] | None = None
     """Height and width of an image."""
     checkpoint: Checkpoint | None = None
-    """The whole content, if Secateur has written the file."""
+    """The whole checkpoint, if Secateur has written the file."""
 
 
 def read(path: Path) -> Weights:
     """Read a file, or a folder in the layout of Hugging Face's hub.
 
-    Raises CheckpointError naming the file if it is missing, damaged, of no known format, or has no
-    tensors.
+    Raises CheckpointError naming the file if it is missing, damaged, of an unknown format, or
+    contains no tensors.
     """
     if files.is_folder(path, CheckpointError):
         return _read_folder(path)
@@ -114,9 +114,9 @@ def check_published(path: Path, found: Weights, digest: str) -> None:
 
 
 class _Inert:
-    """Stands for every class and function that a file names and that is no part of a tensor.
+    """Replaces every class and function that a file names, except those that make up tensors.
 
-    It accepts what the file gives it and does nothing.
+    It accepts any arguments and state, and does nothing.
     """
 
     state: Any = None
@@ -132,21 +132,21 @@ class _Inert:
 
 
 class _InertDict(_Inert):
-    """Stands for a class of dictionaries, such as defaultdict: makes ordinary ones."""
+    """Replaces a dictionary class, such as defaultdict, by an ordinary one."""
 
     def __new__(cls, *_: Any, **__: Any) -> Any:
         return OrderedDict()
 
 
 class _InertList(_Inert):
-    """Stands for a class of lists, such as deque: makes ordinary ones."""
+    """Replaces a list class, such as deque, by an ordinary list."""
 
     def __new__(cls, *_: Any, **__: Any) -> Any:
         return []
 
 
 _FILLED = re.compile(r"Can only (SETITEM|append|extend).* but got <class '[\w.]*\.Inert(\d+)'>")
-"""torch's refusal to fill an inert object with items, and the number of its class."""
+"""torch's error if an inert object is to be filled with items; it has the number of the class."""
 
 
 def _read_torch(path: Path) -> Weights:
@@ -172,8 +172,8 @@ def _read_torch(path: Path) -> Weights:
 def _unpickle(path: Path) -> Any:
     """The object in a file of torch.save, read with `weights_only`.
 
-    Classes and functions that torch does not know are replaced by `_Inert` instead of imported, so
-    that a state dict beside a pickled network can be read.
+    Classes and functions that torch does not allow are not imported but replaced by `_Inert`, so
+    that a state dict can be read even if the file contains other pickled objects.
     """
     named: list[str] = []
     if zipfile.is_zipfile(path):
@@ -191,9 +191,9 @@ def _unpickle(path: Path) -> Any:
 
 
 def _load_inert(path: Path, named: Sequence[str]) -> Any:
-    """The object in a file, with an inert class in the place of each of these names.
+    """The object in a file, with an inert class in place of each of these names.
 
-    Which of them are dictionaries or lists shows when the file fills them with items.
+    Whether a class is a dictionary or a list is only known once the file fills it with items.
     """
     bases: list[type[_Inert]] = [_Inert] * len(named)
     while True:
@@ -215,9 +215,9 @@ def _load_inert(path: Path, named: Sequence[str]) -> Any:
 def _find_tensors(
     content: Any, entry: str = "", seen: set[int] | None = None
 ) -> tuple[str, dict[str, Tensor]] | None:
-    """The state dict in what a file held, and the key that it was found under.
+    """The state dict in the content of a file, and the key under which it was found.
 
-    `seen` are the ids of dictionaries that have been searched: one may contain itself.
+    `seen` has the ids of the dictionaries already searched, since one may contain itself.
     """
     if isinstance(content, _Inert):
         tensors = dict(_tensors_of_network(content))
@@ -226,7 +226,7 @@ def _find_tensors(
     if not isinstance(content, dict) or id(content) in seen:
         return None
     seen.add(id(content))
-    for key in ENTRIES:  # dict.get, since an attribute that the file gives it may be called `get`
+    for key in ENTRIES:  # dict.get, since the file may give it an attribute called `get`
         if (found := _find_tensors(dict.get(content, key), key, seen)) is not None:
             return found
     tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
@@ -236,8 +236,8 @@ def _find_tensors(
 def _tensors_of_network(network: _Inert) -> Iterator[tuple[str, Tensor]]:
     """Parameters and buffers of a pickled network, by the names of `state_dict`.
 
-    ValueError if it has more than MAX_PARTS parts or longer names than MAX_NAME, as one that
-    contains itself.
+    ValueError if it has more than MAX_PARTS parts or names longer than MAX_NAME, as a network that
+    contains itself has.
     """
     waiting, count = [("", network)], 0
     while waiting:
@@ -264,7 +264,7 @@ def _plain(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         kind = ""
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
             kind = f"{str(tensor.layout).removeprefix('torch.')} on {tensor.device}"
-        elif tensor.nbytes > tensor.untyped_storage().nbytes():  # would grow when it is copied
+        elif tensor.nbytes > tensor.untyped_storage().nbytes():  # would grow if copied
             kind = f"{tensor.numel():,} elements that share memory"
         if kind:
             raise CheckpointError(f"{path}: {cut(name)}: not an ordinary tensor ({kind})")
@@ -275,8 +275,8 @@ def _explain(error: Exception, is_zip: bool) -> str:
     """What is wrong with a file of torch.save, in words."""
     text = str(error)
     if (isinstance(error, OSError) and error.strerror) or "central directory" in text:
-        return "truncated or damaged"  # torch reads beyond the end of an archive without a list
-    if text.startswith("Weights only load failed"):  # around the reason: advice to load unchecked
+        return "truncated or damaged"  # torch reads past the end of an archive without a directory
+    if text.startswith("Weights only load failed"):  # the rest is advice to load without checks
         text = text.partition("WeightsUnpickler error:")[2] or text.partition("\n")[2]
     text = " ".join(text.split())
     for end in (". Please ", "Check the documentation"):
@@ -294,7 +294,7 @@ def _explain(error: Exception, is_zip: bool) -> str:
 
 
 def _read_folder(folder: Path) -> Weights:
-    """`model.safetensors`, its parts, or `pytorch_model.bin`, with the expectations of the image
+    """Read `model.safetensors`, its parts, or `pytorch_model.bin`; what images are expected comes
     from `config.json` (timm) or `preprocessor_config.json` (transformers)."""
     index = folder / "model.safetensors.index.json"
     parts = [folder / "model.safetensors", folder / "pytorch_model.bin"]
@@ -323,7 +323,7 @@ def _is_file_name(name: Any) -> bool:
 
 
 def describe(folder: Path) -> Weights:
-    """What the configuration files of a hub's folder say about the images; without tensors."""
+    """What the configuration files of a hub folder say about the images; without tensors."""
     config: dict[str, Any] = {}
     for name in ("config.json", "preprocessor_config.json"):
         if (folder / name).is_file():
@@ -345,7 +345,7 @@ def describe(folder: Path) -> Weights:
 
 
 def from_config(source: str, mean: Any, std: Any, size: Any) -> Weights:
-    """Weights without tensors, with the expectations that a configuration has, where it is valid.
+    """Weights without tensors, with mean, std and image size of a configuration if they are valid.
 
     `size` is (channels, height, width).
     """
