@@ -40,7 +40,7 @@ def test_killed_stages_end_with_the_same_bytes(project, tmp_path):
         kills += 1
     assert kills, process.communicate()[0]
     log = process.communicate()[0] if process.returncode == 0 else project.stage("baseline")
-    assert "going on after epoch" in log
+    assert "resuming after epoch" in log
     for file in ("model.safetensors", "history.csv"):
         ours, theirs = (p.path / "models/baseline" / file for p in (project, undisturbed))
         assert ours.read_bytes() == theirs.read_bytes(), file
@@ -64,7 +64,7 @@ def test_a_damaged_state_and_notes_start_the_stage_again(project, tmp_path):
     log = project.stage("baseline")
     warnings = [line for line in log.splitlines() if line.startswith("warning: ")]
     assert len(warnings) == 2 and all("discarded" in line for line in warnings), log
-    assert "going on after" not in log and "Traceback" not in log
+    assert "resuming after" not in log and "Traceback" not in log
     file = "models/baseline/model.safetensors"
     assert (project.path / file).read_bytes() == (undisturbed.path / file).read_bytes()
 
@@ -75,4 +75,4 @@ def test_two_processes_with_equal_work_train_once(project):
     logs = [process.communicate(timeout=600)[0] for process in started]
     assert [process.returncode for process in started] == [0, 0]
     assert sum("kept" in log for log in logs) == 1, logs
-    assert sum("taken over" in log for log in logs) == 1, logs
+    assert sum("result reused" in log for log in logs) == 1, logs

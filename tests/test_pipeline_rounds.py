@@ -70,7 +70,7 @@ def test_a_round_that_was_killed_ends_with_the_same_bytes(project, tmp_path):
             break
     undisturbed.params(rounds={"round2": whole})
     undisturbed.stage(*arguments)
-    assert "going on after epoch" in project.stage(*arguments)
+    assert "resuming after epoch" in project.stage(*arguments)
     for file in ("model.safetensors", "history.csv"):
         ours, theirs = (
             p.path / "models/rounds/round2/sparse" / file for p in (project, undisturbed)

@@ -210,7 +210,7 @@ def test_a_killed_worker_ends_the_stage_and_the_next_run_goes_on(project, tmp_pa
     assert "error: baseline: a process of" in log.splitlines()[-1]
     assert not (project.path / "models/baseline/model.safetensors").exists()
     log = project.stage("baseline", **WARM)
-    assert "going on after epoch" in log
+    assert "resuming after epoch" in log
     undisturbed.params(baseline__epochs=epochs)
     undisturbed.stage("baseline", **WARM)
     files = [p.path / "models/baseline/model.safetensors" for p in (project, undisturbed)]

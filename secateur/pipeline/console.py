@@ -22,9 +22,9 @@ from secateur.pipeline.record import MODELS
 from secateur.training.callbacks import Callback, Row
 
 COLLAPSED, FALL = 1 / 3, 0.3
-"""Of accuracy on the training images: a fraction of the best epoch's, and a difference from it.
+"""Accuracy on the training images, relative to the best epoch: a fraction, and a difference.
 
-Below the first and beyond the second, a warning is printed."""
+A warning is printed if it is below this fraction and has fallen by more than this difference."""
 
 
 def main(
@@ -34,10 +34,10 @@ def main(
     rounds: bool = False,
     choices: Sequence[str] = (),
 ) -> NoReturn:
-    """Run a stage as a command: --help, one line for a mistake, exit status 0, 1, 130 or 143.
+    """Run a stage as a command, with --help, one-line errors, and exit status 0, 1, 130 or 143.
 
-    With `rounds` it takes --round NAME, which `work` gets; None without it. With `choices` it takes
-    one of them.
+    With `rounds`, the command has an option --round NAME, which is passed to `work` (default None).
+    With `choices`, it has an argument that must be one of them.
     """
     parser = argparse.ArgumentParser(
         prog=f"python -m stages.{stage}",
@@ -60,7 +60,7 @@ def main(
     except SecateurError as error:
         fail(str(error))
     except KeyboardInterrupt:
-        fail("interrupted; run the same command again to go on where it was", 130)
+        fail("interrupted; run the same command again to resume", 130)
     except OSError as error:
         fail(f"{error.filename or stage}: {cut(str(error.strerror or error), 300)}")
     allocator.succeeded()
@@ -69,7 +69,7 @@ def main(
 
 def fail(message: str, status: int = 1) -> NoReturn:
     """Print the message as one line on stderr and exit with this status."""
-    with contextlib.suppress(OSError):  # which may be what the message is about
+    with contextlib.suppress(OSError):  # the message may be about this very error
         sys.stdout.flush()
     print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(status)
@@ -88,7 +88,7 @@ class Training(Callback):
     """Progress of one training: a live bar on a terminal, a line every few seconds elsewhere."""
 
     def __init__(self, stage: str, cost: Callable[[int], float]) -> None:
-        """`cost`: of an epoch, counted from 0, in any unit that all epochs share."""
+        """`cost` returns the cost of an epoch, counted from 0, in a unit that all epochs share."""
         self.stage, self.cost = stage, cost
         self.console = Console()
         self.bar: Progress | None = None
@@ -101,12 +101,12 @@ class Training(Callback):
         self.collapsed = False
 
     def on_train_start(self, epochs: int, steps_per_epoch: int, history: Sequence[Row]) -> None:
-        """Training begins, or goes on after `history`."""
+        """Training begins, or is resumed after `history`."""
         self.epochs, self.steps, self.already = epochs, steps_per_epoch, len(history)
         self.began = self.last = time.monotonic()
         self.best_fit = max((row.get("train_accuracy", 0.0) for row in history), default=0.0)
         if history:
-            say(f"{self.stage}: going on after epoch {len(history)} of {epochs}")
+            say(f"{self.stage}: resuming after epoch {len(history)} of {epochs}")
         if self.console.is_terminal:
             self.bar = Progress(
                 TextColumn("[bold]{task.description}"),
@@ -151,7 +151,7 @@ class Training(Callback):
             self.words += f", kept over chosen {min(ratios):.3g} to {max(ratios):.3g}"
 
     def _warn_if_collapsed(self, row: Row) -> None:
-        """Say it once if the network fits the training images far worse than it did before.
+        """Warn once if the network fits the training images far worse than before.
 
         The loss stays finite when all outputs of a network become constant, so nothing stops it.
         """
@@ -183,7 +183,7 @@ class Training(Callback):
             self.bar.update(self.task, completed=done, total=done, words=self.words)
         self.close()
         if not rows:
-            say(f"{self.stage}: no epochs; the network as it came")
+            say(f"{self.stage}: no epochs; the network is unchanged")
             return
         row = rows[best_epoch - 1]
         took = time.monotonic() - self.began
@@ -240,12 +240,12 @@ def waiting(stage: str) -> None:
 
 
 def taken(stage: str) -> None:
-    """Print that the result of earlier work is used."""
-    say(f"{stage}: made before with the same settings and inputs; taken over")
+    """Print that the result of earlier work is reused."""
+    say(f"{stage}: already made with the same settings and inputs; result reused")
 
 
 def reached(notes: Mapping[str, float], unit: str = "channels") -> None:
-    """Print what was asked of a pruner, and what it reaches with whole `unit`."""
+    """Print the values asked of a pruner, and the values that it reaches with whole `unit`."""
     for key, asked in notes.items():
         name = key.removesuffix("_asked")
         if name == key or (got := notes.get(f"{name}_reached")) is None:
@@ -265,7 +265,7 @@ def outputs(rows: Sequence[tuple[str, int, int]]) -> None:
 
 
 def exported(rows: Sequence[Mapping[str, Any]], finetuned: Mapping[str, Any]) -> None:
-    """Print accuracy, size and latency of exported networks, and what sparse layers are worth."""
+    """Print accuracy, size and latency of exported networks, and the gain by sparse layers."""
     passes = sorted({(row["threads"], row["batch"]) for row in rows})
     title = "milliseconds per pass, median ± interquartile range"
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
@@ -297,7 +297,7 @@ _PHASES = ("picking", "growing", "stabilising", "finished")
 
 
 def summary(report: Mapping[str, Any], asked: str, store: str | None) -> None:
-    """Print the closing table: every model of the chain, what was asked, what was reached."""
+    """Print the closing table: every model of the chain, what was asked, and what was reached."""
     about = f"{report['arch']} on {report['dataset']}, seed {report['seed']}"
     table = Table(title=about, title_justify="left", title_style="bold")
     table.add_column("model")

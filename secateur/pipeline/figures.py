@@ -1,7 +1,7 @@
-"""Pictures of a chain for its run in MLflow: the course of its trainings, and what is left.
+"""Figures of a chain for its run in MLflow: training curves, and pruned weights by layer.
 
-Margins are worked out from the longest label: an automatic layout would draw each figure three
-times, which is most of the time that writing a run into MLflow takes.
+Margins are computed from the longest label: an automatic layout would draw each figure three times,
+which would take most of the time of writing a run into MLflow.
 """
 
 import csv
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def curves(histories: Mapping[str, Sequence[Row]]) -> "Figure":
-    """Training loss and validation accuracy over the epochs of all trainings, each in its colour.
+    """Training loss and validation accuracy over the epochs, in one colour for each training.
 
     `histories` has the epochs by stage, in the order in which the stages ran.
     """
@@ -48,7 +48,7 @@ def curves(histories: Mapping[str, Sequence[Row]]) -> "Figure":
 
 
 def layers(table: Path) -> "Figure":
-    """Share of every layer's dense weights that the final network lacks, from layers.csv."""
+    """Share of every layer's dense weights that is pruned in the final network, from layers.csv."""
     from matplotlib.figure import Figure
 
     with table.open(newline="") as lines:

@@ -1,6 +1,6 @@
-"""A target of latency, which was predicted, checked: the network is timed before and after pruning.
+"""Check of a latency target, which was predicted: time the network before and after pruning.
 
-No result depends on this module: what is pruned follows from the table of measured layers alone.
+No result depends on this module: only the table of measured layers determines what is pruned.
 """
 
 import torch
@@ -16,7 +16,7 @@ REPEATS = 100
 def check(
     table: LatencyTable, before: nn.Module, after: nn.Module, image: torch.Tensor
 ) -> dict[str, float]:
-    """Measure both networks, taking turns, and say how much of the time is left.
+    """Measure both networks, taking turns, and print how much of the time is left.
 
     `image` is one image, (1, C, H, W). Returns the metrics `latency_left_measured`, `latency_ms`
     and `latency_ms_before`. Raises SecateurError if the runtime is not installed.

@@ -1,8 +1,8 @@
-"""The SQLite file of an MLflow store: created whole or not at all, kept aside if it is damaged.
+"""The SQLite file of an MLflow store: created atomically, and set aside if it is damaged.
 
-MLflow creates a store in place by some seventy migrations. A process that is killed among them
+MLflow creates a store in place by some seventy migrations. A process that is killed in between
 leaves a file that MLflow can neither complete nor open. Here the store is created in a temporary
-folder and appears under its name when it is whole. Callers hold the lock of the project's store.
+folder and renamed when it is complete. Callers hold the lock of the project's store.
 """
 
 import contextlib
@@ -19,15 +19,15 @@ from urllib.parse import quote
 EMPTY, UNFINISHED = "empty", "unfinished (the process that created it was killed)"
 """Faults of a store that another program may be creating at this moment."""
 SETTLE_SECONDS = 10.0
-"""A file with such a fault is judged when it has not changed for this long."""
+"""A file with such a fault counts as damaged once it has not changed for this long."""
 LOCK_SECONDS = 20.0
-"""A store that another program has locked is waited for so long, as MLflow waits."""
+"""How long to wait for a store that another program has locked; MLflow waits as long."""
 COMPANIONS = ("-journal", "-wal", "-shm")
-"""Endings of the files in which SQLite keeps what belongs to a database."""
+"""Suffixes of the files that SQLite keeps beside a database."""
 
 
 def local_file(uri: str) -> Path | None:
-    """The file of a store in SQLite; None for any other store, and for one in memory."""
+    """The file of an SQLite store; None for any other store, and for one in memory."""
     from sqlalchemy.engine import make_url
 
     if not uri.startswith("sqlite"):
@@ -39,7 +39,7 @@ def local_file(uri: str) -> Path | None:
 
 
 def create(path: Path, experiment: str, artifacts: str | None) -> None:
-    """Create a store that has the experiment; nothing happens if `path` exists by then."""
+    """Create a store that has the experiment; if `path` exists by then, it is not changed."""
     from mlflow import MlflowClient
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -58,17 +58,17 @@ def create(path: Path, experiment: str, artifacts: str | None) -> None:
 
 
 def remove_unfinished(path: Path) -> None:
-    """Remove what processes have left that were killed while they created the store."""
+    """Remove the folders of processes that were killed while they created the store."""
     for folder in path.parent.glob(f".{path.name}.new-*"):
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def fault(path: Path, thorough: bool = False) -> str | None:
-    """Why the store cannot be opened, in a few words; None if it is whole.
+    """Why the store cannot be opened, in a few words; None if it is intact.
 
-    A store that another program may be creating is observed until it has settled. `thorough` also
+    A store that another program may be creating is watched until it has settled. `thorough` also
     looks for damage within the file, in time proportional to its size. Raises sqlite3.Error for
-    what is no damage: a lock, missing permissions, an error of the disk.
+    errors that are not damage: a lock, missing permissions, an error of the disk.
     """
     while (found := _fault(path, thorough)) in (EMPTY, UNFINISHED):
         if settled(path):
@@ -78,12 +78,12 @@ def fault(path: Path, thorough: bool = False) -> str | None:
 
 
 def settled(path: Path) -> bool:
-    """Whether no program has changed the store lately."""
+    """Whether the store has not changed for `SETTLE_SECONDS`."""
     return not 0 <= time.time() - path.stat().st_mtime < SETTLE_SECONDS
 
 
 def keep_aside(path: Path) -> Path:
-    """Rename the store, with what SQLite keeps beside it; returns the new path."""
+    """Rename the store and the files that SQLite keeps beside it; returns the new path."""
     name = f"{path.name}.broken-{time.strftime('%Y%m%d-%H%M%S')}"
     target, number = path.with_name(name), 1
     while os.path.lexists(target):
@@ -98,9 +98,9 @@ def keep_aside(path: Path) -> Path:
 
 @contextlib.contextmanager
 def _unsynchronised() -> Iterator[None]:
-    """Let SQLite wait for the disk at no commit; the migrations have hundreds of them.
+    """Context in which SQLite does not wait for the disk at commits: migrations have hundreds.
 
-    This holds for the connections that are opened meanwhile in this process.
+    It applies to the connections that are opened in this process in the meantime.
     """
     from sqlalchemy import event
     from sqlalchemy.engine import Engine
@@ -116,7 +116,7 @@ def _unsynchronised() -> Iterator[None]:
 
 
 def _install(whole: Path, path: Path) -> None:
-    """Give the store its name, unless another program has created one meanwhile."""
+    """Move the store to its path, unless another program has created one in the meantime."""
     try:
         os.link(whole, path)
     except FileExistsError:
@@ -144,14 +144,14 @@ def _fault(path: Path, thorough: bool) -> str | None:
     page = int.from_bytes(header[16:18], "big")
     pages = int.from_bytes(header[28:32], "big") if header[24:28] == header[92:96] else 0
     beside = any(path.with_name(path.name + ending).exists() for ending in COMPANIONS)
-    size = path.stat().st_size  # by now, a commit that has written this head has ended
+    size = path.stat().st_size  # by now, the commit that wrote this header has ended
     if not beside and size < pages * (65_536 if page == 1 else page):
         return f"truncated ({size:,} bytes)"
     return _content_fault(path, thorough)
 
 
 def _content_fault(path: Path, thorough: bool) -> str | None:
-    """MLflow adds the first experiment when all migrations are done."""
+    """Fault of the content: MLflow adds the first experiment when all migrations are done."""
     address = f"file:{quote(str(path))}?mode=rw"
     try:
         opened = sqlite3.connect(address, uri=True, timeout=LOCK_SECONDS)

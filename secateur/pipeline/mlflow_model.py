@@ -1,8 +1,9 @@
 """The exported network as a model that MLflow loads and serves: an output of its chain's run.
 
-MLflow traces models/export/model.pt2 again and keeps an archive of its own. One pickle is in that:
-the example that it was traced with, tensors alone, which MLflow accepts where pickles are forbidden
-(MLFLOW_ALLOW_PICKLE_DESERIALIZATION=false). DVC's file has none, and is refused there for its lack.
+MLflow traces models/export/model.pt2 again and writes its own archive. It contains one pickle: the
+example input of the trace, only tensors, which MLflow accepts even where pickles are forbidden
+(MLFLOW_ALLOW_PICKLE_DESERIALIZATION=false). DVC's file has no such example, so MLflow would refuse
+it there.
 """
 
 import contextlib
@@ -26,11 +27,11 @@ from secateur.pipeline.mlflow_store import Store
 from secateur.pipeline.record import MODELS, Chain, RunRecord
 
 NAME = "exported"
-"""Of the model in MLflow."""
+"""Name of the model in MLflow."""
 PROGRAM, REPORT, TABLE = "models/export/model.pt2", "metrics/export.json", "metrics/export.csv"
-"""The files of export that MLflow is written from."""
+"""Files of stage export from which MLflow is written."""
 _OWN = "export/finetuned/"
-"""How metrics begin that are those of the network that MLflow holds."""
+"""Prefix of the metrics of the network that MLflow holds."""
 
 
 def log(
@@ -47,10 +48,11 @@ def log(
     """Attach an exported network, the report of export and `files` to the run of its chain, once.
 
     `program` is a .pt2 file of `deploy.export`. The numbers of the report become metrics of the
-    run, those of the finetuned network of the model, too. `example` has two images as the network
-    takes them; None: of zeros. `register` is the name, or `name@alias`, of a registered model that
-    becomes this one. `records` are those of `chain`, by default the ones in the workspace.
-    Returns the model's id in MLflow; None, with a line that says why, if it is not tracked.
+    run; those of the finetuned network become metrics of the model too. `example` has two images,
+    prepared for the network; None: images of zeros. `register` is the name, or `name@alias`, of a
+    registered model that gets this model as a new version. `records` are those of `chain`, by
+    default the records in the workspace. Returns the model's id in MLflow; None, with a warning
+    that tells the reason, if it is not tracked.
     """
     store = store or Store()
 
@@ -71,7 +73,7 @@ def log(
 
 
 def find(store: Store, run_id: str, program: Path) -> str | None:
-    """Id of the model that holds this file among those of the run, if it has been written whole."""
+    """Id of the run's model that has this file, if it was written completely."""
     sha256 = content_hash(program)
     for model in _of_run(store, run_id):
         if model.status == "READY" and model.tags.get("sha256") == sha256:
@@ -80,7 +82,7 @@ def find(store: Store, run_id: str, program: Path) -> str | None:
 
 
 def _of_run(store: Store, run_id: str) -> Iterable[Any]:
-    """The models of this name that are those of the run, also such as were not written whole."""
+    """The models of this name that belong to the run, including incomplete ones."""
     condition = f"source_run_id = '{run_id}' and name = '{NAME}'"
     found: Iterable[Any] = store.client.search_logged_models([store.experiment], condition)
     return found
@@ -94,7 +96,7 @@ def _records(chain: Chain) -> dict[str, RunRecord]:
 def _model(store: Store, run_id: str, program: Path, example: NDArray[np.float32] | None) -> str:
     """Find the file among the models of the run, or write it; returns the model's id.
 
-    A model that is not ready was left by a process that was killed while it wrote it.
+    A model that is not ready was left behind by a process that was killed while writing it.
     """
     from mlflow.entities import LoggedModelOutput
 
@@ -118,7 +120,7 @@ def _model(store: Store, run_id: str, program: Path, example: NDArray[np.float32
 
 
 def _write(store: Store, model_id: str, program: Path, example: NDArray[np.float32] | None) -> None:
-    """Write MLflow's files for this network: signature, example, requirements, and itself."""
+    """Write MLflow's files for this network: signature, example, requirements and program."""
     import mlflow
     import torch
     from mlflow.models import ModelSignature
@@ -138,7 +140,7 @@ def _write(store: Store, model_id: str, program: Path, example: NDArray[np.float
             torch.export.load(program).module(),
             model_id=model_id,
             signature=signature,
-            input_example=images,  # two images: of one, torch would take the number for a constant
+            input_example=images,  # two: for one, torch would treat the batch size as a constant
             pip_requirements=[f"{k}=={v.partition('+')[0]}" for k, v in versions.items()],
             serialization_format="pt2",
             metadata=asdict(about),
@@ -148,7 +150,7 @@ def _write(store: Store, model_id: str, program: Path, example: NDArray[np.float
 def _measurements(
     store: Store, run_id: str, model_id: str, report: Mapping[str, Any], files: Sequence[Path]
 ) -> None:
-    """Log numbers and files to the run, the numbers of the finetuned network to the model, too."""
+    """Log numbers and files to the run, and those of the finetuned network to the model too."""
     from mlflow.entities import Metric
 
     now = int(time.time() * 1000)
@@ -166,7 +168,7 @@ def _measurements(
 
 
 def _register(store: Store, model_id: str, name: str) -> None:
-    """Make a new version of the registered model from this one, unless it is the newest already."""
+    """Register this model as a new version, unless it already is the newest version."""
     import mlflow
 
     name, _, alias = name.partition("@")
@@ -175,13 +177,13 @@ def _register(store: Store, model_id: str, name: str) -> None:
     newest = max(found, key=lambda version: int(version.version), default=None)
     if newest is None or newest.source != source:
         with _quiet():
-            newest = mlflow.register_model(source, name)  # which the model's page shows then
+            newest = mlflow.register_model(source, name)  # the model's page then shows it
     if alias:
         store.client.set_registered_model_alias(name, alias, newest.version)
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what MLflow and torch say about their own work."""
+    """Context without the messages of MLflow and torch about their own work."""
     with muted(logging.WARNING, warn=False), contextlib.redirect_stderr(io.StringIO()):
         yield

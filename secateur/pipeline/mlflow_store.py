@@ -1,8 +1,8 @@
 """The connection to MLflow's store, which may fail at any moment without stopping a stage.
 
-The project's own store is `mlflow.db`. One that is damaged is kept aside under another name and
-replaced by a new one, since DVC's files hold all that was in it (see `secateur sync`). A store that
-is locked, or that another version of MLflow has created, is left as it is.
+The project's own store is `mlflow.db`. A damaged store is renamed and replaced by a new one, since
+DVC's files have everything that was in it (see `secateur sync`). A store that is locked, or that
+was created by another version of MLflow, is not changed.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ Pruned image classifiers: prepare, baseline, sparse-train, prune, finetune, eval
 DVC's files are the reference; `make sync` writes the runs that are missing here.
 """,
 }
-"""Tags of the experiment, unless it has others: what its page says about it, as Markdown."""
+"""Tags that the experiment gets unless it has them; the note is the Markdown text of its page."""
 
 LOCK_SECONDS = 120.0
 """Creating a store takes a few seconds; a process that holds the lock for longer is stuck."""
@@ -49,32 +49,32 @@ R = TypeVar("R")
 
 
 class Store:
-    """A connection to MLflow; when it fails, the stage goes on without it."""
+    """A connection to MLflow; when it fails, the stage continues without it."""
 
     def __init__(self, strict: bool = False) -> None:
-        """Connect; `strict`: for `secateur sync`, which cannot go on without MLflow.
+        """Connect to the store; `strict` is for `secateur sync`, which needs MLflow.
 
-        A strict store raises SecateurError for a failure, and looks for damage in the whole file.
+        A strict store raises SecateurError if it fails, and checks the whole file for damage.
         """
         self.strict = strict
         self.uri: str | None = None
-        """Where the store is, without user and password: for messages and records."""
+        """URI of the store without user and password, for messages and records."""
         self.client: Any = None
         self.experiment = ""
         self.lock = FileLock(project_root() / ".mlflow.lock", timeout=LOCK_SECONDS)
         """Held while a store, a restored run or a pipeline run is written."""
         self.known_runs: dict[str, str] = {}
-        """Identity of a record -> its run; what this process has found or written."""
+        """Identity of a record -> its run, if this process has found or written it."""
         self.known_models: dict[str, list[str]] = {}
         """Run -> the models that it has made."""
         if tracking_on():
             self.attempt(self._connect)
 
     def attempt(self, action: Callable[[], R]) -> R | None:
-        """Call `action` and return its result; on an error warn, and use MLflow no more."""
+        """Call `action` and return its result; on an error, warn and stop using MLflow."""
         try:
             return action()
-        except Exception as error:  # whatever MLflow throws, the stage goes on
+        except Exception as error:  # whatever MLflow raises, the stage continues
             self.client = None
             if self.strict and isinstance(error, SecateurError):
                 raise
@@ -83,7 +83,7 @@ class Store:
                 raise SecateurError(f"MLflow ({self.uri}): {reason}") from None
             _warn(
                 f"MLflow ({self.uri}) failed, the rest of this stage goes untracked "
-                f"(`make sync` makes up for it later): {reason}"
+                f"(`make sync` can restore it later): {reason}"
             )
             return None
 
@@ -97,10 +97,10 @@ class Store:
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
-        # named outright, else it lies wherever the first stage happened to run
+        # an absolute path; otherwise it would depend on where the first stage was run
         place = None if remote else (project_root() / "mlruns" / name).as_uri()
         file = mlflow_file.local_file(uri)
-        with muted(logging.INFO), self.lock:  # what MLflow and alembic say about a fresh store
+        with muted(logging.INFO), self.lock:  # messages of MLflow and alembic about a new store
             if file is not None:
                 self._prepare(file, name, place)
             calm = file is not None and mlflow_file.settled(file)
@@ -116,7 +116,7 @@ class Store:
             end_abandoned(self)
 
     def _prepare(self, file: Path, experiment: str, place: str | None) -> None:
-        """Create the store if there is none, or none that can be opened."""
+        """Create the store if it does not exist or cannot be opened."""
         mlflow_file.remove_unfinished(file)
         if os.path.lexists(file):
             found = mlflow_file.fault(file, thorough=self.strict)
@@ -127,7 +127,7 @@ class Store:
         mlflow_file.create(file, experiment, place)
 
     def _replace(self, file: Path, found: str) -> bool:
-        """Keep a damaged store aside if it is the project's own; returns whether it is."""
+        """Set a damaged store aside if it is the project's own; returns whether it is."""
         if file != _own_file().resolve():
             return False
         kept = mlflow_file.keep_aside(file)
@@ -179,7 +179,7 @@ class Store:
         params: Sequence[Any] = (),
         tags: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        """Log any number of metrics, and params and tags, in as few calls as MLflow allows."""
+        """Log metrics, params and tags, in as few calls as MLflow allows."""
         from mlflow.entities import RunTag
 
         given = [RunTag(key, value) for key, value in tags.items()]
@@ -189,29 +189,29 @@ class Store:
 
 
 def tracking_on() -> bool:
-    """Whether SECATEUR_TRACKING leaves tracking on."""
+    """Whether tracking is on; SECATEUR_TRACKING=off turns it off."""
     return os.environ.get("SECATEUR_TRACKING", "on").lower() not in ("off", "0", "false", "no")
 
 
 def tracking_live() -> bool:
-    """Whether runs begin as soon as their stage does: without DVC, or with SECATEUR_TRACKING=live.
+    """Whether runs start together with their stage: without DVC, or with SECATEUR_TRACKING=live.
 
-    A stage that DVC runs is part of a chain, whose end writes the runs of its short stages.
+    A stage run by DVC is part of a chain, at whose end the runs of short stages are written.
     """
     return "DVC_STAGE" not in os.environ or os.environ.get("SECATEUR_TRACKING") == "live"
 
 
 def without_password(text: str) -> str:
-    """A text without users and passwords in the addresses that it has."""
+    """The text with users and passwords removed from its addresses."""
     named = re.sub(r"(\w://)(?:[^/?#\s]*|[^:/@\s]*:[^@\s]*)@", r"\1", text)
     return re.sub(r"([?&]\w*password=)[^&\s]*", r"\1***", named)
 
 
 def clone_tags() -> dict[str, str]:
-    """Tags that name this clone and its machine.
+    """Tags that identify this clone and its machine.
 
-    A copy of a clone has another inode and is another clone; machines made from one image have
-    equal paths and inodes, and differ by their names.
+    A copy of a clone has another inode and thus counts as another clone; machines made from the
+    same image have equal paths and inodes, and differ by host name.
     """
     root = project_root().resolve()
     clone = hashlib.sha256(f"{root} {root.stat().st_ino}".encode()).hexdigest()[:16]
@@ -219,11 +219,11 @@ def clone_tags() -> dict[str, str]:
 
 
 def end_abandoned(store: Store) -> None:
-    """End the runs of this clone whose process was killed as KILLED; the caller holds `store.lock`.
+    """Set the runs of killed processes of this clone to KILLED; the caller holds `store.lock`.
 
-    A stage holds the lock of its fingerprint as long as it lives, and is taken for killed if that
-    lock is free. Whoever resumes it sets its run to RUNNING again. Restored runs and pipeline runs
-    are only written under `store.lock`.
+    A stage holds the lock of its fingerprint while it runs; if the lock is free, the stage counts
+    as killed. The process that resumes it sets its run to RUNNING again. Restored runs and pipeline
+    runs are only written under `store.lock`.
     """
     tags = clone_tags()
     condition = f"attributes.status = 'RUNNING' and tags.clone = '{tags['clone']}'"
@@ -241,7 +241,7 @@ def end_abandoned(store: Store) -> None:
 
 
 def _known(stage: str | None) -> bool:
-    """Whether there is a stage of this name, in some round."""
+    """Whether a stage of this name exists, in any round."""
     try:
         stage_spec(stage or "")
     except KeyError:
@@ -259,13 +259,13 @@ def _own_file() -> Path:
 
 
 def _half_migrated(error: Exception) -> bool:
-    """Whether MLflow has found tables of one version and the number of another."""
+    """Whether the store has the tables of one version of MLflow and the number of another."""
     words = ("already exists", "duplicate column", "no such table", "no such column")
     return "sqlite3.OperationalError" in str(error) and any(w in str(error) for w in words)
 
 
 def _explain(error: Exception) -> str:
-    """What went wrong, and what the user can do if MLflow does not tell."""
+    """The error, with what the user can do about it if MLflow does not tell."""
     text = without_password(str(error))
     if isinstance(error, Timeout):
         return f"another process has held {error.lock_file} for {LOCK_SECONDS:.0f} s; end it"
@@ -282,7 +282,7 @@ def _explain(error: Exception) -> str:
 
 
 def _one_line(text: str) -> str:
-    """Without line breaks, the SQL statement and the link that SQLAlchemy adds."""
+    """The text without line breaks, and without the SQL statement and link of SQLAlchemy."""
     return " ".join(re.split(r"\[SQL:|\(Background on this error", text)[0].split())[:200]
 
 

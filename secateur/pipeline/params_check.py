@@ -1,7 +1,7 @@
-"""`secateur check`: what the stages will refuse of params.yaml, said before DVC does anything.
+"""`secateur check`: finds settings in params.yaml that a stage would refuse, before DVC starts.
 
-DVC looks at the files that a stage depends on before the stage starts, and those that a setting
-names are among them. A misspelt name thus ends in DVC's `No such file or directory`.
+DVC checks the files that a stage depends on before the stage starts, including files that a setting
+names. A misspelt name would therefore end in DVC's `No such file or directory`.
 """
 
 import argparse
@@ -16,9 +16,9 @@ from secateur.base.errors import DataError, SettingsError, cut, did_you_mean, sh
 from secateur.pipeline import console, params_file, tracked
 
 PLUGIN_CODE = "secateur/"
-"""Dependencies below it are code; `plugin.find` knows those that a setting names."""
+"""Dependencies below it are code; plug-ins that a setting names are checked by `plugin.find`."""
 SHOWN = 8
-"""Files that are listed beside one that is not there."""
+"""Number of existing files that are listed when one is missing."""
 
 
 def command(_options: argparse.Namespace) -> None:
@@ -38,13 +38,13 @@ def command(_options: argparse.Namespace) -> None:
 
 
 def check_values(params: Mapping[str, Any], root: Path = Path()) -> None:
-    """Raise SettingsError, which names the key, for values of params.yaml that are not allowed."""
+    """Raise SettingsError, naming the key, for values of params.yaml that are not allowed."""
     check_names(params, root)
     settings.check_values(params)
 
 
 def check_names(params: Mapping[str, Any], root: Path = Path()) -> None:
-    """Raise SettingsError for a plug-in or a file that is named there and does not exist.
+    """Raise SettingsError for a plug-in or a file that is named in `params` but does not exist.
 
     `root` is the project's folder. No plug-in is imported.
     """
@@ -63,7 +63,7 @@ def check_names(params: Mapping[str, Any], root: Path = Path()) -> None:
 
 
 def _dependencies(root: Path) -> tuple[set[str], set[str]]:
-    """Deps and outs of all stages as the files of pipelines have them, with `${...}`."""
+    """Deps and outs of all stages as written in the pipeline files, with `${...}`."""
     deps, outs = set[str](), set[str]()
     for file in (root / "dvc.yaml", *sorted(root.glob("stages/*/dvc.yaml"))):
         for stage in read_yaml(file, SettingsError)["stages"].values():
@@ -77,7 +77,7 @@ def _dependencies(root: Path) -> tuple[set[str], set[str]]:
 def _try_network(params: Mapping[str, Any]) -> str:
     """Why the network could not be tried; empty if it could. Raises SettingsError if it fails.
 
-    Data that were prepared with other settings say nothing about it.
+    Data prepared with other settings are not used.
     """
     from secateur.data import dataset
     from secateur.pipeline import preflight
@@ -95,7 +95,7 @@ def _try_network(params: Mapping[str, Any]) -> str:
 
 
 def _missing(key: str, value: str, path: str, root: Path) -> str:
-    """One line about a file that a setting names and that is not there."""
+    """One line about a missing file that a setting names."""
     line = f"{settings.FILE}: {key} = {shorten(value)}: there is no {cut(path)}"
     if Path(root, f"{path}.dvc").is_file():
         return f"{line}; `dvc pull {path}` brings it"

@@ -1,4 +1,4 @@
-"""Read params.yaml, and change values in it; its comments and the order of its keys stay."""
+"""Read params.yaml, and change values in it; comments and the order of keys are kept."""
 
 import copy
 import functools
@@ -23,7 +23,7 @@ def read(path: Path | str = settings.FILE) -> dict[str, Any]:
 
 
 def update(values: Mapping[str, Any], path: Path | str = settings.FILE) -> None:
-    """Set each value at its dotted key, in one step; missing tables on the way are made."""
+    """Set each value at its dotted key, in one step; missing tables are created."""
     files.write_text(Path(path), updated(Path(path).read_text(), values))
 
 
@@ -45,12 +45,12 @@ def updated(text: str, values: Mapping[str, Any]) -> str:
 
 @functools.lru_cache(maxsize=1)
 def _parsed(text: str) -> Any:
-    """The document with its comments; a study changes the same text for each of its cells."""
+    """The document with its comments; cached, as a study changes the same text for every cell."""
     return _editor().load(text)
 
 
 def _editor() -> Any:
-    """Keeps comments, quotes and the order of keys."""
+    """A YAML editor that keeps comments, quotes and the order of keys."""
     from ruamel.yaml import YAML
     from ruamel.yaml.representer import RoundTripRepresenter
 

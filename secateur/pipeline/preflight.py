@@ -1,7 +1,7 @@
 """Check before data are written, and before a training, that later stages accept the network.
 
-A ratio for a layer that does not exist would otherwise be found by the stage that reads it, after
-hours of training. No result depends on this module.
+A ratio for a layer that does not exist would otherwise only be found by the stage that reads it,
+after hours of training. No result depends on this module.
 """
 
 import copy
@@ -32,10 +32,10 @@ def check_settings(info: DatasetInfo) -> None:
 
 
 def build_network(params: settings.Params, info: DatasetInfo) -> nn.Module:
-    """The network that params.yaml asks for, made for these images, with random weights.
+    """The network of params.yaml, built for these images, with random weights.
 
-    Raises SettingsError if its settings do not fit them. The state of the random number generator
-    is not changed.
+    Raises SettingsError if its settings do not fit the images. The state of the random number
+    generator is not changed.
     """
     with torch.random.fork_rng(devices=[]), settings.section(f"archs.{params.arch}"):
         build = plugin.load("archs", params.arch).build
@@ -49,10 +49,10 @@ def build_network(params: settings.Params, info: DatasetInfo) -> nn.Module:
 def check_network(model: nn.Module, info: DatasetInfo, round_name: str | None = None) -> None:
     """Raise SettingsError if the penalty or the pruner of params.yaml refuses this network.
 
-    Nor may it have operations through which the removal of channels cannot follow them. Neither
-    `model` nor the state of the random number generator is changed. What depends on
-    trained weights or on images is not checked. `round_name` is the round whose settings are
-    checked; without it, those of the first round and of all others are.
+    It is also refused if it has operations through which channels to be removed cannot be followed.
+    Neither `model` nor the state of the random number generator is changed. Settings that depend on
+    trained weights or on images are not checked. `round_name` is the round whose settings are
+    checked; without it, the settings of all rounds are.
     """
     params = settings.read()
     if round_name is not None:
@@ -111,9 +111,9 @@ def _check(model: nn.Module, info: DatasetInfo, params: settings.Params) -> None
 
 
 def _check_pooling(model: nn.Module, params: settings.Params) -> None:
-    """SettingsError if the network is to be trained on a GPU through an adaptive pooling.
+    """SettingsError if a network with an adaptive pooling is to be trained on a GPU.
 
-    Its gradient has no deterministic algorithm there, except for the mean of a whole map.
+    The gradient of this pooling has no deterministic algorithm on GPUs, except for global averages.
     """
     pools = {n: m for n, m in model.named_modules() if isinstance(m, nn.AdaptiveAvgPool2d)}
     names = [name for name, pool in pools.items() if pool.output_size not in (1, (1, 1))]
@@ -128,9 +128,9 @@ def _check_pooling(model: nn.Module, params: settings.Params) -> None:
 
 
 def _without_latency(params: settings.Params) -> Any:
-    """The pruner's settings, without a target of latency whose table prune will find.
+    """The pruner's settings, without a latency target, whose table only stage prune can read.
 
-    Raises SecateurError if the runtime to measure it in is not installed.
+    Raises SecateurError if the runtime for the measurement is not installed.
     """
     chosen, runtime = params.chosen("pruners"), params.prune.latency
     target = getattr(chosen, "target", None)
@@ -143,7 +143,7 @@ def _without_latency(params: settings.Params) -> Any:
 
 
 def _check_length(term: Penalty | None, key: str, training: sections.Train, images: int) -> None:
-    """ArgumentError if a training is too short for its penalty, or its average of weights."""
+    """ArgumentError if a training is too short for its penalty or its weight averaging."""
     if not images:
         return
     steps_per_epoch = -(-images // training.batch_size)
@@ -172,7 +172,7 @@ def _check_teacher(
 
 
 def _check_followed(context: PruningContext, error: SecateurError) -> None:
-    """SettingsError if a pruner has refused the network because it cannot be followed."""
+    """SettingsError if a pruner refused the network because its channels cannot be followed."""
     try:
         _ = context.graph
     except SecateurError as reason:

@@ -1,14 +1,14 @@
 """Run a published experiment by name, over several seeds, and report mean and standard deviation.
 
-Every seed is a DVC experiment of its own (`<recipe>-seed<n>`, in a temporary copy: the workspace
-stays as it is), so whatever has run before comes from the cache.
+Every seed is a separate DVC experiment (`<recipe>-seed<n>`, run in a temporary copy, so that the
+workspace does not change); results of earlier runs come from the cache.
 
     secateur recipe                      lists the recipes
     secateur recipe NAME --seeds 1 2 3   runs one and prints its table
     secateur recipe NAME --apply         writes its settings into params.yaml instead
 
-A recipe changes what it names; everything else comes from params.yaml as it is, so start from a
-clean one: `git checkout params.yaml`.
+A recipe changes only the settings that it names; all others are taken from params.yaml, so start
+from a clean one: `git checkout params.yaml`.
 """
 
 import argparse
@@ -43,12 +43,12 @@ from secateur.pipeline.record import chain_of
 
 FOLDER = Path("recipes")
 MAX_RECIPES = 10_000
-"""Of one file."""
+"""Largest number of recipes in one file."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Settings that differ from params.yaml, and what they are for."""
+    """Settings that differ from params.yaml, with a description."""
 
     name: str
     about: str
@@ -61,7 +61,7 @@ class Recipe:
         for key, value in changes(self.settings, params_file.read()).items():
             if isinstance(value, Mapping):
                 flow = yaml.safe_dump(dict(value), default_flow_style=True, width=math.inf)
-                new = "+" * bool(re.fullmatch(r"rounds\.\w+", key))  # a key that there is not yet
+                new = "+" * bool(re.fullmatch(r"rounds\.\w+", key))  # a key that does not exist yet
                 parts += ["-S", f"{new}{key}={flow.strip()}"]
                 continue
             simple = isinstance(value, int | float) or re.fullmatch(r"[\w./-]+", str(value))
@@ -74,10 +74,10 @@ class Recipe:
 def changes(
     settings: Mapping[str, Any], params: Mapping[str, Any], prefix: str = ""
 ) -> dict[str, Any]:
-    """Settings by joined keys; a table stays one where `params` has a plain value or null.
+    """Settings by joined keys; a table is kept whole where `params` has a plain value or null.
 
-    So does a round that `params` does not have, and, with what `params` has beside it, a table
-    whose own keys have dots, such as patterns of layer names.
+    A round that `params` does not have is also kept whole, and so is a table whose own keys have
+    dots, such as patterns of layer names; the latter is merged with that of `params`.
     """
     found: dict[str, Any] = {}
     for key, value in settings.items():
@@ -92,7 +92,7 @@ def changes(
 
 
 def load(name: str) -> Recipe:
-    """The recipe of this name; SettingsError with the names there are if there is none."""
+    """The recipe of this name; SettingsError with similar names if there is none."""
     library = _read_all()
     if name not in library.names:
         close = difflib.get_close_matches(name, library.names, n=5)
@@ -113,12 +113,12 @@ def names() -> list[str]:
 
 
 class _Written(BaseModel):
-    """One entry of a recipe file, as it stands there.
+    """The content of a recipe file.
 
-    A file is one recipe of its own name: `about` and `settings`, with `extends` on top of those of
-    another one, with `base: true` for others to extend only. Or it has a `table` too, with settings
-    for every value of every axis: then it is as many recipes as there are combinations, and `name`
-    and `about` have the axes in braces.
+    A file is one recipe, named like the file, with `about` and `settings`. With `extends` its
+    settings are on top of those of another recipe; with `base: true` it is only there to be
+    extended. A file with a `table`, which has settings for every value of every axis, is one recipe
+    for each combination; `name` and `about` then contain the axes in braces.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -141,7 +141,7 @@ class _Library:
     written: dict[str, _Written]
     """By name, with the values of the axes filled in."""
     errors: list[str]
-    """One line for every file that is damaged; its recipes are left out."""
+    """One line for every damaged file, whose recipes are left out."""
 
     @property
     def names(self) -> list[str]:
@@ -149,7 +149,7 @@ class _Library:
         return sorted(name for name, found in self.written.items() if not found.base)
 
     def settings(self, name: str) -> dict[str, Any]:
-        """The settings of a recipe on top of those that it extends; SettingsError for a circle."""
+        """The settings of a recipe on top of those that it extends; SettingsError for a cycle."""
         chain = [name]
         while (below := self.written[chain[-1]].extends) is not None:
             if below not in self.written or below in chain:
@@ -164,7 +164,7 @@ class _Library:
 
 
 def _read_all() -> _Library:
-    """The recipes of all files, and what is wrong with the others."""
+    """The recipes of all valid files, and the errors of the others."""
     library, seen = _Library({}, []), set[str]()
     for path in sorted(FOLDER.glob("*.yaml")):
         try:
@@ -173,7 +173,7 @@ def _read_all() -> _Library:
             library.errors.append(str(error))
             continue
         for name, recipe in found.items():
-            if name in seen:  # which of them is meant cannot be known
+            if name in seen:  # ambiguous
                 library.written.pop(name, None)
                 library.errors.append(f"{path}: there is another recipe named {name}")
             else:
@@ -252,16 +252,16 @@ def run(recipe: Recipe, seeds: Sequence[int]) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def _earlier_kept(name: str) -> Iterator[str]:
-    """Make room for an experiment of this name on the present commit; yields its ref.
+    """Make room for an experiment of this name on the current commit; yields its ref.
 
-    One that is there already is named `<name>-before` meanwhile. It is removed if there is a new
-    one in the end, and gets its name back if there is none. Those on other commits stay.
+    An existing experiment is temporarily renamed to `<name>-before`. It is removed if a new one was
+    created, and otherwise gets its name back. Experiments on other commits are not touched.
     """
     head = _commit("HEAD")
     ref = f"refs/exps/{head[:2]}/{head[2:]}/{name}"
     before = f"{ref}-before"
     if not head:
-        yield ref  # without a commit there are no experiments, as DVC will say
+        yield ref  # without a commit there are no experiments; DVC will report that
         return
     if earlier := _commit(ref) or _commit(before):  # `before`: from a process that was killed
         _change_refs(f"update {before} {earlier}", f"delete {ref}")
@@ -281,7 +281,7 @@ def _commit(revision: str) -> str:
 
 
 def _change_refs(*commands: str) -> None:
-    """Change refs of Git, all of them or none; SecateurError if it refuses."""
+    """Change refs of Git atomically; SecateurError if Git refuses."""
     update = ["git", "update-ref", "--stdin"]
     text = "".join(f"{command}\n" for command in commands)
     done = subprocess.run(update, input=text, capture_output=True, text=True, check=False)
@@ -290,7 +290,7 @@ def _change_refs(*commands: str) -> None:
 
 
 def _report(experiment: str, commit: str) -> dict[str, Any]:
-    """What evaluate wrote in an experiment, and how long its stages took."""
+    """The report of stage evaluate in an experiment, with the seconds of its stages."""
     from dvc.api import DVCFileSystem
     from dvc.exceptions import DvcException
 
@@ -338,7 +338,7 @@ def show(recipe: Recipe, seeds: Sequence[int], reports: Sequence[dict[str, Any]]
 
 
 def _alive(report: dict[str, Any]) -> str:
-    """Outputs of every layer of the finetuned network that are alive."""
+    """Number of living outputs of every layer of the finetuned network."""
     import pandas as pd
 
     layers = pd.read_csv(io.StringIO(report["layers"]))
@@ -352,7 +352,7 @@ def _words(value: float) -> str:
 
 
 def apply(recipe: Recipe) -> None:
-    """Write the settings into params.yaml; its comments and everything else stay."""
+    """Write the settings into params.yaml; its comments and all other settings are kept."""
     params_file.update(changes(recipe.settings, params_file.read()))
     console.say(f"params.yaml has the settings of {recipe.name}; `dvc repro` runs them")
 

@@ -1,4 +1,4 @@
-"""The pipeline's stages, and the small tracked file beside each model that names its run."""
+"""The stages of the pipeline, and run records: small tracked files beside each model."""
 
 import json
 import re
@@ -19,7 +19,7 @@ class ModelSpec:
     """The model that a stage writes."""
 
     folder: str
-    """Where it lies; its run record lies beside the folder."""
+    """Folder of the model; its run record is beside this folder."""
     key: str
     """Its key in metrics/evaluate.json."""
     title: str
@@ -34,7 +34,7 @@ class ModelSpec:
 
     @property
     def history(self) -> Path:
-        """The table of epochs; stages that train nothing write none."""
+        """The table of epochs; only stages that train write it."""
         return Path(self.folder) / "history.csv"
 
     @property
@@ -45,7 +45,7 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class StageSpec:
-    """One stage: what it is called, which models it reads, and which one it writes."""
+    """One stage: its name, the models that it reads, and the model that it writes."""
 
     name: str
     """Name of the stage in dvc.yaml and in MLflow."""
@@ -55,11 +55,11 @@ class StageSpec:
     pipeline: str = "dvc.yaml"
     """The file that declares it."""
     rounds: Literal["all", "last"] | None = None
-    """Whether it reads the models of all rounds, or those of the last one in place of the first."""
+    """all: it reads the models of all rounds; last: those of the last round, not of the first."""
 
     @property
     def module(self) -> str:
-        """Its script is run as `python -m stages.<module>`; its section of params.yaml, if any."""
+        """Name of its script (`python -m stages.<module>`) and of its section in params.yaml."""
         return self.name.replace("-", "_")
 
 
@@ -102,13 +102,12 @@ STAGES = {
 """All stages by name, in the order in which they run."""
 
 MODELS = {name: spec.model for name, spec in STAGES.items() if spec.model is not None}
-"""The models of the first round by the stage that writes them, in the order in which they are
-made."""
+"""The models of the first round by the stage that writes them, in the order of the stages."""
 
 ROUND = ("sparse-train", "prune", "finetune")
-"""The stages that every round has; those of a further round are called `prune@<round>`."""
+"""The stages of every round; in further rounds they are named `prune@<round>` and so on."""
 FIRST = "round1"
-"""The first round, that of the main chain, in reports; no further one has this name."""
+"""Name of the first round, that of the main chain, in reports; no further round may have it."""
 
 
 def stage_spec(name: str, after: str = "finetuned") -> StageSpec:
@@ -135,7 +134,7 @@ def stage_spec(name: str, after: str = "finetuned") -> StageSpec:
 
 
 def _maker(path: str) -> str:
-    """The stage that makes a model below models/: `rounds/x/pruned` is of `prune@x`."""
+    """The stage that makes a model below models/: `rounds/x/pruned` is made by `prune@x`."""
     *folder, key = path.split("/")
     stage = next(name for name, model in MODELS.items() if model.key == key)
     return f"{stage}@{folder[-1]}" if folder else stage
@@ -158,27 +157,27 @@ class Chain:
 
     @property
     def stages(self) -> list[str]:
-        """In the order in which they run."""
+        """All stages in the order in which they run."""
         return [*MODELS, *(f"{stage}@{name}" for name in self.rounds for stage in ROUND)]
 
     @property
     def models(self) -> dict[str, ModelSpec]:
-        """The models by the stage that writes them, in the order in which they are made."""
+        """The models by the stage that writes them, in the order of the stages."""
         return {stage: model_spec(stage) for stage in self.stages}
 
     def of_round(self, name: str) -> dict[str, str]:
-        """Stages of a round: the stage of the first round -> that of this one."""
+        """Stages of a round: stage of the first round -> the same stage of this round."""
         return {stage: stage if name == FIRST else f"{stage}@{name}" for stage in ROUND}
 
     @property
     def last(self) -> dict[str, str]:
-        """Stage of the first round -> that of the last one, which makes the final networks."""
+        """Stage of the first round -> the same stage of the last round, with the final networks."""
         last = self.of_round(self.rounds[-1] if self.rounds else FIRST)
         return {stage: last.get(stage, stage) for stage in MODELS}
 
 
 def chain_of(report: Mapping[str, Any]) -> Chain:
-    """The chain that a report of evaluate is about; ValueError if its rounds cannot be."""
+    """The chain of a report of stage evaluate; ValueError if its rounds are not possible."""
     names = [name for name in report.get("rounds", {}) if name != FIRST]
     try:
         chain = Chain(tuple(names))
@@ -190,9 +189,9 @@ def chain_of(report: Mapping[str, Any]) -> Chain:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One training or pruning that really ran; DVC restores it together with its model.
+    """Record of a training or pruning that really ran; DVC restores it together with its model.
 
-    Annotations are the schema of the file.
+    The annotations are the schema of the file.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -202,32 +201,32 @@ class RunRecord:
     params: dict[str, Any]
     """Values of the params that dvc.yaml declares for the stage."""
     metrics: dict[str, Annotated[float, Field(strict=True)]]
-    """Of the model that was kept."""
+    """Metrics of the model that was kept."""
     model: str
     """Path of the checkpoint."""
     sha256: str
-    """Of the checkpoint."""
+    """Hash of the checkpoint."""
     dataset: dict[str, Any]
     """Name, hash, and number of images in each part."""
     seconds: Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True)]
     """Wall time of the work, over all attempts."""
     hardware: str
     ended: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
-    """When it was finished, in seconds since 1970."""
+    """When the work ended, in seconds since 1970."""
     run_id: str | None = None
     """MLflow run; None if it was not tracked."""
     model_id: str | None = None
     tracking_uri: str | None = None
     experiment: str | None = None
-    """DVC experiment in which it ran, if it was one."""
+    """DVC experiment in which the stage ran, if any."""
     revision: str | None = None
     """Git commit that was checked out; None without a repository."""
     upstream: dict[str, str] = field(default_factory=dict)
-    """Stage -> sha256 of the checkpoint that this one was made from."""
+    """Stage -> sha256 of its checkpoint, from which this stage started."""
 
     @property
     def identity(self) -> str:
-        """Unique to this piece of work: its MLflow run, or else its fingerprint."""
+        """A unique name of this work: its MLflow run, or else its fingerprint."""
         return self.run_id or self.fingerprint
 
 
@@ -243,7 +242,7 @@ def load(path: Path) -> RunRecord:
 
 
 def parse(content: bytes, where: str) -> RunRecord:
-    """The record in the content of a file; raises SecateurError, beginning with `where`."""
+    """Parse the content of a record; raises SecateurError that begins with `where`."""
     try:
         plain = parse_json(content)
     except ValueError as error:
@@ -263,7 +262,7 @@ _RECORD = TypeAdapter(RunRecord)
 
 
 def flat(tree: dict[str, Any], separator: str = ".", prefix: str = "") -> dict[str, Any]:
-    """Flatten nested tables into one with joined keys; lists stay as they are."""
+    """Flatten nested tables into one with joined keys; lists are kept."""
     result: dict[str, Any] = {}
     for key, value in tree.items():
         name = f"{prefix}{key}"

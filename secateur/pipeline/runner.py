@@ -37,27 +37,27 @@ from secateur.training.state import StateStore
 
 @dataclass(frozen=True)
 class StageResult:
-    """A model as a stage leaves it."""
+    """The result of a stage: a model, and what belongs to it."""
 
     model: nn.Module
     header: Header
     masks: Masks = field(default_factory=dict)
     choices: Choices = field(default_factory=dict)
-    """What the penalty has selected for pruning."""
+    """The penalty's choices of what to prune."""
     metrics: dict[str, float] = field(default_factory=dict)
     history: list[Row] | None = None
     """One row per epoch, possibly none; None if the stage does not train."""
     tables: dict[str, Table] = field(default_factory=dict)
-    """Name -> a further <name>.csv beside the model."""
+    """Name -> table that is saved as <name>.csv beside the model."""
     more: Mapping[str, nn.Module] = field(default_factory=dict)
-    """Name -> network of the same shape that is saved as a further <name>.safetensors."""
+    """Name -> network of the same shape that is saved as <name>.safetensors beside the model."""
     texts: Mapping[str, str] = field(default_factory=dict)
-    """Name -> content of a further file beside the model."""
+    """File name -> content of another file beside the model."""
 
 
 @dataclass(frozen=True)
 class StageContext:
-    """What a stage may read: its params, the data, and the models it starts from."""
+    """Everything that a stage may read: its params, the data, and the models it starts from."""
 
     stage: Stage
     data: Dataset
@@ -66,12 +66,12 @@ class StageContext:
 
     @property
     def params(self) -> Params:
-        """The params that dvc.yaml declares for the stage; those of its round, if it has one."""
+        """The params that dvc.yaml declares for the stage; in a round, those of the round."""
         return self.stage.params
 
     @property
     def start(self) -> Checkpoint:
-        """The only model that a stage of a round reads: the network that it works on."""
+        """The network that a stage of a round works on, the only model that it reads."""
         (found,) = self.upstream.values()
         return found
 
@@ -90,11 +90,11 @@ class StageContext:
         return self.upstream[self.chain.last[stage]]
 
     def normalised(self, mean: Sequence[float], std: Sequence[float]) -> Self:
-        """This context with another mean and deviation of images; unchanged if they are empty."""
+        """This context with another mean and deviation of images; the same if they are empty."""
         return replace(self, data=_normalised(self.data, mean, std)) if mean else self
 
     def header(self, parent: Checkpoint | None = None, **notes: Any) -> Header:
-        """Header for the model that this stage makes, from `parent` or, without one, anew."""
+        """Header of the model that this stage makes: derived from `parent`, or new without one."""
         if parent is not None:
             return replace(
                 parent.header,
@@ -120,7 +120,7 @@ class StageContext:
 
 @dataclass(frozen=True)
 class TrainingContext(StageContext):
-    """What a stage that trains has beside that: the processes, the saved state, the observers."""
+    """The context of a stage that trains: also the processes, the saved state, the observers."""
 
     engine: Engine
     store: StateStore
@@ -136,9 +136,9 @@ class TrainingContext(StageContext):
         masks: Masks | None = None,
         keep_epoch: int | None = None,
     ) -> loop.FitResult:
-        """Train `model` in place by these settings, from the saved state if there is one.
+        """Train `model` in place with these settings, from the saved state if there is one.
 
-        Settings that name a teacher are those of a network that goes on to be trained.
+        Only `ContinuedTrain` settings can name a teacher.
         """
         bar = console.Training(self.stage.name, ProgressiveResizing(settings).pixels)
         try:
@@ -164,9 +164,9 @@ class TrainingContext(StageContext):
         return result
 
     def _distiller(self, model: nn.Module, settings: Train) -> Distiller | None:
-        """What imitates the teacher that the settings name; None if they name none.
+        """The distiller for the teacher that the settings name; None without a teacher.
 
-        Raises CheckpointError if the teacher is no network for these images and classes.
+        Raises CheckpointError if the teacher does not fit these images and classes.
         """
         if not isinstance(settings, ContinuedTrain):
             return None
@@ -186,9 +186,9 @@ class TrainingContext(StageContext):
 def open_context(name: str, round_name: str | None = None) -> StageContext:
     """Read and check settings, data and models of the stage `name`; nothing is computed yet.
 
-    With `round_name` it is the stage of that round, whose settings are those of the round. Raises a
-    SecateurError for the first thing that is missing or not as it must be; a checkpoint must be of
-    the architecture and the data that params.yaml names.
+    With `round_name` it is the stage of that round, with the settings of the round. Raises
+    SecateurError for the first thing that is missing or invalid; a checkpoint must have the
+    architecture and the data that params.yaml names.
     """
     stage, spec = _declared(name, round_name)
     params = stage.params
@@ -205,7 +205,7 @@ def open_context(name: str, round_name: str | None = None) -> StageContext:
 
 
 def _declared(name: str, round_name: str | None) -> tuple[Stage, StageSpec]:
-    """What dvc.yaml declares for a stage, with the settings of its round, and what it reads."""
+    """The declaration of a stage in dvc.yaml, with the settings of its round, and its StageSpec."""
     if round_name is None:
         spec = stage_spec(name)
         stage = open_stage(name, spec.pipeline)
@@ -240,7 +240,7 @@ def _naming_the_round(context: StageContext) -> Iterator[None]:
 
 
 def _normalised(data: Dataset, mean: Sequence[float], std: Sequence[float]) -> Dataset:
-    """The data with the normalisation of a network, which that of its weights may have decided."""
+    """The data with the normalisation of a network, which may come from pretrained weights."""
     if (list(mean), list(std)) == (data.info.mean, data.info.std):
         return data
     return replace(data, info=replace(data.info, mean=list(mean), std=list(std)))
@@ -249,7 +249,7 @@ def _normalised(data: Dataset, mean: Sequence[float], std: Sequence[float]) -> D
 def _check_record(path: Path, found: Checkpoint, path_of_record: Path) -> None:
     """Raise CheckpointError if the file is not the one that its run record names.
 
-    Without a record nothing is compared: stages do not depend on it, so that run ids never make a
+    A missing record is not an error: stages do not depend on records, so that run ids never make a
     training stale. The hash is known from loading.
     """
     if not path_of_record.exists():
@@ -266,7 +266,7 @@ def _check_record(path: Path, found: Checkpoint, path_of_record: Path) -> None:
 def make(
     name: str, produce: Callable[[StageContext], StageResult], round_name: str | None = None
 ) -> None:
-    """Run the stage `name`, which makes a model without training; in a round if one is named."""
+    """Run the stage `name`, which makes a model without training; with `round_name`, in a round."""
     context = open_context(name, round_name)
     with _naming_the_round(context):
         _once(context, lambda _store, _callbacks: produce(context))
@@ -275,9 +275,9 @@ def make(
 def train(
     name: str, produce: Callable[[TrainingContext], StageResult], round_name: str | None = None
 ) -> None:
-    """Run the stage `name`, which trains, in as many processes as have been started.
+    """Run the stage `name`, which trains, in all processes that have been started.
 
-    The main process holds the lock, writes and reports; the others only train with it.
+    The main process holds the lock, writes and reports; the others only train.
     """
     context = open_context(name, round_name)
     module = _module(name)
@@ -292,7 +292,7 @@ def train(
     with _naming_the_round(context):
         if engine.is_main:
             _once(context, work, engine)
-        elif not engine.broadcast(None):  # the main process sends whether the work is done already
+        elif not engine.broadcast(None):  # the main process sends whether the work is already done
             work(_NoStore(), ())
 
 
@@ -313,8 +313,8 @@ def _once(
 ) -> None:
     """Call `produce` under the lock of the stage's fingerprint, and write what it returns.
 
-    If a process has finished the same work already, here or in a copy of the project, its files
-    are taken instead. The other processes of `engine` wait for the answer.
+    If a process has already finished the same work, here or in a copy of the project, its files are
+    used instead. The other processes of `engine` wait until this is known.
     """
     name = context.stage.name
     model = model_spec(name)
@@ -329,13 +329,13 @@ def _once(
             return
         run = _open_run(context, store)
         clock = _Clock(store)
-        allocator.resume_collection()  # passing over what has been imported meanwhile
+        allocator.resume_collection()  # without the objects that have been imported meanwhile
         try:
             result = produce(store, [run, clock])
         except Exception:
             run.end("FAILED")
             raise
-        except BaseException:  # Ctrl-C, SIGTERM: the state first, which is worth more than a status
+        except BaseException:  # Ctrl-C, SIGTERM: the state first, it matters more than a status
             store.flush()
             run.end("KILLED")
             raise
@@ -390,7 +390,7 @@ def _open_run(context: StageContext, store: resume.ResumeStore) -> tracking.Late
     """The stage's MLflow run, linked to those of the models it reads; resumed if it exists."""
     upstream = {}
     for maker in context.upstream:
-        path = model_spec(maker).record  # only for the link, so it may be missing
+        path = model_spec(maker).record  # only needed for the link, so it may be missing
         upstream[maker] = record.load(path) if path.exists() else None
     info, known = context.data.info, store.note("run_id")
 
@@ -405,7 +405,7 @@ def _open_run(context: StageContext, store: resume.ResumeStore) -> tracking.Late
 
 
 class _NoStore:
-    """State store of a process that is not the main one, which saves the state of all."""
+    """State store of the other processes: the main process saves the state of all."""
 
     def load(self) -> None:
         """Return nothing: the main process broadcasts its state."""
@@ -416,7 +416,7 @@ class _NoStore:
 
 
 class _Clock(Callback):
-    """Wall time of the work over all attempts, noted whenever the state has been saved."""
+    """Wall time of the work over all attempts, stored whenever the state has been saved."""
 
     def __init__(self, store: resume.ResumeStore) -> None:
         self.store, self.began = store, time.monotonic()
@@ -427,5 +427,5 @@ class _Clock(Callback):
         return self.before + time.monotonic() - self.began
 
     def on_state_saved(self) -> None:
-        """Note the time so far."""
+        """Store the time so far."""
         self.store.note("seconds", self.total())

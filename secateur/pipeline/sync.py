@@ -1,8 +1,8 @@
-"""Write into MLflow what it lacks, from the files that DVC tracks.
+"""Write missing runs into MLflow, from the files that DVC tracks.
 
-For a store that was lost or could not be reached, another tracking server, or a clone that pulled
-its models instead of training them. Goes through the workspace and, with --all, every DVC
-experiment of the repository; what is there already is left alone.
+Use it when a store was lost or could not be reached, for another tracking server, or in a clone
+that pulled its models instead of training them. It covers the workspace and, with --all, every DVC
+experiment of the repository; existing runs are not changed.
 
     secateur sync [--all]
 """
@@ -31,7 +31,7 @@ from secateur.training.callbacks import Row
 REPORT = "metrics/evaluate.json"
 TABLES = ("metrics/layers.csv", "metrics/rounds.csv")
 PATHS = (REPORT, *TABLES, mlflow_model.PROGRAM, mlflow_model.REPORT, mlflow_model.TABLE)
-"""Tracked files that runs in MLflow are written from, beside the models of the chain."""
+"""Tracked files from which runs in MLflow are written, besides those of the chain's models."""
 
 
 @dataclass(frozen=True)
@@ -39,15 +39,16 @@ class Source:
     """One state of the project: the workspace, or an experiment."""
 
     name: str | None
-    """Of the experiment; None for the workspace."""
+    """Name of the experiment; None for the workspace."""
     files: dict[str, bytes]
-    """Path -> content of the tracked files that MLflow is written from."""
+    """Path -> content of the tracked files from which MLflow is written."""
 
 
 def command(options: argparse.Namespace) -> None:
     """`secateur sync`: restore runs and pipeline runs from every source.
 
-    A damaged source does not keep the others from being written; SecateurError at the end names it.
+    A damaged source does not prevent the others from being written; a SecateurError at the end
+    names it.
     """
     if not tracking_on():
         raise SecateurError("SECATEUR_TRACKING is off, so there is nothing to write into")
@@ -104,7 +105,7 @@ def _reader(
 ) -> Callable[[str], bytes | None]:
     """Reads the files of an experiment from Git and the cache, by the hashes `locked`.
 
-    Only a tracked file that neither has is asked of DVC, which looks into the remote.
+    Only a tracked file that is in neither is requested from DVC, which looks into the remote.
     """
 
     @functools.cache
@@ -130,7 +131,7 @@ def _reader(
 
 
 def collected(read: Callable[[str], bytes | None]) -> dict[str, bytes]:
-    """The files that are there; which models there are is what the report of evaluate says."""
+    """The files that exist; the report of stage evaluate tells which models there are."""
     found = {path: read(path) for path in PATHS}
     for model in chain_in(found[REPORT]).models.values():
         found |= {str(path): read(str(path)) for path in (model.record, model.history)}
@@ -138,7 +139,7 @@ def collected(read: Callable[[str], bytes | None]) -> dict[str, bytes]:
 
 
 def chain_in(report: bytes | None) -> Chain:
-    """The chain of a report; without one, or of one that is damaged, that of a single round."""
+    """The chain of a report; without a report, or with a damaged one, a chain of a single round."""
     with contextlib.suppress(SecateurError):
         return chain_of(_parse_report(report or b""))
     return Chain()
@@ -153,7 +154,7 @@ def write(store: Store, source: Source) -> int:
     for stage, model in chain.models.items():
         content = source.files.get(str(model.record))
         if content is None:
-            console.say(f"{where}: {model.record} is not here (`dvc pull` may bring it)")
+            console.say(f"{where}: {model.record} is missing (`dvc pull` may fetch it)")
             break
         records[stage] = record.parse(content, str(model.record))
         history = source.files.get(str(model.history))
@@ -163,7 +164,7 @@ def write(store: Store, source: Source) -> int:
     if len(records) < len(chain.models):
         return written
     if REPORT not in source.files:
-        console.say(f"{where}: {REPORT} is not here; `dvc repro` makes it and its run")
+        console.say(f"{where}: {REPORT} is missing; `dvc repro` makes it and its run")
         return written
     report = _parse_report(source.files[REPORT])
     with tempfile.TemporaryDirectory() as scratch:
@@ -183,7 +184,7 @@ def write(store: Store, source: Source) -> int:
 def _write_exported(
     store: Store, source: Source, records: Mapping[str, RunRecord], run_id: str
 ) -> int:
-    """Restore the model of an exported network, if it is that of this chain; returns how many."""
+    """Restore the model of an exported network if it belongs to this chain; returns how many."""
     parts = (mlflow_model.PROGRAM, mlflow_model.REPORT, mlflow_model.TABLE)
     if not all(part in source.files for part in parts):
         return 0

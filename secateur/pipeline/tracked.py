@@ -1,7 +1,7 @@
 """Tracked files of any commit, without DVC: from Git, and from DVC's cache by the lock files.
 
-DVC's own view of a commit costs a second, in which it resolves all stages; here, a hundred commits
-are read in less. What the cache lacks, a remote may still have: only DVC reads that.
+DVC itself takes a second per commit, because it resolves all stages; this module reads a hundred
+commits in less. Files that are missing in the cache may still be in a remote, which only DVC reads.
 """
 
 import hashlib
@@ -21,11 +21,11 @@ MAIN_LOCK = "dvc.lock"
 ROUNDS_LOCK = str(Path(stage_spec(f"{ROUND[0]}@x").pipeline).with_suffix(".lock"))
 _PIPELINES = [*(spec.pipeline for spec in STAGES.values()), stage_spec(f"{ROUND[0]}@x").pipeline]
 LOCKS = tuple(dict.fromkeys(str(Path(file).with_suffix(".lock")) for file in _PIPELINES))
-"""The lock files of all pipelines, that of further rounds included."""
+"""The lock files of all pipelines, including that of further rounds."""
 
 
 def cache_folder(root: Path) -> Path:
-    """The folder of the project's cache, which need not be there."""
+    """The folder of the project's cache, which need not exist."""
     from dvc.config import Config
     from dvc.exceptions import DvcException
 
@@ -37,9 +37,9 @@ def cache_folder(root: Path) -> Path:
 
 
 def objects(names: Sequence[str]) -> dict[str, bytes | None]:
-    """Content of Git objects `<revision>:<path>`; None for one that is not there.
+    """Content of Git objects `<revision>:<path>`; None for an object that does not exist.
 
-    Raises SecateurError with what Git says if it refuses, or an object is damaged.
+    Raises SecateurError with Git's message if it refuses, or if an object is damaged.
     """
     asked = "".join(f"{name}\n" for name in names).encode()
     done = subprocess.run(["git", "cat-file", "--batch"], input=asked, capture_output=True)
@@ -70,12 +70,12 @@ def outs(commits: Iterable[str]) -> dict[str, dict[str, str]]:
 
 
 def outdated_stage(folder: Path, params: Mapping[str, Any], report: str) -> str | None:
-    """A stage on the way to this folder's `report` that was run with other settings than `params`.
+    """A stage that led to this folder's `report` with settings other than `params`; None if none.
 
-    That is one whose parameters in the lock file differ from the content of params.yaml, or whose
-    inputs are not the outs of the stages before it, as after an interrupted run. Optional pipelines
-    and rounds that are gone have no part in the report. None too if the lock file is of another
-    report, as after stages that were run without DVC.
+    This is a stage whose parameters in the lock file differ from params.yaml, or whose inputs are
+    not the outs of the stages before it, as after an interrupted run. Optional pipelines and
+    removed rounds do not affect the report. Also None if the lock file belongs to another report,
+    as after stages that were run without DVC.
     """
     stages: dict[str, Any] = {}
     for lock in (MAIN_LOCK, ROUNDS_LOCK):
@@ -98,7 +98,7 @@ def outdated_stage(folder: Path, params: Mapping[str, Any], report: str) -> str 
 
 
 def is_outdated(folder: Path, params: Mapping[str, Any], stage: str) -> bool:
-    """Whether a stage of the main pipeline has not run in this folder, or with other settings."""
+    """Whether a stage of the main pipeline has not run in this folder with these settings."""
     try:
         content = yaml.load((folder / MAIN_LOCK).read_bytes(), YAML_LOADER)
         return _differs(content["stages"][stage]["params"]["params.yaml"], params)
@@ -112,7 +112,7 @@ def _differs(locked: Mapping[str, Any], params: Mapping[str, Any]) -> bool:
 
 
 def value_at(params: Mapping[str, Any], key: str) -> Any:
-    """The value of a dotted key; None without one."""
+    """The value of a dotted key; None if it does not exist."""
     value: Any = params
     for part in key.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
@@ -138,7 +138,7 @@ class NotCachedError(LookupError):
 
 
 def read(cache: Path, locked: Mapping[str, str], path: str) -> bytes | None:
-    """A file that is an out or lies in one, by the hashes `locked`; None if there is none.
+    """A file that is an out, or inside one, by the hashes `locked`; None if there is none.
 
     Raises NotCachedError if only a remote may have it.
     """
@@ -180,5 +180,5 @@ def contents(object: Path) -> dict[str, str]:
 
 
 def place(cache: Path, md5: str) -> Path:
-    """Where the cache keeps an object."""
+    """Path of an object in the cache."""
     return cache / "files" / "md5" / md5[:2] / md5[2:]

@@ -1,11 +1,11 @@
 """MLflow: an observer; no result depends on it.
 
-One run for every stage that really ran, with the params that dvc.yaml declares for it, and one
-`pipeline` run for every result, with the params and metrics of the whole chain and links to its
-stage runs. DVC's files are the truth: whatever is missing here can be written again from them
-(`secateur sync`). A run is begun when its stage has worked for LIVE_AFTER; those of shorter stages
-are written from their records, by `evaluate` or `secateur sync`. Nothing in this file may stop a
-stage: the first failure is one line of warning, and the rest of the stage goes untracked.
+There is one run for every stage that really ran, with the params that dvc.yaml declares for it, and
+one `pipeline` run for every result, with the params and metrics of the whole chain and links to its
+stage runs. DVC's files are the reference: anything missing in MLflow can be restored from them
+(`secateur sync`). A run is started when its stage has worked for LIVE_AFTER; the runs of shorter
+stages are written from their records, by `evaluate` or `secateur sync`. Nothing in this file may
+stop a stage: the first failure is one line of warning, and the rest of the stage goes untracked.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ from secateur.pipeline.record import RunRecord, flat, model_spec, stage_spec
 from secateur.training.callbacks import Callback, Row
 
 LIVE_AFTER = 20.0
-"""Seconds of work after which MLflow is imported, which takes two, to show a stage as it runs."""
+"""Seconds of work after which MLflow, whose import takes two, is used to show a running stage."""
 
 FIGURES = "figures"
 """Folder of the pipeline run's artifacts."""
@@ -52,9 +52,9 @@ class Run(Callback):
     def open(
         self, run_id: str | None, dataset: Mapping[str, Any], began: float | None = None
     ) -> None:
-        """Resume the run `run_id` if this store has it, or make one.
+        """Resume the run `run_id` if this store has it, or create one.
 
-        `began`, in seconds since 1970, is when the work began; now by default.
+        `began` is when the work began, in seconds since 1970; the default is now.
         """
         began = time.time() if began is None else began
         if self.store.client is None:
@@ -81,7 +81,7 @@ class Run(Callback):
         return _create_run(self.store, name, tags, params, began, dataset, models)
 
     def on_train_start(self, epochs: int, steps_per_epoch: int, history: Sequence[Row]) -> None:
-        """Log the epochs that were saved, but not sent before the process was killed."""
+        """Log the epochs that were saved but not sent before the process was killed."""
         if self.id is None or not history or self.store.client is None:
             return
 
@@ -100,7 +100,7 @@ class Run(Callback):
         self.rows.append((row, time.time()))
 
     def on_state_saved(self) -> None:
-        """Send what has been collected: what is safe on disk is not computed again."""
+        """Send the collected epochs: they are safe on disk and will not be computed again."""
         rows, self.rows = self.rows, []
         if self.id is not None and self.store.client is not None and rows:
             self.store.attempt(lambda: self.store.log(str(self.id), _metrics(rows)))
@@ -115,16 +115,16 @@ class Run(Callback):
         )
 
     def end(self, status: str) -> None:
-        """End the run as FAILED, or as KILLED; the process that resumes it takes it up again."""
+        """End the run as FAILED, or as KILLED; a process that resumes the stage reopens it."""
         self.on_state_saved()
         if self.id is not None and self.store.client is not None:
             self.store.attempt(lambda: self.store.client.set_terminated(self.id, status))
 
 
 class LateRun(Callback):
-    """The MLflow run of a stage, begun when the stage has worked for LIVE_AFTER seconds.
+    """The MLflow run of a stage, started when the stage has worked for LIVE_AFTER seconds.
 
-    `begin` opens the run of work that began at a time, in seconds since 1970.
+    `begin` opens a run; its argument is when the work began, in seconds since 1970.
     """
 
     def __init__(self, begin: Callable[[float], Run], at_once: bool) -> None:
@@ -134,7 +134,7 @@ class LateRun(Callback):
         self._rows: list[tuple[Row, float]] = []
 
     def _look(self, now: bool = False) -> Run | None:
-        """The run, begun if it is time."""
+        """The run, which is started if it is due."""
         if self.run is None and (now or time.monotonic() - self.since > LIVE_AFTER):
             self.run = self.begin(self.began)
             if self._training is not None:
@@ -143,13 +143,13 @@ class LateRun(Callback):
         return self.run
 
     def on_train_start(self, epochs: int, steps_per_epoch: int, history: Sequence[Row]) -> None:
-        """Log the epochs that an interrupted process has left, or remember to do so."""
+        """Log the epochs of an interrupted process, now or when the run is started."""
         self._training = epochs, steps_per_epoch, list(history)
         if self.run is not None:
             self.run.on_train_start(*self._training)
 
     def on_step_end(self, epoch: int, step: int) -> None:
-        """Begin the run if it is time."""
+        """Start the run if it is due."""
         self._look()
 
     def on_epoch_end(self, row: Row) -> None:
@@ -160,17 +160,17 @@ class LateRun(Callback):
             self.run.on_epoch_end(row)
 
     def on_state_saved(self) -> None:
-        """Send what has been collected, if the run has begun."""
+        """Send the collected epochs if the run has been started."""
         if (run := self._look()) is not None:
             run.on_state_saved()
 
     def close(self, metrics: Mapping[str, float], model: str, sha256: str) -> str | None:
-        """End a run that has begun, or is due, as finished; returns the id of its model if so."""
+        """End a run that has been started, or is due, as finished; returns the id of its model."""
         run = self._look()
         return run.close(metrics, model, sha256) if run is not None else None
 
     def end(self, status: str) -> None:
-        """End the run as FAILED, which begins it, or as KILLED; another process resumes it."""
+        """End the run as FAILED, which starts it if necessary, or as KILLED."""
         run = self._look(now=status == "FAILED")
         if run is not None:
             run.end(status)
@@ -186,10 +186,9 @@ def pipeline(
 ) -> str | None:
     """Write the run of the whole chain, once for each chain; returns its id.
 
-    Its duration is that of the chain's work, the sum over its stages, whenever that was done and
-    whichever models came from the cache; it ends when it is written. Stage runs that this store
-    does not know (another clone made them, or it could not be reached at the time) are restored
-    from the records first.
+    Its duration is the sum over the chain's stages, no matter when they ran and which models came
+    from the cache; it ends when it is written. Stage runs that this store does not have (because
+    another clone made them, or the store could not be reached) are first restored from the records.
     """
     store = store or Store()
 
@@ -263,7 +262,7 @@ def pipeline_key(records: Mapping[str, RunRecord]) -> str:
 
 
 def pipeline_run(store: Store, records: Mapping[str, RunRecord]) -> Any | None:
-    """The chain's run in this store, as MLflow describes it, if it has one."""
+    """The chain's run in this store, as an MLflow object; None if there is none."""
     found = store.runs(f"tags.`pipeline.key` = '{pipeline_key(records)}'")
     return found[0] if found else None
 
@@ -271,11 +270,11 @@ def pipeline_run(store: Store, records: Mapping[str, RunRecord]) -> Any | None:
 def restore(
     store: Store, record: RunRecord, rows: Sequence[Row], upstream: Mapping[str, str]
 ) -> tuple[str, bool]:
-    """Find the run of this record in the store, or make it from the record; under `store.lock`.
+    """Find the run of this record in the store, or restore it; the caller holds `store.lock`.
 
-    `upstream` has the runs of the models that it was made from, by stage. Returns its id, and
-    whether it was made. A restored run that is not finished was left by a process that was killed
-    while it wrote it, and is made anew.
+    `upstream` has the runs of the models that the stage started from, by stage. Returns the run's
+    id, and whether it was restored. A restored run that is not finished was left by a process that
+    was killed while writing it, and is written again.
     """
     known = store.known_runs.get(record.identity) or _find(store, record)
     if known is not None:
@@ -301,9 +300,9 @@ def restore(
 
 
 def _find(store: Store, record: RunRecord) -> str | None:
-    """The run that the stage itself has written, or one that was restored; deletes half of one.
+    """The run that the stage itself has written, or a restored one; deletes an incomplete run.
 
-    A run of finished work that has not ended as finished is half of one: the store failed then.
+    A run of finished work that did not end as finished is incomplete: the store failed at the time.
     """
     status = store.status(record.run_id)
     if status in ("KILLED", "FAILED"):
@@ -323,7 +322,7 @@ def read_history(path: Path) -> list[Row]:
 
 
 def parse_history(content: bytes, where: str) -> list[Row]:
-    """The rows in the content of a history.csv; raises SecateurError, beginning with `where`."""
+    """Parse the content of a history.csv; raises SecateurError that begins with `where`."""
     try:
         lines = csv.DictReader(io.StringIO(content.decode(), newline=""), strict=True)
         rows = [{key: float(value) for key, value in row.items() if value} for row in lines]
@@ -345,7 +344,7 @@ def _create_run(
     models: Sequence[str],
     part: Literal["train", "test"] = "train",
 ) -> str:
-    """A new run, of work that began at this time, in seconds since 1970; it read these models."""
+    """Create a run; `began` is in seconds since 1970, `models` are the models that it read."""
     from mlflow.entities import Param
 
     run = store.client.create_run(
@@ -361,8 +360,8 @@ def _create_run(
 
 
 def _key(name: str) -> str:
-    """A name as MLflow allows it: those of params may be patterns of layer names, and stages of
-    further rounds have an @."""
+    """A name with only characters that MLflow allows: params may be patterns of layer names, and
+    stages of further rounds contain an @."""
     return re.sub(r"[^\w\-./ :]", "_", name)
 
 
@@ -378,11 +377,11 @@ def _close_run(
     more: Sequence[Any] = (),
     fresh: bool = False,
 ) -> str:
-    """Log final metrics and the checkpoint as a model that DVC holds; returns the model's id.
+    """Log final metrics, and the checkpoint as a model stored by DVC; returns the model's id.
 
-    The run ends now, or at the time `ended`, in seconds since 1970. `more` are further metrics.
-    A `fresh` run is one that this process has made; others may have their model already, since a
-    process may have been killed after it had logged it.
+    The run ends now, or at the time `ended`, in seconds since 1970. `more` are further metrics. A
+    `fresh` run was created by this process; other runs may already have their model, because a
+    process may have been killed after logging it.
     """
     import mlflow
     from mlflow.entities import LoggedModelOutput, Metric
@@ -407,7 +406,7 @@ def _close_run(
 
 
 def _logged(store: Store, run_id: str, sha256: str) -> str | None:
-    """The model of these bytes that the run has logged, if it has."""
+    """The model with this hash that the run has logged, if any."""
     found = store.client.search_logged_models([store.experiment], f"source_run_id = '{run_id}'")
     same = [str(model.model_id) for model in found if model.tags.get("sha256") == sha256]
     return same[0] if same else None
@@ -434,7 +433,7 @@ def _log_inputs(
 
 
 def _dataset(dataset: Mapping[str, Any], part: Literal["train", "test"]) -> Any:
-    """Name and hash of the data, and where DVC keeps it; not the data itself.
+    """Name and hash of the data, and its path in DVC; not the data itself.
 
     MLflow shows the training images under the data set's name, and the test images as
     "<name> test"; the hash is that of the whole data set.
@@ -451,7 +450,7 @@ def _dataset(dataset: Mapping[str, Any], part: Literal["train", "test"]) -> Any:
 
 
 def _tags(stage: str, record: RunRecord | None = None) -> dict[str, str]:
-    """Tags of a stage: its script, commit and DVC experiment, by its record or the environment."""
+    """Tags of a stage: script, commit and DVC experiment, from its record or the environment."""
     tags = {
         "kind": "stage",
         "stage": stage,
@@ -491,8 +490,7 @@ def _log_files(
 
 
 def _name(params: Mapping[str, Any]) -> str:
-    """The chain's settings for a table of runs: penalty, parametrization, pruner, seed, network and
-    data."""
+    """Name of a run in MLflow's table: penalty, parametrization, pruner, seed, network and data."""
     pruner = params.get("pruner", "")
     own = {key.removeprefix(f"pruners.{pruner}."): value for key, value in params.items()}
     amounts = [own[key] for key in ("sensitivity", "ratio", "ratios", "groups") if key in own]
@@ -517,9 +515,9 @@ def _note(store: Store, ids: Mapping[str, str], report: Mapping[str, Any]) -> st
 
 
 def _experiments(tags: Mapping[str, str], name: str | None) -> dict[str, str]:
-    """The tag that lists the DVC experiments with this result, `name` added; given the run's tags.
+    """The tag that lists the DVC experiments with this result: those in `tags`, and `name`.
 
-    Nothing if there is no name.
+    Empty without a name.
     """
     if not name:
         return {}
@@ -528,7 +526,7 @@ def _experiments(tags: Mapping[str, str], name: str | None) -> dict[str, str]:
 
 
 def _metrics(rows: Sequence[tuple[Row, float]]) -> list[Any]:
-    """Epochs as MLflow takes them."""
+    """Epochs as MLflow metrics."""
     from mlflow.entities import Metric
 
     return [

@@ -1,6 +1,6 @@
 """`secateur groups`: write a form for pruner gconv that lists every convolution of the network.
 
-With -1 for each number of groups the form is to be filled in by hand, as that of gconv-prune's
+With -1 for each number of groups, the form has to be filled in by hand, like that of gconv-prune's
 `--dump-only`; with a number it is complete.
 """
 
@@ -21,7 +21,7 @@ EMPTY = -1
 def command(options: argparse.Namespace) -> None:
     """Write recipes/groups/<name>.json for the architecture and the data set of params.yaml.
 
-    Raises SettingsError if there is such a file, DataError if the data are not prepared.
+    Raises SettingsError if the file exists, DataError if the data are not prepared.
     """
     if Path(options.name).name != options.name or options.name.startswith("."):
         raise SettingsError(f"{options.name!r}: the name of a file in {FOLDER}/ is needed")

@@ -1,9 +1,9 @@
 """`secateur libraries`: compare the versions in params.yaml with those installed, or write them.
 
-Models depend on the versions of torch and torchvision, and DVC does not see what is installed. So
-params.yaml holds the versions, as a section that every stage that trains or measures declares: a
-change of it makes their models stale, which `dvc status` shows before `dvc repro` trains anything.
-A stage refuses to run with other versions than these.
+Models depend on the versions of torch and torchvision, but DVC does not see what is installed.
+Therefore params.yaml has the versions, in a section that every stage that trains or measures
+declares: a change makes their models stale, which `dvc status` shows before `dvc repro` trains
+anything. A stage refuses to run with other versions.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Rounds that lead to a target in several steps, written into params.yaml."""
+"""`secateur rounds`: write rounds that reach a target in several steps into params.yaml."""
 
 import argparse
 from pathlib import Path
@@ -14,9 +14,10 @@ from secateur.pipeline.record import FIRST
 
 
 def shares(target: float, steps: int, equal: bool = False) -> list[float]:
-    """The share of the dense network that is left after each of the steps.
+    """The share of the dense network that is left after each step.
 
-    Geometric steps leave the same share of what was there, equal ones take away as much each time.
+    Geometric steps each leave the same share of the previous network; equal steps each remove the
+    same share of the dense network.
     """
     if equal:
         return [1 - (1 - target) * step / steps for step in range(1, steps + 1)]
@@ -24,7 +25,7 @@ def shares(target: float, steps: int, equal: bool = False) -> list[float]:
 
 
 def settings(pruner: str, kind: str, left: list[float]) -> dict[str, Any]:
-    """Dotted keys of params.yaml -> values: one round of the main chain, and the further ones."""
+    """Dotted keys of params.yaml -> values: the round of the main chain, and further rounds."""
     first, *more = ({kind: float(f"{share:.6g}"), "of": "dense"} for share in left)
     rounds: dict[str, Any] = {}
     after = "finetuned"
@@ -41,7 +42,7 @@ def settings(pruner: str, kind: str, left: list[float]) -> dict[str, Any]:
 
 
 def command(options: argparse.Namespace) -> None:
-    """Print the settings, or write them into params.yaml; SettingsError if they do not fit it."""
+    """Print the settings, or write them into params.yaml; SettingsError if they do not fit."""
     if not 0 < options.to < 1:
         raise SettingsError(f"--to {options.to:g}: a share between 0 and 1 is needed")
     params = check()
@@ -65,7 +66,7 @@ def command(options: argparse.Namespace) -> None:
 
 
 def _check(text: str) -> None:
-    """SettingsError if params.yaml with this text would be refused."""
+    """SettingsError if params.yaml with this text would be invalid."""
     whole = Params.declared(yaml.safe_load(text))
     whole.chosen("pruners")
     for name in whole.rounds:
