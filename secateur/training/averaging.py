@@ -1,4 +1,4 @@
-"""Averages of the weights over a training (EMA, SWA), which are evaluated and kept."""
+"""Averages of the weights over a training (EMA, SWA), evaluated and kept in their place."""
 
 from collections.abc import Mapping
 
@@ -24,9 +24,9 @@ def build(
 
 
 def check(settings: Train, steps_per_epoch: int, penalty: Penalty | None = None) -> None:
-    """ArgumentError if the training ends before its average of weights begins.
+    """ArgumentError if the training ends before weights are averaged.
 
-    A penalty with a schedule of its own may end it before the last epoch.
+    A penalty with a schedule of its own may end the training before the last epoch.
     """
     end = settings.epochs * steps_per_epoch
     if settings.average.kind == "none" or not end:
@@ -55,12 +55,12 @@ def _first_step(settings: Train, steps_per_epoch: int) -> int:
 class WeightAverage:
     """The average of a network's weights over the steps of one training.
 
-    ema: after every step, `decay` times the average plus (1 - decay) times the weights; from the
-    step `start` on. swa: the plain mean of the weights after every epoch that ends at `start` or
-    later (P. Izmailov et al., Averaging weights leads to wider optima and better generalization,
-    UAI 2018). Zeros that are held stay zero, and what the penalty prunes meanwhile is zero in the
-    average from then on. Buffers are the network's; statistics of batch
-    normalisations do not belong to averaged weights, and are measured again for them.
+    ema: after every step from `start` on, `decay` times the average plus (1 - decay) times the
+    weights. swa: the plain mean of the weights after every epoch that ends at `start` or later
+    (P. Izmailov et al., Averaging weights leads to wider optima and better generalization, UAI
+    2018). Masked weights stay zero, and weights that the penalty prunes during the training are
+    zero in the average from then on. Buffers are those of the network, except that batch-norm
+    statistics, which do not fit averaged weights, are measured again.
     """
 
     def __init__(
@@ -81,11 +81,11 @@ class WeightAverage:
 
     @property
     def begun(self) -> bool:
-        """Whether anything has been averaged."""
+        """Whether any weights have been averaged yet."""
         return bool(self.averaged.n_averaged)
 
     def after_step(self, number: int) -> None:
-        """Take the weights after step `number` (from 0, over all epochs) into the average."""
+        """Add the weights after step `number` (from 0, over all epochs) to the average."""
         done = number + 1
         last = done % self.steps_per_epoch == 0
         if done >= self.start and (last or self.settings.kind == "ema"):
@@ -100,8 +100,8 @@ class WeightAverage:
             torch._foreach_mul_(averages, list(factors.values()))
 
     def network(self, data: Dataset) -> nn.Module:
-        """The network with averaged weights, ready to be evaluated; as long as nothing has been
-        averaged, the network that is trained."""
+        """The network with averaged weights, ready to be evaluated; before the first average, the
+        network that is trained."""
         if not self.begun:
             return self.model
         network: nn.Module = self.averaged.module
@@ -111,7 +111,7 @@ class WeightAverage:
         return network
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The averaged weights, and how many were averaged."""
+        """The averaged weights, and how many have been averaged."""
         return dict(self.averaged.state_dict())
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:

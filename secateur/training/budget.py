@@ -1,14 +1,14 @@
-"""Training epochs of a pruned network for the computation of the dense one."""
+"""Epochs of a pruned network that take as much computation as those of the dense network."""
 
 from secateur.base.sections import Finetune
 
 
 def extend_epochs(settings: Finetune, dense_macs: int, pruned_macs: int) -> Finetune:
-    """Increase the epochs to the computation that the given epochs take with the dense network.
+    """Increase the epochs to the computation that `settings.epochs` take with the dense network.
 
-    The MACs are multiply-accumulates for one image. Epochs are multiplied by their ratio, at least
-    1 and at most `settings.budget_limit`; milestones and warm-up are scaled alike. Source:
-    Scratch-B of Z. Liu et al., Rethinking the value of network pruning, ICLR 2019.
+    The MACs are those of one image. The epochs are multiplied by their ratio, limited to between 1
+    and `settings.budget_limit`; milestones and warm-up are scaled alike. Source: Scratch-B of
+    Z. Liu et al., Rethinking the value of network pruning, ICLR 2019.
     """
     if not settings.epochs:
         return settings

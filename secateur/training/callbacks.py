@@ -1,4 +1,4 @@
-"""Callbacks of the training loop: they are informed about its progress and cannot influence it."""
+"""Callbacks of the training loop, which observe its progress and cannot influence it."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ Row = dict[str, float]
 HISTORY_COLUMNS = (
     "epoch", "lr", "train_loss", "train_accuracy", "val_accuracy", "val_loss", "penalty",
 )  # fmt: skip
-"""Columns of a history; the last three where they apply. Accuracies are fractions."""
+"""Columns of a history; the last three only if they apply. Accuracies are fractions."""
 
 
 class Callback:
@@ -18,7 +18,7 @@ class Callback:
         """Training starts, or resumes after the epochs in `history`."""
 
     def on_step_end(self, epoch: int, step: int) -> None:
-        """A step of the optimizer is done; both numbers count from 1."""
+        """An optimizer step is done; both numbers count from 1."""
 
     def on_epoch_end(self, row: Row) -> None:
         """An epoch is done and evaluated."""

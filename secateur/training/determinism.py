@@ -15,8 +15,8 @@ def deterministic(device: torch.device, compiled: bool = False) -> Iterator[None
     """Set the global torch state that a training needs; restore it on return and on errors.
 
     Inside, only deterministic kernels are allowed and denormal numbers are flushed to zero. On
-    leaving, both settings and the states of the global random number generators (of the CPU, and of
-    `device` if it is a GPU) are what they were before. `compiled`: whether torch.compile is used.
+    exit, both settings and the states of the global random number generators (of the CPU, and of
+    `device` if it is a GPU) are restored. `compiled` says whether torch.compile is used.
     """
     mode = torch.get_deterministic_debug_mode()
     fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
@@ -24,7 +24,7 @@ def deterministic(device: torch.device, compiled: bool = False) -> Iterator[None
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         try:
             torch.set_deterministic_debug_mode("error")
-            if compiled:  # tells the compiler too, which takes more than a second to import
+            if compiled:  # informs the compiler too, whose import takes more than a second
                 torch.use_deterministic_algorithms(True)
             # deterministic mode also fills fresh memory, as a debugging aid: a tenth of a step
             torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
@@ -53,7 +53,7 @@ def seed_layers(seed: int, epoch: int, device: torch.device, rank: int = 0) -> N
     """
     sequence = np.random.SeedSequence(seed, spawn_key=(_LAYER_STREAM, epoch, rank))
     number = int(sequence.generate_state(1, np.uint64)[0])
-    if device.type == "cpu":  # torch.manual_seed notes the stack of its calls, for other devices
+    if device.type == "cpu":  # torch.manual_seed also records its call stack, for other devices
         torch.default_generator.manual_seed(number)
     else:
         torch.manual_seed(number)

@@ -1,4 +1,4 @@
-"""Distillation: a teacher network whose outputs the trained network imitates beside the labels."""
+"""Distillation: the trained network imitates a teacher's outputs, in addition to the labels."""
 
 import difflib
 from collections.abc import Callable, Mapping
@@ -17,14 +17,14 @@ from secateur.nn import checkpoint
 from secateur.training.engine import Engine
 
 MOST_LOGITS = 2**26
-"""Outputs of a teacher that are kept in memory: 256 MiB."""
+"""Limit of teacher outputs that are kept in memory: 256 MiB."""
 
 
 def softened_divergence(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T^2 times the divergence of the softened outputs, by image: (n, classes) twice -> (n,).
+    """T^2 times the KL divergence of the softened outputs of each image: (n, classes) -> (n,).
 
-    That is the sum over classes of p (log p - log q), where p is the teacher's softmax of logits
-    over T and q the network's; T^2 keeps the gradients as large as those of the labels. Source:
+    The divergence is the sum over classes of p (log p - log q), where p is the teacher's softmax of
+    logits / T and q the network's; T^2 keeps the gradients as large as those of the labels. Source:
     G. Hinton, O. Vinyals, J. Dean, Distilling the knowledge in a neural network, 2015.
     """
     ours = F.log_softmax(logits / temperature, 1)
@@ -33,7 +33,7 @@ def softened_divergence(logits: Tensor, teacher: Tensor, temperature: float) -> 
 
 
 def check_layers(names: tuple[str, ...], model: nn.Module, whose: str = "the network") -> None:
-    """Raise ArgumentError naming the first of the layers that the network does not have."""
+    """Raise ArgumentError naming the first of these layers that the network does not have."""
     known = {name for name, _ in model.named_modules() if name}
     for name in names:
         if name not in known:
@@ -48,11 +48,11 @@ def check_layers(names: tuple[str, ...], model: nn.Module, whose: str = "the net
 def load_teacher(
     path: Path, code: str, arch: str, own_code: dict[str, Any] | None
 ) -> tuple[Path, checkpoint.Checkpoint]:
-    """The file of a teacher, and what it holds: a network to teach one of the architecture `arch`.
+    """The file of a teacher, and its checkpoint; the network to be trained has architecture `arch`.
 
-    `path` and `code` are the settings; `own_code` are the settings of `arch` if it is a network of
-    the user's own. Raises CheckpointError if `code` is not the file of the teacher's architecture,
-    which may be left out where that is `arch`.
+    `path` and `code` are the settings `teacher` and `code`; `own_code` has the settings of `arch`
+    if that is a function of the user. Raises CheckpointError if `code` is not the file of the
+    teacher's architecture; it may be left out if that is `arch` too.
     """
     file = path / "model.safetensors" if path.is_dir() else path
     found = checkpoint.load(file)
@@ -61,8 +61,8 @@ def load_teacher(
     if header.arch == checkpoint.OWN_CODE:
         if arch != checkpoint.OWN_CODE:
             raise CheckpointError(
-                f"{file}: cannot teach a '{arch}': it is a network of a function of yours, which "
-                "teaches networks of that function alone"
+                f"{file}: cannot teach a '{arch}': its network comes from a function of yours, and "
+                "can only teach networks of that function"
             )
         found = checkpoint.load(file, arch, own_code)
     needed = f"secateur/archs/{theirs}.py"
@@ -75,7 +75,7 @@ def load_teacher(
 
 
 def check_data(file: Path, header: checkpoint.Header, info: DatasetInfo, *keys: str) -> None:
-    """Raise CheckpointError for the first of the keys in which teacher and data differ."""
+    """Raise CheckpointError naming the first of these keys in which teacher and data differ."""
     for key in keys:
         theirs, ours = list(getattr(header, key)), list(getattr(info, key))
         if theirs != ours:
@@ -86,14 +86,14 @@ def check_data(file: Path, header: checkpoint.Header, info: DatasetInfo, *keys: 
 
 
 class Distiller:
-    """The loss of one training by which a network imitates a teacher.
+    """The loss by which a network imitates a teacher during one training.
 
-    Of images that are the same in every epoch the teacher's outputs are computed once.
+    If the images are the same in every epoch, the teacher's outputs are computed only once.
 
-    With `features`, outputs of layers of the same name are compared too: the mean square of their
-    difference (A. Romero et al., FitNets, ICLR 2015). Where the teacher's layer is wider, which it
-    is when the network has been pruned, the network's output first passes a linear map of the
-    channels (a 1x1 convolution), which is trained with the network and not kept.
+    With `features`, outputs of layers of the same name are compared too, by the mean squared
+    difference (A. Romero et al., FitNets, ICLR 2015). Where the teacher's layer is wider, as after
+    pruning, the network's output first passes through a linear map of its channels (a 1x1
+    convolution), which is trained with the network and discarded afterwards.
     """
 
     def __init__(
@@ -104,9 +104,9 @@ class Distiller:
         shape: tuple[int, ...],
         seed: int,
     ) -> None:
-        """`shape` is that of an image; `seed` decides on the initial weights of the maps.
+        """`shape` is that of an image; `seed` determines the initial weights of the maps.
 
-        Raises ArgumentError for a layer that a network lacks or never runs, that gives more than
+        Raises ArgumentError for a layer that a network lacks or never runs, that returns more than
         one tensor, or whose outputs differ in more than their width.
         """
         self.settings, self.model = settings, model
@@ -117,13 +117,13 @@ class Distiller:
         self._theirs: dict[str, Tensor] = {}
         self._hooks: list[Any] = []
         self._logits: Tensor | None = None
-        """Of all training images, (images, classes); None where they are computed anew."""
+        """The teacher's logits of all training images, (images, classes); None if not stored."""
         self._order = torch.empty(0, dtype=torch.int64)
-        """Positions of the images of this epoch that are still to come."""
+        """Positions of the remaining images of this epoch."""
         self.maps = self._make_maps(shape, seed) if settings.features else {}
 
     def _make_maps(self, shape: tuple[int, ...], seed: int) -> dict[str, nn.Module]:
-        """Layer -> map of its outputs to the teacher's width, where that differs."""
+        """Layer -> map of its outputs to the teacher's width, if the widths differ."""
         device, training = next(self.model.parameters()).device, self.model.training
         image = torch.zeros(1, *shape, device=device)
         self.listen()
@@ -143,15 +143,15 @@ class Distiller:
         return maps
 
     def on(self, device: torch.device) -> list[nn.Parameter]:
-        """Move teacher and maps to a device; the parameters of the maps, to be trained too."""
+        """Move teacher and maps to a device; returns the maps' parameters, to be trained too."""
         self.teacher.to(device)
         return [p for module in self.maps.values() for p in module.to(device).parameters()]
 
     def start_epoch(self, batches: Batches, epoch: int, resized: bool, engine: Engine) -> None:
-        """Prepare for the images of an epoch, which follow in the order of `batches`.
+        """Prepare for an epoch, whose images come in the order of `batches`.
 
-        Unless images change from epoch to epoch, in content or size (`resized`), or features are
-        compared, the first call computes the teacher's logits of all training images.
+        The first call computes the teacher's logits of all training images, unless images differ
+        between epochs, in content or size (`resized`), or features are compared.
         """
         count = len(batches.split) * len(batches.info.classes)
         changing = resized or not batches.info.augment.nothing
@@ -175,9 +175,12 @@ class Distiller:
         return self._logits.index_select(0, now)
 
     def __call__(self, images: Tensor, logits: Tensor, engine: Engine) -> Tensor:
-        """The loss, summed over images (n, channels, height, width), of which the network has just
-        computed `logits` (n, classes): that of the outputs by `weight`, and that of the features
-        by `features_weight`. It can be differentiated with respect to the network alone."""
+        """The loss, summed over images (n, channels, height, width) for which the network has just
+        computed `logits` (n, classes).
+
+        It is `weight` times the loss of the outputs plus `features_weight` times the loss of the
+        features. Gradients flow to the network and the maps, not to the teacher.
+        """
         settings, wanted = self.settings, self._wanted(images, engine)
         loss = settings.weight * softened_divergence(logits, wanted, settings.temperature).sum()
         for name in settings.features:
@@ -189,14 +192,14 @@ class Distiller:
         return loss
 
     def average_gradients(self, engine: Engine) -> None:
-        """Give all processes the same gradients of the maps: the mean."""
+        """Average the gradients of the maps over all processes."""
         if engine.world > 1:
             for parameter in self.on(engine.device):
                 own = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
                 parameter.grad = engine.all_reduce(own) / engine.world
 
     def listen(self) -> None:
-        """Take the outputs of the layers in question whenever one of the networks computes."""
+        """Store the outputs of the compared layers in every forward pass of the two networks."""
         self._hooks = [
             network.get_submodule(name).register_forward_hook(_keep(found, name))
             for network, found in ((self.model, self._ours), (self.teacher, self._theirs))
@@ -228,7 +231,7 @@ class Distiller:
 def _keep(found: dict[str, Any], name: str) -> Callable[..., None]:
     """A hook that stores the output of a layer.
 
-    It is a copy, since what follows may work in place: a sum of shortcuts, or ReLU(inplace=True).
+    The output is copied, since later operations may be in-place, such as ReLU(inplace=True).
     """
 
     def store(_module: nn.Module, _inputs: Any, output: Any) -> None:
@@ -238,7 +241,7 @@ def _keep(found: dict[str, Any], name: str) -> Callable[..., None]:
 
 
 def _taken(name: str, found: dict[str, Any], whose: str) -> Tensor:
-    """The output of a layer, no longer stored; ArgumentError if it did not run or is no tensor."""
+    """Take a layer's output from `found`; ArgumentError if it is missing or not a tensor."""
     if name not in found:
         raise ArgumentError("distillation.features", f"{whose} never runs this layer", name)
     output = found.pop(name)
@@ -251,9 +254,9 @@ def _taken(name: str, found: dict[str, Any], whose: str) -> Tensor:
 
 
 def _map(name: str, ours: Tensor, theirs: Tensor) -> nn.Module | None:
-    """A linear map from the channels of one output to those of another; None where they agree.
+    """A linear map from the channels of one output to those of another; None if shapes are equal.
 
-    Channels are the second axis, of sequences (n, length, channels) the last.
+    Channels are the second axis; in sequences (n, length, channels), the last axis.
     """
     if ours.shape == theirs.shape:
         return None

@@ -1,10 +1,10 @@
 """Device, precision and processes of a training; several processes are joined by Lightning Fabric.
 
-One process and one device unless the environment has started several: torchrun or SLURM's srun.
-Setting SECATEUR_LAUNCH to the beginning of such a command (`torchrun --nproc-per-node 4`, or
-`srun --ntasks 8 python`) makes a training stage start itself that way under plain `dvc repro`. The
-number of processes is not a setting: it changes results by rounding alone (and the statistics of
-batch norms, which several GPUs take over all of them).
+There is one process and one device, unless torchrun or SLURM's srun has started several processes.
+If SECATEUR_LAUNCH is set to the beginning of such a command (`torchrun --nproc-per-node 4`, or
+`srun --ntasks 8 python`), a training stage starts itself that way under plain `dvc repro`. The
+number of processes is not a setting, since it changes results only by rounding (and by batch-norm
+statistics, which are taken over all GPUs).
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from secateur.base.machine import device, processes
 T = TypeVar("T")
 
 TIMEOUT = timedelta(days=1)
-"""Of waiting for the first process, which may itself wait for a concurrent run of the stage."""
+"""How long to wait for the first process, which may wait for a concurrent run of the stage."""
 
 
 class Engine:
@@ -50,10 +50,11 @@ class Engine:
         return self.rank == 0
 
     def prepare(self, model: nn.Module, compiled: bool) -> nn.Module:
-        """Wrap `model` for training: with its weights, gradients averaged over all processes.
+        """Wrap `model` for training; the wrapper shares its weights and averages gradients over all
+        processes.
 
-        On several GPUs, batch norms become SyncBatchNorm. On CPUs they stay as they are: each
-        process has its own statistics, and those of the first are kept.
+        On several GPUs, batch norms become SyncBatchNorm. On CPUs they do not: each process has its
+        own statistics, and those of the first process are kept.
         """
         if self.world > 1 and self.device.type == "cuda":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -79,12 +80,12 @@ class Engine:
         return summed
 
     def broadcast(self, value: T) -> T:
-        """The first process's value, returned in every process."""
+        """The value of the first process, returned in every process."""
         return self._fabric.broadcast(value) if self.world > 1 else value
 
 
 def _joined(kind: str, local: int, nodes: int) -> Any:
-    """Fabric, imported only here, since that takes over a second, with all processes joined."""
+    """Fabric with all processes joined; imported here, since the import takes over a second."""
     from lightning_fabric import Fabric
     from lightning_fabric.strategies.ddp import DDPStrategy
 
@@ -98,9 +99,9 @@ def _joined(kind: str, local: int, nodes: int) -> Any:
 
 
 def resolve(precision: str) -> str:
-    """Replace `auto` by bfloat16 where the hardware multiplies it faster, else by float32.
+    """Replace `auto` by bfloat16 if the hardware multiplies it faster, else by float32.
 
-    That is a GPU with bfloat16 of its own, or a CPU with matrix units (AMX) or with vector
+    This is the case on GPUs with native bfloat16, and on CPUs with matrix units (AMX) or vector
     instructions for it (AVX512_BF16).
     """
     if precision != "auto":
@@ -134,6 +135,6 @@ def relaunch(stage: str, arguments: Sequence[str] = ()) -> bool:
     if status:
         raise SecateurError(
             f"{stage}: a process of `{command}` ended with status {status} (see above); the state "
-            "after the last saved epoch is kept, run the same command again to go on"
+            "after the last saved epoch is kept, run the same command again to continue"
         )
     return True

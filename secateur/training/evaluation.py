@@ -18,8 +18,8 @@ def accuracy(
     """Fraction of the images that are classified correctly, and the mean cross-entropy.
 
     Computed in float32 on the model's device; with an engine, in its precision and divided among
-    its processes. The model is left in eval mode, and can be trained on: what it keeps of a pass
-    are no tensors of inference_mode.
+    its processes. The model is left in eval mode. It can be trained afterwards even if it caches
+    tensors, since inference_mode is not used.
     """
     model.eval()
     device = next(model.parameters()).device

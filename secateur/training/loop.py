@@ -29,13 +29,13 @@ from secateur.training.step import LossCheck, TrainStep
 
 @dataclass(frozen=True)
 class FitResult:
-    """History of a training, and the epoch whose weights the model has."""
+    """History of a training, and the epoch whose weights the model has now."""
 
     history: list[Row]
     best_epoch: int
-    """The epoch whose weights were kept, counted from 1; 0 if there were no epochs."""
+    """The epoch whose weights the model has, counted from 1; 0 if there were no epochs."""
     kept: dict[str, Tensor] = field(default_factory=dict)
-    """The weights after the epoch that was asked for; empty if none was."""
+    """The weights after `keep_epoch` epochs; empty if that is None."""
 
 
 def fit(
@@ -54,18 +54,18 @@ def fit(
 ) -> FitResult:
     """Train `model` in place on `data.train`; the loss is cross-entropy + penalty.
 
-    With a `distiller` on the same model, the loss of imitating its teacher is added. With
-    `settings.average`, the average of the weights is evaluated and kept. The result has the weights
-    after `keep_epoch` epochs too.
+    With a `distiller` for the same model, the loss of imitating its teacher is added. With
+    `settings.average`, the average of the weights is evaluated and kept. The result also contains
+    the weights after `keep_epoch` epochs.
 
     Weights that `masks` prune stay zero. The final weights are those of the epoch with the highest
     accuracy on `data.val` (ties: the lower loss), or of the last epoch if `settings.keep` is "last"
-    or there is no val. Without epochs only the masks are applied. Training resumes from the state
-    in `store` and ends with the same bytes; a penalty that is finished ends it after that step.
-    With several processes, each calls this and ends with the same weights.
+    or val is empty. With 0 epochs, only the masks are applied. A training that resumes from `store`
+    ends with the same bytes as one without interruption. A finished penalty ends the training after
+    that step. With several processes, each of them calls `fit` and ends with the same weights.
 
-    Raises TrainingError when the loss is no longer finite, the last good state being kept, and
-    ArgumentError before the first step for settings that the penalty or the network refuses.
+    Raises TrainingError if the loss is no longer finite; the last good state is kept. Raises
+    ArgumentError before the first step if the penalty or the network rejects the settings.
     """
     engine = engine or Engine(settings.precision)
     with determinism.deterministic(engine.device, settings.compile):
@@ -101,7 +101,7 @@ def fit(
 
 
 def _place(model: nn.Module, device: torch.device) -> None:
-    """Move the model to the device; convolutions run fastest in channels-last memory format."""
+    """Move the model to the device; networks with convolutions become channels-last, for speed."""
     model.to(device)
     if any(isinstance(module, nn.Conv2d) for module in model.modules()):
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -121,7 +121,7 @@ def _batches(data: Dataset, settings: Train, seed: int, engine: Engine) -> Batch
 
 
 def _resume(state: TrainingState, store: StateStore, engine: Engine) -> None:
-    """Restore the saved state, if there is one that fits; otherwise the training starts anew."""
+    """Restore the saved state if there is one that fits; otherwise training starts from scratch."""
     saved = engine.broadcast(store.load())
     if saved is None:
         return
@@ -135,7 +135,7 @@ def _resume(state: TrainingState, store: StateStore, engine: Engine) -> None:
 def _train_epoch(
     step: TrainStep, batches: Batches, epoch: int, callbacks: Sequence[Callback]
 ) -> Row:
-    """One pass over the training images, shorter if the penalty ends it; returns its row."""
+    """One pass over the training images, unless the penalty ends it earlier; returns its row."""
     seen = index = 0
     losses, sizes = LossCheck(epoch, step.settings.lr), ProgressiveResizing(step.settings)
     step.start_epoch()
@@ -170,10 +170,10 @@ def _train_epoch(
 def _evaluate_epoch(
     row: Row, model: nn.Module, data: Dataset, settings: Train, engine: Engine
 ) -> None:
-    """Add accuracy and loss on val to the row, if there is a val.
+    """Add accuracy and loss on val to the row, unless val is empty.
 
-    Raises TrainingError if a value or a weight is not finite: no loss has been computed since the
-    last step of the epoch, which may have broken the weights.
+    Raises TrainingError if a value or a weight is not finite: the last step of the epoch may have
+    broken the weights, and no loss has been computed since.
     """
     if len(data.val):
         row["val_accuracy"], row["val_loss"] = accuracy(model, data.val, data.info, engine)
@@ -206,10 +206,10 @@ def _start(
     steps_per_epoch: int,
     masks: Masks,
 ) -> None:
-    """Tell a penalty about the training; ArgumentError if its schedule does not fit into that.
+    """Tell the penalty about the training; ArgumentError if its schedule does not fit.
 
-    The same for sizes of images that the network does not take, and for an average of weights that
-    begins too late.
+    Also ArgumentError if the network does not accept one of the image sizes, or if averaging of
+    the weights begins too late.
     """
     progressive_resizing.check(model, settings.progressive_resizing, data.info.shape)
     penalties.begin(penalty, settings, steps_per_epoch, len(data.train), masks)

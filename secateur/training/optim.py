@@ -1,4 +1,4 @@
-"""Optimizer and learning rate from settings."""
+"""Optimizers and learning rates."""
 
 import inspect
 import math
@@ -13,15 +13,15 @@ from torch.nn.utils import parametrize
 from secateur.base.sections import Train
 
 WEIGHTED = (_ConvNd, nn.Linear, nn.MultiheadAttention)
-"""Layers whose weights decay where only weights do."""
+"""Layers whose weights have weight decay if `weight_decay_on` is weights."""
 
 
 def optimizer(
     model: nn.Module, settings: Train, more: Sequence[nn.Parameter] = ()
 ) -> torch.optim.Optimizer:
-    """Build the optimizer of the settings, in its fused implementation.
+    """Build the optimizer that the settings name, in its fused implementation.
 
-    `more` are parameters beside those of the model, which are trained without weight decay.
+    `more` are further parameters, besides those of the model, trained without weight decay.
     """
     lr = settings.lr
     groups = [
@@ -37,9 +37,9 @@ def optimizer(
 
 
 def _uncompiled(kind: type[torch.optim.Optimizer]) -> Any:
-    """The optimizer without decorators of torch that import the compiler: more than a second.
+    """The optimizer without torch's decorators that import the compiler, which takes over a second.
 
-    They only tell the compiler what not to trace; nothing here compiles the steps of an optimizer.
+    They only tell the compiler what not to trace, and optimizer steps are never compiled here.
     """
     names = ("add_param_group", "load_state_dict", "state_dict", "zero_grad")
     methods: dict[str, Any] = {name: inspect.unwrap(getattr(kind, name)) for name in names}
@@ -51,8 +51,8 @@ SGD, Adam, AdamW = map(_uncompiled, (torch.optim.SGD, torch.optim.Adam, torch.op
 
 
 def _groups_by_decay(model: nn.Module, settings: Train) -> list[tuple[list[nn.Parameter], float]]:
-    """Parameters and their weight decay: one group, or a second one without decay, of all that is
-    no weight of a convolution, a linear layer or a projection of attention."""
+    """Parameters and their weight decay: one group of all parameters, or a group of the weights of
+    convolutions, linear layers and attention projections, and one of the rest without decay."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     if settings.weight_decay_on == "all":
         return [(parameters, settings.weight_decay)]
@@ -64,7 +64,7 @@ def _groups_by_decay(model: nn.Module, settings: Train) -> list[tuple[list[nn.Pa
 
 
 def _weights(module: nn.Module) -> Iterator[nn.Parameter]:
-    """A layer's own weights, and what a parametrization computes them from; without biases."""
+    """A layer's own weights, and the parameters of parametrized weights; without biases."""
     if not isinstance(module, WEIGHTED):
         return
     for name, parameter in module.named_parameters(recurse=False):
@@ -84,7 +84,7 @@ def rate(settings: Train, step: int, steps_per_epoch: int) -> float:
     after the warm-up (I. Loshchilov, F. Hutter, SGDR, ICLR 2017); one_cycle: half a cosine up from
     lr / 25 over the first 30 % and down to lr / 10,000 (L. Smith, N. Topin, Super-convergence,
     2019). The warm-up is linear. The rate is above zero at the last step. With `schedule_after`,
-    step 0 has the rate of that epoch in a training that is longer by as much.
+    the schedule is that of a training longer by as many epochs, which are skipped.
     """
     if settings.schedule_by == "epoch":
         step -= step % steps_per_epoch

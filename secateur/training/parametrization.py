@@ -1,4 +1,4 @@
-"""Parametrizations as sparse-train uses them: weights computed from other parameters."""
+"""The interface of parametrizations: sparse-train computes weights from other parameters."""
 
 from collections.abc import Iterable
 from typing import Any, Protocol
@@ -13,34 +13,34 @@ from secateur.training.penalty import Penalty, ScheduledPenalty, TrainingPlan
 
 
 class Parametrization(Protocol):
-    """One parametrization of the weights of one model, which has been changed for it.
+    """A parametrization of the weights of one model, which it has changed in place.
 
-    Its parameters are the model's, so that the optimizer trains them and checkpoints of a running
-    training hold them.
+    Its parameters are parameters of the model, so the optimizer trains them and the saved state of
+    a training contains them.
     """
 
     def start(self, plan: TrainingPlan) -> None:
         """Called once, before a saved state is restored and before the first step."""
 
     def __call__(self, step: int) -> Tensor:
-        """Its term in the loss at an optimizer step (from 0): a scalar to differentiate."""
+        """Its term in the loss at an optimizer step (counted from 0): a differentiable scalar."""
 
     def metrics(self) -> dict[str, float]:
-        """Progress after an epoch, for its row of history; finite numbers, always the same keys."""
+        """Progress after an epoch, for its history row: finite numbers, always the same keys."""
 
     def collapse(self) -> Choices:
-        """Give the model plain weights again, those of its forward pass in eval mode.
+        """Give the model plain weights again, equal to those of its forward pass in eval mode.
 
-        Returns the weights that are zero, as choices of single weights by parameter name.
+        Returns which weights are zero, as choices of single weights by parameter name.
         """
 
 
 def build(
     name: str, settings: Any, model: nn.Module, epochs: int | None = None
 ) -> Parametrization | None:
-    """Parametrize the model in place; None if parametrization `name` leaves it as it is.
+    """Parametrize the model in place; None if parametrization `name` does not change it.
 
-    A training of 0 `epochs` hands the network on as it came, so there is none either.
+    With 0 `epochs` the network is passed on unchanged, so the result is None too.
     """
     if epochs == 0:
         return None
@@ -51,9 +51,9 @@ def build(
 def joined(
     name: str, parametrization: Parametrization | None, penalty: Penalty | None
 ) -> Penalty | None:
-    """The penalty with the term of the parametrization; the penalty itself if there is none.
+    """The penalty with the parametrization's term added; the penalty itself if that is None.
 
-    Raises ArgumentError if both of them choose what is pruned.
+    Raises ArgumentError if both of them select what to prune.
     """
     if parametrization is None:
         return penalty
@@ -79,7 +79,7 @@ class _Joined:
         return self.penalty is not None and self.penalty.finished
 
     def __call__(self, step: int) -> Tensor:
-        """Sum of both."""
+        """Sum of both terms."""
         term = self.parametrization(step)
         return term if self.penalty is None else term + self.penalty(step)
 
@@ -98,7 +98,7 @@ class _Joined:
         return self.parametrization.metrics()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The penalty's; that of the parametrization is part of the model."""
+        """State of the penalty; the parametrization's state is part of the model."""
         return {} if self.penalty is None else self.penalty.state_dict()
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -108,6 +108,6 @@ class _Joined:
 
 
 def zeros(model: nn.Module, names: Iterable[str]) -> Choices:
-    """The zeros of these weights, as choices of single weights, on the CPU."""
+    """The zeros in these weights, as choices of single weights, on the CPU."""
     found = {name: (model.get_parameter(name).detach() == 0).cpu() for name in names}
     return {name: choice for name, choice in found.items() if bool(choice.any())}

@@ -1,4 +1,4 @@
-"""Penalties as the training loop uses them: terms added to the loss of every step."""
+"""The interface of penalties: terms that the training loop adds to the loss of every step."""
 
 import inspect
 import math
@@ -16,20 +16,20 @@ from secateur.training.callbacks import Row
 
 
 class Penalty(Protocol):
-    """One penalty on one model, multiplied by its strength `decay`."""
+    """A penalty on one model, multiplied by its strength `decay`."""
 
     @property
     def finished(self) -> bool:
-        """Whether the penalty's own schedule has ended, and with it the training."""
+        """Whether the penalty's own schedule has ended, which ends the training."""
 
     def __call__(self, step: int) -> Tensor:
-        """Value at an optimizer step (from 0, over all epochs): a scalar to differentiate.
+        """Value at an optimizer step (from 0, over all epochs): a differentiable scalar.
 
         Called once per step, in order.
         """
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What a resumed training restores; empty for a penalty without state."""
+        """The state that a resumed training restores; empty for a penalty without state."""
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore what `state_dict` returned."""
@@ -37,45 +37,45 @@ class Penalty(Protocol):
 
 @runtime_checkable
 class MeasuredPenalty(Protocol):
-    """Further member of a penalty whose progress is noted."""
+    """Additional method of a penalty that reports its progress."""
 
     def metrics(self) -> dict[str, float]:
-        """Progress after an epoch, for its row of history; finite numbers, always the same keys."""
+        """Progress after an epoch, for its history row: finite numbers, always the same keys."""
 
 
 @runtime_checkable
 class ScheduledPenalty(MeasuredPenalty, Protocol):
-    """Further members of a penalty that runs a schedule of its own and selects what to prune."""
+    """Additional members of a penalty that runs its own schedule and selects what to prune."""
 
     max_steps: int
-    """Steps of the optimizer that the schedule takes at most."""
+    """Largest number of optimizer steps that the schedule takes."""
 
     def choices(self) -> dict[str, Tensor]:
-        """What to prune, by the weight's parameter name; see sparsity/choices.py."""
+        """What to prune, by parameter name of the weight; see sparsity/choices.py."""
 
     def growth_table(self) -> list[Row]:
-        """Progress of the schedule as a table: one row for each step at which it was noted."""
+        """Progress of the schedule as a table: one row for each recorded step."""
 
 
 @runtime_checkable
 class MaskingPenalty(Protocol):
-    """Further member of a penalty that holds entries of parameters at zero."""
+    """Additional method of a penalty that holds entries of parameters at zero."""
 
     def held_factors(self) -> Mapping[str, Tensor]:
-        """Parameter name -> 1 where an entry is kept now, else 0; broadcastable to it."""
+        """Parameter name -> 1 for entries that are kept now, else 0; broadcastable to its shape."""
 
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """What a penalty knows in advance of the training that it is part of."""
+    """What a penalty knows in advance about the training that it is part of."""
 
     settings: Train
     steps: int
-    """Steps of the optimizer, over all epochs."""
+    """Number of optimizer steps, over all epochs."""
     images: int
     """Number of images in the training split."""
     masks: Mapping[str, Tensor] = field(default_factory=dict)
-    """Parameter name -> False where the training holds entries at zero."""
+    """Parameter name -> mask, False for entries that the training holds at zero."""
 
     def in_steps(self, value: float) -> int:
         """Number of steps that a `StepsOrShare` stands for; a share is rounded down."""
@@ -84,22 +84,22 @@ class TrainingPlan:
 
 @runtime_checkable
 class SteppingPenalty(Protocol):
-    """Further members of a penalty that acts on gradients and weights at every step.
+    """Additional methods of a penalty that acts on gradients and weights at every step.
 
-    What it remembers between two steps is in its `state_dict`.
+    Its `state_dict` contains everything that it remembers between two steps.
     """
 
     def start(self, plan: TrainingPlan) -> None:
         """Called once, before a saved state is restored and before the first step.
 
-        Raises ArgumentError naming the key of the training's settings that does not suit it.
+        Raises ArgumentError naming the key of the training's settings that it does not support.
         """
 
     def before_step(self, step: int, optimizer: Optimizer) -> None:
-        """Called when the gradients of a step are computed, those of the penalty included."""
+        """Called after the gradients of a step, including the penalty's, have been computed."""
 
     def after_step(self, step: int, optimizer: Optimizer) -> None:
-        """Called when the optimizer has changed the weights, and masked ones are zero again."""
+        """Called after the optimizer has updated the weights and masks have been applied again."""
 
 
 def begin(
@@ -109,9 +109,9 @@ def begin(
     images: int,
     masks: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Tell a penalty about the training, before its first step; `images` are those of the split.
+    """Tell a penalty about the training before its first step; `images` counts the training images.
 
-    Raises ArgumentError naming the key of the training's settings that does not suit it.
+    Raises ArgumentError naming the key of the training's settings that it does not support.
     """
     steps = settings.epochs * steps_per_epoch
     if isinstance(penalty, SteppingPenalty):
@@ -124,7 +124,7 @@ def begin(
             f"the penalty may need {penalty.max_steps:,} steps until it is finished; at "
             f"{steps_per_epoch:,} steps an epoch that is "
             f"{math.ceil(penalty.max_steps / steps_per_epoch):,} epochs. It ends by itself, so "
-            "more do no harm",
+            "more epochs do no harm",
             settings.epochs,
         )
     if settings.keep != "last":
@@ -139,10 +139,10 @@ def begin(
 def build(
     name: str, settings: Any, model: nn.Module, decay: float, shape: Sequence[int] | None = None
 ) -> Penalty | None:
-    """The penalty of this name on this model; None where it would change no training.
+    """The penalty of this name on this model; None if it would have no effect.
 
-    `shape` of one image, (channels, height, width), is for penalties that follow channels through
-    the network: those whose `build` has a parameter of this name.
+    `shape`, (channels, height, width) of one image, is passed to penalties whose `build` has a
+    parameter of this name, which follow channels through the network.
     """
     make = plugin.load("penalties", name).build
     more = {"shape": shape} if "shape" in inspect.signature(make).parameters else {}

@@ -1,4 +1,4 @@
-"""New statistics of batch normalisations; pruning changes what they should be."""
+"""Measure batch-norm statistics again, since pruning changes the activations."""
 
 from collections.abc import Iterable
 from itertools import islice
@@ -12,15 +12,15 @@ from secateur.data.dataset import Dataset
 from secateur.sparsity.masks import BatchNorm
 
 BATCH = 128
-"""Images over which statistics are averaged at once."""
+"""Images per batch over which statistics are computed."""
 
 
 def recalibrate_on(
     model: nn.Module, data: Dataset, images: int, device: torch.device
 ) -> tuple[int, int]:
-    """Recalibrate on at most `images` training images, drawn at random, the same ones every time.
+    """Recalibrate on at most `images` training images, a random sample that is always the same.
 
-    The network is on the device. Returns the numbers of normalisations and of images.
+    The network must be on `device`. Returns the numbers of normalisations and of images.
     """
     size = min(BATCH, images, len(data.train))
     whole = max(1, min(images, len(data.train)) // size)  # of equal size, so that all weigh equally
@@ -36,9 +36,9 @@ def recalibrate_on(
 def recalibrate(model: nn.Module, batches: Iterable[Tensor]) -> int:
     """Set running means and variances to the averages over batches of images, in place.
 
-    All batches have equal weight, so they should have one size. Other layers (dropout) stay in eval
-    mode, and so does the model afterwards. Returns the number of normalisations. Raises
-    TrainingError for a batch of one image where a normalisation sees single pixels.
+    All batches have equal weight, so they should have the same size. Other layers (dropout) are in
+    eval mode, and so is the model afterwards. Returns the number of normalisations. Raises
+    TrainingError for a batch of one image if a normalisation has feature maps of one pixel.
     """
     norms = [m for m in model.modules() if isinstance(m, BatchNorm) and m.track_running_stats]
     momenta = [norm.momentum for norm in norms]

@@ -1,13 +1,13 @@
-"""Training state outside DVC's outs: killed stages resume, concurrent equal stages train once.
+"""Training state outside of DVC's outs: killed stages resume, equal concurrent stages train once.
 
-A stage that trains works in `.resume/<stage>/<fingerprint>/` of the user's project (also from an
-experiment's temporary copy), under a lock that is released when the process dies. The fingerprint
-covers params, inputs, code and versions, so that equal fingerprints mean equal results. A finished
-stage keeps a copy of its outs there for a day: a concurrent process that waited for the lock takes
-them over instead of training.
+A training stage works in `.resume/<stage>/<fingerprint>/` of the user's project (also if it runs in
+an experiment's temporary copy), under a lock that is released when the process dies. The
+fingerprint covers params, inputs, code and versions, so equal fingerprints mean equal results. A
+finished stage keeps a copy of its outs there for a day: a concurrent process that has waited for
+the lock copies them instead of training.
 
-State and outs carry a hash of their content. Whatever is damaged there is reported in one line and
-discarded: it only saves time, and the stage starts again without it.
+State and outs carry a hash of their content. Damaged ones are reported in one line and discarded:
+they only save time, and the stage starts again without them.
 """
 
 import contextlib
@@ -35,13 +35,13 @@ from secateur.base.stage import Stage, content_hash, project_root
 
 STATE, NOTES = "state.safetensors", "notes.json"
 KEEP_DAYS = 1.0
-"""Finished outs and abandoned state are deleted when they have not changed for this long."""
+"""Finished outs and abandoned state are deleted after this many days without a change."""
 
 
 class ResumeStore:
-    """State, notes and finished outs of one fingerprint; only one process holds it at a time.
+    """State, notes and finished outs of one fingerprint, used by only one process at a time.
 
-    It is the `StateStore` of a training stage.
+    This is the `StateStore` of a training stage.
     """
 
     def __init__(self, folder: Path, outs: list[str]) -> None:
@@ -53,7 +53,7 @@ class ResumeStore:
 
     @property
     def complete(self) -> bool:
-        """Whether a process has finished this stage and its outs are whole; damaged ones go."""
+        """Whether a process has finished this stage with intact outs; discards damaged ones."""
         done = self.folder / "done"
         if not os.path.lexists(done / "complete"):
             return False
@@ -84,7 +84,7 @@ class ResumeStore:
             (self.folder / leftover).unlink(missing_ok=True)
 
     def note(self, key: Literal["run_id", "seconds"], value: Any = None) -> Any:
-        """Write a small value beside the state if one is given; returns the value of the key."""
+        """Store a small value next to the state if one is given; returns the value of the key."""
         notes = self._notes()
         if value is not None and notes.get(key) != value:
             files.write_text(self.folder / NOTES, json.dumps({**notes, key: value}))
@@ -92,7 +92,7 @@ class ResumeStore:
         return notes.get(key)
 
     def _notes(self) -> dict[str, Any]:
-        """The notes that were written; those of a damaged file are discarded with a warning."""
+        """The stored notes; a damaged file is discarded with a warning."""
         path = self.folder / NOTES
         if not os.path.lexists(path):
             return {}
@@ -106,9 +106,9 @@ class ResumeStore:
     def save(self, tensors: Mapping[str, Tensor], info: dict[str, Any]) -> bool:
         """Copy the state after an epoch to memory; returns whether it was also written to disk.
 
-        It is written at most every second (`machine.save_interval`), and at most a twentieth of the
-        time is spent on it, unless every epoch is to be saved. What a kill loses in between is
-        computed again, to the same bytes.
+        By default it is written at most every second (`machine.save_interval`), and writing takes
+        at most a twentieth of the time, unless every epoch is to be saved. Epochs that are lost
+        when the process is killed are computed again, to the same bytes.
         """
         copies = {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()}
         self._unwritten = (copies, info)
@@ -133,9 +133,9 @@ class ResumeStore:
         self._write_seconds = self._last_write - start
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """The state that an interrupted process has written, if any.
+        """The state that an interrupted process has written, or None.
 
-        A file that is damaged is discarded with a warning.
+        A damaged file is discarded with a warning.
         """
         path = self.folder / STATE
         if not os.path.lexists(path):
@@ -176,7 +176,7 @@ _NOTES = TypeAdapter(_Notes)
 
 
 def _discard(path: Path, error: Exception) -> None:
-    """Delete what cannot be read, and warn that its content is computed again."""
+    """Delete a damaged file or folder, and warn that its content is computed again."""
     print(f"warning: {error}; discarded, its work is done again", file=sys.stderr, flush=True)
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
@@ -189,7 +189,8 @@ def _discard(path: Path, error: Exception) -> None:
 def single_flight(
     stage: Stage, outs: list[str], on_wait: Callable[[], None]
 ) -> Iterator[ResumeStore]:
-    """Lock the store of this stage's fingerprint; waits for a concurrent process after `on_wait`.
+    """Lock the store of this stage's fingerprint; calls `on_wait` before it waits for another
+    process.
 
     If an error ends the stage, the last state held in memory is written before the lock is
     released.
@@ -209,7 +210,7 @@ def single_flight(
 
 @contextlib.contextmanager
 def unused(stage: str, fingerprint: str) -> Iterator[bool]:
-    """Whether no process works on this fingerprint; if so, none begins before the context ends."""
+    """Whether no process uses this fingerprint; if so, none can start before the context ends."""
     path = project_root() / ".resume" / stage / fingerprint / "lock"
     if not path.is_file():
         yield True
@@ -224,9 +225,9 @@ def unused(stage: str, fingerprint: str) -> Iterator[bool]:
 
 
 def _clear_way(root: Path, folder: Path) -> None:
-    """Remove what lies in the place of a folder or of the lock file.
+    """Remove anything that blocks the path of a folder or of the lock file.
 
-    A foreign file named `.resume` is renamed, since it is not ours to delete.
+    An unrelated file named `.resume` is renamed, not deleted.
     """
     if os.path.lexists(root) and not root.is_dir():
         kept = root.with_name(f"{root.name}.{time.time_ns()}")
@@ -244,9 +245,10 @@ def _clear_way(root: Path, folder: Path) -> None:
 
 
 def _lock(folder: Path, on_wait: Callable[[], None]) -> TextIO:
-    """The folder's lock file, locked until closed; other stages may delete an old folder first.
+    """The folder's lock file, locked until it is closed.
 
-    Raises SecateurError if it cannot be written or locked.
+    Other stages may delete an old folder meanwhile, so this retries. Raises SecateurError if the
+    file cannot be written or locked.
     """
     path = folder / "lock"
     while True:
@@ -275,7 +277,7 @@ def _delete_old(root: Path, keep: Path) -> None:
     limit = time.time() - KEEP_DAYS * 86_400
     for lock_file in root.glob("*/*/lock"):
         folder = lock_file.parent
-        with contextlib.suppress(OSError):  # held, deleted meanwhile, or of another user
+        with contextlib.suppress(OSError):  # locked, deleted meanwhile, or owned by another user
             if folder == keep or _last_change(folder) > limit or not lock_file.is_file():
                 continue
             with lock_file.open() as lock:
@@ -284,7 +286,7 @@ def _delete_old(root: Path, keep: Path) -> None:
 
 
 def _last_change(folder: Path) -> float:
-    """Time of the last change in the folder, whose files may appear and disappear meanwhile."""
+    """Time of the last change in the folder; its files may appear and disappear meanwhile."""
     times = [folder.stat().st_mtime]
     for path in folder.iterdir():
         with contextlib.suppress(FileNotFoundError):

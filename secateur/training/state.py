@@ -14,27 +14,27 @@ from secateur.training.callbacks import Row
 
 
 class StateStore(Protocol):
-    """Keeps the state of a training beyond the life of its process."""
+    """Keeps the state of a training beyond the lifetime of its process."""
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """The state that an earlier process has saved, if any: tensors and plain values."""
+        """The state that an earlier process has saved, tensors and plain values, or None."""
 
     def save(self, tensors: Mapping[str, Tensor], info: dict[str, Any]) -> bool:
-        """Copy the state after an epoch; returns whether it is on disk already."""
+        """Copy the state after an epoch; returns whether it is already on disk."""
 
 
 class Stateful(Protocol):
-    """A part of a training that remembers something from one step to the next."""
+    """A part of a training that has state between steps."""
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What a resumed training restores."""
+        """The state that a resumed training restores."""
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore what `state_dict` returned; an error if it does not fit."""
 
 
 class TrainingState:
-    """All that a resumed training needs: weights, optimizer, history, best epoch, other parts."""
+    """All state that a resumed training needs: weights, optimizer, history, best epoch, parts."""
 
     def __init__(
         self,
@@ -43,15 +43,15 @@ class TrainingState:
         parts: Mapping[str, Stateful | None],
         keep_epoch: int | None = None,
     ) -> None:
-        """`parts` by the prefix of their tensors, such as `penalty`; None where there is none.
+        """`parts` maps the prefix of tensor names, such as `penalty`, to a stateful part or None.
 
-        The weights after `keep_epoch` epochs are remembered.
+        The weights after `keep_epoch` epochs are kept.
         """
         self.model, self.optimizer = model, optimizer
         self.parts = {name: part for name, part in parts.items() if part is not None}
         self.history: list[Row] = []
         self.best_epoch = 0
-        """Counted from 1; 0 as long as no epoch has been compared."""
+        """Counted from 1; 0 if no epoch has been compared yet."""
         self.best_weights: dict[str, Tensor] = {}
         self.keep_epoch = keep_epoch
         self.kept_weights: dict[str, Tensor] = _copy(model) if keep_epoch == 0 else {}
@@ -60,8 +60,8 @@ class TrainingState:
     def record(self, row: Row, keep_best: bool, evaluated: nn.Module | None = None) -> None:
         """Append an epoch to the history; with `keep_best`, copy its weights if it is the best.
 
-        `evaluated` is the network that the row is about, if it is not the one that is trained. The
-        best epoch has the highest accuracy on val, and the lowest loss among equal ones.
+        `evaluated` is the network that was evaluated, if it is not the one that is trained. The
+        best epoch has the highest accuracy on val; among equal accuracies, the lowest loss.
         """
         self.history.append(row)
         if len(self.history) == self.keep_epoch:
@@ -77,7 +77,7 @@ class TrainingState:
         self.best_weights = _copy(evaluated or self.model)
 
     def load_best(self, last: nn.Module) -> None:
-        """Load the weights of the best epoch into the model; without any, those of `last`."""
+        """Load the weights of the best epoch into the model; if there is none, those of `last`."""
         if self.best_weights:
             self.model.load_state_dict(self.best_weights)
         elif last is not self.model:
@@ -97,19 +97,19 @@ class TrainingState:
     def load_state_dict(self, tensors: dict[str, Tensor], info: dict[str, Any]) -> None:
         """Restore what `state_dict` returned.
 
-        Raises StateError, and leaves everything as it was, if the state does not fit.
+        Raises StateError if the state does not fit; everything then stays unchanged.
         """
         own, own_info = self.state_dict()
         before = {name: tensor.detach().clone() for name, tensor in own.items()}
         try:
             self._load(tensors, info)
-        except Exception as error:  # whatever torch or a penalty raises on foreign tensors
+        except Exception as error:  # whatever torch or a penalty raises on unsuitable tensors
             self._load(before, own_info)
             reason = cut(str(error) or type(error).__name__, 200)
             raise StateError(f"the saved state does not fit this training: {reason}") from error
 
     def _load(self, tensors: dict[str, Tensor], info: dict[str, Any]) -> None:
-        """Restore a state; ValueError and others if it does not fit, half of it then loaded."""
+        """Restore a state; if it does not fit, raises various errors after loading part of it."""
         progress = validated(_PROGRESS, info, "history", StateError)
         progress.check()
         kinds = {name.split("/")[0] for name in tensors}
@@ -122,7 +122,7 @@ class TrainingState:
             if there:
                 _check_like(own, found)
         if best and not progress.best:
-            raise ValueError("weights of a best epoch that there is not")
+            raise ValueError("weights of a best epoch, but no best epoch")
         self.model.load_state_dict(weights)
         device = next(self.model.parameters()).device
         self.best_weights = {n: t.to(device) for n, t in best.items()}
@@ -149,7 +149,7 @@ class TrainingState:
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
 
     def _optimizer_keys(self) -> set[frozenset[str]]:
-        """The sets of tensors that the optimizer may keep for a parameter."""
+        """Allowed sets of tensor names that the optimizer keeps for a parameter."""
         if isinstance(self.optimizer, torch.optim.SGD):
             return {frozenset({"momentum_buffer"})}
         return {frozenset({"step", "exp_avg", "exp_avg_sq"})}
@@ -157,7 +157,7 @@ class TrainingState:
 
 @dataclass(frozen=True)
 class _Progress:
-    """Plain values of a state. Annotations are their schema."""
+    """Plain values of a state. The annotations are their schema."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -165,7 +165,7 @@ class _Progress:
     best: Annotated[int, Field(ge=0, strict=True)]
 
     def check(self) -> None:
-        """ValueError if epochs are missing, or the best one is none of them."""
+        """ValueError if epochs are missing, or the best epoch is not one of them."""
         if [row.get("epoch") for row in self.history] != [*range(1, len(self.history) + 1)]:
             raise ValueError("its epochs are not numbered from 1")
         if any(row.keys() != self.history[0].keys() for row in self.history):
@@ -180,12 +180,12 @@ _PROGRESS = TypeAdapter(_Progress)
 
 
 def _copy(model: nn.Module) -> dict[str, Tensor]:
-    """Weights and buffers as they are now."""
+    """A copy of the current weights and buffers."""
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
 def _check_like(own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
-    """ValueError unless names, shapes and types are those of the network."""
+    """ValueError unless names, shapes and types equal those of the network."""
     if wrong := sorted(own.keys() ^ found.keys()):
         raise ValueError(f"{cut(wrong[0])} is missing or of no use")
     for name, tensor in own.items():
@@ -194,5 +194,5 @@ def _check_like(own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
 
 
 def with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose name starts with `prefix`, by the rest of their names."""
+    """The tensors whose names start with `prefix`, by the rest of their names."""
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}

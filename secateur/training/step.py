@@ -1,4 +1,4 @@
-"""One step of the optimizer on one batch, and the check that losses stay finite."""
+"""One training step on one batch, and the check that losses stay finite."""
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from secateur.training.penalty import Penalty, SteppingPenalty
 
 
 class TrainStep:
-    """Updates the weights for one batch after the other, and sums up the metrics of an epoch."""
+    """Updates the weights batch by batch, and accumulates the metrics of an epoch."""
 
     def __init__(
         self,
@@ -49,12 +49,12 @@ class TrainStep:
         self.loss_sum, self.correct, self.penalty_sum = zero, zero.clone(), zero.clone()
 
     def close(self) -> None:
-        """Leave the model without anything that belongs to this training."""
+        """Remove the distillation hooks from the model."""
         if self.distiller is not None:
             self.distiller.close()
 
     def __call__(self, images: Tensor, labels: Tensor, count: int, number: int) -> Tensor:
-        """Take step `number` (from 0, over all epochs) and return the loss, penalty included.
+        """Take step `number` (from 0, over all epochs); returns the loss including the penalty.
 
         `images` (n, channels, height, width) and `labels` (n,) are this process's part of a
         batch of `count` images.
@@ -85,7 +85,7 @@ class TrainStep:
     def _accumulate(
         self, images: Tensor, labels: Tensor, count: int, number: int
     ) -> tuple[Tensor, Tensor]:
-        """Accumulate the gradients of a batch part by part; loss without and with penalty."""
+        """Accumulate a batch's gradients part by part; returns loss without and with penalty."""
         parts = self.settings.accumulate_grad_batches
         loss = total = torch.zeros((), device=self.engine.device)
         pairs = list(zip(images.chunk(parts), labels.chunk(parts), strict=True))
@@ -100,9 +100,9 @@ class TrainStep:
         return loss, total
 
     def _loss(self, images: Tensor, labels: Tensor, count: int) -> Tensor:
-        """Sum of the cross-entropies over some images, divided by the batch size `count`.
+        """Sum of the cross-entropies over these images, divided by the batch size `count`.
 
-        With a teacher, its part of the loss is added to the part of the labels.
+        With a teacher, this is the weighted sum of the losses on the labels and on its outputs.
         """
         if not len(labels):  # a last batch smaller than the number of processes
             images = images.new_zeros(1, *images.shape[1:])
@@ -130,14 +130,14 @@ class TrainStep:
         return summed * (self.engine.world / count)  # the processes' gradients are averaged
 
     def _penalty(self, penalty: Penalty, number: int) -> Tensor:
-        """The penalty at a step, which is added to the sum of the epoch."""
+        """The penalty at a step; it is also added to the sum of the epoch."""
         value = penalty(number)
         self.penalty_sum += value.detach()
         return value
 
 
 class LossCheck:
-    """Checks losses in groups, so that a GPU is not synchronised at every step."""
+    """Checks losses in groups, so that the GPU is not synchronised at every step."""
 
     def __init__(self, epoch: int, lr: float, interval: int = 50) -> None:
         """`epoch` counts from 0; `interval` is the number of steps between two checks."""
