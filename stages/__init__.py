@@ -1,4 +1,4 @@
-"""The pipeline's steps, one script each, run as `python -m stages.<name>`."""
+"""The stages of the pipeline, one script each, run as `python -m stages.<name>`."""
 
 import secateur.base.allocator
 

@@ -1,14 +1,14 @@
-"""baseline: train the dense network, or take it from weights that are there.
+"""baseline: train the dense network, or load it from existing weights.
 
-Reads   data/<dataset>, and what baseline.weights names: a file or folder in weights/, or the
-        weights that torchvision or timm publish for the architecture.
+Reads   data/<dataset>, and the weights that baseline.weights names: a file or folder in weights/,
+        or the weights that torchvision or timm publish for the architecture.
 Writes  models/baseline/model.safetensors, history.csv (one row per epoch) and scales.csv (histogram
         of the scales of batch normalisations), and models/baseline.run.json, which names the run
         that made them; with baseline.keep_epoch also epoch.safetensors, the weights of that epoch.
 
-With baseline.epochs: 0 the weights are taken as they are; otherwise they are trained on. Images are
-normalised as the weights' source says, if it does. A killed training, run again, resumes from its
-last saved epoch and ends with the same bytes.
+With baseline.epochs: 0 the weights are used unchanged; otherwise they are trained further. Images
+are normalised as the source of the weights specifies, if it does. A killed training, run again,
+resumes from its last saved epoch and ends with the same bytes.
 """
 
 import copy
@@ -35,7 +35,7 @@ def main() -> None:
 
 
 def make_dense(context: runner.TrainingContext) -> runner.StageResult:
-    """Train a network on cross-entropy alone, from random weights or from given ones."""
+    """Train a network with cross-entropy only, from random or given weights."""
     settings, header = context.params.baseline, context.header()
     torch.manual_seed(context.params.seed)
     model = checkpoint.build_architecture(header)
@@ -62,7 +62,7 @@ def make_dense(context: runner.TrainingContext) -> runner.StageResult:
 
 
 def _notes(context: runner.TrainingContext) -> dict[str, Any]:
-    """What of the user's own code the network depends on: later stages see it in its file."""
+    """The user's own code that the network depends on; later stages read it from the model."""
     if context.params.arch != checkpoint.OWN_CODE:
         return {}
     source = context.params.chosen("archs").source
@@ -89,7 +89,7 @@ def _find_weights(context: runner.TrainingContext) -> Weights | None:
 def _fill(
     model: nn.Module, header: Header, found: Weights, context: runner.TrainingContext
 ) -> None:
-    """Load the weights into the network; CheckpointError if they do not fit it or the classes."""
+    """Load the weights into the network; CheckpointError if they do not fit it or its classes."""
     settings, module = context.params.baseline, plugin.load("archs", header.arch)
     reset, ends = settings.head == "reset", checkpoint.classifier(header)
     classes = found.checkpoint.header.classes if found.checkpoint else header.classes
@@ -123,7 +123,7 @@ def _fill(
 
 
 def _describe(found: Weights, header: Header) -> str:
-    """One line about the weights: where they come from, and what they expect of images."""
+    """One line about the weights: their source, and the images that they expect."""
     text = f"{found.source}, sha256 {found.sha256[:12]}"
     if not found.mean:
         text += ", names no normalisation: images are normalised as the data set's settings say"

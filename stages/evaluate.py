@@ -4,12 +4,12 @@ Reads   data/<dataset> (its test images, which no other stage reads), models/bas
         models/sparse, models/pruned, models/finetuned and their *.run.json, and those of all
         further rounds in models/rounds.
 Writes  metrics/evaluate.json, metrics/layers.csv (one row for each layer of each model),
-        metrics/rounds.csv (the dense network and the one that each round has left), and the
-        pipeline run in MLflow.
+        metrics/rounds.csv (one row for the dense network and one for the result of each round), and
+        the pipeline run in MLflow.
 
-With several rounds, `sparse`, `pruned` and `finetuned` are the models of the last one; what the
-others have left stands under `rounds`. Models in models/rounds of rounds that params.yaml no longer
-has are removed: DVC has them in its cache.
+With several rounds, `sparse`, `pruned` and `finetuned` are the models of the last round; the
+results of all rounds are under `rounds`. Models in models/rounds of rounds that params.yaml no
+longer has are removed; DVC has them in its cache.
 """
 
 import contextlib
@@ -65,7 +65,7 @@ def main() -> None:
 
 def end_of_training(history: Sequence[Row], settings: Evaluate) -> dict[str, dict[str, float]]:
     """Mean of the accuracy on val over the last epochs of a training, and its deviation (n - 1);
-    empty if they are not asked for, or there is no val."""
+    empty if it is not requested, or there are no val images."""
     rows = history[-settings.last_epochs :] if settings.last_epochs else []
     found = [row["val_accuracy"] for row in rows if "val_accuracy" in row]
     if not found:
@@ -76,7 +76,7 @@ def end_of_training(history: Sequence[Row], settings: Evaluate) -> dict[str, dic
 
 
 def remove_old_rounds(chain: Chain, folder: Path = Path("models/rounds")) -> None:
-    """Remove the models of other rounds than those of the chain: a dependency would hold them."""
+    """Remove models of rounds that are not in the chain: models/rounds is a dependency."""
     for old in sorted(folder.glob("*/")):
         if old.name in chain.rounds:
             continue
@@ -136,15 +136,15 @@ def measure(
 
 
 def _measured(chain: Chain) -> dict[str, str]:
-    """Name of each model that is measured -> its stage: those of the last round, and the finetuned
-    one of every round before."""
+    """Name of each model that is measured -> its stage: the models of the last round, and the
+    finetuned models of all earlier rounds."""
     stages = {model.key: chain.last[stage] for stage, model in MODELS.items()}
     before = [FIRST, *chain.rounds][:-1]
     return stages | {_earlier(name): chain.of_round(name)["finetune"] for name in before}
 
 
 def _earlier(round_name: str) -> str:
-    """Name of the network that an earlier round has left."""
+    """Name of the finetuned model of an earlier round."""
     return f"finetuned, {round_name}"
 
 
@@ -153,7 +153,7 @@ def _rounds(
     rows: Mapping[str, dict[str, Any]],
     records: Mapping[str, record.RunRecord],
 ) -> dict[str, dict[str, Any]]:
-    """By round: size, MACs and accuracy of what it has left, and the seconds that it took."""
+    """By round: size, MACs and accuracy of its finetuned model, and its seconds."""
     keys = ("accuracy", "loss", "params", "nonzero", "macs", "macs_dense", "bytes")
     found = {}
     for name in [FIRST, *chain.rounds]:
@@ -168,7 +168,7 @@ def _rounds(
 def _sizes(
     model: nn.Module, masks: Masks, costs: Sequence[LayerCost], dense: nn.Module
 ) -> dict[str, Any]:
-    """Counts of a whole model, and its sparsity relative to the dense one."""
+    """Counts of a whole model, and its sparsity relative to the dense network."""
     size, packed = cost.weight_bytes(model)
     nonzero = cost.nonzero(model, masks)
     alive = sum(layer.filters_alive * layer.channels_alive for layer in costs)
@@ -198,9 +198,9 @@ def _layers(costs: Mapping[str, Sequence[LayerCost]]) -> Table:
 
 
 def rounds_table(report: Mapping[str, Any], seconds: float) -> Table:
-    """One row for the dense network, round 0, and for what each round has left.
+    """One row for the dense network, as round 0, and one for the result of each round.
 
-    `seconds` are those of a chain of one round, which stand nowhere in its report.
+    `seconds` are those of a chain with a single round, whose report does not have them.
     """
     columns = ["round", "name", "accuracy", "nonzero", "compression", "macs", "seconds"]
     only = {FIRST: report["finetuned"] | {"compression": report["compression"], "seconds": seconds}}

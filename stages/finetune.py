@@ -6,11 +6,11 @@ Writes  models/finetuned/model.safetensors with its masks, history.csv (one row 
         models/finetuned.run.json, which names the run that made them; in a further round the same
         below models/rounds/<round>/.
 
-With finetune.init: scratch or orthogonal, the pruned architecture is trained from new weights:
-the control that shows what the inherited weights contribute. With rewind, from the dense network's
-weights of an early epoch. With finetune.budget: compute it trains for as much computation as the
-given epochs take for the dense network. A killed training, run again, resumes from its last saved
-epoch.
+With finetune.init: scratch or orthogonal, the pruned architecture is trained from new weights: the
+control that shows what the inherited weights contribute. With rewind, it is trained from the dense
+network's weights of an early epoch. With finetune.budget: compute, the training takes as much
+computation as the given epochs take for the dense network. A killed training, run again, resumes
+from its last saved epoch.
 """
 
 import torch
@@ -26,12 +26,12 @@ from secateur.training import budget
 
 
 def main(round_name: str | None) -> None:
-    """Load the pruned network, train it on, save."""
+    """Load the pruned network, train it further, save."""
     runner.train("finetune", finetune, round_name)
 
 
 def finetune(context: runner.TrainingContext) -> runner.StageResult:
-    """Train the pruned network on without a penalty."""
+    """Train the pruned network further, without a penalty."""
     settings, pruned = context.params.finetune, context.start
     model = pruned.model()
     if settings.init in ("scratch", "orthogonal"):
@@ -52,7 +52,7 @@ def finetune(context: runner.TrainingContext) -> runner.StageResult:
 def rewind(model: nn.Module, context: runner.TrainingContext) -> None:
     """Load the weights that the dense network had after an early epoch, in place.
 
-    Raises PruningError if channels have been removed: weights of that epoch do not fit any more.
+    Raises PruningError if channels have been removed: weights of that epoch no longer fit.
     """
     path = context.stage.input(context.params.finetune.rewind_to) / "epoch.safetensors"
     early = checkpoint.load(path, context.params.arch, split=context.data.info.hash).tensors

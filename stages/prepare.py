@@ -1,13 +1,13 @@
 """prepare: read the data set and divide it into train, val and test.
 
-Reads   the files of the data set, under SECATEUR_DATA (default: data/raw); downloads what is not
-        there and can be downloaded. `digits` needs no files.
-Writes  data/<dataset>/images.safetensors and about.json: the images as they are (uint8) or, of a
-        large data set, the names of their files; the division by class with its hash, class names,
+Reads   the files of the data set, under SECATEUR_DATA (default: data/raw); missing files are
+        downloaded if possible. `digits` needs no files.
+Writes  data/<dataset>/images.safetensors and about.json: the images as uint8 or, for a large data
+        set, the names of their files; the stratified split with its hash, class names,
         normalisation and augmentation.
 
-DVC does not look under SECATEUR_DATA. When pictures there have changed: a higher
-datasets.<name>.version, or `dvc repro -f prepare`.
+DVC does not watch SECATEUR_DATA. When pictures there have changed, raise
+datasets.<name>.version, or run `dvc repro -f prepare`.
 """
 
 from pathlib import Path

@@ -1,17 +1,17 @@
 """prune: select weights or channels, set them to zero, and remove what no longer has an effect.
 
-Reads   data/<dataset> (a batch for the proof, and one of all classes for criteria that look at the
-        loss; with prune.recalibrate more of it), models/sparse; for a target of latency the table
-        of measured layers, latency/<runtime>.json.
+Reads   data/<dataset> (a batch for the proof, and one of all classes for criteria that use the
+        loss; more images with prune.recalibrate), models/sparse; for a latency target the table of
+        measured layers, latency/<runtime>.json.
 Writes  models/pruned/model.safetensors with its masks, outputs.csv (outputs of every layer before
         and after) and scales.csv (histogram of the scales of batch normalisations), and
         models/pruned.run.json; in a further round the same below models/rounds/<round>/.
 
 A pruner selects single weights, which are set to zero, or whole channels, which are removed. Masks
-made of groups of channels may become group convolutions (prune.export). Channels that are dead
-after that are removed too (prune.remove_dead), and the smaller network is proved to compute the
-same as the masked one before anything is written. Statistics of batch normalisations may then be
-measured again (prune.recalibrate).
+that consist of groups of channels can become group convolutions (prune.export). Channels that are
+dead afterwards are removed too (prune.remove_dead), and the compact network is proved to compute
+the same as the masked network before anything is written. The statistics of batch normalisations
+can then be recalibrated (prune.recalibrate).
 """
 
 from dataclasses import replace
@@ -94,7 +94,7 @@ def prune(context: runner.StageContext) -> runner.StageResult:
 
 
 def _latencies(context: runner.StageContext) -> LatencyTable | None:
-    """The table of measured layers that the params name, if they do."""
+    """The table of measured layers that the params name, if any."""
     runtime = context.params.prune.latency
     if runtime == "none":
         return None
@@ -104,7 +104,7 @@ def _latencies(context: runner.StageContext) -> LatencyTable | None:
 def _measure(
     context: runner.StageContext, pruned: PrunedNetwork, dense: nn.Module, asked: str
 ) -> dict[str, float]:
-    """Recalibrate if the params say so, and count what is left of the dense network."""
+    """Recalibrate if the params say so, and compare the size with that of the dense network."""
     settings = context.params.prune
     metrics: dict[str, float] = {}
     if settings.export == "gconv":
@@ -125,7 +125,7 @@ def _measure(
 
 
 def measure_again(context: runner.StageContext, model: nn.Module, images: int) -> dict[str, float]:
-    """Recalibrate on this number of training images, in place; accuracy on val before and after."""
+    """Recalibrate on this number of training images, in place; returns accuracies on val."""
     device, data = machine.device(), context.data
     model.to(device)
     metrics: dict[str, float] = {}

@@ -1,13 +1,14 @@
 """sparse-train: continue training the dense network with a penalty added to the loss.
 
-The weights may be parametrized meanwhile; the model has plain ones, zeros where they are pruned.
+During training the weights may be parametrized; the saved model has plain weights, which are zero
+where they are pruned.
 
 Reads   data/<dataset>, models/baseline; in a further round the model that the round starts from.
 Writes  models/sparse/model.safetensors, history.csv (one row per epoch) and scales.csv (histogram
         of the scales of batch normalisations), and models/sparse.run.json, which names the run that
-        made them. A penalty with a schedule of its own stores its choice in the model and the
-        growth of its factors in growth.csv, which has no rows otherwise. In a further round the
-        same below models/rounds/<round>/; what earlier rounds have pruned stays pruned.
+        made them. A penalty with its own schedule stores its choice in the model and the growth of
+        its factors in growth.csv, which is otherwise empty. In a further round the same below
+        models/rounds/<round>/; weights that earlier rounds have pruned stay pruned.
 
 A killed training, run again, resumes from its last saved epoch and ends with the same bytes.
 """
@@ -22,8 +23,8 @@ from secateur.training import penalty as penalties
 from secateur.training.penalty import ScheduledPenalty
 
 GROWTH = ["step", "factor", "kept", "chosen"]
-"""Columns of growth.csv, which is written for every penalty: DVC complains about a plot's file that
-is missing."""
+"""Columns of growth.csv, which is written for every penalty because DVC warns about missing files
+of plots."""
 
 
 def main(round_name: str | None) -> None:
@@ -32,7 +33,7 @@ def main(round_name: str | None) -> None:
 
 
 def train_sparse(context: runner.TrainingContext) -> runner.StageResult:
-    """Train the network towards small weights; what is pruned already stays pruned."""
+    """Train the network with the penalty; weights that are already pruned stay pruned."""
     params, start = context.params, context.start
     model = start.model()
     if params.sparse_train.epochs:

@@ -1,1 +1,1 @@
-"""A pipeline of its own: the finetuned network for other runtimes, as `python -m stages.export`."""
+"""A separate pipeline: the finetuned network for other runtimes, as `python -m stages.export`."""

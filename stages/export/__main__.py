@@ -1,14 +1,14 @@
-"""export: the finetuned network as files that other runtimes read, proved equal to it and timed.
+"""export: write the finetuned network for other runtimes, prove the files equal to it, time them.
 
 Reads   data/<dataset> (its test images; for int8 also training images), models/baseline,
         models/pruned, models/finetuned and models/finetuned.run.json; with several rounds, the
-        pruned and the finetuned network of the last one, in models/rounds.
+        pruned and the finetuned network of the last round, in models/rounds.
 Writes  models/export (model.onnx, model.pt2, model-int8.onnx), metrics/export.json (size, accuracy,
         difference from float64 and latency of dense, pruned and finetuned network) and
         metrics/export.csv (one row for each network, precision, runtime, threads and batch); the
         network as a model of the chain's run in MLflow.
 
-Run it by `make export`, or `dvc repro stages/export/dvc.yaml`. Nothing is written before every
+Run it with `make export`, or `dvc repro stages/export/dvc.yaml`. Nothing is written before every
 float32 file has been proved equal to its network, in every runtime in which it is timed.
 """
 
@@ -96,7 +96,7 @@ def make(
         report[row] = prove(context, model, exported[row])
         console.say(f"export: {row}: both files compute what the network computes")
     if context.params.export.int8:
-        for row in ("dense", "finetuned"):  # what a user would take instead stands beside it
+        for row in ("dense", "finetuned"):  # dense for comparison: quantised without pruning
             target = exported[row][".onnx"].with_name(comparison.INT8_FILE)
             report[row + comparison.INT8] = quantise(context, exported[row][".onnx"], target)
             console.say(f"export: {row}: int8 calibrated and tested")
@@ -105,7 +105,7 @@ def make(
 
 
 def network(context: runner.StageContext, stage: str) -> tuple[nn.Module, Metadata]:
-    """The network that is exported for the model of `stage`, and what its files say about it."""
+    """The network that is exported for the model of `stage`, and the metadata of its files."""
     found, inside = context.last(stage), context.params.export.preprocessing == "inside"
     model = found.model()
     if inside:
@@ -114,7 +114,7 @@ def network(context: runner.StageContext, stage: str) -> tuple[nn.Module, Metada
 
 
 def describe(context: runner.StageContext, stage: str, found: Checkpoint) -> Metadata:
-    """Metadata of the model of `stage`: where it comes from is what its run record says."""
+    """Metadata of the model of `stage`, whose origin is taken from its run record."""
     origin: dict[str, str] = {}
     if stage == "finetune":
         last = context.chain.models[context.chain.last[stage]]
@@ -196,7 +196,7 @@ def compare(
 
 
 def images_for(context: runner.StageContext, images: Any) -> NDArray[np.float32]:
-    """Normalised images as the exported files take them."""
+    """The input of the exported files for these normalised images."""
     pixels = context.params.export.preprocessing == "inside"
     found: NDArray[np.float32] = parity.as_input(images, context.data.info, pixels).numpy()
     return found

@@ -1,1 +1,1 @@
-"""A pipeline of its own: times of layers at several widths, as `python -m stages.latency`."""
+"""A separate pipeline: times of layers at several widths, as `python -m stages.latency`."""

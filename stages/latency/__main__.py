@@ -1,12 +1,12 @@
-"""latency: times of the network's layers at several widths, for targets {latency: ...} of pruners.
+"""latency: measure the network's layers at several widths, for pruners with target {latency: ...}.
 
-Reads   data/<dataset> (the shape of its images); the network is built for them with new weights.
+Reads   data/<dataset> (the shape of its images); the network is built for it, with new weights.
 Writes  latency/<runtime>.json: hardware, versions, times of every layer by outputs and inputs, and
         of the whole network at several widths.
 
-`dvc repro` runs it before `prune` if prune.latency in params.yaml names the runtime; by hand it is
-`dvc repro stages/latency/dvc.yaml:latency@onnxruntime`. Measure on a machine that does nothing
-else; `-f` measures again.
+`dvc repro` runs it before `prune` if prune.latency in params.yaml names the runtime; to run it by
+hand: `dvc repro stages/latency/dvc.yaml:latency@onnxruntime`. Measure on an idle machine; `-f`
+measures again.
 """
 
 from pathlib import Path
@@ -21,7 +21,7 @@ from secateur.pipeline import console, runner
 
 
 def main(runtime: RuntimeName) -> None:
-    """Measure, write the table, and say what it tells."""
+    """Measure, write the table, and print a summary."""
     layer_times.check_packages([runtime])
     context = runner.open_context(f"latency@{runtime}")
     params, info = context.params, context.data.info

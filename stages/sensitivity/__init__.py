@@ -1,1 +1,1 @@
-"""A pipeline of its own: how sensitive each layer is, as `python -m stages.sensitivity`."""
+"""A separate pipeline: how sensitive each layer is, as `python -m stages.sensitivity`."""

@@ -2,11 +2,11 @@
 
 Reads   data/<dataset> (its val images), models/baseline.
 Writes  metrics/sensitivity.csv (accuracy on val by layer, criterion and ratio) and
-        metrics/sensitivity.yaml (ratios by layer for the allowed drop, as pruners.magnitude in
-        params.yaml takes them).
+        metrics/sensitivity.yaml (ratios by layer for the allowed drop, in the notation of
+        pruners.magnitude in params.yaml).
 
-Run it by `dvc repro stages/sensitivity/dvc.yaml`. It trains nothing; section `sensitivity` of
-params.yaml lists the criteria and ratios that are tried.
+Run it with `dvc repro stages/sensitivity/dvc.yaml`. It trains nothing; section `sensitivity` of
+params.yaml lists the criteria and ratios to try.
 """
 
 from collections.abc import Sequence
@@ -100,7 +100,7 @@ def measure(context: runner.StageContext) -> tuple[pd.DataFrame, dict[str, Any]]
 
 
 def _criteria(wanted: Sequence[str], model: nn.Module) -> list[str]:
-    """Those of the criteria that the network has; SettingsError if there is none."""
+    """The criteria that are defined for the network; SettingsError if there are none."""
     if "bn_scale" not in wanted or norms.scaled_norms(model):
         return list(wanted)
     found = [criterion for criterion in wanted if criterion != "bn_scale"]
@@ -116,7 +116,7 @@ def _criteria(wanted: Sequence[str], model: nn.Module) -> list[str]:
 def _ablations(
     context: runner.StageContext, pruning_context: PruningContext, how: list[str]
 ) -> list[sensitivity.Ablation]:
-    """What is tried, at the granularity of the settings."""
+    """All ablations to try, at the granularity of the settings."""
     settings, seed = context.params.sensitivity, context.params.seed
     if settings.granularity == "group":
         return sensitivity.group_ablations(pruning_context, how, settings.ratios, seed)
