@@ -382,7 +382,7 @@ def _check_model(model: nn.Module) -> None:
     _check_network("model", model)
     if (key := _WRAPPERS.get(type(model).__name__)) in model._modules:
         raise PruningError(
-            f"model: {type(model).__name__} is around a network; pass model.{key} instead"
+            f"model: {type(model).__name__} wraps a network; pass model.{key} instead"
         )
     for name, parameter in model.named_parameters():
         if isinstance(parameter, UninitializedParameter):

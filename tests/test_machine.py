@@ -51,7 +51,7 @@ def test_variables_that_no_launcher_sets_so_are_named(variables, line, monkeypat
 @pytest.mark.parametrize(
     ("device", "line"),
     [
-        ("meta", "nothing is computed there; allowed: cpu, cuda, mps"),
+        ("meta", "trainings cannot run there; allowed: cpu, cuda, mps"),
         ("x" * 1000, "not usable here: "),
         ("cuda:9999", "not usable here: "),
     ],

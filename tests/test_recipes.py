@@ -215,9 +215,9 @@ def test_recipes_that_lead_nowhere_are_told(folder, files, name, line):
 GOOD = "about: a good one\nsettings: {seed: 7}\n"
 BAD = {
     "not YAML": ("about: [\n", "not valid YAML"),
-    "empty": ("", "None in place of a table"),
-    "a list": ("- a\n- b\n", "in place of a table"),
-    "a number": ("3\n", "3 in place of a table"),
+    "empty": ("", "None: a table is needed"),
+    "a list": ("- a\n- b\n", "['a', 'b']: a table is needed"),
+    "a number": ("3\n", "3: a table is needed"),
     "bytes": (b"\xff\xfe\x00", "not valid YAML"),
     "no about": ("settings: {}\n", "about: missing"),
     "about a list": ("about: [1]\nsettings: {}\n", "about = [1]"),
@@ -227,7 +227,7 @@ BAD = {
         "setings: unknown key; allowed: about, base, extends, name, settings, table; did you "
         "mean settings?",
     ),
-    "a key twice": ("about: b\nabout: c\nsettings: {}\n", "about is there twice"),
+    "a key twice": ("about: b\nabout: c\nsettings: {}\n", "about occurs twice"),
     "unknown braces": ("about: '{net}'\nname: x\nsettings: {}\n", "'{net}' is no axis"),
     "open brace": ("about: 'a {'\nsettings: {}\n", "about: '{' is no axis"),
     "format": ("about: 'a {x:>999999999}'\ntable: {x: {1: {}}}\n", "is no axis of the table (x)"),

@@ -420,7 +420,7 @@ def test_renamed_keys_may_be_of_tensors_or_modules_with_any_text(tmp_path):
         load_into(model, tmp_path / "a.pth", rename={**rename, "haed": "fc"})
     with pytest.raises(CheckpointError, match=r"module.bn1.bias .*: both become bn1.weight"):
         load_into(model, tmp_path / "a.pth", rename={**rename, "bn1.bias": "bn1.weight"})
-    with pytest.raises(CheckpointError, match=r"rename: 'stage\*': 'layer' has not as many \*"):
+    with pytest.raises(CheckpointError, match=r"rename: 'stage\*': 'layer' must have as many \*"):
         load_into(model, tmp_path / "a.pth", rename={"stage*": "layer"})
 
 

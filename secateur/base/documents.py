@@ -94,9 +94,7 @@ class _Loader(YAML_LOADER):  # type: ignore[misc, valid-type]
             line = key.start_mark.line + 1
             name = str(key.value)
             if name != "<<" and name in lines:
-                raise yaml.YAMLError(
-                    f"{cut(name)} is there twice, in lines {lines[name]} and {line}"
-                )
+                raise yaml.YAMLError(f"{cut(name)} occurs twice, in lines {lines[name]} and {line}")
             lines[name] = line
         return super().construct_mapping(node, deep)
 
@@ -108,7 +106,7 @@ class _Loader(YAML_LOADER):  # type: ignore[misc, valid-type]
             line, length = node.start_mark.line + 1, len(node.value)
             raise yaml.YAMLError(
                 f"line {line}: {cut(node.value, 20)} ({length:,} characters): not a whole number, "
-                "or too long a one"
+                "or one with too many digits"
             ) from None
 
 
@@ -137,7 +135,7 @@ def validated(adapter: TypeAdapter[T], value: Any, where: str, error: type[Secat
     """The value, converted to the type of `adapter`; raises `error` naming the first bad field."""
     try:
         if not isinstance(value, dict):
-            raise error(f"{where}: {shorten(value)} in place of a table")
+            raise error(f"{where}: {shorten(value)}: a table is needed")
         return adapter.validate_python(value)
     except ValidationError as reason:
         mistake = first_mistake(reason, value)

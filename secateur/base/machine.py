@@ -25,7 +25,7 @@ def device() -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise SettingsError(f"{where}not usable here: {cut(str(error).splitlines()[0])}") from None
     if found.type not in DEVICES:
-        raise SettingsError(f"{where}nothing is computed there; allowed: {', '.join(DEVICES)}")
+        raise SettingsError(f"{where}trainings cannot run there; allowed: {', '.join(DEVICES)}")
     return torch.device(wanted)
 
 

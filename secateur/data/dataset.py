@@ -260,7 +260,7 @@ def load(folder: Path) -> Dataset:
         _check_info(header.about)
         splits = {key: _restore(header, stored.tensors, key) for key in SPLITS}
         if len(stored.tensors) != sum(len(_tensors(split)) for split in splits.values()):
-            raise ValueError("it has tensors of no use")
+            raise ValueError("it has unexpected tensors")
         for key, split in splits.items():
             _check_split(header.about, key, split)
     except (ValueError, KeyError) as error:

@@ -97,7 +97,7 @@ def scan(base: Path, folder: str, splits: Mapping[str, str]) -> ImageFolder:
     root = base / folder
     if not is_folder(root, DataError):
         raise DataError(
-            f"{root}: no such folder; it is to hold {splits['train']}/<class>/ and "
+            f"{root}: no such folder; it must contain {splits['train']}/<class>/ and "
             f"{splits['test']}/<class>/ with images. SECATEUR_DATA names the folder that holds "
             f"{folder}/"
         )
@@ -108,7 +108,7 @@ def scan(base: Path, folder: str, splits: Mapping[str, str]) -> ImageFolder:
         if not is_folder(here, DataError):
             if split == "val":
                 continue
-            raise DataError(f"{here}: no such folder; it is to hold <class>/ with images")
+            raise DataError(f"{here}: no such folder; it must contain <class>/ with images")
         there = [os.fsdecode(entry.name) for entry in _entries(here) if _is_class(entry)]
         classes = classes or there
         if not classes:

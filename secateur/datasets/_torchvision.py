@@ -107,7 +107,9 @@ def cifar_images(name: str, root: Path, normalise: Normalisation, augment: Augme
 def _check_file(name: str, path: Path, md5: str) -> None:
     """Raise DataError unless the file exists and has this checksum."""
     if not os.path.lexists(path):
-        raise DataError(f"{name}: {path}: missing; delete {path.parent} to have it made anew")
+        raise DataError(
+            f"{name}: {path}: missing; delete {path.parent} to have it unpacked or downloaded again"
+        )
     if file_size(path, DataError) > MAX_BYTES:
         raise DataError(f"{name}: {path}: damaged: not the published file (by its size)")
     try:

@@ -68,7 +68,7 @@ def watched_weights(model: nn.Module, weights: Mapping[str, Tensor], take: Take)
     for name, function in mode.others.items():
         if name not in mode.seen:
             raise PruningError(
-                f"what {name} is multiplied by is not known: the network gives it to {function}"
+                f"the input of {name} is unknown: the network passes this weight to {function}"
             )
 
 

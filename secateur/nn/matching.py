@@ -102,7 +102,7 @@ def match(names: Iterable[str], own: Collection[str], rename: Names, aliases: Na
     """
     for rule, new in rename.items():
         if rule.count("*") != new.count("*"):
-            raise CheckpointError(f"rename: {cut(rule)!r}: {cut(new)!r} has not as many *")
+            raise CheckpointError(f"rename: {cut(rule)!r}: {cut(new)!r} must have as many *")
     best: tuple[int, Matches, set[str], str] | None = None
     for read in _readings(list(names), own):
         sources: dict[str, str] = {}

@@ -285,7 +285,7 @@ def _explain(error: Exception, is_zip: bool) -> str:
         name = cut(text.partition("GLOBAL ")[2].partition(" was")[0], 60)
         return (
             f"{name} is pickled in it, in the format of torch before 1.6, where classes cannot be "
-            "passed over; with its code at hand, save the state dict alone"
+            "skipped; where its code is installed, save the state dict alone"
         )
     return cut(text.strip() or type(error).__name__, 200)
 

@@ -187,7 +187,7 @@ def _copy(model: nn.Module) -> dict[str, Tensor]:
 def _check_like(own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
     """ValueError unless names, shapes and types equal those of the network."""
     if wrong := sorted(own.keys() ^ found.keys()):
-        raise ValueError(f"{cut(wrong[0])} is missing or of no use")
+        raise ValueError(f"{cut(wrong[0])} is missing or unexpected")
     for name, tensor in own.items():
         if tensor.shape != found[name].shape or tensor.dtype != found[name].dtype:
             raise ValueError(f"{name} is {found[name].dtype} {tuple(found[name].shape)}")
