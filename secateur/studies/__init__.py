@@ -1,1 +1,1 @@
-"""Many runs planned as one graph, run where there is room, and read as one page."""
+"""Studies: many runs planned as one graph, run by an executor, and reported on one page."""

@@ -1,4 +1,4 @@
-"""`secateur compare`: experiments beside each other in ten columns."""
+"""`secateur compare`: a table of experiments in ten columns."""
 
 import argparse
 import csv
@@ -24,11 +24,11 @@ COLUMNS = {
     "latency": "ms",
     "speedup": "speed-up",
 }
-"""Key -> heading. Keys are those of --sort, --json and --csv, with fractions and milliseconds."""
+"""Key -> heading. --sort, --json and --csv use the keys, with fractions and milliseconds."""
 
 
 def command(options: argparse.Namespace) -> None:
-    """Print the table of the experiments that were asked for."""
+    """Print the table of the requested experiments."""
     asked = [name for name in options.experiment if name != results.WORKSPACE]
     if options.experiment:
         results.check_names(asked)
@@ -93,7 +93,7 @@ def differences(result: Result, keys: Sequence[str]) -> str:
 
 
 def _short(key: str, keys: Sequence[str]) -> str:
-    """The last part of a key, with as many before it as tell it from the others of its round.
+    """The last part of a key, with as many parts before it as make it unique in its round.
 
     The name of a further round comes first.
     """
@@ -109,7 +109,7 @@ def _short(key: str, keys: Sequence[str]) -> str:
 
 
 def _by_round(key: str) -> tuple[str, str]:
-    """The further round that a setting belongs to, or nothing, and its key in the first one."""
+    """The further round that a setting belongs to, or "", and its key in the first round."""
     if not key.startswith("rounds."):
         return "", key
     name = key.split(".")[1]

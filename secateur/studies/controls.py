@@ -1,17 +1,17 @@
-"""What a comparison needs beside its methods: the same settings with one thing taken away.
+"""Controls of a comparison: the settings of a method with one thing taken away.
 
-- `dense`: nothing is pruned and nothing trained after the baseline.
+- `dense`: nothing is pruned, and nothing is trained after the baseline.
 - `dense_longer`: the dense network, trained in one go for the epochs of all stages together.
-- `random`: the same amounts in the same places, chosen at random (`pick: random`).
-- `scratch`: the pruned network from new weights, trained as the dense network was: for as many
-  epochs (Scratch-E) and for as much computation (Scratch-B of Z. Liu et al., Rethinking the value
-  of network pruning, ICLR 2019), as two controls `scratch_epochs` and `scratch_compute`.
-- `smaller`: a narrower dense network: outputs taken at random, layer by layer, from the untrained
-  network, and the rest trained from new weights as the dense network was. It needs a method that
-  removes whole outputs.
+- `random`: the same amounts are pruned in the same layers, chosen at random (`pick: random`).
+- `scratch`: the pruned network from new weights, trained like the dense network: for as many epochs
+  (Scratch-E) and for as much computation (Scratch-B of Z. Liu et al., Rethinking the value of
+  network pruning, ICLR 2019), as two controls `scratch_epochs` and `scratch_compute`.
+- `smaller`: a narrower dense network: outputs are removed at random, layer by layer, from the
+  untrained network, which is then trained from new weights like the dense network. It needs a
+  method that removes whole outputs.
 
-The epochs of `dense_longer` are those of all rounds; `random` picks at random in each of them; of
-`scratch` and `smaller` only the last network counts.
+`dense_longer` has the epochs of all rounds; `random` picks at random in every round; `scratch` and
+`smaller` are derived only from the last network.
 """
 
 from collections.abc import Mapping, Sequence
@@ -39,7 +39,7 @@ UNPRUNED: dict[str, Any] = {
     "finetune": {"epochs": 0, "warmup": 0, "init": "inherit", "budget": "epochs"},
     "rounds": {},
 }
-"""Settings of a chain that hands the dense network on as it is."""
+"""Settings of a chain that passes the dense network on unchanged."""
 
 
 def make(
@@ -48,7 +48,7 @@ def make(
     combinations: Sequence[Combination],
     params: Mapping[str, Any],
 ) -> tuple[list[Combination], list[str]]:
-    """The combinations of a control for these methods, and a line for each that it cannot be."""
+    """The combinations of a control, and a line for each method for which it is not possible."""
     chosen = [c for c in combinations if c[0] in methods]
     if control in ("dense", "dense_longer"):
         return _dense(control, chosen, params), []
@@ -102,7 +102,7 @@ def _dense(
 
 
 def _random(settings: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Any] | str:
-    """What is pruned is picked at random, in every round; by the penalty if the penalty picks."""
+    """The pruner picks at random in every round; or the penalty, if the penalty chooses."""
     pruner, penalty = _value(settings, params, "pruner"), _value(settings, params, "penalty")
     if pruner == "chosen" and _value(settings, params, f"penalties.{penalty}.pick") is not None:
         above = {"penalties": {penalty: {"pick": "random"}}}
@@ -117,12 +117,12 @@ def _random(settings: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str,
 
 
 def _scratch(settings: Mapping[str, Any], params: Mapping[str, Any], budget: str) -> dict[str, Any]:
-    """The pruned shape from new weights, trained as the dense network was, in the last round."""
+    """The pruned network from new weights, trained like the dense network, in the last round."""
     return in_round(_last_round(settings), {"finetune": _anew(settings, params, budget)})
 
 
 def _anew(settings: Mapping[str, Any], params: Mapping[str, Any], budget: str) -> dict[str, Any]:
-    """Settings of `finetune` that train new weights as the dense network was trained."""
+    """Settings of `finetune` that train new weights like those of the dense network."""
     known = params["finetune"]
     below = merged(params["baseline"], settings.get("baseline", {}))
     training = {key: value for key, value in below.items() if key in known}
@@ -143,7 +143,7 @@ def _smaller(settings: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str
     if table and not (isinstance(target, Mapping) and target.get("of") == "dense"):
         return "its last round has no target with `of: dense`, so no cut of one round is as large"
     alone: dict[str, Any] = {"pick": "random", "ranking": "layer"}
-    if isinstance(target, Mapping):  # null for what the first round's target is of
+    if isinstance(target, Mapping):  # null for the kind of the first round's target
         alone["target"] = dict.fromkeys(_value(settings, params, TARGET) or {}) | {**target}
     return {
         "finetune": _anew(settings, params, "epochs"),

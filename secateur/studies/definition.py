@@ -1,13 +1,13 @@
-"""A study as it is written in studies/<name>.yaml: settings, axes, seeds, controls, and its cells.
+"""Definition of a study in studies/<name>.yaml (settings, axes, seeds, controls), and its cells.
 
     about: two criteria at two ratios
-    recipe: mnist-lenet300-element        # its settings come first; may be left out
+    recipe: mnist-lenet300-element        # optional; its settings come first
     settings: {dataset: digits, baseline: {epochs: 5}}
     axes:
-      method:                             # labels with settings of their own
+      method:                             # labels with their own settings
         L1: {pruner: magnitude, pruners: {magnitude: {ratios: "{ratio}"}}}
         L2: {pruner: magnitude, pruners: {magnitude: {ratios: "{ratio}", criterion: l2}}}
-      ratio: [0.5, 0.7]                   # values: of a key of params.yaml, or for "{ratio}"
+      ratio: [0.5, 0.7]                   # values of a key of params.yaml, or for "{ratio}"
     seeds: [1, 2, 3]
     exclude: [{method: L2, ratio: 0.7}]
     controls: [dense, random]
@@ -45,7 +45,7 @@ Bundle = dict[str, JsonValue]
 
 
 def _kind(axis: Any) -> str:
-    """Which kind of axis is written here; `low` and `high` with settings are labels."""
+    """The kind of axis; `low` and `high` with settings are labels."""
     if isinstance(axis, list):
         return "values"
     if isinstance(axis, dict):
@@ -74,9 +74,9 @@ class _Written(BaseModel):
     seeds: Annotated[list[int], Field(min_length=1)] = [1, 2, 3]
     exclude: list[dict[str, JsonValue]] = []
     controls: list[Control] | dict[Control, list[str]] = []
-    """By name: of every method for which they can be said in settings; or with those methods."""
+    """Names of controls, for all methods for which they are possible; or control -> methods."""
     method: list[str] | None = None
-    """Axes whose labels together name the method; default: `method`, or those with labels."""
+    """Axes whose labels together name the method; default: `method`, or the axes with labels."""
     search: Search | None = None
 
 
@@ -88,34 +88,34 @@ class PlannedCell:
     """One run of the pipeline in a study."""
 
     name: str
-    """Of its DVC experiment."""
+    """Name of its DVC experiment."""
     method: str
     point: str
-    """The values of the axes that are not the method."""
+    """The values of the axes that do not belong to the method."""
     seed: int
     control: str | None
     settings: dict[str, Any]
-    """What differs from params.yaml, as nested tables; `rounds` has all of them or is not there."""
+    """Settings that differ from params.yaml, as nested tables; `rounds`, if present, has all."""
 
 
 @dataclass(frozen=True)
 class Study:
-    """What is to be run, and what it is for."""
+    """A study: its cells, and a description."""
 
     name: str
     about: str
     cells: tuple[PlannedCell, ...]
     notes: tuple[str, ...]
-    """Controls that cannot be said for a method, and why."""
+    """Controls that are not possible for a method, and why."""
     space: "Space | None" = None
-    """What a search may choose; the study then has no cells before the search has chosen some."""
+    """The search space, if any; the study then has no cells until the search has chosen some."""
     remarks: tuple[str, ...] = ()
     """Sentences for the page."""
 
 
 @dataclass(frozen=True)
 class Space:
-    """The axes of a search, and the cells that come of a choice."""
+    """The axes of a search; makes the cells of a choice of values."""
 
     study: str
     search: Search
@@ -127,7 +127,7 @@ class Space:
     _params: Mapping[str, Any]
 
     def cells(self, name: str, chosen: Mapping[str, str | int | float]) -> list[PlannedCell]:
-        """One cell for each seed; `name` stands in their experiments' names."""
+        """One cell for each seed; `name` becomes part of their experiments' names."""
         written, where = self._written, str(FOLDER / f"{self.study}.yaml")
         values = {axis: self._value(axis, value) for axis, value in chosen.items()}
         settings = _settings(self._common, written.axes, values, self._params, where)
@@ -142,7 +142,7 @@ class Space:
         return [replace(cell, method=method, point=f"{name}: {point}") for cell in cells]
 
     def _value(self, axis: str, chosen: str | int | float) -> Any:
-        """The value that a label stands for; a number is its own."""
+        """The value of a label; a number is its own value."""
         written = self._written.axes[axis]
         if isinstance(written, Range):
             return chosen
@@ -150,9 +150,9 @@ class Space:
 
 
 def load(name: str, params: Mapping[str, Any]) -> Study:
-    """The study of this name; SettingsError, in one line, for anything that is wrong with it.
+    """The study of this name; SettingsError, in one line, if anything is wrong with it.
 
-    `params` are the values of params.yaml, on top of which its settings are.
+    `params` are the values of params.yaml, which the study's settings override.
     """
     path = FOLDER / f"{name}.yaml"
     if not re.fullmatch(r"[\w.-]+", name) or not path.is_file():
@@ -179,7 +179,7 @@ def _space(
     common: Mapping[str, Any],
     params: Mapping[str, Any],
 ) -> Space:
-    """What the search may choose."""
+    """The search space of a study."""
     where = str(FOLDER / f"{name}.yaml")
     for key in ("exclude", "controls"):
         if getattr(written, key):
@@ -208,12 +208,12 @@ def _check_seeds(written: _Written, where: str) -> None:
 
 
 def names() -> list[str]:
-    """All studies that there are, sorted."""
+    """All studies, sorted."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
 def about(name: str) -> str:
-    """The line of a study's file that says what it compares; SettingsError for a damaged file."""
+    """The description of a study from its file; SettingsError for a damaged file."""
     return _read(FOLDER / f"{name}.yaml").about
 
 
@@ -228,7 +228,7 @@ def _cells(
     params: Mapping[str, Any],
     where: str,
 ) -> tuple[list[PlannedCell], list[str]]:
-    """All cells of the file, those of the controls last, and what cannot be said of controls."""
+    """All cells of the file, those of controls last, and notes on controls that are impossible."""
     _check_seeds(written, where)
     ranges = [axis for axis, kind in written.axes.items() if isinstance(kind, Range)]
     if ranges:
@@ -265,7 +265,7 @@ def _cells(
 
 
 def _check_axes(written: _Written, where: str) -> None:
-    """Raise SettingsError for an axis without values, or a value that is no label."""
+    """Raise SettingsError for an axis without values, or with invalid or repeated ones."""
     for axis, values in written.axes.items():
         if isinstance(values, Range):
             continue
@@ -280,7 +280,7 @@ def _check_axes(written: _Written, where: str) -> None:
 
 
 def _check_excluded(written: _Written, axis: str, named: JsonValue, where: str) -> None:
-    """Raise SettingsError for what would exclude nothing: no axis, or no value of it."""
+    """Raise SettingsError for an exclusion without effect: an unknown axis, or an unknown value."""
     if axis not in written.axes:
         known = ", ".join(written.axes) or "none"
         raise SettingsError(f"{where}: no axis; axes: {known}")
@@ -308,7 +308,7 @@ def _method_axes(written: _Written, where: str) -> list[str]:
 def _controls(
     written: _Written, methods: Sequence[str], where: str
 ) -> dict[Control, Sequence[str]]:
-    """The controls that are asked for, with the methods that each belongs to."""
+    """The requested controls, with the methods of each."""
     asked = written.controls
     if isinstance(asked, list):
         asked = {control: [*dict.fromkeys(methods)] for control in asked}
@@ -324,7 +324,7 @@ def _controls(
 
 
 def _combinations(written: _Written) -> Iterator[dict[str, Any]]:
-    """A value for every axis, without those that are excluded."""
+    """All combinations of values, one for every axis, except the excluded ones."""
     rules = [
         {axis: _named(named, list(written.axes[axis])) for axis, named in rule.items()}
         for rule in written.exclude
@@ -336,7 +336,7 @@ def _combinations(written: _Written) -> Iterator[dict[str, Any]]:
 
 
 def _excluded(values: Mapping[str, Any], rule: Mapping[str, Sequence[Any]]) -> bool:
-    """Whether all that the rule names has one of the values that it names."""
+    """Whether every axis that the rule names has one of the values that it names."""
     return bool(rule) and all(
         any(_same(values[axis], one) for one in named) for axis, named in rule.items()
     )
@@ -392,7 +392,7 @@ def _is_key(axis: str, table: Any) -> bool:
 
 
 def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Tables within tables, of values by dotted keys."""
+    """Nested tables from values by dotted keys."""
     found: dict[str, Any] = {}
     for key, value in flat.items():
         *sections, last = key.split(".")
@@ -417,7 +417,7 @@ def _filled(tree: Any, values: Mapping[str, Any], used: set[str]) -> Any:
 
 
 def _numbers(tree: Any) -> Any:
-    """The tree with numbers where YAML 1.1 has left text, as in 1e-4: so DVC reads params.yaml."""
+    """The tree with numbers where YAML 1.1 has left text, as in 1e-4; DVC reads params.yaml so."""
     if isinstance(tree, Mapping):
         return {key: _numbers(value) for key, value in tree.items()}
     if isinstance(tree, list):
@@ -449,7 +449,7 @@ def _cell(
 
 
 def _check_names(cells: Sequence[PlannedCell], where: str) -> None:
-    """Raise SettingsError if two cells would have one name, or a name that Git refuses."""
+    """Raise SettingsError if two cells would have the same name, or a name that Git refuses."""
     seen: dict[str, PlannedCell] = {}
     for cell in cells:
         other = seen.setdefault(cell.name, cell)

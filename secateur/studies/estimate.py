@@ -1,4 +1,4 @@
-"""How long pieces of work will take, by the records of those that have run."""
+"""Estimates how long pieces of work will take, from the records of finished ones."""
 
 import json
 import statistics
@@ -13,16 +13,16 @@ from secateur.studies.plan import Plan, Work
 
 
 class WorkKind(NamedTuple):
-    """Work whose time for an epoch is taken to be the same."""
+    """A kind of work, whose epochs are assumed to take equally long."""
 
     stage: str
-    """Of the first round: those of further ones take as long."""
+    """Name of the stage in the first round; those of further rounds take as long."""
     dataset: Any
     arch: Any
     trains: bool
-    """A training of no epochs takes seconds, whatever one of some epochs takes."""
+    """Whether it has any epochs; a training without epochs only takes seconds."""
     budget: Any
-    """Of finetune: one by computation takes more epochs than it declares."""
+    """For finetune: a budget by computation takes more epochs than declared."""
 
 
 def seconds(
@@ -31,10 +31,11 @@ def seconds(
     spent: Mapping[str, float] = MappingProxyType({}),
     alike: bool = False,
 ) -> tuple[float, list[str]]:
-    """Seconds of these pieces, one after the other, and stages of which there are no records.
+    """Seconds of these pieces, one after the other, and the stages without records.
 
-    `spent` has the seconds that pieces, by id, have been running for. With `alike`, an epoch of a
-    training without records takes as long as one of another stage on the same network and data.
+    `spent` has the seconds that pieces have been running so far, by id. With `alike`, an epoch of a
+    training without records is assumed to take as long as one of another stage on the same network
+    and data.
     """
     known: dict[WorkKind, list[float]] = {}
     for id, entry in plan.entries.items():

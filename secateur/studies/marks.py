@@ -1,6 +1,6 @@
-"""What of a study's page and runs in MLflow is up to date, so that both are not made anew.
+"""Marks that a study's page and its runs in MLflow are up to date, so that they are not rewritten.
 
-Only a shortcut: what is marked can be deleted at any time and is then written again.
+They are only a shortcut and can be deleted at any time; page and runs are then written again.
 """
 
 import hashlib
@@ -18,12 +18,12 @@ REPORTS, PAGE = Path("report"), "index.html"
 LATENCIES = "latency.csv"
 """Beside the page: latencies that were measured for it."""
 TRIALS = "trials.csv"
-"""Beside the page: what a search has tried."""
+"""Beside the page: the trials of a search."""
 
 
 def digest(state: Snapshot, study: Study, made: Plan) -> str:
-    """Hash of the project's files, of all that the finished cells have made, and of the tables
-    beside the page."""
+    """Hash of the project's files, of all results of the finished cells, and of the tables beside
+    the page."""
     cells = [
         [cell.name, cell.method, cell.point, cell.control, made.entries_of(number)]
         for number, cell in enumerate(made.cells)
@@ -35,7 +35,7 @@ def digest(state: Snapshot, study: Study, made: Plan) -> str:
 
 
 def _content(path: Path) -> str:
-    """Of a file; empty if there is none."""
+    """Content of a file; empty if it does not exist."""
     try:
         return path.read_text(errors="replace")
     except OSError:
@@ -43,7 +43,7 @@ def _content(path: Path) -> str:
 
 
 def has_page(folder: Path, digest: str) -> bool:
-    """Whether the page in this folder was made of the same."""
+    """Whether the page in this folder was made from the state with this digest."""
     try:
         with (folder / PAGE).open("rb") as page:
             return digest.encode() in page.read(1000)
@@ -52,7 +52,7 @@ def has_page(folder: Path, digest: str) -> bool:
 
 
 class InMlflow:
-    """What the store that MLflow uses has been given; looked up before MLflow is imported."""
+    """Whether MLflow's store is up to date; known without importing MLflow."""
 
     def __init__(self, state: Snapshot, study: Study, digest: str) -> None:
         self.file = state.root / PLACE / f"{study.name}.mlflow.json"
@@ -64,12 +64,12 @@ class InMlflow:
         self._about = {"digest": digest, "uri": store, "experiment": experiment}
 
     def _content(self) -> dict[str, object]:
-        """The inode tells the project's own store from one that was made anew."""
+        """Content of the mark; the inode distinguishes the project's store from a new one."""
         own = self._named is None and self._own.is_file()
         return self._about | {"inode": self._own.stat().st_ino if own else None}
 
     def complete(self) -> bool:
-        """Whether it has been given all of this."""
+        """Whether the store has everything."""
         try:
             known = json.loads(self.file.read_text())
         except (OSError, ValueError):
@@ -77,5 +77,5 @@ class InMlflow:
         return bool(known == self._content())
 
     def set_complete(self) -> None:
-        """Note that it has."""
+        """Mark that the store has everything."""
         files.write_text(self.file, json.dumps(self._content()))

@@ -1,8 +1,8 @@
 """The unique pieces of work of a study, as a graph.
 
-Two cells share a piece if DVC would take it from its cache for the second one: the same command,
-declared params and code, on the same pieces. So N decays, M pruners and S seeds are
-S * (1 + N + N * M) trainings.
+Two cells share a piece if DVC would take it from its cache for the second cell: the same command,
+declared params and code, with the same pieces as input. N decays, M pruners and S seeds are
+therefore S * (1 + N + N * M) trainings.
 """
 
 import hashlib
@@ -19,32 +19,32 @@ from secateur.studies.execution.keys import Entry, Graph
 from secateur.studies.execution.stages import PARAMS, ResolvedStage
 
 MOST_TEXTS = 256
-"""Cells whose params.yaml is kept as text: those whose pieces run at the same time."""
+"""Number of cells whose params.yaml is kept as text; their pieces run at the same time."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """One stage that has to be run once, whichever cells want its result."""
+    """One stage that has to be run once, for all cells that need its result."""
 
     id: str
-    """Hash of all that its result depends on: known before anything has run."""
+    """Hash of everything that its result depends on; known before anything has run."""
     stage: ResolvedStage
     upstream: Mapping[str, str]
     """Stage that it reads -> id of that piece."""
     cell: int
-    """The first cell that wants it, whose params.yaml it runs with."""
+    """The first cell that needs it; it runs with the params.yaml of this cell."""
 
 
 @dataclass
 class Plan:
-    """What a study needs, and what of it is finished."""
+    """The pieces of work that a study needs, and which of them are finished."""
 
     graph: Graph
     cells: Sequence[PlannedCell]
     works: dict[str, Work] = field(default_factory=dict)
-    """By id, each after those that it reads."""
+    """By id, each after the pieces that it reads."""
     by_cell: list[list[str]] = field(default_factory=list)
-    """The pieces of each cell, one a stage."""
+    """The pieces of each cell, one per stage."""
     entries: dict[str, Entry] = field(default_factory=dict)
     """Id -> the finished stage, as in dvc.lock."""
     _texts: dict[int, str] = field(default_factory=dict)
@@ -54,11 +54,11 @@ class Plan:
         return rounds.whole(self.graph.params, self.cells[cell].settings)
 
     def changes(self, cell: int) -> dict[str, Any]:
-        """What a cell changes in params.yaml, by dotted key."""
+        """The settings that a cell changes in params.yaml, by dotted key."""
         return rounds.changes(self.cells[cell].settings, self.graph.params)
 
     def params_text(self, cell: int) -> str:
-        """The text of params.yaml for a cell: that of the project, with the cell's values."""
+        """The text of params.yaml for a cell: the project's text with the cell's values."""
         if cell not in self._texts:
             text = params_file.updated((self.graph.folder / PARAMS).read_text(), self.changes(cell))
             if len(self._texts) == MOST_TEXTS:
@@ -67,7 +67,7 @@ class Plan:
         return self._texts[cell]
 
     def pending(self, id: str) -> Entry | None:
-        """The entry of a piece before it runs; None while one that it reads is not finished."""
+        """The entry of a piece before it runs; None while a piece that it reads is not finished."""
         work = self.works[id]
         upstream = {}
         for stage, other in work.upstream.items():
@@ -77,7 +77,7 @@ class Plan:
         return self.graph.entry(work.stage, self.params(work.cell), upstream)
 
     def look_up(self) -> None:
-        """Take from the cache whatever is there, as far as the keys are known."""
+        """Take all pieces from the cache that it has, as far as their keys are known."""
         for id in self.works:
             if id not in self.entries and (pending := self.pending(id)) is not None:
                 found = self.graph.find(pending)
@@ -85,11 +85,11 @@ class Plan:
                     self.entries[id] = found
 
     def missing(self) -> list[Work]:
-        """Pieces that are not finished, each after those that it reads."""
+        """Pieces that are not finished, each after the pieces that it reads."""
         return [work for id, work in self.works.items() if id not in self.entries]
 
     def still_possible(self, failed: Iterable[str]) -> list[Work]:
-        """Missing pieces that are not among the failed ones and read none of them."""
+        """Missing pieces that have not failed and do not depend on a failed one."""
         lost = set(failed)
         for work in self.missing():
             if lost & set(work.upstream.values()):
@@ -106,11 +106,11 @@ class Plan:
 
 
 def make(graph: Graph, cells: Sequence[PlannedCell], last: str | None = None) -> Plan:
-    """The plan for these cells; nothing is looked up yet.
+    """The plan for these cells; nothing is looked up in the cache yet.
 
-    With `last`, only for that stage, of the last round if rounds have it, and those whose outs it
-    needs. Raises SettingsError for a cell whose rounds are no chain, or that names what
-    does not exist.
+    With `last`, it only has that stage (in the last round, if rounds have this stage) and the
+    stages whose outs it needs. Raises SettingsError for a cell whose rounds are not a chain, or
+    that names something that does not exist.
     """
     plan = Plan(graph, cells)
     for number in range(len(cells)):
@@ -169,11 +169,11 @@ def _works(
 
 
 def _needed(stages: Sequence[ResolvedStage], last: str | None) -> set[str]:
-    """Names of the stage `last` and of all before it; of every stage if there is none."""
+    """Names of the stage `last` and of all before it; all stages without `last`."""
     if last is None:
         return {stage.name for stage in stages}
     needed = {last}
-    for stage in reversed(stages):  # each stands after those whose outs it reads
+    for stage in reversed(stages):  # each comes after the stages whose outs it reads
         if stage.name in needed:
             needed.update(stage.upstream)
     return needed

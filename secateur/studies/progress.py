@@ -1,4 +1,4 @@
-"""The pieces of work of a plan, run by an executor until none is missing."""
+"""Runs the pieces of work of a plan with an executor until none is missing."""
 
 import argparse
 import contextlib
@@ -23,20 +23,20 @@ from secateur.studies.execution.work import Task
 from secateur.studies.plan import Plan
 
 KILLS = 5
-"""How often a piece of work is begun again after its process was killed."""
+"""How often a piece of work is restarted after its process was killed."""
 
 
 OFTEN, SELDOM = 10.0, 60.0
-"""Seconds between two lines about how far it is: where something has ended meanwhile, and else."""
+"""Seconds between two lines of progress: if a piece has ended in between, and otherwise."""
 
 
 @contextlib.contextmanager
 def executor_of(
     options: argparse.Namespace, state: Snapshot, graph: Graph, pieces: int
 ) -> Iterator[Executor]:
-    """The executor that the options ask for, for at most `pieces` pieces of work at a time.
+    """The executor of these options, for at most `pieces` pieces of work at a time.
 
-    It is closed at the end, and when the process is told to terminate.
+    It is closed at the end, and when the process is asked to terminate.
     """
     made = _executor(options, state, graph.ignored, pieces)
     before = signal.signal(signal.SIGTERM, _terminated)
@@ -65,16 +65,16 @@ def _executor(
 
 @dataclass
 class Progress:
-    """A plan while it runs."""
+    """A running plan."""
 
     state: Snapshot
     plan: Plan
     experiments: Experiments | None = None
-    """Written for every cell that is finished."""
+    """Experiments to write for finished cells."""
     ran: list[str] = field(default_factory=list)
-    """Stages that were really worked on, in the order in which they ended."""
+    """Stages that really ran, in the order in which they ended."""
     failed: dict[str, str] = field(default_factory=dict)
-    """Id of a piece -> what its log says."""
+    """Id of a piece -> the error in its log."""
     kills: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -89,7 +89,7 @@ class Progress:
         self._begun: dict[str, float] = {}
         self._began = self._said = self._wrote = time.monotonic()
         self._news = True
-        """Something to say: nothing was said yet, or something has ended since."""
+        """Whether there is news: nothing was printed yet, or a piece has ended since."""
 
     def finish(self, executor: Executor) -> None:
         """Run all pieces that are missing."""
@@ -107,18 +107,18 @@ class Progress:
         self.write_experiments()
 
     def write_experiments(self) -> None:
-        """Write what is finished, if experiments are wanted."""
+        """Write the finished experiments, if experiments are requested."""
         if self.experiments is not None:
             self.experiments.write()
 
     def _consider(self, id: str) -> None:
-        """Put a piece among those that can begin, if all that it reads is finished."""
+        """Mark a piece as ready to start if all pieces that it reads are finished."""
         work = self.plan.works[id]
         if all(other in self.plan.entries for other in work.upstream.values()):
             heapq.heappush(self._ready, (work.cell, self._order[id], id))
 
     def _begin(self, id: str, executor: Executor) -> None:
-        """Hand a piece to the executor, unless the cache has it or another has the same key."""
+        """Submit a piece to the executor, unless the cache has it or another has the same key."""
         entry = self.plan.pending(id)
         assert entry is not None, "all that it reads is finished"
         found = self.plan.graph.find(entry)
@@ -149,7 +149,7 @@ class Progress:
         executor.submit(task)
 
     def _end(self, outcome: Outcome, executor: Executor) -> None:
-        """Take over the result of a piece; begin it again if its process was killed."""
+        """Take the result of a piece; restart the piece if its process was killed."""
         task, ids = self._tasks.pop(outcome.key)
         if outcome.status < 0:
             kills = self.kills[task.key] = self.kills.get(task.key, 0) + 1
@@ -174,7 +174,7 @@ class Progress:
             self._consider(reader)
 
     def _report(self, slots: int) -> None:
-        """Say from time to time how far it is, and write the experiments that are finished."""
+        """Print the progress from time to time, and write finished experiments."""
         now = time.monotonic()
         if now - self._said < (OFTEN if self._news else SELDOM):
             return
@@ -207,7 +207,7 @@ class Progress:
 
 
 def _last_line(log: Path) -> str:
-    """What a stage has said last, without `error:`."""
+    """The last line that a stage has printed, without `error:`."""
     try:
         lines = log.read_text(errors="replace").strip().splitlines()
     except OSError:
@@ -216,9 +216,9 @@ def _last_line(log: Path) -> str:
 
 
 def time_left(seconds: float, unknown: Sequence[str], parallel: int) -> str:
-    """When it will be finished, in words, by the seconds of work that is done `parallel` at a time.
+    """The time left, in words, for work of these seconds with `parallel` pieces at a time.
 
-    `unknown`: stages of which nothing is known yet.
+    `unknown`: stages of which no times are known yet.
     """
     if unknown and not seconds:
         return f"time left is known when the first {unknown[0]} has ended"

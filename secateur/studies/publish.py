@@ -1,4 +1,4 @@
-"""What a finished study leaves for people: its page, and its runs in MLflow."""
+"""Results of a finished study for readers: its page, and its runs in MLflow."""
 
 import argparse
 import contextlib
@@ -21,8 +21,8 @@ from secateur.studies.results import Cell
 def write_mlflow(study: Study, made: Plan, folder: Path) -> bool:
     """Write the runs that MLflow lacks, and a parent run of the study with its page.
 
-    All from the files in DVC's cache, one cell after the other, without a workspace. A failure of
-    MLflow is one line of warning. Returns whether MLflow has everything.
+    They are written from the files in DVC's cache, one cell after the other, without a workspace. A
+    failure of MLflow is reported in one line. Returns whether MLflow has everything.
     """
     if not tracking_on():
         return False
@@ -50,7 +50,7 @@ def write_mlflow(study: Study, made: Plan, folder: Path) -> bool:
 
 
 def _parent(store: Store, study: Study) -> str:
-    """The run of the study, made once for each name."""
+    """The run of the study, which is created once for each name."""
     found = store.runs(f"tags.kind = 'study' and tags.study = '{study.name}'")
     if found:
         return str(found[0].info.run_id)
@@ -92,7 +92,7 @@ def _records(source: sync.Source) -> dict[str, RunRecord]:
 
 
 def _files(made: Plan, number: int) -> dict[str, bytes]:
-    """What MLflow is written from, by path."""
+    """The files of a cell from which MLflow is written, by path."""
     entries = [made.entries[id] for id in made.by_cell[number]]
 
     def in_cache(path: str) -> bytes | None:
@@ -110,13 +110,13 @@ def _finish(store: Store, parent: str, folder: Path) -> None:
 
 
 def measure_latency(state: Snapshot, made: Plan, folder: Path, options: argparse.Namespace) -> None:
-    """Measure the networks of the finished cells as the options ask."""
+    """Measure the latencies of the finished cells' networks with these options."""
     names = [c.name for number, c in enumerate(made.cells) if made.finished(number)]
     page.measure(folder, results.read(names, state.revision), options)
 
 
 def write_page(state: Snapshot, study: Study, made: Plan, folder: Path, digest: str) -> None:
-    """Write the page about the finished cells, by their experiments on the study's commit."""
+    """Write the page about the finished cells, from their experiments on the study's commit."""
     cells = [
         Cell(c.name, c.method, c.point, c.seed, c.control)
         for number, c in enumerate(made.cells)

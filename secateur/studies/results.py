@@ -1,4 +1,4 @@
-"""What experiments have measured, read from the files in Git: no model, no DVC and no MLflow."""
+"""Results of experiments, read from the files in Git, without models, DVC or MLflow."""
 
 import sys
 from collections import Counter
@@ -16,11 +16,11 @@ from secateur.studies.execution.snapshot import git
 
 REPORT, PARAMS = "metrics/evaluate.json", "params.yaml"
 NAMESPACE = "refs/exps"
-"""DVC keeps an experiment as refs/exps/<two digits>/<other digits of its parent>/<name>."""
+"""DVC stores an experiment as refs/exps/<two digits>/<other digits of its parent>/<name>."""
 WORKSPACE = "workspace"
 """Name of the result in the project's folder."""
 SHOWN = 10
-"""Experiments that are listed where a name is none of them."""
+"""Number of experiments that are listed in the error for an unknown name."""
 
 
 @dataclass(frozen=True)
@@ -37,15 +37,15 @@ class Cell:
 
 @dataclass(frozen=True)
 class Result:
-    """What one experiment, or the workspace, was asked and has reached."""
+    """Settings and results of one experiment, or of the workspace."""
 
     name: str
     params: dict[str, Any]
-    """Of params.yaml, by dotted key."""
+    """Values of params.yaml, by dotted key."""
     report: dict[str, Any]
     """The content of metrics/evaluate.json."""
     commit: str = ""
-    """Git's name of the commit that it was read from; empty for the workspace."""
+    """Hash of the commit that it was read from; empty for the workspace."""
 
     @property
     def dense(self) -> float:
@@ -69,12 +69,12 @@ class Result:
 
     @property
     def speedup(self) -> float:
-        """Latency of the dense network / latency of the finetuned one, as measured."""
+        """Measured latency of the dense network / latency of the finetuned network."""
         return float(self.report["measured_speedup"])
 
     @property
     def rounds(self) -> dict[str, dict[str, float]]:
-        """Round -> accuracy, compression and share of MACs of what it has left; empty for one."""
+        """Round -> accuracy, compression and share of MACs after it; empty for a single round."""
         dense = self.report["baseline"]
         return {
             name: {
@@ -94,7 +94,7 @@ class Result:
 def experiments(everything: bool = False) -> dict[str, str]:
     """Name -> commit of the experiments of HEAD, or of all commits.
 
-    Of all, those whose names repeat are named `<name>@<the first 7 digits of their commit>`.
+    With all commits, ambiguous names become `<name>@<the first 7 digits of the commit>`.
     """
     head = git(Path.cwd(), "rev-parse", "HEAD")
     listed = [(name, commit) for base, name, commit in _listed() if everything or base == head]
@@ -103,7 +103,7 @@ def experiments(everything: bool = False) -> dict[str, str]:
 
 
 def check_names(names: Iterable[str]) -> None:
-    """Raise SecateurError for the first name that is no experiment's, and no Git revision's."""
+    """Raise SecateurError for the first name that is neither an experiment nor a Git revision."""
     known = {name: None for _, name, _ in _listed()} | experiments(everything=True)
     for name in names:
         if name not in known and not _is_revision(name):
@@ -134,7 +134,7 @@ def elsewhere() -> int:
 
 
 def _listed() -> list[tuple[str, str, str]]:
-    """The commit that an experiment is on, its name and its own commit, of all that there are."""
+    """For all experiments: the commit that it is based on, its name and its own commit."""
     listed = git(Path.cwd(), "for-each-ref", "--format=%(objectname) %(refname)", NAMESPACE)
     found = []
     for line in filter(None, listed.split("\n")):
@@ -146,15 +146,15 @@ def _listed() -> list[tuple[str, str, str]]:
 
 
 def read(names: Iterable[str], revision: str | None = None) -> list[Result]:
-    """Results of experiments or Git revisions by name; one that cannot be read costs one line.
+    """Results of experiments or Git revisions by name; unreadable ones are reported in one line.
 
-    With `revision`, only experiments on this commit are meant, whatever is checked out.
+    With `revision`, names refer to experiments on this commit, whatever is checked out.
     """
     return read_commits(commits(names, revision))
 
 
 def read_commits(wanted: Mapping[str, str]) -> list[Result]:
-    """The results of these commits, given by the names that the results are to have."""
+    """The results of these commits; `wanted` is name of the result -> commit."""
     paths = [f"{commit}:{path}" for commit in wanted.values() for path in (PARAMS, REPORT)]
     contents = tracked.objects(paths)
     found = []
@@ -170,8 +170,9 @@ def read_commits(wanted: Mapping[str, str]) -> list[Result]:
 def commits(names: Iterable[str], revision: str | None = None) -> dict[str, str]:
     """Name -> commit of these experiments; any other name is that of a Git revision.
 
-    Of several experiments of one name, that of HEAD is meant; `<name>@<commit>` is one of them, as
-    `experiments` has it. With `revision`, each is the one on this commit, by the name of its ref.
+    Of several experiments with the same name, the one of HEAD is taken; `<name>@<commit>`, as in
+    `experiments`, names another. With `revision`, each name is the ref of an experiment on this
+    commit.
     """
     if revision is not None:
         return {name: f"{NAMESPACE}/{revision[:2]}/{revision[2:]}/{name}" for name in names}
@@ -183,7 +184,7 @@ def commits(names: Iterable[str], revision: str | None = None) -> dict[str, str]
 def workspace() -> Result | None:
     """The result in the project's folder; None without one.
 
-    One that is damaged, or of other settings than params.yaml has now, costs one line.
+    A result that is damaged, or whose settings differ from params.yaml, is reported in one line.
     """
     try:
         found = parse(WORKSPACE, Path(PARAMS).read_bytes(), Path(REPORT).read_bytes())
@@ -207,7 +208,7 @@ def workspace() -> Result | None:
 
 
 def parse(name: str, params: bytes | None, report: bytes | None) -> Result:
-    """The result in these two files; SecateurError, which names the file, if it is damaged."""
+    """The result in these two files; SecateurError, naming the file, if one is damaged."""
     if params is None or report is None:
         raise SecateurError(f"it has no {PARAMS if params is None else REPORT}")
     try:
@@ -226,6 +227,6 @@ def parse(name: str, params: bytes | None, report: bytes | None) -> Result:
 
 
 def different(results: Sequence[Result]) -> list[str]:
-    """Keys, but for the seed, whose values are not the same in all results."""
+    """Keys, except the seed, whose values are not the same in all results."""
     keys = {key: None for result in results for key in result.params if key != "seed"}
     return [key for key in keys if len({str(result.params.get(key)) for result in results}) > 1]

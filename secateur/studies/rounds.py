@@ -1,4 +1,4 @@
-"""The further rounds of a cell: how a study merges them, and what they add to its settings."""
+"""The further rounds of a cell: how a study merges them into its settings."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,11 +10,11 @@ from secateur.pipeline.record import FIRST, Chain
 
 KEY = "rounds"
 SECTIONS = {"sparse_train": ("decay", "penalties"), "prune": ("pruners",), "finetune": ()}
-"""Section of a round -> keys in it that stand at the top level of params.yaml."""
+"""Section of a round -> its keys that are at the top level of params.yaml."""
 
 
 def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Both tables as anywhere, but `rounds: {}` above takes away those below."""
+    """Merge two tables as everywhere, except that `rounds: {}` above removes the rounds below."""
     both = settings.merged(below, above)
     if above.get(KEY) == {}:
         del both[KEY]
@@ -23,7 +23,7 @@ def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
 
 
 def start(params: Mapping[str, Any]) -> dict[str, Any]:
-    """What a cell's settings begin with, so that the rounds in them are all that there are."""
+    """Settings that a cell starts with, so that they contain all its rounds."""
     return {KEY: params[KEY]} if params.get(KEY) else {}
 
 
@@ -39,27 +39,27 @@ def changes(own: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Any]
 
 
 def names(params: Mapping[str, Any]) -> tuple[str, ...]:
-    """The further rounds in their order; SettingsError unless they are a chain."""
+    """The further rounds in order; SettingsError unless they are a chain."""
     if not params.get(KEY):
         return ()
     return chain(Params.declared({KEY: params[KEY]}).rounds)
 
 
 def last(params: Mapping[str, Any], stage: str) -> str:
-    """The stage of the last round that stands for this one, if rounds have it."""
+    """This stage in the last round, if rounds have it; otherwise the stage itself."""
     return Chain(names(params)).last.get(stage, stage)
 
 
 def epochs(params: Mapping[str, Any], section: str) -> list[int]:
     """Epochs of `sparse_train` or `finetune` in every round."""
-    names(params)  # of the right form
+    names(params)  # checks their form
     tables = [params, *(params.get(KEY) or {}).values()]
     own = [(table.get(section) or {}).get("epochs") for table in tables]
     return [int(own[0] or 0) if count is None else int(count) for count in own]
 
 
 def in_round(name: str, above: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of params.yaml as those of one round; those that a round has no place for stay."""
+    """Settings of params.yaml moved to one round; those that a round cannot have stay outside."""
     if name == FIRST:
         return dict(above)
     found: dict[str, Any] = {}
@@ -76,7 +76,7 @@ def in_round(name: str, above: Mapping[str, Any]) -> dict[str, Any]:
 
 def of_first_round(key: str) -> str:
     """The key of the first round that `rounds.<number>.<section>.<rest>` replaces, empty for
-    `after`; any other key as it is."""
+    `after`; any other key unchanged."""
     if not key.startswith("rounds."):
         return key
     _, _, section, *rest = key.split(".")

@@ -1,8 +1,8 @@
-"""`secateur study`: plan a study, run what is missing, write its experiments, page and MLflow runs.
+"""`secateur study`: plan a study, run missing work, write its experiments, page and MLflow runs.
 
 secateur study                     lists the studies
 secateur study NAME --plan         shows what would run, and runs nothing
-secateur study NAME                runs it; interrupted at any moment, the same command goes on
+secateur study NAME                runs it; after an interruption, the same command resumes it
 """
 
 import argparse
@@ -63,7 +63,7 @@ def _list() -> None:
 
 
 def prepare(state: Snapshot, study: Study) -> Plan:
-    """The plan of a study, with all that the cache has."""
+    """The plan of a study, with all results that the cache has."""
     graph = Graph(state.copy("plan"), state.root)
     made = plan.make(graph, study.cells)
     made.look_up()
@@ -71,7 +71,7 @@ def prepare(state: Snapshot, study: Study) -> Plan:
 
 
 def show(study: Study, made: Plan) -> None:
-    """Print what the study consists of, and what of it would have to run."""
+    """Print what the study consists of, and what would have to run."""
     check.settings(made)
     missing = made.missing()
     controls = sum(cell.control is not None for cell in made.cells)
@@ -80,7 +80,7 @@ def show(study: Study, made: Plan) -> None:
     console.say(f"cells      {len(made.cells)}, of them {controls} controls; {seeds} seeds")
     trainings = {work.id for work in made.works.values() if plan.trains(made, work)}
     open_trainings = [work for work in missing if work.id in trainings]
-    longest = max(made.by_cell, key=len)  # of the most rounds: the stages in their order
+    longest = max(made.by_cell, key=len)  # most rounds: has all stages in their order
     names = [made.works[id].stage.name for id in longest]
     stages: dict[str, list[int]] = {name: [0, 0] for name in names}
     for work in made.works.values():
@@ -103,7 +103,7 @@ def show(study: Study, made: Plan) -> None:
 
 
 def run(state: Snapshot, study: Study, made: Plan, options: argparse.Namespace) -> str | None:
-    """Run what is missing and write all results; one line about what failed, or None."""
+    """Run missing work and write all results; returns one line about failures, or None."""
     work = Progress(state, made, Experiments(state, made, study.name))
     work.write_experiments()
     if made.missing():

@@ -1,12 +1,12 @@
-"""A study whose values a sampler chooses: random, TPE or NSGA-II of Optuna.
+"""A study whose values are chosen by a sampler of Optuna: random, TPE or NSGA-II.
 
 J. Bergstra et al., Algorithms for hyper-parameter optimization, NeurIPS 2011 (TPE); K. Deb et al.,
 A fast and elitist multiobjective genetic algorithm: NSGA-II, 2002.
 
-A trial is run up to `finetune` and judged by the validation images; what no other trial beats is
-then evaluated on the test images, as the cells of an ordinary study. Trials are kept in Optuna's
-journal, studies/<name>.journal: a search that was interrupted goes on with the trials that it would
-have had.
+A trial is run up to `finetune` and judged on the validation images. The trials that no other trial
+beats are then evaluated on the test images, like the cells of an ordinary study. Trials are stored
+in Optuna's journal, studies/<name>.journal: an interrupted search resumes with the same trials that
+it would have run without the interruption.
 """
 
 import argparse
@@ -39,7 +39,7 @@ from secateur.studies.report.trials import Trial
 from secateur.studies.space import MAXIMISED, Range, Search
 
 LAST = "finetune"
-"""The stage that ends a trial; that of the last round, if there are several."""
+"""The stage that ends a trial; with several rounds, that of the last round."""
 PREPARE = "prepare"
 NO_IMAGES = (
     "search: accuracy is judged by the validation images, and there are none; set data.validation "
@@ -48,7 +48,7 @@ NO_IMAGES = (
 
 
 def show(study: Study, space: Space) -> None:
-    """Print what is searched, and how far the search is."""
+    """Print the search space, and the progress of the search."""
     console.say(f"{study.name}: {study.about}")
     for axis, values in space.axes.items():
         console.say(f"axis       {axis}: {_words(values)}")
@@ -64,7 +64,7 @@ def show(study: Study, space: Space) -> None:
 
 
 def run(state: Snapshot, study: Study, space: Space, options: argparse.Namespace) -> Study:
-    """Run the trials that are missing; returns the study with the cells of the best ones."""
+    """Run the missing trials; returns the study with the cells of the best trials."""
     search, began = space.search, time.monotonic()
     graph = Graph(state.copy("plan"), state.root)
     with _alone(state, study.name):
@@ -88,10 +88,10 @@ def run(state: Snapshot, study: Study, space: Space, options: argparse.Namespace
 def _check_validation(
     state: Snapshot, graph: Graph, space: Space, options: argparse.Namespace
 ) -> None:
-    """Raise SettingsError if accuracy is sought, and there are no images to judge it by.
+    """Raise SettingsError if accuracy is an objective but there are no validation images.
 
-    Where none are taken from the training images, the data set may have its own: that is known
-    when it is prepared.
+    If none are split off the training images, the data set may have its own; this is known once it
+    is prepared.
     """
     if "accuracy" not in space.search.objectives:
         return
@@ -120,7 +120,7 @@ def _batch(
     executor: Executor,
     checked: bool,
 ) -> None:
-    """Run the next trials up to the end of their batch, and tell the sampler what they reached."""
+    """Run the next trials up to the end of their batch, and tell the sampler their results."""
     open_trials = trials.propose()
     cells = {t.number: space.cells(_name(t), t.params) for t in open_trials}
     made = plan.make(graph, [cell for own in cells.values() for cell in own], LAST)
@@ -147,7 +147,7 @@ def _batch(
 
 
 def judged(made: Plan, cells: Sequence[int], objectives: Sequence[str]) -> dict[str, float]:
-    """What the finished cells of one trial have reached: means over seeds."""
+    """Results of the finished cells of one trial: means over seeds."""
     found = [
         _reached(made, made.entries_of(cell), rounds.last(made.params(cell), LAST), objectives)
         for cell in cells
@@ -158,7 +158,7 @@ def judged(made: Plan, cells: Sequence[int], objectives: Sequence[str]) -> dict[
 def _reached(
     made: Plan, entries: Mapping[str, Entry], last: str, objectives: Sequence[str]
 ) -> dict[str, float]:
-    """Accuracy on the validation images, and what is left of parameters and MACs."""
+    """Accuracy on the validation images, and remaining shares of parameters and MACs."""
     values: dict[str, float] = {}
     if "accuracy" in objectives:
         path = str(model_spec(last).record)
@@ -172,7 +172,7 @@ def _reached(
 
 
 def _costs(made: Plan, entries: Mapping[str, Entry], last: str) -> dict[str, float]:
-    """Shares of the dense network's parameters and MACs that are left, non-zeros alone."""
+    """Remaining shares of the dense network's parameters and MACs, counting only non-zeros."""
     import torch
 
     from secateur.nn import checkpoint, cost
@@ -221,7 +221,7 @@ class Trials:
 
     @contextlib.contextmanager
     def _damaged(self) -> Iterator[None]:
-        """SettingsError for a journal that is none, or is of other objectives."""
+        """SettingsError for a file that is not a journal, or has other objectives."""
         try:
             yield
         except (ValueError, KeyError, TypeError, AssertionError) as error:
@@ -231,7 +231,7 @@ class Trials:
             ) from None
 
     def claim(self, digest: str) -> None:
-        """Raise SettingsError if the journal's trials were of other code, settings or data."""
+        """Raise SettingsError if the journal's trials had other code, settings or data."""
         known = self._study.user_attrs.get("digest")
         if known is None:
             self._study.set_user_attr("digest", digest)
@@ -243,24 +243,24 @@ class Trials:
             )
 
     def finished(self) -> list[Any]:
-        """The trials that have been told, by number."""
+        """The trials with recorded results, by number."""
         return [trial for trial in self._study.get_trials() if trial.state.is_finished()]
 
     def count(self) -> int:
-        """How many trials have been told."""
+        """Number of trials with recorded results."""
         return len(self.finished())
 
     def missing(self) -> bool:
-        """Whether there are to be more trials, besides those that have failed."""
+        """Whether more trials are to be run, apart from failed ones."""
         return self.count() + len(self._failed) < self.search.trials
 
     def propose(self) -> list[Any]:
-        """The trials to be run next: those that were begun and not told, and the rest of a batch.
+        """The trials to run next: those started but not finished, and the rest of a batch.
 
-        A trial that has failed is one of them, but no longer in the call in which it did.
+        A failed trial is proposed again, but not within the same call of the command.
 
-        Every proposal has a sampler of its own, whose seed is that of the search and the number of
-        the trial, so that it depends on the trials before it alone.
+        Every proposal has its own sampler, seeded by the search's seed and the number of the trial,
+        so that it depends only on the trials before it.
         """
         open_trials = self._open()
         count, batch = len(self._study.get_trials()), self.search.batch
@@ -273,7 +273,7 @@ class Trials:
         return self._open()
 
     def _open(self) -> list[Any]:
-        """The trials that were begun, and neither told nor failed."""
+        """The trials that were started and have neither a result nor failed."""
         return [
             trial
             for trial in self._study.get_trials()
@@ -281,13 +281,13 @@ class Trials:
         ]
 
     def tell(self, trial: Any, reached: Mapping[str, float]) -> None:
-        """Note what a trial has reached, by objective."""
+        """Record the results of a trial, by objective."""
         self._study.tell(trial.number, [reached[name] for name in self.search.objectives])
 
     def fail(self, trial: Any) -> None:
-        """Leave out a trial that has failed, until the next call.
+        """Leave out a failed trial until the next call.
 
-        The journal is told nothing: what it is told is final, and the cause may be a full disk.
+        Nothing is written to the journal, whose entries are final; the cause may be a full disk.
         """
         self._failed.add(trial.number)
 
@@ -301,7 +301,7 @@ class Trials:
         return sorted(self._study.best_trials, key=lambda trial: trial.number)
 
     def rows(self) -> list[Trial]:
-        """All trials for the table, also those that have failed."""
+        """All trials for the table, including failed ones."""
         best = {trial.number for trial in self.best()}
         return [
             Trial(
@@ -335,12 +335,12 @@ class Trials:
 
 
 def journal(name: str) -> Path:
-    """Where the trials of a study are kept."""
+    """File with the trials of a study."""
     return definition.FOLDER / f"{name}.journal"
 
 
 def _name(trial: Any) -> str:
-    """Of a trial, in the names of its experiments."""
+    """Name of a trial, as part of the names of its experiments."""
     return f"t{trial.number:03d}"
 
 
@@ -349,7 +349,7 @@ def _late(search: Search, began: float) -> bool:
 
 
 def _choices(space: Space) -> list[PlannedCell]:
-    """The cells of one choice for every label; of a range, they have the lowest number."""
+    """The cells of one choice for every label; ranges have their lowest number."""
     start = {axis: definition.first(values) for axis, values in space.axes.items()}
     choices = [start] + [
         start | {axis: label}
@@ -361,9 +361,9 @@ def _choices(space: Space) -> list[PlannedCell]:
 
 
 def _digest(graph: Graph, space: Space) -> str:
-    """Hash of all that values of trials depend on, but for the choice itself.
+    """Hash of everything that results of trials depend on, except the choice itself.
 
-    The pieces of work of one choice for every label stand for code, settings and data.
+    The pieces of work of one choice for every label represent code, settings and data.
     """
     ids = list(plan.make(graph, _choices(space), LAST).works)
     axes = {axis: repr(values) for axis, values in space.axes.items()}
@@ -373,7 +373,7 @@ def _digest(graph: Graph, space: Space) -> str:
 
 @contextlib.contextmanager
 def _alone(state: Snapshot, name: str) -> Iterator[None]:
-    """Hold the search against a second one of this name; SecateurError if it is running."""
+    """Hold the lock of this search; SecateurError if the search is already running."""
     path = state.root / PLACE / f"{name}.search.lock"
     with path.open("a") as lock:
         try:
@@ -384,7 +384,7 @@ def _alone(state: Snapshot, name: str) -> Iterator[None]:
 
 
 def _words(axis: Range | tuple[str, ...]) -> str:
-    """An axis for people."""
+    """An axis in words."""
     if not isinstance(axis, Range):
         return " | ".join(axis)
     kind = ", by its logarithm" if axis.log else f", step {axis.step}" if axis.step else ""
@@ -392,7 +392,7 @@ def _words(axis: Range | tuple[str, ...]) -> str:
 
 
 def _remark(space: Space, done: int) -> str:
-    """What the page has to say about where its rows come from."""
+    """A remark on the page about the origin of its rows."""
     axes = "; ".join(f"{axis}: {_words(values)}" for axis, values in space.axes.items())
     return (
         f"search: {done} trials by {space.search.sampler} over {axes}, judged by "

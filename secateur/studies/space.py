@@ -1,8 +1,8 @@
-"""What a search may choose: the schema of ranges and of the search in studies/<name>.yaml.
+"""The search space: schema of ranges and of `search` in studies/<name>.yaml.
 
 axes:
   decay: {low: 1e-5, high: 1e-3, log: true}        # numbers of a range
-  pruners.magnitude.criterion: [l1, l2, taylor]    # or of a list, or labels with settings
+  pruners.magnitude.criterion: [l1, l2, taylor]    # or values of a list, or labels with settings
 search: {trials: 40, sampler: tpe, objectives: [accuracy, macs]}
 """
 
@@ -12,13 +12,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Objective = Literal["accuracy", "parameters", "macs"]
-"""Accuracy on the validation images; share of the dense network's parameters or MACs that is left,
-non-zeros alone."""
+"""Accuracy on the validation images; remaining share of the dense network's parameters or MACs,
+counting only non-zeros."""
 MAXIMISED = ("accuracy",)
 
 
 def as_number(value: Any) -> Any:
-    """A number that YAML 1.1 has left as text, as in 1e-4; any other value as it is."""
+    """The number, if YAML 1.1 has left one as text, as in 1e-4; any other value unchanged."""
     if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
         return float(value)
     return value
@@ -28,16 +28,16 @@ Number = Annotated[int | float, BeforeValidator(as_number), Field(allow_inf_nan=
 
 
 class Range(BaseModel):
-    """Numbers from `low` to `high`, both included; whole ones if both are whole."""
+    """Numbers from `low` to `high`, both included; whole numbers if both are whole."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     low: Number
     high: Number
     step: Number | None = None
-    """Distance of the numbers; any number of the range without it (whole ones: each)."""
+    """Distance between the numbers; without it, any (whole) number of the range."""
     log: bool = False
-    """Sample the logarithm evenly."""
+    """Sample evenly on a log scale."""
 
     @model_validator(mode="after")
     def _check(self) -> "Range":
@@ -58,21 +58,21 @@ class Range(BaseModel):
 
 
 class Search(BaseModel):
-    """How values are chosen, and what is sought."""
+    """How values are chosen, and the objectives."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     trials: Annotated[int, Field(ge=1, le=100_000)]
-    """Number of trials in all; it may be raised later."""
+    """Total number of trials; it can be raised later."""
     hours: Annotated[float, Field(gt=0)] | None = None
-    """Hours of one call of the command after which no further trial begins."""
+    """Hours of one call of the command after which no further trial is started."""
     sampler: Literal["random", "tpe", "nsga2"] = "tpe"
     objectives: Annotated[list[Objective], Field(min_length=1)] = ["accuracy", "parameters"]
     batch: Annotated[int, Field(ge=1, le=1000)] = 4
-    """Trials that are proposed together, so that they can run at the same time: what is proposed
-    depends on this number and not on how many workers there are."""
+    """Trials that are proposed together, so that they can run at the same time; the proposals
+    depend on this number, not on the number of workers."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    """Of the sampler."""
+    """Seed of the sampler."""
 
     @model_validator(mode="after")
     def _check(self) -> "Search":
