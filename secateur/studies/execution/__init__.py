@@ -1,1 +1,1 @@
-"""Where the pieces of a study run: copies of the project, keys, executors, experiments."""
+"""Execution of a study's pieces of work: copies of the project, keys, executors, experiments."""

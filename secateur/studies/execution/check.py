@@ -12,8 +12,8 @@ from secateur.studies.plan import Plan
 def settings(plan: Plan) -> None:
     """Raise SettingsError, naming the cell, for the first value that is not allowed.
 
-    In a process of its own, since it imports every plug-in, and torch. Only cells with something
-    to run are checked: the others have passed.
+    The check runs in a separate process, since it imports every plug-in, and torch. Only cells with
+    missing work are checked: the others have passed before.
     """
     numbers = {work.cell for work in plan.missing()}
     if not numbers:
@@ -30,7 +30,7 @@ def settings(plan: Plan) -> None:
 
 
 def refused(cell: str, params: dict[str, Any]) -> str | None:
-    """What is not allowed in the params.yaml of a cell, in one line; None if all is."""
+    """The first error in the params.yaml of a cell, in one line; None if all values are allowed."""
     from secateur.base import settings as checked
 
     try:

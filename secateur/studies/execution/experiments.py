@@ -1,6 +1,6 @@
-"""Cells as experiments of DVC: commits under refs/exps, as `dvc exp run` makes them.
+"""Cells as DVC experiments: commits under refs/exps, like those of `dvc exp run`.
 
-All are written by one call of `git fast-import`, without a workspace.
+All are written by a single call of `git fast-import`, without a workspace.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ NOTE = "Secateur-Cell: "
 
 
 class Experiments:
-    """The experiments of one study, on top of the commit that is checked out."""
+    """The experiments of one study, based on the commit that is checked out."""
 
     def __init__(self, snapshot: Snapshot, plan: Plan, study: str) -> None:
         self.snapshot, self.plan, self.study = snapshot, plan, study
@@ -34,7 +34,7 @@ class Experiments:
         self._locks = {lock: _read_lock(plan.graph.folder, lock) for lock in sorted(locks)}
 
     def write(self) -> int:
-        """Write an experiment for every finished cell that has none yet; returns how many."""
+        """Write an experiment for every finished cell without one; returns how many."""
         commands: list[bytes] = []
         written: dict[str, str] = {}
         for number, cell in enumerate(self.plan.cells):
@@ -54,7 +54,7 @@ class Experiments:
         return len(written)
 
     def _commit(self, number: int, ref: str, entries: Mapping[str, Entry], digest: str) -> bytes:
-        """Commands of fast-import for a commit: the project's files, and what the cell changes."""
+        """Commands of fast-import for a commit: the project's files, and the cell's changes."""
         cell, graph = self.plan.cells[number], self.plan.graph
         stages = [self.plan.works[id].stage for id in self.plan.by_cell[number]]
         contents = {PARAMS: self.plan.params_text(number).encode()}
@@ -96,7 +96,7 @@ def _read_lock(folder: Path, path: str) -> dict[str, Any]:
 
 
 def _read_digests(snapshot: Snapshot) -> dict[str, str]:
-    """Ref -> digest of the cell, of the experiments on this commit that a study has written."""
+    """Ref -> digest of the cell, for experiments on this commit that were written by a study."""
     place = str(ExpRefInfo(snapshot.revision))
     shape = "%(refname) %(contents:lines=3)%00"
     listed = git(snapshot.root, "for-each-ref", f"--format={shape}", place)

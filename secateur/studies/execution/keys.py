@@ -1,7 +1,7 @@
-"""The files of a project, the keys of its stages in DVC's run cache, and what lies there.
+"""The files of a project, the keys of its stages in DVC's run cache, and the cached entries.
 
-DVC's own code hashes files, folders and keys; here is only the walk over the stages that `dvc
-repro` would make for one state of the workspace, without a workspace for each.
+DVC's own code hashes files, folders and keys. This module only walks over the stages as `dvc repro`
+would for each state of the workspace, but without such a workspace.
 """
 
 import os
@@ -29,26 +29,26 @@ from secateur.studies.execution.snapshot import bring, tracked_in
 from secateur.studies.execution.stages import PARAMS, ResolvedStage
 
 Entry = dict[str, Any]
-"""A stage as it stands in dvc.lock and in the run cache: cmd, deps, params, outs."""
+"""A stage in the format of dvc.lock and of the run cache: cmd, deps, params, outs."""
 
 
 class Graph:
     """The stages and files of one copy of the project.
 
-    A copy is a folder with the tracked files of the project, with the project's cache.
+    A copy is a folder with the tracked files of the project, which uses the project's cache.
     """
 
     def __init__(self, folder: Path, root: Path) -> None:
         self.folder, self.root = folder, root
         self.ignored: list[str] = []
-        """Files that stages depend on and Git does not know, brought from the project."""
+        """Files that stages depend on but Git does not track, copied from the project."""
         self._tracked = tracked_in(folder)
         self.repo = Repo(str(folder))
         self.wiring = stages.read(folder)
         self.params: dict[str, Any] = load_yaml(str(folder / PARAMS))
-        """Of the copy's params.yaml, as DVC reads it."""
+        """Values of the copy's params.yaml, as DVC reads them."""
         self.cache = Path(self.repo.cache.local.path)
-        """The folder of the objects, by the beginning of their hashes."""
+        """The folder of the objects, sorted by the first digits of their hashes."""
         self._runs = Path(self.repo.stage_cache.cache_dir)
         self._used = stages.Used(self.wiring)
         self._resolved: dict[str, tuple[ResolvedStage, ...]] = {}
@@ -63,9 +63,9 @@ class Graph:
         )
 
     def stages(self, params: Mapping[str, Any]) -> tuple[ResolvedStage, ...]:
-        """All stages for these params, each after those whose outs it reads.
+        """All stages for these params, each after the stages whose outs it reads.
 
-        Raises SettingsError for a name in them that stands for no plug-in or file.
+        Raises SettingsError for the name of a plug-in or file that does not exist.
         """
         used = self._used.values(params)
         if used not in self._resolved:
@@ -74,7 +74,7 @@ class Graph:
         return self._resolved[used]
 
     def file(self, path: str) -> Entry:
-        """A dependency that no stage makes, as it stands in dvc.lock; hashed once."""
+        """A dependency that no stage makes, in the format of dvc.lock; hashed once."""
         if path not in self._files:
             (dep,) = loads_from(self._holder, [path])
             try:
@@ -91,15 +91,15 @@ class Graph:
         return self._files[path]
 
     def own_files(self, path: str) -> list[str]:
-        """Files of the project itself in a folder that stages write into, relative to it."""
+        """The project's own files in a folder that stages write into, relative to the folder."""
         self.file(path)
         return ["/".join(key) for key, _, _ in self._trees[path]] if path in self._trees else []
 
     def shared_folder(self, path: str, outs: Sequence[Entry]) -> Entry:
-        """A dependency that is a folder with these outs in it, as it stands in dvc.lock.
+        """A dependency that is a folder with these outs in it, in the format of dvc.lock.
 
-        DVC hashes it like any folder; what is in it is known from the outs' own hashes. It is in
-        the cache no more than any other dependency that no stage makes.
+        DVC hashes it like any folder; its content is known from the hashes of the outs. Like any
+        dependency that no stage makes, the folder itself is not in the cache.
         """
         inside = [out for out in outs if out["path"].startswith(f"{path}/")]
         if not inside:
@@ -122,14 +122,14 @@ class Graph:
         return self._folders[key]
 
     def _content(self, out: Entry) -> list[tuple[tuple[str, ...], str]]:
-        """Path and hash of each file of an out; of an out that is a file, its own."""
+        """Path and hash of each file of an out; if the out is a file, its own."""
         if not out["md5"].endswith(".dir"):
             return [((), out["md5"])]
         files = tracked.contents(self.object(out["md5"]))
         return [(tuple(path.split("/")), md5) for path, md5 in files.items()]
 
     def declared(self, stage: ResolvedStage, params: Mapping[str, Any]) -> dict[str, Any]:
-        """The values that the stage declares, by dotted key in DVC's order."""
+        """The params that the stage declares, by dotted key in DVC's order."""
         found = {}
         for key in sorted(stage.params):
             found[key] = value_at(params, key)
@@ -160,7 +160,7 @@ class Graph:
         return dict(made[path]) if path in made else self.file(path)
 
     def find(self, entry: Entry) -> Entry | None:
-        """What DVC would restore for it: the newest entry of its key, if all objects are there."""
+        """The entry that DVC would restore: the newest of its key, if all objects are cached."""
         found = newest(self._runs, run_key(entry))
         whole = found and all(self.has_object(out["md5"]) for out in found["outs"])
         return found if whole else None
@@ -176,15 +176,15 @@ class Graph:
         return self._whole[md5]
 
     def forget_missing(self) -> None:
-        """Look again for objects that were not in the cache."""
+        """Forget which objects were missing in the cache, so that they are looked up again."""
         self._whole = {md5: there for md5, there in self._whole.items() if there}
 
     def object(self, md5: str) -> Path:
-        """Where the cache keeps an object."""
+        """Path of an object in the cache."""
         return self.cache / md5[:2] / md5[2:]
 
     def read(self, entry: Entry, path: str) -> bytes:
-        """Content of a file that a finished stage has written, also of one in a folder."""
+        """Content of a file that a finished stage has written, possibly within a folder."""
         content = self.read_if_there(entry, path)
         if content is None:
             raise SecateurError(f"{path}: the stage has not written it")
@@ -196,7 +196,7 @@ class Graph:
         return None if place is None else place.read_bytes()
 
     def locate(self, entry: Entry, path: str) -> Path | None:
-        """Where the cache keeps a file that a finished stage has written; None if it has not."""
+        """Path in the cache of a file that a finished stage has written; None if it has not."""
         for out in entry["outs"]:
             if out["path"] == path:
                 return self.object(out["md5"])
@@ -230,7 +230,7 @@ def _has(tree: Any, key: str) -> bool:
 
 
 def _newest_first(folder: Path) -> Iterator[Path]:
-    """The entries of a key; another process may be renaming one."""
+    """The entries of a key, the newest first; another process may be renaming one."""
     times = {}
     try:
         paths = list(folder.iterdir())

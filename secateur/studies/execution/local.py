@@ -1,4 +1,4 @@
-"""Executor `local`: processes of this machine that start warm."""
+"""Executor `local`: processes on this machine, forked from a server with everything imported."""
 
 import contextlib
 import json
@@ -20,7 +20,7 @@ from secateur.studies.execution.work import Task
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a piece of work has ended."""
+    """Outcome of a piece of work."""
 
     key: str
     status: int
@@ -28,25 +28,25 @@ class Outcome:
 
 
 class Executor(Protocol):
-    """Who does pieces of work: several at the same time, none of them twice."""
+    """Runs pieces of work, several at the same time."""
 
     slots: int
-    """Pieces that are done at the same time."""
+    """Number of pieces that run at the same time."""
 
     def submit(self, task: Task) -> None:
-        """Begin a piece of work."""
+        """Start a piece of work."""
 
     def wait(self, seconds: float | None = None) -> Sequence[Outcome]:
-        """Wait until at least one piece has ended, or, without one, for so many seconds."""
+        """Wait until at least one piece has ended, at most for `seconds`."""
 
     def close(self) -> None:
-        """Interrupt what runs, so that it can go on later, and wait for its end."""
+        """Interrupt running pieces, so that they can be resumed later, and wait for their end."""
 
 
 class LocalExecutor:
-    """Forks from one server, which is started again if it is killed.
+    """Forks processes from one server, which is restarted if it is killed.
 
-    The server begins to import as soon as there is an executor; the first `submit` waits for it.
+    The server starts importing when the executor is created; the first `submit` waits for it.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class LocalExecutor:
     ) -> None:
         self.snapshot, self.slots, self.ignored = snapshot, slots, list(ignored)
         self.name = name
-        """Beginning of the names of its copies of the project."""
+        """Prefix of the names of its copies of the project."""
         self._running: dict[str, int] = {}
         self._channel: socket.socket | None = None
         self._server: subprocess.Popen[bytes] | None = None
@@ -63,17 +63,17 @@ class LocalExecutor:
         self._start()
 
     def submit(self, task: Task) -> None:
-        """Fork a process for it, in a copy of the project that no other works in."""
+        """Fork a process for the piece, in a copy of the project that no other process uses."""
         slot = next(n for n in range(self.slots) if n not in self._running.values())
         folder = self.snapshot.copy(f"{self.name}-{slot}", self.ignored)
         channel = self._when_ready()
         self._running[task.key] = slot
         line = json.dumps({"task": asdict(task), "folder": str(folder)})
-        with contextlib.suppress(OSError):  # the server was killed: `wait` says so
+        with contextlib.suppress(OSError):  # the server was killed: `wait` reports it
             channel.sendall(f"{line}\n".encode())
 
     def wait(self, seconds: float | None = None) -> Sequence[Outcome]:
-        """What has ended since; all that ran, if the server itself was killed."""
+        """Pieces that have ended since; all running pieces if the server itself was killed."""
         found: list[Outcome] = []
         while not found:
             if seconds is not None and not self._can_read(seconds):
@@ -151,13 +151,13 @@ class LocalExecutor:
 
 
 def processors() -> int:
-    """Processors that this process may use (as `base.machine` has it, without importing torch)."""
+    """Number of processors that this process may use (as in `base.machine`, but without torch)."""
     usable = getattr(os, "sched_getaffinity", None)
     return len(usable(0)) if usable else os.cpu_count() or 1
 
 
 def read_result(task: Task) -> dict[str, object] | None:
-    """The entry that a piece of work has left; None if there is none."""
+    """The entry that a piece of work has written; None if there is none."""
     try:
         content = files.read_bytes(Path(task.result), SecateurError)
     except SecateurError:

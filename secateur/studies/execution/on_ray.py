@@ -1,6 +1,6 @@
-"""Executor `ray`: the nodes of a Ray cluster, or of this machine, that share the project's folder.
+"""Executor `ray`: nodes of a Ray cluster, or this machine, that share the project's folder.
 
-Every slot is an actor with a warm server of its own (see `workers`).
+Every slot is an actor with its own server that has imported everything (see `workers`).
 """
 
 import os
@@ -14,24 +14,24 @@ from secateur.studies.execution.work import Task
 
 
 class Node:
-    """One slot: does one piece of work after the other."""
+    """One slot, which runs one piece of work after the other."""
 
     def __init__(self, state: Snapshot, name: str, ignored: Sequence[str]) -> None:
         self.executor = LocalExecutor(state, 1, ignored, name)
 
     def do(self, task: Task) -> int:
-        """Do a piece of work; its status."""
+        """Run a piece of work; returns its status."""
         self.executor.submit(task)
         (outcome,) = self.executor.wait()
         return outcome.status
 
     def close(self) -> None:
-        """Interrupt what runs, and end."""
+        """Interrupt the running piece, and end."""
         self.executor.close()
 
 
 class RayExecutor:
-    """Actors that take turns; one that dies is replaced."""
+    """Runs pieces on actors; an actor that dies is replaced."""
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class RayExecutor:
         self.running: dict[Any, tuple[str, int, Any]] = {}
 
     def submit(self, task: Task) -> None:
-        """Give a piece to an actor that is free."""
+        """Assign a piece to a free actor."""
         number, node = self.free.pop()
         if node is None:
             node = self.kind.remote(self.state, f"ray-{number}", self.ignored)
@@ -77,13 +77,13 @@ class RayExecutor:
         return found
 
     def close(self) -> None:
-        """Interrupt what runs, and release the actors."""
+        """Interrupt running pieces, and release the actors."""
         nodes = [node for _, node in self.free if node is not None]
         nodes += [node for _, _, node in self.running.values()]
         for closing in [node.close.remote() for node in nodes]:
             try:
                 self.ray.get(closing, timeout=40)
             except self.ray.exceptions.RayError:
-                continue  # it is gone
+                continue  # the actor has died
         for node in nodes:
             self.ray.kill(node)

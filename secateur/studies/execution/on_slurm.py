@@ -1,7 +1,7 @@
-"""Executor `slurm`: every piece of work is a job, of nodes that share the project's folder.
+"""Executor `slurm`: every piece of work is a job on nodes that share the project's folder.
 
-Pieces that can begin at the same time are one job array. A job for a piece is submitted when what
-it reads is finished, since only then its key is known; so no job depends on another.
+Pieces that can start at the same time form one job array. A piece is submitted when the pieces that
+it reads are finished, because only then its key is known; so no job depends on another.
 """
 
 import os
@@ -19,7 +19,7 @@ from secateur.studies.execution.snapshot import PLACE, Snapshot
 from secateur.studies.execution.work import Task
 
 POLL = 0.5
-"""Seconds between two looks at the jobs."""
+"""Seconds between two polls of the jobs."""
 
 
 class SlurmExecutor:
@@ -44,11 +44,11 @@ class SlurmExecutor:
         self._running: dict[str, Any] = {}
 
     def submit(self, task: Task) -> None:
-        """Put a piece among those that are submitted by the next `wait`."""
+        """Queue a piece, which the next `wait` submits."""
         self._waiting.append(task)
 
     def wait(self, seconds: float | None = None) -> Sequence[Outcome]:
-        """Submit what waits as one array, and wait for the first jobs that end."""
+        """Submit queued pieces as one array, and wait until at least one job has ended."""
         if self._waiting:  # submitit warns of an empty array
             with self.jobs.batch():
                 made = [self.jobs.submit(run, task.dumps()) for task in self._waiting]
@@ -67,13 +67,13 @@ class SlurmExecutor:
         return found
 
     def close(self) -> None:
-        """Cancel what has not ended; stages save their state."""
+        """Cancel jobs that have not ended; stages save their state."""
         for job in self._running.values():
             job.cancel(check=False)
 
 
 def run(text: str) -> int:
-    """In a job: do the piece in a copy of this job's own; its status."""
+    """Within a job: run the piece in the job's own copy of the project; returns its status."""
     task = work.loads(text)
     state = work.snapshot_of(task)
     name = "slurm-" + os.environ.get("SLURM_JOB_ID", str(os.getpid()))

@@ -1,7 +1,7 @@
-"""The project's tracked files as a Git tree, and copies of them for those who work.
+"""The project's tracked files as a Git tree, and copies of them for workers.
 
-Like an experiment of DVC, a study takes the tracked files as they are in the workspace, committed
-or not, and leaves the workspace alone.
+Like a DVC experiment, a study takes the tracked files as they are in the workspace, committed or
+not, and does not change the workspace.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from secateur.pipeline.tracked import cache_folder
 
 PLACE = Path(".dvc/tmp/studies")
 TRACKED = Path(".dvc/tmp/tracked")
-"""In a complete copy, the names of its tracked files, each with a zero byte behind it."""
+"""In a complete copy, the names of its tracked files, each followed by a zero byte."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Snapshot:
     """One state of the tracked files."""
 
     root: Path
-    """The project."""
+    """Folder of the project."""
     revision: str
     """The commit that is checked out."""
     tree: str
@@ -39,9 +39,9 @@ class Snapshot:
     """DVC's cache of the project."""
 
     def copy(self, name: str, ignored: Sequence[str] = ()) -> Path:
-        """A folder with these files, made once, with the project's cache; DVC sees no Git in it.
+        """A folder with these files, created once, that uses the project's cache and has no Git.
 
-        `ignored`: files that Git does not know and stages depend on, such as weights.
+        `ignored`: files that Git does not track but stages depend on, such as weights.
         """
         folder = self.root / PLACE / self.tree[:12] / name
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -58,7 +58,7 @@ class Snapshot:
         _lock_of(folder).unlink(missing_ok=True)
 
     def _make(self, folder: Path) -> None:
-        """Write the files; their names last, as a sign that all are there."""
+        """Write the files; their names come last, as a mark that the copy is complete."""
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         with _index(self.root) as env:
@@ -71,7 +71,7 @@ class Snapshot:
         files.write_bytes(listing, os.fsencode(names))
 
     def _configure(self, folder: Path) -> None:
-        """The project's own DVC settings, its cache, and no Git."""
+        """Configure DVC with the project's own settings and cache, and without Git."""
         file = folder / ".dvc" / "config.local"
         own = self.root / ".dvc" / "config.local"
         config = configobj.ConfigObj(str(own) if own.is_file() else None, list_values=False)
@@ -83,7 +83,7 @@ class Snapshot:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Keep the copies while they are used; delete those of other states that nobody uses."""
+        """Keep the copies while they are in use; delete unused copies of other states."""
         place = self.root / PLACE
         place.mkdir(parents=True, exist_ok=True)
         for old in place.glob("*.lock"):
@@ -117,7 +117,7 @@ def take(root: Path) -> Snapshot:
 
 @contextlib.contextmanager
 def _index(root: Path) -> Iterator[dict[str, str]]:
-    """An environment with an index of Git's for once, so that the user's own stays as it is."""
+    """An environment with a temporary Git index, so that the user's index is not changed."""
     place = root / PLACE
     try:
         place.mkdir(parents=True, exist_ok=True)
@@ -149,7 +149,7 @@ def git(
 
 
 def tracked_in(folder: Path) -> set[str]:
-    """Paths of the tracked files in a copy, and of all folders that they are in."""
+    """Paths of the tracked files in a copy, and of all their folders."""
     found = {"."}
     for name in os.fsdecode((folder / TRACKED).read_bytes()).split("\0"):
         while name and name not in found:
@@ -159,9 +159,9 @@ def tracked_in(folder: Path) -> set[str]:
 
 
 def bring(root: Path, folder: Path, paths: Iterable[str]) -> None:
-    """Make files and folders that Git does not know the same in a copy as in the project.
+    """Copy files and folders that Git does not track from the project into a copy.
 
-    What is there with the same size and time is left alone; what the project lacks is removed.
+    Files with the same size and time are left alone; files that the project lacks are removed.
     """
     with _locked(folder):
         for path in paths:
@@ -169,7 +169,7 @@ def bring(root: Path, folder: Path, paths: Iterable[str]) -> None:
 
 
 def _mirror(source: Path, target: Path, scratch: Path) -> None:
-    """Make one file, or all files in a folder, the same as those of the source."""
+    """Make one file, or all files in a folder, equal to the source."""
     if source == target:  # an absolute path: all copies share it
         return
     if not source.is_dir():
@@ -192,7 +192,7 @@ def _mirror(source: Path, target: Path, scratch: Path) -> None:
 
 
 def _replace(source: Path, target: Path, scratch: Path) -> None:
-    """Copy a file, unless it is there; whoever reads the target sees the old or the new one."""
+    """Copy a file atomically, unless the target is already equal."""
     if source.exists() and target.is_file():
         ours, its = target.stat(), source.stat()
         if (ours.st_size, ours.st_mtime_ns) == (its.st_size, its.st_mtime_ns):
@@ -213,7 +213,7 @@ def _lock_of(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Alone among those who make a copy or bring files into it."""
+    """Hold the lock for creating a copy or copying files into it."""
     with _lock_of(folder).open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

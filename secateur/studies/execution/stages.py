@@ -24,7 +24,7 @@ from secateur.pipeline.tracked import value_at
 PARAMS = "params.yaml"
 MAIN = STAGES["evaluate"].pipeline
 FILES = (MAIN, stage_spec(f"{ROUND[0]}@{FIRST}").pipeline)
-"""The files of pipelines whose stages a study runs; a file may be missing in a project."""
+"""The pipeline files whose stages a study runs; a file may be missing in a project."""
 
 
 @dataclass(frozen=True)
@@ -40,32 +40,32 @@ class ResolvedStage:
     outs: tuple[str, ...]
     """Paths, sorted."""
     uncached: tuple[str, ...]
-    """The outs that Git keeps."""
+    """The outs that are tracked by Git."""
     upstream: tuple[str, ...]
     """Stages whose outs it reads."""
     folders: tuple[str, ...] = ()
-    """The deps that are folders into which other stages write, whether any of these does or not."""
+    """The deps that are folders into which other stages can write, even if none does."""
     file: str = MAIN
-    """The one that declares it."""
+    """The pipeline file that declares it."""
 
     @property
     def address(self) -> str:
-        """Name of the stage in DVC, seen from the project's folder."""
+        """Name of the stage in DVC, from the project's folder."""
         return self.name if self.file == MAIN else f"{self.file}:{self.name}"
 
     @property
     def lock(self) -> str:
-        """The file that has its hashes."""
+        """The lock file that has its hashes."""
         return str(Path(self.file).with_suffix(".lock"))
 
 
 def read(folder: Path) -> dict[str, dict[str, Any]]:
-    """The content of the files, by path."""
+    """The content of the pipeline files, by path."""
     return {file: load_yaml(str(folder / file)) for file in FILES if (folder / file).is_file()}
 
 
 class Used:
-    """The settings on which it depends which stages there are: those in the files' templates."""
+    """The settings that determine which stages there are: those in the files' templates."""
 
     def __init__(self, wiring: Mapping[str, dict[str, Any]]) -> None:
         text = json.dumps(wiring)
@@ -75,7 +75,7 @@ class Used:
         self._names = sorted(names)
 
     def values(self, params: Mapping[str, Any]) -> str:
-        """Their values as text; of an entry of a `foreach`, only what its stages name."""
+        """Their values as text; of an entry of a `foreach`, only the values that its stages use."""
         found = [value_at(params, name) for name in self._names]
         for name in self._tables:
             table = value_at(params, name)
@@ -88,7 +88,7 @@ class Used:
 def resolve(
     repo: Repo, wiring: Mapping[str, dict[str, Any]], params: Mapping[str, Any]
 ) -> tuple[ResolvedStage, ...]:
-    """All stages for these params, each after those whose outs it reads."""
+    """All stages for these params, each after the stages whose outs it reads."""
     found: dict[str, tuple[str, dict[str, Any]]] = {}
     for file, content in wiring.items():
         for name, stage in _filled(repo, file, content, params).items():
@@ -137,7 +137,7 @@ def _filled(
 
 
 def _shared(wiring: Mapping[str, dict[str, Any]]) -> set[str]:
-    """The deps, as written, below which a stage has an out, as written, whatever the params."""
+    """The deps below which a stage has an out, both as written in the files, for any params."""
     deps: set[str] = set()
     outs: set[str] = set()
     for content in wiring.values():
@@ -149,7 +149,7 @@ def _shared(wiring: Mapping[str, dict[str, Any]]) -> set[str]:
 
 
 def _makers(dep: str, makers: Mapping[str, str], shared: set[str]) -> list[str]:
-    """The stages that make a dependency, or what lies in it."""
+    """The stages that make a dependency, or files in it."""
     if dep not in shared:
         return [makers[dep]] if dep in makers else []
     return [name for path, name in makers.items() if path.startswith(f"{dep}/")]
@@ -159,12 +159,12 @@ KINDS = ("outs", "metrics", "plots")
 
 
 def _path(out: str | dict[str, Any]) -> str:
-    """Of an out, which may be written with options."""
+    """Path of an out, which may be written with options."""
     return next(iter(out)) if isinstance(out, dict) else out
 
 
 def _outs(file: str, name: str, stage: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """Paths of all outs of a stage, and of those that Git keeps."""
+    """Paths of all outs of a stage, and of the outs that are tracked by Git."""
     paths, uncached = [], []
     for kind in KINDS:
         for out in stage.get(kind, []):
@@ -192,7 +192,7 @@ def _keys(file: str, name: str, stage: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _ordered(stages: Mapping[str, ResolvedStage]) -> Iterator[ResolvedStage]:
-    """Every stage after those that it reads."""
+    """The stages, each after the stages that it reads."""
     order = graphlib.TopologicalSorter({name: stage.upstream for name, stage in stages.items()})
     try:
         yield from [stages[name] for name in order.static_order()]

@@ -1,6 +1,6 @@
-"""Do one piece of work in a copy of the project, and leave in DVC's cache what `dvc repro` would.
+"""Runs one piece of work in a copy of the project; DVC's cache gets the same as by `dvc repro`.
 
-It runs in a process of its own, which may have been forked with everything imported.
+It runs in a separate process, which may have been forked with everything imported.
 """
 
 import contextlib
@@ -24,12 +24,12 @@ from secateur.studies.execution.stages import MAIN, PARAMS
 
 @dataclass(frozen=True)
 class Task:
-    """One piece of work, as it travels to who does it."""
+    """One piece of work, as it is sent to a worker."""
 
     key: str
-    """Of DVC's run cache."""
+    """Key in DVC's run cache."""
     stage: str
-    """Its address, as DVC names it in the project's folder."""
+    """Address of the stage in DVC, from the project's folder."""
     params: str
     """The text of params.yaml."""
     upstream: list[Entry]
@@ -40,25 +40,25 @@ class Task:
     tree: str
     cache: str
     ignored: list[str]
-    """Files that Git ignores and stages depend on."""
+    """Files that Git ignores but stages depend on."""
     experiment: str
     """The cell that it runs for."""
     folders: dict[str, list[str]]
-    """Deps that are folders into which stages write -> files of the project itself in each."""
+    """Deps that are folders into which stages write -> the project's own files in each."""
 
     @property
     def place(self) -> Path:
-        """Where its lock, log and result lie."""
+        """Folder of its lock, log and result."""
         return Path(self.root, ".dvc/tmp/studies", "work", self.key[:2])
 
     @property
     def log(self) -> Path:
-        """What the stage has printed."""
+        """File with the output of the stage."""
         return self.place / f"{self.key}.log"
 
     @property
     def result(self) -> Path:
-        """The finished entry, as JSON."""
+        """File with the finished entry, as JSON."""
         return self.place / f"{self.key}.json"
 
     def dumps(self) -> str:
@@ -72,15 +72,15 @@ def loads(text: str) -> Task:
 
 
 def snapshot_of(task: Task) -> Snapshot:
-    """The state of the project that it belongs to."""
+    """The state of the project that the task belongs to."""
     return Snapshot(Path(task.root), task.revision, task.tree, Path(task.cache))
 
 
 def execute(task: Task, folder: Path) -> Entry:
     """Run the stage in a copy of the project, unless the cache has it; returns its entry.
 
-    Whoever else works on the same key, here or in another process, is waited for. The stage ends
-    this process with SystemExit if it fails.
+    If another process works on the same key, this one waits for it. If the stage fails, it ends
+    this process with SystemExit.
     """
     from dvc.repo import Repo
 
@@ -103,9 +103,9 @@ def execute(task: Task, folder: Path) -> Entry:
 
 
 def _clear(folder: Path, task: Task) -> None:
-    """Remove what stages of other cells have left in folders that this one depends on as a whole.
+    """Remove files of other cells' stages from folders that this stage depends on as a whole.
 
-    Also what a killed process has left there, which no lock file knows.
+    This includes files left by killed processes, which are in no lock file.
     """
     wanted = [Path(out["path"]) for entry in task.upstream for out in entry["outs"]]
     for path, own in task.folders.items():
@@ -119,7 +119,7 @@ def _clear(folder: Path, task: Task) -> None:
 
 
 def _run(repo: Any, stage: Any, task: Task) -> Entry:
-    """Take the stage from the run cache, or run it and store what it has made."""
+    """Take the stage from the run cache, or run it and store its outs."""
     from dvc.stage.run import cmd_run
     from dvc.stage.serialize import to_single_stage_lockfile
 
@@ -149,15 +149,15 @@ def _run(repo: Any, stage: Any, task: Task) -> Entry:
         cmd_run(stage, run_env=environment)
     else:
         _run_module(module[1], module[2].split())
-    stage.save_outs()  # the deps, in this copy that is nobody else's, are what they were
-    for out in stage.outs:  # objects first, so that what the run cache names is there
+    stage.save_outs()  # the deps have not changed: no other process uses this copy
+    for out in stage.outs:  # objects first, so that the run cache never names missing ones
         out.commit(relink=False)
     repo.stage_cache.save(stage)
     return _plain(to_single_stage_lockfile(stage))
 
 
 def _run_module(name: str, options: Sequence[str]) -> None:
-    """What `python -m NAME OPTIONS` does, in this process; SystemExit if it ends with an error."""
+    """As `python -m NAME OPTIONS`, but in this process; SystemExit if it ends with an error."""
     sys.modules.pop(name, None)
     arguments, sys.argv = sys.argv, [name, *options]
     try:
@@ -170,21 +170,21 @@ def _run_module(name: str, options: Sequence[str]) -> None:
 
 
 def _plain(entry: Entry) -> Entry:
-    """The entry in plain tables."""
+    """The entry as plain dictionaries and lists."""
     plain: Entry = json.loads(json.dumps(entry))
     return plain
 
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Alone in a folder, or with a key, also if an interrupted process still saves its state."""
+    """Hold the lock of a folder or a key; an interrupted process keeps it until it has saved."""
     with path.open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
 def main() -> NoReturn:
-    """Do the piece of work on stdin in this folder; exit status and messages are its stage's."""
+    """Run the task on stdin in this folder, with the exit status and messages of its stage."""
     try:
         execute(loads(sys.stdin.read()), Path.cwd())
     except SecateurError as error:

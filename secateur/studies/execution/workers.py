@@ -1,10 +1,10 @@
-"""A server that has imported what stages import, and forks a process for each piece of work.
+"""A server that has imported everything that stages need, and forks a process for each piece.
 
     python -m secateur.studies.execution.workers SOCKET
 
-Started by `local` in a copy of the project, so that the code is that of the study. A piece of work
-then starts in some hundredths of a second. The processes end with the server, and the server with
-the one who started it; a stage that is interrupted in this way saves its state first.
+`local` starts it in a copy of the project, so that it has the code of the study. A piece of work
+then starts within some hundredths of a second. The processes end with the server, and the server
+with the process that started it; a stage that is interrupted in this way saves its state first.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ LAST_WORDS = 30.0
 
 
 def import_everything() -> None:
-    """Import what the stages of dvc.yaml import, the plug-ins included."""
+    """Import everything that the stages of dvc.yaml import, including plug-ins."""
     import stages  # noqa: F401  memory policy, before torch
 
     commands = re.findall(r"cmd: python -m ([\w.]+)", Path("dvc.yaml").read_text())
@@ -47,13 +47,13 @@ def import_everything() -> None:
 
 
 def serve(channel: socket.socket) -> tuple[work.Task, Path]:
-    """Answer requests until the other end closes; in a forked process, returns what it is to do."""
+    """Answer requests until the other end closes; in a forked process, returns its task."""
     wake_read, wake_write = os.pipe()
     for end in (wake_read, wake_write):
         os.set_blocking(end, False)
     signal.set_wakeup_fd(wake_write)
     signal.signal(signal.SIGCHLD, lambda *_: None)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started us decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started us decides
     signal.signal(signal.SIGTERM, lambda *_: None)
     running: dict[int, str] = {}
     unread = b""
@@ -65,7 +65,7 @@ def serve(channel: socket.socket) -> tuple[work.Task, Path]:
             if not more:
                 _end(running)
             *lines, unread = (unread + more).split(b"\n")
-            for line in lines:  # all of them: `select` knows nothing of what has been read
+            for line in lines:  # all of them: `select` does not see what has been read already
                 request = json.loads(line)
                 pid = os.fork()
                 if pid == 0:
@@ -85,7 +85,7 @@ def serve(channel: socket.socket) -> tuple[work.Task, Path]:
 
 
 def _received(channel: socket.socket) -> bytes:
-    """What has arrived; nothing if the other end is closed or was killed."""
+    """The bytes that have arrived; empty if the other end is closed or was killed."""
     try:
         return channel.recv(65536)
     except ConnectionError:
@@ -93,7 +93,7 @@ def _received(channel: socket.socket) -> bytes:
 
 
 def _ended() -> list[tuple[int, int]]:
-    """Processes that have ended, and how: an exit status, or minus a signal."""
+    """Processes that have ended, with their exit status, or minus the signal."""
     found: list[tuple[int, int]] = []
     while True:
         try:
@@ -120,7 +120,7 @@ def _end(running: dict[int, str]) -> NoReturn:
 
 
 def become(task: work.Task) -> None:
-    """Make a process of its own out of a forked one: streams, signals, end of its parent."""
+    """Set up a forked process as a separate one: streams, signals, end with its parent."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -137,7 +137,7 @@ def become(task: work.Task) -> None:
 
 
 def run(task: work.Task, folder: Path) -> int:
-    """Do the work; the exit status, and one line on stderr for an error of the user's."""
+    """Run the task; returns the exit status, and prints one line on stderr for a user error."""
     try:
         work.execute(task, folder)
     except SystemExit as end:
@@ -154,7 +154,7 @@ def run(task: work.Task, folder: Path) -> int:
 
 
 def main() -> NoReturn:
-    """Import, serve, and in each forked process do one piece of work."""
+    """Import, serve, and in each forked process run one piece of work."""
     channel = socket.socket(fileno=int(sys.argv[1]))
     import_everything()
     gc.collect()

@@ -1,1 +1,1 @@
-"""The page of a comparison: tables, statistics, plots, and what experiments have left."""
+"""The page of a comparison: tables, statistics, plots, and artifacts of experiments."""

@@ -1,7 +1,7 @@
-"""Published results to stand beside our own: read from the sources that are named, not measured.
+"""Published results shown beside our own: taken from the named sources, not measured.
 
-Networks of one name differ between papers, and so do base models and trainings; what is here is a
-landmark and no competitor in a comparison.
+Networks with the same name differ between papers, and so do base models and trainings. These
+results are landmarks, not competitors in a comparison.
 """
 
 from dataclasses import dataclass
@@ -18,16 +18,16 @@ class Anchor:
 
     method: str
     accuracy: float
-    """Of the test images, a fraction."""
+    """Accuracy on the test images, a fraction."""
     source: str
     compression: float | None = None
-    """Dense parameters / those that are left, where the source gives it."""
+    """Dense parameters / remaining parameters, if the source gives it."""
     macs: float | None = None
-    """MACs of the dense network / those that are left, where the source gives it."""
+    """MACs of the dense network / remaining MACs, if the source gives it."""
 
 
 def of(dataset: str, arch: str, depth: int | None = None) -> list[Anchor]:
-    """What there is for a network on a data set; `depth` of those that have one."""
+    """Published results for a network on a data set; `depth` for architectures that have one."""
     return PUBLISHED.get((dataset, arch, depth), [])
 
 

@@ -1,7 +1,7 @@
-"""What experiments have left beside their figures: layers in Git, histories in DVC's cache.
+"""Artifacts of experiments besides their metrics: layers in Git, histories in DVC's cache.
 
-The cache is read by the hashes in dvc.lock, also in that of the rounds, without DVC; what a clone
-has not pulled is left out.
+The cache is read without DVC, by the hashes in dvc.lock and in the lock file of the rounds; files
+that a clone has not pulled are left out.
 """
 
 import io
@@ -23,14 +23,14 @@ LAYERS = "metrics/layers.csv"
 
 @dataclass(frozen=True)
 class Artifacts:
-    """Tables of one experiment, as far as they are there."""
+    """Tables of one experiment, as far as they are available."""
 
     layers: str
     """Content of metrics/layers.csv, or empty."""
     histories: Mapping[str, str]
     """Stage -> content of its history.csv."""
     test_images: int | None
-    """How many test images there are; None without a run record."""
+    """Number of test images; None without a run record."""
     revision: str | None
     """Git commit at which the dense network was trained."""
 
@@ -50,9 +50,9 @@ def read(found: Sequence[Result]) -> dict[str, Artifacts]:
 
 
 def link(result: Result, folders: Mapping[str, Path]) -> None:
-    """Make tracked folders of an experiment at other places, of links into DVC's cache.
+    """Recreate tracked folders of an experiment at other paths, as links into DVC's cache.
 
-    Raises SecateurError if the cache lacks one.
+    Raises SecateurError if the cache lacks one of them.
     """
     outs = tracked.outs([result.commit])[result.commit]
     cache = tracked.cache_folder(Path.cwd())
@@ -92,7 +92,7 @@ def validation_curves(artifacts: Sequence[Artifacts]) -> dict[str, list[float]]:
 
 
 def layer_sparsity(artifacts: Sequence[Artifacts]) -> dict[str, float]:
-    """Layer -> share of the dense layer's weights that is gone, mean over the experiments."""
+    """Layer -> share of the dense layer's weights that is pruned, mean over the experiments."""
     import pandas as pd
 
     columns = []
@@ -108,7 +108,7 @@ def layer_sparsity(artifacts: Sequence[Artifacts]) -> dict[str, float]:
 
 
 def _record(outs: Mapping[str, str], cache: Path) -> tuple[int | None, str | None]:
-    """Number of test images and Git commit, by the record of the dense network."""
+    """Number of test images and Git commit, from the record of the dense network."""
     path = str(MODELS["baseline"].record)
     try:
         found = record.parse(tracked.place(cache, outs[path]).read_bytes(), path)
@@ -121,7 +121,7 @@ def _record(outs: Mapping[str, str], cache: Path) -> tuple[int | None, str | Non
 def _histories(
     outs: Mapping[str, str], cache: Path, models: Mapping[str, ModelSpec]
 ) -> dict[str, str]:
-    """Stage -> its history, of those that the cache has."""
+    """Stage -> its history, if the cache has it."""
     found = {}
     for stage, model in models.items():
         content = tracked.file_in(cache, outs.get(model.folder), model.history.name)

@@ -1,4 +1,4 @@
-"""Methods and operating points of experiments that no study has made, by their settings."""
+"""Methods and operating points, from their settings, of experiments not made by a study."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,16 +10,16 @@ from secateur.studies.results import Cell, Result
 
 
 def cells_of(found: Sequence[Result]) -> list[Cell]:
-    """Cells of experiments that were made by hand, by the settings that are not the same in all.
+    """Cells of experiments that were made by hand, from the settings in which they differ.
 
-    The operating point is the strength of the penalty and the numbers and patterns of its settings
-    and the pruner's, those of the last round if there are several; the method is penalty, pruner,
-    and every other setting that differs. Rounds belong to the method where each says how much of
-    the dense network is to be left, and to the operating point otherwise.
+    The operating point consists of the strength of the penalty, and of numbers and patterns in the
+    settings of penalty and pruner, in the last round if there are several. The method is penalty,
+    pruner, and every other setting that differs. Rounds belong to the method if each has a target
+    relative to the dense network, and otherwise to the operating point.
 
-    A seed counts once for a method and point: of experiments that have all of it in common and
-    have reached the same, as two studies share a cell, the first is kept; where they have reached
-    something else, each is a method of its own by its name.
+    A seed counts once for each method and point. Of experiments that agree in all of this and in
+    their results, such as a cell shared by two studies, the first is kept; if their results differ,
+    each is a separate method, with its name.
     """
     found = rounds.by_round(found)
     keys = [key for key in _different(found) if key not in ("penalty", "pruner")]
@@ -36,7 +36,7 @@ def cells_of(found: Sequence[Result]) -> list[Cell]:
 
 
 def left_out(found: Sequence[Result], cells: Sequence[Cell]) -> list[str]:
-    """A sentence about the experiments that are no cells, if there are any."""
+    """A sentence about the experiments that were left out, if any."""
     kept = {cell.experiment for cell in cells}
     names = [result.name for result in found if result.name not in kept]
     if not names:
@@ -59,7 +59,7 @@ def _once(cells: Sequence[Cell], found: Sequence[Result]) -> list[Cell]:
 
 
 def _different(found: Sequence[Result]) -> list[str]:
-    """Keys whose values are not the same in all results; of a round, in those that have it."""
+    """Keys whose values differ between results; keys of a round, between those that have it."""
     keys = {key: None for result in found for key in result.params if key != "seed"}
     return [key for key in keys if len({str(v) for v in _values(key, found)}) > 1]
 
@@ -72,14 +72,14 @@ def _values(key: str, found: Sequence[Result]) -> list[Any]:
 
 
 def _target_of_dense(result: Result) -> bool:
-    """Whether the pruner is told which share of the dense network to leave."""
+    """Whether the pruner has a target relative to the dense network."""
     return result.params.get(f"pruners.{result.params.get('pruner')}.target.of") == "dense"
 
 
 def _is_amount(key: str, found: Sequence[Result], absolute: bool) -> bool:
-    """Whether it says how much is pruned, not how: no choice among words, and no seed.
+    """Whether a setting tells how much is pruned, not how: neither a choice of words nor a seed.
 
-    `absolute`: the last round says it alone.
+    `absolute`: only the last round tells it.
     """
     if key == "decay":
         return True

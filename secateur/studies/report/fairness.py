@@ -1,9 +1,9 @@
-"""How fair a comparison of two methods is, by the setups of Wang et al. (arXiv 2301.05219, 2023).
+"""Fairness of a comparison of two methods, by the setups of Wang et al. (arXiv 2301.05219, 2023).
 
-From S1 to S4.2 more and more is the same for both: network, data and ratio (S1), base model (S2),
-epochs (S3.1) and learning-rate schedule (S3.2) of the finetuning, epochs (S4.1) and schedule (S4.2)
-of the pruning, which is `sparse_train` here. The authors ask for S3.2 at least. Epochs are those of
-all rounds, and schedules are the same only for as many rounds.
+From S1 to S4.2, the methods have more and more in common: network, data and ratio (S1), base model
+(S2), epochs (S3.1) and learning-rate schedule (S3.2) of the finetuning, epochs (S4.1) and schedule
+(S4.2) of the pruning, which is `sparse_train` here. The authors ask for S3.2 at least. Epochs are
+summed over all rounds; schedules are the same only with the same number of rounds.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,11 +17,11 @@ from secateur.studies.rounds import of_first_round
 SETUPS = ("S1", "S2", "S3.1", "S3.2", "S4.1", "S4.2")
 ENOUGH = "S3.2"
 CLOSE = 0.05
-"""Relative difference of compression up to which two ratios count as the same."""
+"""Relative difference in compression up to which two ratios count as the same."""
 
 
 def setup(first: Row, second: Row) -> tuple[str, str]:
-    """The strictest setup that two rows fulfil, `none` below S1, and what the next one lacks."""
+    """The strictest setup that two rows fulfil (`none` below S1), and what the next one needs."""
     reached = "none"
     for name, lacks in zip(SETUPS, _lacking(first, second), strict=True):
         if lacks:
@@ -37,7 +37,7 @@ def differences(found: Sequence[Row]) -> list[list[str]]:
 
 
 def notes(found: Sequence[Row]) -> list[str]:
-    """The weakest setup of two methods, and what it lacks; nothing without two methods."""
+    """The weakest setup of any two methods, and what the next one needs; empty for one method."""
     pairs = [pair for pair in tables.pairs(found) if not (pair[0].control or pair[1].control)]
     if not pairs:
         return []
@@ -53,7 +53,7 @@ def notes(found: Sequence[Row]) -> list[str]:
 
 
 def _lacking(first: Row, second: Row) -> list[str]:
-    """For each setup what keeps the two rows from it, beyond those before; empty if nothing."""
+    """For each setup the differences that prevent it, beyond those of earlier setups."""
     results = first.results[0], second.results[0]
     one, other = map(rounds.numbered, results)
     dataset, arch = one.get("dataset"), one.get("arch")
@@ -72,14 +72,14 @@ def _lacking(first: Row, second: Row) -> list[str]:
 
 
 def _epochs(results: tuple[Result, Result], section: str) -> str:
-    """The epochs over all rounds, if they are not the same."""
+    """The epochs over all rounds, if they differ."""
     one, other = (rounds.epochs(result, section) for result in results)
     in_all = ", over all rounds" if any(map(rounds.chain, results)) else ""
     return f"{section}.epochs {one} and {other}{in_all}" if one != other else ""
 
 
 def _differing(one: Mapping[str, Any], other: Mapping[str, Any], parts: tuple[str, ...]) -> str:
-    """The settings of these names, or below those that end in a dot, that are not the same."""
+    """The settings with these names, or below names that end in a dot, that differ."""
     below = tuple(part for part in parts if part.endswith("."))
     keys = [
         key
@@ -91,7 +91,7 @@ def _differing(one: Mapping[str, Any], other: Mapping[str, Any], parts: tuple[st
 
 
 def _ratio(first: Row, second: Row) -> str:
-    """The compressions, if they are not about the same."""
+    """The compressions, if they differ by more than `CLOSE`."""
     one, other = first.compression.mean, second.compression.mean
     if abs(one - other) <= CLOSE * min(one, other):
         return ""

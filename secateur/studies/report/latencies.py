@@ -1,9 +1,8 @@
-"""Latency of finished networks by runtime, measured for a page and kept beside it.
+"""Latency of finished networks by runtime, measured for a page and stored beside it.
 
-`evaluate` times torch alone, and while a study runs, beside other trainings. Here the dense and the
-finetuned network of each experiment take turns in every runtime that is asked for, when nothing of
-the study runs any more. A line is valid for the model whose hash it names: a model that is made
-anew is measured anew.
+`evaluate` only times torch and, during a study, while other trainings run. Here the dense and the
+finetuned network of each experiment take turns in every requested runtime, after the study has
+ended. A line is valid for the model whose hash it names: a new model is measured again.
 """
 
 import csv
@@ -34,7 +33,7 @@ TITLES: dict[RuntimeName, str] = {
 
 @dataclass(frozen=True)
 class Conditions:
-    """Runtimes, batch size, threads and repeats to measure with; without runtimes, nothing is."""
+    """Runtimes, batch size, threads and repeats; without runtimes, nothing is measured."""
 
     runtimes: Sequence[RuntimeName] = ()
     batch: int = 1
@@ -60,23 +59,23 @@ class ExperimentLatency:
 
     @property
     def conditions(self) -> tuple[RuntimeName, int, int, str]:
-        """What times must have in common to stand in one column."""
+        """The conditions that all times in a column must share."""
         return self.runtime, self.batch, self.threads, self.hardware
 
     @property
     def speedup(self) -> float:
-        """How many times as fast as the dense network."""
+        """Speed-up over the dense network."""
         return self.dense_ms / self.latency_ms
 
 
 _LINES = TypeAdapter(list[ExperimentLatency])
 
 Column = Mapping[str, ExperimentLatency]
-"""Experiment -> its times, of all experiments that were measured under one set of conditions."""
+"""Experiment -> its times, for all experiments measured under the same conditions."""
 
 
 def read(folder: Path) -> list[ExperimentLatency]:
-    """The table in the folder of a page; empty if there is none that can be read."""
+    """The table in the folder of a page; empty if it is missing or cannot be read."""
     try:
         return _LINES.validate_python(
             list(csv.DictReader(io.StringIO((folder / LATENCIES).read_text())))
@@ -97,7 +96,7 @@ def write(folder: Path, times: Sequence[ExperimentLatency]) -> None:
 
 
 def columns(found: Sequence[Result], times: Iterable[ExperimentLatency]) -> dict[str, Column]:
-    """Title -> times of these experiments' present models; a column for each set of conditions."""
+    """Title -> times of these experiments' current models; a column for each set of conditions."""
     models = artifacts.final_models(found)
     by_conditions: dict[tuple[RuntimeName, int, int, str], dict[str, ExperimentLatency]] = {}
     for line in times:
@@ -109,7 +108,7 @@ def columns(found: Sequence[Result], times: Iterable[ExperimentLatency]) -> dict
 def _title(
     key: tuple[RuntimeName, int, int, str], others: Sequence[tuple[RuntimeName, int, int, str]]
 ) -> str:
-    """The runtime, and the other conditions where that alone does not tell columns apart."""
+    """The runtime, with the other conditions if columns would otherwise have the same title."""
     runtime, batch, threads, hardware = key
     if sum(other[0] == runtime for other in others) == 1:
         return TITLES[runtime]
@@ -117,7 +116,7 @@ def _title(
 
 
 def notes(times: Mapping[str, Column]) -> list[str]:
-    """Under which conditions the columns were measured, in words."""
+    """The conditions under which the columns were measured, in words."""
     said = []
     for title, column in times.items():
         line = next(iter(column.values()))
@@ -137,8 +136,8 @@ def measure(
 ) -> Iterator[ExperimentLatency]:
     """Measure the times that are not known, with the models in DVC's cache, one after the other.
 
-    Raises SecateurError if a runtime is not installed; a model that is not in the cache costs one
-    line.
+    Raises SecateurError if a runtime is not installed; a model that is not in the cache is reported
+    in one line.
     """
     from secateur.base.machine import cpu_name
     from secateur.deploy import layer_times

@@ -1,7 +1,7 @@
-"""The page of a comparison: one HTML file that needs no network, and its parts as files.
+"""The page of a comparison: a self-contained HTML file, and its parts as separate files.
 
-index.html, table.md, table.csv, table.tex, rounds.csv where there are several rounds, and the plots
-as SVG and PNG.
+These are index.html, table.md, table.csv, table.tex, rounds.csv (with several rounds), and the
+plots as SVG and PNG.
 """
 
 import argparse
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 
 def command(options: argparse.Namespace) -> None:
-    """`secateur report`: the page of experiments that are named one by one."""
+    """`secateur report`: the page of experiments given by name."""
     if not re.fullmatch(r"[\w.-]*\w[\w.-]*", options.name):
         raise SecateurError(f"--name {options.name}: letters, digits, '-', '_' and '.' are allowed")
     results.check_names(options.experiment)
@@ -63,7 +63,7 @@ def command(options: argparse.Namespace) -> None:
 
 
 def measure(folder: Path, found: Sequence[Result], options: argparse.Namespace) -> None:
-    """Measure the latencies that are asked for, and keep them in the folder of the page."""
+    """Measure the requested latencies, and store them in the folder of the page."""
     if options.latency:
         conditions = Conditions(options.latency, options.batch, options.threads, options.repeats)
         times = latencies.read(folder)
@@ -84,9 +84,9 @@ def write(
 ) -> None:
     """Write the page of these experiments into `folder`; SecateurError if none can be read.
 
-    `digest`, near the beginning of index.html, says what it was made of; `said` are further notes;
-    `objectives` are those of a search whose trials are in the folder; `revision` is the commit
-    that the experiments are on, by default that which is checked out.
+    `digest`, written near the beginning of index.html, identifies the state it was made from;
+    `said` are further notes; `objectives` are those of a search whose trials are in the folder;
+    `revision` is the commit that the experiments are based on, by default the one checked out.
     """
     found = results.read([cell.experiment for cell in cells], revision)
     by_name = {result.name: result for result in found}
@@ -129,7 +129,7 @@ def write(
 
 
 def _published(rows: Sequence[Row]) -> list[Anchor]:
-    """Published results on the one network and data set that all rows are of."""
+    """Published results for the network and data set of the rows, if all rows have the same."""
     reports = [result.report for row in rows for result in row.results]
     kinds = {(str(report.get("dataset")), str(report.get("arch"))) for report in reports}
     if len(kinds) != 1:
@@ -147,7 +147,8 @@ TITLES = {
 
 
 def _figure(rows: Sequence[Row], cost: str, published: Sequence[Anchor]) -> "Figure":
-    """`cost` is one of TITLES or the title of a runtime; a row that lacks it is left out."""
+    """Accuracy against `cost`: a key of TITLES or the title of a runtime; rows without it are left
+    out."""
     lines: dict[str, list[plots.Point]] = {}
     rows = [row for row in rows if not math.isnan(tables.gain(row, cost))]
     for row in rows:
@@ -161,17 +162,17 @@ def _figure(rows: Sequence[Row], cost: str, published: Sequence[Anchor]) -> "Fig
 
 
 def _axis(cost: str) -> str:
-    """What the axis of a cost shows."""
+    """Label of the axis of a cost."""
     return TITLES.get(cost, f"latency of the dense network / latency, in {cost}")
 
 
 def _file_name(runtime: str) -> str:
-    """Name of the figure of a runtime that was measured."""
+    """File name of the figure of a runtime that was measured."""
     return "latency-" + re.sub(r"[^a-z0-9]+", "-", runtime.lower()).strip("-")
 
 
 MOST_CURVES = 10
-"""Methods whose curves are drawn; more cannot be told apart."""
+"""Largest number of methods whose curves are drawn; more cannot be told apart."""
 
 
 def _details(rows: Sequence[Row], left: Mapping[str, Artifacts]) -> "dict[str, Figure]":
@@ -206,7 +207,7 @@ def _details(rows: Sequence[Row], left: Mapping[str, Artifacts]) -> "dict[str, F
 
 
 def _point(figures: Mapping[str, Interval]) -> plots.Point:
-    """What a round has left, in a figure."""
+    """The result of a round, as a point of a figure."""
     accuracy = figures["accuracy"]
     return plots.Point(figures["compression"].mean, accuracy.mean, accuracy.half_width)
 
@@ -229,7 +230,7 @@ MEASURED = "Accuracy against latency, as measured for this page."
 
 
 def _notes(rows: Sequence[Row], left: Mapping[str, Artifacts]) -> list[str]:
-    """What the comparison is of, and what it cannot tell."""
+    """What is compared, and the limits of the comparison."""
     revisions = sorted({each.revision[:10] for each in left.values() if each.revision})
     said = [
         *tables.notes(rows),

@@ -1,4 +1,4 @@
-"""The pictures of a comparison: accuracy against cost, accuracy by epoch, sparsity by layer."""
+"""The figures of a comparison: accuracy against cost, accuracy by epoch, sparsity by layer."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Point:
-    """One operating point: mean over seeds, and the half-width of its interval, None for one seed.
+    """One operating point: mean over seeds, and half-width of its interval (None for one seed).
 
     Accuracies are fractions.
     """
@@ -32,10 +32,10 @@ def trade_off(
     x: str,
     published: Sequence[tuple[str, float, float]] = (),
 ) -> "Figure":
-    """Accuracy in percent against a cost, the dense network as a line; wide ranges on log axes.
+    """Accuracy in percent against a cost, with the dense network as a line; log axes if needed.
 
-    `best` are the points (cost, accuracy) of the front, which no other point beats in both;
-    `published` those of others: label, cost, accuracy.
+    `best` are the points (cost, accuracy) of the Pareto front, which no other point beats in both;
+    `published` are results of others: label, cost, accuracy.
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
@@ -77,7 +77,7 @@ def trade_off(
 
 
 def scale_x(axes: "Axes", values: Sequence[float]) -> None:
-    """A log axis with plain numbers, if the values are spread widely."""
+    """Use a log axis with plain numbers if the values have a wide range."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     if max(values) > 3 * min(values) > 0:
@@ -90,12 +90,12 @@ def scale_x(axes: "Axes", values: Sequence[float]) -> None:
 ACCURACIES = (20, 50, 70, 80, 90, 95, 97, 98, 99, 99.5, 99.7, 99.8, 99.9)
 """Ticks of a log axis, in percent."""
 LEAST_ERROR = 0.01
-"""In percent: where a log axis ends."""
+"""Error at which a log axis ends, in percent."""
 
 
 def scale_accuracy(axes: "Axes", values: Sequence[float]) -> None:
-    """The axis of accuracies in percent by the logarithm of the error, if errors are spread widely:
-    as much room for 98 to 99 as for 96 to 98."""
+    """Scale the accuracy axis by the logarithm of the error if errors have a wide range: 98 to 99
+    then takes as much room as 96 to 98."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     low, high = min(values), min(max(values), 100 - LEAST_ERROR)
@@ -116,7 +116,7 @@ def scale_accuracy(axes: "Axes", values: Sequence[float]) -> None:
 
 
 def _draw_front(axes: "Axes", best: Sequence[tuple[float, float]]) -> None:
-    """A broad line behind the points, if there are several."""
+    """Draw the front as a broad line behind the points, if it has several."""
     if len(best) > 1:
         axes.plot(
             [cost for cost, _ in best],
@@ -130,7 +130,7 @@ def _draw_front(axes: "Axes", best: Sequence[tuple[float, float]]) -> None:
 
 
 def _draw_published(axes: "Axes", published: Sequence[tuple[str, float, float]]) -> None:
-    """A grey number for each method of others."""
+    """Draw a grey number for each published method."""
     labels = dict.fromkeys(label for label, _, _ in published)
     for number, label in enumerate(labels, 1):
         axes.plot(
@@ -189,7 +189,7 @@ def layers(rows: Mapping[str, Mapping[str, float]]) -> "Figure":
 
 
 def svg(figure: "Figure") -> bytes:
-    """The picture as SVG, equal bytes for equal pictures."""
+    """The figure as SVG; equal figures give equal bytes."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 
@@ -201,7 +201,7 @@ def svg(figure: "Figure") -> bytes:
 
 
 def png(figure: "Figure") -> bytes:
-    """The picture as PNG."""
+    """The figure as PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     stream = io.BytesIO()
@@ -212,7 +212,7 @@ def png(figure: "Figure") -> bytes:
 
 
 def _fix_layout(figure: "Figure") -> None:
-    """Arrange the parts, once for all files; `savefig` would also draw everything twice."""
+    """Compute the layout once for all files; `savefig` would draw everything twice for it."""
     engine = figure.get_layout_engine()
     if engine is not None:
         engine.execute(figure)

@@ -1,4 +1,4 @@
-"""Two single models compared image by image, by what DVC's cache has of them."""
+"""Comparison of two single models image by image, with the files in DVC's cache."""
 
 import hashlib
 import tempfile
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What the test images say about two models."""
+    """Comparison of two models on the test images."""
 
     first_only: int
     """Images that only the first model classifies correctly."""
     second_only: int
     images: int
     p: float
-    """Of the exact McNemar test that both err equally often."""
+    """p of the exact McNemar test that both models err equally often."""
     low: float
     """95 % bootstrap interval of first - second over the test images, in points of accuracy."""
     high: float
@@ -37,7 +37,7 @@ class Comparison:
 def compare(first: Result, second: Result) -> Comparison:
     """Evaluate both finetuned networks on the test images again, from DVC's cache.
 
-    Raises SecateurError if a model or its data is not there, or the data are not the same.
+    Raises SecateurError if a model or its data are missing, or if the data differ.
     """
     (one, images), (other, other_images) = correct(first), correct(second)
     if images != other_images:
@@ -48,9 +48,9 @@ def compare(first: Result, second: Result) -> Comparison:
 
 
 def correct(result: Result) -> "tuple[NDArray[np.bool_], str]":
-    """Which test images the finetuned network of an experiment classifies correctly.
+    """Whether the finetuned network of an experiment classifies each test image correctly.
 
-    Also a hash of these images and their labels.
+    Also returns a hash of these images and their labels.
     """
     import torch
 
@@ -79,7 +79,7 @@ def correct(result: Result) -> "tuple[NDArray[np.bool_], str]":
 
 
 def _hash(images: "Split") -> str:
-    """Hash of labels and images; of images in files, of their names, sizes and digests."""
+    """Hash of labels and images; for images in files, of their names, sizes and digests."""
     from secateur.data.dataset import InMemoryImages
 
     parts = [images.labels]

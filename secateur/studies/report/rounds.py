@@ -1,4 +1,4 @@
-"""Experiments of several rounds: what each round has left, and settings by round."""
+"""Experiments with several rounds: results of each round, and settings by round."""
 
 import csv
 import io
@@ -17,9 +17,9 @@ FIGURES = ("accuracy", "compression", "macs")
 
 
 def steps(row: Row) -> dict[str, dict[str, Interval]]:
-    """Round -> figures of the network that it has left; empty for a single round.
+    """Round -> results of its finetuned network; empty for a single round.
 
-    Accuracy and share of the MACs are fractions; of the seeds that have the round.
+    Accuracy and share of the MACs are fractions; means are over the seeds that have the round.
     """
     found: dict[str, list[Mapping[str, float]]] = {}
     for result in row.results:
@@ -32,12 +32,12 @@ def steps(row: Row) -> dict[str, dict[str, Interval]]:
 
 
 def lines(rows: Sequence[Row]) -> list[tuple[Row, str, dict[str, Interval]]]:
-    """Row, round and its figures, of all rows that have several rounds."""
+    """Row, round and its results, for all rows with several rounds."""
     return [(row, name, figures) for row in rows for name, figures in steps(row).items()]
 
 
 def as_csv(rows: Sequence[Row]) -> str:
-    """A line for each round of each row: means and half-widths, fractions."""
+    """A line for each round of each row: means and half-widths, as fractions."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     both = [f"{name}{end}" for name in FIGURES for end in ("", "_half_width")]
@@ -50,12 +50,12 @@ def as_csv(rows: Sequence[Row]) -> str:
 
 
 def chain(result: Result) -> tuple[str, ...]:
-    """The further rounds of an experiment in their order."""
+    """The further rounds of an experiment, in order."""
     return record.chain_of(result.report).rounds
 
 
 def epochs(result: Result, section: str) -> Any:
-    """Epochs of a section over all rounds; None if it is not said."""
+    """Epochs of a section over all rounds; None if they are not in the params."""
     key = f"{section}.epochs"
     first = result.params.get(key)
     more = [result.params.get(f"rounds.{name}.{key}", first) for name in chain(result)]
@@ -64,7 +64,7 @@ def epochs(result: Result, section: str) -> Any:
 
 
 def numbered(result: Result) -> dict[str, Any]:
-    """The params with rounds by number, `rounds.round2.finetune.lr`, whatever they are named."""
+    """The params with rounds by number, `rounds.round2.finetune.lr`, whatever their names."""
     found = {key: value for key, value in result.params.items() if not key.startswith("rounds.")}
     for number, name in enumerate(chain(result), 2):
         for key, value in result.params.items():
@@ -74,10 +74,11 @@ def numbered(result: Result) -> dict[str, Any]:
 
 
 def by_round(results: Sequence[Result]) -> list[Result]:
-    """The results, with the settings of their last round instead of the first one's, and `rounds`.
+    """The results, with the settings of their last round in place of the first, and `rounds`.
 
-    So networks that were cut to one size are at one operating point, however many rounds that took.
-    What earlier rounds had otherwise stands as `rounds.round<number>.<key>`.
+    Networks that were pruned to the same size thus have the same operating point, no matter how
+    many rounds it took. Settings in which earlier rounds differ become
+    `rounds.round<number>.<key>`.
     """
     if not any(map(chain, results)):
         return list(results)

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 ROUNDING = 1e-12
-"""Of the largest value: differences that lie closer together are equal."""
+"""Relative to the largest value: differences that are closer than this are equal."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ def interval(values: Sequence[float], level: float = 0.95) -> Interval:
 def paired(first: Sequence[float], second: Sequence[float]) -> tuple[Interval, float | None]:
     """Mean of first - second with its interval, and the two-sided p of the paired t-test.
 
-    p is None for fewer than two pairs, and where all differences are equal: t is undefined there.
-    Differences of accuracies, which are quotients, count as equal if rounding alone separates them.
+    p is None for fewer than two pairs, and if all differences are equal, where t is undefined.
+    Differences of accuracies, which are quotients, count as equal if they differ only by rounding.
     """
     from scipy import stats
 
@@ -57,7 +57,7 @@ def paired(first: Sequence[float], second: Sequence[float]) -> tuple[Interval, f
 def holm(p_values: Sequence[float]) -> list[float]:
     """p adjusted for all tests of a table (Holm, Scand. J. Stat. 1979), in the given order.
 
-    The k-th smallest of m, from k = 0, is multiplied by m - k; none is less than one before it.
+    The k-th smallest of m, from k = 0, is multiplied by m - k; the results are made monotonic.
     """
     adjusted, largest = [0.0] * len(p_values), 0.0
     for rank, place in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
@@ -83,9 +83,9 @@ def bootstrap(
 ) -> tuple[float, float]:
     """Interval of the difference of two accuracies, over images drawn with replacement.
 
-    The same images count for both models. Percentiles of `draws` drawn differences (Efron and
-    Tibshirani, An introduction to the bootstrap, 1993), which the seed 0 fixes. An image is worth
-    1, 0 or -1, so only how many there are of each is drawn.
+    The same images are drawn for both models. The limits are percentiles of `draws` differences
+    (Efron and Tibshirani, An introduction to the bootstrap, 1993), drawn with seed 0. An image
+    contributes 1, 0 or -1, so only the number of images of each kind is drawn.
     """
     differences = np.subtract(first, second, dtype=np.int64)
     counts = [int((differences == value).sum()) for value in (1, 0, -1)]
@@ -103,7 +103,7 @@ def standard_error(accuracy: float, images: int) -> float:
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Places of the points (cost, value) of which no other is as cheap and as good, and better."""
+    """Indices of the points (cost, value) on the Pareto front: no other point dominates them."""
     order = sorted(range(len(points)), key=lambda k: (points[k][0], -points[k][1]))
     best, kept = -math.inf, []
     for place in order:
@@ -114,7 +114,7 @@ def front(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def hypervolume(points: Sequence[tuple[float, float]], reference: tuple[float, float]) -> float:
-    """Area between the reference (highest cost, lowest value) and the front of (cost, value)."""
+    """Area between the reference (highest cost, lowest value) and the front of the points."""
     cost, value = reference
     inside = [point for point in points if point[0] < cost and point[1] > value]
     area, height = 0.0, value

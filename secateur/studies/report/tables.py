@@ -13,7 +13,7 @@ from secateur.studies.report.statistics import Interval
 from secateur.studies.results import Cell, Result
 
 FIXED = ("method", "point", "dense %", "final %", "compression", "MACs left %", "latency ms")
-"""Headings of the columns that every table has; the latency is that which evaluate measured."""
+"""Headings of the columns that every table has; the latency is the one measured by evaluate."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Row:
     control: bool
     results: tuple[Result, ...]
     times: Mapping[str, Column] = field(default_factory=dict)
-    """Title of a runtime -> times by experiment, also of others; empty if none was measured."""
+    """Title of a runtime -> times by experiment, including other rows'; empty if not measured."""
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -49,7 +49,7 @@ class Row:
 
     @property
     def macs(self) -> Interval:
-        """Share of multiply-accumulates that is left."""
+        """Share of remaining multiply-accumulates."""
         return statistics.interval([result.macs for result in self.results])
 
     @property
@@ -59,12 +59,12 @@ class Row:
 
     @property
     def latency(self) -> Interval:
-        """Milliseconds of a pass of the finetuned network."""
+        """Milliseconds of a forward pass of the finetuned network."""
         times = [float(r.report["finetuned"].get("latency_ms", "nan")) for r in self.results]
         return statistics.interval(times)
 
     def latency_in(self, runtime: str) -> Interval:
-        """Milliseconds of a pass of the finetuned network in this runtime."""
+        """Milliseconds of a forward pass of the finetuned network in this runtime."""
         return statistics.interval([line.latency_ms for line in self._lines(runtime)])
 
     def speedup_in(self, runtime: str) -> Interval:
@@ -88,7 +88,7 @@ def rows(
 
 
 def headings(found: Sequence[Row]) -> list[str]:
-    """The names of the columns; two more for each runtime that was measured for the page."""
+    """The names of the columns, with two more for each runtime measured for the page."""
     more = [[f"{runtime} ms", f"{runtime} speed-up"] for runtime in found[0].times]
     return [*FIXED, *itertools.chain.from_iterable(more)]
 
@@ -119,7 +119,7 @@ def text(value: Interval, factor: float = 1, digits: int = 2) -> str:
 
 
 def as_csv(found: Sequence[Row]) -> str:
-    """A line for each row: means and half-widths, fractions and milliseconds."""
+    """A line for each row: means and half-widths, as fractions and milliseconds."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     names = ("dense", "final", "compression", "macs", "latency")
@@ -137,7 +137,7 @@ def as_csv(found: Sequence[Row]) -> str:
 
 
 def as_markdown(found: Sequence[Row]) -> str:
-    """The table for a README."""
+    """The table as Markdown, for a README."""
     names = headings(found)
     lines = [names, ["---", "---", *["---:"] * (len(names) - 2)], *map(cells, found)]
     escaped = [[cell.replace("|", "\\|") for cell in line] for line in lines]
@@ -145,7 +145,7 @@ def as_markdown(found: Sequence[Row]) -> str:
 
 
 def as_latex(found: Sequence[Row]) -> str:
-    """The table for a paper."""
+    """The table as LaTeX, for a paper."""
     names = headings(found)
     lines = [" & ".join(map(_latex, line)) + r" \\" for line in [names, *map(cells, found)]]
     body = "\n".join([lines[0], r"\hline", *lines[1:]])
@@ -160,7 +160,7 @@ def _latex(text: str) -> str:
 
 
 def gain(row: Row, cost: str) -> float:
-    """How many times less the finetuned network has: parameters, MACs or latency.
+    """The factor by which pruning has reduced parameters, MACs or latency.
 
     `cost` is compression, macs, latency, or the title of a runtime that was measured.
     """
@@ -172,7 +172,7 @@ def gain(row: Row, cost: str) -> float:
 
 
 def best(found: Sequence[Row], cost: str) -> list[tuple[float, float]]:
-    """Front of (gain, accuracy): high in both, by means over seeds."""
+    """Pareto front of (gain, accuracy), both as high as possible, by means over seeds."""
     gains = [gain(row, cost) for row in found]
     values = [row.final.mean for row in found]
     places = statistics.front([(-gain, value) for gain, value in zip(gains, values, strict=True)])
@@ -188,7 +188,7 @@ def volumes(found: Sequence[Row]) -> dict[str, float]:
 
 
 def pairs(found: Sequence[Row]) -> list[tuple[Row, Row]]:
-    """Every two methods at one point that have seeds in common."""
+    """All pairs of methods at the same point that have seeds in common."""
     return [
         (first, second)
         for first, second in itertools.combinations(found, 2)
@@ -220,7 +220,7 @@ def differences(found: Sequence[Row]) -> list[list[str]]:
 
 
 def notes(found: Sequence[Row]) -> list[str]:
-    """What the comparison is of, and what it lacks, in words."""
+    """What is compared, and what the comparison lacks, in words."""
     members = [result.report for row in found for result in row.results]
     said = []
     for key, word in (("arch", "network"), ("dataset", "data set"), ("hardware", "hardware")):
@@ -245,6 +245,6 @@ def notes(found: Sequence[Row]) -> list[str]:
 
 
 def _some(names: Sequence[str], most: int = 6) -> str:
-    """The names, or the first of them and how many more there are."""
+    """The names, or the first of them and the number of the others."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

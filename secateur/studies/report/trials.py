@@ -26,7 +26,7 @@ class Trial:
     values: Mapping[str, float]
     """Objective -> mean over seeds; empty if the trial has failed."""
     best: bool
-    """No other trial is better in every objective."""
+    """Whether no other trial is better in every objective."""
 
 
 def write(folder: Path, trials: Sequence[Trial]) -> None:
@@ -44,9 +44,10 @@ def write(folder: Path, trials: Sequence[Trial]) -> None:
 
 
 def figure(folder: Path, objectives: Sequence[str]) -> "Figure | None":
-    """The trials in the folder of a page; None if there are none that can be read.
+    """The trials in the folder of a page; None if they are missing or cannot be read.
 
-    Two objectives are the axes, the second one as x; one is drawn by trial, with the best so far.
+    With two objectives, these are the axes, the second one as x; a single objective is drawn by
+    trial, with the best value so far.
     """
     import pandas as pd
     from matplotlib.figure import Figure
@@ -78,7 +79,7 @@ def figure(folder: Path, objectives: Sequence[str]) -> "Figure | None":
 
 
 def _words(name: str) -> str:
-    """What an axis of the figure shows."""
+    """Label of an axis of the figure."""
     return {
         "accuracy": "accuracy on the validation images",
         "parameters": "share of the parameters that is left",
