@@ -1,4 +1,4 @@
-"""Projects for the tests that run the pipeline, and the order of the files of tests."""
+"""Fixtures for the tests that run the pipeline, and the order of the test files."""
 
 import contextlib
 import functools
@@ -17,23 +17,23 @@ from _pytest.assertion import rewrite
 from filelock import FileLock
 from workspace import PROGRAMS, Project, fresh_project
 
-gc.disable()  # until all tests are collected
+gc.disable()  # until all tests have been collected
 
 MEMORY, ROOM = Path("/dev/shm"), 6 * 2**30
-"""Where the tests write if there is as much room: there, no database waits for a disk."""
+"""Where the tests write if there is enough room: a database in memory never waits for a disk."""
 LONGEST = [
-    "test_pipeline_runs.py",  # makes the finished project
-    "test_channels_zoo.py",  # which these two do not need
+    "test_pipeline_runs.py",  # makes the fixture `finished`
+    "test_channels_zoo.py",  # these two files do not need it
     "test_channels.py",
     "test_studies.py",
     "test_studies_rounds.py",
-    "test_studies_page.py",  # in fresh workers: others have ended in them, for an unknown reason
+    "test_studies_page.py",  # in fresh workers: in others it has crashed, for an unknown reason
     "test_processes.py",
     "test_pipeline_tracking.py",
     "test_pipeline_queue.py",
     "test_pipeline_experiments.py",
     "test_pipeline_rounds.py",
-    "test_data.py",  # forks to decode images, which must be before a runtime has started threads
+    "test_data.py",  # forks to decode images, so it must come before runtimes start threads
     "test_docs.py",
     "test_weights.py",
     "test_mlflow_store.py",
@@ -49,7 +49,7 @@ LONGEST = [
     "test_checkpoint.py",
     "test_settings.py",
 ]
-"""Files of tests that come first, in the order in which workers are given them."""
+"""Test files that run first, in the order in which workers receive them."""
 LAST = [
     "test_export.py",
     "test_archs.py",
@@ -62,13 +62,13 @@ LAST = [
     "test_quantisation.py",
     "test_latency.py",
 ]
-"""Files that come last: those that compute in ONNX Runtime and OpenVINO, and some that start no
-processes. On processors with AMX, workers have been ended by a signal of the kernel (SIGSEGV with
-code SI_KERNEL) as they waited for a process after these runtimes had been in use."""
+"""Test files that run last: those that use ONNX Runtime or OpenVINO, and some that start no
+processes. On processors with AMX, workers have been killed by a signal of the kernel (SIGSEGV with
+code SI_KERNEL) while they waited for a process after using these runtimes."""
 
 
 def usable(folder, room):
-    """Whether a folder in memory has so many bytes of room, and programs in it may run."""
+    """Whether a folder in memory has `room` bytes free and programs in it may be executed."""
     try:
         found, memory = os.statvfs(folder), Path("/proc/meminfo").read_text()
     except OSError:
@@ -79,21 +79,22 @@ def usable(folder, room):
 
 
 if usable(MEMORY, ROOM):
-    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))  # read by pytest
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))  # pytest reads it
 
 
 def pytest_xdist_auto_num_workers(config):
-    """One more than there are processors: tests of pipelines wait for their processes."""
+    """One more than there are processors: tests of pipelines often wait for their processes."""
     allowed = getattr(os, "sched_getaffinity", None)
     return (len(allowed(0)) if allowed else os.cpu_count() or 1) + 1
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_setupnodes(config, specs):
-    """Workers start warm too: each would import for ten seconds what the tests need.
+    """Let workers start warm: otherwise each would spend ten seconds on the imports of the tests.
 
-    Their temporary files, and those of their processes, lie beside those of the tests. If all tests
-    are to run, the documentation is built meanwhile, which takes as long and one processor too.
+    Temporary files of the workers and of their processes lie next to those of the tests. If all
+    tests are to run, the documentation is built at the same time; this takes about as long and also
+    needs one processor.
     """
     base = config._tmp_path_factory.getbasetemp()
     option = config.option
@@ -102,7 +103,7 @@ def pytest_xdist_setupnodes(config, specs):
     (base / "tmp").mkdir()
     os.environ["TMPDIR"] = str(base / "tmp")
     rewriting = threading.Thread(target=rewrite_asserts, args=[config])
-    rewriting.start()  # while the server imports
+    rewriting.start()  # runs while the server imports
     found = warm.start(base / "warm", Project(base).env(), os.getpid())
     rewriting.join()
     os.environ |= {name: value for name, value in found.items() if name == "WARM_SERVER"}
@@ -111,10 +112,10 @@ def pytest_xdist_setupnodes(config, specs):
 
 
 def rewrite_asserts(config):
-    """Compile the tests as pytest does, unless they are: every worker of a fresh clone would."""
+    """Compile test files as pytest does, if needed; in a fresh clone, every worker would do it."""
     if sys.dont_write_bytecode:
         return
-    with contextlib.suppress(Exception):  # a part of pytest is gone, or it will tell the mistake
+    with contextlib.suppress(Exception):  # pytest has changed, or it will report the error itself
         state = config.stash[rewrite.assertstate_key]
         for file in Path(__file__).parent.glob("test_*.py"):
             folder = rewrite.get_cache_dir(file)
@@ -131,16 +132,16 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    """Hundreds of thousands of objects of the libraries stay for good: the collector skips them."""
+    """Exempt the hundreds of thousands of permanent objects of the libraries from collection."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)
-    gc.enable()  # also for stages, which leave this to what runs them
+    gc.enable()  # also for stages, which leave the collector to the process that runs them
 
 
 @pytest.fixture(scope="session")
 def programs(tmp_path_factory):
-    """Let `python` and `dvc` of the projects start warm: one server for all workers."""
+    """Let `python` and `dvc` in the projects start warm: one server for all workers."""
     workers = "PYTEST_XDIST_WORKER" in os.environ
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if workers else base) / "warm"
@@ -151,7 +152,7 @@ def programs(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def site(tmp_path_factory):
-    """Folder of the documentation's pages, the status of mkdocs, and what it has said."""
+    """Folder of the documentation's pages, the exit status of mkdocs, and its output."""
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "site"
     return folder / documentation.PAGES, *documentation.build(folder)
@@ -159,16 +160,16 @@ def site(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory, programs):
-    """A project whose pipeline has run once, with MLflow. Read it, or copy it; never change it.
+    """A project whose pipeline has run once, with MLflow. Read it or copy it; never change it.
 
-    Made once for all workers of pytest-xdist; the others wait for the one that makes it.
+    It is made once for all workers of pytest-xdist; the other workers wait until it is made.
     """
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "finished"
     project, log = Project(folder / "project"), folder / "log.txt"
     with FileLock(f"{folder}.lock"):
         if not log.exists():
-            shutil.rmtree(folder, ignore_errors=True)  # of a worker that failed here
+            shutil.rmtree(folder, ignore_errors=True)  # left by a worker that failed here
             project.path.mkdir(parents=True)
             fresh_project(project.path)
             made = project.dvc("repro", SECATEUR_TRACKING="on")
@@ -180,25 +181,25 @@ def finished(tmp_path_factory, programs):
 
 @pytest.fixture
 def project(finished, tmp_path):
-    """A copy of the finished project, to be changed at will."""
+    """A copy of the finished project, which the test may change."""
     return finished.copy(tmp_path / "project")
 
 
 @pytest.fixture
 def unborn(tmp_path, programs):
-    """A project in which nothing has run."""
+    """A project in which no stage has run."""
     (tmp_path / "unborn").mkdir()
     return fresh_project(tmp_path / "unborn")
 
 
 @pytest.fixture(scope="session")
 def one_registry():
-    """Made once: the table of ONNX's operators, which every export builds anew in half a second,
-    and torch's list of composite ones, which every export and every opened program goes through."""
+    """Cache two tables: ONNX's operators, which every export rebuilds in half a second, and torch's
+    list of composite operators, which every export and every load of a program goes through."""
     try:
         import torch._export.utils as listed
         from torch.onnx._internal.exporter._registration import ONNXRegistry
-    except ImportError:  # without onnxscript
+    except ImportError:  # onnxscript is not installed
         yield
         return
     with pytest.MonkeyPatch.context() as patch:

@@ -1,4 +1,4 @@
-"""What tests of channels share: random networks, random selections, and the proof of equality."""
+"""Helpers for tests of channels: random networks, random selections, and the proof of equality."""
 
 import copy
 import functools
@@ -10,11 +10,11 @@ from secateur.pruning import removal
 
 SIDE = 8
 NORMAL = torch.randn(1_000_003, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-"""Normal numbers, which are copied: to draw them takes twenty times as long."""
+"""Normally distributed numbers to copy: drawing new ones takes twenty times as long."""
 
 
 def randomise(model, seed):
-    """Random weights, shifts and statistics, so that nothing is zero or one by habit."""
+    """Random weights, shifts and statistics, so that none has its default value of zero or one."""
     place = seed * 7_919 % len(NORMAL)
 
     def normal(tensor):
@@ -38,7 +38,7 @@ def randomise(model, seed):
 
 
 def build(make, seed=0):
-    torch.default_generator.manual_seed(seed)  # not for GPUs too, which notes the stack of calls
+    torch.default_generator.manual_seed(seed)  # manual_seed also seeds GPUs and records call stacks
     torch.set_default_dtype(torch.float64)
     try:
         return randomise(make().double(), seed)
@@ -73,7 +73,7 @@ def difference(one, other, batch):
 
 
 def check(model, graph, selection, batch):
-    """Masked equals compact in float64; the sizes are those that were asked for."""
+    """Masked and compact network are equal in float64, and the sizes are the expected ones."""
     masked = removal.mask(model, selection, batch, graph)
     compact = removal.remove(model, selection, batch, {}, graph)
     assert difference(masked, compact.model, batch) < 1e-9
@@ -110,7 +110,7 @@ def rebuilt(make, compact):
 
 
 def weights_at_random(model, graph, seed):
-    """Masks of weights that silence outputs, deafen inputs, and spare one path."""
+    """Random masks of weights, with whole outputs and inputs at zero; one path is spared."""
     chance = torch.Generator().manual_seed(seed)
     chosen = {}
     for group in free(graph):

@@ -1,4 +1,4 @@
-"""The pages of the documentation, built once for the tests that read them."""
+"""The documentation site, built once for the tests that read its pages."""
 
 import os
 import subprocess
@@ -9,16 +9,16 @@ from filelock import FileLock
 from workspace import ROOT
 
 PAGES, STATUS, MESSAGES = "pages", "status", "messages"
-"""What is in the folder of a site: the pages, the status of mkdocs, and what it has said."""
+"""Contents of a site's folder: the pages, the exit status of mkdocs, and its output."""
 
 
 def build(folder: Path) -> tuple[int, str]:
-    """Status and messages of mkdocs, whose pages are in `folder`; it runs once for a folder."""
+    """Exit status and output of mkdocs, which writes into `folder`; it runs once per folder."""
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "lock"):
         if not (folder / STATUS).exists():
             command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict"]
-            # 600 runs of ruff wrap signatures, and colours take a third of the rest
+            # wrapping signatures takes 600 runs of ruff; colours take a third of the other time
             env = os.environ | {"DOCS_LINE_LENGTH": "100000", "DOCS_COLOURS": "false"}
             done = subprocess.run(
                 [*command, "--site-dir", str(folder / PAGES)],
@@ -30,7 +30,7 @@ def build(folder: Path) -> tuple[int, str]:
 
 
 def start(folder: Path) -> None:
-    """Begin to build in a process of its own, for which nobody waits."""
+    """Start the build in a separate process, without waiting for it."""
     folder.mkdir(parents=True)
     subprocess.Popen(
         [sys.executable, __file__, str(folder)],

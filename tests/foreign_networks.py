@@ -1,6 +1,6 @@
-"""Networks with the names of tensors that the original projects gave them, in small forms.
+"""Small networks whose tensor names are those of the original projects.
 
-Written anew from the facts about their layers; what counts are names, order and arithmetic.
+Written anew from descriptions of their layers, with the same names, order and arithmetic.
 """
 
 import torch
@@ -25,7 +25,7 @@ class MaskConv2d(nn.Conv2d):
 
 
 class GroupConv2d(nn.Module):
-    """gconv-prune: a convolution between two selections of channels."""
+    """gconv-prune: a convolution between two index selections of channels."""
 
     def __init__(self, inputs, outputs, kernel=3, stride=1):
         super().__init__()
@@ -38,7 +38,7 @@ class GroupConv2d(nn.Module):
 
 
 class Basic(nn.Module):
-    """Two convolutions; `shortcut` is the name of the projection beside them."""
+    """Two convolutions; `shortcut` is the name of the projection on the shortcut."""
 
     def __init__(self, inputs, outputs, stride, shortcut, pad=False):
         super().__init__()
@@ -60,8 +60,8 @@ class Basic(nn.Module):
 
 
 class ResNet(nn.Module):
-    """bearpaw: widths 16 to 64, downsample, fc. classifier-pruner: 64 to 512, shortcut, linear.
-    GReg: 16 to 64, padded shortcuts, linear."""
+    """bearpaw: widths 16 to 64, `downsample`, `fc`. classifier-pruner: 64 to 512, `shortcut`,
+    `linear`. GReg: 16 to 64, padded shortcuts, `linear`."""
 
     def __init__(self, widths, count, shortcut, classifier, pad=False, classes=10):
         super().__init__()
@@ -85,7 +85,7 @@ class ResNet(nn.Module):
 
 
 class PreBottleneck(nn.Module):
-    """BN-ReLU-convolution three times, `downsample` beside them on the raw input."""
+    """BN-ReLU-convolution three times; `downsample` is the projection of the raw input."""
 
     def __init__(self, inputs, inner, stride, make):
         super().__init__()
@@ -250,7 +250,7 @@ class DenseNet(nn.Module):
 
 
 class CondenseNet(nn.Module):
-    """gconv-prune; its convolutions may stand between indices."""
+    """gconv-prune; its convolutions may have an index before and after them."""
 
     def __init__(self, stages, growth, make, classes=10):
         super().__init__()
@@ -274,7 +274,7 @@ class CondenseNet(nn.Module):
 
 
 class VGG(nn.Module):
-    """bearpaw and classifier-pruner: biases, five poolings. GReg: no biases, four poolings."""
+    """bearpaw and classifier-pruner: biases, five pooling layers. GReg: no biases, four layers."""
 
     def __init__(self, counts, bias, poolings, norm=True, classes=10):
         super().__init__()

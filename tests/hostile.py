@@ -1,4 +1,4 @@
-"""Hostile input for the readers of files: damaged bytes, values, tensors and folders; limits."""
+"""Hostile input for file readers: damaged bytes, values, tensors and folders; resource limits."""
 
 import contextlib
 import ctypes
@@ -16,19 +16,19 @@ import torch
 from hypothesis import strategies as st
 
 SECONDS, MEGABYTES = 10, 1024
-"""What one read may take; memory is address space beyond what the process has already."""
+"""Limits of one read; memory is address space beyond that of the process before the read."""
 
 
 PR_SET_DUMPABLE = 4
 
 
 class ReadTooLong(BaseException):
-    """Not an Exception, so that no reader takes it for damage of the file."""
+    """Not an Exception, so that no reader mistakes it for a damaged file."""
 
 
 @contextlib.contextmanager
 def limits(seconds=SECONDS, megabytes=MEGABYTES):
-    """Interrupt what takes too long, and fail every allocation beyond the limit."""
+    """Interrupt the block after `seconds`, and let allocations beyond `megabytes` fail."""
 
     def stop(*_):
         raise ReadTooLong(f"more than {seconds} s")
@@ -49,10 +49,10 @@ def limits(seconds=SECONDS, megabytes=MEGABYTES):
 
 @contextlib.contextmanager
 def ordinary_user():
-    """Not root, for whom every file is readable: of files opened by this thread.
+    """Open files of this thread as an ordinary user, since root can read every file.
 
-    os.seteuid would be of the whole process, and interrupt all its threads for it, also those that
-    runtimes of networks have started.
+    os.seteuid would change the user of the whole process and interrupt all of its threads,
+    including those that inference runtimes have started.
     """
     if os.geteuid() != 0:
         yield
@@ -65,11 +65,11 @@ def ordinary_user():
         library.setfsuid(0)
         library.prctl(
             PR_SET_DUMPABLE, 1
-        )  # a process that changes its user leaves no core otherwise
+        )  # otherwise a process that has changed its user writes no core dump
 
 
 def snapshot(folder):
-    """Names, kinds and contents below a folder, without opening anything but small plain files."""
+    """Names, kinds and contents below a folder; only small plain files are opened."""
     found = {}
     for path in sorted(folder.rglob("*")):
         kind = path.lstat().st_mode
@@ -85,7 +85,7 @@ def snapshot(folder):
 
 
 class Raw(str):
-    """Text that stands in a document as it is, whether it is well formed or not."""
+    """Text that is inserted into a document unchanged, whether it is well formed or not."""
 
 
 VALUES = [
@@ -115,7 +115,7 @@ YAML_VALUES = [
 
 
 def places(tree, prefix=()):
-    """The path of every value in a tree of tables and lists, the root among them."""
+    """The path of every value in a tree of dictionaries and lists, including the root."""
     found = [prefix]
     if isinstance(tree, dict | list):
         pairs = tree.items() if isinstance(tree, dict) else enumerate(tree)
@@ -124,7 +124,7 @@ def places(tree, prefix=()):
 
 
 def changed(tree, place, value):
-    """The tree with another value in a place; `...` takes it out."""
+    """The tree with another value at a place; `...` removes the value."""
     if not place:
         return value
     copy = dict(tree) if isinstance(tree, dict) else list(tree)
@@ -138,7 +138,7 @@ def changed(tree, place, value):
 
 
 def written(tree):
-    """JSON with `Raw` text as it is."""
+    """JSON in which `Raw` text appears unchanged."""
     raws = []
 
     def placed(value):
@@ -157,7 +157,7 @@ def written(tree):
 
 @st.composite
 def documents(draw, tree, more=()):
-    """Text of a JSON document with one to three values changed, taken out, doubled or added."""
+    """Text of a JSON document with one to three values changed, removed, duplicated or added."""
     for _ in range(draw(st.integers(1, 3))):
         place = draw(st.sampled_from(places(tree)))
         value = draw(st.sampled_from([*VALUES, *more]) | st.just(...))
@@ -180,7 +180,7 @@ def damaged_bytes(draw, content):
     for _ in range(draw(st.integers(1, 3))):
         at = draw(st.integers(0, max(0, len(content) - 1)))
         if draw(st.booleans()):
-            at = min(at, draw(st.integers(0, 64)))  # where headers are
+            at = min(at, draw(st.integers(0, 64)))  # in the header
         how = draw(st.sampled_from(["cut", "flip", "set", "insert", "drop", "append", "all"]))
         junk = draw(st.binary(min_size=1, max_size=16))
         if how == "cut":
@@ -223,7 +223,7 @@ TYPES = ["F32", "F64", "F16", "BF16", "I64", "I32", "I8", "U8", "BOOL", "F8_E4M3
 
 @st.composite
 def damaged_tensors(draw, content, ours=True):
-    """A safetensors file with our header (if it has one), its own, or its tensors changed."""
+    """A safetensors file with changes to our header (if any), its own header, or its tensors."""
     header, data = parts_of(content)
     how = draw(st.sampled_from(["ours"] * 3 * ours + ["entry", "values", "types"]))
     names = [name for name in header if name != "__metadata__"]
@@ -250,7 +250,7 @@ def damaged_tensors(draw, content, ours=True):
 
 
 def doubled(levels, keys):
-    """Every level has the same next one twice or more: few objects, very many paths."""
+    """Every level refers to the next one twice or more: few objects, very many paths."""
     value = {"a": 1}
     for _ in range(levels):
         value = dict.fromkeys(keys, value)
@@ -281,13 +281,13 @@ ODD_OBJECTS = [
     torch.zeros(3, 3).to_sparse(), torch.zeros(2**40, device="meta"), torch.nn.Parameter(ONE),
     torch.Size([1, 2]), torch.float32,
 ]  # fmt: skip
-"""What may stand in a file of torch.save in the place of a tensor or a table of them."""
+"""Values that replace a tensor, or a dictionary of tensors, in a file of torch.save."""
 ODD_NAMES = ["conv.mask", "module.conv.mask", "fc.ind_in", "fc.conv2d.weight", "net", "", 0]
 
 
 @st.composite
 def saved(draw, path):
-    """Bytes of a file of torch.save with one to three values changed, taken out or added."""
+    """A file of torch.save with one to three values changed, removed or added, as bytes."""
     tree = torch.load(path, weights_only=True)
     found = places(tree)
     for _ in range(draw(st.integers(1, 3))):
@@ -297,7 +297,7 @@ def saved(draw, path):
             more = draw(st.booleans())
             place = (*place[:-1], draw(st.sampled_from(ODD_NAMES))) if more else place
             value = value if more else ...
-        with contextlib.suppress(LookupError, TypeError):  # what was above it has been replaced
+        with contextlib.suppress(LookupError, TypeError):  # one of its parents has been replaced
             tree = changed(tree, place, value)
     content = io.BytesIO()
     torch.save(tree, content, _use_new_zipfile_serialization=draw(st.booleans()))
@@ -306,7 +306,7 @@ def saved(draw, path):
 
 @st.composite
 def repacked(draw, content):
-    """An archive of torch.save with one part damaged, taken out, or there twice; else intact."""
+    """An archive of torch.save with one entry damaged, removed or duplicated; others are intact."""
     made = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(made, "w") as new:
         parts = [(item.filename, old.read(item)) for item in old.infolist()]
@@ -353,7 +353,7 @@ def as_fifo(path):
 def as_socket(path):
     remove(path)
     here = Path.cwd()
-    os.chdir(path.parent)  # the name of a socket may have 107 bytes
+    os.chdir(path.parent)  # the name of a socket may have at most 107 bytes
     try:
         with contextlib.closing(socket.socket(socket.AF_UNIX)) as made:
             made.bind(path.name)
@@ -402,4 +402,4 @@ KINDS = {
     "a terabyte": as_sparse(2**40),
     "unreadable": lambda path: path.chmod(0),
 }
-"""What may stand in the place of a file or a folder."""
+"""Objects that replace a file or a folder."""

@@ -1,4 +1,4 @@
-"""One step of training in float64, here or under torchrun: `-m tests.one_step <folder>`."""
+"""One training step in float64, in this process or under torchrun: `-m tests.one_step <folder>`."""
 
 import json
 import sys
@@ -18,11 +18,11 @@ from secateur.training.engine import Engine
 LR = 0.1
 BATCH = 68
 CASES = [(count, parts) for count in (68, 67, 3, 1) for parts in (1, 2)]
-"""Images of the one batch, of which the second process may get none, and passes it is cut into."""
+"""Images in the only batch (the second process may get none), and parts it is divided into."""
 
 
 class Network(nn.Module):
-    """Two layers in float64; batches come, and logits go, in float32."""
+    """Two layers in float64; its batches and logits are float32."""
 
     def __init__(self):
         super().__init__()
@@ -34,7 +34,7 @@ class Network(nn.Module):
 
 
 class Nowhere:
-    """A training that is never interrupted."""
+    """A state store for a training that is never interrupted."""
 
     def load(self):
         return None
@@ -44,7 +44,7 @@ class Nowhere:
 
 
 def digits(count):
-    """The digits with `count` of the training images."""
+    """The data set digits with the first `count` training images."""
     module = plugin.load("datasets", "digits")
     prepared = dataset.prepare("digits", module.read(module.Settings(), None), 0.1, 0)
     return replace(prepared, train=prepared.train.take(range(count)))
@@ -56,7 +56,7 @@ def network():
 
 
 def step(count, parts, engine=None):
-    """The network after one step on `count` images, and the row of its history."""
+    """The network after one step on `count` images, and the row of this step in the history."""
     model = network()
     settings = Train(
         epochs=1, batch_size=BATCH, optimizer="sgd", lr=LR, schedule="constant", warmup=0,

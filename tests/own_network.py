@@ -1,10 +1,10 @@
-"""A network as a user may bring it, for arch: module."""
+"""A user's own network, for arch: module."""
 
 from torch import nn
 
 
 class Net(nn.Module):
-    """Reads the mean over the channels of an image, so any number of them will do."""
+    """Averages the channels of an image, so it accepts any number of them."""
 
     def __init__(self, num_classes, width=8):
         super().__init__()

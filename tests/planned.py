@@ -1,10 +1,10 @@
-"""Prints, as JSON, what the plans of grids of cells consist of.
+"""Prints, as JSON, the contents of plans for grids of cells.
 
     python planned.py FOLDER
 
-For each number of decays, pruners' settings and seeds from 1 to 4: how many pieces of work each
-stage has, how many of them are trainings, and whether each comes after those that it reads. FOLDER
-is a committed project. In a process of its own, DVC is imported as it is for `secateur study`.
+For each grid with 1 to 4 decays, settings of pruners and seeds: how many pieces of work each stage
+has, how many of them are trainings, and whether each follows those whose outputs it reads. FOLDER
+is a committed project. In a separate process, DVC is imported as it is for `secateur study`.
 """
 
 import itertools
@@ -21,7 +21,7 @@ from secateur.studies.execution.keys import Graph
 
 
 def main(folder):
-    """Plan all grids on one graph."""
+    """Plan all grids on one graph, and print the result."""
     state = snapshot.take(folder)
     graph, chance = Graph(state.copy("plan"), state.root), random.Random(1)
     found = []
@@ -46,7 +46,7 @@ def main(folder):
 
 
 def settings(decay, pruner, seed):
-    """Those of one cell."""
+    """The settings of one cell."""
     sensitivity = 0.1 * (pruner + 1)
     return {"seed": seed, "decay": 0.1 * decay, "pruners": {"std": {"sensitivity": sensitivity}}}
 

@@ -1,4 +1,4 @@
-"""Networks as other people write them: outputs, arguments, frozen weights."""
+"""Networks as users write them: several outputs, several arguments, frozen weights."""
 
 import copy
 
@@ -17,7 +17,7 @@ HALF = secateur.pruners.magnitude(granularity="group", ratios=0.5)
 
 
 class Net(nn.Module):
-    """Two convolutions and a linear layer; `tail` makes of features what the network returns."""
+    """Two convolutions and a linear layer; `tail` computes the output from the features."""
 
     def __init__(self, tail=None, **more):
         super().__init__()
@@ -104,7 +104,7 @@ def with_count():
 
 
 class OptimizedModule(nn.Module):
-    """As what torch.compile returns, which takes seconds to import."""
+    """Stands for what torch.compile returns, which takes seconds to import."""
 
     def __init__(self):
         super().__init__()
@@ -201,7 +201,7 @@ def test_a_second_input_that_is_needed_is_told():
 
 
 class Bounded(nn.Module):
-    """Results of layers, a parameter and a buffer as powers and bounds of other results."""
+    """Outputs of layers, a parameter and a buffer as exponents and bounds of other tensors."""
 
     def __init__(self, between):
         super().__init__()
@@ -259,7 +259,7 @@ def test_code_that_zeros_do_not_suit_is_told_as_such(kind):
 
 
 class InPlace(nn.Module):
-    """A layer reads a tensor that an operation in place then changes."""
+    """A layer reads a tensor that is changed in place afterwards."""
 
     def __init__(self):
         super().__init__()
@@ -286,7 +286,7 @@ def test_constants_are_those_from_before_an_operation_in_place():
 
 
 class Sequences(nn.Module):
-    """Linear layers for each step of a sequence; `first` makes (N, steps, 6) of the input."""
+    """Linear layers applied to each step of a sequence; `first` brings inputs to (N, steps, 6)."""
 
     def __init__(self, first):
         super().__init__()
@@ -308,7 +308,7 @@ class Sequences(nn.Module):
     ],
 )
 def test_inputs_may_be_sequences(first, shape):
-    """Against a copy of the layers: the neurons of `a` that stay, and the norm over them."""
+    """Compared with a copy of the layers that has only the kept neurons of `a`, with their norm."""
     net, x = Sequences(first).eval(), torch.randn(4, *shape)
     graph = secateur.channel_graph(net, x)
     assert [group.name for group in graph.groups if group.locked is None] == ["a"]

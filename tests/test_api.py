@@ -254,7 +254,7 @@ def test_a_channel_graph_prints_groups_members_and_reasons(net):
 def test_a_network_of_ones_own_is_saved_and_loaded_into_a_dense_one(net, tmp_path):
     result = secateur.prune(net, IMAGES, half())
     with torch.no_grad():
-        result.model.head.bias += 1  # as training would
+        result.model.head.bias += 1  # as training would change it
     secateur.save(result, tmp_path / "small.safetensors")
     dense = Net()
     small = secateur.load(str(tmp_path / "small.safetensors"), into=dense)
@@ -387,7 +387,7 @@ def test_torchvision_resnet18_is_pruned_saved_and_loaded(tmp_path):
 
 @pytest.mark.usefixtures("programs")
 def test_a_network_defined_in_main_is_pruned():
-    """As in a notebook: the class lives in __main__, without a file to find its code in."""
+    """As in a notebook: the class is defined in __main__, and no file contains its code."""
     code = inspect.getsource(Net).join([
         "import torch, secateur\nfrom torch import nn\n",
         "\nr = secateur.prune(Net(), torch.randn(2, 3, 8, 8), secateur.pruners.magnitude())\n"

@@ -1,4 +1,4 @@
-"""Architectures: published counts to the last parameter, and every one trains, saves and traces."""
+"""Architectures: published parameter counts, exactly; and each one trains, saves and traces."""
 
 import functools
 import importlib.util
@@ -26,7 +26,7 @@ CIFAR, IMAGENET = (3, 32, 32), (3, 224, 224)
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_norms():
-    """Without memory torch computes a batch norm as a dozen operations: only its shape matters."""
+    """Skip batch norms on the meta device, where torch computes them as a dozen operations."""
     computed = F.batch_norm
 
     def batch_norm(x, *arguments, **options):
@@ -39,8 +39,8 @@ def quick_norms():
 
 @pytest.fixture
 def smaller(monkeypatch):
-    """Forms of the two largest families as small as those of others, through their tables: both of
-    an eighth of the widths, and a ResNet of which one stage alone has a second block."""
+    """Small versions of the two largest families: an eighth of the widths, and a ResNet in which
+    only one stage has a second block."""
     monkeypatch.setattr(vgg, "WIDTHS", tuple(width // 8 for width in vgg.WIDTHS))
     monkeypatch.setattr(resnet_slim, "WIDTH", resnet_slim.WIDTH // 8)
     monkeypatch.setitem(resnet_slim.COUNTS, 18, (2, 1, 1, 1))
@@ -55,26 +55,26 @@ def build(arch, classes=10, shape=CIFAR, seed=0, **chosen):
 
 
 def sketch(arch, classes=10, shape=CIFAR, **chosen):
-    """The network without memory for its weights: enough to count, however large it is."""
+    """The network on the meta device, without memory for weights: enough to count large ones."""
     with torch.device("meta"):
         return build(arch, classes, shape, **chosen)
 
 
 def outputs(model, shape):
-    """Shapes of what every module gives for one image, a shape for every time it is called."""
+    """Output shapes of every module for one image, one shape for each call of the module."""
     found = {}
     for name, module in model.named_modules():
         module.register_forward_hook(
             lambda _m, _i, out, n=name: found.setdefault(n, []).append(out.shape)
         )
-        if isinstance(module, nn.BatchNorm2d):  # torch has no fast one without memory
+        if isinstance(module, nn.BatchNorm2d):  # on the meta device, torch has no fast batch norm
             module.forward = functools.partial(unchanged, module)
     model.eval()(torch.zeros(1, *shape, device=next(model.parameters()).device))
     return found
 
 
 def unchanged(norm, x):
-    """A norm's output, as far as its shape goes."""
+    """The input itself, which has the shape of the norm's output."""
     assert x.dim() == 4 and x.shape[1] == norm.num_features == len(norm.weight)
     return x
 
@@ -90,9 +90,11 @@ def macs(model, shape):
 
 
 def operations(model, shape):
-    """As gconv-prune counts: two a MAC and one a bias, two of BN, one of ReLU at every use.
+    """Operations as gconv-prune counts them.
 
-    Its counter takes one side of a pooling window for the window, and one less for a maximum.
+    Each output of a convolution counts two per MAC and one for its bias; each element counts two in
+    BN and one in every use of a ReLU. A pooling window counts with its side instead of its area;
+    max pooling counts one less.
     """
     found, total = outputs(model, shape), 0
     for name, module in model.named_modules():
@@ -117,7 +119,7 @@ PLAIN_VGG = {"batch_norm": False}
 GREG_VGG = {"bias": False, "pools": [1, 2, 3, 4]}
 DEPGRAPH_VGG = {"bias": False, "pools": [1, 2, 3, 5]}
 
-# parameters as printed, and MACs of one 32x32x3 image with their unit, or None if not published
+# parameters as published, and MACs of one 32x32x3 image with their unit, or None if not published
 PUBLISHED = [
     # bearpaw/pytorch-classification and DeepHoyer
     ("alexnet_cifar", {}, 10, 2_472_266, (15.0, 1e6)),
@@ -145,7 +147,7 @@ PUBLISHED = [
     ("resnext", {"cardinality": 16}, 10, 68_155_210, (10.689, 1e9)),
     ("densenet", {"depth": 100, **BC}, 10, 769_162, (287.9, 1e6)),
     ("densenet", {"depth": 190, "growth": 40, **BC}, 10, 25_624_430, None),
-    # Network Slimming as classifier-pruner has it
+    # Network Slimming, as implemented in classifier-pruner
     ("resnet_slim", {"depth": 18}, 10, 11_173_962, None),
     ("resnet_slim", {"depth": 34}, 10, 21_282_122, None),
     ("resnet_slim", {"depth": 50}, 10, 23_520_842, None),
@@ -168,7 +170,7 @@ def test_parameters_and_macs_are_the_published_ones(arch, chosen, classes, param
         assert round(macs(model, CIFAR) / unit, digits) == value
 
 
-# gconv-prune's own count: millions of parameters and of operations
+# as counted by gconv-prune: millions of parameters and of operations
 GCONV = [
     ("preresnet", {}, 10, CIFAR, 1.7033, 504.7),
     ("preresnet", {}, 100, CIFAR, 1.7264, 504.8),
@@ -191,15 +193,15 @@ def test_sizes_and_operations_are_those_of_gconv_prune(
 ):
     model = sketch(arch, classes, shape, **chosen)
     assert round(cost.parameters(model) / 1e6, 4) == params
-    if shape == CIFAR:  # its networks end in a fixed 8x8 window, which it counts,
+    if shape == CIFAR:  # its networks end in a fixed 8x8 window, which it counts;
         model.pool = nn.AvgPool2d(8)
-    if arch == "densenet":  # and its transitions pool by a function, which it does not see
+    if arch == "densenet":  # its transitions pool by a function, which it does not see
         model.transition1.pool = model.transition2.pool = Halve()
     assert round(operations(model, shape) / 1e6, 1) == millions
 
 
 class Halve(nn.Module):
-    """Mean of each 2x2 pixels."""
+    """Mean of each 2x2 square of pixels."""
 
     def forward(self, x):
         return F.avg_pool2d(x, 2)
@@ -234,9 +236,9 @@ def test_resnet_56_of_greg_and_of_bearpaw_are_two_networks():
 
 
 def test_the_three_vgg_19_of_the_literature_are_told_apart():
-    """Two differ in the last pooling alone, which costs nothing: their outputs differ."""
+    """Two of them differ only in the last pooling, which has no MACs, but their outputs differ."""
     slimming, greg, depgraph = (sketch("vgg", **k) for k in ({}, GREG_VGG, DEPGRAPH_VGG))
-    assert cost.parameters(slimming) - cost.parameters(greg) == 5_504  # the biases
+    assert cost.parameters(slimming) - cost.parameters(greg) == 5_504  # biases
     assert round(cost.parameters(sketch("vgg", 100, **GREG_VGG)) / 1e6, 2) == 20.08
     assert round(2 * macs(greg, CIFAR) / 1e9, 2) == 0.80
     assert macs(greg, CIFAR) == macs(slimming, CIFAR)
@@ -258,7 +260,7 @@ def test_the_macs_counted_here_are_those_that_evaluate_reports(arch):
     assert sum(row.macs_dense for row in reported) == macs(model, shape)
 
 
-# Small forms of everything, and the least side of an image that they take
+# small versions of all architectures, and the smallest image side that they accept
 COLOUR = "colour"
 FOREIGN = 0
 FORMS = [
@@ -332,7 +334,7 @@ def test_it_learns_is_saved_and_traced(arch, chosen, least, shape, classes, tmp_
         assert torch.isfinite(parameter.grad).all(), name
     last = list(model.parameters())[-1]
     before = last.detach().clone()
-    nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # BN over three single pixels: huge ones
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # BN over three single pixels: huge gradients
     optimizer.step()
     assert not torch.equal(last, before)
 
@@ -507,7 +509,7 @@ def test_dropout_works_in_training_alone():
 
 
 def standardised(model):
-    """Weights of all convolutions in units of the deviation of He et al., by fan-out."""
+    """Weights of all convolutions divided by the deviation of He et al. for their fan-out."""
     parts = [
         layer.weight.detach().flatten() / math.sqrt(2 / layer.weight[:, 0].numel())
         for layer in masks.layers(model).values()
@@ -517,7 +519,7 @@ def standardised(model):
 
 
 OTHERWISE = ("lenet300", "lenet5", "alexnet_cifar", "torchvision", "timm", "module")
-"""Networks that start as PyTorch, their library or the user's own code has it."""
+"""Networks initialised by PyTorch, by their library or by the user's own code."""
 HE = [(a, c) for a, c, _ in FORMS if a not in OTHERWISE]
 
 
@@ -531,7 +533,7 @@ def test_convolutions_start_he_normal_and_so_again_from_scratch(arch, chosen):
     resizing.reset_parameters(model)
     for found in (first, standardised(model)):
         assert float(found.std()) == pytest.approx(1, abs=0.05)
-        assert float(found.abs().max()) > 2.5  # normal, and not uniform
+        assert float(found.abs().max()) > 2.5  # normal, not uniform
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             assert bool((module.weight == 1).all()) and not module.bias.any()
@@ -541,7 +543,7 @@ def test_convolutions_start_he_normal_and_so_again_from_scratch(arch, chosen):
 
 
 def test_a_pruned_network_starts_from_scratch_by_its_own_fan_out():
-    """conv1 of a block keeps a quarter of its filters: its deviation doubles."""
+    """conv1 of a block keeps a quarter of its filters, so its standard deviation doubles."""
     model = build("resnet_cifar", depth=8, shortcut="B")
     new = {name: list(t.shape) for name, t in model.state_dict().items()}
     for key in ("conv1.weight", "bn1.weight", "bn1.bias", "bn1.running_mean", "bn1.running_var"):
@@ -558,7 +560,7 @@ def test_a_pruned_network_starts_from_scratch_by_its_own_fan_out():
 def test_orthogonal_weights_are_orthonormal_by_group_and_biases_are_zero():
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3), nn.Conv2d(8, 12, 1, groups=2), nn.Conv2d(12, 30, 1), nn.Linear(30, 4)
-    ).double()  # more rows than columns in the third
+    ).double()  # the third has more rows than columns
     resizing.orthogonalise(model)
     for layer in model:
         assert not layer.bias.any()
@@ -608,7 +610,7 @@ def test_depths_between_are_named():
 @pytest.mark.parametrize(("name", "side", "window"), [("alexnet", 224, 1), ("vgg11", 448, 2)])
 def test_torchvision_pooling_of_fixed_windows_is_the_adaptive_one(name, side, window):
     module = plugin.load("archs", "torchvision")
-    with torch.device("meta"):  # 130 million weights that nothing reads
+    with torch.device("meta"):  # 130 million weights that are never read
         ours = module.build(module.Settings(name=name), 3, (3, side, side)).avgpool
         theirs = getattr(import_torchvision().models, name)(num_classes=3).avgpool
     assert ours.kernel_size == (window, window)

@@ -1,4 +1,4 @@
-"""Attention, embeddings and LayerNorm streams: what may go, and that the rest computes the same."""
+"""Attention, embeddings and LayerNorm streams: what can be removed; the rest computes the same."""
 
 import copy
 import json
@@ -36,7 +36,7 @@ CLASSES = 5
 
 
 class Written(nn.Module):
-    """One block with queries, keys and values as layers of their own, and einsum."""
+    """One block with separate layers for queries, keys and values, and einsum."""
 
     def __init__(self, split, scaled=lambda _, scores: scores / math.sqrt(4)):
         super().__init__()
@@ -59,7 +59,7 @@ class Written(nn.Module):
 
 
 class Tied(nn.Module):
-    """The width of a head is computed from that of the embedding, as in the first DeiT."""
+    """The head width is computed from the embedding width, as in the first DeiT."""
 
     def __init__(self):
         super().__init__()
@@ -124,7 +124,7 @@ def followed(make, side, seed=0):
     return model, batch, channels.build_channel_graph(model, batch)
 
 
-# ---- the same code with sizes that are free ----------------------------------------------------
+# ---- the same code with free sizes ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("options", [{}, {"bias": False}, {"batch_first": False}])
@@ -143,7 +143,7 @@ def test_free_attention_computes_what_torchs_does(options):
     ("size", "shift"), [((8, 8), 0), ((8, 8), 2), ((7, 9), 2), ((4, 8), 2), ((3, 3), 2)]
 )
 def test_free_window_attention_computes_what_torchvisions_does(size, shift):
-    """Shifted or not, padded, and with fewer pixels along a side than the window has."""
+    """Shifted or not, padded, and with images that are smaller than the window."""
     torch.manual_seed(0)
     module = ShiftedWindowAttention(12, [4, 4], [shift, shift], 3).double().eval()
     for parameter in module.parameters():
@@ -170,7 +170,7 @@ def test_a_masked_layer_norm_is_that_of_the_channels_that_remain():
     assert torch.equal(norm(x), before)
 
 
-# ---- what may go -------------------------------------------------------------------------------
+# ---- what can be removed -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_a_masked_layer_norm_is_that_of_the_channels_that_remain():
     ],
 )
 def test_heads_widths_and_embeddings_are_groups(make, side, sizes):
-    """The embedding once in each stage; then heads and the width of the MLP of each block."""
+    """The embedding once per stage; then, for each block, its heads and the width of its MLP."""
     _, _, graph = followed(make, side)
     assert [group.size for group in free(graph)] == sizes
     assert {g.locked for g in graph.groups} == {
@@ -232,7 +232,7 @@ CALCULATED = {
 
 @pytest.mark.parametrize("kind", CALCULATED)
 def test_heads_whose_number_the_code_calculates_with_are_locked(kind):
-    """The scale stays what it was, so that the network computes the same without other channels."""
+    """The scale keeps its value, so the network computes the same without the other channels."""
 
     def make():
         return Written(lambda net, x: x.unflatten(-1, (net.heads, -1)), CALCULATED[kind])
@@ -301,7 +301,7 @@ def test_a_compact_attention_has_fewer_heads_of_the_old_width():
     assert small.in_proj_weight.shape == (24, 19)
     assert small.out_proj.weight.shape == (19, 8)
     assert compact.model.hidden_dim == 19
-    assert model.hidden_dim == 24  # the dense network is as it was
+    assert model.hidden_dim == 24  # the dense network is unchanged
     assert type(model.get_submodule(name)) is nn.MultiheadAttention
 
 
@@ -324,7 +324,7 @@ def test_a_head_that_nothing_reads_is_dead(make, side):
 
 
 def test_values_that_are_constant_are_folded_behind_attention():
-    """The weights of attention sum to one: a constant value stays what it is."""
+    """Attention weights sum to one, so a constant value passes through unchanged."""
     model, batch, _ = followed(deit, 8)
     with torch.no_grad():
         model.blocks[0].attn.qkv.weight[56:64] = 0  # values of the second of three heads
@@ -376,7 +376,7 @@ def test_weights_that_attention_holds_itself_can_be_masked():
 
 
 def test_macs_of_attention_by_hand():
-    """5 positions: 4 patches and the class token; the classifier sees the token alone."""
+    """5 positions: 4 patches and the class token; the classifier reads only the class token."""
     model = vit()
     macs = {row.layer: row.macs_dense for row in cost.layer_costs(model, torch.zeros(1, 3, 8, 8))}
     block = "encoder.layers.encoder_layer_0"
@@ -388,7 +388,7 @@ def test_macs_of_attention_by_hand():
 
 
 def test_macs_of_windows_by_hand():
-    """5 x 5 positions, 6 x 6 in windows; the MLP sees those that are no padding."""
+    """5 x 5 positions, padded to 6 x 6 for the windows; the MLP reads no padding."""
     rows = {r.layer: r.macs_dense for r in cost.layer_costs(swin(), torch.zeros(1, 3, 20, 20))}
     assert rows["features.0.0"] == 25 * 8 * 3 * 16
     assert rows["features.1.0.attn.qkv"] == 36 * 8 * 24
@@ -432,7 +432,7 @@ def test_a_network_with_fewer_heads_comes_back_from_its_file(make, tmp_path, mon
     assert any("size:num_heads" in known for known in loaded.header.layers.values())
     again = loaded.model()
     assert difference(small, again, batch) == 0
-    graph = channels.build_channel_graph(again, batch)  # and can be pruned once more
+    graph = channels.build_channel_graph(again, batch)  # the compact network can be pruned again
     more = removal.remove(again, at_random(graph, 7), batch, {}, graph).model
     checkpoint.save(tmp_path / "m.safetensors", header(), more, {})
     assert difference(more, checkpoint.load(tmp_path / "m.safetensors").model(), batch) == 0
@@ -464,7 +464,7 @@ def test_sizes_of_a_file_that_the_network_does_not_have_are_refused(
         checkpoint.load(file).model()
 
 
-# ---- heads are chosen as other groups are -------------------------------------------------------
+# ---- heads are chosen like other groups ---------------------------------------------------------
 
 
 @pytest.mark.parametrize("skip", [[], ["*.in_proj_weight"]])
@@ -473,13 +473,13 @@ def test_heads_have_the_ratio_that_is_meant_for_all_and_can_be_skipped(skip):
     pruner = secateur.pruners.magnitude(granularity="group", ratios=0.5, skip=skip)
     found = secateur.prune(model.float(), images(2, 8, 0).float(), pruner).model
     heads = [m.num_heads for m in found.modules() if isinstance(m, nn.MultiheadAttention)]
-    assert heads == ([3, 3] if skip else [1, 1])  # the half of 3, rounded up, goes
+    assert heads == ([3, 3] if skip else [1, 1])  # half of 3 is removed, rounded up
     assert found.hidden_dim == 12
 
 
 @pytest.mark.parametrize("name", ["greg1", "gradual"])
 def test_heads_that_a_penalty_has_chosen_are_removed(name):
-    """Names of the choice are those of parameters: `in_proj_weight` is a weight without a layer."""
+    """The choice uses names of parameters: `in_proj_weight` is a weight without a layer."""
     model = build(vit, 0).float()
     module = plugin.load("penalties", name)
     chosen = module.Settings(granularity="group", ratios=0.5)
