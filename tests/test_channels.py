@@ -1,7 +1,7 @@
-"""Channel groups and their removal: the compact network computes what the masked one does.
+"""Channel groups and their removal: the compact network computes the same as the masked one.
 
-Small networks, one for each way in which channels can depend on each other; torchvision's networks;
-and the groups themselves against derivations that use no graph.
+Covered are small networks, one for each way in which channels can depend on each other, and
+networks of torchvision; groups are also compared with derivations that use no graph.
 """
 
 import copy
@@ -44,7 +44,7 @@ from stages import prune
 
 
 class Net(nn.Module):
-    """Layers by name, and what is done with them as a function of the network and its input."""
+    """Layers by name; `run` is a function of the network and its input that applies them."""
 
     def __init__(self, run, head=None, **layers):
         super().__init__()
@@ -266,7 +266,7 @@ def normed():
 
 
 def plain_norms():
-    """Normalisations without entries for channels."""
+    """Norms without parameters per channel."""
     layers = (conv(3, 5), nn.InstanceNorm2d(5), conv(5, 6), nn.GroupNorm(6, 6, affine=False),
               nn.ReLU(), conv(6, 7), nn.LayerNorm([SIDE, SIDE]), conv(7, 4))  # fmt: skip
     return Net(lambda n, x: n.all(x), all=nn.Sequential(*layers))
@@ -291,7 +291,7 @@ def deep():
 
 
 def attended():
-    """One map for all channels, made from their mean."""
+    """One attention map for all channels, computed from their mean."""
 
     def run(n, x):
         x = n.a(x)
@@ -368,13 +368,13 @@ def pixelwise():
 
 
 def positioned():
-    """A term for every position, and a factor for all of them."""
+    """A bias for every channel and position, and one scale for all of them."""
     own = {"place": nn.Parameter(torch.randn(1, 5, SIDE, SIDE)), "one": nn.Parameter(torch.ones(1))}
     return Net(lambda n, x: n.b(n.a(x) + n.place) * n.one, a=conv(3, 5), b=conv(5, 4), **own)
 
 
 def looked_up():
-    """Terms of a table by an index of places, in another shape than the buffer's."""
+    """Positional biases looked up in a table by an index buffer, which has another shape."""
 
     def run(n, x):
         places = n.table[n.index.view(-1)].view(SIDE, SIDE, -1).permute(2, 0, 1)
@@ -401,7 +401,7 @@ def gated():
 
 
 class Own(nn.Module):
-    """A user's own module: parameters without layers, two branches, sizes read from tensors."""
+    """A user's own module: parameters outside of layers, two branches, sizes read from tensors."""
 
     def __init__(self):
         super().__init__()
@@ -428,7 +428,7 @@ SMALL = [
 
 @functools.cache
 def graph_of(make):
-    """A network and its channels, which are the same whatever its weights are."""
+    """A network and its channel graph, which does not depend on the weights."""
     model = build(make)
     return model, channels.build_channel_graph(model, images())
 
@@ -446,13 +446,14 @@ def test_masked_equals_compact(make, seed):
     assert difference(masked.float(), compact.to(torch.float32).model, batch.float()) < 1e-4
 
 
-LOCKED_WHOLLY = {unequal}  # nothing of it can go but what is inside
+LOCKED_WHOLLY = {unequal}  # only the channels inside can be removed
 
 
 def parting(graph, group):
-    """Channels of a group, several times: of any two, one is in some of them without the other.
+    """Selections of channels such that, of any two channels, some selection has only one.
 
-    The bits of their numbers do that. Before them come all channels, and after them some at random.
+    The bits of the channel numbers give this. All channels come first, a few random selections
+    last.
     """
     yield (numbers := torch.arange(group.size))
     for bit in range((group.size - 1).bit_length()):
@@ -495,7 +496,7 @@ def test_whole_groups_of_a_convolution_go_and_unequal_ones_are_refused():
     graph = channels.build_channel_graph(model, batch)
     group_of = {source: g.name for g in graph.groups for source in g.producers}
     inner, outer = group_of["a.0"], group_of["b.0"]
-    chosen = {inner: torch.tensor([3, 4, 5]), outer: torch.tensor([2, 3])}  # the second of four
+    chosen = {inner: torch.tensor([3, 4, 5]), outer: torch.tensor([2, 3])}  # second of four groups
     _, compact = check(model, graph, chosen, batch)
     layer = compact.model.b[0]
     assert (layer.groups, layer.in_channels, layer.out_channels) == (3, 9, 6)
@@ -551,7 +552,7 @@ def test_a_silent_filter_of_a_sum_goes_only_with_all_others():
     graph = channels.build_channel_graph(model, batch)
     stream = next(g for g in graph.groups if "stem.0" in g.producers)
     assert stream.producers == ("stem.0", "a2.0")
-    with torch.no_grad():  # stem says zero in channel 1, and a2 still says something
+    with torch.no_grad():  # channel 1 of stem is zero, that of a2 is not
         for tensor in (model.stem[1].weight, model.stem[1].bias):
             tensor[1] = 0
     assert len(removal.remove_dead(model, {}, batch).kept["stem.0"]) == 6
@@ -579,7 +580,7 @@ def test_a_norms_shift_is_folded_into_the_next_norm_unless_a_border_sees_it(kern
     assert compact.kept["0"].tolist() == ([0, 1, 3] if kernel == 1 else [0, 1, 2, 3])
     assert set(compact.shift) == ({"3"} if kernel == 1 else set())
     assert proof.verify(model, compact, batch, proof.FLOAT64_TOLERANCE) < 1e-9
-    if kernel == 3:  # a kernel whose edge is zero does not see the border
+    if kernel == 3:  # a kernel whose edges are zero does not read the border
         with torch.no_grad():
             edge = model[3].weight[:, 2]
             edge[:, 0], edge[:, 2], edge[:, :, 0], edge[:, :, 2] = 0, 0, 0, 0
@@ -634,7 +635,7 @@ MORE = ["resnet34", "wide_resnet50_2", "efficientnet_v2_s", "mobilenet_v3_large"
 
 
 def full_size(name, side):
-    """A network of its published widths, for images of this side."""
+    """A network with its published widths, for images of this side length."""
     if name == "deit_tiny":
         timm = pytest.importorskip("timm")
         return timm.create_model("deit_tiny_patch16_224", img_size=side, num_classes=5)
@@ -694,7 +695,7 @@ def test_layers_of_the_sums_of_residual_networks(name, sums):
 
 
 def silent_entries(model, batch):
-    """Entries of parameters that do not move any output: no gradient for a random direction."""
+    """Entries of parameters that affect no output: no gradient along a random direction."""
     model.zero_grad()
     out = model(batch)
     chance = torch.Generator().manual_seed(9)
@@ -707,7 +708,7 @@ def silent_entries(model, batch):
 
 
 def entries(model, group, number, kinds):
-    """Entries of parameters that belong to one channel, as (name, place in the flat tensor)."""
+    """Entries of parameters that belong to one channel, as (name, index into the flat tensor)."""
     parameters = dict(model.named_parameters())
     found = set()
     for member in group.members:
@@ -743,11 +744,13 @@ def without(model, places):
     ],
 )
 def test_what_falls_silent_with_a_channel_is_what_the_group_says(make, monkeypatch):
-    """Deafen all that reads a channel: all that makes it falls silent, and nothing else does.
+    """Groups agree with what gradients say, without a channel graph.
 
-    Silence all that makes it: exactly what reads it has no say any more. Derived from gradients.
+    If all weights that read a channel are zero, exactly the entries that compute it have no
+    gradient. If the entries that compute it are zero, the entries that read it have no gradient,
+    and no others outside of the group.
     """
-    # nothing falls silent by chance
+    # a smooth activation, which never gives exact zeros
     monkeypatch.setattr(functional, "relu", lambda x, inplace=False: torch.tanh(x))
     model, batch = build(make, 4), images(16, seed=2)
     graph = channels.build_channel_graph(model, batch)
@@ -761,7 +764,7 @@ def test_what_falls_silent_with_a_channel_is_what_the_group_says(make, monkeypat
         assert deaf == makes - already, group.name
         mute = silent_entries(without(model, makes), batch) - already
         assert reads - already <= mute <= (reads | makes), group.name
-        for place in sorted({name for name, _ in reads}):  # no reader can be spared
+        for place in sorted({name for name, _ in reads}):  # one remaining reader keeps it alive
             some = {entry for entry in reads if entry[0] != place}
             assert not makes - already <= silent_entries(without(model, some), batch), place
 
@@ -869,7 +872,8 @@ def test_channels_before_and_behind_a_channel_select_are_removed_independently()
     name = {source: g.name for g in graph.groups for source in g.producers}
     chosen = {name["stem.0"]: torch.tensor([1]), name["b.0"]: torch.tensor([0, 2, 8])}
     _, compact = check(model, graph, chosen, batch)
-    # channel 0 of the stem was selected at 2, which is removed; channel 1 is removed: zeros at 3
+    # channel 0 of the stem was selected at position 2, which is removed; channel 1 is removed:
+    # zeros at 3
     assert compact.model.take.index.tolist() == [-1, -1, 1, 2, -1, -1]
     assert not [g for g in graph.groups if g.locked and g.producers and g.name != "head.2"]
 
@@ -900,7 +904,7 @@ def test_a_compact_network_comes_back_from_its_file(make, tmp_path, monkeypatch)
     monkeypatch.setattr(checkpoint, "build_architecture", lambda _: build(make, 8).float())
     again = checkpoint.load(tmp_path / "m.safetensors").model()
     assert difference(small, again, batch.float()) == 0
-    second = channels.build_channel_graph(again, batch)  # and can be pruned once more
+    second = channels.build_channel_graph(again, batch)  # the compact network can be pruned again
     more = removal.remove(again, at_random(second, 7), batch, {}, second).model
     checkpoint.save(tmp_path / "m.safetensors", header(), more, {})
     again = checkpoint.load(tmp_path / "m.safetensors").model()
@@ -980,7 +984,7 @@ def unused():
 
 
 class UnusedToken(nn.Sequential):
-    """Two convolutions, and a parameter of the network's own that forward leaves out."""
+    """Two convolutions, and a parameter of the network itself that forward does not use."""
 
     def __init__(self):
         super().__init__(cbr(3, 4), cbr(4, 4))
@@ -1011,7 +1015,7 @@ def sine():
 
 
 def test_a_new_operation_is_one_entry_in_the_table(monkeypatch):
-    """For the graph, and for dead channels: the constant sin(0.5) is folded."""
+    """For the graph as well as for dead channels: the constant sin(0.5) is folded."""
     model, batch = build(sine), images()
     with pytest.raises(PruningError, match="do not know what sin does to channels"):
         channels.build_channel_graph(model, batch)
@@ -1019,7 +1023,7 @@ def test_a_new_operation_is_one_entry_in_the_table(monkeypatch):
     monkeypatch.setitem(operators.OPERATORS, "sin", entry)
     graph = channels.build_channel_graph(model, batch)
     check(model, graph, at_random(graph, 1), batch)
-    model.b.padding = (0, 0)  # a padded border would not be constant
+    model.b.padding = (0, 0)  # with padding, the border would not be constant
     with torch.no_grad():
         model.a[1].weight[2], model.a[1].bias[2] = 0, 0.5
     compact = removal.remove_dead(model, {}, batch)

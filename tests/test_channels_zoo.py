@@ -1,7 +1,7 @@
-"""Channels of every architecture: which can be removed, and that the rest computes the same.
+"""Channels of every architecture: which ones can be removed; the rest computes the same.
 
-Small forms of all of them in the everyday run, the networks of the literature where `slow` is asked
-for (`pytest -m slow`).
+Small versions of all architectures run by default, the networks of the literature with `pytest -m
+slow`.
 """
 
 import copy
@@ -79,11 +79,11 @@ NETWORKS = [(name, 64) for name in ("resnet18", "mobilenet_v2", "densenet121")] 
     *((name, 64) for name in ("regnet_y_400mf", "convnext_tiny", "resnext50_32x4d")),
 ]
 
-WIDE = {"resnet_slim", "vgg", "alexnet_cifar"}  # hundreds of channels in the smallest form
+WIDE = {"resnet_slim", "vgg", "alexnet_cifar"}  # even the smallest version has hundreds of channels
 
 
 def forms(rows, *marks):
-    """These forms; wide ones with these marks."""
+    """Parametrize a test with these networks; wide ones get these marks."""
     return pytest.mark.parametrize(
         ("arch", "chosen", "shape"),
         [
@@ -118,7 +118,7 @@ def locked(found):
     return {group.name: group.locked for group in found.groups if group.locked is not None}
 
 
-# ---- what may go -------------------------------------------------------------------------------
+# ---- what can be removed -----------------------------------------------------------------------
 
 
 def test_every_architecture_is_here():
@@ -140,13 +140,13 @@ def test_only_the_image_and_the_classes_are_locked(arch, chosen, shape):
 
 
 def streams(found, layer):
-    """Producers of the group that a layer belongs to, and its size."""
+    """Producers and size of the group that a layer belongs to."""
     group = next(g for g in found.groups if layer in g.producers)
     return set(group.producers), group.size
 
 
 def test_streams_of_shortcut_a_are_one_group_for_each_stage():
-    """Known by hand: what is added up in a stage; zeros are no reason to keep anything."""
+    """Known by hand: all layers that are added up in a stage; zero padding locks no channel."""
     chosen, shape = {"depth": 20}, (3, 8, 8)
     found = channels.build_channel_graph(graph("resnet_cifar", chosen, shape), pictures(shape))
     sums = {k: {f"layer{k}.{n}.conv2" for n in range(3)} for k in (1, 2, 3)}
@@ -161,7 +161,8 @@ def test_channels_on_both_sides_of_shortcut_a_go_by_themselves():
     chosen, shape = {"depth": 8}, (3, 8, 8)
     model, batch = graph("resnet_cifar", chosen, shape), pictures(shape)
     found = channels.build_channel_graph(model, batch)
-    # 2 of the first stage is 10 of the second; 0 and 31 are beside zeros there, 9 beside channel 1
+    # channel 2 of the first stage is channel 10 of the second; there, 0 and 31 meet zeros, and 9
+    # meets channel 1
     second = next(g.name for g in found.groups if "layer2.0.conv2" in g.producers)
     selection = {"conv1": torch.tensor([2]), second: torch.tensor([0, 9, 31])}
     assert {n: i.tolist() for n, i in found.removable(selection).items()} == {
@@ -209,7 +210,7 @@ def test_entrances_of_pre_activation_blocks_are_channels_of_their_own():
     ],
 )
 def test_a_channel_that_goes_takes_its_entrances_along(arch, chosen):
-    """In all blocks of its stage, if no projection stands between."""
+    """In all blocks of its stage, unless a projection comes in between."""
     shape = (3, 8, 8)
     model, batch = graph(arch, chosen, shape), pictures(shape)
     found = channels.build_channel_graph(model, batch)
@@ -245,7 +246,7 @@ def test_an_entrance_never_loses_its_last_channel_to_others():
 
 @pytest.mark.parametrize(("arch", "chosen"), [("preresnet", {"depth": 20}), ("densenet", BC)])
 def test_scales_of_zero_select_channels_at_the_entrance_of_every_block(arch, chosen):
-    """Network Slimming with all norms: each says by itself which channels its block reads."""
+    """Network Slimming with all norms: each norm selects which channels its block reads."""
     chosen = chosen | ({"depth": 16, "growth": 5} if arch == "densenet" else {})
     shape = (3, 8, 8)
     model, batch = graph(arch, chosen, shape), pictures(shape)
@@ -270,7 +271,7 @@ def test_scales_of_zero_select_channels_at_the_entrance_of_every_block(arch, cho
 
 
 def test_layers_that_may_choose_their_own_filters_or_inputs():
-    """Filters of a sum may not, also if all that is added is a shortcut without weights."""
+    """Filters of a sum may not, even if only a shortcut without weights is added to them."""
     shape = (3, 8, 8)
     found = channels.build_channel_graph(
         graph("resnet_cifar", {"depth": 8}, shape), pictures(shape)
@@ -306,7 +307,7 @@ def slimmed(arch, chosen, coupled):
 def test_network_slimming_chooses_at_the_entrances_of_residual_blocks_with_union_only():
     chosen = {"depth": 20}
     model, _, inner = slimmed("preresnet", chosen, "skip")
-    # nothing has been added up yet at the entrance of the first block
+    # at the entrance of the first block, nothing has been added up yet
     assert {name for name in inner.channels if name.endswith("take")} == {"layer1.0.take"}
     _, found, union = slimmed("preresnet", chosen, "union")
     gammas = {n: p.detach().abs() for n, p in model.named_parameters() if ".bn1.w" in n}
@@ -328,13 +329,13 @@ def test_network_slimming_lets_every_layer_of_a_densenet_choose_what_it_reads():
 
 
 def test_union_asks_the_shortcut_too():
-    """A channel of the second stage stays if the first stage's, which is added to it, is large."""
+    """A channel of the second stage stays if that of the first stage added to it is large."""
     chosen, shape = {"depth": 8}, (3, 8, 8)
     model, batch = graph("resnet_cifar", chosen, shape), pictures(shape)
     with torch.no_grad():
         for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
             norm.weight.fill_(1)
-        model.get_submodule("layer2.0.bn2").weight[:12] = 0.001  # zeros beside 0-7
+        model.get_submodule("layer2.0.bn2").weight[:12] = 0.001  # 0-7 meet zeros of the shortcut
         model.get_submodule("bn1").weight[2], model.bn1.weight[3] = 0.001, 0.001
         model.get_submodule("layer1.0.bn2").weight[2] = 0.001
     subject = PruningContext(model, batch)
@@ -343,7 +344,7 @@ def test_union_asks_the_shortcut_too():
     gone = network_slimming.prune(options, subject).channels
     second = next(g.name for g in subject.graph.groups if "layer2.0.conv2" in g.producers)
     found = {name: sorted(index.tolist()) for name, index in gone.items()}
-    # 10 takes channel 2 of the first stage, of which both scales are small; 8, 9 and 11 do not
+    # 10 meets channel 2 of the first stage, whose scales are both small; 8, 9 and 11 do not
     assert found == {"conv1": [2], second: [*range(8), 10]}
 
 
@@ -387,7 +388,7 @@ def test_groups_of_resnext_go_whole_or_lose_the_same_number():
 
 
 def proved(arch, chosen, shape, seed, model, found, selection):
-    """Exact in float64, within rounding in float32; gives the compact network."""
+    """Equality in float64, and within rounding in float32; returns the compact network."""
     batch = pictures(shape, seed=seed)
     masked, compact = check(model, found, selection, batch)
     single = compact.to(torch.float32)
@@ -399,7 +400,7 @@ FOUND = {}
 
 
 def graph_of(arch, chosen, shape):
-    """A network with random weights and its channels, made once; VGG of a quarter of its width."""
+    """A network with random weights and its channel graph, cached; VGG is a quarter as wide."""
     key = json.dumps([arch, chosen, shape])
     if key not in FOUND:
         with pytest.MonkeyPatch.context() as patch:
@@ -444,7 +445,7 @@ def test_every_group_alone(arch, chosen, shape):
     for number, group in enumerate(free(found)):
         tries = (at_random(found, seed, {group.name}) for seed in range(number, number + 20))
         selection = next((s for s in tries if group.name in s), None)
-        if selection is None:  # the groups of a convolution, and a selection without a full set
+        if selection is None:  # groups of a convolution, with no balanced selection among the tries
             assert group.name in bound
             selection = found.removable({group.name: torch.arange(group.size)})
             assert selection[group.name].numel()
@@ -500,7 +501,7 @@ def test_what_was_masked_by_channels_is_found_dead(arch, chosen, shape):
     masked = removal.mask(model, selection, batch, found)
     try:
         dead = removal.remove_dead(masked, {}, batch, found).model
-    except PruningError as error:  # entrances that read nothing but channels that are gone
+    except PruningError as error:  # entrances that read only removed channels
         assert any(isinstance(module, ChannelSelect) for module in model.modules())
         assert_idle(masked, shape, error)
         return
@@ -530,7 +531,7 @@ print(json.dumps(used))
 
 
 def in_groups(model, batch):
-    """The network with group convolutions and indices in place of masks."""
+    """The network with group convolutions and index layers in place of masks."""
     masked = copy.deepcopy(model).float()
     found = gconv.prune(gconv.Settings(groups=4), PruningContext(masked, batch.float())).masks
     masks.apply(masked, found)

@@ -1,4 +1,4 @@
-"""Checkpoints: the same bytes in and out, and nothing else is taken for one."""
+"""Checkpoints: equal models give equal bytes, and nothing else is accepted as a checkpoint."""
 
 import contextlib
 import hashlib
@@ -45,7 +45,7 @@ def network(header=HEADER):
 
 
 def half(model):
-    """Masks that take away every second entry of every weight."""
+    """Masks that prune every second entry of every weight."""
     return {
         f"{name}.weight": (torch.arange(layer.weight.numel()) % 2 == 0).view(layer.weight.shape)
         for name, layer in masks.layers(model).items()
@@ -53,14 +53,14 @@ def half(model):
 
 
 def saved(folder, name="model.safetensors"):
-    """A checkpoint on disk, half of its weights masked."""
+    """A checkpoint on disk, with half of its weights masked."""
     model = network()
     checkpoint.save(folder / name, HEADER, model, half(model))
     return folder / name
 
 
 def rewrite(path, metadata=None, drop=(), **tensors):
-    """The same file with other tensors or another header, as another program would write it."""
+    """The same file with other tensors or another header, as another program might write it."""
     everything = {k: t for k, t in safetensors.torch.load_file(path).items() if k not in drop}
     metadata = {"secateur": json.dumps(asdict(HEADER))} if metadata is None else metadata
     safetensors.torch.save_file(everything | tensors, path, metadata)
@@ -103,7 +103,8 @@ REBUILT = ["lenet300", "lenet5"]
 @pytest.fixture(scope="module")
 def rebuilt(tmp_path_factory):
     """By architecture: the folder with the compact network and the logits that another process
-    computed with it, what this process computes, and the first and last layer that lost weights."""
+    computed from it, the logits of this process, and the first and last layer, which lost
+    weights."""
     folder, made = tmp_path_factory.mktemp("rebuilt"), {}
     for arch in REBUILT:
         (folder / arch).mkdir()
@@ -138,7 +139,7 @@ def test_a_compact_network_is_rebuilt_without_the_code_that_pruned_it(arch, rebu
 
 
 class Keeps(nn.Linear):
-    """Keeps a tensor from its first pass."""
+    """Keeps a tensor that it creates in its first forward pass."""
 
     factor = None
 
@@ -161,11 +162,11 @@ def test_equal_models_are_equal_bytes(tmp_path):
     one, other = network(header), network(header)
     chosen = half(one)
     checkpoint.save(tmp_path / "a.safetensors", header, one, chosen)
-    with torch.no_grad():  # what may differ between two ways to the same model:
-        other.to(memory_format=torch.channels_last).eval()  # layout and mode
-        for name, mask in chosen.items():  # the sign of zero
+    with torch.no_grad():  # differences that do not make another model:
+        other.to(memory_format=torch.channels_last).eval()  # memory layout and mode
+        for name, mask in chosen.items():  # signs of zeros
             other.get_parameter(name)[~mask] = -0.0
-    backwards = dict(reversed(chosen.items()))  # the order of things
+    backwards = dict(reversed(chosen.items()))  # order of entries
     header = replace(header, notes=dict(reversed(header.notes.items())))
     checkpoint.save(tmp_path / "b" / "c.safetensors", header, other, backwards)
     one_file, other_file = tmp_path / "a.safetensors", tmp_path / "b" / "c.safetensors"
@@ -191,7 +192,7 @@ def test_what_a_penalty_has_chosen_comes_back_and_is_neither_mask_nor_weight(sha
 
 
 def test_the_size_for_evaluation_is_written_only_if_there_is_one(tmp_path):
-    """So that other files are the bytes that they were before there was such a key."""
+    """So other files keep the bytes that they had before this key was introduced."""
     for resize in (None, 9):
         header = replace(HEADER, resize=resize)
         checkpoint.save(tmp_path / "model.safetensors", header, network(), {})
@@ -338,7 +339,7 @@ def test_tensors_that_do_not_fit_the_architecture_are_refused(drop, tensors, tmp
 
 @contextlib.contextmanager
 def disk_with_room_for(count):
-    """No file may grow beyond `count` bytes; Python ignores the signal, so that writing fails."""
+    """No file may grow beyond `count` bytes; Python ignores the signal, so the write fails."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (count, hard))
     try:
@@ -363,7 +364,7 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(room, tmp_path):
 
 @contextlib.contextmanager
 def read_only_folder():
-    """A folder that even root, with its rights laid down, can read but not write."""
+    """A folder that is read-only, even if the tests run as root."""
     folder = Path(tempfile.mkdtemp(dir="/tmp"))
     saved(folder)
     folder.chmod(0o555)
@@ -403,7 +404,7 @@ def test_a_write_that_fails_in_any_other_way_leaves_nothing_behind(tmp_path):
 
 
 def test_a_convolution_that_lost_all_groups_but_one_comes_back_with_one(tmp_path):
-    """The dense network has two groups; nothing but the header says that one is left."""
+    """The dense network has two groups; only the header says that one is left."""
     dense = nn.Sequential(nn.Conv2d(8, 6, 3, groups=2), nn.ReLU(), nn.Conv2d(6, 3, 1))
     small = nn.Sequential(nn.Conv2d(4, 3, 3), nn.ReLU(), nn.Conv2d(3, 3, 1)).eval()
     state = small.state_dict()

@@ -1,4 +1,4 @@
-"""The command `secateur`: help, subcommands, completion, and whose code runs where."""
+"""The command `secateur`: help, subcommands, completion, and which copy of the code runs."""
 
 import json
 import os
@@ -57,7 +57,7 @@ def test_without_a_command_there_is_help(capsys):
 
 
 def printed(capsys, *arguments):
-    """Output of a command that succeeds, run in this process."""
+    """Output of a command that runs in this process and succeeds."""
     with pytest.raises(SystemExit) as end:
         cli.main(arguments)
     assert end.value.code == 0
@@ -160,7 +160,7 @@ def test_a_reader_that_stops_early_sees_no_traceback():
 
 
 def package(folder, version):
-    """A copy of the package that can be told from others by its version."""
+    """A copy of the package with its own version, which tells it from others."""
     shutil.copytree(
         ROOT / "secateur", folder / "secateur", ignore=shutil.ignore_patterns("__pycache__")
     )
@@ -171,7 +171,7 @@ def package(folder, version):
 
 @pytest.fixture
 def places(tmp_path):
-    """An environment with the package installed, and a project with code of its own."""
+    """An environment with the package installed, and a project with its own code."""
     package(tmp_path / "site", "0+installed")
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/secateur").write_text(SCRIPT)
@@ -188,7 +188,7 @@ def places(tmp_path):
 @pytest.mark.parametrize(
     "command",
     [
-        ("-m", "stages.told"),  # as dvc.yaml has it, also in an experiment's temporary copy
+        ("-m", "stages.told"),  # as in dvc.yaml, also in the temporary copy of an experiment
         ("-m", "secateur", "--version"),
         ("../bin/secateur", "--version"),
     ],

@@ -16,7 +16,7 @@ from secateur.pruning.decision import PruningContext, PruningDecision
 from secateur.pruning.target import RemainingShare
 from secateur.sparsity import masks
 
-KNOWN = {"lenet300": (266_610, 266_200), "lenet5": (431_080, 2_293_000)}  # on 28x28
+KNOWN = {"lenet300": (266_610, 266_200), "lenet5": (431_080, 2_293_000)}  # for images of 28x28
 ARCHS = ["lenet300", "lenet5"]
 
 
@@ -42,7 +42,7 @@ def test_dense_networks_cost_what_the_literature_says(arch):
 @pytest.mark.parametrize("side", [8, 28])
 @pytest.mark.parametrize("arch", ARCHS)
 def test_macs_agree_with_a_count_of_every_multiplication(arch, side):
-    """A layer of ones that reads ones gives, at every position, the number of its products."""
+    """Every output element takes as many products as there are weights in one filter or row."""
     model = network(arch, (1, side, side))
     counted = {}
     for name, layer in masks.layers(model).items():
@@ -67,7 +67,7 @@ def test_a_sparse_linear_layer_by_hand():
         kind="linear",
         shape="3x4",
         params=15,
-        nonzero=5,  # three weights, and two biases, one of which happens to be zero
+        nonzero=5,  # three weights, and two unmasked biases, one of which happens to be zero
         sparsity=1 - 5 / 15,
         filters=3,
         filters_alive=2,
@@ -140,7 +140,7 @@ def test_zeros_pack_well_and_the_packed_size_is_that_of_gzip():
 
 
 class Sleeper(nn.Module):
-    """Takes a known time, and remembers when it was its turn."""
+    """A network that takes a known time and records its calls."""
 
     def __init__(self, name, milliseconds, turns):
         super().__init__()
@@ -173,7 +173,7 @@ def test_the_spread_is_median_and_distance_of_the_quartiles():
 
 
 class StandardisedConv2d(nn.Conv2d):
-    """Computes with its weight brought to mean 0 and standard deviation 1 by filter."""
+    """Standardises its weight to mean 0 and standard deviation 1 per filter in forward."""
 
     def forward(self, x):
         std, mean = torch.std_mean(self.weight, (1, 2, 3), keepdim=True)
@@ -193,7 +193,7 @@ def test_a_weight_that_is_standardised_in_forward_has_the_macs_of_a_plain_one():
 
 
 class Auxiliary(nn.Module):
-    """A linear layer of its own for the training."""
+    """Has a linear layer that runs only in training mode."""
 
     def __init__(self):
         super().__init__()

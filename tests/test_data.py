@@ -1,4 +1,4 @@
-"""Data: what is read, how it is divided, hashed, kept, and handed out in batches."""
+"""Data sets: reading, splitting, hashing, storing, and batches."""
 
 import hashlib
 import itertools
@@ -56,7 +56,7 @@ def read(name, root, **chosen):
 
 
 def numbered(labels, first=0):
-    """Images that carry their own number in two pixels, so that each can be told apart."""
+    """Images that encode their own number in two pixels, so that they can be told apart."""
     numbers = torch.arange(first, first + len(labels))
     pixels = torch.stack([numbers // 256, numbers % 256], dim=1).to(torch.uint8)
     return InMemoryImages(pixels.view(-1, 1, 1, 2), torch.tensor(labels))
@@ -85,7 +85,7 @@ def test_the_split_is_complete_disjoint_and_fair_to_every_class(counts, validati
     assert numbers(found.test) == [10_000, 10_001, 10_002]
     assert found.info.counts == {"train": len(train), "val": len(val), "test": 3}
     assert abs(len(val) - validation * len(labels)) <= 1
-    for part in (found.train, found.val):  # every image kept its label
+    for part in (found.train, found.val):  # every image has kept its label
         assert part.labels.tolist() == [labels[number] for number in numbers(part)]
     held_out = Counter(found.val.labels.tolist())
     for index, count in enumerate(counts):
@@ -211,7 +211,7 @@ def test_the_order_depends_on_seed_and_epoch_alone():
         return torch.cat([labels for _, labels in batches.epoch(epoch)]).tolist()
 
     first = order(1, 0)
-    torch.manual_seed(99)  # the past and other generators have no say
+    torch.manual_seed(99)  # neither earlier draws nor other generators matter
     assert order(1, 0) == first
     orders = [order(seed, epoch) for seed in (0, 1, 2**31 - 1) for epoch in range(4)]
     assert len({tuple(o) for o in orders}) == len(orders)
@@ -324,7 +324,7 @@ def test_raw_data_is_looked_for_where_the_environment_says(tmp_path, monkeypatch
 
 @pytest.fixture
 def real(tmp_path):
-    """What is under SECATEUR_DATA, seen from a folder of our own, so nothing is added there."""
+    """The content of SECATEUR_DATA, linked from a temporary folder: nothing is added to it."""
     for path in REAL.iterdir() if REAL.is_dir() else []:
         (tmp_path / path.name).symlink_to(path)
     return tmp_path
@@ -336,7 +336,7 @@ def test_a_data_set_is_what_the_pipeline_expects(name, real, offline):
     try:
         found = module.read(module.Settings(), real)
     except DataError as error:
-        if name == "digits":  # comes with scikit-learn
+        if name == "digits":  # part of scikit-learn, so it is always there
             raise
         pytest.skip(str(error))
     assert len(set(found.classes)) == len(found.classes)
@@ -366,7 +366,7 @@ def test_mnist_is_mnist(real, offline):
 
 
 def coloured(count=40, shape=(3, 7, 5), seed=0, **augmented):
-    """Random images of three classes, prepared without val."""
+    """Random images of three classes, prepared without a validation split."""
     chance = torch.Generator().manual_seed(seed)
     pixels = torch.randint(0, 256, (count, *shape), generator=chance, dtype=torch.uint8)
     split = InMemoryImages(pixels, torch.arange(count) % 3)
@@ -445,14 +445,14 @@ def test_without_augmentation_images_come_as_they_are_and_as_they_came_before_th
 
 
 def still(count, angle=0.0, right=0.0, down=0.0):
-    """The same distortion for all images."""
+    """The same rotation and displacement for all images."""
     moved = torch.zeros(count, 2, warp.GRID, warp.GRID)
     moved[:, 0], moved[:, 1] = right, down
     return warp.WarpPlan(torch.full((count,), angle), moved)
 
 
 def test_turns_and_displacements_move_pixels_where_they_should():
-    """A quarter turn, whole pixels and half pixels can be told by hand; scipy tells the rest."""
+    """Quarter turns and shifts by whole and half pixels are known by hand, others from scipy."""
     pixels = torch.randint(0, 256, (3, 6, 6, 2), dtype=torch.uint8)
     whole = pixels.float()
     torch.testing.assert_close(warp.warp(pixels, still(3)), whole, atol=1e-3, rtol=0)
@@ -479,7 +479,7 @@ def test_turns_and_displacements_move_pixels_where_they_should():
 
 
 def zoom_cubic(coarse, size):
-    """Keys's cubic convolution (a = -0.75) with repeated borders, corner on corner."""
+    """Keys's cubic convolution (a = -0.75) with repeated borders and aligned corners."""
 
     def weight(t):
         t, a = abs(t), -0.75
@@ -518,7 +518,7 @@ def test_distortions_are_drawn_as_asked_and_depend_on_seed_and_epoch_alone():
 
 
 def test_cutout_hides_one_square_of_every_training_image():
-    """Beside the images without cutout: zeros in the planned square, counted pixel by pixel."""
+    """Compared with images without cutout: zeros in the planned square, checked pixel by pixel."""
     prepared, plain = coloured(shape=(2, 7, 9), pad=1, cutout=4), coloured(shape=(2, 7, 9), pad=1)
     centres = cutout.plan_cutouts(40, 1, 2, 4, (7, 9))
     found = torch.cat([images for images, _ in batches_of(prepared, epoch=2)])
@@ -562,13 +562,13 @@ def test_augmentation_depends_on_seed_and_epoch_alone():
     torch.manual_seed(99)
     state = torch.get_rng_state()
     assert same(batches_of(prepared), first)
-    assert torch.equal(torch.get_rng_state(), state), "the training's generator is left alone"
+    assert torch.equal(torch.get_rng_state(), state), "the global generator is not touched"
     assert not same(batches_of(prepared, epoch=1), first)
     assert not same(batches_of(prepared, seed=2), first)
 
 
 def dealt(prepared, world, size, epoch=0):
-    """The batches of all ranks, put together again."""
+    """The batches of all ranks, merged into whole batches."""
     parts = [batches_of(prepared, epoch, size, rank=rank, world=world) for rank in range(world)]
     whole = []
     for step in zip(*parts, strict=True):
@@ -635,7 +635,7 @@ def test_large_images_are_evaluated_a_few_at_a_time():
 
 
 def write_cifar(root, name, monkeypatch):
-    """A few made-up images in the layout of the published archive, unpacked; gives its arrays."""
+    """Random images in the layout of the published archive, unpacked; returns the arrays."""
     kind = getattr(import_torchvision().datasets, name.upper())
     folder = root / kind.base_folder
     folder.mkdir()
@@ -700,7 +700,7 @@ def test_a_damaged_file_of_cifar_is_named(file, spoil, reason, tmp_path, monkeyp
 
 
 def draw_picture(path, number, size=(9, 6), mode="RGB"):
-    """A picture of its own for every number; png and bmp keep every pixel."""
+    """A different picture for every number; png and bmp keep the exact pixels."""
     bands = {"L": 1, "RGB": 3, "RGBA": 4, "LA": 2}[mode]
     pixels = np.random.default_rng(number).integers(
         0, 256, (size[1], size[0], bands), dtype=np.uint8
@@ -785,7 +785,7 @@ def test_the_number_of_workers_changes_nothing(area, pictures, monkeypatch):
         batches = Batches(prepared.train, prepared.info, 7, seed=1)
         found[workers] = [batch for epoch in range(2) for batch in batches.epoch(epoch)]
         alive = len(multiprocessing.active_children())
-        assert alive == int(workers), "workers live on from epoch to epoch"
+        assert alive == int(workers), "workers stay alive between epochs"
         batches.close()
         assert not multiprocessing.active_children()
         found[workers] += list(sequential_batches(prepared.test, prepared.info, device=CPU, size=5))

@@ -1,4 +1,4 @@
-"""Distillation and averages of weights: formulas by hand, resume, what is kept, what is refused."""
+"""Distillation and weight averages: formulas by hand, resuming, what is kept, what is refused."""
 
 import copy
 import json
@@ -47,7 +47,7 @@ def distiller(model, teacher, how):
 
 
 def test_the_gradient_of_the_divergence_is_that_of_the_paper():
-    """T (q - p) for one image, with q and p the softened outputs: Hinton et al., eq. 2."""
+    """T (q - p) for one image, where q and p are the softened outputs: Hinton et al., eq. 2."""
     torch.manual_seed(0)
     ours, theirs = torch.randn(2, 5, 7, dtype=torch.float64).unbind(0)
     ours.requires_grad_()
@@ -62,7 +62,7 @@ def test_the_gradient_of_the_divergence_is_that_of_the_paper():
 
 @pytest.mark.parametrize(("parts", "inplace"), [(1, False), (3, False), (1, True)])
 def test_a_step_of_training_is_that_of_the_whole_formula(parts, inplace):
-    """Labels, outputs and features together, against autograd of the formula written out."""
+    """Labels, outputs and features together, compared with autograd on the formula written out."""
     prepared, model = digits(100), small(6, inplace=inplace)
     teacher = small(9, seed=1, inplace=inplace)
     by_hand, theirs = copy.deepcopy(model), copy.deepcopy(teacher)
@@ -145,7 +145,7 @@ def test_features_that_do_not_fit_are_one_line():
 
 
 class Odd(nn.Module):
-    """Has a layer that gives a tuple, and one that never runs."""
+    """Has one layer that returns a tuple, and one that never runs."""
 
     def __init__(self):
         super().__init__()
@@ -169,7 +169,7 @@ def test_layers_without_one_output_are_refused_before_the_training(feature, word
 
 
 def saved(path, classes, arch="lenet300"):
-    """A small network as a checkpoint of a stage."""
+    """Save a small network as the checkpoint of a stage."""
     prepared = digits()
     header = Header(
         arch=arch, arch_settings={"hidden": [5]}, classes=classes, shape=prepared.info.shape,
@@ -239,7 +239,7 @@ def test_code_without_a_teacher_of_its_own_is_refused():
     ],
 )
 def test_the_teacher_sees_images_once_that_never_change(augment, sizes, features, once):
-    """And the network is taught by its outputs for the very images of a batch."""
+    """And the network always learns from the teacher's outputs for the images of the same batch."""
     prepared = digits(100)
     prepared = replace(prepared, info=replace(prepared.info, augment=FileAugment(**augment)))
     how = ContinuedTrain(
@@ -268,7 +268,7 @@ def test_the_teacher_sees_images_once_that_never_change(augment, sizes, features
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_the_order_of_an_epoch_is_that_of_its_batches(rank):
-    """For each of two processes; the last batch has one image, which the second does not get."""
+    """In each of two processes; the last batch has one image, which the first process gets."""
     prepared = digits(81, validation=0)
     split, info, cpu = prepared.train, prepared.info, torch.device("cpu")
     batches = Batches(split, info, 16, 3, rank=rank, world=2)
@@ -280,7 +280,7 @@ def test_the_order_of_an_epoch_is_that_of_its_batches(rank):
 
 
 def flexible(width):
-    """A small network for images of any size."""
+    """A small network that accepts images of any size."""
     torch.manual_seed(width)
     return nn.Sequential(
         nn.AdaptiveAvgPool2d(8), nn.Flatten(), nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 10)
@@ -288,7 +288,7 @@ def flexible(width):
 
 
 def rename_architecture(path, arch):
-    """The file with another architecture in its header."""
+    """Write another architecture into the header of the file."""
     content = safetensors.torch.load_file(path)
     with safetensors.safe_open(path, "pt") as file:
         header = json.loads(file.metadata()["secateur"]) | {"arch": arch}
@@ -296,7 +296,7 @@ def rename_architecture(path, arch):
 
 
 def test_the_teacher_is_a_dependency_of_the_stages_that_have_one():
-    """`weights/none` never changes: so the path alone decides. A round has no other file."""
+    """`weights/none` never changes, so only the path counts. All rounds use the same files."""
     for file, names in [("dvc.yaml", ""), ("stages/rounds/dvc.yaml", "do")]:
         stages = yaml.safe_load((ROOT / file).read_text())["stages"]
         for stage, section in [("sparse-train", "sparse_train"), ("finetune", "finetune")]:
@@ -323,7 +323,7 @@ def averaged(kind, **given):
 
 
 def weights_after_each_step(prepared, how):
-    """The weights of a training without an average, after every step."""
+    """The weights after every step of a training without averaging."""
     model, seen = network("lenet300"), []
 
     class Looker(Watcher):
@@ -390,7 +390,7 @@ def test_an_average_has_the_zeros_of_what_is_pruned_meanwhile(name, chosen, kind
     ],
 )
 def test_an_average_that_would_never_begin_is_refused(average, steps, line):
-    """In two epochs of five steps, which a penalty may end after some."""
+    """In two epochs of five steps; a penalty may end the training after some of them."""
     how = Train(epochs=2, average=average)
     ends = types.SimpleNamespace(
         max_steps=steps, finished=False, choices=dict, growth_table=list, metrics=dict,
@@ -410,7 +410,7 @@ def test_a_training_does_not_start_with_an_average_that_would_never_begin():
 
 
 def test_statistics_of_an_average_are_measured_for_its_weights():
-    """In float64, against the mean and variance of the batches of 100 images computed directly."""
+    """Compared with mean and variance of the same 100 images, computed directly."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(108, 10))
     prepared = digits(200, validation=0.5)
@@ -434,7 +434,7 @@ def test_with_several_processes_the_maps_get_the_mean_gradient():
             self.device = torch.device("cpu")
 
         def all_reduce(self, values):
-            return values + 3.0  # of the other process
+            return values + 3.0  # sum over the other process
 
     made.average_gradients(Two())
     assert torch.equal(made.maps["1"].weight.grad, torch.full((9, 6), 2.0))

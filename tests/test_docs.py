@@ -1,4 +1,4 @@
-"""The pages in docs/: their examples run and print what the page shows; the site is complete."""
+"""The pages in docs/: their examples print what the page shows, and the site is complete."""
 
 import contextlib
 import io
@@ -21,7 +21,7 @@ BLOCK = re.compile(r"^```(python|text)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
 def model_of_the_pipeline(folder):
-    """What `dvc repro` leaves in models/finetuned, untrained."""
+    """A model as `dvc repro` leaves it in models/finetuned, untrained."""
     settings = lenet300.Settings()
     header = checkpoint.Header(
         "lenet300", settings.model_dump(), [str(k) for k in range(10)], [1, 8, 8], [0.3], [0.4],
@@ -32,7 +32,7 @@ def model_of_the_pipeline(folder):
 
 
 def test_the_example_prints_what_the_page_shows(tmp_path, monkeypatch):
-    """Blocks of Python run in one namespace, each followed by what it prints, if anything."""
+    """Python blocks run in one namespace; each is followed by its output, if it has any."""
     torch.manual_seed(0)
     model_of_the_pipeline(tmp_path)
     monkeypatch.chdir(tmp_path)
@@ -77,7 +77,7 @@ METHODS = (
     "average.kind swa", "augment.cutout", "progressive_resizing", "export to group convolutions",
     "regrow of penalty gradual", "growth random of penalty rigl",
 )  # fmt: skip
-"""Settings that choose a published method, as CITATION.cff names them."""
+"""Settings that select a published method, with its name in CITATION.cff."""
 
 
 def test_every_method_is_named_beside_a_paper():

@@ -47,7 +47,7 @@ def linear(weight, bias=False):
 
 
 def step(penalty, number, optimizer=None, change=None):
-    """One step of a training in which the optimizer does `change` instead of its own work."""
+    """One training step in which `change` replaces the update of the optimizer."""
     penalty.before_step(number, optimizer)
     if change is not None:
         with torch.no_grad():
@@ -61,7 +61,7 @@ def step(penalty, number, optimizer=None, change=None):
 def test_the_share_follows_the_cubic_of_the_paper():
     model = nn.Sequential(nn.Linear(10, 100, bias=False))
     penalty = started("gradual", model, 50, ratios=0.9, initial=0.1, begin=4, end=27, interval=5)
-    by_hand = {  # 1,000 * (0.9 - 0.8 * (1 - k / 4)^3), rounded up, from step 4 on every 5 steps
+    by_hand = {  # 1,000 * (0.9 - 0.8 * (1 - k / 4)^3), rounded up, every 5 steps from step 4
         4: 100, 9: 563, 14: 800, 19: 888, 24: 900,
     }  # fmt: skip
     seen, last = {}, 0
@@ -119,7 +119,7 @@ def test_the_smallest_go_and_without_regrowth_they_stay_zero():
     step(penalty, 0)
     assert weight.tolist() == [[4, -1, 3, -2]], "nothing at the first step: initial is 0"
     step(penalty, 1, change=lambda: weight.add_(torch.tensor([[0.0, 0, 0, -2]])))
-    # 0.5 * (1 - (1 - 1/2)^3) of 4 weights is 1.75, rounded up 2
+    # 0.5 * (1 - (1 - 1/2)^3) of 4 weights is 1.75, rounded up to 2
     assert weight.tolist() == [[4, 0, 0, -4]]
     step(penalty, 2, change=lambda: weight.add_(torch.tensor([[-3.9, 9, 9, 0]])))
     assert weight.tolist() == [[pytest.approx(0.1), 0, 0, -4]]
@@ -132,7 +132,7 @@ def test_with_regrowth_the_gradient_at_the_masked_weights_moves_the_hidden_ones(
     weight, hidden = model[0].weight, torch.tensor([[4.0, -1.0, 3.0, -2.0]])
     optimizer = torch.optim.SGD([weight], lr=0.5)
     inputs = torch.tensor([[1.0, 2, -1, 1]])
-    for number in range(8):  # by hand, in float64: the mask changes the forward pass alone
+    for number in range(8):  # by hand: the mask changes only the forward pass
         optimizer.zero_grad()
         seen = weight.detach().clone()
         (model(inputs).sum() - 1).square().backward()
@@ -157,7 +157,7 @@ def test_what_has_grown_meanwhile_comes_back():
         step(penalty, number)
     assert weight.tolist() == [[4, 0, 3, 0]]
     step(penalty, 3, change=lambda: weight.add_(torch.tensor([[0.0, -9, 0, 0]])))
-    assert weight.tolist() == [[4, 0, 3, 0]], "not before the next choice"
+    assert weight.tolist() == [[4, 0, 3, 0]], "unchanged until the next choice"
     step(penalty, 4)
     assert weight.tolist() == [[4, -10, 0, 0]]
 
@@ -172,7 +172,7 @@ def test_a_global_ranking_takes_biases_and_layers_together_and_leaves_none_empty
         "gradual", model, ratios=0.5, ranking="global", scope="weights_and_biases", begin=0, end=0
     )
     step(penalty, 0)
-    # 12 + 3 + 6 + 2 entries; the lowest 12 are the 6 of 0.001 to 0.006 but one, then 1 to 6
+    # 12 + 3 + 6 + 2 entries; the lowest 12 are 0.001 to 0.006, of which one must stay, and 1 to 6
     chosen = penalty.choices()
     assert set(chosen) == {"0.weight", "1.weight"}
     assert chosen["1.weight"].tolist() == [[True, True, True], [True, True, False]]
@@ -190,7 +190,7 @@ def test_a_global_ranking_takes_biases_and_layers_together_and_leaves_none_empty
 def test_whole_filters_and_channels_go_with_the_lowest_mean_magnitude(granularity, ranking):
     model = network()
     with torch.no_grad():
-        for layer in (model[0], model[3], model[6]):  # of one size in all layers
+        for layer in (model[0], model[3], model[6]):  # the same mean magnitude in all layers
             layer.weight /= layer.weight.abs().mean()
     penalty = started(
         "gradual", model, shape=(1, 8, 8), granularity=granularity, ranking=ranking, ratios=0.5,
@@ -259,7 +259,7 @@ def test_groups_of_coupled_channels_are_removed_without_a_difference(ranking, co
 
 
 class Mobile(nn.Module):
-    """Normalisations that read one layer, a depthwise one, a sum, and two layers together."""
+    """Norms that read one layer, a depthwise layer, a sum, and two concatenated layers."""
 
     def __init__(self):
         super().__init__()
@@ -280,7 +280,7 @@ class Mobile(nn.Module):
 def test_filters_that_are_zero_have_no_shift_either_so_that_removing_them_changes_nothing(regrow):
     torch.manual_seed(0)
     model = Mobile()
-    with torch.no_grad():  # the same filters of both layers go
+    with torch.no_grad():  # so the same filters of both layers are pruned
         model.left.weight[:4] *= 0.01
         model.right.weight[:4] *= 0.01
     penalty = build(
@@ -334,7 +334,7 @@ def test_erk_is_the_formula_solved_for_the_total(density):
     shapes = {"a": (20, 1, 5, 5), "b": (50, 20, 5, 5), "c": (500, 800), "d": (10, 500), "e": (3, 4)}
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     raw = {name: sum(shape) / sizes[name] for name, shape in shapes.items()}
-    low, high = 0.0, 1e6  # brute force: the one scale at which capped shares give the total
+    low, high = 0.0, 1e6  # brute force: the one scale at which the capped shares give the total
     for _ in range(200):
         scale = (low + high) / 2
         total = sum(min(1.0, scale * raw[name]) * sizes[name] for name in shapes)
@@ -350,33 +350,33 @@ def test_which_weights_drop_and_which_grow_on_a_layer_by_hand():
     penalty = started(
         "rigl", model, 20, ratio=0.5, allocation="uniform", fraction=0.8, interval=4, until=16
     )
-    assert weight.tolist() == [[5, -4, 0.5, 3, 0, 0, 0, 0]], "the largest of the network"
+    assert weight.tolist() == [[5, -4, 0.5, 3, 0, 0, 0, 0]], "the network's largest weights stay"
     optimizer = torch.optim.SGD([weight], lr=0.0, momentum=0.5)
     gradient = torch.tensor([[1.0, 1, 1, 1, 9, -8, 7, 0.5]])
     for number in range(4):
         weight.grad = gradient.clone()
         penalty.before_step(number, optimizer)
-        assert weight.grad.tolist() == [[1, 1, 1, 1, 0, 0, 0, 0]], "of those that are kept"
+        assert weight.grad.tolist() == [[1, 1, 1, 1, 0, 0, 0, 0]], "gradients of kept weights only"
         optimizer.step()
         penalty.after_step(number, optimizer)
     optimizer.state[weight]["momentum_buffer"].fill_(2.0)
-    # 0.4 * (1 + cos(pi * 4 / 16)) of 4 is 2.73: 2 go, 0.5 and 3, and the gradients 9 and -8 win
+    # 0.4 * (1 + cos(pi * 4 / 16)) of 4 is 2.73: 0.5 and 3 are dropped; gradients 9 and -8 win
     weight.grad = gradient.clone()
     step(penalty, 4, optimizer)
     assert penalty.choices()["0.weight"].tolist() == [[False] * 2 + [True] * 2 + [False] * 2
                                                       + [True] * 2]  # fmt: skip
-    assert weight.tolist() == [[5, -4, 0, 0, 0, 0, 0, 0]], "what grows starts at zero"
+    assert weight.tolist() == [[5, -4, 0, 0, 0, 0, 0, 0]], "grown weights start at zero"
     assert optimizer.state[weight]["momentum_buffer"].tolist() == [[2, 2, 2, 2, 0, 0, 2, 2]]
-    # 0.4 * (1 + cos(pi * 8 / 16)) of 4 is 1.6: one of the zeros drops, and 9 grows it again
+    # 0.4 * (1 + cos(pi * 8 / 16)) of 4 is 1.6: one of the zeros is dropped, and 9 grows it again
     with torch.no_grad():
         weight.add_(torch.tensor([[0.0, 0, 0, 0, 0.25, 1, 0, 0]]))
     weight.grad = gradient.clone()
     step(penalty, 8, optimizer)
-    assert weight.tolist() == [[5, -4, 0, 0, 0.25, 1, 0, 0]], "dropped and grown at once"
+    assert weight.tolist() == [[5, -4, 0, 0, 0.25, 1, 0, 0]], "dropped and grown again at once"
     for number in (12, 16, 20):
         weight.grad = torch.zeros_like(weight)
         step(penalty, number, optimizer)
-    assert penalty.updates == 3, "at 4, 8 and 12, before step 16"
+    assert penalty.updates == 3, "updates at 4, 8 and 12, before step 16"
 
 
 def test_connections_that_would_never_move_are_refused():
@@ -437,7 +437,7 @@ def test_only_the_weights_that_matter_most_get_the_gradient_of_the_loss(ranking,
     model[0].weight.data = torch.tensor([[1.0, -1.0, 0.5, 4.0]])
     model[1].weight.data = torch.tensor([[-2.0]])
     given = torch.tensor([[3.0, -0.25, -8.0, 0.125]]), torch.tensor([[1.0]])
-    # |w * gradient|: 3, 0.25, 4, 0.5 and 2; of five, three are to be left, of four as well two
+    # |w * gradient|: 3, 0.25, 4, 0.5 and 2; three of all five stay, or three of the first four
     ratio = 0.4 if ranking == "global" else 0.25
     penalty = started("gsm", model, decay=0.5, ratios=ratio, ranking=ranking)
     weights = [model[0].weight, model[1].weight]
@@ -495,7 +495,7 @@ COURSES = {
 
 @pytest.mark.parametrize("case", COURSES)
 def test_killed_at_any_step_it_ends_with_the_same_bytes(case):
-    name, prepared, how = case.split()[0], digits(), settings(6)  # 4 steps an epoch
+    name, prepared, how = case.split()[0], digits(), settings(6)  # 4 steps per epoch
 
     def trained(run, watcher=None):
         model = network()
@@ -515,7 +515,7 @@ def test_killed_at_any_step_it_ends_with_the_same_bytes(case):
     assert all(torch.equal(killed[2][n], alone[2][n]) for n in alone[2])
 
 
-@pytest.mark.parametrize("case", sorted(set(COURSES) - {"gsm"}))  # which remembers no weight
+@pytest.mark.parametrize("case", sorted(set(COURSES) - {"gsm"}))  # gsm's state has no weights
 def test_the_state_of_another_network_is_refused(case):
     name = case.split()[0]
     first = network()
