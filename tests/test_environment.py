@@ -1,4 +1,4 @@
-"""The environment: what the lock holds, and where `make` looks for the programs that it runs."""
+"""The environment: what the lock file holds, and which programs `make` runs."""
 
 import os
 import re
@@ -23,7 +23,7 @@ ENTRY = re.compile(
 
 
 def named(group):
-    """Requirements of a dependency group and of the groups in it."""
+    """Requirements of a dependency group, including those of the groups that it includes."""
     found = []
     for entry in PROJECT["dependency-groups"][group]:
         found += named(entry["include-group"]) if isinstance(entry, dict) else [Requirement(entry)]
@@ -31,7 +31,7 @@ def named(group):
 
 
 def locked(name):
-    """Versions of a package in the lock: several if they depend on Python's version."""
+    """Versions of a package in the lock file: several if they depend on the Python version."""
     return [match[2] for match in ENTRY.finditer(LOCK) if match[1] == canonicalize_name(name)]
 
 
@@ -90,9 +90,9 @@ def test_every_supported_python_is_stated_and_tested():
 
 @pytest.fixture
 def make(tmp_path):
-    """Run `make` in a folder whose environment has group `run`; its dvc and pip show how they ran.
+    """Run `make` in a folder whose environment has group `run`; its dvc and pip print their calls.
 
-    Group `run` alone: what needs another one installs it first.
+    Only group `run` is installed, so targets that need another group install it first.
     """
     for name in ("Makefile", "pyproject.toml", "requirements.lock"):
         shutil.copy(ROOT / name, tmp_path / name)
@@ -105,14 +105,14 @@ def make(tmp_path):
         dvc.write_text(f'#!/bin/sh\ncase $1 in repro) echo "$0 $@" ;; *) {real} "$@" ;; esac\n')
         dvc.chmod(0o755)
         python = dvc.with_name("python")
-        checks = '"-m secateur check") ;;'  # which says nothing of sound settings
+        checks = '"-m secateur check") ;;'  # silent if the settings are valid
         python.write_text(f'#!/bin/sh\ncase "$*" in {checks} *) echo "pip $*" ;; esac\n')
         python.chmod(0o755)
         ready = tmp_path / folder / ".ready-run"
         if not ready.exists():
             ready.touch()
         command = ["make", target, f"VENV={folder}"]
-        # the make that runs these tests would make this one a part of itself
+        # otherwise the make that runs these tests would pass its options to this one
         env = {name: value for name, value in Project(tmp_path).env().items() if "MAKE" not in name}
         env.pop("MFLAGS", None)
         done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
@@ -132,11 +132,11 @@ def test_make_runs_the_environments_programs_wherever_it_is(place, make, tmp_pat
 
 
 def test_the_first_run_needs_no_group_but_its_own(make):
-    """The stamp of `run` is there, so whatever pip installs is another group's."""
+    """The stamp of `run` exists, so everything that pip installs belongs to another group."""
     assert not [line for line in make(".venv") if line.startswith("pip")]
     (line,) = [line for line in make(".venv", "export") if line.startswith("pip")]
     assert line.endswith("--group export") and "--require-hashes" in line
-    assert not [line for line in make(".venv", "export") if line.startswith("pip")], "once"
+    assert not [line for line in make(".venv", "export") if line.startswith("pip")], "only once"
 
 
 def test_the_packages_of_export_are_in_no_group_of_the_first_run():
@@ -145,14 +145,14 @@ def test_the_packages_of_export_are_in_no_group_of_the_first_run():
         Requirement(r).name for r in PROJECT["project"]["optional-dependencies"]["export"]
     }
     assert names and not names & {needed.name for needed in named("run")}
-    assert names <= {needed.name for needed in named("dev")}, "or the tests could not run"
+    assert names <= {needed.name for needed in named("dev")}, "otherwise the tests could not run"
 
 
 def test_an_archive_without_git_runs_and_a_repository_made_later_is_used(make, tmp_path):
     assert make(".venv")[0].startswith("no Git repository here: pipelines run; ")
     config = tmp_path / ".dvc/config.local"
     assert "no_scm = true" in config.read_text()
-    assert len(make(".venv")) == 1  # told once
+    assert len(make(".venv")) == 1  # reported only once
     subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
     assert len(make(".venv")) == 1
     assert "no_scm" not in config.read_text()
@@ -162,7 +162,7 @@ def test_the_command_runs_the_code_around_it_and_elsewhere_that_of_its_own_proje
     stamp = tmp_path / ".venv/.ready-run"
     stamp.parent.mkdir()
     stamp.touch()
-    os.utime(stamp, (0, 0))  # so that it is made again, with the launcher
+    os.utime(stamp, (0, 0))  # so that it is made again, together with the launcher
     make(".venv", "git")
     (tmp_path / ".venv/bin/python").write_text('#!/bin/sh\necho "$PYTHONPATH $*"\n')
     other = tmp_path / "other project"

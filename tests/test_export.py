@@ -1,4 +1,4 @@
-"""Exported files: equal to the network for every architecture, equal in bytes, free of pickles."""
+"""Exported files: correct for every architecture, reproducible to the byte, free of pickles."""
 
 import copy
 import importlib.util
@@ -50,7 +50,7 @@ SMALLEST = [
     ("alexnet_cifar", {}, (3, 32, 32)),
     ("torchvision", {"name": "squeezenet1_1"}, (3, 32, 32)),
 ]
-"""Every architecture in a form with few layers: exporting takes a tenth of a second for each."""
+"""Every architecture with few layers: each export takes a tenth of a second."""
 
 
 def about(shape, **changes):
@@ -62,7 +62,7 @@ def about(shape, **changes):
 
 
 def pictures(shape, count=9, seed=0):
-    """A split of random pixels, and what is known about it."""
+    """A split of random pixels, and its description."""
     chance = torch.Generator().manual_seed(seed)
     pixels = torch.randint(256, (count, *shape[1:], shape[0]), generator=chance, dtype=torch.uint8)
     labels = torch.randint(4, (count,), generator=chance)
@@ -89,15 +89,15 @@ def compared(model, shape, paths, **options):
 
 def test_every_architecture_is_here():
     own = {arch for arch, *_ in SMALLEST}
-    assert own == set(plugin.names("archs")) - {"module", "timm"}, "module: the user's own"
+    assert own == set(plugin.names("archs")) - {"module", "timm"}, "module is the user's own code"
 
 
 def settled(model, shape):
-    """The network with batch-norm statistics of random images: outputs differ from image to image,
-    as those of a trained network."""
+    """The network with batch-norm statistics of random images, so that its outputs differ between
+    images, like those of a trained network."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
-            module.momentum = 1.0  # those of the one batch
+            module.momentum = 1.0  # the statistics of the only batch
     with torch.no_grad():
         model.train()(torch.from_numpy(noise(shape, 64)))
     return model.eval()
@@ -108,24 +108,24 @@ def noise(shape, count, seed=0):
 
 
 def forms(rows):
-    """Networks for the fixture `form`."""
+    """Parametrize the fixture `form` with these networks."""
     return pytest.mark.parametrize("form", rows, ids=str, indirect=True)
 
 
 QUICK = {"lenet5", "resnet_cifar", "resnext", "densenet", "condensenet"}
-"""Of these int8 is computed in every run: they have a shortcut with zeros, groups, concatenations;
-for the others it takes a second each."""
+"""Only these are quantised to int8 in every run, since it takes a second each: they cover shortcuts
+padded with zeros, groups and concatenations."""
 
 
 @pytest.fixture(scope="module")
 def forms_made():
-    """What `form` has made, by its parameter: several tests use it, not one after the other."""
+    """Cache of `form` by its parameter: several tests use a form, not in succession."""
     return {}
 
 
 @pytest.fixture
 def form(request, forms_made, tmp_path_factory):
-    """A network of the zoo, the shape of its images, and its files, which are never changed."""
+    """A network of the zoo, the shape of its images, and its files, which must not be changed."""
     key = str(request.param)
     if key not in forms_made:
         forms_made[key] = make_form(request.param, tmp_path_factory.mktemp(request.param[0]))
@@ -133,7 +133,7 @@ def form(request, forms_made, tmp_path_factory):
 
 
 def make_form(row, folder):
-    """The two largest families are made smaller through their tables."""
+    """Build the network and its files; small versions of the two largest families."""
     arch, chosen, shape = row
     with pytest.MonkeyPatch.context() as patch:
         if row in SMALLEST:
@@ -162,8 +162,8 @@ def test_all_files_of_the_larger_forms(form):
 
 
 def check_int8(model, shape, paths):
-    """Rounding every activation to 255 steps and every weight to 127 leaves errors of a tenth to a
-    quarter of what differs between images; a wrong zero point or a saturated sum, more than all."""
+    """Rounding activations to 255 steps and weights to 127 causes errors of a tenth to a quarter of
+    the differences between images; wrong zero points or saturated sums cause more than 100 %."""
     source = paths[".onnx"]
     target = source.with_name("int8.onnx")
     quantisation.quantise(source, target, noise(shape, 64))
@@ -189,7 +189,7 @@ LARGER_TIMM = [
 
 
 def check_pruned_timm(name, side, folder):
-    """Both files of a network of timm that has lost channels at random."""
+    """Both files of a timm network from which random channels were removed."""
     if not importlib.util.find_spec("timm"):
         pytest.skip("timm is not installed")
     shape = (3, side, side)
@@ -212,19 +212,19 @@ def test_both_files_of_larger_pruned_networks_of_timm(name, side, tmp_path):
 
 
 def after_surgery():
-    """A network that has lost channels: its shortcut selects some and puts zeros between them."""
+    """A network without some channels: its shortcut selects channels and puts zeros between."""
     shape = (3, 8, 8)
     model = graph("resnet_cifar", {"depth": 8}, shape)
     batch = torch.randn(2, *shape, dtype=torch.float64)
     found = build_channel_graph(model, batch)
     model = removal.remove(model, at_random(found, 3), batch).model
     selects = [m for m in model.modules() if isinstance(m, ChannelSelect)]
-    assert any(m._zeros and m._padding is None for m in selects), "no mere padding"
+    assert any(m._zeros and m._padding is None for m in selects), "not only padding"
     return model
 
 
 def with_groups():
-    """Convolutions with groups that have an index before, after, and at both ends."""
+    """Group convolutions with an index before them, after them, and on both sides."""
     chance = torch.Generator().manual_seed(4)
     layers = [ChannelSelect([0, 1, 2, 0, 1, 2])]
     for ends in ((True, False), (False, True), (True, True)):
@@ -250,7 +250,7 @@ SHAPE = (3, 6, 6)
 
 
 def test_pixels_are_normalised_inside(tmp_path):
-    """The file gives for pixels what the network gives for normalised images."""
+    """From pixels, the file computes what the network computes from normalised images."""
     mean, std = [0.1, 0.5, 0.9], [0.2, 0.3, 0.4]
     opened = proved(PixelNetwork(small(), mean, std), SHAPE, tmp_path, pixels=True)
     pixels = np.random.default_rng(0).integers(0, 256, (5, *SHAPE)).astype(np.float32)
@@ -326,7 +326,7 @@ def test_a_file_of_another_network_is_noticed(tmp_path, exported):
 
 
 def in_a_stage(**settings):
-    """The little that the stage reads, for the network `small`."""
+    """The parts of the context that the stage reads, for the network `small`."""
     split, info = pictures(SHAPE)
     return SimpleNamespace(
         params=SimpleNamespace(export=ExportedFiles(latency_repeats=3, **settings)),
@@ -349,7 +349,7 @@ def test_a_file_is_proved_in_every_runtime_in_which_it_is_timed(exported, monkey
     monkeypatch.setitem(runtimes.RUNTIMES, "openvino", wrong)
     with pytest.raises(SecateurError, match=r"model.onnx in OpenVINO: outputs differ"):
         stage.prove(context, small(), exported[0])
-    stage.prove(in_a_stage(runtimes=("torch",)), small(), exported[0])  # nor timed there
+    stage.prove(in_a_stage(runtimes=("torch",)), small(), exported[0])  # no check in OpenVINO then
 
 
 def test_times_are_of_the_processor_and_of_batches_larger_than_the_test_set(exported, monkeypatch):
@@ -364,7 +364,7 @@ def test_times_are_of_the_processor_and_of_batches_larger_than_the_test_set(expo
 
 
 class Late(nn.Module):
-    """Right for the images that are compared number by number, wrong for a later one."""
+    """Correct for the images whose outputs are compared, wrong for a later one."""
 
     def __init__(self, model, bad):
         super().__init__()
@@ -381,7 +381,7 @@ class Late(nn.Module):
 def test_one_image_of_another_class_is_noticed_wherever_it_is():
     split, info = pictures(SHAPE, count=300)
     images = next(parity.sequential_batches(split, info, device=torch.device("cpu")))[0]
-    wrong = Late(small(), images[290].numpy())  # beyond the 256 that are compared number by number
+    wrong = Late(small(), images[290].numpy())  # only the first 256 images are compared by outputs
     with pytest.raises(SecateurError, match=r"f: predicts another class .* 1 images"):
         parity.verify(small(), {"f": wrong}, split, info)
     right = Late(small(), np.full(SHAPE, 9.0, np.float32))
@@ -389,7 +389,7 @@ def test_one_image_of_another_class_is_noticed_wherever_it_is():
 
 
 def test_equal_outputs_are_ties_and_no_difference():
-    """Two classes that only rounding tells apart may be predicted either way."""
+    """If two classes differ only by rounding, either one may be predicted."""
     model = small()
     with torch.no_grad():
         model[4].weight[1], model[4].bias[1] = model[4].weight[0], model[4].bias[0]
@@ -519,7 +519,7 @@ def test_a_kill_while_the_folder_is_filled_leaves_the_old_one(old, tmp_path):
 
     files.write_folder(folder, while_another_writes)
     assert [file.read_text() for file in folder.iterdir()] == ["newer"]
-    assert list(tmp_path.iterdir()) == [folder], "what the killed process left is gone"
+    assert list(tmp_path.iterdir()) == [folder], "the files left by the killed process are gone"
 
 
 def test_an_error_while_the_folder_is_filled_leaves_the_old_one_and_nothing_else(tmp_path):

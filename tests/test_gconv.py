@@ -1,4 +1,4 @@
-"""Pruner gconv: groups as set, from a file, or within a budget; mistakes told in one line."""
+"""Pruner gconv: groups from settings, a file, or a budget; one-line errors for mistakes."""
 
 import copy
 import json
@@ -42,7 +42,7 @@ def prune(model, **chosen):
 
 
 def groups_of(decision):
-    """Groups by layer, read back from the masks."""
+    """Number of groups by layer, read from the masks."""
     return {
         name.removesuffix(".weight"): permutation.grouping_from_mask(mask).groups
         for name, mask in decision.masks.items()
@@ -51,7 +51,7 @@ def groups_of(decision):
 
 @pytest.fixture
 def inside(tmp_path, monkeypatch):
-    """A folder to work in, with recipes/groups/ in it."""
+    """A working folder with recipes/groups/ in it."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipes/groups").mkdir(parents=True)
     return tmp_path / "recipes/groups"
@@ -92,12 +92,12 @@ def test_what_stays_weighs_the_most():
 def test_same_keeps_neighbours_together():
     mask = prune(small(), groups=2, permutation="same").masks["layer1.0.conv2.weight"]
     blocks = mask[:, :, 0, 0].reshape(2, 8, 2, 8)
-    assert (blocks == blocks[:, :1, :, :1]).all()  # neighbours; which go together is matched
+    assert (blocks == blocks[:, :1, :, :1]).all()  # neighbours; blocks are matched afterwards
 
 
 def test_channels_per_group_are_those_of_the_wider_side():
     found = groups_of(prune(small(), channels_per_group=16))
-    # 16 channels are one group; 64 outputs of 16 inputs, and the reverse, are four
+    # 16 channels make one group; 64 outputs of 16 inputs, and the reverse, make four
     assert "layer1.0.conv2" not in found
     assert {found["layer1.0.conv3"], found["layer1.1.conv1"]} == {4}
     assert (found["layer2.0.conv2"], found["layer3.0.conv3"]) == (2, 16)
@@ -158,7 +158,7 @@ def test_biases_dilation_and_padding_modes_make_no_difference():
     )
     decision = gconv.prune(gconv.Settings(groups=4), PruningContext(model, torch.zeros(1, 3, 8, 8)))
     assert groups_of(decision) == {"1": 4, "2": 4}
-    assert set(decision.masks) == {"1.weight", "2.weight"}  # biases stay
+    assert set(decision.masks) == {"1.weight", "2.weight"}  # biases are not masked
 
 
 def test_more_groups_than_a_byte_can_count():
@@ -176,7 +176,7 @@ def test_groups_that_are_there_are_divided_further():
     decision = gconv.prune(
         gconv.Settings(groups=4), PruningContext(model, torch.zeros(1, 16, 8, 8))
     )
-    assert set(decision.masks) == {"0.weight"}  # depthwise cannot be divided
+    assert set(decision.masks) == {"0.weight"}  # a depthwise convolution cannot be divided
     mask = decision.masks["0.weight"][:, :, 0, 0]
     whole = permutation.expand_groups(mask, 2)
     assert permutation.grouping_from_mask(whole).groups == 4
@@ -281,7 +281,7 @@ def test_no_layer_that_can_have_groups_is_an_error():
 
 
 def grouped_cost(model, masked):
-    """Parameters and MACs of a network with these masks, by counting what is not zero."""
+    """Parameters and MACs of a network with these masks, from counting non-zero weights."""
     pruned = copy.deepcopy(model)
     for parameter in pruned.parameters():
         nn.init.ones_(parameter)

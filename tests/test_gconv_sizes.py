@@ -1,4 +1,4 @@
-"""Sizes against those published with gconv-prune and measured on its networks."""
+"""Sizes, compared with those published for gconv-prune and those measured on its networks."""
 
 import functools
 
@@ -8,7 +8,7 @@ from benchmarks import gconv_sizes as sizes
 from secateur.base import plugin
 from secateur.nn import cost
 
-# Millions of parameters and of operations: dense, then 2, 4 and 8 groups.
+# millions of parameters and of operations: dense, then 2, 4 and 8 groups
 UNIFORM = {
     "preresnet164-c10": [(1.7033, 504.7), (0.8652, 257.5), (0.4462, 133.9), (0.2367, 72.1)],
     "preresnet164-c100": [(1.7264, 504.8), (0.8884, 257.6), (0.4694, 134.0), (0.2599, 72.2)],
@@ -30,7 +30,7 @@ build = functools.lru_cache(len(UNIFORM) - len(LARGE))(sizes.build)
 
 @functools.cache
 def divided(net, **how):
-    """Number of groups of every convolution; dense with one group."""
+    """Number of groups of every convolution; none for the dense network."""
     return {} if how == {"groups": 1} else sizes.divided(*build(net), **how)
 
 
@@ -48,7 +48,7 @@ def test_operations_as_they_were_counted(net):
     for groups, (_, operations) in zip((1, 4), UNIFORM[net][::2], strict=False):
         found = divided(net, groups=groups)
         if operations is not None:
-            # beside small differences in pooling, which is other modules there
+            # except for small differences in pooling, for which gconv-prune uses other modules
             assert sizes.published(model, image, found) / 1e6 == pytest.approx(operations, abs=0.16)
 
 

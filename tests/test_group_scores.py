@@ -1,4 +1,4 @@
-"""Whole channel groups: scores by hand, selections against brute force, networks cut by them."""
+"""Scores of channel groups by hand, selections compared with brute force, and pruned networks."""
 
 import itertools
 from decimal import Decimal
@@ -22,7 +22,7 @@ SIDE = 6
 
 
 class Residual(nn.Module):
-    """A stem, and blocks of 1x1 convolutions whose outputs are added to it."""
+    """A stem, and residual blocks of two 1x1 convolutions."""
 
     def __init__(self, width=2, inner=(3,)):
         super().__init__()
@@ -40,8 +40,8 @@ class Residual(nn.Module):
 
 
 def by_hand():
-    """Shares of |w| in the sum's two channels: stem 1 2, norm .5 3, first 3 5, second 4 4, fc 2 6;
-    in the block's three: first 1 3 4, norm 1 2 1, second 1 4 3."""
+    """Sums of |w| for the two channels of the sum: stem 1 2, norm .5 3, first 3 5, second 4 4, fc 2
+    6; for the three of the block: first 1 3 4, norm 1 2 1, second 1 4 3."""
     model = Residual().eval()
     weights = {
         "stem": [[1.0], [-2.0]], "first.0": [[1.0, 0], [2, -1], [0, 4]],
@@ -167,7 +167,7 @@ def test_taylor_and_fisher_are_made_of_gradients_of_all_and_of_single_images():
 
 
 class Grouped(nn.Module):
-    """A convolution with two groups between two others."""
+    """A convolution with two groups between two plain ones."""
 
     def __init__(self):
         super().__init__()
@@ -213,7 +213,7 @@ def test_wanda_and_fisher_of_single_layers_by_their_definitions(granularity):
 
 
 class Unused(nn.Module):
-    """A layer that never runs in eval mode, beside one that does."""
+    """One layer that runs in eval mode, and one that does not."""
 
     def __init__(self):
         super().__init__()
@@ -264,7 +264,7 @@ def test_wanda_of_a_group_counts_layers_and_fisher_needs_labels():
 
 
 class Given(nn.Module):
-    """Weights that functions are given: those of attention, and a convolution's outside of it."""
+    """Weights that are passed to functions: to attention, and to functional conv2d and linear."""
 
     def __init__(self, weights=False):
         super().__init__()
@@ -274,7 +274,7 @@ class Given(nn.Module):
         self.fc, self.out = nn.Linear(8, 4, bias=False), nn.Linear(4, 3)
 
     def inputs(self, x, heads):
-        """What each weight is multiplied by, attention written out in full; the result last."""
+        """The input of each weight, with attention written out in full; the output comes last."""
         y = self.patches(x)
         t = nn.functional.conv2d(y, self.b.weight, self.b.bias).flatten(2).transpose(1, 2)
         q, k, v = (t @ self.m.in_proj_weight.T + self.m.in_proj_bias).chunk(3, 2)
@@ -333,7 +333,7 @@ def test_wanda_of_heads_counts_the_projections_that_attention_holds_itself():
 
 
 class Multiplied(nn.Module):
-    """A layer's weight as a factor of a matrix product."""
+    """A layer's weight used in a matrix product."""
 
     def __init__(self):
         super().__init__()
@@ -399,7 +399,7 @@ def test_random_picks_are_as_many_and_follow_the_seed(ranking):
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("ranking", ["layer", "global", "isomorphic"])
 def test_rankings_against_brute_force(ranking, seed):
-    """Of all selections of as many units, the chosen one has the lowest total score."""
+    """Among all selections of this many units, the chosen one has the lowest total score."""
     chance = torch.Generator().manual_seed(seed)
     sizes, kinds = [4, 3, 5], [("a",), ("b",), ("a",)]
     groups, start = [], 0
@@ -418,7 +418,7 @@ def test_rankings_against_brute_force(ranking, seed):
         count = min(ceil(Decimal(repr(ratio)) * len(pool)), len(pool) - 1)
         best = min(itertools.combinations(pool, count), key=lambda c: sum(map(pool.get, c)))
         wanted |= set(best)
-    for group in groups:  # one stays: the best
+    for group in groups:  # the best unit of each group is kept
         own = group.units[:, 0].tolist()
         if wanted.issuperset(own):
             wanted.discard(own[int(group.scores.argmax())])
@@ -439,7 +439,7 @@ def test_parts_of_a_balance_lose_their_least_important_channels_in_pairs():
     torch.manual_seed(3)
     model = Grouped()
     found, _ = scores(model, "l1", "sum")
-    assert len(found["a"]) == 3 and len(found["b"]) == 2, "of 6 and 4, in two parts"
+    assert len(found["a"]) == 3 and len(found["b"]) == 2, "of 6 and 4 channels, in two parts"
     decided = prune(model, reduce="sum", ratios=0.5)
     a, b, c = (model.get_parameter(f"{n}.weight").detach().abs() for n in "abc")
     of_a = a.flatten(1).sum(1) + b.view(2, 2, 3, 9).sum((1, 3)).flatten()
@@ -460,7 +460,7 @@ def test_parts_of_a_balance_lose_their_least_important_channels_in_pairs():
 
 
 class Excited(nn.Module):
-    """An inverted residual block with a depthwise convolution and squeeze-excite, and its sum."""
+    """An inverted residual block: a depthwise convolution, squeeze-excite, and a sum."""
 
     def __init__(self):
         super().__init__()
@@ -492,7 +492,7 @@ def test_a_target_is_reached_through_sums_products_and_depthwise_convolutions(ra
     }
     (kind, share), = wanted.items()  # fmt: skip
     assert found.notes[f"{kind}_left_reached"] == pytest.approx(left[kind], rel=1e-9)
-    assert left[kind] == pytest.approx(share, abs=0.06), "a step is a channel of the block"
+    assert left[kind] == pytest.approx(share, abs=0.06), "each step removes a channel of the block"
     for name, layer in masks.layers(model).items():
         assert small.get_submodule(name).weight.shape[0] >= layer.weight.shape[0] / 4, name
 

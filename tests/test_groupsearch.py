@@ -1,4 +1,4 @@
-"""The number of groups of every layer: by hand, against all choices, and within the budget."""
+"""The search for numbers of groups: by hand, compared with brute force, and within the budget."""
 
 import itertools
 import time
@@ -17,7 +17,7 @@ from secateur.sparsity.masks import layers
 
 
 def table(params=0, macs=0, **shares):
-    """Layers of 1,000 weights, 10 MACs each, with these shares for 1, 2, 4 ... groups."""
+    """Layers with 1,000 weights, 10 MACs per weight, and these shares for 1, 2, 4 ... groups."""
     return SearchSpace(
         {
             name: [Candidate(2**k, s, 1000 // 2**k, 10_000 // 2**k) for k, s in enumerate(values)]
@@ -29,7 +29,7 @@ def table(params=0, macs=0, **shares):
 
 
 def brute_force(problem, budget):
-    """The largest objective of all choices that meet the budget, or None."""
+    """The largest objective among all assignments that meet the budget, or None."""
     states = [
         problem.assignment(dict(zip(problem.layers, choice, strict=True)))
         for choice in itertools.product(*problem.layers.values())
@@ -44,7 +44,7 @@ def test_candidates_divide_both_sides():
     assert search.candidates(16, 24, most=3) == [1, 2]
     assert search.candidates(8, 8) == [1, 2, 4]
     assert search.candidates(8, 8, depthwise=True) == [1, 2, 4, 8]
-    assert search.candidates(16, 8) == [1, 2, 4, 8]  # one input for two outputs
+    assert search.candidates(16, 8) == [1, 2, 4, 8]  # one input channel for two output channels
 
 
 def test_local_search_by_hand():
@@ -60,7 +60,7 @@ def test_local_search_by_hand():
 
 def test_knapsack_by_hand():
     problem = table(a=(1.0, 0.6, 0.3), b=(1.0, 0.7, 0.5))
-    # 1000: both at 2 groups keep 1.3; a at 1 and b at 4 would be 1250.
+    # 1000: both layers with 2 groups keep 1.3; a with 1 and b with 4 would take 1250.
     state = search.knapsack(problem, Budget(1000))
     assert state.groups == {"a": 2, "b": 2}
     assert (state.share, state.params) == (pytest.approx(0.65), 1000)
@@ -88,12 +88,12 @@ def test_uniform_takes_the_fewest_groups_that_fit():
     problem = table(a=(1.0, 0.6, 0.3), b=(1.0, 0.7))
     assert search.uniform(problem, Budget(2000)).groups == {"a": 1, "b": 1}
     assert search.uniform(problem, Budget(1999)).groups == {"a": 2, "b": 2}
-    assert search.uniform(problem, Budget(999)) is None  # 4 groups leave b dense
+    assert search.uniform(problem, Budget(999)) is None  # with 4 groups, b stays dense
 
 
 @st.composite
 def problems(draw):
-    """A few layers with candidates that keep less and cost less, and a budget."""
+    """A few layers whose candidates keep less and cost less, and a budget."""
     rows = {}
     for k in range(draw(st.integers(1, 4))):
         size = draw(st.sampled_from([64, 96, 144, 1024])) * draw(st.sampled_from([1, 9]))
@@ -133,7 +133,7 @@ def test_never_over_the_budget_and_knapsack_is_the_best_there_is(given):
 
 
 def of_network(model, least=1):
-    """The table of a network's convolutions by magnitude, MACs left out."""
+    """The search space of a network's convolutions by magnitude, without MACs."""
     rows = {}
     default = permutation.PermutationSettings()
     for name, layer in layers(model).items():
@@ -158,7 +158,7 @@ def test_preresnet164_is_searched_exactly():
     problem = of_network(model, least=8)
     budget = Budget(1_440_000)
     local, exact = search.max_cost(problem, budget), search.knapsack(problem, budget)
-    assert time.monotonic() - start < 600  # seconds; every combination would take for ever
+    assert time.monotonic() - start < 600  # in seconds; trying all combinations would never end
     assert exact.share >= local.share
-    # the gap to the budget of the exact search is smaller than any step could use
+    # the exact search stays below the budget by less than any single step
     assert 1_440_000 - 5_000 < exact.params <= 1_440_000 and local.params <= 1_440_000

@@ -1,4 +1,4 @@
-"""GReg: how factors grow, what is chosen, when it ends, and that a kill changes nothing."""
+"""GReg: growth of factors, choices, the end of the schedule, and equal results after a kill."""
 
 import copy
 import functools
@@ -73,7 +73,7 @@ def settings(epochs=30, **more):
 
 
 class Watcher(Callback):
-    """Counts steps, looks at what it is asked to after each, and stops where it is asked to."""
+    """Counts steps, calls `look` after each of them, and stops the training after step `stop`."""
 
     def __init__(self, stop=None, look=lambda step: None):
         self.stop, self.look, self.steps, self.rows = stop, look, 0, []
@@ -101,7 +101,7 @@ def fit(model, prepared, how, name="a", watcher=None, penalty=None, masks=None):
 
 
 def factors(penalty, model):
-    """Factor of every weight, read off the gradient that the penalty gives."""
+    """Factor of every weight, from the gradient of the penalty."""
     model.zero_grad()
     penalty(penalty.steps).backward()
     return {n: p.grad / p.detach() for n, p in model.named_parameters() if p.grad is not None}
@@ -136,10 +136,10 @@ def test_the_published_courses_need_as_many_steps_as_published(name, interval, s
 
 @pytest.mark.parametrize("name", METHODS)
 def test_the_clock_announces_exactly_the_steps_that_the_course_takes(name, monkeypatch):
-    # the real thing, 10,000 updates and more, on a layer so small that it takes a second
+    # the real numbers of updates, 10,000 and more; on so small a layer it takes a second
     model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
     penalty = build(name, model, interval=1, stabilise=7, magnitude_ratio=1e9)
-    near = torch.ones(1, dtype=torch.float64)  # the layer is never far apart: half of the time
+    near = torch.ones(1, dtype=torch.float64)  # ratios below the limit; computing them is slow
     monkeypatch.setattr(growing.PrunedGroups, "magnitude_ratios", lambda _: near)
     changes, before = [], -1.0
     for step in range(20_000):
@@ -252,7 +252,7 @@ def test_greg2_grows_on_everything_then_chooses_the_smallest_of_that_moment_then
         assert not penalty.choices()
         assert penalty.metrics()["layers_chosen"] == 0
         assert penalty.metrics()["phase"] == 0
-    with torch.no_grad():  # magnitudes turn round before the choice
+    with torch.no_grad():  # reverse the order of magnitudes before the choice
         model[0].weight.mul_(torch.tensor([1.0, 9, 1, 9, 1, 9]).view(6, 1, 1, 1))
     assert all((f - 0.03).abs().max() < 1e-6 for f in factors(penalty, model).values())
     chosen = penalty.choices()
@@ -272,7 +272,7 @@ def test_greg2_grows_on_everything_then_chooses_the_smallest_of_that_moment_then
 
 
 def separate(model, number, times):
-    """Make the kept groups of one layer `times` as large as the chosen ones."""
+    """Scale the kept groups of one layer to `times` the mean magnitude of the chosen ones."""
     weight = model[number].weight
     order = weight.detach().abs().flatten(1).mean(1).argsort()
     with torch.no_grad():
@@ -288,7 +288,7 @@ def test_greg1_stops_when_every_layer_is_far_apart_and_not_before():
     separate(model, 0, 100)
     for step in range(5):
         penalty(step)
-    assert penalty.phase == growing.GROWING, "one of two layers"
+    assert penalty.phase == growing.GROWING, "only one of two layers"
     separate(model, 3, 1000)
     values = []
     for step in range(5, 100):
@@ -296,7 +296,7 @@ def test_greg1_stops_when_every_layer_is_far_apart_and_not_before():
         values.append(float(penalty.factor.max()))
         if penalty.finished:
             break
-    # 0.9 r + 0.1 * 1000 from r = about 1: passes 50 in the first update
+    # from a ratio r of about 1, 0.9 r + 0.1 * 1000 exceeds 50 in the first update
     assert values == [values[0]] * 4, "the last growth, then exactly three steps"
     assert len({float(f) for f in penalty.factor}) == 1
 
@@ -326,7 +326,7 @@ def test_greg2_stops_each_layer_by_its_own_ratio():
         magnitude_ratio=50,
     )  # fmt: skip
     separate(model, 0, 1000)
-    penalty(0)  # picks
+    penalty(0)  # makes the choice
     assert penalty.phase == growing.GROWING
     penalty(1)
     frozen = float(penalty.factor[0])
@@ -374,7 +374,7 @@ def test_training_ends_at_the_exact_step_and_batch_norm_learns_all_the_way(
         seen.append((float(penalty.factor.max()), model[1].running_mean.clone()))
 
     watcher = Watcher(look=look)
-    result = fit(model, digits(), settings(), watcher=watcher, penalty=penalty)  # 4 steps an epoch
+    result = fit(model, digits(), settings(), watcher=watcher, penalty=penalty)  # 4 steps per epoch
     assert len(seen) == penalty.max_steps
     assert len(result.history) == math.ceil(penalty.max_steps / 4)
     last = [factor for factor, _ in seen]
@@ -409,7 +409,7 @@ def test_what_is_chosen_shrinks_and_the_network_still_learns():
     assert accuracy(model, prepared.test, prepared.info)[0] > 0.8
 
 
-# what is told and what is left behind
+# reports, and the trained network
 
 
 def test_the_trace_has_kept_against_chosen_by_layer(monkeypatch):
@@ -421,7 +421,7 @@ def test_the_trace_has_kept_against_chosen_by_layer(monkeypatch):
     }
     result = fit(model, digits(), settings(30), penalty=penalty)
     rows = penalty.growth_table()
-    assert penalty.max_steps == 119  # 10 updates, from one to the next two steps
+    assert penalty.max_steps == 119  # 10 updates in 19 steps, then 100 steps
     assert [row["step"] for row in rows] == [*range(0, 119, 3), 119]
     assert len(rows) <= growing.MAX_POINTS + 1
     assert set(rows[0]) == {"step", "factor", "kept", "chosen", "kept 0", "chosen 0", "kept 3",
@@ -471,7 +471,7 @@ def test_killed_at_any_step_of_any_phase_it_ends_with_the_same_bytes(name, kind)
         "granularity": kind,
         **more,
     }
-    prepared = digits(72)  # 3 steps an epoch
+    prepared = digits(72)  # 3 steps per epoch
 
     def run(which, stop=None):
         model = network()
@@ -489,11 +489,11 @@ def test_killed_at_any_step_of_any_phase_it_ends_with_the_same_bytes(name, kind)
     needs = build(name, network(), **how).max_steps
     phases = {row["phase"] for row in alone[1].history}
     assert phases >= ({0, 1, 2, 3} if name == "greg2" else {1, 2, 3})
-    every = 1 if kind == "weight" else 3  # steps: 2 an update, 3 an epoch
+    every = 1 if kind == "weight" else 3  # steps between stops: an update takes 2, an epoch 3
     for stop in range(1, needs + 1, every):
         assert run(f"killed {stop}", stop) is None
         assert run(f"killed {stop}") == alone, stop
-    for stop in range(1, needs + 1, 3 * every):  # again and again
+    for stop in range(1, needs + 1, 3 * every):  # killed again and again
         run("often", stop)
     assert run("often") == alone
 
@@ -520,7 +520,7 @@ def test_epochs_too_few_for_the_clock_are_told_before_training_with_the_numbers(
 def test_just_enough_epochs_are_enough():
     for epochs, fits in ((3, True), (2, False)):
         penalty = build("greg1", model := network(), decay=1.5, interval=1, stabilise=8)
-        assert penalty.max_steps == 9  # 4 steps an epoch
+        assert penalty.max_steps == 9  # 4 steps per epoch
         if fits:
             fit(model, digits(), settings(epochs), str(epochs), penalty=penalty)
         else:
@@ -534,7 +534,7 @@ def test_the_best_epoch_would_be_one_before_the_end_and_is_refused():
         fit(model, digits(), settings(keep="best"), penalty=penalty)
 
 
-MISTAKES = [  # penalty, setting, value, what the line must hold
+MISTAKES = [  # penalty, setting, value, text that the message must contain
     *[(n, k, v, w) for n in METHODS for k, v, w in [
         ("ratios", 1.0, "must be at least 0 and less than 1"),
         ("ratios", -0.5, "must be at least 0"),
@@ -614,7 +614,7 @@ def test_a_layer_of_two_million_single_weights_starts_at_once():
 
 
 class Summed(nn.Module):
-    """A residual sum of three, one of them a selection of channels, and a depthwise convolution."""
+    """A sum of three tensors, one of them a selection of channels, and a depthwise convolution."""
 
     def __init__(self):
         super().__init__()
@@ -647,7 +647,7 @@ def grow(name, model, decay=0.5, **chosen):
 
 
 def coupled_means(model):
-    """Mean |w| of what is coupled to each channel of the stem, of the sum, and of the block."""
+    """Mean |w| of all weights coupled to each channel of the stem, of the sum, and of the block."""
     w = {n: p.detach().abs() for n, p in model.named_parameters()}
     parts = {
         "stem": [w["stem.weight"], w["norm.weight"], w["deep.weight"],
@@ -674,7 +674,7 @@ def test_groups_are_chosen_and_penalised_in_all_layers_that_hold_them():
         name: {int(penalty.groups.coupled.number[i]) for i in ids[penalty.groups.choice[name]]}
         for name, ids in penalty.groups.channels.items()
     }
-    starts = {"stem": 0, "up": 4, "inner": 10}  # numbers over all groups, in their order
+    starts = {"stem": 0, "up": 4, "inner": 10}  # channels are numbered over all groups in order
     assert found == {n: {starts[n] + c for c in own} for n, own in chosen.items()}
     own = factors(penalty, model)
     near = {n: torch.tensor([0.5 * (c in chosen[n]) for c in range(len(s))])

@@ -1,4 +1,4 @@
-"""The policies of a process are set on request only; the heap is trimmed when it grows."""
+"""Memory policies are set only in processes that ask for them; a growing heap is trimmed."""
 
 import os
 import platform
@@ -36,7 +36,7 @@ assert all((block == 1).all() for block in blocks)
 
 
 def run(script, **environment):
-    """Run a script in a process whose environment has no policy but the given one."""
+    """Run a script in a process whose environment sets only the given policies."""
     policies = ("GOMP_", "OMP_WAIT", "MALLOC_")
     clean = {key: v for key, v in os.environ.items() if not key.startswith(policies)}
     done = subprocess.run(
@@ -48,7 +48,7 @@ def run(script, **environment):
 
 @needs_glibc
 def test_holes_are_given_back_and_a_steady_step_is_left_alone():
-    """One after the other in one process: importing torch takes longer than both."""
+    """Both in one process, one after the other: importing torch takes longer than both."""
     run(STEADY + GROWING)
 
 
@@ -85,7 +85,7 @@ assert all((block == number).all() for number, block in enumerate(kept))
 
 
 def large_pages_at_once():
-    """Whether Linux puts memory into large pages when a program asks for it: from 6.1 on."""
+    """Whether Linux moves memory into large pages when a program requests it: since 6.1."""
     try:
         asked = "[madvise]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
     except OSError:
@@ -109,7 +109,7 @@ def test_a_process_without_the_policies_keeps_its_pages():
 @pytest.mark.parametrize("line", ["always madvise [never]", None])
 def test_large_pages_that_are_forbidden_or_unknown_are_not_asked_for(line, tmp_path, monkeypatch):
     monkeypatch.setattr(allocator, "_THP", tmp_path)
-    monkeypatch.setattr(allocator, "_libc", None)  # nothing is called
+    monkeypatch.setattr(allocator, "_libc", None)  # an error if anything is called
     if line:
         (tmp_path / "enabled").write_text(line)
     assert not allocator.use_large_pages()

@@ -1,8 +1,9 @@
-"""Whatever a file holds, its reader gives the object or one of our errors, within limits.
+"""Whatever a file contains, its reader returns the object or raises one of our errors.
 
-Every reader gets the same treatment: its valid files with every kind of thing in the place of each,
-and as many random damages as SECATEUR_HOSTILE_EXAMPLES says (40 by default; with the variable set,
-the outcomes are counted and printed).
+All of this happens within limits of time and memory. Every reader is tested in the same way: each
+of its valid files is replaced by every kind of object, and files are damaged at random, as often as
+SECATEUR_HOSTILE_EXAMPLES says (40 by default; if the variable is set, the outcomes are counted and
+printed).
 """
 
 import contextlib
@@ -55,13 +56,13 @@ COUNTS: dict[str, Counter] = {}
 
 @dataclass(frozen=True)
 class Reader:
-    """A reader, how its files are made, and what is done with the object that it gives."""
+    """A reader, how to make its files, and how to use the object that it returns."""
 
     make: Callable[[Path], None]
     read: Callable[[Path], Any]
     use: Callable[[Any], object]
     damage: Callable[[st.DataObject, Path], None]
-    """Damages one file of a valid folder."""
+    """Damage one file of a valid folder."""
 
 
 def bytes_of(draw, path):
@@ -69,7 +70,7 @@ def bytes_of(draw, path):
 
 
 def one_of(pattern, *ways):
-    """Damage a file that matches `pattern` in one of several ways."""
+    """Damage a file that matches `pattern`, in one of several ways."""
 
     def damage(data, folder):
         path = data.draw(st.sampled_from(sorted(p for p in folder.rglob(pattern) if p.is_file())))
@@ -85,7 +86,7 @@ def json_of(draw, path):
 
 @functools.cache
 def tree_of(text):
-    """What a valid YAML file holds."""
+    """The content of a valid YAML file."""
     return json.loads(json.dumps(yaml.safe_load(text)))
 
 
@@ -176,7 +177,7 @@ def read_listed(folder):
 
 
 def use_dataset(found):
-    """Every image once through the normalisation; files may be found damaged only now."""
+    """Normalise every image once; some damage is found only when images are read."""
     os.environ["SECATEUR_WORKERS"] = "0"
     info = found.info
     for part in (found.train, found.val, found.test):
@@ -207,7 +208,7 @@ RECORD = RunRecord(
 
 
 def use_record(found):
-    """As the tables, MLflow and `secateur sync` do."""
+    """Use it like the tables, MLflow and `secateur sync`."""
     record.flat(found.params)
     assert isinstance(found.identity, str)
     assert f"{found.dataset['name']} {found.dataset['hash']}"
@@ -253,7 +254,7 @@ def use_state(found):
     before = {name: tensor.clone() for name, tensor in state.state_dict()[0].items()}
     try:
         state.load_state_dict(*saved)
-    except SecateurError:  # then nothing has been loaded
+    except SecateurError:  # in that case nothing has been loaded
         after, _ = state.state_dict()
         assert before.keys() == after.keys()
         assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
@@ -348,7 +349,7 @@ def write_idx(raw, part, pixels, labels):
 
 
 def raw_reader(name, **chosen):
-    """Read as the stage `prepare` does: divided and written, or nothing written."""
+    """Read like the stage `prepare`: split and write the data set, or write nothing."""
 
     def read(folder):
         module = plugin.load("datasets", name)
@@ -383,7 +384,7 @@ CIFAR_FILES = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches
 
 @pytest.fixture(scope="session", autouse=True)
 def cifar_of_ours(tmp_path_factory):
-    """The published checksums replaced by those of a few made-up images."""
+    """Replace the published checksums by those of a few random images."""
     folder = tmp_path_factory.mktemp("cifar")
     make_cifar(folder)
     kind = import_torchvision().datasets.CIFAR10
@@ -409,7 +410,7 @@ def make_pictures(folder):
 
 
 class Foreign(torch.nn.Module):
-    """A network whose weights come from elsewhere."""
+    """A network whose weights come from a file of another program."""
 
     def __init__(self):
         super().__init__()
@@ -424,9 +425,9 @@ def foreign_state(prefix=""):
 
 
 def make_saved(folder):
-    """Each kind of file that torch.save writes: a table, the format of before 1.6, a network."""
+    """Each kind of file that torch.save writes: a dictionary, the format before 1.6, a network."""
     state = foreign_state("module.")
-    state["module.conv.mask"] = torch.ones(4, 1)  # of gconv-prune
+    state["module.conv.mask"] = torch.ones(4, 1)  # written by gconv-prune
     optimizer = {"state": {0: {"step": 3}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
     file = {"epoch": 3, "state_dict": state, "best_acc": 0.9, "optimizer": optimizer}
     torch.save(file, folder / "best.pth.tar")
@@ -435,7 +436,7 @@ def make_saved(folder):
 
 
 def make_safetensors(folder):
-    """One file, and a folder as Hugging Face's hub has it, with two parts."""
+    """A single file, and a folder in the layout of Hugging Face's hub with two parts."""
     state = foreign_state()
     safetensors.torch.save_file(state, folder / "a.safetensors", {"format": "pt"})
     (folder / "hub").mkdir()
@@ -456,7 +457,7 @@ def read_weights(folder):
 
 
 def use_weights(found):
-    """As baseline does: renamed, matched, filled in; a network that they do not fit stays as is."""
+    """Load them like baseline: rename, match, fill in; an error leaves the network unchanged."""
     for one in found:
         assert all(isinstance(name, str) for name in one.tensors)
         assert len(one.mean) == len(one.std) and all(s > 0 for s in one.std)
@@ -551,7 +552,7 @@ READERS = {
 
 @pytest.fixture(autouse=True)
 def surroundings(monkeypatch, tmp_path):
-    """No network, no workers, a current folder that may be changed."""
+    """No network access, no worker processes, and a current folder that may be changed."""
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     for name in ("no_proxy", "NO_PROXY"):
@@ -563,7 +564,7 @@ def surroundings(monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def valid(tmp_path_factory):
-    """Valid files of every reader, by its name; they are copied, never changed."""
+    """Valid files by reader; tests copy them and never change them."""
     made = {}
     for name, reader in READERS.items():
         made[name] = tmp_path_factory.mktemp("valid") / "files"
@@ -574,7 +575,7 @@ def valid(tmp_path_factory):
 
 @contextlib.contextmanager
 def copy_of(folder):
-    """A copy that any user can reach."""
+    """A copy that every user can access."""
     with tempfile.TemporaryDirectory(dir="/tmp", prefix="hostile-") as place:
         Path(place).chmod(0o755)
         yield Path(shutil.copytree(folder, Path(place) / "files", symlinks=True))
@@ -582,7 +583,7 @@ def copy_of(folder):
 
 
 def outcome(name, folder):
-    """What a reader makes of a folder; fails unless that is an object or one of our errors."""
+    """The outcome of a read; fails unless it is an object or one of our errors."""
     reader, before = READERS[name], hostile.snapshot(folder)
     try:
         with hostile.limits():
@@ -630,7 +631,7 @@ def test_whatever_stands_in_the_place_of_a_file_or_folder_is_no_crash_and_no_han
 ):
     paths = [path.relative_to(valid[name]) for path in sorted(valid[name].rglob("*"))]
     with copy_of(valid[name]) as folder:
-        outcome(name, folder)  # imports what it needs while it may
+        outcome(name, folder)  # imports modules while files are still accessible
         for path in paths:
             if kind == "plain file" and not (folder / path).is_dir():
                 continue
@@ -641,7 +642,7 @@ def test_whatever_stands_in_the_place_of_a_file_or_folder_is_no_crash_and_no_han
 
 
 def restore(folder, source):
-    """Make a folder what it was when it was copied."""
+    """Restore the folder to the content of `source`."""
     for path in sorted(folder.rglob("*")):
         if not os.path.lexists(source / path.relative_to(folder)) and os.path.lexists(path):
             hostile.remove(path)
@@ -659,7 +660,7 @@ def restore(folder, source):
 
 
 def same(path, original):
-    """Whether a plain file has the mode and the content of another."""
+    """Whether a plain file has the mode and the content of another one."""
     if path.is_symlink() or not path.is_file():
         return False
     here, there = path.stat(), original.stat()
@@ -669,7 +670,7 @@ def same(path, original):
 
 
 def header_with(**fields):
-    """Change fields of our header in a checkpoint or prepared data set."""
+    """Change fields of our header in a checkpoint or in a prepared data set."""
 
     def change(folder):
         path = next(folder.glob("*.safetensors"))
@@ -687,7 +688,7 @@ def header_with(**fields):
 
 
 def tensor_of(name, make):
-    """Another tensor under a name."""
+    """Replace the tensor of this name."""
 
     def change(folder):
         path = next(folder.glob("*.safetensors"))
@@ -712,12 +713,12 @@ def of_file(name, change):
 
 
 def saved_as(make):
-    """Another object in a file of torch.save."""
+    """Replace the object in a file of torch.save."""
     return lambda folder: torch.save(make(), folder / "best.pth.tar")
 
 
 def tied(levels):
-    """A network of few modules, each of which has the next one twice."""
+    """A network of few modules, each of which contains the next one twice."""
     network = torch.nn.Linear(1, 1)
     for _ in range(levels):
         network = torch.nn.Sequential(network, network)

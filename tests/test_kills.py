@@ -1,4 +1,4 @@
-"""Twenty kills -9 at random moments, from the first second of a fresh clone, with MLflow on."""
+"""Twenty kills with SIGKILL at random moments, starting within a fresh clone, with MLflow on."""
 
 import os
 import random
@@ -16,7 +16,7 @@ from secateur.pipeline.record import MODELS
 pytestmark = pytest.mark.slow
 KILLS = int(os.environ.get("KILLS", "20"))
 SEED = int(os.environ.get("KILLS_SEED", "0"))
-"""Of the moments; what the processes are doing then differs from machine to machine."""
+"""Seed of the moments; what the processes are doing then differs between machines."""
 PER_CLONE = 10
 
 
@@ -52,7 +52,7 @@ def clone(folder):
 
 
 def killed_after(project, seconds):
-    """Start `dvc repro` and kill it, with all below it; its last line, None if it had finished."""
+    """Start `dvc repro` and kill its process group; its last line, or None if it had finished."""
     log = project.path.parent / "log.txt"
     with log.open("w") as out:
         process = subprocess.Popen(
@@ -78,7 +78,7 @@ def killed_after(project, seconds):
 
 
 def check_store(project):
-    """Every stage has one finished run with all its epochs, and the chain one; none is RUNNING."""
+    """Every stage and the chain have one finished run, stages with all epochs; none is RUNNING."""
     path = project.path / "mlflow.db"
     assert mlflow_file.fault(path, thorough=True) is None
     assert not list(project.path.glob("mlflow.db.broken-*"))
