@@ -265,7 +265,7 @@ def test_groups_writes_a_form_that_names_every_convolution(tmp_path, monkeypatch
     printed(capsys, "groups", "four", "--groups", "4")
     groups = config.read(tmp_path / "recipes/groups/four.json", model)
     assert groups.pop("conv1") == 1 and set(groups.values()) == {4}
-    for name, words in (("mine", "is there already"), ("../mine", "the name of a file in")):
+    for name, words in (("mine", "already exists"), ("../mine", "the name of a file in")):
         with pytest.raises(SystemExit):
             cli.main(["groups", name])
         assert words in capsys.readouterr().err

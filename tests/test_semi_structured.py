@@ -110,7 +110,7 @@ def test_within_layers_a_bias_has_the_ratio_of_its_layer():
 
 
 def test_what_does_not_go_with_biases_and_scales_is_told():
-    with pytest.raises(SettingsError, match="criterion = 'wanda': is of weights alone"):
+    with pytest.raises(SettingsError, match="criterion = 'wanda': needs weights only"):
         prune(network(), granularity="weight", scope="weights_and_biases", criterion="wanda")
     with pytest.raises(SettingsError, match="scope: weights_and_biases needs granularity: weight"):
         prune(network(), scope="weights_and_biases")

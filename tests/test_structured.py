@@ -764,7 +764,7 @@ MISTAKES = {
     "nothing to skip": ({"skip": ["head"]}, "head matches no layer"),
     "grouped": (
         {"granularity": "weight", "criterion": "geometric_median"},
-        "has no single weights",
+        "needs groups of weights",
     ),
     "several ratios": ({"ranking": "global", "ratios": {"0": 0.5}}, "ranking global compares all"),
     "unknown criterion": ({"criterion": "l3"}, "criterion = 'l3'"),

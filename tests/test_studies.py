@@ -134,7 +134,7 @@ def test_controls_change_one_thing(write_study):
     [
         ({"axes": {"nosuch": [1]}}, "axes.nosuch: neither a key of params.yaml nor used as"),
         ({"axes": {"decay": []}}, "axes.decay: has no values"),
-        ({"axes": {"decay": [1, 1]}}, "axes.decay: a value is there twice"),
+        ({"axes": {"decay": [1, 1]}}, "axes.decay: a value is repeated"),
         ({"seeds": [1, 1]}, "each only once"),
         ({"seeds": []}, "seeds = []"),
         ({"exclude": [{"x": 1}]}, "exclude.0.x: no axis"),

@@ -101,7 +101,7 @@ def read(path: Path) -> Metadata:
     files.file_size(path, CheckpointError)
     plain = pt2_archive.read_extra(path, PT2_FILE) if path.suffix == ".pt2" else _from_onnx(path)
     if plain is None:
-        raise CheckpointError(f"{path}: no metadata of Secateur in it; it was exported otherwise")
+        raise CheckpointError(f"{path}: it has no metadata of Secateur, which did not export it")
     return validated(_METADATA, plain, f"{path}: its metadata cannot be read", CheckpointError)
 
 

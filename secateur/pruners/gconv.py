@@ -80,7 +80,7 @@ class Settings(permutation.PermutationSettings):
         given = [key for key, value in ways.items() if value is not None]
         if len({key.split(".")[0] for key in given}) != 1:
             raise ValueError(
-                f"groups: how many is said by {', '.join(given) or 'nothing'}; set one of groups, "
+                f"groups: number is given by {', '.join(given) or 'nothing'}; set one of groups, "
                 "channels_per_group, config and search (max_params, max_macs), the others null"
             )
         return self
@@ -103,7 +103,7 @@ def prune(settings: Settings, context: PruningContext) -> PruningDecision:
         wanted = _given(settings, context.model, layers)
     groups = {n: g for n, g in wanted.items() if g > 1 and g > layers[n].groups}
     if not groups and "search_share" in report.notes:
-        raise ArgumentError("search", f"the network meets the budget as it is: {report.lines[0]}")
+        raise ArgumentError("search", f"the network already meets the budget: {report.lines[0]}")
     if not groups:
         raise _refused(settings)
     masks, shares = {}, {}
@@ -289,4 +289,4 @@ def _refused(settings: Settings) -> ArgumentError:
     """Error for a number of groups that no layer can have; names the argument that asked for it."""
     ways = ("groups", "channels_per_group", "config")
     way, number = next((way, v) for way in ways if (v := getattr(settings, way)) is not None)
-    return ArgumentError(way, "no convolution can have groups as asked", number)
+    return ArgumentError(way, "no convolution can have these groups", number)

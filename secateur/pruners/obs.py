@@ -55,7 +55,7 @@ def prune(settings: Settings, context: PruningContext) -> PruningDecision:
     layers = {name: layers[name] for name, ratio in ratios.items() if ratio > 0}
     for name, layer in layers.items():
         if isinstance(layer, nn.Conv2d) and layer.groups > 1:
-            raise ArgumentError("skip", f"{name} is of a convolution with groups; skip it", [])
+            raise ArgumentError("skip", f"{name} belongs to a convolution with groups; skip it", [])
     found, values = {}, {}
     for name, second in _second_moments(context, layers).items():
         weight = layers[name].weight.detach()
@@ -64,7 +64,7 @@ def prune(settings: Settings, context: PruningContext) -> PruningDecision:
         try:
             kept = choose(rows, second, number_pruned(ratios[name], rows.numel()))
         except RuntimeError:  # of torch.linalg
-            why = f"inputs of {name} depend on each other; more is needed"
+            why = f"inputs of {name} are linearly dependent; a higher value is needed"
             raise ArgumentError("damping", why, settings.damping) from None
         found[name] = kept.view(weight.shape)
         values[name] = reconstruct(rows, second, kept).view(weight.shape).to(weight.dtype)

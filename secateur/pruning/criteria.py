@@ -79,11 +79,11 @@ def parameter_scores(
     """
     if criterion in NOT_FOR_WEIGHTS and granularity == "weight":
         raise ArgumentError(
-            "criterion", "has no single weights; granularity must be filter or channel", criterion
+            "criterion", "needs groups of weights; granularity must be filter or channel", criterion
         )
     weights = {name: context.model.get_parameter(name) for name in names}
     if criterion == "wanda" and any(weight.dim() < 2 for weight in weights.values()):
-        raise ArgumentError("criterion", "is of weights alone; scope must be weights", criterion)
+        raise ArgumentError("criterion", "needs weights only; scope must be weights", criterion)
     if criterion == "bn_scale":
         return _bn_scale(context, weights, granularity)
     if criterion == "taylor":

@@ -34,8 +34,8 @@ def verify(masked: nn.Module, compact: Compact, images: Tensor, tolerance: float
     if not all(bool(t.isfinite().all()) for t in expected):
         raise PruningError(
             "with the pruned channels at zero, outputs of the network are not finite, so that "
-            "nothing can be proved, as where its code divides by such a channel, or takes its "
-            "logarithm: skip the layers that make it, or add a small number to it there"
+            "nothing can be proved; its code may divide by such a channel, or take its logarithm: "
+            "skip the layers that produce the channel, or add a small number to it there"
         )
     where, by = _first_difference(masked, compact, images[:8], tolerance) or ("the output", worst)
     raise PruningError(

@@ -159,8 +159,8 @@ def _nothing(
         )
     return ArgumentError(
         "ratios",
-        f"nothing would be pruned; at least one {kind} that may be needs a ratio above 0 (they "
-        f"are: {_shortened(prunable)})",
+        f"nothing would be pruned; at least one {kind} that can be pruned needs a ratio above 0 "
+        f"(prunable: {_shortened(prunable)})",
         rules,
     )
 
@@ -199,7 +199,7 @@ def _named(
             raise ArgumentError(
                 "ratios",
                 f"{' and '.join(f'{p} = {r:g}' for r, p in best[:2])} are both for layer {name}, "
-                "and neither is more exact; make one of them so",
+                "and neither is more specific; make one of them more specific",
             )
         given[name] = best[0] if best else (0.0, "")
     return given
@@ -213,8 +213,8 @@ def _by_stage(
     if None in stages:
         raise ArgumentError(
             "ratios",
-            "one ratio a stage needs layers named layer1.0..., layer2.0..., which this network has "
-            "not; give places ('0-4: 0.5') or names",
+            "one ratio per stage needs layers named layer1.0..., layer2.0..., which this network "
+            "does not have; give numbers ('0-4: 0.5') or names",
         )
     wanted = max(stage for stage in stages if stage is not None) + 1
     if len(ratios) != wanted:

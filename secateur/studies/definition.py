@@ -273,7 +273,7 @@ def _check_axes(written: _Written, where: str) -> None:
             raise SettingsError(f"{where}: axes.{axis}: has no values")
         labels = [_text(value) for value in values]
         if len(set(labels)) < len(labels):
-            raise SettingsError(f"{where}: axes.{axis}: a value is there twice")
+            raise SettingsError(f"{where}: axes.{axis}: a value is repeated")
     for number, rule in enumerate(written.exclude):
         for axis, named in rule.items():
             _check_excluded(written, axis, named, f"{where}: exclude.{number}.{axis}")

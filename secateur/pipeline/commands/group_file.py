@@ -27,7 +27,7 @@ def command(options: argparse.Namespace) -> None:
         raise SettingsError(f"{options.name!r}: the name of a file in {FOLDER}/ is needed")
     path = FOLDER / f"{options.name.removesuffix('.json')}.json"
     if path.exists():
-        raise SettingsError(f"{path}: is there already; remove it, or take another name")
+        raise SettingsError(f"{path}: already exists; remove it, or choose another name")
     params = settings.read()
     info = dataset.load(Path("data") / params.dataset).info
     model = preflight.build_network(params, info)
