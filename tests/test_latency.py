@@ -1,4 +1,4 @@
-"""Times of exported networks, and what single zeros are worth."""
+"""Latency of exported networks, and what sparse kernels gain from single zeros."""
 
 import re
 
@@ -18,14 +18,14 @@ IMAGES = np.arange(24, dtype=np.float32).reshape(3, 2, 2, 2)
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that only its owner moves, in place of the real one; holds seconds."""
+    """A clock in seconds, in place of the real one, that only the test moves."""
     seconds = [0.0]
     monkeypatch.setattr("secateur.base.timing.time.perf_counter", lambda: seconds[0])
     return seconds
 
 
 class Passes:
-    """A runtime that takes a known time, and remembers what it was opened with and what it got."""
+    """A runtime that takes a known time and records how it was opened and what it received."""
 
     def __init__(self, clock):
         self.clock, self.opened, self.seen = clock, [], []
@@ -42,7 +42,7 @@ class Passes:
 
 @pytest.fixture
 def fake(monkeypatch, tmp_path, clock):
-    """Two runtimes in place of the real ones, and files for them."""
+    """Fake runtimes in place of the real ones, and files for them."""
     passes = Passes(clock)
     suffixes = [("one", ".a"), ("two", ".b"), ("three", ".b")]
     found = {name: runtimes.Runtime(name, name, suffix, passes.open) for name, suffix in suffixes}
@@ -146,7 +146,7 @@ def network(keep):
 
 
 def let_take(monkeypatch, clock, layer, seconds):
-    """Let every forward pass of these layers take so long by the clock."""
+    """Let every forward pass of these layers take `seconds` on the clock."""
     forward = layer.forward
 
     def timed(self, x):
@@ -157,7 +157,7 @@ def let_take(monkeypatch, clock, layer, seconds):
 
 
 def test_a_layer_that_is_faster_as_csr_is_found_and_the_network_timed_with_it(clock, monkeypatch):
-    """How much faster one really is depends on the processor."""
+    """The gain is given here: the real one depends on the processor."""
     let_take(monkeypatch, clock, nn.Linear, 3.0)
     let_take(monkeypatch, clock, SparseLinear, 1.0)
     model = network(0.005)
@@ -173,14 +173,14 @@ def test_a_layer_that_is_faster_as_csr_is_found_and_the_network_timed_with_it(cl
 
 def test_where_dense_kernels_are_faster_nothing_is_gained(clock, monkeypatch):
     let_take(monkeypatch, clock, nn.Linear, 1.0)
-    let_take(monkeypatch, clock, SparseLinear, 0.96)  # too little to be more than noise
+    let_take(monkeypatch, clock, SparseLinear, 0.96)  # a gain this small may be noise
     gain = sparse_inference.measure(network(0.005), torch.randn(2, 1, 32, 32), 1, 3)
     assert gain.layers == [] and gain.speedup == 1
     assert (gain.sparse_ms, gain.sparse_iqr_ms) == (gain.dense_ms, gain.dense_iqr_ms)
 
 
 def test_layers_that_gain_nothing_within_the_network_are_given_up(monkeypatch):
-    """Each alone seems faster, all together are not."""
+    """Each layer alone seems faster; all of them together are not."""
     monkeypatch.setattr(sparse_inference, "_faster", lambda *_: True)
     monkeypatch.setattr(timing, "speedup", lambda *_: 0.9)
     gain = sparse_inference.measure(network(0.005), torch.randn(2, 1, 32, 32), 1, 3)
@@ -192,7 +192,7 @@ def test_layers_without_many_zeros_are_not_tried():
     found = sparse_inference.layer_inputs(model, torch.randn(2, 1, 32, 32))
     assert {name: tuple(x.shape) for name, x in found.items()} == {"1": (2, 1024)}
     model(torch.randn(3, 1, 32, 32))
-    assert len(found["1"]) == 2, "the hooks are gone"
+    assert len(found["1"]) == 2, "hooks are removed"
 
 
 LATENCIES = [
@@ -235,7 +235,7 @@ def test_the_report_has_times_by_runtime_threads_and_batch():
 
 
 def test_a_float32_file_has_the_accuracy_of_each_runtime():
-    """As `proved` writes it; none is taken for that of another runtime."""
+    """As `proved` writes it; the accuracy of one runtime is never used for another."""
     found = report()
     found["dense"]["model.onnx"] = {"bytes": 30, "accuracy": 0.75, "openvino": {"accuracy": 0.625}}
     rows = [

@@ -1,4 +1,4 @@
-"""Targets of latency: the table of measured layers, what it predicts, and what is pruned."""
+"""Latency targets: tables of measured layers, predictions, and what is pruned."""
 
 import json
 
@@ -55,7 +55,7 @@ def image(count=1):
 
 
 def by_macs(model, example, multiple=1, per_output=0.0):
-    """A table in which every layer takes as long as it has MACs, and every output some time."""
+    """A table with times proportional to MACs for layers, and `per_output` for each output."""
     graph = build_channel_graph(model, example)
     positions = cost.output_positions(model, example)
     layers = {}
@@ -88,13 +88,13 @@ def test_times_between_measured_widths_are_interpolated():
     layer = MeasuredLayer(outputs=(2, 4), inputs=(1, 3), ms=((1, 2), (3, 8)), positions=1)
     assert [layer.time(*w) for w in [(2, 1), (4, 3), (3, 1), (2, 2)]] == [1, 8, 2, 1.5]
     assert layer.time(3, 2) == (1.5 + 5.5) / 2
-    assert layer.time(1, 9) == 2  # outside as at the edge
+    assert layer.time(1, 9) == 2  # beyond the measured widths, the nearest one counts
     alone = MeasuredLayer(outputs=(4,), inputs=(3,), ms=((8,),), positions=1)
     assert alone.time(2, 1) == 8
 
 
 def test_what_lies_between_the_layers_follows_from_whole_networks():
-    """Factors that made the times of the networks are found again."""
+    """The factors that made up the times of the networks are recovered."""
     table = by_macs(net(), image())
     positions = {name: layer.positions for name, layer in table.layers.items()}
 
@@ -151,7 +151,7 @@ def pruned(table, model=None, **chosen):
 
 @pytest.mark.parametrize("ranking", ["layer", "global"])
 def test_a_latency_that_is_macs_is_what_counting_macs_finds(ranking):
-    """With times in proportion to MACs the target of latency is the target of MACs."""
+    """With times proportional to MACs, a latency target prunes like the same target of MACs."""
     model = net()
     result = pruned(by_macs(model, image()), model, ranking=ranking)
     macs = cost.macs(result.model, image()) / cost.macs(model, image())
@@ -172,7 +172,7 @@ def test_widths_are_multiples_as_the_table_suggests_unless_the_target_needs_othe
     widths |= {result.model.mlp.out_features}
     assert result.notes["round_to"] == 8
     assert all(width % 8 == 0 for width in widths)
-    given = pruned(table, model, round_to=3)  # a multiple that is asked for stays
+    given = pruned(table, model, round_to=3)  # a multiple set by the user is kept
     assert "round_to" not in given.notes
     assert given.model.inner.out_channels % 3 == 0
     narrow = pruned(table, model, target={"latency": 0.08})
@@ -182,7 +182,7 @@ def test_widths_are_multiples_as_the_table_suggests_unless_the_target_needs_othe
 
 
 def test_a_further_round_may_ask_for_a_share_of_the_dense_network():
-    """Its layers are narrower ones of the dense network, which the table has."""
+    """Its layers are narrower versions of the dense network's, so the table covers them."""
     dense = net()
     table = by_macs(dense, image())
     first = pruned(table, dense, target={"latency": 0.6}).model
@@ -209,7 +209,7 @@ def test_filters_and_scales_reach_a_latency_too():
 
 
 def secateur_vgg():
-    """Convolutions with norms whose scales differ."""
+    """Convolutions with norms that have different scales."""
     torch.manual_seed(0)
     layers, width = [], 3
     for out in (16, 24, 16):
@@ -224,7 +224,7 @@ def secateur_vgg():
 def test_heads_mlp_widths_and_the_embedding_reach_a_latency_together():
     torch.manual_seed(0)
     model = VisionTransformer(8, 4, 2, 3, 24, 96, num_classes=5).eval()
-    nn.init.normal_(model.heads.head.weight)  # torchvision's is zero: everything would be dead
+    nn.init.normal_(model.heads.head.weight)  # with zeros, all channels would be dead
     table = by_macs(model, image())
     block = "encoder.layers.encoder_layer_0"
     assert f"{block}.self_attention.in_proj_weight" in table.layers
@@ -274,7 +274,7 @@ def params_with(monkeypatch, runtime):
 
 
 def test_before_the_first_training_a_missing_table_or_runtime_is_one_line(monkeypatch):
-    """A table that is still to be measured is none: the stage `latency` does that before prune."""
+    """A table not measured yet is no error: the stage `latency` measures it before prune."""
     preflight.check_settings(params_with(monkeypatch, "torch"))
     with pytest.raises(SettingsError, match=r"pruners\.magnitude\.target.*prune\.latency"):
         preflight.check_settings(params_with(monkeypatch, "none"))
@@ -293,7 +293,7 @@ def test_before_the_first_training_a_missing_table_or_runtime_is_one_line(monkey
 
 @pytest.mark.parametrize("runtime", ["torch", "onnxruntime"])
 def test_a_network_is_measured_pruned_and_measured_again(runtime, monkeypatch, capsys):
-    """No time is compared with another; all layers are there, and the check says what it found."""
+    """Times vary and are not compared; all layers are there, and the check reports a time."""
     if runtime != "torch":
         pytest.importorskip(runtime)
         pytest.importorskip("onnxscript")
@@ -318,7 +318,7 @@ def test_a_network_is_measured_pruned_and_measured_again(runtime, monkeypatch, c
 
 
 def test_the_layer_that_is_measured_is_the_one_in_the_network():
-    """The ONNX model and the module of a layer have the sizes that the network's layer has."""
+    """Module and ONNX model of a measured layer have the sizes of the layer in the network."""
     onnx = pytest.importorskip("onnx")
     model = nn.Sequential(
         nn.Conv2d(3, 8, (3, 1), 2, (1, 0), 1, bias=False), nn.ReLU(),

@@ -1,4 +1,4 @@
-"""Where the work runs: what SECATEUR_DEVICE and the launchers' variables may say."""
+"""Devices and processes: valid values of SECATEUR_DEVICE and of the launchers' variables."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The exported network in MLflow: loaded and served, it predicts what the network predicts."""
+"""The exported network in MLflow: loaded or served, it predicts the same as the network itself."""
 
 import io
 import json
@@ -34,12 +34,12 @@ REPORT = {
 with torch.random.fork_rng():
     torch.manual_seed(0)
     NETWORK = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(1), nn.Linear(8, 3)).eval()
-    nn.init.normal_(NETWORK[3].weight)  # so that the picture decides, and not the bias
+    nn.init.normal_(NETWORK[3].weight)  # so that the picture decides, not the bias
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A project with an exported network and a store without the run of its chain."""
+    """A project with an exported network and a store that has no run of its chain."""
     folder = tmp_path_factory.mktemp("made")
     about = Metadata(
         classes=CLASSES, shape=SHAPE, mean=[0.5], std=[0.25], resize=None, split="00",
@@ -75,7 +75,7 @@ def records():
 
 
 def chain(store):
-    """The run of the chain as evaluate writes it."""
+    """Write the run of the chain as evaluate does."""
     report = {model.key: {"accuracy": 0.5} for model in MODELS.values()} | {"compression": 2.0}
     return tracking.pipeline(records(), {}, report, [], store)
 
@@ -141,7 +141,7 @@ def test_without_the_run_of_its_chain_it_is_not_tracked_and_one_line_says_why(pr
 
 
 def test_what_is_pickled_in_its_archive_are_tensors_alone(project, monkeypatch):
-    """It loads where MLflow and torch accept no other pickles."""
+    """So it loads even where MLflow and torch accept no other pickles."""
     store = Store(strict=True)
     chain(store)
     model_id = log(project, store)
@@ -158,7 +158,7 @@ def test_what_is_pickled_in_its_archive_are_tensors_alone(project, monkeypatch):
 
 
 def source(project, changes=()):
-    """What DVC tracks of a chain and its export, with other contents of some files."""
+    """The files of a chain and its export that DVC tracks, with other contents for some of them."""
     models = [model.key for model in MODELS.values()]
     report = {key: {"accuracy": 0.5} for key in models} | dict.fromkeys(tracking.HEADLINES, 2.0)
     found = {
@@ -205,7 +205,7 @@ def test_sync_names_a_damaged_file_of_export(name, content, project):
 
 
 def test_what_mlflow_serves_is_the_class_that_predict_gives(project):
-    """By the function that answers requests to `mlflow models serve`, without its server."""
+    """Through the function that answers requests in `mlflow models serve`, without a server."""
     store = Store(strict=True)
     chain(store)
     loaded = mlflow.pyfunc.load_model(f"models:/{log(project, store)}")
@@ -223,4 +223,4 @@ def test_what_mlflow_serves_is_the_class_that_predict_gives(project):
         assert answer.status == 200
         logits = np.array(json.loads(answer.response)["predictions"])
         assert [CLASSES[k] for k in logits.argmax(1)] == wanted[:count]
-    assert len(set(wanted)) > 1, "they do not all look alike"
+    assert len(set(wanted)) > 1, "pictures are of different classes"

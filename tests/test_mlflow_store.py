@@ -1,4 +1,4 @@
-"""MLflow's store: made whole or not at all, kept aside when it is damaged, left alone otherwise."""
+"""MLflow's store: created completely or not at all; moved aside if damaged, else left alone."""
 
 import contextlib
 import os
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("programs")
 
 @pytest.fixture(scope="module")
 def empty(tmp_path_factory):
-    """A whole store without runs, in a project of its own."""
+    """A complete store without runs, in its own project."""
     folder = tmp_path_factory.mktemp("empty")
     with pytest.MonkeyPatch.context() as patch:
         enter(patch, folder)
@@ -35,7 +35,7 @@ def empty(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, empty):
-    """A whole store with one run, in a project of its own."""
+    """A complete store with one run, in its own project."""
     folder = tmp_path_factory.mktemp("made")
     shutil.copy(empty, folder)
     with pytest.MonkeyPatch.context() as patch:
@@ -56,7 +56,7 @@ def project(tmp_path, monkeypatch, programs):
 
 @pytest.fixture
 def tracked(project, empty):
-    """A project in which nothing has run but MLflow."""
+    """A project with an empty store, in which no stage has run."""
     shutil.copy(empty, project)
     return project
 
@@ -69,7 +69,7 @@ def enter(patch, folder):
 
 
 def process(folder, code):
-    """A Python process with the project's code in this folder, which prints its id first."""
+    """A Python process with the project's code in this folder; it prints its process id first."""
     begin = f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); print(os.getpid(), flush=True)\n"
     started = subprocess.Popen(
         ["python", "-c", begin + code],
@@ -83,31 +83,31 @@ def process(folder, code):
 
 
 def kill(started):
-    """Kill -9, and wait until the process has ended."""
+    """Send SIGKILL and wait until the process has ended."""
     process, number = started
     os.kill(number, signal.SIGKILL)
     process.wait()
 
 
 def copied_when_made(patch, empty):
-    """Let a new store be a copy of an empty one: to make it takes a second."""
+    """Create new stores as copies of an empty one: making one takes a second."""
     patch.setattr(mlflow_file, "create", lambda file, *_: shutil.copy(empty, file))
 
 
 def names(folder):
-    """What lies in the folder, without the lock and the journals of stores."""
+    """Names of the files in the folder, without locks and journals of stores."""
     found = sorted(path.name for path in folder.iterdir() if path.name != ".mlflow.lock")
     return [name for name in found if not name.endswith("-journal")]
 
 
 def runs(path):
-    """Names of the runs in a store, read by SQLite alone."""
+    """Names of the runs in a store, read with SQLite alone."""
     with contextlib.closing(sqlite3.connect(path)) as database:
         return [name for (name,) in database.execute("SELECT name FROM runs")]
 
 
 def old(path):
-    """Let the last change be long ago: what is being made at this moment is waited for."""
+    """Set the time of the last change to a minute ago: recent files are waited for."""
     then = time.time() - 60
     os.utime(path, (then, then))
 
@@ -128,7 +128,7 @@ def test_a_process_killed_while_it_makes_the_store_leaves_none(project):
 
 
 def half_made(path):
-    """What MLflow itself leaves if it is killed while it makes a store."""
+    """Leave what MLflow itself leaves if it is killed while it creates a store."""
     code = (
         "from mlflow import MlflowClient; MlflowClient('sqlite:///mlflow.db').search_experiments()"
     )
@@ -146,7 +146,7 @@ def tables_of_another_program(path):
 
 
 def half_migrated(path, made):
-    """A store with runs, whose last migrations were undone by half."""
+    """A store with runs whose last migrations have been undone halfway."""
     shutil.copy(made, path)
     with contextlib.closing(sqlite3.connect(path)) as database:
         database.execute("UPDATE alembic_version SET version_num = '867495a8f9d4'")
@@ -189,7 +189,7 @@ def test_a_damaged_store_is_kept_aside_and_replaced(case, project, empty, made, 
     kept = project / name
     assert str(path) in line and kept.name in line and "`make sync`" in line
     assert "Traceback" not in output.err + output.out
-    if before is not None and case not in ("half made", "half migrated"):  # SQLite rolls back
+    if before is not None and case not in ("half made", "half migrated"):  # SQLite rolls these back
         assert kept.read_bytes() == before
     if case == "half migrated":
         assert runs(kept) == ["kept"]
@@ -252,7 +252,7 @@ def test_a_store_that_another_program_is_making_is_waited_for(project, made):
 def test_a_store_that_another_program_writes_just_then_is_no_truncated_one(
     project, made, monkeypatch
 ):
-    """The commit ends between two looks at the file: its head says more than its size did."""
+    """The other commit ends between two reads of the file: the header has the new size."""
     path, whole = project / "mlflow.db", made.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
     assert "truncated" in mlflow_file.fault(path)
@@ -320,7 +320,7 @@ def test_a_damaged_store_named_by_the_user_is_left_as_it_is(project, monkeypatch
     assert str(other) in line and "not an SQLite database; move it away" in line
     assert names(project) == ["other.db"]
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{project}/new.db")
-    assert Store().client is not None, "but a new one is made"
+    assert Store().client is not None, "a new store is created"
 
 
 @pytest.mark.parametrize(
@@ -366,7 +366,7 @@ def test_neither_a_store_nor_its_warnings_tell_the_password(project, monkeypatch
 def test_a_limit_on_the_size_of_files_gives_one_line_and_nothing_half_made(
     size, project, empty, monkeypatch
 ):
-    copied_when_made(monkeypatch, empty)  # in this process, not in the other
+    copied_when_made(monkeypatch, empty)  # only in this process
     whole = size == 2_000_000
     code = (
         "import os, resource;"
@@ -401,7 +401,7 @@ with single_flight(stage, [], lambda: None) as work:
 
 
 def training(folder, seed=1):
-    """A process that has begun a run of a stage, the run's id and the stage's fingerprint."""
+    """A process that has begun a run of a stage; the run's id and the stage's fingerprint."""
     begun = process(folder, RUNNING.replace("int(sys.argv[1])", str(seed)))
     return begun, *begun[0].stdout.readline().split()
 
@@ -417,7 +417,7 @@ def test_a_run_whose_process_was_killed_is_ended_by_the_next_and_resumed_as_the_
         kill(killed)
         store = Store(strict=True)
         assert status(store, first) == "KILLED"
-        assert status(store, second) == "RUNNING", "its process lives"
+        assert status(store, second) == "RUNNING", "its process is alive"
         again, resumed, _ = training(tracked, seed=1)
         assert resumed == first
         assert status(store, first) == "RUNNING"
@@ -426,7 +426,7 @@ def test_a_run_whose_process_was_killed_is_ended_by_the_next_and_resumed_as_the_
         kill(again)
         shutil.rmtree(tracked / ".resume" / "baseline" / fingerprint)
         Store(strict=True)
-        assert status(store, first) == "KILLED", "also when its state was deleted"
+        assert status(store, first) == "KILLED", "even if its state was deleted"
     finally:
         kill(alive)
 
@@ -446,7 +446,7 @@ def test_runs_of_other_clones_and_machines_are_left_alone(tracked, monkeypatch):
     Store(strict=True)
     assert [status(store, r) for r in (here, clone, host, untagged)] == [
         "KILLED", "RUNNING", "KILLED", "RUNNING",
-    ], "this project's own store has no runs of other machines"  # fmt: skip
+    ], "the project's own store has no runs of other machines"  # fmt: skip
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{shared}")
     store = Store(strict=True)
     assert [status(store, r) for r in (here, clone, host, untagged)] == [
@@ -501,7 +501,7 @@ def test_a_restored_run_that_was_left_half_written_is_made_anew(tracked):
     half, _ = tracking.restore(store, record(), rows, {})
     store.client.update_run(half, "RUNNING")
     store = Store(strict=True)
-    assert status(store, half) == "KILLED", "whoever writes a restored run holds the store's lock"
+    assert status(store, half) == "KILLED", "whoever restores a run holds the store's lock"
     whole, made = tracking.restore(store, record(), rows, {})
     assert made and whole != half
     assert [run.info.run_id for run in store.runs("")] == [whole]
@@ -533,7 +533,7 @@ def test_the_experiment_opens_as_one_of_training_models(tracked):
 
 
 class Late:
-    """A stage whose clock is moved by hand."""
+    """A stage with a clock that the test moves."""
 
     def __init__(self, folder, at_once=False):
         self.stage = Stage("baseline", None, {"seed": 1}, {})
@@ -566,7 +566,7 @@ def test_a_stage_is_shown_once_it_has_worked_for_a_while_with_all_its_epochs(tra
     assert len(logged) == 4
     run = client.get_run(found)
     assert run.info.status == "FINISHED"
-    assert run.info.start_time == int(1000 * done.late.began), "importing MLflow takes seconds"
+    assert run.info.start_time == int(1000 * done.late.began), "the time of importing MLflow counts"
     assert run.info.end_time - run.info.start_time > 1000 * tracking.LIVE_AFTER
 
 

@@ -1,4 +1,4 @@
-"""How scales of batch normalisations are counted."""
+"""Counting the scales of norms."""
 
 import torch
 from torch import nn

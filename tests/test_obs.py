@@ -1,4 +1,4 @@
-"""Optimal brain surgeon: every removal against brute force, the weights against least squares."""
+"""Optimal brain surgeon: each removal compared with brute force, weights with least squares."""
 
 import copy
 import itertools
@@ -18,7 +18,7 @@ OBS = plugin.load("pruners", "obs")
 
 
 def least_squares(inputs, row, stay):
-    """The best weights on these inputs, and the mean square of what they change."""
+    """The best weights for these inputs, and the mean squared change of the output."""
     found = torch.zeros_like(row)
     if stay:
         part = inputs[:, list(stay)]
@@ -55,7 +55,7 @@ def test_what_stays_is_the_least_squares_solution():
 
 
 def test_outputs_share_a_ratio_by_what_the_next_removal_costs():
-    """With inputs that do not depend on each other the cost is w^2: all small ones go, wherever."""
+    """With uncorrelated inputs the cost is w^2, so the smallest weights of all outputs go."""
     rows = torch.tensor([[1.0, -2.0, 3.0], [0.1, 0.2, -5.0], [0.3, 0.4, 0.5]], dtype=torch.float64)
     kept = OBS.choose(rows, torch.eye(3, dtype=torch.float64), 5)
     assert torch.equal(kept, rows.abs() > 0.5)
@@ -74,7 +74,7 @@ def test_layers_of_a_network_lose_their_share_and_outputs_change_less_than_witho
     context = PruningContext(model, images)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     found = OBS.prune(OBS.Settings(ratios=0.5, damping=1e-6), context)
-    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters()), "read only"
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters()), "model unchanged"
     assert {n: int((~m).sum()) for n, m in found.masks.items()} == {"0.weight": 27, "3.weight": 54}
     made = apply_decision(model, found, images, remove_dead=False).model
     with torch.no_grad():
@@ -90,7 +90,7 @@ def test_layers_of_a_network_lose_their_share_and_outputs_change_less_than_witho
                    + before["3.bias"]).norm())
             for mask in (torch.rand(4, 27).argsort(1) < 13 for _ in itertools.repeat(0, 20))
         )  # fmt: skip
-        assert (made[3](inputs) - model[3](inputs)).norm() < best, "than any of 20 random masks"
+        assert (made[3](inputs) - model[3](inputs)).norm() < best, "20 random masks are worse"
 
 
 def test_zeros_go_first_and_refusals_are_one_line():
@@ -130,7 +130,7 @@ def test_an_indexed_convolution_is_the_plain_one_of_permuted_weights():
 
 
 class Given(nn.Module):
-    """Layers whose weights functions are given."""
+    """Layers whose weights are passed to functions."""
 
     def __init__(self):
         super().__init__()
@@ -143,7 +143,7 @@ class Given(nn.Module):
 
 
 def test_inputs_of_a_weight_that_a_function_is_given_are_those_of_its_layer():
-    """The projection of attention's output, and a linear layer: as layers of their own."""
+    """The projection after attention, and a linear layer, are pruned as in a network of modules."""
     torch.manual_seed(0)
     model, images = Given().eval(), torch.randn(8, 2, 5, 5)
     context = PruningContext(model, images)

@@ -1,4 +1,4 @@
-"""Optimizer and rate against torch's own schedulers, and steps in parts against whole ones."""
+"""Optimizers and rates compared with torch's own schedulers, and split steps with whole ones."""
 
 from itertools import pairwise
 
@@ -20,13 +20,13 @@ EPOCHS, STEPS = 7, 5
 
 
 def rates(**settings):
-    """The rate at every step, by our formula."""
+    """The rate at every step, from our formula."""
     settings = Train(epochs=EPOCHS, lr=0.3, **settings)
     return [optim.rate(settings, step, STEPS) for step in range(EPOCHS * STEPS)]
 
 
 def by_torch(make, count):
-    """The rates that a scheduler of torch gives over `count` of its own steps."""
+    """The rates of a torch scheduler in `count` of its own steps."""
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 0.3)
     scheduler, found = make(optimizer), []
     for _ in range(count):
@@ -60,7 +60,7 @@ def test_one_cycle_has_the_corners_of_torch():
     assert abs(found.index(max(found)) - peak) <= 1
     assert all(a < b for a, b in pairwise(found[:peak]))
     assert all(a > b for a, b in pairwise(found[peak + 1 :]))
-    assert found == pytest.approx(wanted, abs=0.3 * 0.09)  # torch's own is one step shorter
+    assert found == pytest.approx(wanted, abs=0.3 * 0.09)  # torch's schedule is one step shorter
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])
@@ -162,7 +162,7 @@ def test_sgd_is_the_textbook_one(nesterov):
 
 @pytest.mark.parametrize("kind", ["SGD", "Adam", "AdamW"])
 def test_without_its_decorators_an_optimizer_of_torch_does_the_same(kind):
-    """To the byte, with its hooks and its state, also after instances of torch's own class."""
+    """Equal to the byte, with hooks and state, even if torch's own class has been used before."""
     settings = {"lr": 0.1, "fused": True, "weight_decay": 0.01}
     settings |= {"momentum": 0.9, "nesterov": True} if kind == "SGD" else {}
     found, calls = [], []
@@ -190,7 +190,7 @@ def test_without_its_decorators_an_optimizer_of_torch_does_the_same(kind):
 def test_a_step_in_parts_is_the_whole_step(parts, smoothing):
     images, labels = torch.randn(10, 3, 6, 6), torch.randint(0, 5, (10,))
     model = small()
-    model[1].eval()  # batch statistics do depend on the parts
+    model[1].eval()  # batch statistics would depend on the parts
     model[1].train = lambda mode=True: model[1]
     settings = Train(
         epochs=1,

@@ -1,4 +1,4 @@
-"""Tensors that networks hold otherwise than as weights of layers: what is left of them, and how."""
+"""Tensors that networks hold outside of layers' weights: what removal leaves, with its type."""
 
 import copy
 
@@ -13,7 +13,7 @@ IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 class Net(nn.Module):
-    """Two convolutions; what is done with them is a function of the network and its input."""
+    """Two convolutions; `run` is a function of the network and its input that applies them."""
 
     def __init__(self, run, **tensors):
         super().__init__()
@@ -42,7 +42,7 @@ def test_casts_to_float32_in_the_code_are_no_hindrance(kind, tmp_path):
 
 
 def pruned(net, tmp_path):
-    """The result of removing half of the channels; saved and loaded, it computes the same."""
+    """Remove half of the channels; saved and loaded, the network computes the same."""
     net.eval()
     pruner = secateur.pruners.magnitude(granularity="group", ratios=0.5)
     result = secateur.prune(net, IMAGES, pruner)
@@ -75,7 +75,7 @@ def test_parameters_in_lists_and_dictionaries_become_smaller(scales, get, tmp_pa
 
 
 def test_buffers_of_other_types_keep_type_and_values(tmp_path):
-    """The network is compared in float64, but comes back in the types that it had."""
+    """The comparison runs in float64, but tensors keep their own types."""
     odd = {
         "scale": torch.rand(1, 8, 1, 1).half(),
         "factor": torch.tensor([0.1], dtype=torch.float64),
@@ -100,7 +100,7 @@ def test_buffers_of_other_types_keep_type_and_values(tmp_path):
 
 
 def joint(net, x):
-    """A product of both convolutions' results."""
+    """The product of the outputs of both convolutions."""
     y = net.a(x)
     return torch.mul(input=y, other=net.b(y))
 

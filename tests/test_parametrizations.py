@@ -1,4 +1,4 @@
-"""Parametrizations: the formulas by hand, what is left when they are collapsed, and resuming."""
+"""Parametrizations: formulas by hand, the network after collapsing them, and resuming."""
 
 import copy
 import math
@@ -131,12 +131,12 @@ def test_the_gradient_of_the_divergence_is_that_of_autograd():
     found = VARIATIONAL.divergence(weight, variance)
     torch.testing.assert_close(found, formula)
     torch.testing.assert_close(torch.autograd.grad(3 * found, (weight, variance)), expected)
-    assert bool((log_alpha.abs() == 8).any()), "some are at the limit"
+    assert bool((log_alpha.abs() == 8).any()), "some entries are at the limit"
 
 
 def test_the_divergence_is_close_to_the_integral_that_it_approximates():
-    """KL(N(1, alpha) || 1/|w|) = -0.5 log alpha + E log |1 + sqrt(alpha) e| + constant, where the
-    constant makes it vanish for alpha without bound (section 4.4)."""
+    """KL(N(1, alpha) || 1/|w|) = -0.5 log alpha + E log |1 + sqrt(alpha) e| + constant, with the
+    constant for which it tends to zero as alpha grows (section 4.4)."""
     noise = torch.distributions.Normal(0.0, 1.0).icdf((torch.arange(200_000.0) + 0.5) / 200_000)
 
     def integral(log_alpha):
@@ -163,7 +163,7 @@ def test_outputs_have_the_mean_and_variance_that_noisy_weights_lead_to(kind):
     flat = inputs[0].flatten().double()
     mean = layer.weight.detach().double().flatten(1) @ flat + layer.bias.detach()
     variance = math.exp(-2.0) * float(flat.square().sum())
-    # the standard errors of a mean and of a variance of n draws, five times
+    # five times the standard errors of a mean and of a variance of n draws
     assert (found.mean(0) - mean).abs().max() < 5 * math.sqrt(variance / len(found))
     assert (found.var(0) / variance - 1).abs().max() < 5 * math.sqrt(2 / len(found))
 
@@ -206,7 +206,7 @@ CASES = {
 
 
 def trained(name, run="a", watcher=None, masks=None, model=None):
-    """A model that has learnt for some epochs while its weights were parametrized."""
+    """A model that has been trained for some epochs with parametrized weights."""
     chosen, how = CASES[name]
     model = model or network()
     made = attach(name, model, **chosen)
@@ -241,7 +241,7 @@ def test_collapsed_it_computes_what_it_computed_in_eval_mode(name):
                                  else {}))  # fmt: skip
         decision = module.prune(own, PruningContext(model, images, choices=zeros))
         for key, mask in decision.masks.items():
-            assert torch.equal(mask, model.get_parameter(key) != 0), "the zeros, all of them"
+            assert torch.equal(mask, model.get_parameter(key) != 0), "all zeros, and only them"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -310,7 +310,7 @@ def test_without_epochs_sparse_train_hands_the_network_on_as_it_came(name):
     given = yaml.safe_load((ROOT / "params.yaml").read_text())
     given |= {"penalty": "none", "parametrization": name}
     given["sparse_train"]["epochs"] = 0
-    given["parametrizations"][name]["initial"] = 3.0  # which would leave no weight
+    given["parametrizations"][name]["initial"] = 3.0  # it would prune all weights
     model = network()
     before = content(model)
     context = types.SimpleNamespace(

@@ -1,4 +1,4 @@
-"""`secateur check`, and the same check by recipes and studies: names and settings, before DVC."""
+"""`secateur check`, and the same check in recipes and studies: names and settings, before DVC."""
 
 import re
 import subprocess
@@ -68,7 +68,7 @@ def test_a_name_that_stands_for_nothing_is_told_with_the_nearest(values, line):
     [
         {},
         {"pruner": "obs", "arch": "vgg", "baseline__weights": "published"},
-        {TEACHER.replace(".", "__"): "models/baseline"},  # which a stage makes
+        {TEACHER.replace(".", "__"): "models/baseline"},  # a stage will make this file
         {"finetune__rewind_to": "models/baseline", "prune__latency": "torch"},
         {"archs__module__source": str(ROOT / "stages")},
     ],

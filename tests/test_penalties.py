@@ -1,4 +1,4 @@
-"""Penalties: values and gradients by hand, against numpy, autograd and finite differences."""
+"""Penalties: values and gradients by hand, compared with numpy, autograd and finite differences."""
 
 import copy
 import functools
@@ -19,9 +19,9 @@ from secateur.training import penalty as penalties
 
 NAMES = plugin.names("penalties")
 FORMULAS = [name for name in NAMES if hasattr(plugin.load("penalties", name), "gradient")]
-COURSES = ["greg1", "greg2", "gsm"]  # these have tests of their own
+COURSES = ["greg1", "greg2", "gsm"]  # with their own tests
 STEPPING = ["gradual", "rigl"]  # these prune by themselves, with or without a term in the loss
-SCALES = ["network_slimming"]  # covers scales of batch normalisations, not weights
+SCALES = ["network_slimming"]  # covers scales of norms, not weights
 SCALE_FREE = [name for name in FORMULAS if "hoyer" in name]
 SHAPES = [(5,), (4, 3), (3, 2, 3, 2)]
 MATRIX = [[3.0, 0.0], [4.0, 0.0]]  # channel norms 5, 0; filter norms 3, 4; l2 norm 5
@@ -37,7 +37,7 @@ BY_HAND = [  # name, weights, value, gradient
 
 
 def variants(name):
-    """Settings of a plug-in: its defaults, with every mix of its truth values."""
+    """Settings of a plug-in: its defaults, with all combinations of its boolean values."""
     schema = plugin.load("penalties", name).Settings
     flags = [key for key, field in schema.model_fields.items() if field.annotation is bool]
     mixes = product([False, True], repeat=len(flags))
@@ -58,14 +58,14 @@ def linear(weights, bias=None):
 
 
 def groups(w):
-    """Norms of channels and of filters, one slice at a time."""
+    """Norms of channels and of filters, computed slice by slice."""
     if w.ndim == 1:
         return list(abs(w)), []
     return [np.linalg.norm(w[:, c]) for c in range(w.shape[1])], [np.linalg.norm(f) for f in w]
 
 
 def in_numpy(name, w):
-    """The formula as the papers write it, for weights that are not all zero."""
+    """The formulas of the papers, for weights that are not all zero."""
     w = w.detach().double().numpy()
     l1, l2 = sum(abs(w).flatten()), math.sqrt(sum(w.flatten() ** 2))
     a, b = (sum(norms) for norms in groups(w))
@@ -86,7 +86,7 @@ def test_values_and_gradients_worked_out_by_hand(name, weights, value, gradient)
     total = build(name, model, decay=0.5)(0)
     total.backward()
     assert float(total.detach()) == pytest.approx(0.5 * value, abs=5e-5)
-    expected = 0.5 * torch.tensor(gradient)  # the strength is part of it
+    expected = 0.5 * torch.tensor(gradient)  # the value includes the strength
     torch.testing.assert_close(model[0].weight.grad, expected, atol=5e-5, rtol=0)
 
 
@@ -132,7 +132,7 @@ def test_the_closed_gradient_is_that_of_autograd_and_of_finite_differences(name,
         assert float(closed[index]) == pytest.approx(float(slope), rel=1e-5, abs=1e-7)
 
 
-@pytest.mark.parametrize("name", sorted(set(NAMES) - {"gsm"}))  # whose value has no gradient
+@pytest.mark.parametrize("name", sorted(set(NAMES) - {"gsm"}))  # gsm's value has no gradient
 def test_backward_through_a_whole_network_passes_gradcheck(name):
     torch.manual_seed(3)
     layers = nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(3, 4)
@@ -143,7 +143,7 @@ def test_backward_through_a_whole_network_passes_gradcheck(name):
         if penalty is None:
             assert name == "none"
             continue
-        if name in COURSES:  # a penalty between two of its updates, where it is a function
+        if name in COURSES:  # between two updates, it is a plain function of the weights
             penalty(0)
             penalty = functools.partial(lambda p, _: p(1), penalty)
         assert torch.autograd.gradcheck(lambda *_, p=penalty: p(0), weights)  # moves them in place
@@ -206,7 +206,7 @@ def test_tiny_and_large_weights_give_sound_values_and_finite_gradients(name, sha
         assert value.isfinite(), scale
         assert gradient.isfinite().all(), scale
         assert not gradient[w == 0].any(), scale
-        if scale < 1:  # smaller weights never cost more
+        if scale < 1:  # smaller weights never have a higher penalty
             assert 0 <= float(value) <= float(module.value(w)) * 1.001, scale
 
 
@@ -240,7 +240,7 @@ def test_building_and_calling_a_penalty_leaves_the_model_alone(name):
     before = [p.detach().clone() for p in model.parameters()]
     for chosen in variants(name):
         penalty = plugin.load("penalties", name).build(chosen, model, 0.3)
-        if penalty is not None and name != "gsm":  # which adds its gradient before the step
+        if penalty is not None and name != "gsm":  # gsm adds its gradient before the step
             penalty(0).backward()
         elif penalty is not None:
             assert not penalty(0).requires_grad
@@ -345,7 +345,7 @@ def test_with_grouping_coupled_a_group_is_all_that_a_channel_has_in_any_layer(na
     found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     w = dict(model.named_parameters())
-    sums = [  # of the sum's channels, and of those that go over pixels to fc
+    sums = [  # channels of the sum, and channels that reach fc through all pixels
         torch.cat((
             w["stem.weight"][c].flatten(), w["norm.weight"][c].view(1),
             w["deep.weight"][c].flatten(), w["back.weight"][c].flatten(),

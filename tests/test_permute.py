@@ -1,4 +1,4 @@
-"""Groups of channels: worked out by hand, by enumeration, and where the best ones are known."""
+"""Groups of channels: by hand, by enumeration, and where the best ones are known."""
 
 import itertools
 
@@ -22,7 +22,7 @@ def kept(matrix, groups, **how):
 
 
 def best(matrix):
-    """Most that two groups can keep, by trying all: for chosen outputs the inputs are free."""
+    """The most that two groups can keep, from trying all output groups with their best inputs."""
     outputs, inputs = matrix.shape
     found = 0.0
     for chosen in itertools.combinations(range(1, outputs), outputs // 2 - 1):
@@ -40,11 +40,11 @@ def drawn(kind, outputs, inputs, seed):
         return torch.randn(outputs, inputs, 9).norm(dim=2)
     if kind == "gauss1x1":
         return torch.randn(outputs, inputs).abs()
-    return torch.randn(outputs, inputs).exp()  # lognormal
+    return torch.randn(outputs, inputs).exp()  # log-normal
 
 
 def planted(size, groups, chance):
-    """Blocks of large numbers, hidden by shuffling; how much they hold is known."""
+    """Blocks of large numbers, hidden by shuffling, so that the optimum is known."""
     side = size // groups
     matrix = np.zeros((size, size))
     for k in range(groups):
@@ -76,21 +76,21 @@ def test_the_published_example():
 
 
 def test_one_round_by_hand():
-    # Last two rows: columns sum up to 10, 8, 10, 8: from the smallest, 1, 3, 0, 2.
-    # Columns 0 and 2: rows sum up to 17, 3, 17, 3: from the smallest, 1, 3, 0, 2.
+    # last two rows: the sums of columns are 10, 8, 10, 8: from the smallest, 1, 3, 0, 2
+    # columns 0 and 2: the sums of rows are 17, 3, 17, 3: from the smallest, 1, 3, 0, 2
     order = np.arange(4)
     rows, columns = permutation.sort_groups(SANITY.double().numpy(), 2, 1, order, order)
     assert rows.tolist() == columns.tolist() == [1, 3, 0, 2]
 
 
 def test_the_second_round_looks_at_the_new_rows():
-    # Round 1: row 2 says columns 0, 1, 2; column 2 says rows 0, 1, 2.
+    # round 1: row 2 orders columns 0, 1, 2; column 2 orders rows 0, 1, 2
     matrix = np.array([[9.0, 0.0, 1.0], [0.0, 5.0, 2.0], [1.0, 2.0, 3.0]])
     order = np.arange(3)
     rows, columns = permutation.sort_groups(matrix, 3, 1, order, order)
     assert (rows.tolist(), columns.tolist()) == ([0, 1, 2], [0, 1, 2])
-    # Round 1: row 1 says columns 0, 1; column 1 (8, 6) says rows 1, 0.
-    # Round 2: row 0 (9, 8) says columns 1, 0; column 0 (9, 5) says rows 1, 0: group 1 is (0, 0).
+    # round 1: row 1 orders columns 0, 1; column 1 (8, 6) orders rows 1, 0
+    # round 2: row 0 (9, 8) orders columns 1, 0; column 0 (9, 5) orders rows 1, 0: group 1 is (0, 0)
     matrix = np.array([[9.0, 8.0], [5.0, 6.0]])
     order = np.arange(2)
     rows, columns = permutation.sort_groups(matrix, 2, 1, order, order)
@@ -242,10 +242,10 @@ def test_groups_are_read_back_from_a_mask():
 @pytest.mark.parametrize(
     "mask",
     [
-        [[1, 1], [1, 1]],  # one group is none
-        [[1, 0, 1, 0], [1, 0, 0, 1], [0, 1, 1, 0], [0, 1, 0, 1]],  # inputs of two kinds
+        [[1, 1], [1, 1]],  # a single group does not count
+        [[1, 0, 1, 0], [1, 0, 0, 1], [0, 1, 1, 0], [0, 1, 0, 1]],  # some inputs are shared
         [[1, 0], [1, 0]],  # an input without outputs
-        [[1, 0, 0], [0, 1, 1], [0, 1, 1]],  # groups of two sizes
+        [[1, 0, 0], [0, 1, 1], [0, 1, 1]],  # groups of different sizes
     ],
 )
 def test_other_masks_have_no_groups(mask):
