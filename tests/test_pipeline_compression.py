@@ -1,4 +1,4 @@
-"""One compression: what prune, evaluate and MLflow say of networks with batch norms."""
+"""One definition of compression: prune, evaluate and MLflow agree on networks with batch norms."""
 
 import copy
 import shutil
@@ -91,7 +91,7 @@ def saved(folder, name, model, masks, notes, arch=("", {})):
 
 
 def trained_on(model, masks):
-    """The network after some training: no entry is where it was, and pruned ones are zero."""
+    """The network as if trained further: every entry has changed, and pruned ones are zero."""
     model, chance = copy.deepcopy(model), torch.Generator().manual_seed(2)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -140,7 +140,7 @@ def test_all_stages_and_mlflow_agree(name, data, store, tmp_path, capsys):
     context.chain, context.last = Chain(()), lambda stage: context.upstream[stage]
     report, layers = evaluate.measure(context, {})
 
-    # counted from the file alone: after training, no parameter is zero by chance
+    # counted from the file alone: after training, no unpruned parameter is zero
     tensors = safetensors.torch.load_file(tmp_path / "final.safetensors")
     left = sum(int(tensors[key].count_nonzero()) for key, _ in final.named_parameters())
     every = sum(parameter.numel() for parameter in model.parameters())

@@ -1,4 +1,4 @@
-"""Help, and one clear line for a mistake; most in this process, some as commands."""
+"""Help, and one clear line for each mistake; most tests run in this process, some run commands."""
 
 import hashlib
 import json
@@ -52,7 +52,7 @@ def test_a_model_file_with_one_changed_bit_is_not_used(project):
     words = ["models/baseline/model.safetensors", "models/baseline.run.json", "`dvc checkout`"]
     assert all(word in log for word in [*hashes, *words]), log
     (project.path / "models/baseline.run.json").unlink()
-    assert "sparse-train: epoch" in project.stage("sparse_train")  # it is no dependency
+    assert "sparse-train: epoch" in project.stage("sparse_train")  # it is not a dependency
 
 
 def test_bad_files_get_one_clear_line(project):

@@ -1,4 +1,4 @@
-"""Models that are reused elsewhere, trained anew, and the pipeline of sensitivity."""
+"""Reusing models in another clone, training again, experiments, plots, and sensitivity."""
 
 import csv
 import json
@@ -32,8 +32,8 @@ def test_a_second_clone_reuses_models_and_shows_the_whole_chain(finished, tmp_pa
     made = first.run("git", "commit-tree", "HEAD^{tree}", "-p", "HEAD", "-m", "kept").strip()
     first.run("git", "update-ref", f"refs/exps/{head[:2]}/{head[2:]}/kept", made)
     for record in (first.path / "models").glob("*.run.json"):
-        record.unlink()  # so that the experiment alone has what is to be written
-    for lost in ("mlflow.db", ".dvc/cache"):  # then from the remote
+        record.unlink()  # so that only the experiment's commit has files to restore
+    for lost in ("mlflow.db", ".dvc/cache"):  # without .dvc/cache, files come from the remote
         (first.path / lost).rename(tmp_path / Path(lost).name)
         log = first.run("python", "-m", "secateur", "sync", "--all", SECATEUR_TRACKING="on")
         assert "kept: pipeline run written" in log and "5 runs written" in log
@@ -56,7 +56,7 @@ def test_sensitivity_is_a_pipeline_of_its_own_whose_suggestion_the_main_one_take
     assert "bn_scale is left out" in log
     penalty = project.path / "secateur/penalties/mine.py"
     penalty.write_text((project.path / "secateur/penalties/l1.py").read_text())
-    both = ("dvc.yaml", "stages/sensitivity/dvc.yaml")  # that of stages/export has not run
+    both = ("dvc.yaml", "stages/sensitivity/dvc.yaml")  # the pipeline in stages/export has not run
     assert "up to date" in project.dvc("status", *both)
     table = pd.read_csv(project.path / "metrics/sensitivity.csv")
     dense = json.loads((project.path / "models/baseline.run.json").read_text())
@@ -76,7 +76,7 @@ def test_sensitivity_is_a_pipeline_of_its_own_whose_suggestion_the_main_one_take
 
 
 def specifications(page):
-    """Name -> what Vega is given for it, of the plots on a page of `dvc plots show`."""
+    """Name -> Vega specification of each plot on a page of `dvc plots show`."""
     found = re.findall(r"var spec = (.*);\n\s*vegaEmbed\('#(.*)', spec\)", page)
     return {name: json.loads(content) for content, name in found}
 
@@ -105,7 +105,7 @@ def test_plots_show_the_trainings_in_colours_and_leave_out_what_never_ran(finish
 
 @pytest.fixture(scope="module")
 def compared(finished, tmp_path_factory):
-    """A finished project with a second result, and a third one as experiment `wide`; read it."""
+    """A finished project with a second result, and a third one as experiment `wide`; read only."""
     project = finished.copy(tmp_path_factory.mktemp("compared") / "project")
     project.params(pruners__std__sensitivity=0.5)
     project.dvc("repro", SECATEUR_TRACKING="on")

@@ -1,4 +1,4 @@
-"""Stage export on the finished chain: files, report, table, and the model in MLflow."""
+"""The stage `export` after a finished pipeline: files, report, table, and the model in MLflow."""
 
 import json
 import sys
@@ -11,7 +11,7 @@ from secateur.deploy import latency, metadata
 pytestmark = pytest.mark.pipeline
 pytest.importorskip("onnxscript")
 NETWORKS = {"dense": "baseline", "pruned": "pruned", "finetuned": "finetuned"}
-"""Name in the export's report -> in that of evaluate."""
+"""Name in the report of export -> name in the report of evaluate."""
 
 
 def test_export_writes_files_a_report_a_table_and_a_model_in_mlflow(project):

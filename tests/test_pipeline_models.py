@@ -1,4 +1,4 @@
-"""What the pipeline makes: models, report, records."""
+"""Outputs of the pipeline: models, report, records."""
 
 import itertools
 import json
@@ -79,7 +79,7 @@ def test_a_structural_penalty_shrinks_the_network(project):
 
 
 def test_what_is_zero_after_sparse_train_is_what_chosen_prunes(project):
-    """Of a parametrization, which is collapsed, and of a penalty that prunes by itself."""
+    """With a parametrization, which is collapsed, and with a penalty that prunes by itself."""
     ways = {
         "str": {"parametrization": "str", "parametrizations__str__initial": -4.0},
         "gradual": {"penalty": "gradual", "penalties__gradual__ranking": "global"},

@@ -10,7 +10,7 @@ pytestmark = pytest.mark.pipeline
 
 
 def start_workers(project):
-    """Two of them; their output goes nowhere, for they keep it open as long as they live."""
+    """Start two workers without their output, since they keep the pipe open while they run."""
     subprocess.run(
         ["dvc", "queue", "start", "-j", "2"], cwd=project.path,
         env=project.env(SECATEUR_TRACKING="on"), check=True,
@@ -19,10 +19,10 @@ def start_workers(project):
 
 
 def wait_for_queue(project, count):
-    """Status of the queue when nothing is queued or running any more.
+    """Wait until nothing is queued or running; returns the status of the queue.
 
-    `dvc queue status` takes a second of CPU, from the experiments too: so it is asked when they
-    should be finished, and otherwise now and then.
+    `dvc queue status` takes a second of CPU time from the experiments, so it is called once they
+    should be finished, and otherwise only now and then.
     """
     start_workers(project)
     without_workers = 0
@@ -34,7 +34,7 @@ def wait_for_queue(project, count):
         if "Queued" not in status and "Running" not in status:
             break
         without_workers = without_workers + 1 if "0 active, 0 idle" in status else 0
-        if without_workers == 3:  # workers may leave before the queue is empty
+        if without_workers == 3:  # workers may stop before the queue is empty
             start_workers(project)
             without_workers = 0
         time.sleep(0.2)
@@ -42,7 +42,7 @@ def wait_for_queue(project, count):
 
 
 def experiments(project):
-    """The refs of the experiments of a project in which none has been packed."""
+    """The refs of all experiments; none of them is in packed-refs."""
     return [path for path in (project.path / ".git/refs/exps").glob("??/*/*") if path.is_file()]
 
 
@@ -58,12 +58,12 @@ def test_queued_experiments_share_models_and_none_is_lost(project):
             lost = [line.split()[1] for line in status.splitlines() if "Failed" in line]
             if not lost:
                 break
-            # DVC's workers can trip over each other's temporary files (treeverse/dvc#10673)
+            # DVC's workers can interfere with each other's temporary files (treeverse/dvc#10673)
             log = project.dvc("queue", "logs", lost[0], ok=None)
             assert attempt == 0 and ".tmp" in log, log
             project.dvc("queue", "remove", "--all")
         assert status.count("Success") == 2, status
     finally:
-        project.dvc("queue", "stop", "--kill", ok=None)  # a worker may stay idle for ever
+        project.dvc("queue", "stop", "--kill", ok=None)  # a worker may stay idle forever
     made = Counter(r.data.tags["stage"] for r in project.runs()) - before
     assert made == {"baseline": 1, "sparse-train": 1, "prune": 2, "finetune": 2, "evaluate": 2}

@@ -1,4 +1,4 @@
-"""Stages that are killed, and several at once."""
+"""Stages that are killed or damaged, and several stages at once."""
 
 import fcntl
 import os
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.pipeline
 
 
 def kill(process, project, stage="baseline"):
-    """Kill -9; a process that started warm dies an instant after the one that stands for it."""
+    """Send SIGKILL; a warm process ends slightly later than the client that represents it."""
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -22,7 +22,7 @@ def kill(process, project, stage="baseline"):
 
 
 def test_killed_stages_end_with_the_same_bytes(project, tmp_path):
-    """kill -9 at random moments of the work; the undisturbed run has a project of its own."""
+    """kill -9 at random moments of the training; the undisturbed run has its own project."""
     undisturbed = project.copy(tmp_path / "undisturbed")
     for copy in (project, undisturbed):
         copy.params(baseline__epochs=60, seed=5)
@@ -34,7 +34,7 @@ def test_killed_stages_end_with_the_same_bytes(project, tmp_path):
         while process.poll() is None and project.saved_states("baseline") == states:
             time.sleep(0.02)
         time.sleep(moments.uniform(0, 0.2))
-        if process.poll() is not None:  # a fast machine may be through by now
+        if process.poll() is not None:  # a fast machine may have finished by now
             break
         kill(process, project)
         kills += 1
@@ -48,7 +48,7 @@ def test_killed_stages_end_with_the_same_bytes(project, tmp_path):
 
 def test_a_damaged_state_and_notes_start_the_stage_again(project, tmp_path):
     undisturbed = project.copy(tmp_path / "undisturbed")
-    for epochs in (15, 100, 1000):  # a fast machine may be through
+    for epochs in (15, 100, 1000):  # a fast machine may finish earlier
         project.params(baseline__epochs=epochs, seed=6)
         process = project.start("baseline")
         while process.poll() is None and not project.saved_states("baseline"):

@@ -55,10 +55,10 @@ def test_a_round_that_is_added_reuses_all_before_also_in_a_clone_and_holds_masks
 
 
 def test_a_round_that_was_killed_ends_with_the_same_bytes(project, tmp_path):
-    """kill -9 in the middle of round 2; the undisturbed round has a project of its own."""
+    """kill -9 in the middle of round 2; the undisturbed round has its own project."""
     undisturbed = project.copy(tmp_path / "undisturbed")
     arguments, stage = ("sparse_train", "--round", "round2"), "sparse-train@round2"
-    for epochs in (20, 100, 1000):  # a fast machine may be through
+    for epochs in (20, 100, 1000):  # a fast machine may finish earlier
         length = {"epochs": epochs}
         whole = {"after": "finetuned", "sparse_train": length, "prune": {}, "finetune": {}}
         project.params(rounds={"round2": whole})

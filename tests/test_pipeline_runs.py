@@ -1,4 +1,4 @@
-"""What DVC runs, and what it does not."""
+"""Which stages DVC runs, and which it skips."""
 
 import re
 
@@ -39,4 +39,4 @@ def test_experiments_run_only_what_they_change(project):
     log = project.dvc("exp", "run", "-S", "decay=1e-5")
     assert ran(log) == ["sparse-train", "prune", "finetune", "evaluate"]
     assert ran(project.dvc("exp", "run", "-S", "decay=0.0003")) == []
-    project.dvc("checkout")  # as `exp apply` does; the other pipeline has never run
+    project.dvc("checkout")  # as `exp apply` does; the other pipelines have never run

@@ -1,4 +1,4 @@
-"""What MLflow shows, and what happens without it."""
+"""The contents of MLflow, and runs without it."""
 
 import json
 import socket
@@ -108,11 +108,11 @@ def test_four_processes_may_start_on_a_fresh_store(unborn):
 
 
 def test_a_dead_tracking_server_costs_seconds_and_a_warning(project, tmp_path):
-    """MLflow alone would try for a quarter of an hour; the limit is there to notice that."""
+    """MLflow by itself would retry for a quarter of an hour; the timeout would notice that."""
     with socket.socket() as silent, socket.socket() as closed:
         for server in (silent, closed):
             server.bind(("127.0.0.1", 0))
-        silent.listen()  # takes connections and never answers
+        silent.listen()  # accepts connections and never answers
         started = {}
         for seed, server in enumerate((silent, closed)):
             uri = f"http://127.0.0.1:{server.getsockname()[1]}"

@@ -1,4 +1,4 @@
-"""Classes of pictures: from a checkpoint, an ONNX file and a .pt2 file, and by numpy alone."""
+"""Predicted classes: from a checkpoint, an ONNX file and a .pt2 file, and with numpy alone."""
 
 import contextlib
 import io
@@ -33,12 +33,12 @@ MEAN, STD = [0.3, 0.4, 0.5], [0.2, 0.3, 0.4]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Two models, normalising outside and inside, and pictures in folders."""
+    """Two models, one with normalisation inside the file, and pictures in folders."""
     base = tmp_path_factory.mktemp("predict")
     settings = lenet5.Settings(filters=[3, 4], hidden=5)
     torch.manual_seed(3)
     model = lenet5.build(settings, 3, (3, 8, 8)).eval()
-    with torch.no_grad():  # so that the classes of random pictures differ
+    with torch.no_grad():  # so that random pictures get different classes
         *_, bias = [parameter.mul_(3) for parameter in model.parameters()]
         bias -= model(torch.randn(50, 3, 8, 8)).mean(0)
     header = checkpoint.Header(
@@ -59,7 +59,7 @@ def folder(tmp_path_factory):
 
 
 def run(*arguments):
-    """`secateur predict`: what it prints, and its exit status."""
+    """Run `secateur predict`; returns its output and exit status."""
     output = io.StringIO()
     with (
         contextlib.redirect_stdout(output),
@@ -74,7 +74,7 @@ FILES = [f"{how}/model.{s}" for how in ("outside", "inside") for s in ("onnx", "
 
 
 def test_every_file_gives_the_classes_of_the_network(folder):
-    """Against the formula, in float64, of the network that the checkpoint holds."""
+    """Compared with the network of the checkpoint, computed in float64."""
     pictures = sorted((folder / "pictures").rglob("*.png"))
     pixels = np.stack([np.asarray(Image.open(path)) for path in pictures]).astype(np.float64)
     images = torch.from_numpy((pixels / 255 - MEAN) / STD).permute(0, 3, 1, 2)
@@ -105,7 +105,7 @@ def test_a_line_for_each_picture_in_the_order_given(folder):
 
 
 def test_pictures_of_another_size_are_resized_and_cut(folder, tmp_path):
-    """The centre of a picture twice as large counts, its rim does not; grey becomes colour."""
+    """The centre of a picture twice as large counts, its border does not; grey becomes colour."""
     pixels = np.zeros((20, 40), np.uint8)
     pixels[:, 10:30] = np.random.default_rng(1).integers(0, 256, (20, 20))
     Image.fromarray(pixels).save(tmp_path / "wide.png")
@@ -127,7 +127,7 @@ def test_the_file_says_how_pictures_are_resized(folder):
         return open_classifier(folder / model, *resize).view.resize
 
     assert side("outside/model.onnx") == side("inside/model.pt2") == 10
-    assert side("outside/model.safetensors") == 8, "a checkpoint does not say: the network's own"
+    assert side("outside/model.safetensors") == 8, "a checkpoint has none: the network's size"
     assert side("outside/model.onnx", 9) == 9
 
 
@@ -191,7 +191,7 @@ def test_a_checkpoint_of_a_foreign_network_is_refused(folder, tmp_path):
 
 
 def test_numpy_and_onnxruntime_suffice(folder, tmp_path):
-    """The script in docs/export.md, in a process that can import neither torch nor Secateur."""
+    """The script in docs/export.md runs in a process that cannot import torch or Secateur."""
     page = (ROOT / "docs/export.md").read_text()
     blocks = re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
     (script,) = [block for block in blocks if "import onnxruntime" in block]

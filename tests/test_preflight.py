@@ -22,7 +22,7 @@ INFO = DatasetInfo("made up", ["a", "b"], (1, 8, 8), [0.0], [1.0], "", {"train":
 
 @pytest.fixture
 def network(tmp_path, monkeypatch):
-    """LeNet-5, with params.yaml beside it: what differs is given by dotted key."""
+    """LeNet-5, with params.yaml next to it; changes are given as `section__key`."""
 
     def made(**changes):
         params = copy.deepcopy(PARAMS)
@@ -125,7 +125,7 @@ def test_what_does_not_fit_the_network_is_refused(changes, line, network):
 
 
 class Branching(nn.Module):
-    """What it computes depends on the images, so that it cannot be traced."""
+    """Its control flow depends on the images, so it cannot be traced."""
 
     def __init__(self):
         super().__init__()
@@ -152,7 +152,7 @@ class Branching(nn.Module):
             },
             r"^params\.yaml: pruner: cannot follow Branching: ",
         ),
-        ({"pruner": "threshold", "prune__remove_dead": False}, None),  # single weights only
+        ({"pruner": "threshold", "prune__remove_dead": False}, None),  # weights alone need no graph
     ],
 )
 def test_a_network_that_cannot_be_followed_is_refused_without_a_penalty_too(changes, line, network):
@@ -180,7 +180,7 @@ def test_a_network_that_cannot_be_followed_is_refused_without_a_penalty_too(chan
             "archs__vgg__depth": 11,
             "archs__vgg__pools": [1, 2, 4],
         },  # all scales are equal
-        {"pruner": "threshold", "pruners__threshold__sensitivity": 1e9},  # which training decides
+        {"pruner": "threshold", "pruners__threshold__sensitivity": 1e9},  # depends on the training
     ],
 )
 def test_what_may_fit_passes_and_nothing_changes(changes, network):
@@ -236,7 +236,7 @@ def test_an_adaptive_pooling_is_refused_where_it_cannot_be_trained(network, monk
 
 
 def test_a_teacher_of_another_architecture_needs_its_code_named(network, tmp_path):
-    """Before the first training; the normalisation, which weights may bring, is not compared."""
+    """Before the first training; the normalisation is not compared, since weights may change it."""
     header = checkpoint.Header(
         arch="lenet300", arch_settings={"hidden": [5]}, classes=["a", "b"], shape=(1, 8, 8),
         mean=[0.5], std=[2.0], split="", stage="baseline",

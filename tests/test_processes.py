@@ -1,6 +1,6 @@
-"""Several processes train as one does: real torchrun, real gloo, two processes on the CPU.
+"""Training in two processes equals training in one: real torchrun and real gloo, on the CPU.
 
-They start warm (tests/warm).
+The processes start warm (tests/warm).
 """
 
 import contextlib
@@ -39,7 +39,7 @@ EPS = 2.0**-23
 
 @pytest.fixture(scope="module")
 def steps_of_two(tmp_path_factory, programs):
-    """(case, rank) -> weights and row of the history that two processes end with."""
+    """(case, rank) -> weights and history row at the end of each of two processes."""
     folder = tmp_path_factory.mktemp("steps")
     command = [*TWO.split(), "-m", "tests.one_step", str(folder)]
     Project(ROOT).run(*command, timeout=600, PYTHON_EXEC="python", SECATEUR_DEVICE="cpu")
@@ -54,26 +54,26 @@ def steps_of_two(tmp_path_factory, programs):
 
 
 def rounding(logits):
-    """How far the gradient of one image's cross-entropy by a logit may be off in float32.
+    """Bound on the float32 error in the gradient of an image's cross-entropy w.r.t. one logit.
 
-    The logits are rounded, their maximum is taken off, then come exponential, sum, logarithm and
-    exponential again: eight operations, each of which errs by EPS times at most the largest
-    number that occurs, a logit or 1.
+    The logits are rounded and their maximum is subtracted, followed by exponential, sum, logarithm
+    and exponential again: eight operations, each with an error of at most EPS times the largest
+    number that occurs, which is a logit or 1.
     """
     return 8 * EPS * (1 + float(logits.abs().max()))
 
 
 def right_and_unsure(logits, labels):
-    """How many logits are largest at the label, and how many a rounding could have turned."""
+    """Number of correct predictions, and of predictions that rounding may change."""
     top = logits.topk(2).values
     return int((logits.argmax(1) == labels).sum()), int((top[:, 0] - top[:, 1] < 1e-5).sum())
 
 
 @pytest.mark.parametrize("case", one_step.CASES, ids="{0[0]} images, {0[1]} passes".format)
 def test_a_step_of_two_processes_is_that_of_one_within_rounding(case, steps_of_two, monkeypatch):
-    """Float64 but for the cross-entropy, so that the bound is that of an image's own rounding.
+    """Only the cross-entropy is computed in float32, so the bound is that of its rounding.
 
-    It holds on any processor, and is a thousandth of what one image in 68 contributes.
+    The bound holds on any processor, and is a thousandth of the contribution of one image in 68.
     """
     monkeypatch.setenv("SECATEUR_DEVICE", "cpu")
     count, _ = case
@@ -92,12 +92,12 @@ def test_a_step_of_two_processes_is_that_of_one_within_rounding(case, steps_of_t
     reach = torch.func.jacrev(logits_of)(start)  # (images, classes, *shape) by parameter
     assert set(together) == set(alone) == set(reach)
     for name, found in together.items():
-        assert torch.equal(found, others[name]), "every process ends with the same weights"
-        step = one_step.LR * reach[name].abs().sum(1).mean(0)  # if every logit's gradient were 1
+        assert torch.equal(found, others[name]), "all processes end with the same weights"
+        step = one_step.LR * reach[name].abs().sum(1).mean(0)  # if all gradients of logits were 1
         bound = 2 * rounding(logits) * step + 1e-14 * start[name].abs()
         assert ((found - alone[name]).abs() <= bound).all(), name
         moved = (alone[name] - start[name]).norm()
-        assert bound.norm() < 1e-3 * moved, "the bound would notice what 1 image in 68 adds"
+        assert bound.norm() < 1e-3 * moved, "the bound would reveal one image of 68"
 
     assert row_of_second == row_of_two
     assert set(row_of_two) == set(row)
@@ -106,7 +106,7 @@ def test_a_step_of_two_processes_is_that_of_one_within_rounding(case, steps_of_t
     for weights, shown in ((alone, row), (together, row_of_two)):
         assert shown["epoch"] == 1 and shown["lr"] == one_step.LR
         assert abs(shown["train_accuracy"] * count - right) <= unsure
-        # a mean of n numbers: n additions
+        # the mean of n numbers takes n additions
         assert abs(shown["train_loss"] - loss) <= (count + 8) * EPS * loss + rounding(logits)
         val = first_images(data.val, data.info, len(data.val))
         of_val = torch.func.functional_call(before, weights, (val,))
@@ -123,7 +123,7 @@ def weights(project):
 
 
 def test_a_stage_in_two_processes_does_what_it_does_in_one(project):
-    """Two steps, the second on one image, which is too few for two processes."""
+    """Two steps; the second has a single image, too few for two processes."""
     project.params(
         baseline__optimizer="sgd",
         baseline__lr=0.1,
@@ -137,7 +137,7 @@ def test_a_stage_in_two_processes_does_what_it_does_in_one(project):
         for made in (project.path / "models/baseline").iterdir():
             made.unlink()
         log = project.stage("baseline", **launch)
-        assert log.count("epoch 1 of 1 kept") == 1  # the second process keeps quiet
+        assert log.count("epoch 1 of 1 kept") == 1  # the second process prints nothing
         history = pd.read_csv(project.path / "models/baseline/history.csv")
         record = json.loads((project.path / "models/baseline.run.json").read_text())
         assert record["stage"] == "baseline"
@@ -150,7 +150,8 @@ def test_a_stage_in_two_processes_does_what_it_does_in_one(project):
     assert set(together) == set(alone) == set(start.state_dict())
     for name, before in start.state_dict().items():
         apart = np.linalg.norm(together[name] - alone[name])
-        # rounding makes some millionths of the step; half the images would make more than half
+        # rounding changes a step by a few millionths; half of the images would change it by more
+        # than half
         assert apart < 0.01 * np.linalg.norm(alone[name] - before.numpy()), name
     assert set(row_of_two.index) == set(row.index) and set(record_of_two) == set(record)
     assert row_of_two["epoch"] == row["epoch"] == 1 and row_of_two["lr"] == row["lr"]
@@ -161,10 +162,10 @@ def test_a_stage_in_two_processes_does_what_it_does_in_one(project):
 
 
 def workers(project):
-    """Processes of the stage that torchrun has started for this project."""
+    """Ids of the stage's processes that torchrun has started for this project."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it has ended meanwhile
+        with contextlib.suppress(OSError):  # the process has ended meanwhile
             command = (process / "cmdline").read_bytes()
             place = (process / "cwd").readlink()
             if command.endswith(b"\0-u\0-m\0stages.baseline\0") and place == project.path:
@@ -173,9 +174,9 @@ def workers(project):
 
 
 def started(project, epochs):
-    """The stage, really in two processes, and the processes, after the first saved state.
+    """Start the stage in two processes, and wait for the first saved state.
 
-    Nothing if it has ended before.
+    Returns torchrun's process and the ids of both, or None if the stage has already finished.
     """
     project.params(baseline__epochs=epochs)
     states = project.saved_states("baseline")
@@ -199,7 +200,7 @@ def test_a_killed_worker_ends_the_stage_and_the_next_run_goes_on(project, tmp_pa
     project.params(baseline__keep="last")
     (project.path / "models/baseline/model.safetensors").unlink()
     undisturbed = project.copy(tmp_path / "undisturbed")
-    for epochs in (12, 100, 1000):  # a fast machine may be through
+    for epochs in (12, 100, 1000):  # a fast machine may finish earlier
         if begun := started(project, epochs):
             break
         (project.path / "models/baseline/model.safetensors").unlink()

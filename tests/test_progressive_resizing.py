@@ -30,7 +30,7 @@ def settings(epochs=10, **given):
 
 
 class Pooled(nn.Module):
-    """Global pooling; remembers the height of the images of every pass."""
+    """Global pooling; records the image size of every pass."""
 
     def __init__(self):
         super().__init__()
@@ -54,13 +54,13 @@ def digits(tmp_path, monkeypatch):
 
 
 def fit(model, data, wanted, name="a", callbacks=()):
-    """Train as a stage of this name; a second call of one that was stopped goes on."""
+    """Train as a stage of this name; a second call resumes a training that was stopped."""
     with resume.single_flight(Stage("baseline", None, {"name": name}, {}), [], list) as store:
         return loop.fit(model, data, wanted, 1, store, callbacks)
 
 
 def test_the_size_follows_the_share_of_the_epochs():
-    """By hand: 0.3 and 0.7 of 10 epochs are 3 and 7; of 5 epochs 1.5 and 3.5, to even 2 and 4."""
+    """By hand: 0.3 and 0.7 of 10 epochs are 3 and 7; of 5 epochs 1.5 and 3.5, rounded 2 and 4."""
     ten = ProgressiveResizing(settings(10))
     assert [ten.scale(epoch) for epoch in range(10)] == [0.5] * 3 + [0.75] * 4 + [1.0] * 3
     five = ProgressiveResizing(settings(5))
@@ -69,7 +69,7 @@ def test_the_size_follows_the_share_of_the_epochs():
     assert [two.scale(0), two.scale(1), one.scale(0)] == [0.5, 1.0, 1.0], "the last is never small"
     assert ten(torch.zeros(2, 3, 28, 20), 0).shape == (2, 3, 14, 10)
     assert ten(torch.zeros(2, 3, 30, 7), 4).shape == (2, 3, 22, 5)
-    assert ten(torch.zeros(0, 3, 8, 8), 0).shape == (0, 3, 8, 8), "a process without images"
+    assert ten(torch.zeros(0, 3, 8, 8), 0).shape == (0, 3, 8, 8), "for a process without images"
 
 
 def test_at_full_size_the_images_are_those_that_were_given():
@@ -80,7 +80,7 @@ def test_at_full_size_the_images_are_those_that_were_given():
 
 @pytest.mark.parametrize("scale", [0.5, 0.75])
 def test_pixels_are_those_of_pillow(scale):
-    """Pillow's bilinear filter covers all pixels, too; it rounds to whole steps of 255."""
+    """Pillow's bilinear filter averages all pixels too; it rounds to whole values of 0 to 255."""
     pixels = np.random.default_rng(0).integers(0, 256, (32, 24), dtype=np.uint8)
     parts = Train(epochs=10, progressive_resizing=[{"scale": scale, "until": 0.5}])
     made = ProgressiveResizing(parts)(torch.from_numpy(pixels)[None, None].float(), 0)[0, 0]
@@ -93,16 +93,16 @@ def test_a_training_sees_small_images_first_and_is_judged_at_full_size(digits):
     model = Pooled()
     result = fit(model, digits, settings(10))
     steps = [height for training, height, _ in model.seen if training]
-    assert steps == [4] * 6 + [6] * 8 + [8] * 6, "two batches an epoch"
+    assert steps == [4] * 6 + [6] * 8 + [8] * 6, "two batches per epoch"
     checks = [size for training, *size in model.seen if not training]
-    assert checks[:2] == [[4, 4], [6, 6]], "before the first step"
+    assert checks[:2] == [[4, 4], [6, 6]], "checked before the first step"
     assert len(checks) == 12 and all(size == [8, 8] for size in checks[2:])
     scales = [row["image_scale"] for row in result.history]
     assert scales == [0.5] * 3 + [0.75] * 4 + [1.0] * 3
 
 
 class Stop(Callback):
-    """Interrupts after an epoch."""
+    """Interrupts the training after an epoch."""
 
     def __init__(self, epoch):
         self.epoch = epoch
@@ -120,7 +120,7 @@ def test_a_killed_training_ends_with_the_bytes_of_one_left_alone(epoch, digits):
         fit(cut, digits, settings(10), "killed", [Stop(epoch)])
     cut = Pooled()
     fit(cut, digits, settings(10), "killed")
-    assert sum(training for training, *_ in cut.seen) == 2 * (10 - epoch), "it went on"
+    assert sum(training for training, *_ in cut.seen) == 2 * (10 - epoch), "training was resumed"
     prints = [
         hashlib.sha256(b"".join(t.numpy().tobytes() for t in m.state_dict().values())).hexdigest()
         for m in (whole, cut)
@@ -163,7 +163,7 @@ def test_a_network_that_asserts_its_size_is_refused_too(message):
     class Asserts(nn.Linear):
         def forward(self, images):
             if images.shape[-1] != 8:
-                raise AssertionError(message)  # pytest would rewrite an assert
+                raise AssertionError(message)  # pytest would rewrite an assert statement
             return super().forward(images.flatten(1))
 
     words = "Wrong height! Expected 8 but got 4" if message else "AssertionError"

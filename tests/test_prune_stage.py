@@ -1,4 +1,4 @@
-"""What surrounds a pruner: statistics measured again, longer training for small networks."""
+"""Around a pruner: recalibrated batch-norm statistics, longer training for small networks."""
 
 import copy
 from types import SimpleNamespace
@@ -49,14 +49,14 @@ def test_the_images_are_drawn_from_all_also_where_classes_stand_one_after_the_ot
     split = dataset.InMemoryImages(pixels, torch.arange(640) // 320)
     images = dataset.Images(split, split, ["dark", "bright"], (0.0,), (1.0,))
     prepared = dataset.prepare("toy", images, 0, 0)
-    assert prepared.train.labels.diff().ne(0).sum() == 1, "still in order"
+    assert prepared.train.labels.diff().ne(0).sum() == 1, "the images are sorted by class"
     model = nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(4, 2))
     assert recalibrate_on(model, prepared, 256, torch.device("cpu")) == (1, 256)
-    assert 0.3 < float(model[0].running_mean) < 0.7  # 256 of 640 without return: 0.02 about 0.5
+    assert 0.3 < float(model[0].running_mean) < 0.7  # 256 of 640 without replacement: 0.5 +- 0.02
 
 
 class SeenError(Exception):
-    """Ends a stage once it has drawn what a criterion is given."""
+    """Ends a stage as soon as it has drawn the images for a criterion."""
 
 
 @pytest.mark.parametrize("stage", ["prune", "sensitivity"])
@@ -116,13 +116,13 @@ def test_the_stage_measures_accuracy_before_and_after(validation, capsys):
     chance = torch.Generator().manual_seed(1)
     labels = torch.arange(300) % 3
     pixels = torch.randint(0, 60, (300, 3, 8, 8), generator=chance, dtype=torch.uint8)
-    pixels[torch.arange(300), labels] += 150  # the class is the bright channel
+    pixels[torch.arange(300), labels] += 150  # the brightest channel gives the class
     split = dataset.InMemoryImages(pixels, labels)
     images = dataset.Images(split, split, ["a", "b", "c"], (0.5,) * 3, (0.5,) * 3)
     prepared = dataset.prepare("toy", images, validation, 0)
     model = nn.Sequential(nn.BatchNorm2d(3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 3))
     model[3].weight.data, model[3].bias.data = torch.eye(3), torch.zeros(3)
-    model[0].running_mean[:] = torch.tensor([50.0, 0, -50])  # far off: all is class c
+    model[0].running_mean[:] = torch.tensor([50.0, 0, -50])  # far off: all become class c
     metrics = prune.measure_again(SimpleNamespace(data=prepared), model, 200)
     said = capsys.readouterr().out
     assert "from 128 images" in said
@@ -146,7 +146,7 @@ def test_as_many_epochs_as_the_dense_network_has_computed(dense, pruned, limit, 
     assert longer.epochs == epochs
     assert longer.milestones == pytest.approx((0.4 * epochs, 0.8 * epochs))
     assert longer.warmup == pytest.approx(0.1 * epochs)
-    assert Finetune(**longer.model_dump()) == longer, "still sound"
+    assert Finetune(**longer.model_dump()) == longer, "still valid settings"
 
 
 def test_no_epochs_stay_none_whatever_the_budget():

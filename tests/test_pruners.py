@@ -1,4 +1,4 @@
-"""Pruners and masks: exact choices by hand, and what is pruned stays exactly zero."""
+"""Pruners and masks: exact choices by hand, and pruned entries that stay exactly zero."""
 
 import copy
 import itertools
@@ -32,10 +32,10 @@ GRADED = [n for n in NAMES if "sensitivity" in plugin.load("pruners", n).Setting
 SCOPED = GRADED
 ARCHS = ["lenet300", "lenet5"]
 FEW = {
-    "oracle": {"ratios": {"1": 0.001}},  # one filter of one layer: a hundred trials
+    "oracle": {"ratios": {"1": 0.001}},  # one filter of one layer: a hundred evaluations
     "obs": {"ratios": {"0": 0.5}},
 }
-NORMED = ["network_slimming"]  # looks at scales of batch normalisations
+NORMED = ["network_slimming"]  # reads the scales of batch norms
 
 
 def subject(model, choices=None):
@@ -49,7 +49,7 @@ def prune(name, model, **chosen):
 
 
 def first_outputs(model):
-    """A choice as a penalty leaves it: the first output of every layer."""
+    """A choice as a penalty makes it: the first output of every layer."""
     layers = masks.layers(model).items()
     return {
         f"{name}.weight": (torch.arange(len(layer.weight)) < 1).view(
@@ -74,7 +74,7 @@ def linear(weights, bias=None):
 
 
 def variants(name):
-    """Settings of a plug-in: its defaults, and every choice of every field with a fixed few."""
+    """Settings of a plug-in: its defaults, and every option of each field that has a fixed list."""
     schema = plugin.load("pruners", name).Settings
     choices = [
         {key: choice}
@@ -107,7 +107,7 @@ def test_std_takes_the_population_deviation_of_each_tensor_with_its_zeros():
 
 
 def test_std_keeps_what_is_exactly_one_deviation_large():
-    model = linear([[1.0, -1.0, 1.0, -1.0]])  # deviation exactly 1
+    model = linear([[1.0, -1.0, 1.0, -1.0]])  # the deviation is exactly 1
     assert prune("std", model, sensitivity=1.0)["0.weight"].all()
     assert not prune("std", model, sensitivity=1.0001)["0.weight"].any()
 
@@ -124,7 +124,7 @@ def test_both_thresholds_agree_with_a_loop_over_plain_numbers(values, sensitivit
     limit = sensitivity * statistics.pstdev(values)
     by_std = prune("std", model, sensitivity=sensitivity)["0.weight"][0]
     for value, stays in zip(values, by_std, strict=True):
-        if abs(abs(value) - limit) > 1e-5 * limit:  # beyond rounding of the deviation
+        if abs(abs(value) - limit) > 1e-5 * limit:  # farther from the limit than rounding
             assert bool(stays) == (abs(value) >= limit)
 
 
@@ -191,7 +191,7 @@ def test_small_scales_are_pruned_with_their_channels_and_the_network_stays_equal
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("name", sorted({*NAMES} - {"gconv"}))  # it needs wider convolutions
+@pytest.mark.parametrize("name", sorted({*NAMES} - {"gconv"}))  # needs wider convolutions
 def test_a_pruner_changes_nothing_and_says_nothing(name, arch, capsys):
     model = two_convs() if name in NORMED else network(arch)
     before, chance = copy.deepcopy(model.state_dict()), torch.get_rng_state()
@@ -217,7 +217,7 @@ def test_an_emptied_layer_is_refused_by_name_with_what_was_asked(name):
 
 def test_one_weight_is_enough_and_none_is_too_few():
     model = network("lenet300")
-    model.fc2.weight.data[0, 0] = 0.25  # the others are at most 1 / sqrt(300)
+    model.fc2.weight.data[0, 0] = 0.25  # all others are at most 1 / sqrt(300)
     everything = {"fc1.weight": torch.ones(300, 64, dtype=torch.bool)}
     masks.refuse_empty(model, everything | {"fc2.weight": model.fc2.weight >= 0.25}, "0.25")
     with pytest.raises(PruningError, match=r"layer fc2 .*largest is 0\.25"):
@@ -230,7 +230,7 @@ def test_a_layer_may_lose_all_its_biases():
 
 
 def two_convs():
-    """Filters of the first are read by the second alone."""
+    """The filters of the first convolution are read only by the second."""
     torch.manual_seed(0)
     first, second = nn.Conv2d(3, 4, 2), nn.Conv2d(4, 5, 2)
     return nn.Sequential(
@@ -239,7 +239,7 @@ def two_convs():
 
 
 SINGLE = torch.arange(48).view(4, 3, 2, 2) < 7
-CHOICES = {  # what is chosen -> masks (how many entries stay), channels
+CHOICES = {  # choices -> masks (number of kept entries), channels
     "filters": (
         {"0.weight": torch.tensor([True, False, False, True]).view(4, 1, 1, 1)}, {}, [0, 3]
     ),
@@ -276,7 +276,7 @@ def test_chosen_takes_exactly_what_was_chosen(kind):
 
 
 def summed():
-    """The filters of both convolutions are added up."""
+    """A network that adds the filters of two convolutions."""
 
     class Sum(nn.Module):
         def __init__(self):
@@ -332,7 +332,7 @@ def toy_network(kind):
 
 
 class Looker(Callback):
-    """Looks at the pruned entries after every step."""
+    """Checks after every step that pruned entries are zero."""
 
     def __init__(self, model, chosen):
         self.model, self.chosen, self.looks = model, chosen, 0
@@ -360,7 +360,7 @@ def test_what_is_pruned_is_zero_after_every_step_and_positive_in_the_file(
     )
     loop.fit(model, prepared, settings, 1, ResumeStore(tmp_path, []), [looker], masks=chosen)
     assert looker.looks == 1 + 3 * 7
-    for name, mask in chosen.items():  # the rest did learn, and so would have the pruned entries
+    for name, mask in chosen.items():  # kept entries have changed, so pruned ones could have, too
         assert (~mask).any()
         assert (model.get_parameter(name).cpu() != before[name])[mask].any()
     info = prepared.info
@@ -395,7 +395,7 @@ def test_apply_zeroes_what_goes_and_leaves_the_rest_bit_for_bit():
 
 
 def small_classifier(seed=0):
-    """Two convolutions of four filters; which of them matter differs by a factor of hundreds."""
+    """Two convolutions of four filters, whose importance differs by a factor of hundreds."""
     torch.manual_seed(seed)
     model = nn.Sequential(
         nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(),
@@ -407,7 +407,7 @@ def small_classifier(seed=0):
 
 
 def loss_without(model, first, second, images, labels):
-    """With zeros in every tensor of these filters, written out for this network."""
+    """The loss with zeros in every tensor of these filters, written out for this network."""
     copied = copy.deepcopy(model)
     with torch.no_grad():
         for number in first:
@@ -448,7 +448,7 @@ def test_oracle_refuses_more_choices_than_it_may_try_before_any_is_tried():
 
 
 def thin(kind):
-    """A network with a layer of which a filter or a channel is one single weight."""
+    """A network with a layer in which a filter or a channel is a single weight."""
     torch.manual_seed(3)
     if kind == "one input":
         layers = nn.Conv2d(1, 6, 1), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.Flatten(), nn.Linear(64, 3)

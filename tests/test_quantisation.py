@@ -1,4 +1,4 @@
-"""int8 files: what rounding may do to weights, activations and outputs, in both runtimes."""
+"""int8 files: bounds on the rounding of weights, activations and outputs, in both runtimes."""
 
 import sys
 
@@ -40,7 +40,7 @@ def linear(path, weight, bias):
 
 
 def residual(path):
-    """Convolutions and a shortcut that halves the positions and pads channels with zeros."""
+    """Convolutions, and a shortcut with stride 2 that pads channels with zeros."""
     names = ("stem", "first", "second")
     shapes = ((8, 3, 3, 3), (16, 8, 3, 3), (16, 16, 3, 3))
     weights = {
@@ -95,12 +95,12 @@ def test_weights_are_rounded_by_output_to_seven_bits(tmp_path):
     assert abs(integers.astype(int)).max() <= 64
     error = abs(integers * scale[:, None].astype(float) - weight)
     assert (error <= scale[:, None] * 0.5001).all()
-    assert (scale <= abs(weight).max(axis=1) / 63 * 1.001).all(), "no output spends bits in vain"
+    assert (scale <= abs(weight).max(axis=1) / 63 * 1.001).all(), "outputs use all of their bits"
 
 
 def test_the_images_set_the_range_of_the_activations(tmp_path):
     calibration = images(100, 1, 1, 40)
-    calibration[63, 0, 0, 7], calibration[99, 0, 0, 0] = -9.0, 21.5  # in both batches
+    calibration[63, 0, 0, 7], calibration[99, 0, 0, 0] = -9.0, 21.5  # one in each batch
     source = linear(tmp_path / "a.onnx", images(5, 40), np.zeros(5, np.float32))
     quantise(source, tmp_path / "b.onnx", calibration)
     _, scale, zero = dequantised(tmp_path / "b.onnx")["flat"]
@@ -110,7 +110,7 @@ def test_the_images_set_the_range_of_the_activations(tmp_path):
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_outputs_err_by_no_more_than_the_rounding(runtime, tmp_path):
-    """Each product errs by at most half a step of either factor, the output by half of its own."""
+    """Each product errs by at most half a step of each factor, the output by half of its own."""
     pytest.importorskip(runtime)
     weight, bias, x = images(4, 40), images(4), images(32, 1, 1, 40)
     quantise(linear(tmp_path / "a.onnx", weight, bias), tmp_path / "b.onnx", x)
@@ -118,17 +118,17 @@ def test_outputs_err_by_no_more_than_the_rounding(runtime, tmp_path):
     step_w, step_x = found["w_quantized"][1].astype(float), float(found["flat"][1])
     exact = x.reshape(32, 40).astype(float) @ weight.T.astype(float) + bias
     step_y = (exact.max() - exact.min()) / 255 * 1.05
-    most = abs(x).reshape(32, 40).sum(1)[:, None] * step_w / 2  # of the weights
-    most = most + (abs(weight).sum(1) + 40 * step_w / 2) * step_x / 2  # of the activations
-    most = most + step_x * step_w / 2 + step_y  # of the bias, and of the output
+    most = abs(x).reshape(32, 40).sum(1)[:, None] * step_w / 2  # error of the weights
+    most = most + (abs(weight).sum(1) + 40 * step_w / 2) * step_x / 2  # error of the activations
+    most = most + step_x * step_w / 2 + step_y  # errors of the bias and of the output
     error = abs(open_model(tmp_path / "b.onnx", runtime)(x) - exact)
     assert (error <= most).all()
-    assert error.max() > 0, "nothing was rounded"
+    assert error.max() > 0, "rounding has an effect"
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_a_residual_network_computes_the_same_in_both_runtimes(runtime, tmp_path):
-    """OpenVINO computes it wrongly, or not at all, if activations are signed."""
+    """With signed activations, OpenVINO computes wrong results or none."""
     pytest.importorskip(runtime)
     source, target = residual(tmp_path / "a.onnx"), tmp_path / "b.onnx"
     quantise(source, target, images(64, 3, 16, 16))

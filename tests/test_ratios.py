@@ -1,4 +1,4 @@
-"""Ratios by layer: every notation, what may not be pruned, and one line for every mistake."""
+"""Ratios by layer: every notation, which layers may be pruned, and one line for every mistake."""
 
 import math
 import re
@@ -39,7 +39,7 @@ def block(inputs, outputs, convs=2, shortcut=True):
 
 
 def residual(blocks=(2, 2, 2), convs=2):
-    """The names of a residual network; nothing is ever put through it."""
+    """A network with the layer names of a residual network; it is never run."""
     model = nn.Sequential()
     model.add_module("conv1", nn.Conv2d(3, 8, 3))
     for stage, count in enumerate(blocks, start=1):
@@ -214,7 +214,7 @@ def test_a_skipped_layer_may_be_one_that_may_not_be_pruned():
     assert set(above_zero(found)) == in_blocks("conv1")
 
 
-BY_TEXT = [  # written, what the line must hold
+BY_TEXT = [  # value, text that the message must contain
     (1, "ratios = 1: must be at least 0 and less than 1"),
     (1.5, "less than 1"),
     (-0.1, "at least 0"),
@@ -254,7 +254,7 @@ def test_a_skip_that_is_no_list_of_names_is_told(skip):
         validate(Written, {"skip": skip}, "penalties.greg1")
 
 
-BY_NETWORK = [  # model, groups, ratios, skip, what the line must hold
+BY_NETWORK = [  # model, groups, ratios, skip, text that the message must contain
     ("residual", "filter", "layer9.*: 0.5", [], "layer9.* matches no layer; there are: conv"),
     ("residual", "filter", "99: 0.5", [], "99: there are 17 convolutions and linear layers"),
     ("plain", "filter", "3-5: 0.5", [], "3-5: there are 5 .* from 0 to 4"),
@@ -355,7 +355,7 @@ def test_scores_are_mean_sizes_with_the_shape_of_a_choice():
 
 
 class Calls(TorchFunctionMode):
-    """Counts the operations on tensors."""
+    """Counts operations on tensors."""
 
     count = 0
 
@@ -385,7 +385,7 @@ def test_two_million_weights_are_chosen_from_at_once():
     assert choice.sum() == math.ceil(0.827 * 2_048_000)
     assert layer.weight[choice].abs().max() <= layer.weight[~choice].abs().min()
     assert torch.equal(choice, same)
-    assert 0 < calls.count < 1000  # no loop over weights
+    assert 0 < calls.count < 1000  # there is no loop over weights
 
 
 def test_patterns_stay_one_line_when_there_are_many_layers():

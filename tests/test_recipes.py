@@ -1,4 +1,4 @@
-"""Recipes: one format for single ones, families and tables, all of them sound."""
+"""Recipes: one format for single recipes, families and tables, and all of them are valid."""
 
 import math
 import re
@@ -79,7 +79,7 @@ def test_a_penalty_that_prunes_meanwhile_suits_the_training_that_a_recipe_gives_
     assert (training.keep, made["pruner"]) == ("last", "chosen")
 
 
-PARAMETERS = {  # published, for ten classes
+PARAMETERS = {  # published for ten classes
     "dense-cifar10-alexnet": 2_472_266,
     "dense-cifar10-vgg19-bn": 20_040_522,
     "dense-cifar10-resnet110": 1_730_714,
@@ -315,7 +315,7 @@ def test_a_recipe_does_not_choose_versions_of_libraries(folder):
 
 @pytest.fixture
 def tiny(tmp_path, monkeypatch, programs):
-    """A pipeline of one stage, which fails for x = 0; what a recipe reports is the commit."""
+    """A pipeline with one stage, which fails for x = 0; a recipe reports the commit's output."""
     Project(tmp_path).enter(monkeypatch)
     start_warm(monkeypatch)
     (tmp_path / "params.yaml").write_text("seed: 0\nx: 0\n")
@@ -336,7 +336,7 @@ def git(*command):
 
 
 def experiments():
-    """Ref, below refs/exps, of each experiment -> what it has made."""
+    """Ref below refs/exps of each experiment -> its output."""
     refs = [line for line in git("for-each-ref", "--format=%(refname:lstrip=2)").split()
             if re.match(r"\w\w/\w{38}/", line)]  # fmt: skip
     return {ref: int(git("show", f"refs/exps/{ref}:out")) for ref in refs}
@@ -359,7 +359,7 @@ def test_an_experiment_is_replaced_by_the_next_that_succeeds_on_the_same_commit(
         recipe.run(recipe.Recipe("r", "", {"x": 0}), [1])
     assert experiments() == old | now
     git("update-ref", f"refs/exps/{ref('r-seed1-before')}", f"refs/exps/{ref('r-seed1')}")
-    git("update-ref", "-d", f"refs/exps/{ref('r-seed1')}")  # as a process that was killed leaves it
+    git("update-ref", "-d", f"refs/exps/{ref('r-seed1')}")  # as a killed process leaves it
     with pytest.raises(SecateurError, match="recipe r: seed 1 failed"):
         recipe.run(recipe.Recipe("r", "", {"x": 0}), [1])
     assert experiments() == old | now

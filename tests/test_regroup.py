@@ -1,4 +1,4 @@
-"""Export to group convolutions: what the masked network computes, with as few indices as can be."""
+"""Export to group convolutions: equal to the masked network, with as few index layers as needed."""
 
 import copy
 from types import SimpleNamespace
@@ -26,7 +26,7 @@ from stages import prune as stage
 ZOO = {
     "preresnet": {"arch": "preresnet", "depth": 20},
     "preresnet-basic": {"arch": "preresnet", "depth": 14, "block": "basic"},
-    "resnet-a": {"arch": "resnet_cifar", "depth": 20, "groups": 2},  # stream padded with zeros
+    "resnet-a": {"arch": "resnet_cifar", "depth": 20, "groups": 2},  # the stream has zero padding
     "resnet-b": {"arch": "resnet_cifar", "depth": 14, "shortcut": "B"},
     "resnet-slim": {"arch": "resnet_slim", "depth": 18, "side": 8},
     "resnext": {"arch": "resnext", "depth": 11, "cardinality": 8, "base_width": 16, "groups": 16},
@@ -46,7 +46,7 @@ ZOO = {
 
 @pytest.fixture(scope="module", autouse=True)
 def smaller():
-    """VGG and MobileNet of a quarter of their widths, and ResNets of fewer second blocks."""
+    """VGG and MobileNet at a quarter of their widths, and ResNets with fewer second blocks."""
     resnet, options = import_torchvision().models.resnet, torchvision._options
 
     def narrow(settings, shape):
@@ -129,7 +129,7 @@ def test_the_zoo_computes_what_it_computed_with_masks(name):
 def test_one_layer_is_exact(mode, bias):
     torch.manual_seed(0)
     conv = nn.Conv2d(12, 18, 3, stride=2, padding=2, dilation=2, bias=bias, padding_mode=mode)
-    with torch.no_grad():  # whole numbers: sums are exact in whatever order
+    with torch.no_grad():  # with integers, sums are exact in any order
         for parameter in conv.parameters():
             parameter.copy_(torch.randint(-9, 9, parameter.shape))
     images = torch.randint(-9, 9, (2, 12, 11, 13)).float()
@@ -142,7 +142,7 @@ def test_one_layer_is_exact(mode, bias):
 
 
 def test_numbers_of_groups_by_hand():
-    # Outputs 0 and 2 read inputs 0 and 3; outputs 1 and 3 read 1 and 2.
+    # outputs 0 and 2 read inputs 0 and 3; outputs 1 and 3 read 1 and 2
     conv = nn.Conv2d(4, 4, 1, bias=False)
     with torch.no_grad():
         conv.weight.copy_(torch.arange(1.0, 17).reshape(4, 4, 1, 1))
@@ -162,7 +162,7 @@ def test_a_chain_needs_one_index_between_two_layers():
     model, images = nn.Sequential(*layers, nn.Conv2d(16, 5, 1)).eval(), torch.randn(2, 3, 12, 12)
     masked, found = pruned(model, images, groups=4)
     exported = export.export(masked, found, images).model
-    # 0 and 3 are dense and take any order, so that only what 1 hands to 2 needs an index.
+    # layers 0 and 3 are dense and accept any order, so only the path from 1 to 2 needs an index
     assert set(export.export(masked, found, images).groups) == {"1", "2"}
     assert indexes(exported) == 1
     assert difference(masked, exported, images) < 1e-5
@@ -240,7 +240,7 @@ def test_new_weights_in_the_found_groups():
     )
     conv = exported.get_submodule("layer3.0.conv2")
     assert not torch.equal(conv.weight, before["layer3.0.conv2.weight"])
-    # as torch draws a group convolution: for all outputs, whatever reads them
+    # like torch's group convolution: scaled by the fan-out of all outputs
     assert float(conv.weight.detach().std()) == pytest.approx((2 / (64 * 9)) ** 0.5, rel=0.05)
 
 
@@ -252,7 +252,7 @@ def test_dead_channels_go_from_an_exported_network():
     dead = "layer1.0.conv1"
     masked, found = pruned(model, images, groups=2)
     grouping = permutation.grouping_from_mask(found["layer1.0.conv2.weight"])
-    gone = grouping.inputs[:, 0]  # one input of each group of the reader
+    gone = grouping.inputs[:, 0]  # one input of each group of the layer that reads them
     with torch.no_grad():
         masked.get_parameter(f"{dead}.weight")[gone] = 0
         for part in ("weight", "bias"):
@@ -261,7 +261,7 @@ def test_dead_channels_go_from_an_exported_network():
     compact = removal.compact(whole, {}, found, images[:1].double(), True, "gconv")
     assert proof.verify(whole, compact, images.double(), proof.FLOAT64_TOLERANCE) < 1e-9
     smaller = compact.model.get_submodule(dead)
-    assert smaller.weight.shape[0] in (14, 16)  # they can go if each of its own groups loses one
+    assert smaller.weight.shape[0] in (14, 16)  # possible if each of its own groups loses one
     assert compact.model.get_submodule("layer1.0.conv2").groups == 2
 
 
@@ -283,7 +283,7 @@ def header(arch, **settings):
 
 
 def test_the_file_holds_groups_and_permutation(tmp_path):
-    """That it needs no code that pruned is tested with all other files, in test_channels_zoo.py."""
+    """test_channels_zoo.py tests that this file, like all others, needs no code of the pruners."""
     _, masked, found, images = small()
     exported = export.export(masked, found, images[:1]).model
     made = header("preresnet", depth=20)

@@ -1,4 +1,4 @@
-"""Work in progress: one process at a time, nothing lost, nothing made twice, nothing kept long."""
+"""Work in progress: one process at a time, nothing lost, nothing done twice or kept for long."""
 
 import contextlib
 import functools
@@ -25,15 +25,15 @@ from secateur.base.stage import Stage
 from secateur.training import resume
 from secateur.training.resume import ResumeStore, single_flight
 
-PROCESSES = multiprocessing.get_context("forkserver")  # pytest has threads, and so cannot fork
-# of libraries alone: it does not find the modules of this folder
+PROCESSES = multiprocessing.get_context("forkserver")  # pytest has threads, so it cannot fork
+# only libraries: the fork server does not find the modules of this folder
 PROCESSES.set_forkserver_preload(["pydantic.dataclasses", "pytest", "safetensors.torch"])
 OUTS = ["models/toy", "models/toy.run.json"]
 
 
 @pytest.fixture(autouse=True)
 def project(tmp_path, monkeypatch):
-    """An empty project, with the current folder in it."""
+    """An empty project, with the current folder inside it."""
     (tmp_path / "workspace").mkdir()
     monkeypatch.chdir(tmp_path / "workspace")
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
@@ -75,7 +75,7 @@ def test_the_state_comes_back_as_it_was():
     assert store.load() is None
     given = tensors()
     store.save(given, INFO)
-    for tensor in given.values():  # what happens to the tensors afterwards is no matter
+    for tensor in given.values():  # later changes of the tensors do not matter
         tensor.zero_()
     store.flush()
     found, info = ResumeStore(Path("folder"), []).load()
@@ -167,7 +167,7 @@ def whole_state(folder):
 
 
 def forged(folder, name, value):
-    """The state of this work with another value of a tensor, and the digest as it was."""
+    """The state of this work with another value of one tensor, but the old digest."""
     with safetensors.safe_open(folder / "state.safetensors", "pt") as file:
         found, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
     return safetensors.torch.save(found | {name: value}, metadata)
@@ -289,7 +289,7 @@ def test_what_lies_in_the_way_is_removed_or_renamed(place, project, capsys):
 
 @pytest.fixture
 def own_root(monkeypatch):
-    """A project that an ordinary user can reach; what pytest makes is its own user's alone."""
+    """A project that an ordinary user can access, unlike the temporary folders of pytest."""
     root = Path(tempfile.mkdtemp(dir="/tmp"))
     root.chmod(0o755)
     monkeypatch.setenv("DVC_ROOT", str(root))
@@ -327,7 +327,7 @@ def test_old_work_of_another_user_is_left_alone(own_root):
 def test_it_is_known_whether_a_process_works_on_a_fingerprint():
     fingerprint = stage().fingerprint
     with resume.unused("baseline", fingerprint) as free:
-        assert free, "there is no folder of it"
+        assert free, "no process has a folder for it"
     with another_process(worker) as (pipe, process):
         assert told(pipe) == "working"
         with resume.unused("baseline", fingerprint) as free:
@@ -337,7 +337,7 @@ def test_it_is_known_whether_a_process_works_on_a_fingerprint():
         with resume.unused("baseline", fingerprint) as free:
             assert free
     with single_flight(stage(), OUTS, nobody), resume.unused("baseline", fingerprint) as free:
-        assert not free, "this process works on it"
+        assert not free, "this process is working on it"
 
 
 def test_notes_are_remembered_one_by_one():
@@ -377,7 +377,7 @@ def test_inputs_and_names_are_part_of_the_work():
 
 @functools.cache
 def start_server_of_processes():
-    """The one that forks them; warm if it can be."""
+    """The server that forks processes; warm if possible."""
     with pytest.MonkeyPatch.context() as patch:
         Project(ROOT).enter(patch)
         patch.setattr(spawn, "_python_exe", os.fsencode(warm_python()))
@@ -385,7 +385,7 @@ def start_server_of_processes():
 
 
 def start(target, *arguments):
-    """A process in the folder and the project of the test."""
+    """A process in the current folder and in the project of the test."""
     start_server_of_processes()
     where = (os.getcwd(), os.environ["DVC_ROOT"])  # noqa: PTH109
     process = PROCESSES.Process(target=in_project, args=(*where, target, *arguments))
@@ -401,7 +401,7 @@ def in_project(folder, root, target, *arguments):
 
 @contextlib.contextmanager
 def another_process(target, *arguments):
-    """Really another process, in the project of the test; gives its pipe and itself."""
+    """A separate process in the project of the test; yields its pipe and the process."""
     ours, theirs = PROCESSES.Pipe()
     process = start(target, theirs, *arguments)
     try:
@@ -412,12 +412,12 @@ def another_process(target, *arguments):
 
 
 def told(pipe):
-    assert pipe.poll(600), "the other process says nothing"
+    assert pipe.poll(600), "the other process sent nothing"
     return pipe.recv()
 
 
 def do_the_same_work(pipe, folder):
-    """A second process, which needs the same work in a workspace of its own."""
+    """A second process that needs the same work in its own workspace."""
     os.chdir(folder)
     pipe.recv()
     with single_flight(stage(), OUTS, lambda: pipe.send("waiting")) as store:
@@ -436,7 +436,7 @@ def test_a_second_process_waits_and_takes_what_the_first_has_made(finished, proj
             write_outs("made")
             if finished:
                 store.finish()
-            assert not pipe.poll(0.2), "it waits as long as the lock is held"
+            assert not pipe.poll(0.2), "it waits while the lock is held"
         assert told(pipe) == ("done" if finished else "not done")
         process.join(600)
         assert process.exitcode == 0
@@ -465,7 +465,7 @@ def test_the_lock_of_a_killed_process_is_free_and_its_state_is_there():
 
 
 def abandoned(days, **declared):
-    """Work that has not been touched for this number of days."""
+    """Work that was last touched this number of days ago."""
     with single_flight(stage(**declared), OUTS, nobody) as store:
         store.save({"a": torch.ones(1)}, {"epoch": 1})
         store.flush()

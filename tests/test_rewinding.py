@@ -1,4 +1,4 @@
-"""Rewinding: weights of an early epoch, and the learning rate from there on."""
+"""Rewinding: the weights of an early epoch, and the learning rates from there on."""
 
 from types import SimpleNamespace
 
@@ -54,7 +54,7 @@ def test_the_rate_goes_on_from_the_epoch_that_it_is_rewound_to(schedule):
 
 
 def context(tmp_path, hidden):
-    """What finetune has when it rewinds a network with these layers to the one in a file."""
+    """The context of finetune for rewinding a network with these layers to the one in a file."""
     prepared = digits()
     header = Header(
         arch="lenet300", arch_settings={"hidden": hidden}, classes=prepared.info.classes,

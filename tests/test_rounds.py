@@ -1,4 +1,4 @@
-"""Targets over rounds: shares of the dense network, step by step, with and without masks."""
+"""Targets over rounds: shares of the dense network, round by round, with and without masks."""
 
 import argparse
 import copy
@@ -31,8 +31,8 @@ def dense(seed=0):
 
 @pytest.mark.parametrize(("granularity", "remove"), [("weight", False), ("filter", True)])
 def test_every_round_leaves_its_share_of_the_dense_network(granularity, remove):
-    """Counted from the networks that are left, not by the solver: masks are held from round to
-    round, and compact networks are what the next round starts from."""
+    """Shares are counted on the networks themselves, not taken from the solver. With masks, a round
+    keeps those of the rounds before; with removal, it starts from the compact network."""
     magnitude = plugin.load("pruners", "magnitude")
     first, model, held = dense(), dense(), {}
     images = torch.randn(4, 1, 28, 28)
@@ -47,7 +47,7 @@ def test_every_round_leaves_its_share_of_the_dense_network(granularity, remove):
         made = apply_decision(model, found, images, remove_dead=remove, requested="x")
         model, held = made.model, dict(made.masks)
         left = cost.nonzero(model, held) / cost.parameters(first)
-        step = 0 if granularity == "weight" else 0.06  # a filter of so small a network
+        step = 0 if granularity == "weight" else 0.06  # one filter of this small network
         assert abs(left - share) <= step + 1e-3
         assert found.notes["params_left_asked"] == share
 
@@ -136,7 +136,7 @@ def test_the_command_takes_empty_sections_of_plug_ins(tmp_path, monkeypatch):
 
 
 def test_evaluate_removes_models_of_old_rounds_and_nothing_else(tmp_path, monkeypatch, capsys):
-    """In models/rounds an editor or the user may keep folders of other names."""
+    """Users and editors may keep folders with other names in models/rounds."""
     monkeypatch.chdir(tmp_path)
     others = {"kept", "old-copy", ".ipynb_checkpoints", "Old"}
     for name in ("old", *others):

@@ -27,12 +27,12 @@ def network() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """Suffix -> a file with the network above, written without the code of the project."""
+    """Suffix -> a file with the network above, written without the project's code."""
     onnx = pytest.importorskip("onnx")
     folder = tmp_path_factory.mktemp("exported")
     batch = {0: torch.export.Dim.DYNAMIC}
     program = torch.export.export(network(), (torch.zeros(2, 1, 2, 2),), dynamic_shapes=(batch,))
-    program._example_inputs = None  # a pickle
+    program._example_inputs = None  # these would be pickled
     torch.export.save(program, folder / "model.pt2")
     node, tensor = onnx.helper.make_node, onnx.numpy_helper.from_array
     value = onnx.helper.make_tensor_value_info
@@ -132,7 +132,7 @@ OPTIONAL = {"onnx", "onnxruntime", "onnxscript", "openvino"}
 
 @pytest.mark.parametrize("file", CODE)
 def test_optional_packages_are_imported_only_when_they_are_used(file):
-    """The first run neither needs nor pays for them; `optional.load` names the missing one."""
+    """The first run neither needs nor imports them; `optional.load` names one that is missing."""
     source = (ROOT / file).read_text()
     names = {
         name

@@ -1,4 +1,4 @@
-"""2:4 masks by hand, and single entries of biases and scales beside those of weights."""
+"""2:4 masks by hand, and single entries of biases and scales next to those of weights."""
 
 import pytest
 import torch

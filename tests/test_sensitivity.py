@@ -1,4 +1,4 @@
-"""Sensitivity: what is computed again gives what the whole masked network gives."""
+"""Sensitivity: partial evaluations give the results of the whole masked network."""
 
 import copy
 from types import SimpleNamespace
@@ -25,7 +25,7 @@ def zoo(arch, **chosen):
 
 
 class InPlace(nn.Module):
-    """Writes into what it reads, wherever it can."""
+    """Changes its inputs in place wherever possible."""
 
     def __init__(self):
         super().__init__()
@@ -72,7 +72,7 @@ def test_trials_give_what_the_masked_network_gives(kind):
     model = MODELS[kind]()
     images = torch.randn(20, *SHAPE)
     with torch.no_grad():
-        model.fc.bias -= model(images).mean(0)  # so that not all images look alike
+        model.fc.bias -= model(images).mean(0)  # so that images are of different classes
         labels = model(images).argmax(1)
     context = PruningContext(copy.deepcopy(model), images, labels)
     names = sensitivity.independent_layers(context)
@@ -140,7 +140,7 @@ def test_groups_are_ablated_with_all_that_is_coupled_to_them():
     context = PruningContext(copy.deepcopy(model), images, torch.arange(6))
     made = sensitivity.group_ablations(context, ["l1", "random", "lamp"], [0.5], 1)
     free = {g.name: g.size for g in context.graph.groups if g.locked is None}
-    assert len(free) > len(sensitivity.independent_layers(context)), "sums too"
+    assert len(free) > len(sensitivity.independent_layers(context)), "including sums"
     for ablation in made:
         (name, index), *selected = ablation.channels.items()
         assert ablation.layer == name and len(index) == free[name] // 2
@@ -156,7 +156,7 @@ def test_groups_are_ablated_with_all_that_is_coupled_to_them():
 
 
 class Balanced(nn.Module):
-    """Outputs of `b` go into groups that must keep equal numbers."""
+    """The outputs of `b` go into groups, which must all keep the same number."""
 
     def __init__(self):
         super().__init__()

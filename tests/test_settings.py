@@ -1,4 +1,4 @@
-"""Settings: every mistake in params.yaml is one line that says where, what, and what would do."""
+"""Settings: every mistake in params.yaml is one line: where it is, what it is, what is allowed."""
 
 import copy
 import re
@@ -24,7 +24,7 @@ PLUGINS = [(kind, name) for kind in KINDS for name in plugin.names(kind)]
 
 
 def changed(path, value, drop=False):
-    """The project's params with one value changed; `path` has its keys joined by dots."""
+    """The project's params with one value changed; `path` is a dotted key."""
     params = copy.deepcopy(PARAMS)
     *way, last = path.split(".")
     table = params
@@ -38,7 +38,7 @@ def changed(path, value, drop=False):
 
 
 def complaint(params, tmp_path):
-    """The one line that `check` says about these params."""
+    """The one-line error of `check` for these params."""
     path = tmp_path / "params.yaml"
     path.write_text(params if isinstance(params, str) else yaml_text(params))
     with pytest.raises(SettingsError) as caught:
@@ -73,7 +73,7 @@ def test_any_number_survives_its_way_through_yaml(value):
         assert settings.Params.declared(yaml.safe_load(text)).decay == value
 
 
-MISTAKES = [  # key, value, what the line must hold beside both
+MISTAKES = [  # key, value, text that the message must contain besides both
     ("dataset", "digit", "there is no secateur/datasets/digit.py; there are: cifar10, "),
     ("arch", "lenet", "; did you mean lenet5?"),
     ("penalty", "hoyer_sqare", "did you mean hoyer_square?"),
@@ -396,7 +396,7 @@ def test_settings_cannot_be_changed_afterwards():
 
 
 class Nested(sections.Strict):
-    """As a plug-in may have them."""
+    """Settings of a plug-in."""
 
     ratio: Annotated[float, Field(gt=0, lt=1)] = 0.5
     levels: tuple[float, ...] = ()

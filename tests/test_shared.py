@@ -1,4 +1,4 @@
-"""Layers that run more than once, and tensors under several names: counted, pruned, stored once."""
+"""Layers that run more than once, and tensors with several names: counted, pruned, stored once."""
 
 import copy
 
@@ -22,7 +22,7 @@ def conv(inputs, outputs):
 
 
 class Twice(nn.Module):
-    """One convolution runs on 8x8 and on 4x4 positions."""
+    """One convolution that runs on 8x8 and on 4x4 positions."""
 
     def __init__(self):
         super().__init__()
@@ -34,7 +34,7 @@ class Twice(nn.Module):
 
 
 class Tied(nn.Module):
-    """Two convolutions with one weight, and a further one of its own."""
+    """Two convolutions that share a weight, and another one that does not."""
 
     def __init__(self):
         super().__init__()
@@ -48,7 +48,7 @@ class Tied(nn.Module):
 
 
 def aliased():
-    """One block under two names."""
+    """One block with two names."""
     same = nn.Sequential(conv(8, 8), nn.BatchNorm2d(8), nn.ReLU())
     head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)
     return nn.Sequential(conv(3, 8), same, same, *head)
@@ -69,7 +69,7 @@ def test_a_network_that_shares_tensors_is_pruned_saved_and_loaded(make, granular
     secateur.save(result, file)
     loaded = secateur.load(file, into=copy.deepcopy(net))
     assert torch.equal(loaded(IMAGES), result.model(IMAGES))
-    assert cost.parameters(loaded) == cost.parameters(result.model)  # still shared
+    assert cost.parameters(loaded) == cost.parameters(result.model)  # weights are still shared
 
 
 def test_a_mask_holds_under_every_name_in_the_file(tmp_path):
@@ -123,7 +123,7 @@ def test_a_layer_takes_the_time_of_all_its_runs():
 
 @pytest.mark.parametrize("granularity", ["filter", "channel"])
 def test_filters_of_the_layers_that_share_no_weight_are_pruned(granularity):
-    """The choice of a weight that two layers share is theirs together."""
+    """A weight that two layers share has a single choice for both."""
     net = build(Tied)
     pruner = secateur.pruners.magnitude(granularity=granularity, ratios=0.5)
     result = secateur.prune(net, IMAGES, pruner)

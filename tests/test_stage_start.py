@@ -1,4 +1,4 @@
-"""What happens at a stage's start: settings are checked once, library versions every time."""
+"""The start of a stage: settings are checked once, library versions every time."""
 
 import json
 import subprocess
@@ -25,7 +25,7 @@ PLUGINS = sum(len(plugin.names(kind)) for kind in plugin.KEYS)
 
 
 def imported(project, **options):
-    """Number of plug-ins that opening the stage imports; the error if it fails."""
+    """Number of plug-ins that opening the stage imports, or the error if it fails."""
     return project.run("python", "-c", IMPORTED, **options).strip()
 
 
@@ -38,7 +38,7 @@ def test_settings_are_checked_once_for_a_content_and_a_code(unborn):
     file = unborn.path / "secateur/archs/vgg.py"
     file.write_text(file.read_text() + "\n# changed\n")
     assert imported(unborn) == str(PLUGINS)
-    unborn.params(pruners__magnitude__ratios=1.5)  # a pruner that is not in use
+    unborn.params(pruners__magnitude__ratios=1.5)  # a pruner not in use
     for _ in range(2):
         assert "pruners.magnitude.ratios = 1.5" in imported(unborn, ok=False)
     unborn.params(pruners__magnitude__ratios=0.5)
@@ -61,7 +61,7 @@ def test_stages_that_start_at_the_same_time_check_the_same_settings(unborn):
 @pytest.mark.pipeline
 def test_a_stage_refuses_other_installed_versions_until_they_are_written(unborn):
     unborn.params(libraries__torch="1.0.0")
-    unborn.stage("prepare")  # the same data with any version
+    unborn.stage("prepare")  # prepare does not depend on the version
     log = unborn.stage("baseline", ok=False)
     (line,) = log.strip().splitlines()
     here = machine.installed_versions()["torch"]
@@ -128,8 +128,7 @@ console.main(work, "finetune", "")
 
 @pytest.fixture(scope="module")
 def started():
-    """What a process of its own, and not one of the warm ones, prints after it has imported the
-    stages, trained and then worked as a stage."""
+    """Output of a separate, cold process that imports the stages, trains, and works as a stage."""
     done = subprocess.run(
         [sys.executable, "-c", STARTED], cwd=ROOT, capture_output=True, text=True, check=False
     )

@@ -1,4 +1,4 @@
-"""The house keeps its shape: no circle, nothing upwards, nothing too large to read in one go.
+"""Structure of the code: no import cycles, imports in one direction, nothing too large to read.
 
 `python tests/test_structure.py` lists the rooms, what each imports, and its largest parts.
 """
@@ -23,7 +23,7 @@ def folder(file: str) -> str:
 
 
 def definitions(file: str) -> list[tuple[str, str, int]]:
-    """Kind, name and number of lines of every class and function, decorators left out."""
+    """Kind, name and number of lines of every class and function, without decorators."""
     nodes = ast.walk(ast.parse((ROOT / file).read_text()))
     return [
         ("class" if isinstance(node, ast.ClassDef) else "function", node.name,
@@ -34,7 +34,7 @@ def definitions(file: str) -> list[tuple[str, str, int]]:
 
 
 def circles(graph: dict[str, set[str]]) -> list[list[str]]:
-    """Nodes that import each other, directly or not, in groups (Tarjan's algorithm)."""
+    """Groups of nodes that import each other, directly or indirectly (Tarjan's algorithm)."""
     index: dict[str, int] = {}
     low: dict[str, int] = {}
     stack: list[str] = []
@@ -63,7 +63,7 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
 
 
 def room(file: str) -> str:
-    """The folder below secateur/ that a module is in, also if it is in a folder within it."""
+    """The folder below secateur/ that contains a module, directly or in a subfolder."""
     return "/".join(folder(file).split("/")[:2])
 
 

@@ -1,4 +1,4 @@
-"""Pruners of channels and groups: by hand, against brute force, and on networks of the zoo."""
+"""Pruners of channels and groups: by hand, compared with brute force, on networks of the zoo."""
 
 import copy
 import functools
@@ -25,7 +25,7 @@ SHAPE = (3, SIDE, SIDE)
 
 @functools.cache
 def made(arch, shape, chosen):
-    """A network of the zoo with statistics and scales that tell channels apart."""
+    """A network of the zoo whose statistics and scales differ between channels."""
     torch.manual_seed(0)
     module = plugin.load("archs", arch)
     model = module.build(module.Settings(**dict(chosen)), 10, shape)
@@ -55,7 +55,7 @@ def subject(model, shape=SHAPE, count=8):
 
 
 def prune(name, model, shape=SHAPE, context=None, **chosen):
-    """The decision of a pruner; with `context`, the model's, it is not traced again."""
+    """The decision of a pruner; a given `context` of the model is reused without tracing again."""
     module = plugin.load("pruners", name)
     own = validate(module.Settings, chosen, f"pruners.{name}")
     with section(f"pruners.{name}"):
@@ -63,7 +63,7 @@ def prune(name, model, shape=SHAPE, context=None, **chosen):
 
 
 def compacted(model, found, shape=SHAPE, graph=None):
-    """The compact network, proved equal to the masked one in float64; `graph` is the model's."""
+    """The compact network, after proving it equal to the masked one; `graph` is the model's."""
     model = model.double()
     batch = torch.randn(4, *shape, dtype=torch.float64)
     masks.apply(model, found.masks)
@@ -80,7 +80,7 @@ def compacted(model, found, shape=SHAPE, graph=None):
 
 
 def counted(model, shape=SHAPE):
-    """MACs, parameters that are not zero, and bytes of a network."""
+    """MACs, non-zero parameters, and bytes of a network."""
     image = torch.zeros(1, *shape, dtype=torch.float64)
     return {
         "macs": sum(c.macs for c in cost.layer_costs(model.double(), image)),
@@ -92,7 +92,7 @@ def counted(model, shape=SHAPE):
 
 
 def shares(whole, small, shape=SHAPE):
-    """What the small network has, over what was counted on the whole one."""
+    """Each count of the small network, divided by that of the whole one."""
     return {kind: left / whole[kind] for kind, left in counted(small, shape).items()}
 
 
@@ -120,7 +120,7 @@ def test_inner_scales_are_those_of_channels_that_one_layer_makes_and_all_read_sc
 
 @pytest.mark.parametrize(
     ("depth", "coupled", "count"),
-    [(18, "blocks", 1920), (50, "blocks", 7552), (50, "skip", 7616)],  # counts of classifier-pruner
+    [(18, "blocks", 1920), (50, "blocks", 7552), (50, "skip", 7616)],  # as in classifier-pruner
 )
 def test_scales_inside_blocks_are_those_of_the_original_code(depth, coupled, count):
     module = plugin.load("archs", "resnet_slim")
@@ -149,7 +149,7 @@ def test_the_pruner_leaves_the_stem_alone_and_rounds_down_as_the_original_code()
 
 
 class PreActivation(nn.Module):
-    """The shortcut reads raw what the norm beside it scales; the last norm scales what is read."""
+    """The shortcut reads channels without the scales of bn1; bn scales everything that fc reads."""
 
     def __init__(self):
         super().__init__()
@@ -170,7 +170,7 @@ def test_scales_of_channels_that_are_also_read_unscaled_do_not_gate_them():
 
 
 class Toy(nn.Module):
-    """A chain of two, then a sum of three, all with scales that the tests set."""
+    """A chain of two convolutions, then a sum of three, with scales that the tests set."""
 
     def __init__(self, a, b, stem, short, c):
         super().__init__()
@@ -205,7 +205,7 @@ def toy(
 
 
 def plain():
-    """Three wide convolutions with norms of many scales: nearly every share can be reached."""
+    """Three wide convolutions with norms of different scales: nearly every share can be reached."""
     torch.manual_seed(4)
     sizes = [3, 40, 50, 60]
     layers = []
@@ -224,13 +224,13 @@ def slim(model, **chosen):
 
 @pytest.mark.parametrize(
     ("ratio", "wanted"),
-    [  # all seven in order: .05 .1 .2 .3 .5 .6 .9; threshold at place floor(7 ratio)
+    [  # all seven sorted: .05 .1 .2 .3 .5 .6 .9; the threshold has index floor(7 ratio)
         (0, {}),
         (0.142, {}),
         (0.143, {"conv4": [1]}),
         (0.5, {"conv2": [0], "conv4": [0, 1]}),
         (0.8, {"conv2": [0, 1, 2], "conv4": [0, 1]}),
-        (0.99, {"conv2": [0, 1, 2], "conv4": [0, 1]}),  # one is left of each
+        (0.99, {"conv2": [0, 1, 2], "conv4": [0, 1]}),  # each layer keeps one
     ],
 )
 def test_the_threshold_by_hand(ratio, wanted):
@@ -258,14 +258,14 @@ def test_a_floor_keeps_the_largest_by_size_whatever_their_sign(least, wanted):
 
 def test_rounding_keeps_multiples_where_there_are_as_many():
     model = toy(a=tuple(0.01 * k for k in range(1, 21)), b=(1.0, 2.0, 3.0))
-    found = slim(model, ratio=0.5, round_to=4)  # 23 scales: 11 below; 9 of 20 left
+    found = slim(model, ratio=0.5, round_to=4)  # 11 of 23 scales are below: 9 of 20 stay
     assert gone(found) == {"conv2": list(range(8))}
     assert found.notes["ratio_asked"] == 0.5
     assert found.notes["ratio_reached"] == pytest.approx(8 / 23)
 
 
 class TwoScales(nn.Module):
-    """A sum of two layers, each with scales of its own, and a layer of two channels behind it."""
+    """A sum of two layers with their own scales, and a layer of two channels that reads it."""
 
     def __init__(self):
         super().__init__()
@@ -290,7 +290,7 @@ class TwoScales(nn.Module):
         ({"ratio": 0.4, "reduce": "max"}, {"a": [1], "c": [0]}),
         ({"ratio": 0.5, "reduce": "mean"}, {"a": [1], "c": [0]}),  # ties at the threshold stay
         ({"ratio": 0.7, "reduce": "prod"}, {"a": [0, 1, 2], "c": [0]}),
-        # divided by the largest of the group: .67 .33 .67 1 and .06 1
+        # divided by the largest of its group: .67 .33 .67 1 and .06 1
         ({"ratio": 0.4, "reduce": "mean", "normalise": "max"}, {"a": [1], "c": [0]}),
         ({"ratio": 0.7, "reduce": "mean", "normalise": "max"}, {"a": [0, 1, 2], "c": [0]}),
     ],
@@ -323,7 +323,7 @@ def test_both_couplings_against_brute_force(coupled, seed):
     threshold = pool[math.floor(ratio * len(pool))]
     wanted = {}
     for name, norms in members.items():
-        sizes = torch.stack(norms).abs().amax(0).tolist()  # all agree if the largest does
+        sizes = torch.stack(norms).abs().amax(0).tolist()  # all are below if the largest is
         below = [k for k, size in enumerate(sizes) if size < threshold]
         if len(below) == len(sizes):
             below.remove(sizes.index(max(sizes)))
@@ -402,7 +402,7 @@ WAYS = {
 
 @functools.cache
 def known(build):
-    """A network that is only read: its context, what decisions leave of it, what was counted."""
+    """Of a network that is only read: its context, the remaining shares, and its counts."""
     context, whole = subject(build()), build()
     counts = counted(whole)
     assert counts["params"] == sum(p.numel() for p in whole.parameters())
@@ -437,7 +437,7 @@ def test_depthwise_convolutions_follow_the_layer_before_them(pruner):
     layers += [norm([0.1] * 8), nn.ReLU(), nn.Conv2d(8, 5, 1), nn.Flatten(), nn.Linear(180, 3)]
     model = nn.Sequential(*layers).eval()
     chosen = {"ratios": {"0": 0.5}} if pruner == "magnitude" else {"ratio": 0.7}
-    found = prune(pruner, model, **chosen)  # 16 scales, the twelfth is 0.4
+    found = prune(pruner, model, **chosen)  # the twelfth of 16 scales is 0.4
     assert not found.masks
     left = 4 if pruner == "magnitude" else 5
     small = compacted(model, found)
@@ -459,7 +459,7 @@ CIFAR = (3, 32, 32)
 
 @functools.cache
 def published(arch, classes, **chosen):
-    """A network of the literature with new weights, which pruners only read, as their context."""
+    """A network of the literature with new weights, as a context that pruners only read."""
     module = plugin.load("archs", arch)
     chosen = {k: list(v) if isinstance(v, tuple) else v for k, v in chosen.items()}
     return subject(module.build(module.Settings(**chosen), classes, CIFAR).eval(), CIFAR)
@@ -470,7 +470,7 @@ def test_resnet_56_has_the_published_counts(ratios):
     context = published("resnet_cifar", 10, depth=56)
     written = list(ratios) if isinstance(ratios, tuple) else ratios
     found = prune("magnitude", context.model, context=context, ratios=written)
-    assert not found.masks, "whole filters, all of them"
+    assert not found.masks, "only whole filters"
     image = torch.zeros(1, *CIFAR)
     small = removal.remove(context.model, found.channels, image, {}, context.graph).model
     costs = cost.layer_costs(small, image)
@@ -571,7 +571,7 @@ def magnitude(model, **chosen):
 
 
 def groups_of(weight, groups):
-    """One tensor a group, in order."""
+    """One tensor per group, in order."""
     if groups == "weight":
         return list(weight.flatten())
     return [
@@ -581,7 +581,7 @@ def groups_of(weight, groups):
 
 
 def loop(criterion, weight, gradient, groups):
-    """The criterion as its source writes it, over plain numbers."""
+    """The criterion as in its source, with a loop over plain numbers."""
     parts = [p.double() for p in groups_of(weight, groups)]
     slopes = [p.double() for p in groups_of(gradient, groups)]
     if criterion == "l1":
@@ -611,13 +611,13 @@ def test_criteria_against_loops_over_plain_numbers(criterion, groups):
         weight = model.get_parameter(name)
         wanted = loop(criterion, weight.detach(), weight.grad, groups)
         assert choices.fits(score > 0, weight)
-        # a distance of almost 0 is the square root of a difference: half the digits are left
+        # a distance near 0 is the square root of a difference, so half of the digits are lost
         digits = 1e-7 if criterion == "geometric_median" else 1e-9
         assert score.flatten().tolist() == pytest.approx(wanted, rel=digits, abs=1e-15)
 
 
 def test_taylor_is_the_loss_that_a_filter_would_change():
-    """First order: exact in the limit of a small change."""
+    """To first order: exact in the limit of small changes."""
     model = chain().double()
     own = PruningContext(
         model, torch.randn(8, 3, SIDE, SIDE, dtype=torch.float64), torch.arange(8) % 3
@@ -674,8 +674,8 @@ def test_global_compares_all_layers_and_empties_none():
     model = chain()
     with torch.no_grad():
         for number in range(6):
-            model[0].weight[number] = 0.001 * (number + 1)  # all below those of the other
-    found = magnitude(model, ranking="global", ratios=0.6)  # 11 filters, 7 go
+            model[0].weight[number] = 0.001 * (number + 1)  # all smaller than those of layer 3
+    found = magnitude(model, ranking="global", ratios=0.6)  # 7 of 11 filters would be pruned
     assert len(gone(found)["0"]) == 5 and 5 not in gone(found)["0"]
     assert len(gone(found)["3"]) == 1
     assert found.notes["ratio_asked"] == 0.6
@@ -706,7 +706,7 @@ def test_filters_left_are_brought_up_to_multiples(ratio, to, left):
 
 
 class TwoReaders(nn.Module):
-    """What the stem makes is read by two layers."""
+    """Two layers read the output of the stem."""
 
     def __init__(self):
         super().__init__()
@@ -752,7 +752,7 @@ def test_a_ratio_for_a_layer_that_may_not_be_pruned_names_it(arch, chosen, layer
     with pytest.raises(SettingsError, match=rf"{layer} = 0\.3 is for layer {layer}, .*{reason}"):
         prune("magnitude", model, granularity=groups, ratios={layer: 0.3}, **chosen)
     passed = prune("magnitude", model, granularity=groups, ratios=0.3)
-    assert not passed.masks, "whole channels only"
+    assert not passed.masks, "only whole channels"
     assert groups == "channel" or layer not in passed.channels
 
 
