@@ -1,4 +1,4 @@
-"""Studies: what they mean, how many pieces of work they are, and that DVC agrees."""
+"""Studies: definitions, the number of pieces of work, and agreement with DVC."""
 
 import contextlib
 import csv
@@ -35,7 +35,7 @@ TRAINING = ("baseline", "sparse-train", "finetune")
 
 @pytest.fixture
 def write_study(tmp_path, monkeypatch):
-    """Write studies/mine.yaml into an empty folder, and read it."""
+    """Write studies/mine.yaml into an empty folder, and load it."""
     (tmp_path / "studies").mkdir()
     monkeypatch.chdir(tmp_path)
 
@@ -114,8 +114,8 @@ def test_controls_change_one_thing(write_study):
     for one in (dense, longer):
         assert one["sparse_train"]["epochs"] == one["finetune"]["epochs"] == 0
         assert one["pruners"]["threshold"]["sensitivity"] == 0 and one["penalty"] == "none"
-        assert one["parametrization"] == "none", "which prunes, even in no epochs"
-    (random,) = found["random"]  # not of slimming
+        assert one["parametrization"] == "none", "parametrizations prune even in no epochs"
+    (random,) = found["random"]  # network slimming has none
     assert random["pruners"]["magnitude"] == {"ratios": 0.5, "pick": "random"}
     assert [s["finetune"]["budget"] for s in found["scratch_compute"]] == ["compute"] * 2
     for scratch in found["scratch_epochs"]:
@@ -233,7 +233,7 @@ def test_cells_of_a_trial_have_the_values_that_were_chosen(write_study):
 
 
 def _searched(space, interrupt):
-    """Trials by values of a function of the choice; a search that is started again every time."""
+    """Finish all trials, with values computed from their params; interruptions restart it."""
     while True:
         trials = search.Trials("mine", space)
         trials.claim("as it is")
@@ -271,7 +271,7 @@ def test_an_interrupted_search_proposes_the_trials_of_one_that_was_not(write_stu
 
 
 def test_failed_trials_are_tried_again_by_the_next_call_and_once_in_each(write_study):
-    """With the same values; whatever failed, a search that goes on is one that was never broken."""
+    """A retried trial keeps its values, and the search ends like one without failures."""
     pytest.importorskip("optuna")
     how = {"trials": 7, "sampler": "random", "objectives": ["accuracy", "macs"], "batch": 3}
     space = write_study(axes=RANGES, search=how).space
@@ -335,7 +335,7 @@ def test_a_search_evaluates_what_no_other_trial_beats(project):
     assert {f"mine-t{number:03d}-s1" for number in best} == {
         name for name in named.split() if name.startswith("mine-t")
     }
-    for number in best:  # what the search has counted is what evaluate reports
+    for number in best:  # the search and evaluate report the same parameters
         show = f"refs/exps/{_baseline(project)}/mine-t{number:03d}-s1:metrics/evaluate.json"
         report = json.loads(project.run("git", "show", show))
         assert 1 / report["compression"] == pytest.approx(rows[number]["parameters"])
@@ -348,7 +348,7 @@ def test_a_search_evaluates_what_no_other_trial_beats(project):
 def test_a_search_for_accuracy_without_validation_images_ends_before_it_trains(
     unborn, monkeypatch, tmp_path
 ):
-    """A data set with a val of its own has some, whatever data.validation is."""
+    """A data set with its own val can be searched, whatever data.validation says."""
     pytest.importorskip("optuna")
     for split, name in itertools.product(("train", "val", "test"), "ab"):
         (tmp_path / "images" / split / name).mkdir(parents=True)
@@ -371,11 +371,11 @@ def test_a_search_for_accuracy_without_validation_images_ends_before_it_trains(
             graph = Graph(state.copy("plan"), state.root)
             search._check_validation(state, graph, space, options)
         made = [path.name for path in unborn.path.glob(".dvc/cache/runs/*/*/*")]
-        assert len(made) == 1 + (own["dataset"] != "digits"), "the data sets are prepared, no more"
+        assert len(made) == 1 + (own["dataset"] != "digits"), "only data sets have been prepared"
 
 
 def test_a_runtime_that_is_missing_is_named_before_anything_runs(monkeypatch, tmp_path):
-    """In an empty folder, where anything else would say that there is no study."""
+    """In an empty folder, where any later check would report a missing study."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "openvino", None)
     options = build_parser().parse_args(["study", "mine", "--latency", "openvino"])
@@ -432,7 +432,7 @@ def run_study(project, *options, tracking="off", **more):
 
 @pytest.mark.pipeline
 def test_the_keys_are_those_of_dvc_and_so_is_the_experiment(project):
-    """What `dvc repro` has made is found, and a cell of it has DVC's own dvc.lock."""
+    """Results of `dvc repro` are found, and the cell's experiment has DVC's own dvc.lock."""
     seed = params_file.read(project.path / "params.yaml")["seed"]
     study_of(project, seeds=[seed], settings={})
     log = run_study(project)
@@ -450,7 +450,7 @@ def test_the_keys_are_those_of_dvc_and_so_is_the_experiment(project):
     study_of(project, seeds=[seed], settings={}, axes={"finetune.epochs": [0, 5]})
     shown = run_study(project, "--plan")
     assert re.search("finetune .* 1 to be run", shown)
-    assert "no records" in shown, "a training of no epochs tells nothing of one of five"
+    assert "no records" in shown, "the time of no epochs says nothing about five"
 
 
 @pytest.mark.pipeline
@@ -495,7 +495,7 @@ def test_the_time_left_in_words(known, words):
 
 
 class _Busy:
-    """An executor whose pieces take longer than anybody waits."""
+    """An executor whose tasks never finish."""
 
     slots = 1
 
@@ -518,7 +518,7 @@ class _Busy:
 
 @pytest.mark.pipeline
 def test_while_a_piece_runs_the_time_left_is_said(project, monkeypatch, capsys):
-    """An epoch of finetune takes as long as one of the stages that have been trained."""
+    """Estimated from the time per epoch of the stages that have been trained."""
     seed = params_file.read(project.path / "params.yaml")["seed"]
     study_of(project, seeds=[seed], settings={"finetune": {"epochs": 400, "budget": "compute"}})
     project.enter(monkeypatch)
@@ -579,7 +579,7 @@ def test_each_training_runs_once_and_dvc_has_nothing_to_add_to_a_cell(
 @pytest.mark.pipeline
 @pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
 def test_killed_at_any_moment_the_same_command_goes_on(kills, project):
-    """Coordinator and workers are killed in turn, at work; records count what was trained."""
+    """Coordinator and workers are killed in turn while they work; records count the trainings."""
     alive = []
     study_of(project, seeds=[5], axes={"pruners.std.sensitivity": [0.5, 0.75]})
     for number in range(kills):
@@ -602,7 +602,7 @@ def test_killed_at_any_moment_the_same_command_goes_on(kills, project):
     assert "2 of 2 cells are experiments of DVC" in run_study(project)
     trained = Counter()
     for entry in (project.path / ".dvc/cache/runs").glob("*/*/*"):
-        if entry.name.endswith(".tmp"):  # DVC's, of a process that was killed as it wrote
+        if entry.name.endswith(".tmp"):  # written by DVC, in a process that was killed
             continue
         content = yaml.safe_load(entry.read_text())
         if content["params"]["params.yaml"].get("seed") == 5:
@@ -612,7 +612,7 @@ def test_killed_at_any_moment_the_same_command_goes_on(kills, project):
 
 
 def coordinator(project, *options):
-    """The study in a process that is real, so that it can be killed alone; its workers are warm."""
+    """Run the study in a real process, which can be killed alone; its workers are warm."""
     code = (
         "import os, runpy, sys; sys.path[0] = os.getcwd(); sys.argv[0] = 'secateur'\n"
         "sys.executable = os.environ.get('WARM_EXECUTABLE', sys.executable)\n"
@@ -625,7 +625,7 @@ def coordinator(project, *options):
 
 
 def works_since(project, began):
-    """Whether a piece of work has begun since then, in seconds since 1970."""
+    """Whether a piece of work has begun since `began`, in seconds since 1970."""
     logs = (project.path / ".dvc/tmp/studies/work").glob("*/*.log")
     return any(log.stat().st_mtime >= began for log in logs)
 
@@ -659,7 +659,7 @@ def test_what_a_stage_refuses_is_one_line_and_the_other_cells_are_finished(proje
 
 @pytest.mark.pipeline
 def test_mlflow_gets_a_parent_with_the_page_and_children_once(project):
-    """Into the real store; what is there and unchanged is written again only into another store."""
+    """In the real store: unchanged results are written again only if the store is another one."""
     seed = params_file.read(project.path / "params.yaml")["seed"]
     study_of(project, seeds=[seed], settings={})
     first = run_study(project, tracking="on")
@@ -669,7 +669,7 @@ def test_mlflow_gets_a_parent_with_the_page_and_children_once(project):
     assert child.info.run_name == f"mine-s{seed}" and "MLflow: " in first
     report = json.loads((project.path / "metrics/evaluate.json").read_text())
     assert child.data.metrics["finetuned/accuracy"] == report["finetuned"]["accuracy"]
-    page = Path(urlparse(parent.info.artifact_uri).path, "index.html")  # of the copied project
+    page = Path(urlparse(parent.info.artifact_uri).path, "index.html")  # inside the copied project
     assert page.read_bytes() == (project.path / "report/mine/index.html").read_bytes()
     again = run_study(project, tracking="on")
     assert "report/mine/index.html: up to date" in again and "MLflow" not in again
@@ -710,7 +710,7 @@ print(json.dumps({"ran": progress.ran, "failed": progress.failed, "models": mode
 
 
 def executed(project, kind):
-    """What an executor has run, and hashes of all folders that the cells have."""
+    """Run the study with an executor; the stages that ran, and hashes of all output folders."""
     log = project.run(sys.executable, "-c", EXECUTE, kind, PYTHONPATH=str(project.path))
     return json.loads(log.splitlines()[-1])
 
@@ -718,7 +718,7 @@ def executed(project, kind):
 @pytest.mark.pipeline
 @pytest.mark.parametrize(("kind", "package"), [("ray", "ray"), ("slurm", "submitit")])
 def test_all_executors_make_the_same_bytes_and_each_of_them_once(kind, package, project, tmp_path):
-    """submitit's own local cluster stands for slurm: processes in place of jobs."""
+    """For slurm, submitit's local cluster is used, which starts processes instead of jobs."""
     pytest.importorskip(package)
     study_of(project, seeds=[7], axes={"pruners.std.sensitivity": [0.5, 0.75]})
     here = executed(project.copy(tmp_path / "local"), "local")

@@ -1,4 +1,4 @@
-"""Who runs the pieces of a study, and the copies of the project in which they run."""
+"""Executors of studies, and the copies of the project in which they run."""
 
 import json
 import shutil
@@ -33,7 +33,7 @@ def request(key):
 
 
 def test_requests_that_arrive_together_are_all_answered():
-    """Also one that arrives in two parts."""
+    """One of them arrives in two parts."""
     ours, its = socket.socketpair()
     ours.settimeout(60)
     sent = b"".join(request(key) for key in "1234")
@@ -59,7 +59,7 @@ def test_requests_that_arrive_together_are_all_answered():
 
 @pytest.fixture
 def small(tmp_path):
-    """A committed project without stages, and with files that Git does not know."""
+    """A committed project without stages, and with files that Git does not track."""
     contents = {
         "params.yaml": "seed: 1\n", "weights/.gitignore": "*.bin\n", "a b/ü.py": "1",
         ".dvc/config": "", ".dvc/.gitignore": "/tmp\n/cache\n/config.local\n",
@@ -81,7 +81,7 @@ UNKNOWN = ("weights/mine.bin", "plugin.py", "images")
 
 
 def studied(root, copy):
-    """Hashes of what Git does not know, as a study sees them; and files of a copy that works."""
+    """Hashes of untracked files as a study sees them, and the files in a worker's copy."""
     state = snapshot.take(root)
     graph = Graph(state.copy("plan"), root)
     hashes = [graph.file(path)["md5"] for path in UNKNOWN]
@@ -99,7 +99,7 @@ def studied(root, copy):
 
 @pytest.mark.parametrize("copy", ["worker", "another"])
 def test_a_study_sees_files_that_git_does_not_know_as_they_are_now(copy, small):
-    """In copies that an earlier study has made, and in new ones."""
+    """In copies made by an earlier study, and in new ones."""
     before, listed = studied(small, "worker")
     assert listed["images/cats/1"] == "first" and len(listed) == 6
     times = {path: (small / path).stat().st_mtime_ns for path in UNKNOWN}
@@ -135,7 +135,7 @@ def test_two_studies_that_start_together_share_one_copy(small):
 
 
 def test_two_studies_check_their_settings_at_the_same_time(small, monkeypatch):
-    """Each is told about its own."""
+    """Each of them is told about its own mistake."""
     monkeypatch.chdir(small)
     state = snapshot.take(small)
     monkeypatch.chdir(state.copy("plan"))

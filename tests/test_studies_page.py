@@ -75,9 +75,9 @@ def test_differences_of_as_many_images_are_equal_whatever_the_quotients_round_to
         second = [(count - fewer) / images for count in right]
         assert statistics.paired(first, second)[1] is None
         rounded += np.ptp(np.subtract(first, second)) > 0
-        second[0] = (right[0] - fewer - 1) / images  # one image more
+        second[0] = (right[0] - fewer - 1) / images  # one more image
         assert statistics.paired(first, second)[1] is not None
-    assert rounded, "some differ by rounding"
+    assert rounded, "some differ only by rounding"
 
 
 def test_holm_by_hand():
@@ -122,7 +122,7 @@ def test_hypervolume_by_hand_and_by_counting_cells():
 
 @pytest.fixture
 def experiments(tmp_path, monkeypatch):
-    """A Git repository with experiments of made-up results, as DVC names them; their cells."""
+    """A Git repository with experiments of invented results, named as by DVC; returns cells."""
 
     def git(*words):
         done = subprocess.run(["git", *words], cwd=tmp_path, capture_output=True, text=True)
@@ -166,7 +166,7 @@ def experiments(tmp_path, monkeypatch):
 
 @pytest.fixture
 def vectors(monkeypatch):
-    """Pictures are drawn as SVG alone: PNG, which takes as long, is looked at by one test."""
+    """Draw figures only as SVG: PNG takes as long again, and one test checks it."""
     monkeypatch.setattr(plots, "png", lambda figure: b"")
 
 
@@ -184,12 +184,12 @@ def test_results_come_from_git_and_damage_costs_one_line(experiments, tmp_path, 
     assert set(results.experiments()) == {cell.experiment for cell in cells}
     experiments.git("update-ref", f"refs/exps/ff/{'f' * 38}/m0-2-s1", commit)
     experiments.git("update-ref", f"refs/exps/00/{'0' * 38}/m0-2-s1", commit)
-    assert [r.name for r in results.read(["m0-2-s1"])] == ["m0-2-s1"], "that of HEAD is meant"
+    assert [r.name for r in results.read(["m0-2-s1"])] == ["m0-2-s1"], "the one on HEAD is read"
 
 
 @pytest.mark.usefixtures("vectors")
 def test_the_page_of_a_study_is_of_its_own_commit_wherever_head_is(experiments, tmp_path):
-    """HEAD has moved on, to a commit with other experiments of the same names."""
+    """HEAD has moved to another commit, whose experiments have the same names."""
     (tmp_path / "metrics/layers.csv").write_text(
         "model,layer,sparsity_of_dense\nfinetuned,mine,0.5\n"
     )
@@ -210,7 +210,7 @@ def test_the_page_of_a_study_is_of_its_own_commit_wherever_head_is(experiments, 
     experiments.git("commit", "-q", "--allow-empty", "-m", "without experiments")
     found = results.read([c.experiment for c in cells], state.revision)
     assert [result.dense for result in found] == [0.96, 0.96]
-    assert results.read(["HEAD", "m0-2-s2"], state.revision) == [], "no experiments on it"
+    assert results.read(["HEAD", "m0-2-s2"], state.revision) == [], "this commit has no experiments"
 
 
 def test_compare_sorts_and_says_what_differs(experiments, tmp_path, capsys):
@@ -220,7 +220,7 @@ def test_compare_sorts_and_says_what_differs(experiments, tmp_path, capsys):
     compare.command(options)
     rows = json.loads(capsys.readouterr().out)
     assert [row["compression"] for row in rows] == [4, 4, 2, 2]
-    assert rows[0]["differs"] == "penalty p0, ratios 0.75"  # nothing of a penalty not in use
+    assert rows[0]["differs"] == "penalty p0, ratios 0.75"  # no settings of penalties not in use
     assert list(rows[0]) == list(compare.COLUMNS)
     options.json, options.csv = False, True
     compare.command(options)
@@ -239,7 +239,7 @@ def test_compare_of_all_commits_has_experiments_of_one_name_of_each(experiments,
     assert names == ["m0-2-s1", "m0-2-s1", "m0-2-s2", "m0-4-s1", "m0-4-s1", "m0-4-s2"]
     assert [row["experiment"] for row in rows if row["seed"] == 2] == ["m0-2-s2", "m0-4-s2"]
     assert {row["dense"] for row in rows[:2]} == {0.96, 0.5}
-    for row in rows:  # a name in the table is one that can be asked for
+    for row in rows:  # each name in the table can be passed to the command
         (found,) = results.read([row["experiment"]])
         assert found.dense == row["dense"]
 
@@ -376,7 +376,7 @@ def test_a_wide_axis_of_accuracies_has_equal_room_for_equal_ratios_of_errors():
     assert middle - low == pytest.approx(high - middle) and high > middle
     bottom, top = wide.get_ylim()
     assert bottom < 60 and 99.9 < top < 100
-    plots.scale_accuracy(wide, [0.0, 100.0])  # no error at all has a place too
+    plots.scale_accuracy(wide, [0.0, 100.0])  # an error of zero can be drawn too
     assert np.isfinite(wide.transData.transform((0, 100.0))).all()
 
 
@@ -403,7 +403,7 @@ def test_cells_made_by_hand_differ_in_method_and_point(experiments):
 
 @pytest.mark.usefixtures("vectors")
 def test_a_seed_counts_once_in_a_report(experiments, tmp_path, capsys):
-    """Of two studies with a cell in common: the same result, and another one."""
+    """From two studies that share a cell: an equal result is left out, another one is kept."""
     cell, other_point = experiments(1, seeds=(1,))
     known = results.read([cell.experiment])[0]
     commits = {"same": known.report, "other": known.report | {"compression": 3}}
@@ -455,7 +455,7 @@ def test_curves_and_layers_come_from_the_cache_by_the_hashes_of_the_lock(experim
     )
     cells = experiments(1, seeds=(1,))
     left = artifacts.read(results.read([cells[0].experiment]))[cells[0].experiment]
-    assert artifacts.validation_curves([left, left]) == {"baseline": [0.5, 0.75]}  # the rest: gone
+    assert artifacts.validation_curves([left, left]) == {"baseline": [0.5, 0.75]}  # others are gone
     chained = results.read([cells[0].experiment])[0]
     chained.report["rounds"] = {"round1": {}, "more": {}}
     left_by_both = artifacts.read([chained])[chained.name]
@@ -470,7 +470,7 @@ def test_curves_and_layers_come_from_the_cache_by_the_hashes_of_the_lock(experim
 
 @pytest.mark.usefixtures("vectors")
 def test_latencies_are_columns_of_the_models_that_were_measured(experiments, tmp_path):
-    """Means by hand; a time of another model of that name, or a damaged table, is no time."""
+    """Means by hand; times of other models with that name and damaged tables are ignored."""
     lock = {"stages": {"finetune": {"outs": [{"path": "models/finetuned", "md5": "1.dir"}]}}}
     (tmp_path / "dvc.lock").write_text(json.dumps(lock))
     cells = [cell for cell in experiments(1) if cell.point == "2x"]
@@ -488,7 +488,7 @@ def test_latencies_are_columns_of_the_models_that_were_measured(experiments, tmp
     (line,) = csv.DictReader((folder / "table.csv").read_text().splitlines())
     assert float(line["latency ONNX Runtime"]) == 1.5
     assert float(line["speedup ONNX Runtime"]) == 3.0
-    half = stats.t.ppf(0.975, 1) * 1.0  # 2 and 4: s / sqrt(2) = 1
+    half = stats.t.ppf(0.975, 1) * 1.0  # for 2 and 4: s / sqrt(2) = 1
     assert float(line["speedup ONNX Runtime_half_width"]) == pytest.approx(half)
     text = (folder / "index.html").read_text()
     assert "<th>ONNX Runtime speed-up</th>" in text and page.MEASURED in text
@@ -508,7 +508,7 @@ def test_latencies_are_columns_of_the_models_that_were_measured(experiments, tmp
 
 
 def test_networks_of_the_cache_are_measured_once(experiments, tmp_path):
-    """Real checkpoints in DVC's cache; what is not there costs a line."""
+    """Real checkpoints in DVC's cache; missing ones are reported in one line."""
     header = Header("lenet300", {"hidden": [6, 5]}, ["a", "b"], [1, 8, 8], [0.5], [0.5], "5", "a")
     outs = []
     for name, width in (("baseline", 6), ("finetuned", 3)):
@@ -544,7 +544,7 @@ def test_damaged_tables_are_left_out(experiments, tmp_path):
 
 
 def test_bootstrap_by_the_normal_approximation():
-    """1,000 images, of which 60 only the first gets right and 20 only the second."""
+    """1,000 images: only the first network gets 60 of them right, only the second another 20."""
     first = [True] * 60 + [False] * 20 + [True] * 920
     second = [False] * 60 + [True] * 20 + [True] * 920
     low, high = statistics.bootstrap(first, second)
@@ -590,7 +590,7 @@ def test_published_results_are_drawn_and_marked_as_not_ours(experiments, tmp_pat
     html = (tmp_path / "report/index.html").read_text()
     assert "Published results" in html and "a paper" in html
     assert "theirs (not ours)" in (tmp_path / "report/compression.svg").read_text()
-    assert "theirs" not in (tmp_path / "report/macs.svg").read_text(), "no figure of MACs known"
+    assert "theirs" not in (tmp_path / "report/macs.svg").read_text(), "no published MACs"
 
 
 def test_short_names_of_settings_are_as_long_as_it_takes():

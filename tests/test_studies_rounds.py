@@ -1,4 +1,4 @@
-"""Studies of several rounds: what their cells share, that DVC agrees with it, and the page."""
+"""Studies with several rounds: what their cells share, agreement with DVC, and the page."""
 
 import contextlib
 import functools
@@ -32,11 +32,11 @@ from secateur.studies.report import by_hand, fairness, tables
 from secateur.studies.report import rounds as of_rounds
 from secateur.studies.results import Cell, Result
 
-__all__ = ["write_study"]  # a fixture
+__all__ = ["write_study"]  # imported as a fixture
 
 
 def a_round(after, sensitivity=0.5, epochs=1):
-    """A further round of little work."""
+    """A further round with little work."""
     return {
         "after": after, "sparse_train": {"epochs": 0}, "finetune": {"epochs": epochs},
         "prune": {"pruners": {"std": {"sensitivity": sensitivity}}},
@@ -80,7 +80,7 @@ TINY_ROUNDS = {
 
 @pytest.fixture
 def tiny(tmp_path, monkeypatch, programs):
-    """A project whose stages cost nothing, in the form of the real one; it has run with rounds."""
+    """A project like the real one whose stages take no time; it has run, with further rounds."""
     params = {"size": 3, "rounds": {"b": {"after": "two", "prune": {}}, "a2": {"after": "one",
               "prune": {"x": 1e-5}}}}  # fmt: skip
     (tmp_path / "stages/rounds").mkdir(parents=True)
@@ -98,7 +98,7 @@ def tiny(tmp_path, monkeypatch, programs):
 
 
 def locked(project):
-    """The stages of both lock files by name."""
+    """The stages in both lock files, by name."""
     found = {}
     for lock in ("dvc.lock", "stages/rounds/dvc.lock"):
         found |= load_yaml(str(project.path / lock))["stages"]
@@ -106,7 +106,7 @@ def locked(project):
 
 
 def unrun(project):
-    """A graph on a copy of the project's own files, with its cache."""
+    """A graph on a copy of the project's own files without outputs, with its cache."""
     copy = project.path.parent / f"{project.path.name}-copy"
     shutil.copytree(project.path, copy)
     for made in ("m", "rounds/a2", "rounds/b", "listing"):
@@ -117,7 +117,7 @@ def unrun(project):
 
 
 def test_keys_and_folders_of_rounds_are_those_of_dvc(tiny):
-    """Every stage is found by its key, with the entry that DVC has written, of folders too."""
+    """Every stage is found by its key, and its entry equals that of DVC, including folders."""
     graph = unrun(tiny)
     stages = graph.stages(graph.params)
     made, theirs = {}, locked(tiny)
@@ -132,7 +132,7 @@ def test_keys_and_folders_of_rounds_are_those_of_dvc(tiny):
     (evaluate,) = [stage for stage in stages if stage.name == "evaluate"]
     assert evaluate.folders == ("rounds",) and "finetune@a2" in evaluate.upstream
     (folder,) = [dep for dep in made["evaluate"]["deps"] if dep["path"] == "rounds"]
-    assert not graph.has_object(folder["md5"]), "DVC keeps no object of a dependency"
+    assert not graph.has_object(folder["md5"]), "DVC stores no object for a dependency"
     assert {s.address for s in stages} >= {"finetune", "stages/rounds/dvc.yaml:finetune@b"}
     without = graph.params | {"rounds": {}}
     alone = {stage.name: stage for stage in graph.stages(without)}
@@ -149,7 +149,7 @@ def test_a_search_ends_its_trials_at_the_finetuning_of_the_last_round(tiny):
         PlannedCell(name, "", "", 1, None, {"rounds": named})
         for name, named in (("one", {}), ("two", second), ("three", third))
     ]
-    for path in ("finetuned", "rounds/b/finetuned"):  # as the tiny models would be named
+    for path in ("finetuned", "rounds/b/finetuned"):  # the paths that the tiny models would have
         (tiny.path / "m" / path).mkdir(parents=True)
         (tiny.path / "m" / path / "f").write_text("1")
     made = plan.make(graph, cells, "finetune")
@@ -157,7 +157,7 @@ def test_a_search_ends_its_trials_at_the_finetuning_of_the_last_round(tiny):
     assert last == ["finetune", "finetune@b", "finetune@c"]
     assert "evaluate" not in {work.stage.name for work in made.works.values()}
     names = Counter(work.stage.name for work in made.works.values())
-    assert set(names.values()) == {1}, "cells share the rounds that they have in common"
+    assert set(names.values()) == {1}, "cells share their common rounds"
     bad = third | {"d": third["c"]}
     with pytest.raises(SettingsError, match=r"cell bad: params.yaml: rounds.d.after .* a chain"):
         plan.make(graph, [PlannedCell("bad", "", "", 1, None, {"rounds": bad})])
@@ -174,7 +174,7 @@ def test_a_search_ends_its_trials_at_the_finetuning_of_the_last_round(tiny):
     ],
 )
 def test_what_is_wrong_with_rounds_is_said_in_one_line(write_study, table, message):
-    """Before any stage is resolved; a control that counts rounds says it too."""
+    """Before any stage is resolved; a control that counts rounds reports the same mistake."""
     with pytest.raises(SettingsError) as error:
         rounds.names(PARAMS | {"rounds": table})
     assert message in str(error.value) and "\n" not in str(error.value)
@@ -208,7 +208,7 @@ def test_rounds_are_merged_as_other_tables_and_taken_away_by_an_empty_one(write_
 
 
 def test_controls_count_all_rounds(write_study):
-    """A target of the dense network for channels, in two rounds, and one without a target."""
+    """With a target of the dense network for filters, in two rounds, and without a target."""
 
     def table(target):
         pruning = {"pruners": {"magnitude": target | {"pick": "max"}}}
@@ -251,7 +251,7 @@ def test_controls_count_all_rounds(write_study):
 
 
 def a_result(name, table, last=0.9, **params):
-    """A made-up experiment; each round halves the network."""
+    """The result of an invented experiment in which each round halves the network."""
     names = ["round1", *table] if table else []
     model = {"accuracy": last, "macs": 50, "latency_ms": 1.0}
     report = {
@@ -272,7 +272,7 @@ DENSE = {"pruners.magnitude.target.of": "dense"}
 
 
 def test_experiments_of_several_rounds_are_grouped_by_what_the_last_one_has(tmp_path):
-    """One cut and two to one size are two methods at one point; without a target, two points."""
+    """One and two rounds to one size: two methods at one point; without a target: many points."""
     two = {"x": {"after": "finetuned", f"prune.{SHARE}": 0.25}}
     found = [
         a_result("once", {}, **DENSE | {SHARE: 0.25}),
@@ -332,7 +332,7 @@ def test_what_another_cell_has_left_in_a_shared_folder_is_removed(tmp_path):
 
 @pytest.mark.pipeline
 def test_rounds_are_shared_and_dvc_has_nothing_to_add_to_a_cell(project):
-    """DVC's own result is found, two settings of round 3 share all before, killed and gone on."""
+    """DVC's own result is found, cells share all before round 3, and a killed study resumes."""
     project.params(rounds={"round2": a_round("finetuned", 0.4)})
     project.dvc("repro")
     project.commit()
@@ -381,7 +381,7 @@ def test_rounds_are_shared_and_dvc_has_nothing_to_add_to_a_cell(project):
 
 
 def entries(project, part):
-    """Commands in the run cache, one for each entry, with this in them."""
+    """Commands in the run cache that contain `part`, one for each entry."""
     paths = (project.path / ".dvc/cache/runs").glob("??/*/*")
     found = [command_of(path) for path in paths if path.suffix != ".tmp"]
     return [command for command in found if part in command]
@@ -389,5 +389,5 @@ def entries(project, part):
 
 @functools.cache
 def command_of(path):
-    """Of an entry of the run cache, which is never written again."""
+    """The command of an entry of the run cache; cached, since entries never change."""
     return yaml.safe_load(path.read_text())["cmd"]

@@ -1,4 +1,4 @@
-"""Surgery: the compact network computes what the masked one does, and nothing idle is left."""
+"""Surgery: the compact network computes the same as the masked one, without idle outputs."""
 
 import copy
 import functools
@@ -27,9 +27,9 @@ def network(arch, shape, **chosen):
 
 
 def layer_masks(layer, chance, protect):
-    """Random mask of a layer: rows and columns of zeros, single zeros, biases or not.
+    """Random mask of a layer: whole rows and columns, single weights, and biases.
 
-    With `protect` one path through every layer stays, so that the network cannot be emptied.
+    With `protect`, one path through every layer is kept, so that the network cannot be emptied.
     """
     out, into = layer.weight.shape[:2]
     weight = torch.rand(layer.weight.shape, generator=chance) > 0.3
@@ -57,14 +57,14 @@ def prune_at_random(model, seed, protect=True):
 
 
 def difference(masked, compact, batch):
-    """Largest difference over the largest output, without the code under test."""
+    """Largest difference divided by the largest output, without the code under test."""
     with torch.no_grad():
         before, after = masked.eval()(batch), compact.eval()(batch)
     return float((before - after).abs().max() / before.abs().max().clamp_min(1e-30))
 
 
 def check_bookkeeping(model, chosen, compact):
-    """Shapes, masks and indices of a compact network fit its weights and the masked network."""
+    """Shapes, masks and indices of the compact network are consistent with the masked one."""
     parameters, old = dict(compact.model.named_parameters()), dict(model.named_parameters())
     assert set(compact.masks) == set(chosen)
     for name, mask in compact.masks.items():
@@ -73,7 +73,7 @@ def check_bookkeeping(model, chosen, compact):
         layer, kind = name.rsplit(".", 1)
         rows = compact.kept.get(layer, torch.arange(len(old[name])))
         assert len(rows) == len(mask)
-        if kind == "bias":  # a mask changes only where a constant was folded into the bias
+        if kind == "bias":  # mask entries change only where a constant was folded into the bias
             moved = parameters[name] != old[name][rows]
             assert torch.equal(mask, chosen[name][rows] | moved)
     for name, layer in masks.layers(compact.model).items():
@@ -84,7 +84,7 @@ def check_bookkeeping(model, chosen, compact):
 
 @functools.cache
 def graph_of(arch, shape):
-    """The channels of a network, which are the same whatever its weights are."""
+    """The channel graph of a network, which does not depend on the weights."""
     model = network(arch, shape, **SMALL.get(arch, {})).double()
     return build_channel_graph(model, torch.zeros(1, *shape))
 
@@ -151,7 +151,7 @@ def test_a_compact_network_shares_no_memory_with_the_one_it_was_made_of(cut):
 
 
 class Remembers(nn.Module):
-    """What it computes with is made of its weight whenever that is loaded."""
+    """Computes with an attribute that is updated whenever its weight is loaded."""
 
     def __init__(self, hook):
         super().__init__()
@@ -199,7 +199,7 @@ def test_buffers_that_checkpoints_do_not_hold_stay_as_the_code_makes_them(tmp_pa
 
 
 def chain(kind):
-    """Small networks without anything that could hide a living output (no ReLU)."""
+    """Small networks without a ReLU, which could hide a living output."""
     if kind == "linear":
         return nn.Sequential(nn.Linear(3, 4), nn.Identity(), nn.Linear(4, 4), nn.Linear(4, 2))
     convs = nn.Conv2d(1, 3, 3), nn.AvgPool2d(2), nn.Conv2d(3, 3, 2, stride=2), nn.Flatten()
@@ -215,9 +215,9 @@ def graph_of_chain(kind):
 
 
 def idle(model, batch):
-    """By ablation: outputs of each layer that say the same for all inputs, or that nobody hears.
+    """Idle outputs of each layer, found by ablation: constant for all inputs, or without effect.
 
-    An output is idle if giving every image the activation of the first changes nothing.
+    An output is idle if giving all images the first one's activation does not change the result.
     """
     found = {}
     with torch.no_grad():
@@ -273,7 +273,7 @@ def test_no_output_goes_whose_ablation_changes_something(arch, seed):
 
 
 def mlp(first, bias, second, bias2):
-    """Two linear layers with ReLU between, from plain numbers."""
+    """Two linear layers with a ReLU in between, from plain numbers."""
     model = nn.Sequential(
         nn.Linear(len(first[0]), len(first)), nn.ReLU(), nn.Linear(len(first), len(second))
     )
@@ -287,7 +287,7 @@ def nonzero_masks(model):
 
 
 def test_by_hand_an_unheard_neuron_goes_and_a_silent_one_is_folded():
-    # neuron 0 lives, 1 is not read, 2 says relu(3) always, 3 says relu(-5) = 0 always
+    # neuron 0 is alive, 1 is not read, 2 is always relu(3), 3 is always relu(-5) = 0
     model = mlp(
         [[1.0, 2], [3, 4], [0, 0], [0, 0]],
         [0.5, 1, 3, -5],
@@ -300,8 +300,8 @@ def test_by_hand_an_unheard_neuron_goes_and_a_silent_one_is_folded():
     assert small[0].weight.tolist() == [[1, 2]]
     assert small[0].bias.tolist() == [0.5]
     assert small[2].weight.tolist() == [[1], [-1]]
-    assert small[2].bias.tolist() == [6, 0.25]  # 2 * relu(3) went into the first
-    assert compact.masks["2.bias"].tolist() == [True, True]  # 0 was pruned, 6 must not be
+    assert small[2].bias.tolist() == [6, 0.25]  # 2 * relu(3) is folded into the first bias
+    assert compact.masks["2.bias"].tolist() == [True, True]  # 0 was pruned; 6 must not be masked
     assert compact.masks["0.weight"].tolist() == [[True, True]]
     assert model[2].bias.tolist() == [0, 0.25]
 
@@ -317,10 +317,10 @@ def test_removals_go_on_until_nothing_is_idle():
     first = nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2)
     model = nn.Sequential(*first).double()
     with torch.no_grad():
-        model[2].weight[2] = 0  # neuron 2 says relu(bias); folded into the last layer
-        model[4].weight[:, 1] = 0  # nobody hears neuron 1 ...
+        model[2].weight[2] = 0  # neuron 2 is relu(bias), which is folded into the last layer
+        model[4].weight[:, 1] = 0  # neuron 1 is not read ...
         model[2].weight[0, 0] = 0
-        model[2].weight[0, 2] = 0  # ... so nobody hears neurons 0 and 2 of the first layer
+        model[2].weight[0, 2] = 0  # ... so neurons 0 and 2 of the first layer are not read either
     compact = removal.remove_dead(model, {}, torch.rand(1, 2).double())
     assert {name: kept.tolist() for name, kept in compact.kept.items()} == {"0": [1], "2": [0]}
     batch = torch.randn(20, 2).double()
@@ -328,7 +328,7 @@ def test_removals_go_on_until_nothing_is_idle():
 
 
 def two_convs(padding, constant, mode="zeros"):
-    """Filter 0 of the first convolution says `constant` everywhere, filter 1 is alive."""
+    """Filter 0 of the first convolution always gives relu(`constant`); filter 1 is alive."""
     torch.manual_seed(3)
     conv = nn.Conv2d(2, 3, 3, padding=padding, padding_mode=mode)
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), conv, nn.Flatten(), nn.LazyLinear(2))
@@ -345,7 +345,7 @@ def two_convs(padding, constant, mode="zeros"):
 def test_a_silent_filter_before_padding_goes_only_if_it_says_zero(padding, constant, mode):
     model = two_convs(padding, constant, mode)
     compact = removal.remove_dead(model, {}, torch.rand(1, 1, 9, 9).double())
-    zero = constant <= 0  # ReLU
+    zero = constant <= 0  # after the ReLU
     if mode == "zeros" or zero:
         assert compact.kept["0"].tolist() == ([1] if zero or padding == 0 else [0, 1])
     assert difference(model, compact.model, torch.randn(4, 1, 9, 9).double()) < 1e-12
@@ -386,7 +386,7 @@ def test_verify_names_the_first_layer_that_is_not_the_same(name):
     compact = removal.remove_dead(masked, chosen, torch.rand(1, 1, 28, 28))
     batch = torch.randn(8, 1, 28, 28)
     assert proof.verify(masked, compact, batch, proof.FLOAT32_TOLERANCE) <= proof.FLOAT32_TOLERANCE
-    with torch.no_grad():  # the first output is protected, so it is heard all the way
+    with torch.no_grad():  # the first output is protected, so it affects the result
         compact.model.get_submodule(name).bias[0] += 100.0
     with pytest.raises(PruningError, match=rf"layer {name} differs"):
         proof.verify(masked, compact, batch, proof.FLOAT32_TOLERANCE)

@@ -1,4 +1,4 @@
-"""Files of commits from Git and DVC's cache, without DVC."""
+"""Reading files of commits from Git and DVC's cache, without DVC."""
 
 import hashlib
 import json
