@@ -63,6 +63,6 @@ def layers(table: Path) -> "Figure":
     axes.set_yticks(range(len(rows)), [row["layer"] for row in rows], fontsize=8)
     axes.invert_yaxis()
     axes.set_xlim(0, 100)
-    axes.set_xlabel("% of the dense layer's weights that are gone")
+    axes.set_xlabel("% of the dense layer's weights that are pruned")
     axes.grid(axis="x", alpha=0.25)
     return figure

@@ -42,7 +42,7 @@ LAST = "finetune"
 """The stage that ends a trial; with several rounds, that of the last round."""
 PREPARE = "prepare"
 NO_IMAGES = (
-    "search: accuracy is judged by the validation images, and there are none; set data.validation "
+    "search: accuracy is judged on the validation images, but there are none; set data.validation "
     "above 0"
 )
 
@@ -396,6 +396,6 @@ def _remark(space: Space, done: int) -> str:
     axes = "; ".join(f"{axis}: {_words(values)}" for axis, values in space.axes.items())
     return (
         f"search: {done} trials by {space.search.sampler} over {axes}, judged by "
-        f"{' and '.join(space.search.objectives)} on the validation images; the rows are those "
-        "trials that no other beats in all of these, and they alone were evaluated on test images"
+        f"{' and '.join(space.search.objectives)} on the validation images; the rows are the "
+        "trials that no other trial beats in all of these; only they were evaluated on test images"
     )

@@ -215,14 +215,14 @@ def _point(figures: Mapping[str, Interval]) -> plots.Point:
 CAPTIONS = {
     "compression": "Accuracy against compression; bars are 95 % intervals over seeds.",
     "macs": "Accuracy against MACs; bars are 95 % intervals over seeds.",
-    "latency": "Accuracy against latency as evaluate measured it; zeros save no time in a dense "
+    "latency": "Accuracy against latency as measured by evaluate; zeros save no time in a dense "
     "layer.",
     "curves": "Validation accuracy by epoch, mean over seeds, at the last operating point of each "
     f"method (the first {MOST_CURVES}).",
     "rounds": "Accuracy against compression after each round, at the last operating point of each "
     f"method (the first {MOST_CURVES}); bars are 95 % intervals over seeds.",
     "layers": "Sparsity by layer of the finetuned networks, mean over seeds.",
-    "trials": "All trials of the search, by the validation images; trials.csv has the values.",
+    "trials": "All trials of the search, on the validation images; trials.csv has the values.",
 }
 
 
@@ -241,7 +241,7 @@ def _notes(rows: Sequence[Row], left: Mapping[str, Artifacts]) -> list[str]:
     if images:
         error = 100 * statistics.standard_error(rows[0].dense.mean, images)
         said.append(
-            f"{images:,} test images: they alone give the dense network's accuracy a standard "
+            f"{images:,} test images: their number alone gives the dense accuracy a standard "
             f"error of {error:.2f} points; smaller differences say nothing about the methods"
         )
     return said
@@ -314,7 +314,7 @@ seed {{ result.seed }}: {{ "%.2f" | format(100 * result.final) }} % at
 {{ "%.2f" | format(result.compression) }}x<br>{% endfor %}</details></td></tr>{% endfor %}
 </tbody></table></div>
 {% if by_round %}<h2>By round</h2>
-<p>What each round has left; the last one's network is that of the table above.</p>
+<p>Results after each round; the network of the last round is the one in the table above.</p>
 <div class="wide"><table><thead><tr><th>method</th><th>point</th><th>round</th><th>accuracy %</th>
 <th>compression</th><th>MACs left %</th></tr></thead><tbody>
 {% for row, name, figures in by_round %}<tr><td>{{ row.label }}</td><td>{{ row.point }}</td>
@@ -325,14 +325,14 @@ seed {{ result.seed }}: {{ "%.2f" | format(100 * result.final) }} % at
 <p>Points of final accuracy, at the same operating point; p of the paired t-test, adjusted by Holm
 for all rows of this table. The setup says what is the same for both (Wang et al., arXiv
 2301.05219): S1 network, data and ratio, S2 the base model too, S3 epochs (.1) and schedule (.2) of
-finetuning, S4 those of sparse-train; {{ enough }} is what the authors ask for at least.</p>
+finetuning, S4 those of sparse-train; the authors ask for {{ enough }} at least.</p>
 {% if pairs %}
 <div class="wide"><table><thead><tr><th>first</th><th>second</th><th>point</th><th>seeds</th>
 <th>first − second</th><th>p</th><th>Holm</th><th></th><th>setup</th></tr></thead><tbody>
 {% for pair in pairs %}<tr>{% for cell in pair %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}
 </tbody></table></div>{% else %}<p>No two methods share an operating point and seeds.</p>{% endif %}
 {% if published %}<h2>Published results</h2>
-<p>Not ours: as the sources have them, with other base models and trainings.</p>
+<p>Results of others, as given in the sources, with other base models and trainings.</p>
 <div class="wide"><table><thead><tr><th>method</th><th>source</th><th>accuracy %</th>
 <th>compression</th><th>MACs, dense / left</th></tr></thead><tbody>
 {% for a in published %}<tr><td>{{ a.method }}</td>

@@ -184,7 +184,7 @@ def layers(rows: Mapping[str, Mapping[str, float]]) -> "Figure":
     image = axes.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
     axes.set_yticks(range(len(rows)), list(rows), fontsize=8)
     axes.set_xticks(range(len(columns)), columns, rotation=90, fontsize=7)
-    figure.colorbar(image, label="share of the dense layer that is gone")
+    figure.colorbar(image, label="share of the dense layer that is pruned")
     return figure
 
 

@@ -102,6 +102,6 @@ def words(pair: Sequence[Result]) -> str:
         f"{first.name} against {second.name} on the same {found.images:,} test images: only the "
         f"first is right on {found.first_only}, only the second on {found.second_only}; "
         f"p = {found.p:.3g} (McNemar's exact test); difference of {found.low:+.2f} to "
-        f"{found.high:+.2f} points (95 %, bootstrap over images). This is about these two models, "
-        "not about their methods, of which they are one seed each"
+        f"{found.high:+.2f} points (95 %, bootstrap over images). This compares two single models, "
+        "not their methods, of which each is a single seed"
     )
