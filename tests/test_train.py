@@ -1,4 +1,4 @@
-"""Training: every step by hand, every epoch again after a kill, and never on with a NaN."""
+"""Training: every step by hand, equal results after a kill, and never a step further with NaN."""
 
 import contextlib
 import copy
@@ -39,7 +39,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def project(tmp_path, monkeypatch):
-    """A project of its own for every test, on the CPU, where equal bytes are promised."""
+    """Each test has its own project and runs on the CPU, where results are equal to the byte."""
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     monkeypatch.setenv("SECATEUR_DEVICE", "cpu")
 
@@ -58,13 +58,13 @@ def network(arch, chosen=None, seed=0):
 
 
 def content(model):
-    """A fingerprint of the bytes of all weights."""
+    """A hash of all weights."""
     parts = (t.contiguous().numpy().tobytes() for t in model.state_dict().values())
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 class Watcher(Callback):
-    """Remembers what it is told, and the weights after every epoch; stops where it is asked to."""
+    """Records its calls and the weights after every epoch; stops the training where told to."""
 
     def __init__(self, model, epoch=None, step=None):
         self.model, self.at = model, (epoch, step)
@@ -86,7 +86,7 @@ class Watcher(Callback):
 
 
 def fit(model, prepared, settings, name="a", seed=1, watcher=None, **options):
-    """Train under the lock of a stage of this name, as a stage does; a second call resumes."""
+    """Train under the lock of a stage with this name; a second call resumes the training."""
     stage = Stage("baseline", None, {"name": name}, {})
     with resume.single_flight(stage, [], lambda: None) as store:
         callbacks = [watcher] if watcher else []
@@ -142,13 +142,13 @@ def test_the_same_seed_gives_the_same_bytes_and_another_one_others():
     prepared, settings = digits(), Train(epochs=2, batch_size=32)
     models = [network("lenet300") for _ in range(3)]
     for name, seed, model in zip("abc", (1, 1, 2), models, strict=True):
-        torch.manual_seed(ord(name))  # the past has no say
+        torch.manual_seed(ord(name))  # the state of the global generator does not matter
         fit(model, prepared, settings, name, seed)
     assert content(models[0]) == content(models[1]) != content(models[2])
 
 
 def network_for(penalty, arch="lenet300"):
-    """A network that the penalty has something to do with."""
+    """A network that has something for the penalty to act on."""
     if penalty != "network_slimming":
         return network(arch)
     torch.manual_seed(0)
@@ -171,7 +171,7 @@ def test_decay_zero_is_bit_for_bit_training_without_a_penalty(name, arch):
     assert (results["on"][0] == results["plain"][0]) == (name == "none")
 
 
-FIRST_STEP = {  # weight and gradient -> weight, at rate 0.1 and weight decay 0.2
+FIRST_STEP = {  # weight and gradient -> new weight, at rate 0.1 and weight decay 0.2
     "sgd": lambda w, g: w - 0.1 * (1 + 0.9) * (g + 0.2 * w),  # Nesterov looks 0.9 ahead
     "adam": lambda w, g: w - 0.1 * (g + 0.2 * w) / ((g + 0.2 * w).abs() + 1e-8),
     "adamw": lambda w, g: w * (1 - 0.1 * 0.2) - 0.1 * g / (g.abs() + 1e-8),
@@ -190,7 +190,7 @@ def test_one_step_is_the_gradient_of_cross_entropy_and_penalty_by_hand(optimizer
     settings = Train(epochs=1, batch_size=60, optimizer=optimizer, lr=0.1, weight_decay=0.2)
     result = fit(model, prepared, settings, penalty=chosen_penalty("l1", model, 0.01))
     for after, before in zip(model.parameters(), reference.parameters(), strict=True):
-        sure = before.grad.abs() > 1e-5  # Adam's first step divides by the gradient
+        sure = before.grad.abs() > 1e-5  # Adam's first step divides by its magnitude
         expected = FIRST_STEP[optimizer](before.detach(), before.grad)
         torch.testing.assert_close(after[sure], expected[sure], rtol=1e-3, atol=1e-5)
         assert sure.float().mean() > 0.5
@@ -213,14 +213,14 @@ def test_the_epoch_that_is_kept_is_the_one_that_the_history_names(keep, lr, seed
     assert result.best_epoch == (ranks.index(max(ranks)) + 1 if keep == "best" else 6)
     assert content(model) == watcher.weights[result.best_epoch - 1]
     assert len(set(watcher.weights)) == 6
-    if lr == 0.2:  # the rate is high enough that the last epoch is not the best
+    if lr == 0.2:  # at this high rate, the last epoch is not the best one
         assert ranks.index(max(ranks)) < 5
-    else:  # so low that the accuracy stays and the loss decides
+    else:  # at this low rate, accuracies are equal and the loss decides
         assert len({row["val_accuracy"] for row in result.history}) == 1
 
 
 def test_of_equal_epochs_the_first_is_kept():
-    settings = Train(epochs=3, batch_size=32, lr=1e-30)  # no weight moves
+    settings = Train(epochs=3, batch_size=32, lr=1e-30)  # so low that no weight changes
     assert fit(network("lenet300"), digits(), settings).best_epoch == 1
 
 
@@ -269,7 +269,7 @@ def test_callbacks_hear_of_every_step_and_epoch():
 
 
 def killed_and_undisturbed(make, settings, stops, options=lambda model: {}):
-    """Results of a training that is stopped again and again, and of one that is left alone."""
+    """Results of a training that is stopped several times, and of an undisturbed one."""
     prepared, alone = digits(120), make()
     expected = fit(alone, prepared, settings, "alone", **options(alone))
     done = 0
@@ -278,7 +278,7 @@ def killed_and_undisturbed(make, settings, stops, options=lambda model: {}):
         watcher = Watcher(model, *stop)
         with pytest.raises(KeyboardInterrupt):
             fit(model, prepared, settings, "killed", watcher=watcher, **options(model))
-        assert watcher.began[2] == done, "went on where the last one was"
+        assert watcher.began[2] == done, "resumed where the last one had stopped"
         done = stop[0] - (stop[1] is not None)
     model = make()
     watcher = Watcher(model)
@@ -342,7 +342,7 @@ def test_a_killed_training_with_dropout_does_too():
 
 
 class Clock:
-    """A penalty with a memory that grows at every step and ends the training by its own clock."""
+    """A penalty with a state that changes at every step; it ends the training after step `last`."""
 
     def __init__(self, model, last=10):
         self.weights = [p for p in model.parameters() if p.dim() > 1]
@@ -353,7 +353,7 @@ class Clock:
         return bool(self.steps >= self.last)
 
     def __call__(self, step):
-        assert step == int(self.steps), "steps are counted over all epochs, and never twice"
+        assert step == int(self.steps), "steps are counted over all epochs, none twice"
         self.steps += 1
         return 1e-4 * self.steps * sum(w.square().sum() for w in self.weights)
 
@@ -369,7 +369,7 @@ def test_a_penalty_with_a_memory_ends_a_killed_training_where_it_ends_another(st
     def options(model):
         return {"penalty": Clock(model)}
 
-    settings = Train(epochs=8, batch_size=24)  # 4 steps an epoch: over within the third
+    settings = Train(epochs=8, batch_size=24)  # 4 steps per epoch: the third epoch is the last
     killed, alone = killed_and_undisturbed(lambda: network("lenet300"), settings, [stop], options)
     assert len(alone[1].history) == 3
     assert killed == alone
@@ -388,7 +388,7 @@ def test_a_penalty_ends_the_training_after_that_very_step(last):
 
 def test_the_row_of_an_epoch_that_a_penalty_cuts_short_is_about_what_was_seen():
     settings, rows = Train(epochs=1, batch_size=25, optimizer="sgd", lr=1e-30), []
-    for last in (2, 4):  # the rate is so low that no weight moves
+    for last in (2, 4):  # the rate is so low that no weight changes
         model = network("lenet300")
         rows += fit(model, digits(100, 0), settings, str(last), penalty=Clock(model, last)).history
     half, whole = rows
@@ -399,7 +399,7 @@ def test_the_row_of_an_epoch_that_a_penalty_cuts_short_is_about_what_was_seen():
 
 
 class Poison:
-    """A penalty that is `value` at one step and nothing at all others."""
+    """A penalty that is `value` times a weight sum at one step, and zero at all others."""
 
     finished = False
 
@@ -459,7 +459,7 @@ def test_weights_that_explode_in_the_last_step_of_an_epoch_are_no_good_state():
 
 
 class Cliff(Poison):
-    """A penalty of value zero without a finite gradient, as sqrt has at zero."""
+    """A penalty with value zero and no finite gradient, like sqrt at zero."""
 
     def __call__(self, step):
         return torch.sqrt(self.weight.square().sum() * 0)
@@ -533,7 +533,7 @@ def test_without_epochs_the_network_is_handed_on_as_it_came():
 
 
 def global_state():
-    """The global torch state that a training touches."""
+    """The parts of torch's global state that a training changes."""
     return (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
@@ -544,7 +544,7 @@ def global_state():
 
 
 class GlobalState(Callback):
-    """Records the global state during the training, and perhaps raises an error there."""
+    """Records the global state during the training, and raises `error` if there is one."""
 
     def __init__(self, error=None):
         self.error, self.seen = error, []
@@ -588,7 +588,7 @@ def test_an_error_before_the_first_step_restores_the_global_state_too():
 
 
 class Seeds(Callback):
-    """Records what the global generator was seeded with in every epoch."""
+    """Records the seed of the global generator in every epoch."""
 
     def __init__(self):
         self.seeds = []
@@ -618,7 +618,7 @@ def test_the_layers_of_every_rank_have_other_random_numbers_than_the_shuffling()
     drawn = []
     with torch.random.fork_rng():
         for seed, epoch, rank in [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0)]:
-            for _ in range(2):  # the same arguments, the same numbers
+            for _ in range(2):  # equal arguments give equal numbers
                 determinism.seed_layers(seed, epoch, CPU, rank)
                 drawn.append(torch.randperm(50).tolist())
             drawn.append(augment.plan_epoch(50, seed, epoch, augment.Augment()).image.tolist())
@@ -639,7 +639,7 @@ def test_a_network_that_loses_what_it_has_learnt_is_told_once(lr, warned, capsys
     assert (fits[-1] < max(fits) / 3) == bool(warned), fits
     said = capsys.readouterr().out
     assert said.count("warning: baseline: accuracy on the training images fell from") == warned
-    again = console.Training("baseline", lambda _epoch: 1.0)  # a resumed training knows it too
+    again = console.Training("baseline", lambda _epoch: 1.0)  # a resumed training detects it too
     again.on_train_start(21, 8, rows[:-1])
     again.on_epoch_end(rows[-1])
     assert capsys.readouterr().out.count(f"to {fits[-1]:.1%} in epoch 20;") == warned

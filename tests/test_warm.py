@@ -1,4 +1,4 @@
-"""A process that starts warm (tests/warm) does what the real program does."""
+"""A process that starts warm (tests/warm) behaves like the real program."""
 
 import contextlib
 import json
@@ -67,7 +67,7 @@ def project(tmp_path, programs):
 
 
 def run(project, program, *arguments, text="", **env):
-    """Status and both streams of a command; those of the real Python are the measure."""
+    """Exit status and both streams of a command, to compare warm programs with real ones."""
     done = subprocess.run(
         [program, *arguments], cwd=project.path, env=project.env(**env), input=text,
         text=True, capture_output=True, timeout=300, umask=0o027,
@@ -76,10 +76,10 @@ def run(project, program, *arguments, text="", **env):
 
 
 def without_places(text):
-    """A traceback without the frames of the server, which stand before those of the command.
+    """A traceback without the server's frames, which come before those of the command.
 
-    The source lines below the command's frames are left out too: Python 3.13 prints them, but only
-    where it starts the command itself.
+    Source lines below the command's frames are removed too: Python 3.13 prints them only if it has
+    started the command itself.
     """
     lines = text.splitlines(keepends=True)
     start = next((n for n, line in enumerate(lines) if 'File "<string>"' in line), None)
@@ -125,7 +125,7 @@ def test_signals_reach_it(project, number):
         "import signal, sys, time\n"
         f"signal.signal({int(number)}, lambda *_: sys.exit(7))\n"
         "print('mlflow' in sys.modules, flush=True)\n"
-        "while True: time.sleep(0.1)"  # a signal that comes just before one is handled after it
+        "while True: time.sleep(0.1)"  # a signal just before a sleep is handled after it
     )
     for warm, program in enumerate((sys.executable, "python")):
         with subprocess.Popen(
@@ -148,7 +148,7 @@ def test_it_dies_with_the_process_that_stands_for_it(project):
     ) as process:  # fmt: skip
         assert process.stdout.readline() == "begun\n"
         process.kill()
-        # the pipe ends when the forked process, which has its other end, has ended
+        # the forked process holds the other end of the pipe until it ends
         ended = threading.Event()
         threading.Thread(target=lambda: (process.stdout.read(), ended.set()), daemon=True).start()
         assert ended.wait(60)
@@ -165,12 +165,12 @@ def test_what_must_hold_from_the_start_makes_it_a_real_process(project, changed)
 
 
 def test_what_libraries_set_in_the_callers_environment_does_not(project):
-    """Not noticed otherwise: everything would still pass, and take twice as long."""
+    """No other test would notice: everything would pass, but take twice as long."""
     import sklearn  # noqa: F401  sets KMP_* in this process
 
     code = "import sys; print('mlflow' in sys.modules)"
     assert run(project, "python", "-c", code)[1] == "True\n"
-    assert run(project, "python", "-c", code, GOMP_SPINCOUNT="30000")[1] == "True\n"  # of a stage
+    assert run(project, "python", "-c", code, GOMP_SPINCOUNT="30000")[1] == "True\n"  # as in stages
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -197,13 +197,13 @@ print(l1.__file__)
 
 @pytest.fixture
 def copied(project):
-    """A project with the code of this repository, with times of its own."""
+    """A project with a copy of this repository's code, whose files have new times."""
     shutil.copytree(ROOT / "secateur", project.path / "secateur", copy_function=shutil.copyfile)
     return project
 
 
 def code_is_known(copied):
-    """Whether modules of the copy are taken over from the server."""
+    """Whether the server's modules are used for the copy."""
     code = "from secateur.base import plugin; print(plugin.find.__code__.co_filename)"
     return run(copied, "python", "-c", code)[1] == f"{ROOT}/secateur/base/plugin.py\n"
 
@@ -228,7 +228,7 @@ def test_changed_code_is_run_and_so_is_all_that_imports_it(copied, changed):
     assert run(copied, "python", "-c", code) == (0, "1\n", "")
     assert not code_is_known(copied)
     file.unlink()
-    if changed != "base/__init__.py":  # which a package needs not have
+    if changed != "base/__init__.py":  # a package works without it
         assert "No module named" in run(copied, "python", "-c", code)[2]
 
 
@@ -260,7 +260,7 @@ def test_the_module_that_runs_is_that_of_the_copy(copied):
 
 
 def test_what_it_starts_itself_is_warm_where_that_is_asked_for(project):
-    """With open files that are passed on, and an empty variable that Python ignores."""
+    """With inherited open files, and with an empty variable that Python ignores."""
     read, write = os.pipe()
     inner = f"import os, sys; os.write({write}, b'warm' if 'mlflow' in sys.modules else b'real')"
     code = (
@@ -316,26 +316,26 @@ def test_a_lock_file_is_changed_as_by_a_parser_that_keeps_comments(project):
 
 
 def test_a_new_store_of_mlflow_has_all_tables_that_its_migrations_make(copied):
-    (copied.path / "dvc.yaml").touch()  # as in the root of a project
+    (copied.path / "dvc.yaml").touch()  # marks the root of a project
     told = run(copied, "python", "-m", "secateur.sync", SECATEUR_TRACKING="on")
     assert told[0] == 0, told
-    made = mlflow.MlflowClient(f"sqlite:///{copied.path}/migrated.db")  # not in a command: by them
+    made = mlflow.MlflowClient(f"sqlite:///{copied.path}/migrated.db")  # made by its migrations
     made.create_experiment("secateur")
     assert tables(copied.path / "mlflow.db") == tables(copied.path / "migrated.db")
 
 
 def tables(file):
-    """What the tables and indices are made of, number of rows of each, and the revision.
+    """SQL statements of tables and indices, numbers of rows, and the revision.
 
-    The statements as their words in order of the alphabet: MLflow writes some lists of values in
-    an order that differs between processes.
+    Statements are sorted lists of words, since MLflow writes some lists of values in an order that
+    differs between processes.
     """
     with contextlib.closing(sqlite3.connect(file)) as database:
         made = dict(database.execute("SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL"))
         named = [name for name, sql in made.items() if sql.startswith("CREATE TABLE")]
         made = {name: sorted(re.findall(r"\w+", sql)) for name, sql in made.items()}
         rows = {n: database.execute(f'SELECT count(*) FROM "{n}"').fetchone() for n in named}
-        rows.pop("experiment_tags")  # which describe ours
+        rows.pop("experiment_tags")  # these tags describe our experiment
         return made, rows, database.execute("SELECT * FROM alembic_version").fetchall()
 
 

@@ -1,4 +1,4 @@
-"""Weights that come in: every format, files of the original projects, what does not fit, DVC."""
+"""Weights to start from: every format, files of the original projects, mismatches, and DVC."""
 
 import importlib.util
 import json
@@ -37,7 +37,7 @@ def build(arch, classes=10, shape=CIFAR, **chosen):
 
 
 def trained(model, seed=0):
-    """The network with statistics of batch norms, scales and biases that differ from the first."""
+    """The network with norm statistics, scales and biases that differ from their initial values."""
     chance = torch.Generator().manual_seed(seed)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -48,7 +48,7 @@ def trained(model, seed=0):
 
 
 def load_into(model, path, arch=None, **options):
-    """Read and match, as baseline does; the network."""
+    """Read and match weights as baseline does; returns the network."""
     if arch:
         module = plugin.load("archs", arch[0])
         for names in ("aliases", "auxiliary"):
@@ -59,7 +59,7 @@ def load_into(model, path, arch=None, **options):
 
 
 def same(model, other, shape=CIFAR):
-    """Whether both compute the same, in float64."""
+    """Whether both networks compute the same in float64."""
     images = torch.randn(2, *shape, generator=torch.Generator().manual_seed(1)).double()
     with torch.inference_mode():
         expected = other.double().eval()(images)
@@ -71,7 +71,7 @@ def same(model, other, shape=CIFAR):
 
 
 def of_bearpaw(model, path):
-    """bearpaw, DeepHoyer, gconv-prune: what their trainings write, the network in DataParallel."""
+    """bearpaw, DeepHoyer, gconv-prune: a training checkpoint, with the network in DataParallel."""
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     state = nn.DataParallel(model).state_dict()
     file = {"epoch": 3, "state_dict": state, "acc": 0.9, "best_acc": 0.91}
@@ -85,12 +85,12 @@ def of_bearpaw_before_torch_1_6(model, path):
 
 
 def of_deephoyer(model, path):
-    """MNIST: the bare state dict."""
+    """MNIST: only the state dict."""
     torch.save(model.state_dict(), path)
 
 
 def of_greg(model, path):
-    """The pickled network beside its state dict."""
+    """The pickled network next to its state dict."""
     if hasattr(model, "features"):
         model.features = nn.DataParallel(model.features)
     file = {"epoch": 2, "arch": "net", "model": model, "state_dict": model.state_dict()}
@@ -180,7 +180,7 @@ def test_files_of_the_original_projects_load_and_compute_the_same(name, tmp_path
     torch.manual_seed(0)
     original = trained(make())
     for module in original.modules():
-        if isinstance(module, MASK):  # a network that has been pruned
+        if isinstance(module, MASK):  # a network pruned by gconv-prune
             module.mask.data[torch.rand(module.mask.shape) < 0.3] = 0
     save(original, tmp_path / file)
     shape = MNIST if arch.startswith("lenet") else CIFAR
@@ -201,7 +201,7 @@ def test_indices_that_change_the_order_of_channels_are_refused(tmp_path):
 
 
 class Small(nn.Module):
-    """With a part that is called `module`, as wrappers call theirs."""
+    """Has a layer named `module`, which is also the name that wrappers use."""
 
     def __init__(self, classes=3):
         super().__init__()
@@ -238,7 +238,7 @@ def with_prefix(prefix, **around):
 
 
 class Loss(nn.Module):
-    """Stands for code that is not there when the file is read."""
+    """A class that is missing when the file is read."""
 
     def __init__(self):
         super().__init__()
@@ -301,7 +301,7 @@ def test_what_was_loaded_in_python_can_be_pruned_saved_and_loaded(tmp_path):
 
 
 class Table(dict):
-    """A dictionary whose keys are attributes too, as those of yacs and EasyDict."""
+    """A dictionary whose keys are also attributes, as in yacs and EasyDict."""
 
     def __init__(self, **keys):
         super().__init__(**keys)
@@ -309,7 +309,7 @@ class Table(dict):
 
 
 class Lines(list):
-    """A list of a class of its own."""
+    """A list type with its own class."""
 
 
 @pytest.mark.parametrize(
@@ -439,7 +439,7 @@ def test_names_to_be_renamed_may_be_those_in_the_file(prefix, tmp_path):
 
 
 def test_a_reading_of_prefixes_in_which_names_meet_is_not_taken(tmp_path):
-    """Without `a.`, which most names have, two tensors would have one name by an alias."""
+    """Without the prefix `a.` of most names, an alias would give two tensors the same name."""
     state = {"a.weight": torch.ones(2, 2), "a.bias": torch.ones(2), "b.weight": torch.ones(2, 2)}
     torch.save(state, tmp_path / "a.pth")
     model = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2, bias=False)})
@@ -449,7 +449,7 @@ def test_a_reading_of_prefixes_in_which_names_meet_is_not_taken(tmp_path):
 
 
 def damaged(content):
-    """Files that are none of the formats, or not whole."""
+    """Contents that have none of the formats or are incomplete."""
     yield "text", b"weights"
     yield "empty", b""
     yield "no archive", b"PK\x03\x04" + bytes(50)
@@ -552,7 +552,7 @@ def test_a_configuration_that_makes_no_sense_is_not_believed(config, tmp_path):
 
 @pytest.fixture
 def offline(tmp_path, monkeypatch):
-    """torch.hub's folder and that of Hugging Face, empty, and no way to any server."""
+    """Empty caches of torch.hub and Hugging Face, and no network access."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
@@ -562,7 +562,7 @@ def offline(tmp_path, monkeypatch):
 
 
 def publish(name, state, folder, monkeypatch):
-    """Put a state dict where torchvision looks for the weights of `name`, as if it were those."""
+    """Save a state dict where torchvision expects the published weights of `name`."""
     models = import_torchvision().models
     best = models.get_model_weights(name).DEFAULT
     torch.save(state, folder / "new")
@@ -607,9 +607,9 @@ def test_published_weights_bring_their_normalisation_and_size(offline, monkeypat
 
 @pytest.mark.parametrize("name", ["googlenet", "densenet121"])
 def test_published_weights_with_more_or_other_names_are_understood(name, offline, monkeypatch):
-    """Densenets are published under the names of an earlier version, googlenet with its heads.
+    """Published densenets have the names of an earlier version, and googlenet has auxiliary heads.
 
-    The architecture knows these names, so that a file of the user may have them too.
+    The architecture knows these names, so a user's file may have them too.
     """
     chosen = {"name": name, "transform_input": name == "googlenet"}
     with torch.device("meta"):
@@ -651,7 +651,7 @@ def test_ported_weights_need_their_normalisation_in_the_network():
 
 
 def test_an_overwritten_file_of_published_weights_is_noticed(offline, monkeypatch):
-    """Its name has the beginning of its hash."""
+    """The name of the file contains the beginning of its hash."""
     state = build("torchvision", 1000, name="squeezenet1_1").state_dict()
     path = publish("squeezenet1_1", state, offline, monkeypatch)
     torch.save({**state, "classifier.1.bias": torch.ones(1000)}, path)
@@ -661,7 +661,7 @@ def test_an_overwritten_file_of_published_weights_is_noticed(offline, monkeypatc
 
 @pytest.mark.skipif(not importlib.util.find_spec("timm"), reason="timm is not installed")
 class TestTimm:
-    """With files in the cache of Hugging Face's hub, in its layout."""
+    """With files in the layout of Hugging Face's cache."""
 
     NAME, COMMIT = "resnet10t.c3_in1k", "0" * 40
 
@@ -674,7 +674,7 @@ class TestTimm:
         return offline
 
     def put(self, cache, state):
-        """The file of a repository as `hf_hub_download` leaves it."""
+        """Store the file of a repository as `hf_hub_download` does."""
         repository = cache / f"models--timm--{self.NAME}"
         snapshot = repository / "snapshots" / self.COMMIT
         for folder in (repository / "refs", repository / "blobs", snapshot):
@@ -759,7 +759,7 @@ KEEPS = """
 
 @pytest.fixture
 def own(tmp_path, monkeypatch):
-    """Writes a module of the user into a project, and builds its network."""
+    """Write a module of the user into a project, and build its network."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "mine").mkdir()
@@ -852,7 +852,7 @@ def test_a_function_that_a_file_names_is_not_called(tmp_path):
 
 @pytest.fixture(scope="module")
 def coloured(tmp_path_factory, programs):
-    """A project with made-up images of ten classes as cifar10, whose baseline trains nothing."""
+    """A project with random images of ten classes as cifar10, whose baseline does not train."""
     project = fresh_project(tmp_path_factory.mktemp("coloured"))
     chance = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (60, 32, 32, 3), dtype=torch.uint8, generator=chance)
@@ -867,7 +867,7 @@ def coloured(tmp_path_factory, programs):
 
 @pytest.fixture
 def start(coloured):
-    """Runs baseline in that project: params, then what it printed and the network it made."""
+    """Run baseline in that project with these params; returns its output and the network."""
     original = (coloured.path / "params.yaml").read_text()
 
     def run(ok=True, **params):
@@ -918,7 +918,7 @@ def test_the_normalisation_of_the_weights_is_used_recorded_and_shown(coloured, s
     expected = (logits.argmax(1) == data.val.labels).double().mean()
     record = json.loads((coloured.path / "models/baseline.run.json").read_text())
     assert record["metrics"]["val_accuracy"] == pytest.approx(float(expected))
-    # a later stage normalises as the network was made, whatever the data set says
+    # later stages normalise as the network's header says, whatever the data set says
     (coloured.path / "models/sparse").mkdir(exist_ok=True)
     coloured.params(sparse_train__epochs=0, penalty="none")
     coloured.stage("sparse_train")
@@ -982,7 +982,7 @@ def test_a_model_of_the_pipeline_is_a_start_too(coloured, start):
 
 @pytest.mark.pipeline
 def test_changed_weights_and_changed_code_make_the_baseline_stale_for_dvc(tmp_path):
-    """With DVC itself: up to date, stale after a change, one clear line for a missing file."""
+    """With real DVC: up to date, stale after a change, one clear line for a missing file."""
     project = fresh_project(tmp_path)
     (project.path / "mine.py").write_text(OWN.format(body="return Net(num_classes, width)", before=(
         "class Net(nn.Sequential):\n    def __init__(self, classes, width):\n"

@@ -1,4 +1,4 @@
-"""dvc.yaml names exactly the code that each stage's result depends on, and imports flow one way."""
+"""dvc.yaml lists exactly the code that each stage's result depends on; imports go one way."""
 
 import ast
 import functools
@@ -18,7 +18,7 @@ ROOMS = [
     "base", "sparsity", "nn", "data", "training", "channels", "gconv", "pruning", "deploy",
     "pipeline", "studies",
 ]  # fmt: skip
-"""Top to bottom: a room imports only from those before it."""
+"""From top to bottom: a room imports only from the rooms before it."""
 OBSERVERS = {
     f"secateur/pipeline/{name}.py"
     for name in (
@@ -26,7 +26,7 @@ OBSERVERS = {
         "latency_check", "figures",
     )
 }  # fmt: skip
-"""No result depends on them."""
+"""Files that no result depends on."""
 WIRING = yaml.safe_load((ROOT / "dvc.yaml").read_text())
 APART = [yaml.safe_load(file.read_text()) for file in sorted(ROOT.glob("stages/*/dvc.yaml"))]
 STAGES = WIRING["stages"] | {
@@ -34,20 +34,20 @@ STAGES = WIRING["stages"] | {
     for one in APART
     for name, stage in one["stages"].items()
 }
-"""By name; `prune@x` is the one of each further round."""
+"""Stages by name; `prune@x` is the stage of a further round."""
 CODE = sorted(
     p.relative_to(ROOT).as_posix() for d in ("stages", "secateur") for p in (ROOT / d).rglob("*.py")
 )
 
 
 def module_files(name: str) -> set[str]:
-    """The project's file for a dotted module name, if it is one."""
+    """The project's file for a dotted module name, if there is one."""
     path = name.replace(".", "/")
     return {path + ".py"} & set(CODE)
 
 
 def executed(node: ast.AST) -> Iterator[ast.AST]:
-    """The node and all below it, without what stands under `if TYPE_CHECKING:`."""
+    """The node and all nodes below it, except those under `if TYPE_CHECKING:`."""
     if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
         return
     yield node
@@ -57,7 +57,7 @@ def executed(node: ast.AST) -> Iterator[ast.AST]:
 
 @functools.cache
 def imports(file: str, root: Path = ROOT) -> set[str]:
-    """Files of the project that a file imports, wherever in it the import stands."""
+    """Files of the project that a file imports, anywhere in its code."""
     found: set[str] = set()
     for node in executed(ast.parse((root / file).read_text())):
         if isinstance(node, ast.Import):
@@ -72,7 +72,7 @@ def imports(file: str, root: Path = ROOT) -> set[str]:
 
 
 def reached(start: set[str], root: Path = ROOT) -> set[str]:
-    """Everything that importing these files runs, observers left out."""
+    """All files that run when these files are imported, without observers."""
     seen: set[str] = set()
     todo = start - OBSERVERS
     while todo:
@@ -90,7 +90,7 @@ def script(stage: dict) -> str:
 
 
 def code_of(dep: str) -> set[str]:
-    """Files of code that a dependency covers: a file, a room, or `${...}` for any plug-in."""
+    """Code files that a dependency covers: a file, a room, or `${...}` for any plug-in."""
     if (ROOT / dep).is_dir():
         return {f for f in CODE if f.startswith(f"{dep}/") and not f.endswith("__init__.py")}
     pattern = re.sub(r"\\\$\\\{.*?\\\}", "[a-z]\\\\w*", re.escape(dep))
@@ -98,7 +98,7 @@ def code_of(dep: str) -> set[str]:
 
 
 def code_deps(stage: dict) -> dict[str, set[str]]:
-    """The deps that are code, with the files that each covers."""
+    """The deps that are code, with the files that each of them covers."""
     named = [dep for dep in stage["deps"] if dep.startswith(("secateur/", "stages/"))]
     covered = {dep: code_of(dep) for dep in named}
     assert all(covered.values()), f"no such file: {[d for d, f in covered.items() if not f]}"
@@ -106,7 +106,7 @@ def code_deps(stage: dict) -> dict[str, set[str]]:
 
 
 def plugins_used(stage: dict) -> set[str]:
-    """Plug-ins by the params that a stage declares: `archs.${arch}` means any architecture."""
+    """Plug-ins, from the params that a stage declares: `archs.${arch}` means any architecture."""
     kinds = {p.split(".")[0] for p in stage["params"]} & set(plugin.KEYS)
     return {f"secateur/{kind}/{name}.py" for kind in kinds for name in plugin.names(kind)}
 
@@ -119,7 +119,7 @@ def needed(name: str) -> frozenset[str]:
 
 
 def mistakes(name: str, stage: dict) -> tuple[set[str], set[str]]:
-    """Code that no dep covers, and deps of which nothing is used."""
+    """Code that no dep covers, and deps of which no file is used."""
     covered = code_deps(stage)
     missing = needed(name) - set().union(*covered.values())
     return missing, {dep for dep, files in covered.items() if not files & needed(name)}
@@ -129,7 +129,7 @@ def mistakes(name: str, stage: dict) -> tuple[set[str], set[str]]:
 def test_deps_cover_the_imported_code_and_all_are_used(name):
     missing, superfluous = mistakes(name, STAGES[name])
     assert not missing, f"{name}: dvc.yaml must cover {sorted(missing)}"
-    assert not superfluous, f"{name}: dvc.yaml lists {sorted(superfluous)} for nothing"
+    assert not superfluous, f"{name}: no code of {sorted(superfluous)} is used"
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -137,7 +137,7 @@ def test_a_dependency_that_is_dropped_is_noticed(name):
     stage = STAGES[name]
     for dep in code_deps(stage):
         without = stage | {"deps": [d for d in stage["deps"] if d != dep]}
-        assert mistakes(name, without)[0], f"{name}: nobody would notice that {dep} is missing"
+        assert mistakes(name, without)[0], f"{name}: removing {dep} is not noticed"
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -161,7 +161,7 @@ def test_a_stage_declares_the_params_that_choose_its_plugins(name):
 
 @pytest.mark.parametrize("name", STAGES)
 def test_a_stage_reads_only_params_that_it_declares(name):
-    """What the script says after `params.` is among what dvc.yaml says."""
+    """All names after `params.` in the script are among the params in dvc.yaml."""
     stage = STAGES[name]
     declared = {p.split(".")[0] for p in stage["params"]}
     source = (ROOT / script(stage)).read_text()
@@ -216,7 +216,7 @@ def test_the_table_of_stages_agrees_with_dvc_yaml(name):
     assert [dep for dep in deps if dep.startswith("models/") and "." not in dep] == read
     outs = [str(out).replace("${key}", "x") for out in stage.get("outs", [])]
     written = [out for out in outs if out.startswith("models/")]
-    written = [out for out in written if out != "models/export"]  # for others: no checkpoint
+    written = [out for out in written if out != "models/export"]  # files for others, no checkpoint
     assert written == ([spec.model.folder, str(spec.model.record)] if spec.model else [])
 
 
@@ -230,7 +230,7 @@ def test_every_plugin_has_its_section_in_params_yaml():
 def test_imports_flow_one_way(file):
     """Rooms import upstream rooms only; plug-ins import rooms, and shared bases of their kind."""
     area, found = file.split("/")[1], imports(file)
-    assert not {f for f in found if f.startswith("stages/")}, "nothing imports a stage"
+    assert not {f for f in found if f.startswith("stages/")}, "stages are never imported"
     allowed = {"pipeline": ROOMS, **{room: ROOMS[: k + 1] for k, room in enumerate(ROOMS)}}
     if area in plugin.KEYS:
         own = f"secateur/{area}/_"
@@ -239,7 +239,7 @@ def test_imports_flow_one_way(file):
             "plug-ins import rooms, never each other"
         )
     elif area in allowed:
-        assert {f.split("/")[1] for f in found} <= set(allowed[area]), "nothing imports upwards"
+        assert {f.split("/")[1] for f in found} <= set(allowed[area]), "no imports from lower rooms"
 
 
 PACKAGE_CODE = {
@@ -247,7 +247,7 @@ PACKAGE_CODE = {
     "secateur/pruners/__init__.py": {"callable_plugins"},
     "stages/__init__.py": {"tune_process", "pause_collection"},
 }
-"""What package files may define or call: the API's lazy names, and how a process is set up."""
+"""Names that package files may define or call: lazy names of the API, and process setup."""
 
 
 @pytest.mark.parametrize("file", [f for f in CODE if f.endswith("__init__.py")])
@@ -255,7 +255,7 @@ def test_package_files_hold_nothing_that_a_result_depends_on(file):
     allowed = PACKAGE_CODE.get(file, set())
     for node in ast.parse((ROOT / file).read_text()).body:
         if isinstance(node, ast.Import | ast.ImportFrom | ast.If):  # `if TYPE_CHECKING`
-            assert allowed, "only these package files import anything"
+            assert allowed, "only these package files import modules"
         elif isinstance(node, ast.FunctionDef):
             assert node.name in allowed
         elif isinstance(node, ast.Assign):
@@ -267,4 +267,4 @@ def test_package_files_hold_nothing_that_a_result_depends_on(file):
                     getattr(node.value.func, "attr", getattr(node.value.func, "id", "")) in allowed
                 )
             else:
-                assert isinstance(node.value, ast.Constant), "a docstring"
+                assert isinstance(node.value, ast.Constant), "must be a docstring"

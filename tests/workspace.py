@@ -1,4 +1,4 @@
-"""A working copy of the repository for the tests: real files, real DVC, real MLflow."""
+"""A working copy of the repository for tests: real files, real DVC, real MLflow."""
 
 import contextlib
 import io
@@ -25,48 +25,47 @@ SHORT = {
 STAGES = ["prepare", "baseline", "sparse_train", "prune", "finetune", "evaluate"]
 MODELS = ["baseline", "sparse", "pruned", "finetuned"]
 AT_START = frozenset(os.environ)
-"""Variables before any library was imported: scikit-learn and Secateur itself set more of them."""
+"""Variables before libraries were imported: scikit-learn and Secateur itself set more of them."""
 PROGRAMS: dict[str, str] = {}
-"""Variables with which `python` and `dvc` start warm (tests/warm); set by conftest.py."""
+"""Variables that make `python` and `dvc` start warm (tests/warm); set by conftest.py."""
 
 
 def yaml_text(value):
-    """YAML of a value, by the dumper in C where there is one: ten times as fast."""
+    """YAML of a value, by the C dumper if there is one: ten times as fast."""
     return yaml.dump(value, Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper), sort_keys=False)
 
 
 def warm_children():
-    """A variable with which a command that starts further Pythons, as a study does, starts them
-    warm too."""
+    """A variable with which commands that start more Pythons, like a study, start them warm."""
     server = PROGRAMS.get("WARM_SERVER")
     return {"WARM_EXECUTABLE": str(Path(server).parent / "bin/python")} if server else {}
 
 
 def warm_python():
-    """The `python` that starts warm, if a server runs already, as it does for workers of
-    pytest-xdist; else this one, which starts sooner than a server."""
+    """The warm `python` if a server is running, as for workers of pytest-xdist; otherwise this one,
+    which starts sooner than a server."""
     server = os.environ.get("WARM_SERVER")
     return str(Path(server).parent / "bin/python") if server else sys.executable
 
 
 def start_warm(patch):
-    """Let the Pythons that this process starts by `sys.executable` be warm."""
+    """Let Python processes that this process starts through `sys.executable` be warm."""
     patch.setattr(sys, "executable", warm_children().get("WARM_EXECUTABLE", sys.executable))
 
 
 def ran(log):
-    """Names of the stages that DVC has run, in their order."""
+    """Names of the stages that DVC has run, in order."""
     return [line.split("'")[1] for line in log.splitlines() if line.startswith("Running stage")]
 
 
 @dataclass
 class Project:
-    """A working copy in a folder of its own."""
+    """A working copy in its own folder."""
 
     path: Path
 
     def run(self, *command, ok=True, timeout=900, **env):
-        """Run a command there; output of both streams together."""
+        """Run a command in the project; returns the output of both streams together."""
         result = subprocess.run(
             command, cwd=self.path, env=self.env(**env), text=True, timeout=timeout,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -92,7 +91,7 @@ class Project:
         return self.run("python", "-m", f"stages.{name}", *arguments, **options)
 
     def start(self, name, *arguments):
-        """Start a stage that saves every epoch, in a process group of its own; nobody waits."""
+        """Start a stage that saves every epoch, in its own process group; does not wait for it."""
         return subprocess.Popen(
             ["python", "-m", f"stages.{name}", *arguments], cwd=self.path,
             env=self.env(SECATEUR_SAVE_SECONDS="0"), text=True, stdout=subprocess.PIPE,
@@ -100,7 +99,7 @@ class Project:
         )  # fmt: skip
 
     def stage_here(self, name, *arguments, ok=True, **env):
-        """Run a stage as `stage` does, but in this process: for what ends before any training."""
+        """Run a stage like `stage`, but in this process: for stages that end before they train."""
         output, status = io.StringIO(), None
         terminate = signal.getsignal(signal.SIGTERM)
         with (
@@ -120,7 +119,7 @@ class Project:
         return output.getvalue()
 
     def enter(self, patch, **env):
-        """Let this process be in the project, as a command that `run` starts would be."""
+        """Let this process work in the project, like a command started by `run`."""
         patch.chdir(self.path)
         wanted = self.env(**env)
         for key in os.environ.keys() - wanted.keys():
@@ -152,7 +151,7 @@ class Project:
         return {m: (self.path / f"models/{m}/model.safetensors").read_bytes() for m in MODELS}
 
     def saved_states(self, stage):
-        """When the states of unfinished trainings of a stage were saved, by file."""
+        """Times at which the states of a stage's unfinished trainings were saved, by file."""
         return {
             file: file.stat().st_mtime_ns
             for file in self.path.glob(f".resume/{stage}/*/state.safetensors")
@@ -163,13 +162,13 @@ class Project:
         self.run("git", "commit", "-q", "--allow-empty", "-m", "state")
 
     def clone(self, path, remote):
-        """A Git clone that has what DVC knows of this project, by way of a remote in a folder."""
+        """A Git clone with everything that DVC stores for this project, by a remote in a folder."""
         self.dvc("remote", "add", "-d", "shelf", str(remote))
         self.commit()
         self.dvc("push", "--run-cache")
         self.run("git", "clone", "-q", str(self.path), str(path))
         clone = Project(path)
-        clone.dvc("pull", "--run-cache", ok=None)  # evaluate's report is Git's, not the remote's
+        clone.dvc("pull", "--run-cache", ok=None)  # evaluate's report is in Git, not in the remote
         return clone
 
     def copy(self, path):
@@ -178,7 +177,7 @@ class Project:
 
 
 def fresh_project(path):
-    """The repository's files as they are now, with short trainings, as a Git repository."""
+    """The repository's files in their present state, with short trainings, as a Git repository."""
     from secateur.base.machine import installed_versions
 
     listed = subprocess.run(
@@ -189,8 +188,8 @@ def fresh_project(path):
     for name in [*listed, *compiled]:
         if (ROOT / name).is_file() and not name.startswith(("tests/", "docs/", "metrics/")):
             (path / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, path / name)  # with the time that is noted in compiled code
-    empty = "metrics/sensitivity.csv"  # its head alone, as in Git: here, sensitivity may have run
+            shutil.copy2(ROOT / name, path / name)  # keeps the time that compiled code refers to
+    empty = "metrics/sensitivity.csv"  # only its header, as in Git: in ROOT, it may have rows
     (path / empty).parent.mkdir()
     (path / empty).write_text((ROOT / empty).read_text().split("\n")[0] + "\n")
     for lock in [path / "dvc.lock", *path.glob("stages/*/dvc.lock")]:

@@ -1,4 +1,4 @@
-"""Processes for the pipeline tests that start with their libraries imported."""
+"""Processes for the pipeline tests that start with all libraries imported."""
 
 import fcntl
 import subprocess
@@ -8,14 +8,14 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 LONGEST_PATH = 100
-"""Characters that the path of a socket may have, less a few."""
+"""Slightly less than the maximum length of a socket's path."""
 
 
 def start(folder: Path, environment: dict[str, str], owner: int) -> dict[str, str]:
-    """Variables with which processes find `client.py` as `python` and `dvc`; none if it cannot be.
+    """Variables that make `python` and `dvc` run `client.py`; none if the path is too long.
 
-    The first call for a folder starts the server, in this environment; it ends with the process
-    `owner`.
+    The first call for a folder starts the server, in this environment; the server ends with the
+    process `owner`.
     """
     path = folder / "server"
     if len(str(path)) > LONGEST_PATH:

@@ -1,8 +1,8 @@
-"""`python` and `dvc` on the tests' PATH: they let the server of server.py run what it can.
+"""`python` and `dvc` on the PATH of tests; the server in server.py runs what it can for them.
 
-Everything else, and whatever needs another environment from the start of the process on, is run by
-the real programs. The modules below `json`, `signal`, `socket` and `struct` do all that is needed
-here, and are imported in a third of the time.
+Everything else is run by the real programs, including whatever needs a different environment from
+the start of its process. The low-level modules below `json`, `signal`, `socket` and `struct`
+suffice here, and are imported in a third of the time.
 """
 
 import _signal as signal
@@ -17,13 +17,13 @@ EARLY = (
     "OMP_", "GOMP_", "KMP_", "MKL_", "ATEN_", "ONEDNN_", "DNNL_", "MALLOC_", "LD_", "PYTHON",
     "CUDA_", "TORCH_", "OPENBLAS_", "NUMEXPR_",
 )  # fmt: skip
-"""Beginnings of the variables that Python or a library reads while it is being loaded."""
+"""Prefixes of variables that Python or a library reads while it is being loaded."""
 LATE = ("PYTHON_EXEC", "TORCH_NCCL_")
-"""Those of torchrun, which are read later."""
+"""Exceptions: variables that torch and torchrun read later."""
 
 
 def early(environment: dict[str, str]) -> dict[str, str]:
-    """The part of an environment that a process cannot change any more once it runs."""
+    """The variables that cannot be changed any more in a running process."""
     return {
         k: v for k, v in environment.items()
         if k.startswith(EARLY) and not k.startswith(LATE)
@@ -32,31 +32,31 @@ def early(environment: dict[str, str]) -> dict[str, str]:
 
 
 def inherited() -> list[int]:
-    """Numbers of the open files that a caller has passed on, the three streams first."""
+    """Numbers of the open files that the caller has passed on; the three streams come first."""
     found = [0, 1, 2]
     for number in sorted(map(int, os.listdir("/dev/fd"))):  # noqa: PTH208  see main
         try:
             if number > 2 and os.get_inheritable(number):
                 found.append(number)
         except OSError:
-            pass  # that of the listing itself
+            pass  # the file of this listing itself
     return found
 
 
 def limits() -> list[list[int]]:
-    """The limits of this process: a forked process has those of the server."""
+    """The resource limits of this process; a forked process has those of the server."""
     kinds = (resource.RLIMIT_FSIZE, resource.RLIMIT_AS, resource.RLIMIT_NOFILE, resource.RLIMIT_CPU)
     return [list(resource.getrlimit(kind)) for kind in kinds]
 
 
 def run_real(name: str) -> None:
-    """Become the program itself."""
+    """Replace this process by the real program."""
     program = sys.executable if name == "python" else sys.executable.removesuffix("python") + name
     os.execv(program, [program, *sys.argv[1:]])
 
 
 def _answer(server: socket.socket) -> bytes:
-    """Wait for the end of the process; a signal that came just before the waiting has its turn."""
+    """Wait for the end of the process; a signal that arrives just before the wait is handled."""
     server.settimeout(1)
     while True:
         try:
@@ -66,9 +66,9 @@ def _answer(server: socket.socket) -> bytes:
 
 
 def main() -> None:
-    """Send the request, pass signals on, and end as the forked process ends."""
+    """Send the request, forward signals, and end like the forked process."""
     name = sys.argv[0].rpartition("/")[2]
-    if sys.argv[1:2] == ["-u"]:  # so torchrun starts its processes
+    if sys.argv[1:2] == ["-u"]:  # as torchrun starts its processes
         del sys.argv[1]
     modules = ("stages.", "secateur", "tests.", "torch.distributed.run")
     module = sys.argv[2] if sys.argv[1:2] == ["-m"] and len(sys.argv) > 2 else ""

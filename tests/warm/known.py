@@ -1,9 +1,9 @@
-"""The project's own modules, imported once by the server and taken over by what it forks.
+"""The project's own modules, imported once by the server and used by its forked processes.
 
-A copy of the project in a test has, in most cases, the very code of the repository, and importing
-it takes longer than most stages work. A module is taken over, at the moment at which it would be
-imported, if its file and the files of all modules that it imports have the same content as those
-that the server has imported; otherwise it is imported from the copy.
+In most tests, a copy of the project has exactly the code of the repository, and importing it takes
+longer than most stages run. A process uses the server's module, at the moment at which it would
+import its own, if the file of the module and the files of all modules that it imports have the same
+content as when the server imported them; otherwise it imports the copy.
 """
 
 import builtins
@@ -25,22 +25,22 @@ PACKAGE = "secateur"
 
 @dataclass
 class Module:
-    """A module as it was right after its import."""
+    """A module in the state after its import."""
 
     module: ModuleType
     path: str
-    """Of its file, relative to the project."""
+    """Path of its file, relative to the project."""
     content: bytes
     written: tuple[int, int]
-    """Time and size of the file."""
+    """Modification time and size of the file."""
     needs: dict[str, None] = field(default_factory=dict)
-    """Names of the project's modules that importing it imports, in their order."""
+    """Names of the project's modules that its import imports, in order."""
 
 
 def learn(root: Path) -> dict[str, Module]:
-    """Import all modules of the package in `root`, and forget them.
+    """Import all modules of the package in `root`, and remove them from sys.modules.
 
-    In a folder without files, so that nothing is read from the folder in which they are imported.
+    The current folder is one without project files, so that nothing is read from it.
     """
     files = sorted(path for path in (root / PACKAGE).rglob("*.py") if path.stem != "__main__")
     names = {".".join(p.relative_to(root).with_suffix("").parts): p for p in files}
@@ -63,7 +63,7 @@ def learn(root: Path) -> dict[str, Module]:
             (state.st_mtime_ns, state.st_size),
             dict.fromkeys(other for other in needs.get(name, ()) if other in names),
         )
-    for name, known in found.items():  # a package has only those modules that were imported
+    for name, known in found.items():  # as attributes, a package has only imported modules
         parent, _, last = name.rpartition(".")
         if parent and vars(found[parent].module).get(last) is known.module:
             delattr(found[parent].module, last)
@@ -72,7 +72,7 @@ def learn(root: Path) -> dict[str, Module]:
 
 @contextlib.contextmanager
 def _recorded_imports() -> Iterator[dict[str, dict[str, None]]]:
-    """Name of a module -> names that its code has imported meanwhile, packages first."""
+    """Name of a module -> names that its code imports within this context, packages first."""
     found: dict[str, dict[str, None]] = {}
     original = builtins.__import__
 
@@ -99,18 +99,18 @@ def _recorded_imports() -> Iterator[dict[str, dict[str, None]]]:
 
 
 class Finder:
-    """Finds the modules that are taken over; it is their loader too."""
+    """Finder and loader of the server's modules."""
 
     def __init__(self, modules: dict[str, Module], folder: Path, main: str) -> None:
         self.modules, self.folder = modules, folder
         self._other = {main}
-        """Modules that are not taken over: what runs as __main__, and what was imported before."""
+        """Modules not to use: the one that runs as __main__, and those already imported."""
         self._same_files: dict[str, bool] = {}
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """A spec whose loader is this object, or None."""
+        """A spec with this object as its loader, or None."""
         if name not in self.modules or name in self._other or not self._same(name):
             return None
         spec = PathFinder.find_spec(name, path)
@@ -120,7 +120,7 @@ class Finder:
         return spec
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        """The module, as if it had been imported from the copy."""
+        """The module, changed as if it had been imported from the copy."""
         self._other.add(spec.name)
         module = self.modules[spec.name].module
         root = module.__file__.removesuffix(self.modules[spec.name].path).rstrip("/")
@@ -133,7 +133,7 @@ class Finder:
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        """Import what its code imports."""
+        """Import the modules that its code imports."""
         spec = module.__spec__
         spec.loader, spec.loader_state = spec.loader_state, None
         module.__loader__ = spec.loader
@@ -141,7 +141,7 @@ class Finder:
             importlib.import_module(name)
 
     def _same(self, name: str) -> bool:
-        """Whether the copy has the same code, in this module and in all that it imports."""
+        """Whether this module and all modules that it imports have the same code in the copy."""
         todo, seen = [name], {name}
         while todo:
             name = todo.pop()

@@ -1,13 +1,13 @@
-"""Forks processes in which the libraries are imported already, for the pipeline tests.
+"""Forks processes that start with all libraries imported, for the pipeline tests.
 
     python server.py SOCKET OWNER
 
-A stage needs half a second for its own imports, and several for those of torch, MLflow, DVC and
-pandas; the tests start hundreds of stages. This server imports the libraries and forks a process
-for each request of `client.py`, which then runs what `python -m <module>`, `python -c <code>` or
-`dvc` would run, with the caller's arguments, environment, folder and streams. The project's own
-modules are taken over where the copy of the project has the same code (`known.py`). It ends when
-the process OWNER has ended.
+A stage takes half a second to import its own code, and several seconds to import torch, MLflow, DVC
+and pandas; the tests start hundreds of stages. This server imports the libraries and forks a
+process for each request of `client.py`; the process runs what `python -m <module>`, `python -c
+<code>` or `dvc` would run, with the caller's arguments, environment, folder and streams. It uses
+the server's copies of the project's own modules if the code is the same (`known.py`). The server
+ends when the process OWNER has ended.
 """
 
 import atexit
@@ -99,26 +99,26 @@ LIBRARIES = [
     "sklearn.datasets",
     "sklearn.model_selection",
     "sqlalchemy.dialects.sqlite",
-    "torch._dynamo",  # torch.optim imports it with the first optimizer
+    "torch._dynamo",  # torch.optim imports it for the first optimizer
     "torch.distributed.run",
     "torch.fx",
     "wcwidth",
 ]
-"""What stages and the commands of DVC import; torch and torchvision come before them."""
+"""Imports of stages and of DVC's commands; torch and torchvision are imported before them."""
 OPTIONAL = ["hypothesis", "onnxscript"]
-"""What the workers of pytest-xdist import beside them as they collect the tests."""
+"""Further imports of the workers of pytest-xdist while they collect the tests."""
 LOCK = re.compile(r"schema: '2\.0'\nstages:\n(?!.*(?:#|: [&*]|- [&*]))", re.DOTALL)
 """A lock file of DVC without comments and references."""
 OPERATORS: list[Any] = []
-"""Those declared for torchvision where torch lacks them, which go when nobody keeps them."""
+"""Operators declared for torchvision where torch lacks them; a reference keeps them alive."""
 MOST_FILES = 16
-"""Open files that a caller may pass on."""
+"""Largest number of open files that a caller can pass on."""
 
 
 def import_libraries() -> dict[str, str]:
-    """Import torch as the stages do, forget the project's own modules, and import the rest.
+    """Import torch as stages do, remove the project's own modules again, and import the rest.
 
-    Returns the environment in which torch was loaded: tuned, as in what a stage starts.
+    Returns the environment in which torch was loaded, which is tuned like that of a stage.
     """
     sys.path.insert(0, str(ROOT))
     from secateur.base.allocator import tune_process
@@ -138,14 +138,14 @@ def import_libraries() -> dict[str, str]:
     for name in OPTIONAL:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
-    del sys.modules["torch.distributed.run"]  # which runs as __main__: runpy would warn
+    del sys.modules["torch.distributed.run"]  # runs as __main__ later: runpy would warn
     return tuned
 
 
 def leave_nothing_to_do_at_exit() -> None:
-    """Let the forked processes neither report nor take apart what the libraries have set up.
+    """Let forked processes skip reports and cleanup of the libraries at exit.
 
-    Torch would import a library to print times of compiling, of which there are none.
+    Torch would import a library to print compile times, of which there are none.
     """
     from torch._dynamo import utils
 
@@ -155,7 +155,7 @@ def leave_nothing_to_do_at_exit() -> None:
 
 
 def as_written(value: Any) -> Any:
-    """A value as the parser gives it that keeps comments, of a text without any."""
+    """A value as returned by the comment-preserving parser for a text without comments."""
     if isinstance(value, dict):
         found = CommentedMap()
         for key, each in value.items():
@@ -165,10 +165,10 @@ def as_written(value: Any) -> Any:
 
 
 def remember_documents() -> None:
-    """Let a text of YAML be parsed once in a process, and those of the pipelines only here.
+    """Parse each YAML text once per process, and those of the pipelines only in the server.
 
-    DVC parses the same files dozens of times in a command, which is most of its work. Its lock
-    files have no comments, so they need no parser that keeps them to be changed and written again.
+    DVC parses the same files dozens of times per command, which is most of its work. Its lock files
+    have no comments, so a plain parser suffices to change and rewrite them.
     """
     parse = YAML.load
     known: dict[str, bytes] = {}
@@ -181,7 +181,7 @@ def remember_documents() -> None:
         if stream in known:
             return marshal.loads(known[stream])
         result = parse(self, stream)
-        with contextlib.suppress(ValueError):  # a date, or whatever else is no plain value
+        with contextlib.suppress(ValueError):  # dates and other values that marshal cannot write
             known[stream] = marshal.dumps(result)
         return result
 
@@ -191,9 +191,9 @@ def remember_documents() -> None:
 
 
 def remember_migrations() -> Callable[[], None]:
-    """Read once the scripts that every opening of an MLflow store reads, and run them once.
+    """Load MLflow's migration scripts, which every opening of a store loads, and run them once.
 
-    After a call of what this returns, a new store is a copy of the one that they have made here.
+    After a call of the returned function, a new store is a copy of the one made here.
     """
     from alembic.util import pyfiles
     from mlflow.store.db import utils
@@ -227,9 +227,9 @@ def remember_migrations() -> Callable[[], None]:
 
 
 def name_frames_quickly() -> None:
-    """Let torchrun find the name of a caller without the source of all frames.
+    """Let torchrun find the name of a caller without reading the source of all frames.
 
-    It looks for the module of each among those imported, of which there are thousands here.
+    It would search the module of each frame among all imported modules, thousands in this process.
     """
     from torch.distributed.elastic.rendezvous import dynamic_rendezvous
 
@@ -238,7 +238,7 @@ def name_frames_quickly() -> None:
 
 
 def serve(path: str, owner: int) -> tuple[list[str], str]:
-    """Answer requests until the owner has ended; in a forked process, returns what it is to run."""
+    """Answer requests until the owner has ended; in a forked process, return the command to run."""
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(path + ".new")
     listener.listen(64)
@@ -294,7 +294,7 @@ def receive(connection: socket.socket) -> tuple[dict, list[int]]:
 
 
 def reap(running: dict[int, socket.socket]) -> None:
-    """Tell the clients whose processes have ended how these ended."""
+    """Send exit statuses to the clients whose processes have ended."""
     while True:
         try:
             pid, status = os.waitpid(-1, os.WNOHANG)
@@ -309,7 +309,7 @@ def reap(running: dict[int, socket.socket]) -> None:
 
 
 def become(request: dict, files: list[int]) -> tuple[list[str], str]:
-    """Take over files, folder and environment of the client; returns command and first path."""
+    """Take over files, folder and environment of the client; returns command and sys.path entry."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.setpgid(0, 0)
     above = max(request["files"]) + 1
@@ -345,7 +345,7 @@ def run(
 ) -> None:
     """Run the command as Python itself would: `dvc`, `python -c` or `python -m`.
 
-    Stores of MLflow are made by its migrations in code, which are the workers of pytest-xdist too.
+    With `python -c`, as workers of pytest-xdist run, MLflow's migrations create new stores.
     """
     sys.path.pop(0)
     if command[1:2] != ["-c"]:
@@ -360,7 +360,7 @@ def run(
     sys.meta_path.insert(0, known.Finder(modules, Path(folder), main))
     if command[1] == "-c":
         sys.argv = ["-c", *command[3:]]
-        sys.modules["__main__"] = ModuleType("__main__")  # this file is not what runs
+        sys.modules["__main__"] = ModuleType("__main__")  # this file is not the main module
         exec(compile(command[2], "<string>", "exec"), vars(sys.modules["__main__"]))
     else:
         sys.argv = command[2:]
@@ -368,10 +368,10 @@ def run(
 
 
 def end(error: BaseException | None) -> NoReturn:
-    """End the process as Python does, but leave its memory to the system.
+    """End the process as Python does, but without freeing its memory.
 
-    Taking two thousand modules apart would take longer than most commands run, and a forked process
-    would copy all of their memory to do it.
+    Cleaning up two thousand modules takes longer than most commands run, and a forked process would
+    have to copy all of their memory.
     """
     status = 0
     if isinstance(error, SystemExit):
@@ -397,7 +397,7 @@ def end(error: BaseException | None) -> NoReturn:
 
 
 def main() -> NoReturn:
-    """Import, serve, and run the command of the request in each forked process."""
+    """Import and serve; in each forked process, run the requested command."""
     gc.disable()
     path, owner = sys.argv[1], int(sys.argv[2])
     fits = [early(dict(os.environ)), import_libraries()]
