@@ -69,8 +69,8 @@ def measure(model: nn.Module, images: Tensor, threads: int, repeats: int) -> Gai
 
     `images` has the shape (batch, channels, height, width). Layers are timed one by one on their
     inputs for these images, dense and sparse taking turns; then the whole network is timed with and
-    without the chosen layers, and if it is not faster, none is chosen. The model, in eval mode on
-    the CPU, is not changed.
+    without the chosen layers, and if it is not faster, none is chosen. The model, on the CPU, is
+    set to eval mode and otherwise not changed.
     """
     with torch_threads(threads):
         model.eval()
