@@ -2,13 +2,13 @@
 VENV   ?= .venv
 PYTHON ?= python3
 BIN    := $(VENV)/bin
-# one stamp for each dependency group of pyproject.toml that has been installed
+# stamp files, one for each dependency group of pyproject.toml that has been installed
 RUN    := $(VENV)/.ready-run
 EXPORT := $(VENV)/.ready-export
 READY  := $(VENV)/.ready-dev
 export PATH := $(if $(filter /%,$(VENV)),,$(CURDIR)/)$(BIN):$(PATH)
-# exact versions with hashes: as constraints, so that of the packages in the lock only those are
-# installed that this platform and this build of torch need
+# exact versions with hashes, as constraints: of the packages in the lock, pip installs only those
+# that this platform and this build of torch need
 LOCKED := --require-hashes --constraint requirements.lock --build-constraint requirements.lock
 
 .DEFAULT_GOAL := help
@@ -19,17 +19,17 @@ help:  ## list these targets
 $(RUN): pyproject.toml requirements.lock
 	@echo "setting up $(VENV) (a minute or two, once)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@# first the locked pip, by its own lines of the lock: an older one knows neither groups nor $(LOCKED)
+	@# first the locked pip, from its lines in the lock: older versions know neither groups nor $(LOCKED)
 	@sed -n '/^pip==/,/[^\\]$$/p' requirements.lock >$(VENV)/locked.txt
 	@$(BIN)/python -m pip install --quiet --require-hashes --requirement $(VENV)/locked.txt
-	@# then torch, if it is in a folder of wheels (PIP_FIND_LINKS): pip knows the hash of a file there
-	@# only after opening it, and would prefer the build of PyPI
+	@# then torch, if it is in a folder of wheels (PIP_FIND_LINKS): pip learns the hash of such a file
+	@# only when it opens it, and would otherwise prefer the build on PyPI
 	@sed -n '/^torch==/,/[^\\]$$/p' requirements.lock >$(VENV)/locked.txt
 	@$(BIN)/python -m pip install --quiet --no-index --no-deps --require-hashes \
 	  --requirement $(VENV)/locked.txt 2>$(VENV)/locked.log || true
 	@$(BIN)/python -m pip install --quiet $(LOCKED) --group run
-	@# the command runs the code of the project it is called in, and elsewhere that of this one: the
-	@# package itself is never installed
+	@# the command secateur runs the code of the project in which it is called, and outside of projects
+	@# the code of this one; the package itself is never installed
 	@printf '%s\n' '#!/bin/sh' 'project=$$PWD' \
 	  'until [ -f "$$project/secateur/__main__.py" ] || [ -z "$$project" ]; do' \
 	  '  project=$${project%/*}' 'done' \
@@ -44,10 +44,10 @@ $(VENV)/.ready-%: $(RUN)
 	@$(BIN)/python -m pip install --quiet $(LOCKED) --group $*
 	@touch $@
 
-setup: $(READY) git  ## make .venv with everything that is needed
+setup: $(READY) git  ## create .venv with everything that is needed
 
-# DVC keeps experiments as commits, for which Git needs a name: one for this clone, if none is set.
-# Without a repository (an unpacked archive) DVC must be told not to look for one.
+# DVC stores experiments as commits, so Git needs a user name: if there is none, set one for this
+# clone. Without a repository (in an unpacked archive), DVC must be told not to look for one.
 git: $(RUN)
 	@if test -e .git; then \
 	  git config user.name >/dev/null || git config user.name "$${USER:-secateur}"; \
@@ -58,41 +58,41 @@ git: $(RUN)
 	  echo "no Git repository here: pipelines run; for experiments and tests: git init && make setup"; \
 	fi
 
-lock: ## write requirements.lock after a change of pyproject.toml; versions stay where they can
+lock: ## update requirements.lock after a change of pyproject.toml; keeps versions if possible
 	@$(PYTHON) tools/lock.py
 
-upgrade: ## write requirements.lock with the newest versions that pyproject.toml allows
+upgrade: ## update requirements.lock to the newest versions that pyproject.toml allows
 	@$(PYTHON) tools/lock.py --upgrade
 
-repro: $(RUN) git  ## run the pipelines: what has changed, and nothing else
+repro: $(RUN) git  ## run the pipelines; skips stages whose inputs have not changed
 	@python -m secateur check
 	@dvc repro dvc.yaml stages/sensitivity/dvc.yaml
 
-export: $(EXPORT) git  ## write the finetuned network for other runtimes: models/export
+export: $(EXPORT) git  ## export the finetuned network for other runtimes to models/export
 	@dvc repro dvc.yaml stages/export/dvc.yaml
 
-# hundreds of processes start in the tests, and a second of each goes into compiling what is not kept
-test: $(READY)  ## run the tests, in parallel
+# the tests start hundreds of processes: without .pyc files, each would spend a second compiling
+test: $(READY)  ## run the tests in parallel
 	@PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
-check: $(READY)  ## lint, format and types
+check: $(READY)  ## check lint, format and types
 	@ruff check .
 	@ruff format --check .
 	@mypy
 
-format: $(READY)  ## put the code into the project's format
+format: $(READY)  ## fix lint and format the code
 	@ruff check --fix .
 	@ruff format .
 
-ui: $(RUN)  ## compare runs in MLflow, at the address that it prints
+ui: $(RUN)  ## compare runs in MLflow; prints the address
 	-@python -m secateur sync
 	@echo "the runs: http://127.0.0.1:5000/#/experiments/1?workflowType=machine_learning"
 	@mlflow ui
 
-sync: $(RUN)  ## write runs that MLflow lacks, from the tracked files
+sync: $(RUN)  ## write runs that are missing in MLflow, from tracked files
 	@python -m secateur sync
 
-docs: $(READY)  ## build the pages and the reference into site/, without network
+docs: $(READY)  ## build the documentation into site/, without network
 	@NO_MKDOCS_2_WARNING=1 mkdocs build --quiet
 	@echo "site/index.html"
 

@@ -2,4 +2,4 @@
 
 import secateur.base.allocator
 
-secateur.base.allocator.tune_process()  # as the stages do, before any benchmark imports torch
+secateur.base.allocator.tune_process()  # like the stages, before any benchmark imports torch

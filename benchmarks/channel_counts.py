@@ -1,9 +1,9 @@
-"""How many channels of a network can be removed: Secateur beside Torch-Pruning.
+"""How many channels of a network can be removed: Secateur compared with Torch-Pruning.
 
-For each network, the groups that can be removed independently of each other and the channels in
-them. A head of attention is one channel. Rows are the outputs of the first layer of each group,
-where a head counts with all rows of its queries, keys and values; this is what Torch-Pruning
-counts. It is no dependency of the project: without it its columns are empty.
+For each network, the number of groups that can be removed independently, and the number of channels
+in them. An attention head is one channel. Rows are the outputs of the first layer of each group,
+where a head counts all rows of its queries, keys and values; this is what Torch-Pruning counts.
+Torch-Pruning is not a dependency of the project; without it, its columns are empty.
 
     pip install --no-deps --target DIRECTORY torch-pruning==1.6.1
     PYTHONPATH=DIRECTORY python -m benchmarks.channel_counts
@@ -29,11 +29,11 @@ NETWORKS = [
     *("shufflenet_v2_x0_5", "shufflenet_v2_x1_0", "regnet_x_400mf", "regnet_y_400mf"),
     *("efficientnet_b0", "efficientnet_v2_s", "convnext_tiny", "vit_b_16", "swin_t", "deit_tiny"),
 ]
-"""Of torchvision; deit_tiny is timm's."""
+"""Networks of torchvision; deit_tiny is from timm."""
 LAYERS = (nn.Conv2d, nn.Linear, nn.MultiheadAttention)
 
 Counts = tuple[int, int, int]
-"""Groups, channels, rows."""
+"""Numbers of groups, channels and rows."""
 
 
 def build(name: str) -> tuple[nn.Module, Tensor]:
@@ -49,18 +49,18 @@ def build(name: str) -> tuple[nn.Module, Tensor]:
 
 
 def ours(model: nn.Module, image: Tensor) -> Counts:
-    """What the channel graph says can be removed."""
+    """Counts for the channel graph."""
     free = [g for g in build_channel_graph(model, image).groups if g.locked is None]
     return len(free), sum(g.size for g in free), sum(g.size * _rows(g) for g in free)
 
 
 def _rows(group: ChannelGroup) -> int:
-    """Outputs that the first layer of a group has for each channel: for a head all of its rows."""
+    """Outputs per channel in the first layer of a group; for a head, all of its rows."""
     return next((m.index.shape[1] for m in group.members if m.kind == "out"), 1)
 
 
 def theirs(model: nn.Module, image: Tensor) -> Counts | None:
-    """What Torch-Pruning's groups have, the classifier left out; None if it is not installed."""
+    """Counts for Torch-Pruning's groups, without the classifier; None if it is not installed."""
     try:
         library: Any = importlib.import_module("torch_pruning")
     except ImportError:
@@ -78,7 +78,7 @@ def theirs(model: nn.Module, image: Tensor) -> Counts | None:
 
 
 def main() -> None:
-    """Command line."""
+    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", default=NETWORKS, help="names of networks")
     parser.add_argument("--limit", type=float, default=120, help="seconds for Torch-Pruning")
@@ -100,8 +100,8 @@ def _row(model: nn.Module, image: Tensor, limit: float) -> str:
 
 
 def apart(model: nn.Module, image: Tensor, limit: float) -> Counts | str | None:
-    """What `theirs` finds, in a process of its own: with some networks it does not come to an end,
-    or ends the process. The reason, in words, if it fails."""
+    """The result of `theirs` in a separate process, since some networks make it run forever or
+    crash; if it fails, the reason in words."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_send, args=(model, image, sender), daemon=True)
@@ -122,7 +122,7 @@ def apart(model: nn.Module, image: Tensor, limit: float) -> Counts | str | None:
 def _send(model: nn.Module, image: Tensor, channel: Connection) -> None:
     try:
         channel.send(theirs(model, image))
-    except Exception as error:  # of any type: it is the other library that fails
+    except Exception as error:  # of any type, since the library is not ours
         channel.send(" ".join(str(error).split())[:60] or type(error).__name__)
 
 

@@ -124,7 +124,7 @@ def main() -> None:
         for label, how in [("dense", {}), *ways]:
             try:
                 groups = divided(model, image, **how) if how else {}
-            except PruningError:  # no layer of this network can have that many groups
+            except PruningError:  # no layer of this network can have so many groups
                 continue
             size, products = parameters(model, groups), macs(model, image, groups)
             operations = published(model, image, groups) / 1e6

@@ -1,13 +1,13 @@
-"""Scores of whole channel groups beside those of Torch-Pruning, and targets that groups reach.
+"""Scores of channel groups compared with those of Torch-Pruning, and targets reached by groups.
 
-Torch-Pruning (MIT) is no dependency: `pip install torch-pruning==1.6.1` beforehand; without it the
-first table is left out. For each network and each way to reduce and normalise, the scores of every
-group that can be pruned are compared with GroupMagnitudeImportance; the table has the largest
+Torch-Pruning (MIT) is not a dependency: run `pip install torch-pruning==1.6.1` first; without it,
+the first table is left out. For each network, reduction and normalisation, the scores of every
+group that can be pruned are compared with GroupMagnitudeImportance; the table shows the largest
 difference, relative to the group's largest score.
 
-The second table has torchvision's networks, with random weights, pruned to half of their MACs by
-groups: the share of MACs that is left, the narrowest layer, and the seconds that the decision and
-the whole of `secateur.prune` take.
+The second table is about torchvision's networks with random weights, pruned by groups to half of
+their MACs: the remaining share of MACs, the narrowest layer, and the seconds that the decision and
+`secateur.prune` as a whole take.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def small(arch: str, **chosen: Any) -> nn.Module:
 
 
 def trained_like(model: nn.Module) -> nn.Module:
-    """The network in eval mode with scales that differ."""
+    """The network in eval mode, with different scales in its norms."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)
@@ -63,7 +63,7 @@ def torchvision_model(name: str) -> nn.Module:
 def largest_difference(
     pruning: Any, model: nn.Module, image: Tensor, ways: tuple[Reduction, ScoreNormalisation]
 ) -> tuple[int, float]:
-    """Number of groups, and the largest relative difference of a score to Torch-Pruning's."""
+    """Number of groups, and the largest relative difference of scores to those of Torch-Pruning."""
     reduction, normalisation = ways
     found, _ = score_groups(PruningContext(model, image), "l2", reduction, normalisation)
     norm = None if normalisation == "none" else normalisation
@@ -87,7 +87,7 @@ def largest_difference(
 
 
 def compare() -> None:
-    """The first table."""
+    """Print the first table."""
     if importlib.util.find_spec("torch_pruning") is None:
         print("torch-pruning is not installed: scores are not compared")
         return
@@ -112,7 +112,7 @@ def compare() -> None:
 
 
 def halve(name: str) -> None:
-    """Rows of the second table for one network."""
+    """Print the rows of the second table for one network."""
     model, images = torchvision_model(name), torch.randn(2, 3, 224, 224)
     dense = cost.macs(model, images[:1])
     width = {n: layer.weight.shape[0] for n, layer in masks.layers(model).items()}
@@ -140,9 +140,9 @@ def halve(name: str) -> None:
 
 
 def main() -> None:
-    """Command line."""
+    """Print both tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", default=list(NETWORKS), help="of the second table")
+    parser.add_argument("--only", nargs="+", default=list(NETWORKS), help="networks of table 2")
     options = parser.parse_args()
     print(hardware())
     compare()

@@ -1,7 +1,7 @@
-"""Cost of an epoch at smaller images (`progressive_resizing`), beside one at full size.
+"""Time of an epoch with smaller images (`progressive_resizing`), compared with full size.
 
-A network is trained on random images at scales 0.5, 0.75 and 1, in one run; the shortest of the
-epochs of each scale counts, since other programs may run on the machine.
+A network is trained on random images at scales 0.5, 0.75 and 1 in one run. For each scale, the
+shortest epoch counts, since other programs may run on the machine.
 
     OMP_NUM_THREADS=1 python -m benchmarks.image_scale
     OMP_NUM_THREADS=1 python -m benchmarks.image_scale --net densenet100
@@ -17,19 +17,19 @@ from secateur.training import loop
 from secateur.training.callbacks import Callback, Row
 
 EPOCHS = 4
-"""Of each scale; the first epoch of a scale is not counted."""
+"""Epochs per scale; the first one of each scale is not counted."""
 PARTS = [{"scale": 0.5, "until": 1 / 3}, {"scale": 0.75, "until": 2 / 3}]
 
 
 class Seconds(Callback):
-    """Seconds of the epochs after the first of each scale."""
+    """Seconds of every epoch except the first one of each scale."""
 
     def __init__(self) -> None:
         self.by_scale: dict[float, list[float]] = {}
         self.last = 0.0
 
     def on_epoch_end(self, row: Row) -> None:
-        """Note the time since the previous epoch."""
+        """Record the time since the previous epoch."""
         now = time.perf_counter()
         if row["image_scale"] in self.by_scale:
             self.by_scale[row["image_scale"]].append(now - self.last)
@@ -39,7 +39,7 @@ class Seconds(Callback):
 
 
 def main() -> None:
-    """Train, and print the seconds of an epoch by scale."""
+    """Train, and print the seconds per epoch for each scale."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--net", default="resnet20", choices=["resnet20", "densenet100"])
     what = train_speed.task(parser.parse_args().net)

@@ -1,7 +1,7 @@
-"""What pages of 2 MB for the heap are worth in a training step.
+"""Effect of 2 MB pages for the heap on the time of a training step.
 
-Every row is measured in processes of their own, which take the time of a step before and after
-`allocator.use_large_pages`; the ratio is the median of these processes.
+Every row is measured in several separate processes. Each of them times steps before and after
+`allocator.use_large_pages`; the ratio is the median over the processes.
 
     OMP_NUM_THREADS=1 python -m benchmarks.large_pages
     OMP_NUM_THREADS=1 python -m benchmarks.large_pages --steps 5 --processes 3
@@ -32,7 +32,7 @@ BATCH = 128
 
 
 def measure(number: int, steps: int) -> tuple[float, float]:
-    """Milliseconds of a step of a row before and after; in this process, once."""
+    """Milliseconds per step of a row, before and after; once per process."""
     arch, settings, precision = ROWS[number]
     torch.manual_seed(0)
     model, image = build(arch, settings)

@@ -1,9 +1,8 @@
-"""Targets of latency reached: what was asked, what the table predicts, and what is measured anew.
+"""Latency targets: what was requested, what the table predicts, and what is measured afterwards.
 
-For each network and runtime the layers are measured, the network is pruned by channel groups to the
-share of its time that is asked for, and dense and pruned network are then measured anew, taking
-turns, three times over; the table has the median of the three. Random weights: they have no
-influence on the time.
+For each network and runtime, the layers are measured and the network is pruned by channel groups to
+the requested share of its time. Dense and pruned network are then timed alternately, three times;
+the table shows the median of the three. Weights are random, since they do not influence the time.
 
     python -m benchmarks.latency_target
     python -m benchmarks.latency_target --nets resnet18 --runtimes torch --share 0.3
@@ -29,7 +28,7 @@ HEADINGS = ("network", "runtime", "measuring, s", "multiple", "dense, ms", "aske
 
 
 def network(name: str) -> nn.Module:
-    """A network of torchvision with random weights, and scales of norms that differ."""
+    """A network of torchvision with random weights, and different scales in its norms."""
     torch.manual_seed(0)
     model: nn.Module = getattr(import_torchvision().models, name)(weights=None)
     for module in model.modules():
@@ -39,7 +38,7 @@ def network(name: str) -> nn.Module:
 
 
 def row(name: str, runtime: RuntimeName, options: argparse.Namespace) -> list[str]:
-    """Measure, prune, measure again."""
+    """One row of the table: measure, prune, measure again."""
     model, images = network(name), torch.randn(2, 3, 224, 224)
     start = time.perf_counter()
     table = secateur.measure_latency(
@@ -72,7 +71,7 @@ def row(name: str, runtime: RuntimeName, options: argparse.Namespace) -> list[st
 
 
 def main() -> None:
-    """Command line."""
+    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--nets", nargs="+", default=list(NETWORKS))
     parser.add_argument("--runtimes", nargs="+", default=["onnxruntime", "openvino"])

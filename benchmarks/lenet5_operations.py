@@ -1,8 +1,8 @@
-"""The operations of a training step of LeNet-5, one by one, in both memory layouts.
+"""Times of the single operations in a training step of LeNet-5, in both memory layouts.
 
-Each is measured alone, with the shapes of a step in float32; a time is the lower quartile of all
-calls. Beside the convolutions stand the matrix products by which they could be written, and the
-copy of all windows (im2col) that these need.
+Each operation is timed alone, in float32 with the shapes of a training step; a time is the lower
+quartile of all calls. The table also contains the matrix products that could replace the
+convolutions, and the copy of all windows (im2col) that they need.
 
     OMP_NUM_THREADS=1 python -m benchmarks.lenet5_operations
 """
@@ -21,11 +21,11 @@ from secateur.base.machine import hardware
 
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 Operations = dict[str, tuple[Callable[[], Any], int]]
-"""A call and its floating-point operations, by name; 0 where they are no measure."""
+"""A call and its floating-point operations, by name; 0 if the operation has no such count."""
 
 
 def milliseconds(call: Callable[[], Any], repeats: int) -> float:
-    """Lower quartile of the times of the call, after five that warm up."""
+    """Lower quartile of the times of the call, after five calls for warming up."""
     taken = []
     for _ in range(5 + repeats):
         start = time.perf_counter()
@@ -35,7 +35,7 @@ def milliseconds(call: Callable[[], Any], repeats: int) -> float:
 
 
 def convolution(name: str, x: Tensor, filters: int, layout: torch.memory_format) -> Operations:
-    """Forward pass, both gradients, and the matrix products, of a convolution of 5x5 on `x`."""
+    """Forward pass, gradients and equivalent matrix products of a 5x5 convolution of `x`."""
     batch, channels, height, width = x.shape
     x = x.to(memory_format=layout)
     weight = torch.randn(filters, channels, 5, 5).to(memory_format=layout)
@@ -57,14 +57,14 @@ def convolution(name: str, x: Tensor, filters: int, layout: torch.memory_format)
         "product, forward": (lambda: columns @ matrix.T, flops),
         "product, gradient of weights": (lambda: rows.T @ columns, flops),
     }
-    if channels > 1:  # the first layer needs no gradient of its input
+    if channels > 1:  # the first layer needs no input gradient
         found["gradient of input"] = (backward(True, False, False), flops)
         found["product, gradient of input"] = (lambda: rows @ matrix, flops)
     return {f"{name}, {what}": operation for what, operation in found.items()}
 
 
 def pooling(batch: int, layout: torch.memory_format) -> Operations:
-    """The first max pooling."""
+    """The first max-pooling layer."""
     x = torch.randn(batch, 20, 24, 24).to(memory_format=layout)
     out, places = F.max_pool2d(x, 2, return_indices=True)
     grad = torch.randn_like(out)

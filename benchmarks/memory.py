@@ -1,8 +1,9 @@
 """Peak resident memory of training on CIFAR, and of reading images from files.
 
-Measured are one epoch of ResNet-20 with batch size 128 on 50,000 random images of 32x32 pixels, and
-one pass over a folder of JPEG files, decoded into memory or listed and decoded on demand. Each runs
-in a separate process; the figure is the peak in addition to the imported libraries.
+Two things are measured: one epoch of ResNet-20 with batch size 128 on 50,000 random images of 32x32
+pixels, and one pass over a folder of JPEG files, which are decoded into memory or listed and
+decoded on demand. Each runs in a separate process; the figure is the peak minus the memory of the
+imported libraries.
 
     python -m benchmarks.memory
     python -m benchmarks.memory --precision bfloat16
@@ -60,7 +61,7 @@ def folder(root: Path) -> None:
 
 
 def pictures(root: Path, memory_mb: int) -> None:
-    """Prepare a folder, read every image once; print the MiB of the libraries and the peak."""
+    """Prepare a folder and read every image once; print the MiB of the libraries and the peak."""
     module = plugin.load("datasets", "image_folder")
     libraries = resident("VmRSS")
     found = module.read(module.Settings(memory_mb=memory_mb), root)
@@ -80,7 +81,7 @@ def apart(*arguments: str) -> list[str]:
 
 
 def main() -> None:
-    """Command line."""
+    """Measure each case in a separate process, and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--one", nargs="+", help=argparse.SUPPRESS)

@@ -87,7 +87,7 @@ def main() -> None:
     for turn in range(options.rounds + 1):
         for run, seconds in zip(variants, taken, strict=True):
             spent = run(options.steps)
-            if turn:  # the first round warms up
+            if turn:  # the first round is the warm-up
                 seconds.append(spent)
     plain = taken[0]
     print(f"without penalty {statistics.median(plain) / options.steps * 1e3:.2f} ms per step")

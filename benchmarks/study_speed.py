@@ -1,8 +1,8 @@
 """36 experiments on the digits: by `secateur study`, and by DVC's queue with two workers.
 
-Four criteria, three ratios, three seeds, in two temporary clones of the project. Of both the wall
-time and the CPU seconds of all processes are printed, the queue's own workers included; CPU seconds
-hardly depend on what else runs on the machine. Linux only.
+The experiments have four criteria, three ratios and three seeds, and run in two temporary clones of
+the project. For both ways, the wall time and the CPU seconds of all processes are printed,
+including the queue's own workers; CPU seconds hardly depend on other programs. Linux only.
 
     python -m benchmarks.study_speed
 """
@@ -56,7 +56,7 @@ def project(folder: Path) -> None:
 
 
 class Watch:
-    """Wall time and CPU seconds of commands and of all that they leave running."""
+    """Wall time and CPU seconds of commands and of all processes that they leave running."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -71,7 +71,7 @@ class Watch:
         return used.ru_utime + used.ru_stime
 
     def run(self, *command: str) -> None:
-        """Run a command, without its output."""
+        """Run a command without showing its output."""
         nowhere = subprocess.DEVNULL
         subprocess.run(
             command,
@@ -83,7 +83,7 @@ class Watch:
         )
 
     def show(self, name: str) -> tuple[float, float]:
-        """Wait for whatever still runs, print both times and how many experiments there are."""
+        """Wait for remaining processes, then print both times and the number of experiments."""
         while True:
             try:
                 os.wait()
@@ -100,9 +100,9 @@ class Watch:
 def main() -> None:
     """Run both and print the ratio."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--no-queue", action="store_true", help="the study alone")
+    parser.add_argument("--no-queue", action="store_true", help="run only the study")
     options = parser.parse_args()
-    ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: the queue's workers become ours
+    ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: queue workers become our children
     os.environ["OMP_NUM_THREADS"] = "1"
     with tempfile.TemporaryDirectory() as place:
         first, second = Path(place, "study"), Path(place, "queue")

@@ -1,10 +1,10 @@
 """Time of structured pruning: build the channel graph, remove channels, remove dead channels.
 
 The networks are the published CIFAR networks at 32x32 pixels and large networks of torchvision at
-224x224. A random quarter of every channel group is removed; then the batch norms of the remaining
-network are set to zero for a quarter of its filters, which are dead then. The check of equality in
-stage `prune`, two forward passes, is not included. Medians over several repetitions; imported
-modules are frozen for the garbage collector, as in a stage.
+224x224. A random quarter of every channel group is removed. Then a quarter of the scales and shifts
+in the batch norms of the remaining network are set to zero, which makes their filters dead. The
+check of equality in stage `prune`, two forward passes, is not included. Times are medians over
+several repetitions; imported modules are frozen for the garbage collector, as in a stage.
 
     python -m benchmarks.surgery_time
     python -m benchmarks.surgery_time --only preresnet densenet --profile
@@ -94,7 +94,7 @@ def timed(run: Callable[[], Any]) -> tuple[float, Any]:
 def measure(arch: str, chosen: dict[str, Any]) -> list[float]:
     """Seconds of graph, selection, remove and remove_dead."""
     model, image = build(arch, chosen)
-    gc.collect()  # release the networks of earlier repetitions: a stage has none
+    gc.collect()  # release networks of earlier repetitions: a stage has none
     followed, graph = timed(lambda: build_channel_graph(model, image))
     fitted, selection = timed(lambda: selected(graph, 0.25))
     removed, compact = timed(lambda: removal.remove(model, selection, image, {}, graph))
@@ -104,7 +104,7 @@ def measure(arch: str, chosen: dict[str, Any]) -> list[float]:
 
 
 def main() -> None:
-    """Command line."""
+    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", default=[], help="substrings of network names")
     parser.add_argument("--repeats", type=int, default=3)

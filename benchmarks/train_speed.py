@@ -66,7 +66,7 @@ def task(net: str, **more: Any) -> dict[str, Any]:
 
 
 def run(script: list[str], what: dict[str, Any]) -> list[float]:
-    """Images per second of each epoch in a separate process; exits with its error output."""
+    """Images per second of each epoch, in a separate process; exits with its error output."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("GOMP_", "MALLOC_"))}
     done = subprocess.run(
         [sys.executable, *script, json.dumps(what)],

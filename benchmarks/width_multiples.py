@@ -1,8 +1,8 @@
 """Speed-up of coupled groups whose widths are rounded to multiples, in three runtimes.
 
-A network with random weights is pruned to a share of its MACs by single filters, and by channel
-groups of any width and of multiples (`pruners.magnitude.round_to`). Dense and pruned networks are
-timed in turns; a time is the shortest of all passes. Images are 32x32.
+A network with random weights is pruned to a share of its MACs: by filters, and by channel groups
+with any width or with multiples (`pruners.magnitude.round_to`). Dense and pruned networks are timed
+alternately; a time is the shortest of all passes. Images have 32x32 pixels.
 
     python -m benchmarks.width_multiples
     python -m benchmarks.width_multiples --net mobilenet_v3_small --share 0.75
@@ -29,7 +29,7 @@ RUNTIMES = ["torch", "onnxruntime", "openvino"]
 
 
 def pruned(model: nn.Module, images: torch.Tensor, share: float, multiple: int) -> nn.Module:
-    """The network with about that share of its MACs; multiple 0 stands for single filters."""
+    """The network pruned to about that share of its MACs; multiple 0 prunes by filters."""
     chosen = {"granularity": "group", "round_to": multiple} if multiple else {}
     pruner = secateur.pruners.magnitude(
         **{"granularity": "filter", **chosen}, criterion="l2", target={"macs": share}
@@ -41,7 +41,7 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--net", default="resnet20", choices=NETWORKS)
-    parser.add_argument("--share", type=float, default=0.5, help="of the MACs that is asked for")
+    parser.add_argument("--share", type=float, default=0.5, help="requested share of the MACs")
     parser.add_argument("--multiples", nargs="+", type=int, default=[1, 4, 8, 16])
     parser.add_argument("--runtimes", nargs="+", default=RUNTIMES, choices=RUNTIMES)
     parser.add_argument("--batch", type=int, default=1)
