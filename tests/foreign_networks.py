@@ -13,7 +13,7 @@ def conv(inputs, outputs, kernel=3, stride=1, groups=1, bias=False):
 
 
 class MaskConv2d(nn.Conv2d):
-    """gconv-prune: a mask (filters, channels) beside the weight."""
+    """gconv-prune: a mask (filters, channels) next to the weight."""
 
     def __init__(self, inputs, outputs, kernel=3, stride=1):
         super().__init__(inputs, outputs, kernel, stride, kernel // 2, bias=False)

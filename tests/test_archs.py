@@ -394,7 +394,7 @@ def test_it_says_where_it_comes_from(arch):
     assert list(inspect.signature(module.build).parameters) == ["settings", "classes", "shape"]
 
 
-# ----- what cannot be -----
+# ----- invalid settings -----
 
 MISTAKES = [
     ("resnet_cifar", {"depth": 57}, "depth = 57: basic blocks need 6n+2, such as 56 or 62"),

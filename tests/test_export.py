@@ -313,7 +313,7 @@ def test_an_onnx_file_is_described_for_those_who_know_only_onnx(exported):
     assert keys == sorted(keys) and {"classes", "mean", "std", "sha256"} <= set(keys)
 
 
-# ---- what is not as it must be -----------------------------------------------------------------
+# ---- wrong outputs and invalid files -----------------------------------------------------------
 
 
 def test_a_file_of_another_network_is_noticed(tmp_path, exported):

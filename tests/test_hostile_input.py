@@ -51,7 +51,7 @@ EXAMPLES = int(os.environ.get("SECATEUR_HOSTILE_EXAMPLES", "40"))
 COUNTS: dict[str, Counter] = {}
 
 
-# -- the readers, with valid files and a use of what they read -------------------------------------
+# -- the readers, with valid files and a use of the objects that they return -----------------------
 
 
 @dataclass(frozen=True)

@@ -152,7 +152,7 @@ class Branching(nn.Module):
             },
             r"^params\.yaml: pruner: cannot follow Branching: ",
         ),
-        ({"pruner": "threshold", "prune__remove_dead": False}, None),  # weights alone need no graph
+        ({"pruner": "threshold", "prune__remove_dead": False}, None),  # masks alone need no graph
     ],
 )
 def test_a_network_that_cannot_be_followed_is_refused_without_a_penalty_too(changes, line, network):

@@ -1,4 +1,4 @@
-"""Settings: every mistake in params.yaml is one line: where it is, what it is, what is allowed."""
+"""Settings: each mistake in params.yaml gives one line with place, value and what is allowed."""
 
 import copy
 import re

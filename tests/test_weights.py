@@ -365,7 +365,7 @@ def test_nothing_that_a_file_names_is_run(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-# ----- what does not fit --------------------------------------------------------------------------
+# ----- mismatches ---------------------------------------------------------------------------------
 
 
 def small_file(tmp_path, change):
@@ -502,7 +502,7 @@ def test_other_things_are_told(tmp_path):
         assert "\n" not in str(told.value)
 
 
-# ----- what belongs to the weights ----------------------------------------------------------------
+# ----- normalisation and image size --------------------------------------------------------------
 
 TIMM = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.1], "input_size": [3, 96, 64]}
 
