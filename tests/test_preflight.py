@@ -62,7 +62,7 @@ def network(tmp_path, monkeypatch):
         ),
         (
             {"pruner": "gconv", "pruners__gconv__groups": 7},
-            r"^params\.yaml: pruners\.gconv\.groups = 7: no convolution can have groups",
+            r"^params\.yaml: pruners\.gconv\.groups = 7: no convolution can have these groups",
         ),
         (
             {"pruner": "gconv", "pruners__gconv__skip": ["conv1", "conv2"]},
