@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from dvc.utils.hydra import apply_overrides
 from torch import nn
 from workspace import Project, start_warm, yaml_text
 
@@ -129,6 +130,24 @@ def test_overrides_are_what_dvc_takes():
         "-S", "a.b=0.5", "-S", "a.c=true", "-S", 'a.d=[0, "1.0"]', "-S", "e=std",
         "-S", 'f="0-15: 0.7, 3: 0"', "-S", "g=null",
     ]  # fmt: skip
+
+
+def test_dvc_reads_the_overrides_as_the_values_of_the_recipe(tmp_path):
+    """`apply_overrides` is what `dvc exp run -S` calls."""
+    parts = [{"scale": 0.5, "until": 0.2}, {"scale": 0.75, "until": 0.6}]
+    wanted = {
+        "baseline": {"progressive_resizing": parts, "lr": 0.25, "average": {"kind": None}},
+        "prune": {"remove_dead": False},
+        "pruners": {
+            "magnitude": {"ratios": "conv1: 0.5, layer1.*.conv2: 0", "target": {"macs": 0.5}}
+        },
+        "stages": [[], [[1, "a: b"], {"deep": [{"text": "true", "none": None}]}]],
+    }
+    file = tmp_path / "params.yaml"
+    file.write_text(Path("params.yaml").read_text() + "stages: []\n")
+    overrides = recipe.Recipe("x", "", wanted).overrides
+    apply_overrides(file, [part for part in overrides if part != "-S"])
+    assert yaml.safe_load(file.read_text()) == settings.merged(PARAMS, wanted)
 
 
 def test_keys_with_dots_are_kept_whole():

@@ -59,8 +59,8 @@ class Recipe:
         """The settings as arguments of `dvc exp run`."""
         parts = []
         for key, value in changes(self.settings, params_file.read()).items():
-            if isinstance(value, Mapping):
-                flow = yaml.safe_dump(dict(value), default_flow_style=True, width=math.inf)
+            if _has_tables(value):
+                flow = yaml.safe_dump(value, default_flow_style=True, width=math.inf)
                 new = "+" * bool(re.fullmatch(r"rounds\.\w+", key))  # a key that does not exist yet
                 parts += ["-S", f"{new}{key}={flow.strip()}"]
                 continue
@@ -69,6 +69,11 @@ class Recipe:
             text = str(value) if plain else json.dumps(value)
             parts += ["-S", f"{key}={text}"]
         return parts
+
+
+def _has_tables(value: object) -> bool:
+    """Whether it is a table, or a list that contains one: in JSON, DVC refuses quoted keys."""
+    return isinstance(value, Mapping) or (isinstance(value, list) and any(map(_has_tables, value)))
 
 
 def changes(
