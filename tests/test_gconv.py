@@ -271,7 +271,7 @@ def test_a_file_must_be_there_and_in_its_folder(inside):
     ],
 )
 def test_there_is_one_way_to_say_how_many(chosen, said):
-    with pytest.raises(ValidationError, match=f"groups: number is given by {said}; set one of"):
+    with pytest.raises(ValidationError, match=f"groups: the number is given by {said}; set one of"):
         gconv.Settings(**chosen)
 
 

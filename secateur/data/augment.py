@@ -70,6 +70,12 @@ def plan_epoch(count: int, seed: int, epoch: int, augment: Augment) -> SamplePla
     return SamplePlan(epoch, index, top, left, flip)
 
 
+def stream_generator(stream: int, seed: int, epoch: int) -> torch.Generator:
+    """A generator of random numbers that are independent of those of every other `stream`."""
+    sequence = np.random.SeedSequence(seed, spawn_key=(stream, epoch))
+    return torch.Generator().manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
+
+
 def plan_sequential(count: int) -> SamplePlan:
     """All images in the order of the split, neither cropped nor flipped."""
     index, zeros = torch.arange(count), torch.zeros(count, dtype=torch.int64)

@@ -6,9 +6,10 @@ arXiv 1708.04552, 2017. `torchvision.transforms.RandomErasing` draws once for a 
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from secateur.data.augment import stream_generator
 
 _CUTOUT_STREAM = 0x63757430
 """Separates these random numbers from those that shuffle, crop, flip and distort."""
@@ -24,8 +25,7 @@ def plan_cutouts(
     """
     if not side:
         return None
-    sequence = np.random.SeedSequence(seed, spawn_key=(_CUTOUT_STREAM, epoch))
-    generator = torch.Generator().manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
+    generator = stream_generator(_CUTOUT_STREAM, seed, epoch)
     return torch.stack([torch.randint(n, (count,), generator=generator) for n in size], 1)
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from secateur.data.augment import Augment
+from secateur.data.augment import Augment, stream_generator
 
 GRID = 4
 """Rows and columns of the coarse grid on which elastic displacements are drawn."""
@@ -44,8 +44,7 @@ def plan_warps(count: int, seed: int, epoch: int, augment: Augment) -> WarpPlan 
     """
     if not augment.rotate and not augment.elastic:
         return None
-    sequence = np.random.SeedSequence(seed, spawn_key=(_WARP_STREAM, epoch))
-    generator = torch.Generator().manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
+    generator = stream_generator(_WARP_STREAM, seed, epoch)
     angle = (torch.rand(count, generator=generator) * 2 - 1) * np.deg2rad(augment.rotate)
     coarse = torch.zeros(count, 2, GRID, GRID)
     if augment.elastic:

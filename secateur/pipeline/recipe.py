@@ -30,7 +30,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, JsonValue, TypeAdapter
 from rich.console import Console
 from rich.table import Table
@@ -59,21 +58,21 @@ class Recipe:
         """The settings as arguments of `dvc exp run`."""
         parts = []
         for key, value in changes(self.settings, params_file.read()).items():
-            if _has_tables(value):
-                flow = yaml.safe_dump(value, default_flow_style=True, width=math.inf)
-                new = "+" * bool(re.fullmatch(r"rounds\.\w+", key))  # a key that does not exist yet
-                parts += ["-S", f"{new}{key}={flow.strip()}"]
-                continue
+            new = "+" * bool(re.fullmatch(r"rounds\.\w+", key))  # a key that does not exist yet
             simple = isinstance(value, int | float) or re.fullmatch(r"[\w./-]+", str(value))
             plain = simple and not isinstance(value, bool | None)
-            text = str(value) if plain else json.dumps(value)
-            parts += ["-S", f"{key}={text}"]
+            text = str(value) if plain else _flow(value)
+            parts += ["-S", f"{new}{key}={text}"]
         return parts
 
 
-def _has_tables(value: object) -> bool:
-    """Whether it is a table, or a list that contains one: in JSON, DVC refuses quoted keys."""
-    return isinstance(value, Mapping) or (isinstance(value, list) and any(map(_has_tables, value)))
+def _flow(value: object) -> str:
+    """The value as DVC takes it: JSON, but with the keys of tables unquoted."""
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{key}: {_flow(item)}' for key, item in value.items())}}}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_flow, value))}]"
+    return json.dumps(value)
 
 
 def changes(

@@ -80,8 +80,9 @@ class Settings(permutation.PermutationSettings):
         given = [key for key, value in ways.items() if value is not None]
         if len({key.split(".")[0] for key in given}) != 1:
             raise ValueError(
-                f"groups: number is given by {', '.join(given) or 'nothing'}; set one of groups, "
-                "channels_per_group, config and search (max_params, max_macs), the others null"
+                f"groups: the number is given by {', '.join(given) or 'nothing'}; set one of "
+                "groups, channels_per_group, config and search (max_params, max_macs), the others "
+                "null"
             )
         return self
 
