@@ -7,11 +7,12 @@ Writes  models/pruned/model.safetensors with its masks, outputs.csv (outputs of 
         and after) and scales.csv (histogram of the scales of batch normalisations), and
         models/pruned.run.json; in a further round the same below models/rounds/<round>/.
 
-A pruner selects single weights, which are set to zero, or whole channels, which are removed. Masks
-that consist of groups of channels can become group convolutions (prune.export). Channels that are
-dead afterwards are removed too (prune.remove_dead), and the compact network is proved to compute
-the same as the masked network before anything is written. The statistics of batch normalisations
-can then be recalibrated (prune.recalibrate).
+A pruner selects single weights, which are set to zero, or whole channels or residual branches,
+which are removed; branches that prune.branches names are removed before. Masks that consist of
+groups of channels can become group convolutions (prune.export). Channels that are dead afterwards
+are removed too (prune.remove_dead), and the compact network is proved to compute the same as the
+masked network before anything is written. The statistics of batch normalisations can then be
+recalibrated (prune.recalibrate).
 """
 
 from dataclasses import replace
@@ -25,7 +26,7 @@ from secateur.data.batches import example_batch, stratified_batch
 from secateur.gconv import export
 from secateur.nn import checkpoint, cost
 from secateur.pipeline import console, latency_check, runner
-from secateur.pruning.apply import PrunedNetwork, apply_decision
+from secateur.pruning.apply import PrunedNetwork, apply_decision, remove_branches
 from secateur.pruning.decision import PruningContext
 from secateur.pruning.latency import LatencyTable, load_table
 from secateur.sparsity import masks
@@ -47,19 +48,23 @@ def prune(context: runner.StageContext) -> runner.StageResult:
     model = sparse.model().eval()
     dense = checkpoint.build_architecture(sparse.header).eval()
     images, _ = example_batch(context.data.train, context.data.info)
+    with section("prune"):
+        start = remove_branches(model, params.prune.branches, sparse.masks, images)
     with section(f"pruners.{params.pruner}"):
         settings = params.chosen("pruners")
         table = _latencies(context)
         batch = stratified_batch(context.data.train, context.data.info)
-        network = PruningContext(model, *batch, sparse.choices, table, dense)
+        weights_left = dict(start.model.named_parameters())
+        choices = {name: own for name, own in sparse.choices.items() if name in weights_left}
+        network = PruningContext(start.model, *batch, choices, table, dense)
         decision = plugin.load("pruners", params.pruner).prune(settings, network)
-    decision = replace(decision, masks=masks.joined(decision.masks, sparse.masks))
+    decision = replace(decision, masks=masks.joined(decision.masks, start.masks))
     asked = ", ".join([params.pruner, *(f"{k} {v}" for k, v in settings if v is not None)])
     weights = getattr(settings, "granularity", None) == "weight"
     console.reached(decision.notes, "weights" if weights else "channels")
     for line in decision.lines:
         console.say(f"prune: {line}")
-    others = masks.passed_over(model, decision.masks) if decision.masks else {}
+    others = masks.passed_over(start.model, decision.masks) if decision.masks else {}
     if others:
         names = ", ".join(others)
         console.say(
@@ -68,7 +73,7 @@ def prune(context: runner.StageContext) -> runner.StageResult:
         )
     with section("prune"):
         pruned = apply_decision(
-            model,
+            start.model,
             decision,
             images,
             remove_dead=params.prune.remove_dead,
@@ -77,7 +82,9 @@ def prune(context: runner.StageContext) -> runner.StageResult:
         )
     outputs = _outputs(model, pruned.model)
     console.outputs(outputs)
-    metrics = {**decision.notes, **pruned.differences}
+    proofs = (start.differences, pruned.differences)
+    metrics = dict(decision.notes)
+    metrics |= {key: max(own.get(key, 0.0) for own in proofs) for key in {**proofs[0], **proofs[1]}}
     metrics |= _measure(context, pruned, dense, asked)
     metrics["removed_outputs"] = float(sum(before - left for _, before, left in outputs))
     header = context.header(sparse, asked=asked, reached=dict(metrics))
@@ -146,7 +153,7 @@ def _outputs(before: nn.Module, after: nn.Module) -> list[tuple[str, int, int]]:
     """Every layer of a network with its number of outputs before and after pruning."""
     left = masks.prunable(after, "weights")
     return [
-        (name.removesuffix(".weight"), len(weight), len(left[name]))
+        (name.removesuffix(".weight"), len(weight), len(left.get(name, ())))
         for name, weight in masks.prunable(before, "weights").items()
     ]
 

@@ -91,7 +91,7 @@ def test_every_pruner_is_callable_with_its_settings_as_arguments(name):
 
 
 def test_a_pruner_that_is_not_there_is_told_with_those_that_are():
-    with pytest.raises(AttributeError, match=r"'nope'; there are: chosen, gconv, magnitude"):
+    with pytest.raises(AttributeError, match=r"'nope'; there are: branches, chosen, gconv"):
         _ = secateur.pruners.nope
 
 
@@ -154,7 +154,7 @@ def test_what_the_network_or_the_call_lacks_is_told_as_an_argument(net, pruner, 
     assert not re.search(r"params\.yaml|pruner = |stage|dvc|sparse.train", str(told.value))
 
 
-@pytest.mark.parametrize("name", [n for n in plugin.names("pruners") if n != "chosen"])
+@pytest.mark.parametrize("name", sorted({*plugin.names("pruners")} - {"chosen", "branches"}))
 def test_pruned_and_masked_network_compute_the_same(net, name):
     before = copy.deepcopy(net.state_dict())
     few = {"ratios": {"conv1": 0.01}} if name == "oracle" else {}

@@ -25,6 +25,7 @@ CLASSES = ["a", "b", "c"]
 CHAINS = {
     "resnet-a": ("resnet_cifar", {"depth": 8}, "network_slimming", {"ratio": 0.4}),
     "resnet-b": ("resnet_cifar", {"depth": 8, "shortcut": "B"}, "magnitude", {"ratios": 0.5}),
+    "resnet-depth": ("resnet_cifar", {"depth": 14}, "branches", {"number": 2}),
     "preresnet": ("preresnet", {"depth": 11}, "network_slimming", {"coupled": "union"}),
     "preresnet-basic": ("preresnet", {"depth": 8, "block": "basic"}, "gconv", {"groups": 4}),
     "resnet-bottleneck": (

@@ -317,6 +317,9 @@ Export = Literal["none", "gconv"]
 class Prune(Strict):
     """Settings of the prune stage that apply to every pruner."""
 
+    branches: tuple[str, ...] = ()
+    """Residual branches, such as layer1.2, that are removed whole before the pruner chooses; see
+    pruning/branches.py. Further rounds pass over those that are gone."""
     remove_dead: bool = True
     """Remove neurons and filters whose outputs are constant or not used, where that is exact."""
     export: Export = "none"

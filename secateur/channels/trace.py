@@ -10,8 +10,9 @@ from torch import fx, nn
 from secateur.base.errors import PruningError
 from secateur.channels import operators
 from secateur.channels.ids import AttributeSize
+from secateur.channels.rules.elementwise import ADDITIONS
 from secateur.nn.attention import free_class
-from secateur.nn.layers import ChannelSelect
+from secateur.nn.layers import ChannelSelect, Removed
 from secateur.sparsity.masks import LAYERS, BatchNorm
 
 _LEAVES = (*LAYERS, *get_args(BatchNorm), nn.InstanceNorm2d, nn.LayerNorm, nn.GroupNorm)
@@ -53,7 +54,9 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if free_class(m) is not None:
             return False
-        if isinstance(m, ChannelSelect) or super().is_leaf_module(m, module_qualified_name):
+        if isinstance(m, ChannelSelect | Removed) or super().is_leaf_module(
+            m, module_qualified_name
+        ):
             return True
         return isinstance(m, _LEAVES) and type(m).__mro__[1] in _LEAVES and not _has_methods(m)
 
@@ -93,8 +96,9 @@ def _named_sizes(model: nn.Module) -> Iterator[None]:
 def trace(model: nn.Module) -> fx.Graph:
     """The operations of the network in eval mode, with all optional arguments at their defaults.
 
-    Where possible, buffers are nodes, so that their uses are visible. The modes of the modules are
-    restored. Raises PruningError with the reason if torch.fx cannot trace the network.
+    Removed residual branches are left out: their sums are the other operands. Where possible,
+    buffers are nodes, so that their uses are visible. The modes of the modules are restored. Raises
+    PruningError with the reason if torch.fx cannot trace the network.
     """
     training = {m: m.training for m in model.modules()}
     try:
@@ -109,8 +113,29 @@ def trace(model: nn.Module) -> fx.Graph:
     finally:
         for module, mode in training.items():
             module.training = mode
-    _normalise_keywords(graph, dict(model.named_modules()))
+    modules = dict(model.named_modules())
+    _leave_out_removed(graph, modules)
+    _normalise_keywords(graph, modules)
     return graph
+
+
+def _leave_out_removed(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
+    """Replace sums with a removed branch by their other operand, in place."""
+    removed = [
+        node
+        for node in graph.nodes
+        if node.op == "call_module" and isinstance(modules[str(node.target)], Removed)
+    ]
+    if not removed:
+        return
+    unused = {node for node in graph.nodes if not node.users}
+    for branch in removed:
+        for total in list(branch.users):
+            if operators.name_of(total.target) in ADDITIONS:
+                total.replace_all_uses_with(next(a for a in total.args if a is not branch))
+    for node in reversed(list(graph.nodes)):
+        if not node.users and node not in unused:
+            graph.erase_node(node)
 
 
 def _normalise_keywords(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:

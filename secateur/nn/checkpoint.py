@@ -36,7 +36,7 @@ LARGE_SETTING = 256
 """Up to this value of all widths, depths and image sizes, a network is built without first counting
 its bytes."""
 
-LayerKey = Annotated[str, Field(pattern=r"^(groups|before|after|size:[A-Za-z]\w*)$")]
+LayerKey = Annotated[str, Field(pattern=r"^(groups|before|after|removed|size:[A-Za-z]\w*)$")]
 Count = Annotated[int, Field(ge=1, lt=2**31, strict=True)]
 
 

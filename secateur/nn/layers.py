@@ -1,4 +1,4 @@
-"""Layers from which channels can be removed: channel selection, convolution with indices."""
+"""Layers of compact networks: channel selection, convolution with indices, removed layers."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -74,6 +74,29 @@ def _padding(index: list[int]) -> tuple[int, int] | None:
     if channels and index[before : before + len(channels)] == list(range(len(channels))):
         return before, len(index) - before - len(channels)
     return None
+
+
+class Removed(nn.Module):
+    """Takes the place of a layer of a removed residual branch: returns zero, whatever the input.
+
+    The last layer of the branch returns a plain number, which can be added to a tensor in place as
+    well; the others return a tensor without axes, since functions between them take tensors.
+    """
+
+    zero: Tensor
+
+    def __init__(self, last: bool, device: torch.device | None = None) -> None:
+        super().__init__()
+        self.last = last
+        self.register_buffer("zero", torch.zeros((), device=device), persistent=False)
+
+    def forward(self, *_: Any, **__: Any) -> Tensor | float:
+        """Zero."""
+        return 0.0 if self.last else self.zero.clone()
+
+    def extra_repr(self) -> str:
+        """Whether it is the last layer of its branch."""
+        return f"last={self.last}"
 
 
 class IndexedConv2d(nn.Conv2d):

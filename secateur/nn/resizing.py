@@ -8,11 +8,15 @@ from torch import nn
 
 from secateur.base.errors import SettingsError
 from secateur.nn.attention import free_class
-from secateur.nn.layers import IndexedConv2d
+from secateur.nn.layers import IndexedConv2d, Removed
 from secateur.sparsity.masks import BatchNorm
 
 SIZE = "size:"
 """Prefix of the name of an attribute that counts channels or heads."""
+REMOVED = "removed"
+"""Key of `describe_layers` for the modules of removed residual branches."""
+LAST = 2
+"""Value of this key for the last module of a branch; for the others it is 1."""
 _CHANGED = "_secateur_sizes"
 """Attribute of a module with the names and values of its attributes that have changed."""
 
@@ -30,6 +34,9 @@ def resize(
     The values of resized tensors are lost. Raises ValueError if `shapes` lacks a tensor of the
     model, or has another number of axes for it.
     """
+    for name, known in (layers or {}).items():
+        if REMOVED in known:
+            model.set_submodule(name, Removed(known[REMOVED] == LAST))
     _insert_indexed(model, layers or {})
     fresh: dict[int, torch.Tensor] = {}  # tensors that several modules share stay shared
     tensors: dict[str, torch.Tensor] = {}
@@ -50,6 +57,14 @@ def resize(
             **{name: {"groups": 1, **layers.get(name, {})} for name in convolutions},
         }
     _assign(model, tensors, layers or {})
+
+
+def remove_layers(model: nn.Module, modules: Sequence[str]) -> None:
+    """Replace the modules of a residual branch, in order of execution, by `Removed`, in place."""
+    device = next((p.device for p in model.parameters()), None)
+    for name in modules:
+        made = Removed(name == modules[-1], device)
+        model.set_submodule(name, made.train(model.get_submodule(name).training))
 
 
 def assign(
@@ -87,10 +102,13 @@ def describe_layers(model: nn.Module) -> dict[str, dict[str, int]]:
 
     For convolutions: `groups` if there are several, and the lengths of the indices `before` and
     `after` if they exist (see `layers.IndexedConv2d`). For any module: `size:<attribute>` for
-    attributes that count channels or heads and have changed.
+    attributes that count channels or heads and have changed, and `removed` if it is
+    `layers.Removed`.
     """
     found: dict[str, dict[str, int]] = {}
     for name, module in model.named_modules():
+        if isinstance(module, Removed):
+            found[name] = {REMOVED: LAST if module.last else 1}
         if isinstance(module, nn.Conv2d) and module.groups > 1:
             found[name] = {"groups": module.groups}
         if isinstance(module, IndexedConv2d):

@@ -1,14 +1,16 @@
 """Apply a pruning decision: mask, remove, and prove that the compact network is the masked one."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from secateur.base.sections import Export
-from secateur.pruning import proof, removal
+from secateur.channels.graph import build_channel_graph
+from secateur.pruning import branches, proof, removal
+from secateur.pruning.branches import Branch
 from secateur.pruning.decision import PruningDecision
 from secateur.sparsity import masks
 from secateur.sparsity.masks import Masks
@@ -43,7 +45,8 @@ def apply_decision(
 ) -> PrunedNetwork:
     """The network after the decision, in eval mode; `model` itself is not changed.
 
-    Weights get the values of the decision and are masked by its masks; its channels are removed.
+    Weights get the values of the decision and are masked by its masks; its channels and residual
+    branches are removed.
     With `remove_dead`, channels that are dead afterwards are removed too; `export` tells how masks
     that consist of groups of channels are exported (see gconv/export.py). If anything may be
     removed, the compact network is compared with the masked one on `images`, (N, C, H, W), in
@@ -60,15 +63,17 @@ def apply_decision(
         for name, values in decision.weights.items():
             masked.get_parameter(name).copy_(values)
     masks.apply(masked, decision.masks)
-    if not (remove_dead or decision.channels or export != "none"):
+    if not (remove_dead or decision.channels or decision.branches or export != "none"):
         return PrunedNetwork(masked, decision.masks)
+    removed = _branches(masked, decision.branches, images)
     double = images.double()
     exact = removal.to_precision(copy.deepcopy(masked), torch.float64)
     with proof.InDouble():
         compact = removal.compact(
-            exact, decision.channels, decision.masks, double[:1], remove_dead, export
+            exact, decision.channels, decision.masks, double[:1], remove_dead, export, removed
         )
     masked = removal.mask(masked, decision.channels, images)
+    branches.silence(masked, removed)
     exact = removal.to_precision(copy.deepcopy(masked), torch.float64)
     with proof.InDouble():
         in_double = proof.verify(exact, compact, double, proof.FLOAT64_TOLERANCE)
@@ -77,3 +82,25 @@ def apply_decision(
     in_single = proof.verify(masked, compact, images, proof.FLOAT32_TOLERANCE)
     differences = {"difference_float64": in_double, "difference_float32": in_single}
     return PrunedNetwork(compact.model, compact.masks, differences)
+
+
+def remove_branches(
+    model: nn.Module, names: Sequence[str], masks: Masks, images: Tensor
+) -> PrunedNetwork:
+    """The network without these residual branches, as by `apply_decision`; `masks` are its masks.
+
+    Branches that have been removed before are passed over. Raises ArgumentError (`branches`) for a
+    name that the network lacks.
+    """
+    if not names:
+        return PrunedNetwork(model, masks)
+    decision = PruningDecision(masks, branches=names)
+    return apply_decision(model, decision, images, remove_dead=False)
+
+
+def _branches(model: nn.Module, names: Sequence[str], images: Tensor) -> list[Branch]:
+    """The residual branches with these names."""
+    if not names:
+        return []
+    graph = build_channel_graph(model, images[:1])
+    return branches.find_named(graph, images[:1], names, "branches")

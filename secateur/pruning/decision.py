@@ -1,6 +1,6 @@
 """Input and result of a pruner: a context, and a decision on weights, whole channels, or both."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
@@ -32,6 +32,8 @@ class PruningDecision:
     """Lines of text for the user."""
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     """Parameter name -> its new values; other parameters do not change."""
+    branches: Sequence[str] = ()
+    """Names of the residual branches to remove; see pruning/branches.py."""
     files: Mapping[str, str] = field(default_factory=dict)
     """File name -> text that is written beside the model."""
 

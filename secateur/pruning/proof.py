@@ -64,6 +64,8 @@ def _first_difference(
     """The first layer whose outputs differ by more than `tolerance`, and by how much."""
     actual = _layer_outputs(compact.model, images)
     for name, expected in _layer_outputs(masked, images).items():
+        if name not in actual:  # of a removed branch
+            continue
         linear = isinstance(masked.get_submodule(name), nn.Linear)
         axis = expected.dim() - 1 if linear else 1
         if (kept := compact.kept.get(name)) is not None:

@@ -4,12 +4,13 @@ A selected channel is removed with all its members. The resulting network equals
 zeros in all these members, in which every LayerNorm takes its mean and variance over the remaining
 channels. A channel that was not selected is removed if it is dead (see pruning/dead_channels.py).
 Constants that dead channels hold are folded into biases or running means (see pruning/folding.py);
-where that is not possible, the channel is kept.
+where that is not possible, the channel is kept. Residual branches are removed whole: their layers
+then return zero (`layers.Removed`).
 """
 
 import copy
 from collections import OrderedDict
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,6 +25,7 @@ from secateur.gconv import export as group_export
 from secateur.nn import resizing
 from secateur.nn.layers import ChannelSelect
 from secateur.nn.norms import mask_layer_norm
+from secateur.pruning.branches import Branch
 from secateur.pruning.dead_channels import DeadChannels
 from secateur.sparsity.masks import Masks
 
@@ -112,12 +114,13 @@ def compact(
     example: Tensor,
     dead: bool,
     export: Export = "none",
+    branches: Sequence[Branch] = (),
 ) -> Compact:
-    """The network without the selected channels and, with `dead`, without the dead ones.
+    """The network without the selected channels and branches and, with `dead`, the dead channels.
 
     After the selected channels are removed, masks are exported by `export` (gconv/export.py).
     """
-    first = remove(model, selection, example, masks)
+    first = remove_branches(remove(model, selection, example, masks), branches)
     if export == "gconv":
         grouped = group_export.export(first.model, first.masks, example)
         order = {n: first.kept[n][i] if n in first.kept else i for n, i in grouped.kept.items()}
@@ -127,6 +130,19 @@ def compact(
     second = remove_dead(first.model, first.masks, example)
     kept = {name: index[second.kept.get(name, slice(None))] for name, index in first.kept.items()}
     return replace(second, kept=second.kept | kept)
+
+
+def remove_branches(compact: Compact, branches: Sequence[Branch]) -> Compact:
+    """The network without these residual branches; its model is changed in place."""
+    modules = {name for branch in branches for name in branch.modules}
+    for branch in branches:
+        resizing.remove_layers(compact.model, branch.modules)
+    left = dict(compact.model.named_parameters())
+    return replace(
+        compact,
+        masks={name: mask for name, mask in compact.masks.items() if name in left},
+        kept={name: index for name, index in compact.kept.items() if name not in modules},
+    )
 
 
 @torch.no_grad()

@@ -12,7 +12,8 @@ from secateur.base.errors import PruningError
 from secateur.channels.ids import AttributeSize, ChannelIds, NamedTensor
 from secateur.channels.rules.call import Call
 
-SUMS = ("add", "add_", "iadd", "sub", "sub_", "isub")
+ADDITIONS = ("add", "add_", "iadd")
+SUMS = (*ADDITIONS, "sub", "sub_", "isub")
 PRODUCTS = ("mul", "mul_", "imul", "multiply")
 
 
