@@ -59,7 +59,9 @@ def prune(context: runner.StageContext) -> runner.StageResult:
         network = PruningContext(start.model, *batch, choices, table, dense)
         decision = plugin.load("pruners", params.pruner).prune(settings, network)
     decision = replace(decision, masks=masks.joined(decision.masks, start.masks))
-    asked = ", ".join([params.pruner, *(f"{k} {v}" for k, v in settings if v is not None)])
+    named = [f"without {name}" for name in params.prune.branches]
+    chosen = [f"{k} {v}" for k, v in settings if v is not None]
+    asked = ", ".join([*named, params.pruner, *chosen])
     weights = getattr(settings, "granularity", None) == "weight"
     console.reached(decision.notes, "weights" if weights else "channels")
     for line in decision.lines:
