@@ -134,7 +134,25 @@ class Wide(Block):
         return x[:, :, :, :1] + self.branch(x)
 
 
-@pytest.mark.parametrize("block", [Writing, Doubled, Wide])
+class Method(Block):
+    """A number has no method `add`."""
+
+    def forward(self, x):
+        return self.branch(x).add(x)
+
+
+class Dropped(Block):
+    """The sum gets the result of a module that also runs elsewhere."""
+
+    def __init__(self, channels, inner):
+        super().__init__(channels, inner)
+        self.drop = nn.Dropout()
+
+    def forward(self, x):
+        return self.drop(x) + self.drop(self.branch(x))
+
+
+@pytest.mark.parametrize("block", [Writing, Doubled, Wide, Method, Dropped])
 def test_a_branch_that_does_more_than_add_is_none(block):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), block(4, 3), nn.Conv2d(4, 2, 1)).eval()
     if block is Doubled:
@@ -142,6 +160,38 @@ def test_a_branch_that_does_more_than_add_is_none(block):
     assert find(model) == {}
     plain = nn.Sequential(nn.Conv2d(3, 4, 3), Block(4, 3), nn.Conv2d(4, 2, 1))
     assert list(find(plain)) == ["1"]
+
+
+class Function(Block):
+    def forward(self, x):
+        return torch.add(x, self.branch(x))
+
+
+class Placed(Block):
+    def forward(self, x):
+        y = self.branch(x)
+        y += x
+        return y
+
+
+class Ended(Block):
+    def __init__(self, channels, inner):
+        super().__init__(channels, inner)
+        self.drop = nn.Dropout()
+
+    def forward(self, x):
+        return self.drop(self.branch(x)) + x
+
+
+@pytest.mark.parametrize("block", [Function, Placed, Ended])
+def test_sums_are_written_in_several_ways(block):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), block(4, 3), nn.Conv2d(4, 2, 1)).eval()
+    small = without(model, "1").model
+    with torch.no_grad():
+        assert torch.equal(small(IMAGES), model[2](model[0](IMAGES)))
+    assert small[1].first.zero == 0
+    assert not list(small[1].parameters())
 
 
 def test_macs_fall_by_those_of_the_branch(net):
