@@ -6,9 +6,11 @@ import itertools
 import json
 import shutil
 import subprocess
+import warnings
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ from secateur.cli import build_parser
 from secateur.data import dataset
 from secateur.nn import checkpoint
 from secateur.nn.checkpoint import Header
+from secateur.pipeline import figures
 from secateur.studies import compare, publish, results
 from secateur.studies.definition import PlannedCell, Study
 from secateur.studies.execution.snapshot import Snapshot
@@ -399,6 +402,37 @@ def test_cells_made_by_hand_differ_in_method_and_point(experiments):
     assert {(cell.method, cell.point) for cell in made} == {
         ("p0, magnitude", "ratios 0.5"), ("p0, magnitude", "ratios 0.75"),
         ("p1, magnitude", "ratios 0.5"), ("p1, magnitude", "ratios 0.75")}  # fmt: skip
+
+
+def test_a_setting_that_an_older_version_lacks_counts_as_turned_off():
+    def result(name, **params):
+        return SimpleNamespace(name=name, params={"seed": 1, "pruner": "magnitude", **params})
+
+    old, off = result("old", size=3), result("off", size=3, cutout=0, branches=[])
+    other = result("other", size=4, cutout=0, branches=["layer1.2", "layer2.1"])
+    assert results.different([old, off]) == []
+    assert set(results.different([old, other])) == {"size", "branches"}
+    assert results.different([off, result("none", size=3, cutout=None, branches=[])]) == ["cutout"]
+    assert compare.differences(other, ["branches"]) == "branches [layer1.2, layer2.1]"
+
+
+def test_a_removed_layer_is_pruned_wholly(tmp_path):
+    rows = ["model,layer,sparsity_of_dense", "baseline,a,0.0", "baseline,b,0.0", "finetuned,a,0.25"]
+    (tmp_path / "layers.csv").write_text("\n".join(rows))
+    found = artifacts.layer_sparsity([SimpleNamespace(layers="\n".join(rows))])
+    assert found == {"a": 0.25, "b": 1.0}
+    axes = figures.layers(tmp_path / "layers.csv").axes[0]
+    assert [bar.get_width() for bar in axes.patches] == [25.0, 100.0]
+
+
+def test_long_labels_leave_room_for_the_axes():
+    label = "none, magnitude, branches [layer1.2, layer2.1], image_folder.augment.cutout 8"
+    points = [plots.Point(1.5, 0.87, 0.01), plots.Point(1.8, 0.86, 0.01)]
+    figure = plots.trade_off({label: points, "other": points}, 0.88, [], "latency")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plots.png(figure)
+    assert figure.axes[0].get_position().width > 0.5
 
 
 @pytest.mark.usefixtures("vectors")

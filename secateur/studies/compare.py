@@ -88,7 +88,9 @@ def differences(result: Result, keys: Sequence[str]) -> str:
         if kind in chosen and rest.split(".")[0] != result.params.get(chosen[kind]):
             continue  # a setting of a plug-in that this result did not use
         if result.params.get(key) is not None:
-            words.append(f"{_short(key, keys)} {result.params[key]}")
+            value = result.params[key]
+            told = f"[{', '.join(map(str, value))}]" if isinstance(value, list) else value
+            words.append(f"{_short(key, keys)} {told}")
     return ", ".join(words)
 
 

@@ -226,7 +226,22 @@ def parse(name: str, params: bytes | None, report: bytes | None) -> Result:
     return result
 
 
+OFF: tuple[Any, ...] = (0, False, "none", [], {})
+"""Values of settings that do nothing."""
+
+
 def different(results: Sequence[Result]) -> list[str]:
     """Keys, except the seed, whose values are not the same in all results."""
     keys = {key: None for result in results for key in result.params if key != "seed"}
-    return [key for key in keys if len({str(result.params.get(key)) for result in results}) > 1]
+    return [key for key in keys if are_different(key, results)]
+
+
+def are_different(key: str, results: Sequence[Result]) -> bool:
+    """Whether a setting has several values.
+
+    A version of Secateur that lacks the setting did the same as one where it is turned off.
+    """
+    values = [result.params.get(key) for result in results]
+    if any(key not in result.params for result in results):
+        values = [None if value in OFF else value for value in values]
+    return len(set(map(str, values))) > 1

@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from secateur.studies import compare
 from secateur.studies.report import rounds
-from secateur.studies.results import Cell, Result
+from secateur.studies.results import Cell, Result, are_different
 
 
 def cells_of(found: Sequence[Result]) -> list[Cell]:
@@ -61,14 +60,14 @@ def _once(cells: Sequence[Cell], found: Sequence[Result]) -> list[Cell]:
 def _different(found: Sequence[Result]) -> list[str]:
     """Keys whose values differ between results; keys of a round, between those that have it."""
     keys = {key: None for result in found for key in result.params if key != "seed"}
-    return [key for key in keys if len({str(v) for v in _values(key, found)}) > 1]
+    return [key for key in keys if are_different(key, _with_round(key, found))]
 
 
-def _values(key: str, found: Sequence[Result]) -> list[Any]:
-    tables = [result.params for result in found]
-    if key.startswith("rounds."):
-        tables = [table for table in tables if key in table]
-    return [table.get(key) for table in tables]
+def _with_round(key: str, found: Sequence[Result]) -> Sequence[Result]:
+    """The results that have the key, if it is one of a round; else all."""
+    if not key.startswith("rounds."):
+        return found
+    return [result for result in found if key in result.params]
 
 
 def _target_of_dense(result: Result) -> bool:

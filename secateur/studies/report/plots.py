@@ -1,6 +1,7 @@
 """The figures of a comparison: accuracy against cost, accuracy by epoch, sparsity by layer."""
 
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -11,6 +12,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from numpy.typing import NDArray
+
+
+LABEL_WIDTH = 34
+"""Characters of a line of the legend."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ def trade_off(
             markersize=5,
             linewidth=1.2,
             capsize=2,
-            label=label,
+            label=_wrapped(label),
         )
     axes.axhline(100 * dense, color="0.4", linestyle="--", linewidth=1, label="dense")
     _draw_front(axes, best)
@@ -74,6 +79,11 @@ def trade_off(
     figure.legend(loc="outside right upper", fontsize=8, frameon=False,
                   ncols=columns)  # fmt: skip
     return figure
+
+
+def _wrapped(label: str) -> str:
+    """A label in lines that leave room for the axes beside it."""
+    return textwrap.fill(label, LABEL_WIDTH, break_long_words=False, break_on_hyphens=False)
 
 
 def scale_x(axes: "Axes", values: Sequence[float]) -> None:
@@ -163,7 +173,7 @@ def curves(lines: Mapping[str, Mapping[str, Sequence[float]]]) -> "Figure":
                 {"baseline": ":", "sparse-train": "--"}.get(stage.partition("@")[0], "-"),
                 color=colormaps["tab10"](place % 10),
                 linewidth=1.3,
-                label=None if named else label,
+                label=None if named else _wrapped(label),
             )
             first, named = first + len(values), True
     axes.set_xlabel("epoch; dotted: baseline, dashed: sparse-train, solid: finetune")
@@ -182,7 +192,7 @@ def layers(rows: Mapping[str, Mapping[str, float]]) -> "Figure":
     figure = Figure(figsize=(8, max(2.6, 1.4 + 0.22 * len(rows))), layout="constrained")
     axes = figure.add_subplot()
     image = axes.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
-    axes.set_yticks(range(len(rows)), list(rows), fontsize=8)
+    axes.set_yticks(range(len(rows)), [_wrapped(label) for label in rows], fontsize=8)
     axes.set_xticks(range(len(columns)), columns, rotation=90, fontsize=7)
     figure.colorbar(image, label="share of the dense layer that is pruned")
     return figure
