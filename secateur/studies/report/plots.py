@@ -189,12 +189,14 @@ def layers(rows: Mapping[str, Mapping[str, float]]) -> "Figure":
 
     columns = list(dict.fromkeys(layer for row in rows.values() for layer in row))
     values = [[row.get(layer, float("nan")) for layer in columns] for row in rows.values()]
-    figure = Figure(figsize=(8, max(2.6, 1.4 + 0.22 * len(rows))), layout="constrained")
+    labels = [_wrapped(label) for label in rows]
+    height = sum(0.09 + 0.13 * (1 + label.count("\n")) for label in labels)
+    figure = Figure(figsize=(8, max(3.0, 1.4 + height)), layout="constrained")
     axes = figure.add_subplot()
     image = axes.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
-    axes.set_yticks(range(len(rows)), [_wrapped(label) for label in rows], fontsize=8)
+    axes.set_yticks(range(len(rows)), labels, fontsize=8)
     axes.set_xticks(range(len(columns)), columns, rotation=90, fontsize=7)
-    figure.colorbar(image, label="share of the dense layer that is pruned")
+    figure.colorbar(image).set_label("share of the dense layer that is pruned", fontsize=8)
     return figure
 
 
