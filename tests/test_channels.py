@@ -30,6 +30,7 @@ from torch import nn
 from torch.nn import functional
 
 from secateur.base.errors import PruningError
+from secateur.base.sections import Prune
 from secateur.base.torchvision_import import import_torchvision
 from secateur.channels import graph as channels
 from secateur.channels import operators
@@ -941,7 +942,7 @@ def test_the_stage_takes_both_kinds_of_decisions(kind, dead, monkeypatch):
 
     class Params:
         pruner = "own"
-        prune = SimpleNamespace(remove_dead=dead, recalibrate=0, export="none", latency="none")
+        prune = Prune(remove_dead=dead)
 
         def chosen(self, kind):
             return {"amount": 1}.items()

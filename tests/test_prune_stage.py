@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from secateur.base.errors import TrainingError
-from secateur.base.sections import Finetune
+from secateur.base.sections import Finetune, Prune
 from secateur.data import dataset
 from secateur.pruning.decision import PruningContext
 from secateur.training import budget
@@ -72,7 +72,7 @@ def test_criteria_are_given_all_classes_also_where_these_stand_one_after_the_oth
     params = SimpleNamespace(
         pruner="magnitude",
         chosen=lambda _: {},
-        prune=SimpleNamespace(latency="none"),
+        prune=Prune(),
         sensitivity=SimpleNamespace(criteria=["taylor"], granularity="filter", ratios=[], seed=0),
         seed=0,
     )

@@ -10,6 +10,7 @@ from torch import nn
 from secateur.archs import resnet_slim, torchvision, vgg
 from secateur.base import plugin
 from secateur.base.errors import PruningError, SettingsError
+from secateur.base.sections import Prune
 from secateur.base.torchvision_import import import_torchvision
 from secateur.channels import graph as channels
 from secateur.data.dataset import InMemoryImages
@@ -302,7 +303,7 @@ def test_the_file_holds_groups_and_permutation(tmp_path):
 def run_stage(model, images, decide, monkeypatch, **settings):
     class Params:
         pruner = "own"
-        prune = SimpleNamespace(latency="none", **settings)
+        prune = Prune(**settings)
 
         def chosen(self, kind):
             return {"amount": 1}.items()
