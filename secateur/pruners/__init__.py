@@ -3,7 +3,8 @@
 A file offers `Settings` (a `base.sections.Strict`) and `prune(settings, context) ->
 PruningDecision`; both types are in `pruning.decision`. The context holds the network, some training
 images, the penalty's choice, and, on request, the channel graph. The decision has masks for single
-weights, by parameter name, and whole channels, by the name of their group and their index in it.
+weights, by parameter name, whole channels, by the name of their group and their index in it, and
+names of residual branches.
 A pruner trains nothing, prints nothing, and does not change the model. For a setting that does not
 fit the network it raises `ArgumentError`, which names the setting without the section of
 params.yaml.
