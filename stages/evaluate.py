@@ -187,12 +187,13 @@ def _sizes(
 
 
 def _layers(costs: Mapping[str, Sequence[LayerCost]]) -> Table:
-    """One row for each layer of each model; sparsity also relative to the layer's dense weight."""
-    dense = {layer.layer: layer.params for layer in costs["baseline"]}
+    """One row for each dense layer of each model; sparsity also relative to its dense weight."""
     rows = []
     for model, found in costs.items():
-        for layer in found:
-            sparsity = 1 - layer.nonzero / dense[layer.layer]
+        left = {layer.layer: layer for layer in found}
+        for dense in costs["baseline"]:
+            layer = left.get(dense.layer) or cost.removed(dense)
+            sparsity = 1 - layer.nonzero / dense.params
             rows.append({"model": model, **asdict(layer), "sparsity_of_dense": sparsity})
     return Table.of(rows)
 

@@ -26,7 +26,7 @@ from secateur.data.batches import example_batch, stratified_batch
 from secateur.gconv import export
 from secateur.nn import checkpoint, cost
 from secateur.pipeline import console, latency_check, runner
-from secateur.pruning.apply import PrunedNetwork, apply_decision, remove_branches
+from secateur.pruning.apply import PrunedNetwork, apply_decision, without_branches
 from secateur.pruning.decision import PruningContext
 from secateur.pruning.latency import LatencyTable, load_table
 from secateur.sparsity import masks
@@ -49,7 +49,7 @@ def prune(context: runner.StageContext) -> runner.StageResult:
     dense = checkpoint.build_architecture(sparse.header).eval()
     images, _ = example_batch(context.data.train, context.data.info)
     with section("prune"):
-        start = remove_branches(model, params.prune.branches, sparse.masks, images)
+        start = without_branches(model, params.prune.branches, sparse.masks, images)
     with section(f"pruners.{params.pruner}"):
         settings = params.chosen("pruners")
         table = _latencies(context)

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -280,9 +281,7 @@ def test_architectures_lose_any_branch_exactly_and_are_rebuilt(arch, settings, e
                 parameter.zero_()
         assert torch.allclose(zeroed(images), result.model(images), rtol=1e-4, atol=1e-5)
     own = module.Settings(**settings).model_dump()
-    header = checkpoint.Header(
-        arch, own, ["a", "b", "c"], (3, 32, 32), [0.5] * 3, [1.0] * 3, "", "prune"
-    )
+    header = replace(HEADER, arch=arch, arch_settings=own, shape=(3, 32, 32))
     checkpoint.save(tmp_path / "model.safetensors", header, result.model, {})
     again = checkpoint.load(tmp_path / "model.safetensors").model()
     with torch.no_grad():
@@ -337,7 +336,6 @@ def stage_context(params, model, data, kept=None):
 
 
 HALF = plugin.load("pruners", "magnitude").Settings(ratios=0.5)
-RESNET = plugin.load("archs", "resnet_cifar")
 HEADER = checkpoint.Header(
     "resnet_cifar", {"depth": 14}, ["a", "b", "c"], (3, 8, 8), [0.5] * 3, [0.5] * 3, "", "made up"
 )

@@ -149,6 +149,11 @@ def test_all_stages_and_mlflow_agree(name, data, store, tmp_path, capsys):
     assert report["compression"] == pruned.metrics["compression"] == every / left
     assert report["pruned"]["nonzero"] == report["finetuned"]["nonzero"] == left
     assert report["baseline"]["nonzero"] == report["baseline"]["params"] == every
+    every_layer = [row["layer"] for row in layers.rows if row["model"] == "baseline"]
+    assert [row["layer"] for row in layers.rows if row["model"] == "finetuned"] == every_layer
+    gone = [row for row in layers.rows if row["shape"] == "removed" and row["model"] == "finetuned"]
+    assert len(gone) == (4 if pruner == "branches" else 0)  # two branches of two convolutions
+    assert all(row["sparsity_of_dense"] == 1 and row["macs_dense"] == 0 for row in gone)
     of_layers = sum(row["nonzero"] for row in layers.rows if row["model"] == "finetuned")
     of_norms = sum(
         p.numel() for m in final.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters()

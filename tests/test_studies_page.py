@@ -24,7 +24,6 @@ from secateur.cli import build_parser
 from secateur.data import dataset
 from secateur.nn import checkpoint
 from secateur.nn.checkpoint import Header
-from secateur.pipeline import figures
 from secateur.studies import compare, publish, results
 from secateur.studies.definition import PlannedCell, Study
 from secateur.studies.execution.snapshot import Snapshot
@@ -414,15 +413,6 @@ def test_a_setting_that_an_older_version_lacks_counts_as_turned_off():
     assert set(results.different([old, other])) == {"size", "branches"}
     assert results.different([off, result("none", size=3, cutout=None, branches=[])]) == ["cutout"]
     assert compare.differences(other, ["branches"]) == "branches [layer1.2, layer2.1]"
-
-
-def test_a_removed_layer_is_pruned_wholly(tmp_path):
-    rows = ["model,layer,sparsity_of_dense", "baseline,a,0.0", "baseline,b,0.0", "finetuned,a,0.25"]
-    (tmp_path / "layers.csv").write_text("\n".join(rows))
-    found = artifacts.layer_sparsity([SimpleNamespace(layers="\n".join(rows))])
-    assert found == {"a": 0.25, "b": 1.0}
-    axes = figures.layers(tmp_path / "layers.csv").axes[0]
-    assert [bar.get_width() for bar in axes.patches] == [25.0, 100.0]
 
 
 def test_long_labels_leave_room_for_the_axes():

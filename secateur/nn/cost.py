@@ -188,6 +188,24 @@ def _layer_cost(
     )
 
 
+def removed(dense: LayerCost) -> LayerCost:
+    """The cost of a layer that has been removed with its residual branch: nothing is left of it."""
+    return LayerCost(
+        layer=dense.layer,
+        kind=dense.kind,
+        shape="removed",
+        params=0,
+        nonzero=0,
+        sparsity=0.0,
+        filters=0,
+        filters_alive=0,
+        channels=0,
+        channels_alive=0,
+        macs_dense=0,
+        macs=0,
+    )
+
+
 def macs(model: nn.Module, example: Tensor) -> int:
     """Multiply-accumulates for one image in kernels that do not skip zeros; see `layer_costs`."""
     return sum(layer.macs_dense for layer in layer_costs(model, example))

@@ -34,9 +34,8 @@ def resize(
     The values of resized tensors are lost. Raises ValueError if `shapes` lacks a tensor of the
     model, or has another number of axes for it.
     """
-    for name, known in (layers or {}).items():
-        if REMOVED in known:
-            model.set_submodule(name, Removed(known[REMOVED] == LAST))
+    gone = {name: known[REMOVED] for name, known in (layers or {}).items() if REMOVED in known}
+    remove_layers(model, gone)
     _insert_indexed(model, layers or {})
     fresh: dict[int, torch.Tensor] = {}  # tensors that several modules share stay shared
     tensors: dict[str, torch.Tensor] = {}
@@ -59,11 +58,11 @@ def resize(
     _assign(model, tensors, layers or {})
 
 
-def remove_layers(model: nn.Module, modules: Sequence[str]) -> None:
-    """Replace the modules of a residual branch, in order of execution, by `Removed`, in place."""
+def remove_layers(model: nn.Module, modules: Mapping[str, int]) -> None:
+    """Replace modules by `layers.Removed`, in place; `LAST` for the last module of its branch."""
     device = next((p.device for p in model.parameters()), None)
-    for name in modules:
-        made = Removed(name == modules[-1], device)
+    for name, place in modules.items():
+        made = Removed(place == LAST, device)
         model.set_submodule(name, made.train(model.get_submodule(name).training))
 
 

@@ -52,18 +52,15 @@ def layers(table: Path) -> "Figure":
     from matplotlib.figure import Figure
 
     with table.open(newline="") as lines:
-        rows = list(csv.DictReader(lines))
-    pruned = {row["layer"]: 1.0 for row in rows if row["model"] == "baseline"}
-    pruned |= {
-        row["layer"]: float(row["sparsity_of_dense"]) for row in rows if row["model"] == "finetuned"
-    }
-    labels = 0.2 + 0.075 * max(map(len, pruned), default=0)
-    width, height = labels + 6.5, 0.8 + 0.2 * len(pruned)
+        rows = [row for row in csv.DictReader(lines) if row["model"] == "finetuned"]
+    labels = 0.2 + 0.075 * max((len(row["layer"]) for row in rows), default=0)
+    width, height = labels + 6.5, 0.8 + 0.2 * len(rows)
     figure = Figure(figsize=(width, height))
     figure.subplots_adjust(labels / width, 0.6 / height, 1 - 0.2 / width, 1 - 0.1 / height)
     axes = figure.add_subplot()
-    axes.barh(range(len(pruned)), [100 * share for share in pruned.values()])
-    axes.set_yticks(range(len(pruned)), list(pruned), fontsize=8)
+    gone = [100 * float(row["sparsity_of_dense"]) for row in rows]
+    axes.barh(range(len(rows)), gone)
+    axes.set_yticks(range(len(rows)), [row["layer"] for row in rows], fontsize=8)
     axes.invert_yaxis()
     axes.set_xlim(0, 100)
     axes.set_xlabel("% of the dense layer's weights that are pruned")

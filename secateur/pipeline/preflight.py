@@ -15,7 +15,7 @@ from secateur.base import machine, plugin, sections, settings
 from secateur.base.errors import ArgumentError, SecateurError, SettingsError
 from secateur.data import progressive_resizing
 from secateur.data.dataset import DatasetInfo
-from secateur.pruning.apply import remove_branches
+from secateur.pruning.apply import without_branches
 from secateur.pruning.decision import PruningContext
 from secateur.training import averaging, distillation
 from secateur.training import parametrization as parametrizations
@@ -100,7 +100,7 @@ def _check(model: nn.Module, info: DatasetInfo, params: settings.Params) -> None
         chosen = _without_latency(params)
         images, labels = torch.zeros(1, *info.shape), torch.zeros(1, dtype=torch.int64)
         with settings.section("prune"):
-            trial = remove_branches(trial, params.prune.branches, {}, images).model
+            trial = without_branches(trial, params.prune.branches, {}, images).model
         context = PruningContext(trial, images, labels, dense=trial)
         if params.prune.remove_dead or params.prune.export != "none":
             _check_removal(context)

@@ -84,7 +84,7 @@ def apply_decision(
     return PrunedNetwork(compact.model, compact.masks, differences)
 
 
-def remove_branches(
+def without_branches(
     model: nn.Module, names: Sequence[str], masks: Masks, images: Tensor
 ) -> PrunedNetwork:
     """The network without these residual branches, as by `apply_decision`; `masks` are its masks.

@@ -134,9 +134,9 @@ def compact(
 
 def remove_branches(compact: Compact, branches: Sequence[Branch]) -> Compact:
     """The network without these residual branches; its model is changed in place."""
-    modules = {name for branch in branches for name in branch.modules}
-    for branch in branches:
-        resizing.remove_layers(compact.model, branch.modules)
+    modules = {name: 1 for branch in branches for name in branch.modules}
+    modules |= {branch.modules[-1]: resizing.LAST for branch in branches}
+    resizing.remove_layers(compact.model, modules)
     left = dict(compact.model.named_parameters())
     return replace(
         compact,

@@ -99,9 +99,8 @@ def layer_sparsity(artifacts: Sequence[Artifacts]) -> dict[str, float]:
     for each in artifacts:
         frame = _frame(each.layers)
         if {"model", "layer", "sparsity_of_dense"} <= set(frame):
-            final = frame[frame.model == "finetuned"].set_index("layer").sparsity_of_dense
-            every = dict.fromkeys([*frame[frame.model == "baseline"].layer, *final.index])
-            columns.append(final.reindex(list(every), fill_value=1.0))  # removed layers lack a row
+            final = frame[frame.model == "finetuned"]
+            columns.append(final.set_index("layer").sparsity_of_dense)
     if not columns:
         return {}
     mean = pd.concat(columns, axis=1).mean(axis=1)
