@@ -2,6 +2,8 @@
 
 import copy
 import re
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -245,8 +247,9 @@ def test_an_unknown_key_is_told_with_the_one_that_was_meant(key, hint, tmp_path)
           for part in TRAININGS],
         *[(f"{section}.groups", "filter", f"{section}.groups: renamed; write {section}.granularity")
           for section in ("pruners.magnitude", "penalties.greg1", "penalties.greg2")],
-        ("pruners.magnitude.scope", "global",
-         "pruners.magnitude.scope: renamed; write pruners.magnitude.ranking"),
+        *[("pruners.magnitude.scope", old,
+           f"pruners.magnitude.scope = '{old}': renamed; write pruners.magnitude.ranking: {old}")
+          for old in ("layer", "global")],
         *[(f"penalties.network_slimming.{key}", old,
            f"penalties.network_slimming.{key} = '{old}': renamed; write "
            f"penalties.network_slimming.coupled: {new}")
@@ -257,11 +260,20 @@ def test_a_renamed_key_or_value_is_told_with_the_new_one(old, value, line, tmp_p
     assert complaint(changed(old, value), tmp_path) == f"params.yaml: {line}"
 
 
-def test_the_new_names_of_renamed_keys_are_there():
-    for new in settings.RENAMED.values():
-        table = PARAMS
-        for key in new.split("."):
-            table = table[key]
+def test_the_new_names_of_renamed_keys_are_there_and_the_old_ones_are_not():
+    def exists(key):
+        section, _, last = key.rpartition(".")
+        return last in reduce(getitem, section.split("."), PARAMS)
+
+    for old, new in settings.RENAMED.items():
+        assert exists(new) and not exists(old), old
+
+
+def test_a_wrong_value_of_a_key_that_has_the_old_name_of_another_one_is_told(tmp_path):
+    assert complaint(changed("pruners.magnitude.scope", "weigths"), tmp_path) == (
+        "params.yaml: pruners.magnitude.scope = 'weigths': must be 'weights', "
+        "'weights_and_biases' or 'weights_and_scales'; did you mean weights?"
+    )
 
 
 @pytest.mark.parametrize("value", ["", "2.x-1", 2.13, None, "latest"])

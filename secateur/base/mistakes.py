@@ -30,9 +30,14 @@ class Mistake:
     is_key: bool = False
     """Whether the value is a key of the table at `path`."""
 
+    @property
+    def is_unknown(self) -> bool:
+        """Whether the last key of the path is one that the type does not have."""
+        return self.kind in _UNKNOWN
+
     def sentence(self, key: str, schema: Any) -> str:
         """Key, value and what is allowed; `key` is how the path is written, `schema` the type."""
-        if self.kind in _UNKNOWN:
+        if self.is_unknown:
             allowed = sorted(fields_at(schema, self.path[:-1]))
             hint = did_you_mean(self.path[-1], allowed)
             return f"{key}: unknown key; allowed: {', '.join(allowed)}{hint}"

@@ -46,14 +46,22 @@ RENAMED = {
     "sparse_train.accumulate": "sparse_train.accumulate_grad_batches",
     "finetune.accumulate": "finetune.accumulate_grad_batches",
     "pruners.magnitude.groups": "pruners.magnitude.granularity",
-    "pruners.magnitude.scope": "pruners.magnitude.ranking",
     "penalties.greg1.groups": "penalties.greg1.granularity",
     "penalties.greg2.groups": "penalties.greg2.granularity",
     "penalties.network_slimming.scope": "penalties.network_slimming.coupled",
 }
 """Key of an earlier version -> the key that replaces it."""
-RENAMED_VALUES = {"penalties.network_slimming.coupled": {"inner": "skip", "all": "include"}}
-"""Key -> value of an earlier version -> the value that replaces it."""
+RENAMED_VALUES = {
+    "penalties.network_slimming.coupled": {
+        "inner": "penalties.network_slimming.coupled: skip",
+        "all": "penalties.network_slimming.coupled: include",
+    },
+    "pruners.magnitude.scope": {
+        "layer": "pruners.magnitude.ranking: layer",
+        "global": "pruners.magnitude.ranking: global",
+    },
+}
+"""Key -> value of an earlier version -> the key and the value that replace it."""
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -335,15 +343,18 @@ def _first_line(error: ValidationError, raw: Any, schema: Any, where: str) -> st
     """The first mistake in words: file, dotted key, value, what is allowed."""
     found = first_mistake(error, raw)
     key = ".".join(filter(None, [where, *(cut(part, 60) for part in found.path)]))
-    renamed = None if found.is_key else _renamed(key, found.value)
+    renamed = None if found.is_key else _renamed(key, found.value, found.is_unknown)
     line = renamed or found.sentence(key, schema).replace("a table is", "a table of settings is")
     return f"{FILE}: {line}{found.more}"
 
 
-def _renamed(key: str, value: Any) -> str | None:
-    """What to write instead of a key or value of an earlier version; None for any other."""
-    new = RENAMED.get(key, key)
+def _renamed(key: str, value: Any, is_unknown: bool) -> str | None:
+    """What to write instead of a key or value of an earlier version; None for any other.
+
+    Only a key that is unknown now can have been renamed.
+    """
+    new = RENAMED.get(key, key) if is_unknown else key
     values = RENAMED_VALUES.get(new, {})
     if isinstance(value, str) and value in values:
-        return f"{key} = {value!r}: renamed; write {new}: {values[value]}"
+        return f"{key} = {value!r}: renamed; write {values[value]}"
     return None if new == key else f"{key}: renamed; write {new}"
