@@ -764,7 +764,7 @@ MISTAKES = {
     "nothing to skip": ({"skip": ["head"]}, "head matches no layer"),
     "grouped": (
         {"granularity": "weight", "criterion": "geometric_median"},
-        "needs groups of weights",
+        "is not defined for single weights; granularity must be filter or channel",
     ),
     "several ratios": ({"ranking": "global", "ratios": {"0": 0.5}}, "ranking global compares all"),
     "unknown criterion": ({"criterion": "l3"}, "criterion = 'l3'"),

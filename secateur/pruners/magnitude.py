@@ -79,7 +79,7 @@ class Settings(Strict):
     normalise: ScoreNormalisation | None = None
     """For granularity group: how scores of different groups are made comparable; null: mean."""
     pick: Pick = "min"
-    """Which groups are pruned: the least important, the most important, or random ones (the last
+    """Which units are pruned: the least important, the most important, or random ones (the last
     two are controls)."""
     seed: Seed = 0
     """For pick: random."""
@@ -87,7 +87,7 @@ class Settings(Strict):
     """layer: within a layer (granularity group: within a channel group); global: over all layers
     that have a ratio above 0; isomorphic: over channel groups of equal structure."""
     ratios: Ratios = Rules(0.5)
-    """Share of each layer's groups that is pruned, see sparsity/ratios.py; one number with ranking
+    """Share of each layer's units that is pruned, see sparsity/ratios.py; one number with ranking
     global or isomorphic."""
     skip: Skip = ()
     """Layers that are not pruned: names, or stage.block."""
@@ -156,7 +156,7 @@ class Settings(Strict):
 
 
 def prune(settings: Settings, context: PruningContext) -> PruningDecision:
-    """The least important groups, as whole channels where these can be removed.
+    """The least important units, as whole channels where these can be removed.
 
     Raises ArgumentError for ratios or a criterion that do not fit the network, PruningError for a
     target that cannot be reached.
@@ -277,11 +277,11 @@ def _prune_groups(settings: Settings, context: PruningContext) -> PruningDecisio
 
 
 Chooser = Callable[[dict[str, float]], Choices]
-"""Ratios by parameter -> groups to prune."""
+"""Ratios by parameter -> units to prune."""
 
 
 def _by_layer(scores: dict[str, Tensor]) -> Chooser:
-    """Choose in each layer the share of its groups that its ratio says."""
+    """Choose in each layer the share of its units that its ratio says."""
     ranks = {name: choices.ranks({name: score})[name] for name, score in scores.items()}
 
     def choose(ratios: dict[str, float]) -> Choices:
@@ -294,7 +294,7 @@ def _by_layer(scores: dict[str, Tensor]) -> Chooser:
 
 
 def _over_all_layers(scores: dict[str, Tensor]) -> Chooser:
-    """Choose a share of the groups of all layers together; all ratios are equal."""
+    """Choose a share of the units of all layers together; all ratios are equal."""
     ranks = choices.ranks(scores)
     total = sum(rank.numel() for rank in ranks.values())
 
@@ -306,7 +306,7 @@ def _over_all_layers(scores: dict[str, Tensor]) -> Chooser:
 
 
 def _ratios_reached(ratios: dict[str, float], chosen: Choices) -> dict[str, float]:
-    """The share of all groups that was asked for, and the share that was chosen."""
+    """The share of all units that was asked for, and the share that was chosen."""
     sizes = {name: choice.numel() for name, choice in chosen.items()}
     total = sum(sizes.values())
     asked = sum(ratio * sizes[name] for name, ratio in ratios.items())

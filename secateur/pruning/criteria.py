@@ -1,17 +1,17 @@
-"""Importance criteria: a score for each group of weights, in the shape of a choice.
+"""Importance criteria: a score for each unit of pruning, in the shape of a choice.
 
-A group is a filter, an input channel or a single weight of one layer. Scores are means over a
-group's weights, not sums, so that groups of different layers are comparable. In a layer that never
-runs in eval mode, inputs and gradients are zero. With w the weights of a group:
+A unit is a filter, an input channel or a single weight of one layer. Scores are means over a unit's
+weights, not sums, so that units of different layers are comparable. In a layer that never runs in
+eval mode, inputs and gradients are zero. With w the weights of a unit:
 
     l1                 mean of |w|.
     l2                 square root of the mean of w^2.
-    geometric_median   mean Euclidean distance to the other groups of the layer, over the square
-                       root of the group's size: a group that is close to others can be replaced
-                       by them. Y. He et al., Filter pruning via geometric median for deep
+    geometric_median   mean Euclidean distance to the other units of the layer, over the square
+                       root of the unit's size: a unit that is close to others can be replaced by
+                       them. Y. He et al., Filter pruning via geometric median for deep
                        convolutional neural networks acceleration, CVPR 2019.
     taylor             (sum of w * dL/dw)^2, with the cross-entropy L of some images: to first
-                       order, the squared change of the loss without the group. P. Molchanov et
+                       order, the squared change of the loss without the unit. P. Molchanov et
                        al., Importance estimation for neural network pruning, CVPR 2019, equation 8.
     fisher             mean of h * w^2 / 2, with the mean of (dL/dw)^2 over some images in place of
                        the curvature h: to second order, the increase of the loss when the weights
@@ -24,7 +24,7 @@ runs in eval mode, inputs and gradients are zero. With w the weights of a group:
                        for single weights compared within an output; here within a layer.
     lamp               squared norm over the sum of all squared norms in the layer that are not
                        smaller. J. Lee et al., Layer-adaptive sparsity for the magnitude-based
-                       pruning, ICLR 2021, equation 3, for single weights; here for groups too.
+                       pruning, ICLR 2021, equation 3, for single weights; here for all units.
     bn_scale           |gamma| of the batch normalisation of this output or input; the largest if
                        there are several. Z. Liu et al., Learning efficient convolutional networks
                        through network slimming, ICCV 2017.
@@ -57,7 +57,7 @@ def scores(
     granularity: Granularity,
     criterion: Criterion,
 ) -> dict[str, Tensor]:
-    """Score of every group of these layers, by the weight's parameter name.
+    """Score of every unit of these layers, by the weight's parameter name.
 
     Raises ArgumentError for a criterion that is not defined at this granularity, and, with
     bn_scale, for a layer without scales; PruningError for images that do not fit the criterion.
@@ -79,7 +79,9 @@ def parameter_scores(
     """
     if criterion in NOT_FOR_WEIGHTS and granularity == "weight":
         raise ArgumentError(
-            "criterion", "needs groups of weights; granularity must be filter or channel", criterion
+            "criterion",
+            "is not defined for single weights; granularity must be filter or channel",
+            criterion,
         )
     weights = {name: context.model.get_parameter(name) for name in names}
     if criterion == "wanda" and any(weight.dim() < 2 for weight in weights.values()):
@@ -99,7 +101,7 @@ def parameter_scores(
 
 
 def _means(entries: Mapping[str, Tensor], granularity: Granularity) -> dict[str, Tensor]:
-    """Mean over every group of scores of single entries, which are not negative."""
+    """Mean over every unit of scores of single entries, which are not negative."""
     return {name: magnitude_scores(entry, granularity) for name, entry in entries.items()}
 
 
@@ -240,7 +242,7 @@ def layers_without_scales(
 def _largest_scales(
     context: PruningContext, layers: Sequence[str], granularity: Granularity
 ) -> dict[str, Tensor]:
-    """Largest scale of every filter or channel of these layers, (groups,); NaN if it has none."""
+    """Largest scale of every filter or channel of these layers, (units,); NaN if it has none."""
     graph = context.graph
     every = scales.norm_scales(context.model, graph.fx_graph)
     flat = scales.flat_scales(context.model, graph, every)

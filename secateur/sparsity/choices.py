@@ -1,7 +1,8 @@
-"""Choices of groups of weights at a granularity (filter, channel or weight): scores and selection.
+"""Choices of the units that are pruned at a granularity: scores and selection.
 
-A choice is a boolean tensor with as many axes as the weight and one entry for each group, True if
-the group is to be pruned. Its shape shows the granularity, and it broadcasts over the weight:
+A unit is a filter, an input channel or a single weight of one layer. A choice is a boolean tensor
+with as many axes as the weight and one entry for each unit, True if the unit is to be pruned. Its
+shape shows the granularity, and it broadcasts over the weight:
 
     filter     (filters, 1, 1, 1), or (outputs, 1) for a linear layer
     channel    (1, channels, 1, 1), or (1, inputs)
@@ -25,19 +26,19 @@ Granularity = Literal["filter", "channel", "weight"]
 """The unit of pruning: an output of a layer, an input of a layer, or a single weight."""
 
 Pick = Literal["min", "max", "random"]
-"""Which groups are chosen: those with the lowest or the highest scores, or random ones."""
+"""Which units are chosen: those with the lowest or the highest scores, or random ones."""
 
 Ranking = Literal["layer", "global"]
-"""Whether groups are compared within a layer (or channel group), or over all of them."""
+"""Whether units are compared within a layer (or channel group), or over all of them."""
 
 Choices = dict[str, Tensor]
 """Weight's parameter name -> its choice."""
 
 
 def magnitude_scores(weight: Tensor, granularity: Granularity) -> Tensor:
-    """Mean absolute value of every group, in the shape of a choice.
+    """Mean absolute value of every unit, in the shape of a choice.
 
-    The order of the groups of a layer is that of their L1 norms.
+    The order of the units of a layer is that of their L1 norms.
     """
     size = weight.detach().abs()
     if granularity == "weight":
@@ -47,7 +48,7 @@ def magnitude_scores(weight: Tensor, granularity: Granularity) -> Tensor:
 
 
 def number_pruned(ratio: float, total: int) -> int:
-    """Number of groups for a ratio of `total` groups: rounded up, and at most all but one.
+    """Number of units for a ratio of `total` units: rounded up, and at most all but one.
 
     Computed with the decimal number that the user wrote: 0.55 of 100 is 55.
     """
@@ -55,12 +56,12 @@ def number_pruned(ratio: float, total: int) -> int:
 
 
 def number_kept(share: float, total: int) -> int:
-    """Number of groups for a share of `total` groups: rounded up, and at least one."""
+    """Number of units for a share of `total` units: rounded up, and at least one."""
     return max(1, ceil(Decimal(repr(share)) * total))
 
 
 def choose(score: Tensor, number: int, pick: Pick = "min", seed: int = 0) -> Tensor:
-    """The choice of `number` groups by their scores; of equal scores, the first are chosen."""
+    """The choice of `number` units by their scores; of equal scores, the first are chosen."""
     return ranks(pick_scores({"": score}, pick, seed))[""] < number
 
 
@@ -75,10 +76,10 @@ def choose_smallest(score: Tensor, number: int) -> Tensor:
 
 
 def ranks(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rank of every group among those of all layers by score; of equal scores, the first is lower.
+    """Rank of every unit among those of all layers by score; of equal scores, the first is lower.
 
-    The choice of the `number` lowest groups over all layers is `rank < number`; it may choose all
-    groups of a layer.
+    The choice of the `number` lowest units over all layers is `rank < number`; it may choose all
+    units of a layer.
     """
     order = torch.cat([score.flatten() for score in scores.values()]).sort(stable=True).indices
     places = torch.empty_like(order)
@@ -87,7 +88,7 @@ def ranks(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def pick_scores(scores: Mapping[str, Tensor], pick: Pick, seed: int) -> dict[str, Tensor]:
-    """Scores whose lowest groups are those that `pick` chooses over all layers."""
+    """Scores whose lowest units are those that `pick` chooses over all layers."""
     if pick == "min":
         return dict(scores)
     if pick == "max":
@@ -99,7 +100,7 @@ def pick_scores(scores: Mapping[str, Tensor], pick: Pick, seed: int) -> dict[str
 
 
 def pick_scores_by_layer(scores: Mapping[str, Tensor], pick: Pick, seed: int) -> dict[str, Tensor]:
-    """Scores whose lowest groups are those that `pick` chooses in each layer; every layer has its
+    """Scores whose lowest units are those that `pick` chooses in each layer; every layer has its
     own seed."""
     found: dict[str, Tensor] = {}
     for place, (name, score) in enumerate(scores.items()):
@@ -114,9 +115,9 @@ def _split(flat: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def keep_at_least(choice: Tensor, score: Tensor, least: int = 1, multiple: int = 1) -> Tensor:
-    """The choice without its best groups, so that at least `least` of the layer's groups are kept.
+    """The choice without its best units, so that at least `least` of the layer's units are kept.
 
-    More are kept until their number is a multiple of `multiple`; a layer that has fewer groups
+    More are kept until their number is a multiple of `multiple`; a layer that has fewer units
     keeps all. Of equal scores, the last are kept.
     """
     flat = choice.flatten()

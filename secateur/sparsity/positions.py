@@ -33,7 +33,7 @@ class Position:
     block_end: bool = False
 
     def refusal(self, granularity: Granularity) -> str:
-        """Why groups of this granularity cannot be pruned in this layer; empty if they can."""
+        """Why units of this granularity cannot be pruned in this layer; empty if they can."""
         if granularity == "weight":
             return ""
         if self.grouped:

@@ -97,7 +97,7 @@ def parse_skip(value: Any) -> tuple[Skipped, ...]:
 
 
 Ratios = Annotated[Rules, BeforeValidator(parse_ratios)]
-"""The share of each layer's groups that is pruned; see the top of this file."""
+"""The share of each layer's units that is pruned; see the top of this file."""
 
 Skip = Annotated[tuple[Skipped, ...], BeforeValidator(parse_skip)]
 """Layers that are not pruned: names as fnmatch matches them, `stage`, `stage.block` or

@@ -1,4 +1,4 @@
-"""Importance scores of the groups of one weight, computed from the weight and its gradient only.
+"""Importance scores of the units of one weight, computed from the weight and its gradient only.
 
 `pruning/criteria.py` defines all criteria, with their sources, and computes those that need images
 or the channel graph.
@@ -20,7 +20,7 @@ def scores_of_weight(
     criterion: WeightCriterion,
     gradient: Tensor | None = None,
 ) -> Tensor:
-    """Score of every group, in the shape of a choice; taylor needs the weight's `gradient`."""
+    """Score of every unit, in the shape of a choice; taylor needs the weight's `gradient`."""
     if criterion == "taylor":
         assert gradient is not None
         return _taylor(weight, gradient, granularity)
@@ -39,7 +39,7 @@ def choice_shape(weight: Tensor, granularity: Granularity) -> list[int]:
 
 
 def _distance(weight: Tensor, granularity: Granularity) -> Tensor:
-    """Mean Euclidean distance of each group to all others, over the square root of its size."""
+    """Mean Euclidean distance of each unit to all others, over the square root of its size."""
     rows = weight if granularity == "filter" else weight.transpose(0, 1)
     rows = rows.flatten(1).double()  # exact enough for distances from a matrix product
     return (mean_distances(rows) / rows.shape[1] ** 0.5).view(choice_shape(weight, granularity))
