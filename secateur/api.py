@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from secateur.base import plugin
+from secateur.base import machine, plugin
 from secateur.base.errors import CheckpointError, PruningError, SettingsError, shorten
 from secateur.base.sections import Export, RuntimeName
 from secateur.channels.graph import ChannelGraph, build_channel_graph
@@ -28,6 +28,7 @@ from secateur.pruning.callable_pruners import ConfiguredPruner, arguments_of
 from secateur.pruning.decision import PruningContext
 from secateur.pruning.latency import LatencyTable, load_table
 from secateur.pruning.target import Target
+from secateur.sparsity import masks
 from secateur.sparsity.choices import Choices
 from secateur.sparsity.masks import Masks
 
@@ -238,11 +239,9 @@ def prune(
     context = PruningContext(dense, images, labels, choices, latency)
     with arguments_of(pruner.name):
         decision = plugin.load("pruners", pruner.name).prune(pruner.settings, context)
-    earlier = _masks_of(origin, dense)
-    both = {n: m & decision.masks.get(n, m) for n, m in earlier.items()}
     pruned = apply_decision(
         dense,
-        replace(decision, masks={**decision.masks, **both}),
+        replace(decision, masks=masks.joined(decision.masks, _masks_of(origin, dense))),
         images,
         remove_dead=remove_dead,
         export=export,
@@ -472,20 +471,16 @@ def _header(
     """The header of a loaded network, or one without an architecture."""
     reached = {k: v for k, v in pruned.differences.items() if math.isfinite(v)}
     notes = {"asked": str(pruner), "reached": reached}
-    if isinstance(origin, Origin):
-        known = origin.header
-        return Header(
-            arch=known.arch,
-            arch_settings=known.arch_settings,
-            classes=known.classes,
-            shape=known.shape or list(images.shape[1:]),
-            mean=known.mean,
-            std=known.std,
-            split=known.split,
-            stage="prune",
-            parent=origin.sha256 or None,
-            notes=known.notes | notes,
-            resize=known.resize,
-        )
     shape = list(images.shape[1:])
-    return Header("", {}, [], shape, [], [], split="", stage="prune", notes=notes)
+    if not isinstance(origin, Origin):
+        return Header("", {}, [], shape, [], [], split="", stage="prune", notes=notes)
+    known = origin.header
+    return replace(
+        known,
+        shape=known.shape or shape,
+        stage="prune",
+        parent=origin.sha256 or None,
+        notes=known.notes | notes,
+        versions=machine.versions(),
+        layers={},  # those of the network before pruning
+    )
