@@ -341,4 +341,4 @@ def test_the_layer_that_is_measured_is_the_one_in_the_network():
         sizes = [d.dim_value for d in found.graph.output[0].type.tensor_type.shape.dim]
         assert sizes == list(x.shape)
         if shape.kernel:
-            assert shape.applied == x[0, 0].numel()
+            assert shape.positions == x[0, 0].numel()

@@ -49,9 +49,9 @@ class LayerShape:
     outputs: int
     inputs: int
     bias: bool
-    positions: tuple[int, ...]
-    """Height and width of a convolution's inputs; for a linear layer, how often it is applied per
-    image."""
+    input_size: tuple[int, ...]
+    """Height and width of a convolution's inputs; for a linear layer, its positions if there are
+    several."""
     kernel: tuple[int, ...] = ()
     """Empty for a linear layer."""
     stride: tuple[int, ...] = ()
@@ -59,7 +59,7 @@ class LayerShape:
     """Top, left, bottom, right."""
     dilation: tuple[int, ...] = ()
     groups: int = 1
-    applied: int = 1
+    positions: int = 1
     """Positions of the outputs for one image."""
 
     @property
@@ -165,8 +165,10 @@ class _Opener:
         """One layer with random weights and inputs."""
         torch.manual_seed(0)
         module = _module(shape)
-        size = shape.positions if shape.kernel else (*shape.positions, shape.inputs)
-        size = (shape.inputs, *size) if shape.kernel else size
+        if shape.kernel:
+            size = (shape.inputs, *shape.input_size)
+        else:
+            size = (*shape.input_size, shape.inputs)
         images = torch.randn(self.batch, *size)
         if self.runtime == "torch":
             return _inferring(module.eval(), images)
@@ -269,10 +271,10 @@ def _shapes(
         positions = cost.positions_by_call(model, image)
     found = {}
     for name, layer in graph.layers.items():
-        applied = positions[layer.weight.removesuffix(".weight")]
+        counts = positions[layer.weight.removesuffix(".weight")]
         widths = (len(layer.outputs), len(layer.inputs), layer.bias is not None)
         own = calls.get(id(getattr(modules.get(name), "weight", None)), [])
-        if len(own) == len(applied):
+        if len(own) == len(counts):
             found[name] = tuple(
                 LayerShape(
                     *widths,
@@ -282,14 +284,14 @@ def _shapes(
                     _padding(module),
                     tuple(module.dilation),
                     layer.groups,
-                    applied=count,
+                    positions=count,
                 )
-                for (module, given), count in zip(own, applied, strict=True)
+                for (module, given), count in zip(own, counts, strict=True)
             )
         else:
             found[name] = tuple(
-                LayerShape(*widths, (count,) if count > 1 else (), applied=count)
-                for count in applied
+                LayerShape(*widths, (count,) if count > 1 else (), positions=count)
+                for count in counts
             )
     return found
 
@@ -342,7 +344,7 @@ def _multiple(opener: _Opener, shapes: Iterable[LayerShape]) -> int:
 def _work(shape: LayerShape) -> int:
     """Multiply-accumulates, up to a stride."""
     per_output = shape.inputs // shape.groups * math.prod(shape.kernel)
-    return shape.outputs * per_output * math.prod(shape.positions)
+    return shape.outputs * per_output * math.prod(shape.input_size)
 
 
 def _measure_layer(
@@ -362,7 +364,7 @@ def _measure_layer(
     times = _shortest(passes, LAYER_REPEATS)
     ms = tuple(tuple(times[out, into] for into in inputs) for out in outputs)
     return MeasuredLayer(
-        outputs=tuple(outputs), inputs=tuple(inputs), ms=ms, positions=shape.applied
+        outputs=tuple(outputs), inputs=tuple(inputs), ms=ms, positions=shape.positions
     )
 
 
