@@ -113,7 +113,10 @@ def test_a_layer_takes_the_time_of_all_its_runs():
     net = build(Twice)
     graph = build_channel_graph(net, IMAGES[:1])
     calls = layer_times._shapes(net, graph, IMAGES[:1])
-    assert [(call.input_size, call.positions) for call in calls["b"]] == [((8, 8), 64), ((4, 4), 16)]
+    assert [(call.input_size, call.positions) for call in calls["b"]] == [
+        ((8, 8), 64),
+        ((4, 4), 16),
+    ]
     assert [len(calls[name]) for name in ("a", "fc")] == [1, 1]
     one = layer_times.MeasuredLayer(outputs=(4, 8), inputs=(8,), ms=((1.0,), (2.0,)), positions=64)
     other = one.model_copy(update={"ms": ((0.5,), (0.75,)), "positions": 16})
