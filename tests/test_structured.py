@@ -791,12 +791,14 @@ def test_slimming_refuses_ratios_that_are_none(ratio):
         slim(toy(), ratio=ratio)
 
 
-def test_taylor_without_labels_is_refused():
+@pytest.mark.parametrize("criterion", ["taylor", "fisher"])
+@pytest.mark.parametrize("labels", [None, torch.zeros(1, dtype=torch.int64)])
+def test_criteria_of_the_loss_need_a_label_for_every_image(criterion, labels):
     module = plugin.load("pruners", "magnitude")
-    with pytest.raises(PruningError, match="labels: criterion taylor needs one for each image"):
-        module.prune(
-            module.Settings(criterion="taylor"), PruningContext(chain(), torch.zeros(2, 3, 8, 8))
-        )
+    context = PruningContext(chain(), torch.zeros(2, 3, 8, 8), labels)
+    wanted = f"labels: criterion {criterion} needs one for each image"
+    with pytest.raises(PruningError, match=wanted):
+        module.prune(module.Settings(criterion=criterion), context)
 
 
 @pytest.mark.parametrize(

@@ -16,14 +16,10 @@ import copy
 from collections.abc import Sequence
 from typing import Annotated, Self
 
-import torch
 from pydantic import Field, model_validator
-from torch import nn
-from torch.nn import functional
 
-from secateur.base.errors import ArgumentError, PruningError
+from secateur.base.errors import ArgumentError
 from secateur.base.sections import Strict
-from secateur.nn.outputs import class_scores
 from secateur.pruning.branches import Branch, find_named, residual_branches, silence
 from secateur.pruning.decision import PruningContext, PruningDecision
 
@@ -71,8 +67,6 @@ def prune(settings: Settings, context: PruningContext) -> PruningDecision:
 
 def _by_loss(number: int, context: PruningContext, left: dict[str, Branch]) -> PruningDecision:
     """Of the branches in `left`, those that are removed one by one."""
-    if not len(context.labels):
-        raise PruningError("labels: pruner branches needs one for each image")
     removed: list[Branch] = []
     notes = {"loss_before": _loss(context, removed)}
     lines = []
@@ -88,10 +82,8 @@ def _by_loss(number: int, context: PruningContext, left: dict[str, Branch]) -> P
     )
 
 
-@torch.inference_mode()
 def _loss(context: PruningContext, removed: Sequence[Branch]) -> float:
     """Mean cross-entropy of the network without these branches."""
-    model: nn.Module = copy.deepcopy(context.model).eval()
+    model = copy.deepcopy(context.model).eval()
     silence(model, removed)
-    logits = class_scores(model(context.images), context.labels, "pruner branches")
-    return float(functional.cross_entropy(logits.double(), context.labels))
+    return context.loss(model, "pruner branches")

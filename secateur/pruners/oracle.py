@@ -18,11 +18,9 @@ from typing import Annotated
 
 import torch
 from pydantic import Field
-from torch.nn import functional
 
-from secateur.base.errors import ArgumentError, PruningError
+from secateur.base.errors import ArgumentError
 from secateur.base.sections import Strict
-from secateur.nn.outputs import class_scores
 from secateur.pruning import removal
 from secateur.pruning.decision import (
     PruningContext,
@@ -53,8 +51,7 @@ def prune(settings: Settings, context: PruningContext) -> PruningDecision:
     Raises ArgumentError for ratios that do not fit the network or leave too many choices,
     PruningError if the images have no labels, or the network is no classifier.
     """
-    if not len(context.labels):
-        raise PruningError("labels: pruner oracle needs one for each image")
+    context.need_labels("pruner oracle")
     numbers = _numbers(settings, context)
     weights = {name: context.model.get_parameter(name) for name in numbers}
     trials = math.prod(math.comb(len(weights[name]), k) for name, k in numbers.items())
@@ -102,10 +99,8 @@ def _combinations(sizes: dict[str, int], numbers: dict[str, int]) -> Iterator[Ch
         yield found
 
 
-@torch.inference_mode()
 def _loss(context: PruningContext, decision: PruningDecision) -> float:
     """Mean cross-entropy of the network without what the decision prunes."""
     model = removal.mask(context.model, decision.channels, context.images[:1], context.graph).eval()
     masks.apply(model, decision.masks)
-    logits = class_scores(model(context.images), context.labels, "pruner oracle")
-    return float(functional.cross_entropy(logits.double(), context.labels))
+    return context.loss(model, "pruner oracle")

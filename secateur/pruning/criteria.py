@@ -38,7 +38,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from secateur.base.errors import ArgumentError, PruningError
+from secateur.base.errors import ArgumentError
 from secateur.channels import scales
 from secateur.nn.hooks import watched_weights
 from secateur.nn.outputs import class_scores
@@ -110,8 +110,7 @@ def gradients(context: PruningContext, weights: Sequence[Tensor]) -> tuple[Tenso
 
     Raises PruningError if the images have no labels, and for a network that is not a classifier.
     """
-    if not len(context.labels):
-        raise PruningError("labels: criterion taylor needs one for each image")
+    context.need_labels("criterion taylor")
     with _evaluated(context.model), _differentiable(weights):
         return _gradients(context, weights, slice(None), "taylor")
 
@@ -122,8 +121,7 @@ def loss_increases(context: PruningContext, weights: Mapping[str, Tensor]) -> di
 
     Raises PruningError if the images have no labels, and for a network that is not a classifier.
     """
-    if not len(context.labels):
-        raise PruningError("labels: criterion fisher needs one for each image")
+    context.need_labels("criterion fisher")
     squares = [torch.zeros_like(weight, requires_grad=False) for weight in weights.values()]
     ranked = list(weights.values())
     with _evaluated(context.model), _differentiable(ranked):

@@ -7,8 +7,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from secateur.base.errors import PruningError
 from secateur.channels.graph import ChannelGraph, build_channel_graph
+from secateur.nn.outputs import class_scores
 from secateur.pruning.latency import LatencyTable
 from secateur.sparsity.choices import Choices, Granularity, masks_from_choices, validate_choices
 from secateur.sparsity.masks import Masks
@@ -65,6 +68,24 @@ class PruningContext:
     def graph(self) -> ChannelGraph:
         """The network's channel graph; PruningError if the network cannot be traced."""
         return build_channel_graph(self.model, self.images[:1])
+
+    def need_labels(self, purpose: str) -> None:
+        """Raise PruningError naming the `purpose` unless every image has a label."""
+        if len(self.labels) != len(self.images):
+            raise PruningError(f"labels: {purpose} needs one for each image")
+
+    @torch.inference_mode()
+    def loss(self, model: nn.Module, purpose: str) -> float:
+        """Mean cross-entropy over the images of a network in eval mode, such as a pruned copy.
+
+        Raises PruningError naming the `purpose` if the images have no labels, and for a network
+        that is not a classifier.
+        """
+        self.need_labels(purpose)
+        device = next(model.parameters()).device
+        labels = self.labels.to(device)
+        logits = class_scores(model(self.images.to(device)), labels, purpose)
+        return float(F.cross_entropy(logits.double(), labels))
 
 
 def decision_from_choices(
