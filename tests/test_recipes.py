@@ -73,7 +73,7 @@ def test_a_penalty_that_prunes_meanwhile_suits_the_training_that_a_recipe_gives_
     widths = settings.validate(arch.Settings, made["archs"][made["arch"]], "")
     needs = {"shape": shape} if made["penalty"] == "gradual" else {}
     penalty = module.build(own, arch.build(widths, 10, shape), made["decay"], **needs)
-    training = settings.validate(sections.ContinuedTrain, made["sparse_train"], "")
+    training = settings.validate(sections.SparseTrain, made["sparse_train"], "")
     images = TRAINING_IMAGES[made["dataset"]]
     steps = training.epochs * math.ceil(images / training.batch_size)
     penalty.start(TrainingPlan(training, steps, images))

@@ -58,6 +58,23 @@ def test_the_projects_own_params_are_sound():
     settings.check(ROOT / "params.yaml")
 
 
+SECTIONS = {
+    key: field.annotation
+    for key, field in settings.Params.model_fields.items()
+    if isinstance(field.annotation, type) and issubclass(field.annotation, sections.Strict)
+}
+
+
+@pytest.mark.parametrize("key", [*SECTIONS, *(f"{kind}.{name}" for kind, name in PLUGINS)])
+def test_a_key_that_is_missing_has_the_value_of_the_projects_params(key):
+    kind, _, name = key.partition(".")
+    schema = plugin.load(kind, name).Settings if name else SECTIONS[key]
+    given = (PARAMS[kind][name] if name else PARAMS[key]) or {}
+    required = {key for key, field in schema.model_fields.items() if field.is_required()}
+    defaults = schema(**{key: given[key] for key in required})
+    assert settings.validate(schema, given, key) == defaults
+
+
 @pytest.mark.parametrize("text", ["1e-05", "1E-5", "1e-5", "0.00001", "+1e-05"])
 def test_a_number_that_yaml_takes_for_text_is_a_number(text):
     raw = yaml.safe_load(f"decay: {text}\nbaseline: {{epochs: '7', lr: {text}}}")

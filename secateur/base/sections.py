@@ -120,7 +120,7 @@ class Train(Strict):
 
     epochs: Annotated[int, Field(ge=0)]
     """0: the network is passed on unchanged."""
-    batch_size: Annotated[int, Field(ge=1)] = 128
+    batch_size: Annotated[int, Field(ge=1)] = 64
     """Images per optimizer step, over all parts and all processes."""
     accumulate_grad_batches: Annotated[int, Field(ge=1)] = 1
     """A batch is computed in this many parts, one after the other: less memory, and the same step,
@@ -286,6 +286,14 @@ class ContinuedTrain(Train):
         return self
 
 
+class SparseTrain(ContinuedTrain):
+    """Training with a penalty."""
+
+    keep: Literal["best", "last"] = "last"
+    """Which epoch is kept: the last, or the best on the validation images, which would be an early
+    one, hardly sparse."""
+
+
 class Finetune(ContinuedTrain):
     """Training after pruning."""
 
@@ -336,7 +344,7 @@ class Evaluate(Strict):
 
     latency_batch: Annotated[int, Field(ge=1)] = 1
     """Images per forward pass while the latency is measured."""
-    latency_repeats: Annotated[int, Field(ge=3)] = 100
+    latency_repeats: Annotated[int, Field(ge=3)] = 200
     """Timed passes of each model, interleaved, after a warm-up."""
     last_epochs: Annotated[int, Field(ge=0)] = 0
     """Number of last epochs of each training over which mean and standard deviation of the
@@ -360,7 +368,9 @@ class Sensitivity(Strict):
     granularity: Literal["filter", "group"] = "filter"
     """filter: outputs of layers whose outputs can be pruned independently. group: channels of every
     channel group that can be pruned, with everything that is coupled to them."""
-    ratios: Annotated[tuple[Share, ...], Field(min_length=1)] = (0.25, 0.5, 0.75)
+    ratios: Annotated[tuple[Share, ...], Field(min_length=1)] = (
+        0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9,
+    )  # fmt: skip
     """Shares of a layer's outputs that are removed in a trial."""
     images: Annotated[int, Field(ge=0)] = 0
     """Validation images to measure on; 0: all."""
@@ -411,7 +421,11 @@ class ExportedFiles(Strict):
     """Write an int8 version of the finetuned network; one of the dense network is measured too."""
     calibration_images: Annotated[int, Field(ge=1)] = 256
     """Training images on which the ranges of the activations are measured for int8."""
-    runtimes: Annotated[tuple[RuntimeName, ...], Field(min_length=1)] = ("torch", "onnxruntime")
+    runtimes: Annotated[tuple[RuntimeName, ...], Field(min_length=1)] = (
+        "torch",
+        "onnxruntime",
+        "openvino",
+    )
     """Runtimes in which the latency is measured."""
     latency_batches: Annotated[tuple[Count, ...], Field(min_length=1)] = (1, 32)
     """Images per forward pass while the latency is measured."""
@@ -422,7 +436,7 @@ class ExportedFiles(Strict):
     v2, ... are reserved by MLflow."""
 
 
-class RoundSparseTrain(ContinuedTrain):
+class RoundSparseTrain(SparseTrain):
     """The keys of sparse_train that a round may change, and the penalty's strength and settings."""
 
     decay: NonNegative

@@ -18,7 +18,6 @@ from secateur.base.mistakes import first_mistake
 from secateur.base.sections import (
     NOTHING,
     Baseline,
-    ContinuedTrain,
     Data,
     Evaluate,
     ExportedFiles,
@@ -35,6 +34,7 @@ from secateur.base.sections import (
     Seed,
     Sensitivity,
     SettingsByPlugin,
+    SparseTrain,
     Strict,
 )
 
@@ -78,7 +78,7 @@ class Params(Strict):
     seed: Seed
     data: Data
     baseline: Baseline
-    sparse_train: ContinuedTrain
+    sparse_train: SparseTrain
     prune: Prune
     finetune: Finetune
     rounds: dict[RoundName, Round]
