@@ -49,9 +49,9 @@ def make_dense(context: runner.TrainingContext) -> runner.StageResult:
     preflight.check_network(model, context.data.info)
     fit = context.fit(model, settings, keep_epoch=settings.keep_epoch)
     result = runner.trained(model, context.header(**notes), fit)
-    if fit.kept:
+    if fit.weights_to_rewind_to:
         early = copy.deepcopy(model)
-        early.load_state_dict(fit.kept)
+        early.load_state_dict(fit.weights_to_rewind_to)
         result = replace(result, more={"epoch": early})
     if found is not None and not settings.epochs and len(context.data.val):
         values = accuracy(model, context.data.val, context.data.info, context.engine)

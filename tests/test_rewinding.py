@@ -29,15 +29,16 @@ def test_weights_of_an_epoch_are_those_of_a_training_that_was_watched_also_after
     model = network("lenet300")
     first, watcher = content(model), Watcher(model)
     result = fit(model, prepared, how, "whole", watcher=watcher, keep_epoch=2)
-    assert content(loaded(result.kept)) == watcher.weights[1]
-    assert content(loaded(fit(network("lenet300"), prepared, how, "0", keep_epoch=0).kept)) == first
-    assert fit(network("lenet300"), prepared, how, "none").kept == {}
+    assert content(loaded(result.weights_to_rewind_to)) == watcher.weights[1]
+    untrained = fit(network("lenet300"), prepared, how, "0", keep_epoch=0).weights_to_rewind_to
+    assert content(loaded(untrained)) == first
+    assert fit(network("lenet300"), prepared, how, "none").weights_to_rewind_to == {}
     killed = network("lenet300")
     with pytest.raises(KeyboardInterrupt):
         fit(killed, prepared, how, "killed", watcher=Watcher(killed, 4, 1), keep_epoch=2)
     assert len(state_left("killed")[1]["history"]) == 3
     again = network("lenet300")
-    found = fit(again, prepared, how, "killed", keep_epoch=2).kept
+    found = fit(again, prepared, how, "killed", keep_epoch=2).weights_to_rewind_to
     assert content(loaded(found)) == watcher.weights[1] and content(again) == content(model)
 
 

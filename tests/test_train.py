@@ -210,8 +210,8 @@ def test_the_epoch_that_is_kept_is_the_one_that_the_history_names(keep, lr, seed
     result = fit(model, prepared, settings, seed=seed, watcher=watcher)
     ranks = [(row["val_accuracy"], -row["val_loss"]) for row in result.history]
     assert result.history == watcher.rows
-    assert result.best_epoch == (ranks.index(max(ranks)) + 1 if keep == "best" else 6)
-    assert content(model) == watcher.weights[result.best_epoch - 1]
+    assert result.kept_epoch == (ranks.index(max(ranks)) + 1 if keep == "best" else 6)
+    assert content(model) == watcher.weights[result.kept_epoch - 1]
     assert len(set(watcher.weights)) == 6
     if lr == 0.2:  # at this high rate, the last epoch is not the best one
         assert ranks.index(max(ranks)) < 5
@@ -221,7 +221,7 @@ def test_the_epoch_that_is_kept_is_the_one_that_the_history_names(keep, lr, seed
 
 def test_of_equal_epochs_the_first_is_kept():
     settings = Train(epochs=3, batch_size=32, lr=1e-30)  # so low that no weight changes
-    assert fit(network("lenet300"), digits(), settings).best_epoch == 1
+    assert fit(network("lenet300"), digits(), settings).kept_epoch == 1
 
 
 @pytest.mark.parametrize("keep", ["best", "last"])
@@ -230,7 +230,7 @@ def test_without_validation_the_last_epoch_is_kept(keep):
     watcher = Watcher(model)
     settings = Train(epochs=3, batch_size=32, lr=0.05, keep=keep)
     result = fit(model, digits(validation=0), settings, watcher=watcher)
-    assert result.best_epoch == 3
+    assert result.kept_epoch == 3
     assert content(model) == watcher.weights[-1]
     assert not any(key.startswith("val") for row in result.history for key in row)
 
@@ -528,7 +528,7 @@ def test_without_epochs_the_network_is_handed_on_as_it_came():
     model = network("lenet300")
     before = content(model)
     result = fit(model, digits(50), Train(epochs=0))
-    assert (result.history, result.best_epoch) == ([], 0)
+    assert (result.history, result.kept_epoch) == ([], 0)
     assert content(model) == before
 
 

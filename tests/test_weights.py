@@ -895,7 +895,7 @@ def test_a_resnet_18_of_torchvision_is_taken_from_every_format(coloured, start):
         assert f"baseline: weights/{name}" in output
         assert same(model, original)
     record = json.loads((coloured.path / "models/baseline.run.json").read_text())
-    assert set(record["metrics"]) == {"val_accuracy", "val_loss", "best_epoch", "epochs"}
+    assert set(record["metrics"]) == {"val_accuracy", "val_loss", "kept_epoch", "epochs"}
     assert record["metrics"]["epochs"] == 0
 
 

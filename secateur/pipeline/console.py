@@ -176,7 +176,7 @@ class Training(Callback):
         if self.bar is not None and self.task is not None:
             self.bar.stop()
 
-    def finish(self, rows: Sequence[Row], best_epoch: int) -> None:
+    def finish(self, rows: Sequence[Row], kept_epoch: int) -> None:
         """Print the summary of the training in one line."""
         if self.bar is not None and self.task is not None:
             done = self._cost(len(rows))
@@ -185,11 +185,11 @@ class Training(Callback):
         if not rows:
             say(f"{self.stage}: no epochs; the network is unchanged")
             return
-        row = rows[best_epoch - 1]
+        row = rows[kept_epoch - 1]
         took = time.monotonic() - self.began
         val = f", val accuracy {row['val_accuracy']:.2%}" if "val_accuracy" in row else ""
         say(
-            f"{self.stage}: epoch {best_epoch} of {len(rows)} kept, loss {row['train_loss']:.4f}"
+            f"{self.stage}: epoch {kept_epoch} of {len(rows)} kept, loss {row['train_loss']:.4f}"
             f"{val}; {took:.1f} s"
         )
 

@@ -160,7 +160,7 @@ class TrainingContext(StageContext):
         finally:
             bar.close()
         if self.engine.is_main:
-            bar.finish(result.history, result.best_epoch)
+            bar.finish(result.history, result.kept_epoch)
         return result
 
     def _distiller(self, model: nn.Module, settings: Train) -> Distiller | None:
@@ -300,9 +300,9 @@ def trained(
     model: nn.Module, header: Header, fit: loop.FitResult, masks: Masks | None = None
 ) -> StageResult:
     """The result of a training stage, with the metrics of the epoch whose weights were kept."""
-    row = fit.history[fit.best_epoch - 1] if fit.history else {}
+    row = fit.history[fit.kept_epoch - 1] if fit.history else {}
     kept = {key: value for key, value in row.items() if key not in ("epoch", "lr")}
-    metrics = kept | {"best_epoch": float(fit.best_epoch), "epochs": float(len(fit.history))}
+    metrics = kept | {"kept_epoch": float(fit.kept_epoch), "epochs": float(len(fit.history))}
     return StageResult(model, header, masks or {}, metrics=metrics, history=fit.history)
 
 

@@ -32,9 +32,9 @@ class FitResult:
     """History of a training, and the epoch whose weights the model has now."""
 
     history: list[Row]
-    best_epoch: int
+    kept_epoch: int
     """The epoch whose weights the model has, counted from 1; 0 if there were no epochs."""
-    kept: dict[str, Tensor] = field(default_factory=dict)
+    weights_to_rewind_to: dict[str, Tensor] = field(default_factory=dict)
     """The weights after `keep_epoch` epochs; empty if that is None."""
 
 
