@@ -21,7 +21,7 @@ from workspace import Project, start_warm, warm_children, warm_python, yaml_text
 
 from secateur.base.errors import SecateurError, SettingsError
 from secateur.base.settings import check as check_settings
-from secateur.base.settings import merged
+from secateur.base.settings import check_values, merged
 from secateur.cli import build_parser
 from secateur.pipeline import params_file
 from secateur.studies import definition, estimate, plan, progress, run, search
@@ -127,6 +127,36 @@ def test_controls_change_one_thing(write_study):
     assert smaller["baseline"]["epochs"] == 0 and smaller["finetune"]["epochs"] == 7
     assert any("slim: no control 'random'" in note for note in study.notes)
     assert any("slim: no control 'smaller'" in note for note in study.notes)
+
+
+def test_controls_trained_like_the_dense_network_have_no_teacher(write_study):
+    """As that network has none; with one round and with two, whose files are the same."""
+    taught = {"init": "rewind", "rewind_to": "models/baseline",
+              "distillation": {"teacher": "models/baseline", "features": ["fc1"]}}  # fmt: skip
+    target = {"target": {"params": 0.5, "of": "dense"}, "granularity": "filter"}
+    again = {"after": "finetuned", "sparse_train": {}, "finetune": {"init": "inherit"},
+             "prune": {"pruners": {"magnitude": target}}}  # fmt: skip
+    study = write_study(
+        settings={"baseline": {"keep_epoch": 1}, "pruner": "magnitude", "finetune": taught,
+                  "pruners": {"magnitude": target}},
+        axes={"method": {"one": {}, "two": {"rounds": {"two": again}}}},
+        controls=["scratch", "smaller"],
+    )  # fmt: skip
+    seen = set()
+    for cell in study.cells:
+        settings = check_values(merged(PARAMS, cell.settings))
+        last = settings.of_round("two") if settings.rounds else settings
+        taught_by = last.finetune.distillation
+        has_teacher = taught_by.teacher != "weights/none" and bool(
+            taught_by.weight or taught_by.features
+        )
+        assert has_teacher == (cell.control is None), cell.name
+        assert (last.finetune.init == "scratch") == (cell.control is not None), cell.name
+        if not settings.rounds and cell.control:
+            assert last.finetune.rewind_to == taught_by.teacher == "weights/none"
+        seen.add((cell.control, bool(settings.rounds)))
+    both = {(c, many) for c in (None, "scratch_epochs", "scratch_compute") for many in (0, 1)}
+    assert seen == both | {("smaller", False)}
 
 
 @pytest.mark.parametrize(

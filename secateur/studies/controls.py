@@ -11,13 +11,15 @@
   method that removes whole outputs.
 
 `dense_longer` has the epochs of all rounds; `random` picks at random in every round; `scratch` and
-`smaller` are derived only from the last network.
+`smaller` are derived only from the last network, and trained without a teacher even if the method
+has one: the dense network has none.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from secateur.base import settings as base_settings
+from secateur.base.sections import NOTHING
 from secateur.pipeline.record import FIRST
 from secateur.studies import rounds
 from secateur.studies.rounds import in_round, merged
@@ -118,15 +120,26 @@ def _random(settings: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str,
 
 def _scratch(settings: Mapping[str, Any], params: Mapping[str, Any], budget: str) -> dict[str, Any]:
     """The pruned network from new weights, trained like the dense network, in the last round."""
-    return in_round(_last_round(settings), {"finetune": _anew(settings, params, budget)})
+    last = _last_round(settings)
+    return in_round(last, {"finetune": _anew(settings, params, budget, last)})
 
 
-def _anew(settings: Mapping[str, Any], params: Mapping[str, Any], budget: str) -> dict[str, Any]:
-    """Settings of `finetune` that train new weights like those of the dense network."""
+def _anew(
+    settings: Mapping[str, Any], params: Mapping[str, Any], budget: str, last: str
+) -> dict[str, Any]:
+    """Settings of `finetune` in round `last` that train new weights like those of the dense
+    network, which has no teacher."""
     known = params["finetune"]
     below = merged(params["baseline"], settings.get("baseline", {}))
     training = {key: value for key, value in below.items() if key in known}
-    return training | {"init": "scratch", "budget": budget}
+    training |= {"init": "scratch", "budget": budget}
+    if last == FIRST:
+        alone = {"teacher": NOTHING, "code": NOTHING, "features": []}
+        return training | {"rewind_to": NOTHING, "distillation": alone}
+    if _value(settings, params, "finetune.distillation.teacher") == NOTHING:
+        return training
+    # files are the same in all rounds (base.settings): there, weight 0 means no teacher
+    return training | {"distillation": {"weight": 0.0, "features": []}}
 
 
 def _smaller(settings: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Any] | str:
@@ -146,15 +159,18 @@ def _smaller(settings: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str
     if isinstance(target, Mapping):  # null for the kind of the first round's target
         alone["target"] = dict.fromkeys(_value(settings, params, TARGET) or {}) | {**target}
     return {
-        "finetune": _anew(settings, params, "epochs"),
-        "baseline": {"epochs": 0, "weights": "none", "warmup": 0, "milestones": []},
+        "finetune": _anew(settings, params, "epochs", FIRST),
+        "baseline": {
+            "epochs": 0, "weights": "none", "head": "inherit", "keep_epoch": None,
+            "warmup": 0, "milestones": [],
+        },
         "penalty": "none",
         "parametrization": "none",
         "sparse_train": {"epochs": 0, "warmup": 0},
         "pruners": merged(final.get("pruners", {}), {"magnitude": alone}),
         "rounds": {},
         **({"prune": pruning} if pruning else {}),
-    }
+    }  # fmt: skip
 
 
 def _last_round(settings: Mapping[str, Any]) -> str:
