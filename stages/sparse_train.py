@@ -6,8 +6,9 @@ where they are pruned.
 Reads   data/<dataset>, models/baseline; in a further round the model that the round starts from.
 Writes  models/sparse/model.safetensors, history.csv (one row per epoch) and scales.csv (histogram
         of the scales of batch normalisations), and models/sparse.run.json, which names the run that
-        made them. A penalty with its own schedule stores its choice in the model and the growth of
-        its factors in growth.csv, which is otherwise empty. In a further round the same below
+        made them. A penalty that chooses what is pruned stores its choice in the model, and the
+        trace of its schedule in growth.csv, which is otherwise empty: largest factor or pruned
+        share, and mean magnitude of kept and of chosen weights. In a further round the same below
         models/rounds/<round>/; weights that earlier rounds have pruned stay pruned.
 
 A killed training, run again, resumes from its last saved epoch and ends with the same bytes.
@@ -20,11 +21,11 @@ from secateur.base.settings import section
 from secateur.pipeline import console, preflight, runner
 from secateur.training import parametrization as parametrizations
 from secateur.training import penalty as penalties
-from secateur.training.penalty import ScheduledPenalty
+from secateur.training.penalty import ChoosingPenalty
 
 GROWTH = ["step", "factor", "kept", "chosen"]
-"""Columns of growth.csv, which is written for every penalty because DVC warns about missing files
-of plots."""
+"""Columns of a growth.csv without rows; it is written for every penalty because DVC warns about
+missing files of plots."""
 
 
 def main(round_name: str | None) -> None:
@@ -56,9 +57,9 @@ def train_sparse(context: runner.TrainingContext) -> runner.StageResult:
         zeros = parametrization.collapse()
         header = context.header(start, **notes, parametrization=name)
         result = replace(runner.trained(model, header, fit, start.masks), choices=zeros)
-    if not isinstance(penalty, ScheduledPenalty):
+    if not isinstance(penalty, ChoosingPenalty):
         return replace(result, tables={"growth": Table(GROWTH, ())})
-    rows = [row | {"step": int(row["step"])} for row in penalty.growth_table()]
+    rows = [row | {"step": int(row["step"])} for row in penalty.trace_table()]
     growth = Table.of(rows, GROWTH)
     return replace(result, choices=penalty.choices(), tables={"growth": growth})
 

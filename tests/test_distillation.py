@@ -393,7 +393,7 @@ def test_an_average_that_would_never_begin_is_refused(average, steps, line):
     """In two epochs of five steps; a penalty may end the training after some of them."""
     how = Train(epochs=2, average=average)
     ends = types.SimpleNamespace(
-        max_steps=steps, finished=False, choices=dict, growth_table=list, metrics=dict,
+        max_steps=steps, finished=False, choices=dict, trace_table=list, metrics=dict,
         state_dict=dict, load_state_dict=lambda state: None,
     )  # fmt: skip
     averaging.check(how.model_copy(update={"epochs": 0}), 5)

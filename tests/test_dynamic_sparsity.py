@@ -71,8 +71,8 @@ def test_the_share_follows_the_cubic_of_the_paper():
         if zeros != last:
             seen[number], last = zeros, zeros
     assert seen == by_hand
-    assert [row["step"] for row in penalty.growth_table()] == list(by_hand)
-    assert [row["pruned"] for row in penalty.growth_table()] == pytest.approx(
+    assert [row["step"] for row in penalty.trace_table()] == list(by_hand)
+    assert [row["pruned"] for row in penalty.trace_table()] == pytest.approx(
         [0.1, 0.563, 0.8, 0.888, 0.9]
     )
 
@@ -460,7 +460,7 @@ def test_only_the_weights_that_matter_most_get_the_gradient_of_the_loss(ranking,
             before[k] = before[k] - 0.1 * buffers[k]
             torch.testing.assert_close(weights[k].detach(), before[k])
         if number == 0:
-            assert len(penalty.growth_table()) == 1
+            assert len(penalty.trace_table()) == 1
 
 
 def test_gsm_prunes_what_has_become_small_and_needs_the_momentum_of_sgd():
@@ -501,7 +501,7 @@ def test_killed_at_any_step_it_ends_with_the_same_bytes(case):
         model = network()
         penalty = build(name, model, 1e-3, **COURSES[case])
         result = fit(model, prepared, how, run, watcher, penalty)
-        return content(model), result.history, penalty.choices(), penalty.growth_table()
+        return content(model), result.history, penalty.choices(), penalty.trace_table()
 
     alone = trained("alone")
     for stop in (1, 5, 9, 13, 16, 22):

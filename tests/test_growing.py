@@ -420,7 +420,7 @@ def test_the_trace_has_kept_against_chosen_by_layer(monkeypatch):
         n: choices.magnitude_scores(model.get_parameter(n), "filter") for n in penalty.groups.choice
     }
     result = fit(model, digits(), settings(30), penalty=penalty)
-    rows = penalty.growth_table()
+    rows = penalty.trace_table()
     assert penalty.max_steps == 119  # 10 updates in 19 steps, then 100 steps
     assert [row["step"] for row in rows] == [*range(0, 119, 3), 119]
     assert len(rows) <= growing.MAX_POINTS + 1
@@ -481,7 +481,7 @@ def test_killed_at_any_step_of_any_phase_it_ends_with_the_same_bytes(name, kind)
             result = fit(model, prepared, settings(10), which, watcher, penalty)
         except KeyboardInterrupt:
             return None
-        return content(model), result, penalty.growth_table(), {
+        return content(model), result, penalty.trace_table(), {
             n: c.tolist() for n, c in penalty.choices().items()
         }  # fmt: skip
 

@@ -20,7 +20,7 @@ from secateur.pruning.decision import PruningContext
 from secateur.training import averaging, distillation
 from secateur.training import parametrization as parametrizations
 from secateur.training import penalty as penalties
-from secateur.training.penalty import Penalty, ScheduledPenalty
+from secateur.training.penalty import ChoosingPenalty, Penalty
 
 
 def check_settings(info: DatasetInfo) -> None:
@@ -90,7 +90,7 @@ def _check(model: nn.Module, info: DatasetInfo, params: settings.Params) -> None
                     _check_teacher(training.distillation, model, info, params)
         if parametrization is not None:
             parametrization.collapse()
-        elif params.pruner == "chosen" and not isinstance(penalty, ScheduledPenalty):
+        elif params.pruner == "chosen" and not isinstance(penalty, ChoosingPenalty):
             idle = "" if name == "none" else f", nor does {name} with sparse_train.epochs = 0"
             raise SettingsError(
                 f"params.yaml: pruner = 'chosen': penalty {params.penalty} chooses no weights to "

@@ -10,7 +10,7 @@ from secateur.base.errors import ArgumentError
 from secateur.base.sections import Train
 from secateur.data.dataset import Dataset
 from secateur.sparsity.masks import BatchNorm
-from secateur.training.penalty import MaskingPenalty, Penalty, ScheduledPenalty
+from secateur.training.penalty import ChoosingPenalty, MaskingPenalty, Penalty
 from secateur.training.recalibrate import recalibrate_on
 
 
@@ -26,12 +26,12 @@ def build(
 def check(settings: Train, steps_per_epoch: int, penalty: Penalty | None = None) -> None:
     """ArgumentError if the training ends before weights are averaged.
 
-    A penalty with a schedule of its own may end the training before the last epoch.
+    A penalty that chooses what is pruned may end the training before the last epoch.
     """
     end = settings.epochs * steps_per_epoch
     if settings.average.kind == "none" or not end:
         return
-    if isinstance(penalty, ScheduledPenalty) and penalty.max_steps:
+    if isinstance(penalty, ChoosingPenalty) and penalty.max_steps:
         end = min(end, penalty.max_steps)
     start = _first_step(settings, steps_per_epoch)
     if settings.average.kind == "swa":  # of whole epochs

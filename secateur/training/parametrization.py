@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from secateur.base import plugin
 from secateur.base.errors import ArgumentError
 from secateur.sparsity.choices import Choices
-from secateur.training.penalty import Penalty, ScheduledPenalty, TrainingPlan
+from secateur.training.penalty import ChoosingPenalty, Penalty, TrainingPlan
 
 
 class Parametrization(Protocol):
@@ -57,7 +57,7 @@ def joined(
     """
     if parametrization is None:
         return penalty
-    if isinstance(penalty, ScheduledPenalty):
+    if isinstance(penalty, ChoosingPenalty):
         raise ArgumentError(
             "parametrization",
             "prunes by itself, and so does the penalty; take one that does not (none, l1, ...), or "

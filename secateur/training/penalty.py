@@ -44,17 +44,18 @@ class MeasuredPenalty(Protocol):
 
 
 @runtime_checkable
-class ScheduledPenalty(MeasuredPenalty, Protocol):
-    """Additional members of a penalty that runs its own schedule and selects what to prune."""
+class ChoosingPenalty(MeasuredPenalty, Protocol):
+    """Additional members of a penalty that chooses during the training what is pruned."""
 
     max_steps: int
-    """Largest number of optimizer steps that the schedule takes."""
+    """Largest number of optimizer steps until the penalty ends the training; 0 if it never does."""
 
     def choices(self) -> dict[str, Tensor]:
         """What to prune, by parameter name of the weight; see sparsity/choices.py."""
 
-    def growth_table(self) -> list[Row]:
-        """Progress of the schedule as a table: one row for each recorded step."""
+    def trace_table(self) -> list[Row]:
+        """The trace of the penalty's schedule, one row for each recorded step: `step`, the largest
+        factor or the pruned share, and the mean magnitudes of kept and of chosen weights."""
 
 
 @runtime_checkable
@@ -116,7 +117,7 @@ def begin(
     steps = settings.epochs * steps_per_epoch
     if isinstance(penalty, SteppingPenalty):
         penalty.start(TrainingPlan(settings, steps, images, masks or {}))
-    if not isinstance(penalty, ScheduledPenalty):
+    if not isinstance(penalty, ChoosingPenalty):
         return
     if penalty.max_steps > steps:
         raise ArgumentError(
@@ -130,8 +131,8 @@ def begin(
     if settings.keep != "last":
         raise ArgumentError(
             "keep",
-            "a penalty with a schedule of its own is complete only at the end of it; keep must be "
-            "'last'",
+            "a penalty that chooses what is pruned has done so only at the end of the training; "
+            "keep must be 'last'",
             settings.keep,
         )
 

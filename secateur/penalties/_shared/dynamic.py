@@ -131,7 +131,7 @@ class DynamicSparsityPenalty:
         """What is pruned, by the parameter's name; see sparsity/choices.py."""
         return {name: choice.cpu() for name, choice in self.choice.items() if bool(choice.any())}
 
-    def growth_table(self) -> list[dict[str, float]]:
+    def trace_table(self) -> list[dict[str, float]]:
         """A row for each point of the trace."""
         columns = (dict(zip(COLUMNS, p.double().tolist(), strict=True)) for _, p in self.trace)
         pairs = zip(self.trace, columns, strict=True)

@@ -451,7 +451,7 @@ class GrowingPenalty:
         """What is to be pruned, by the weight's parameter name; see sparsity/choices.py."""
         return self.groups.as_choices()
 
-    def growth_table(self) -> list[dict[str, float]]:
+    def trace_table(self) -> list[dict[str, float]]:
         """Mean |w| of kept and chosen groups, and the largest factor, over the steps."""
         return self.trace.table(self.groups.names, (self.steps, self._point()))
 
