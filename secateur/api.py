@@ -236,12 +236,13 @@ def prune(
     origin = getattr(model, "origin", None)
     choices = origin.choices if isinstance(origin, Origin) else {}
     labels = None if labels is None else _usable(labels)
-    context = PruningContext(dense, images, labels, choices, latency)
+    earlier = _masks_of(origin, dense)
+    context = PruningContext(dense, images, labels, choices, latency, masks=earlier)
     with arguments_of(pruner.name):
         decision = plugin.load("pruners", pruner.name).prune(pruner.settings, context)
     pruned = apply_decision(
         dense,
-        replace(decision, masks=masks.joined(decision.masks, _masks_of(origin, dense))),
+        replace(decision, masks=masks.joined(decision.masks, earlier)),
         images,
         remove_dead=remove_dead,
         export=export,

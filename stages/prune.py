@@ -21,13 +21,14 @@ from torch import nn
 
 from secateur.base import machine, plugin
 from secateur.base.files import Table
+from secateur.base.sections import Strict
 from secateur.base.settings import section
 from secateur.data.batches import example_batch, stratified_batch
 from secateur.gconv import export
 from secateur.nn import checkpoint, cost
 from secateur.pipeline import console, latency_check, runner
 from secateur.pruning.apply import PrunedNetwork, apply_decision, without_branches
-from secateur.pruning.decision import PruningContext
+from secateur.pruning.decision import PruningContext, PruningDecision
 from secateur.pruning.latency import LatencyTable, load_table
 from secateur.sparsity import masks
 from secateur.training.evaluation import accuracy
@@ -56,23 +57,13 @@ def prune(context: runner.StageContext) -> runner.StageResult:
         batch = stratified_batch(context.data.train, context.data.info)
         weights_left = dict(start.model.named_parameters())
         choices = {name: own for name, own in sparse.choices.items() if name in weights_left}
-        network = PruningContext(start.model, *batch, choices, table, dense)
+        network = PruningContext(start.model, *batch, choices, table, dense, start.masks)
         decision = plugin.load("pruners", params.pruner).prune(settings, network)
     decision = replace(decision, masks=masks.joined(decision.masks, start.masks))
     named = [f"without {name}" for name in params.prune.branches]
     chosen = [f"{k} {v}" for k, v in settings if v is not None]
     asked = ", ".join([*named, params.pruner, *chosen])
-    weights = getattr(settings, "granularity", None) == "weight"
-    console.reached(decision.notes, "weights" if weights else "channels")
-    for line in decision.lines:
-        console.say(f"prune: {line}")
-    others = masks.passed_over(start.model, decision.masks) if decision.masks else {}
-    if others:
-        names = ", ".join(others)
-        console.say(
-            f"prune: without masks: {sum(others.values()):,} parameters in tensors that are no "
-            f"weights of a layer: {names}"
-        )
+    _report(decision, start, settings)
     with section("prune"):
         pruned = apply_decision(
             start.model,
@@ -100,6 +91,27 @@ def prune(context: runner.StageContext) -> runner.StageResult:
         tables={"outputs": Table.of([dict(zip(OUTPUTS, row, strict=True)) for row in outputs])},
         texts=decision.files,
     )
+
+
+def _report(decision: PruningDecision, start: PrunedNetwork, settings: Strict) -> None:
+    """Print what was asked for and what is reached, and the lines of the pruner."""
+    whole = decision.channels or decision.branches
+    if start.masks and not whole and not masks.prune_more(decision.masks, start.masks):
+        console.say(
+            "prune: all weights that were chosen had been pruned before: ratios are shares of all "
+            "weights of a layer"
+        )
+    weights = getattr(settings, "granularity", None) == "weight"
+    console.reached(decision.notes, "weights" if weights else "channels")
+    for line in decision.lines:
+        console.say(f"prune: {line}")
+    others = masks.passed_over(start.model, decision.masks) if decision.masks else {}
+    if others:
+        names = ", ".join(others)
+        console.say(
+            f"prune: without masks: {sum(others.values()):,} parameters in tensors that are no "
+            f"weights of a layer: {names}"
+        )
 
 
 def _latencies(context: runner.StageContext) -> LatencyTable | None:

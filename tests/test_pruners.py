@@ -500,3 +500,58 @@ def test_filters_of_one_weight_go_whole_where_filters_are_chosen(pruner):
             by_hand[name].weight[gone] = by_hand[name].bias[gone] = 0
         torch.testing.assert_close(small(images), by_hand(images))
     assert not found.masks and [len(small[name].weight) for name in (0, 2)] == [3, 2]
+
+
+@pytest.mark.parametrize("pick", ["min", "max", "random"])
+@pytest.mark.parametrize("ranking", ["layer", "global"])
+@pytest.mark.parametrize("granularity", ["weight", "filter"])
+def test_a_further_round_chooses_what_was_pruned_before(pick, ranking, granularity):
+    """A ratio of 0.8 leaves a fifth, whichever units the round before has pruned."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 40), nn.ReLU(), nn.Linear(40, 10)).double()
+    shape = (40, 64) if granularity == "weight" else (40, 1)
+    held = {"1.weight": (torch.rand(shape) < 0.5).expand(40, 64)}
+    context = PruningContext(model, torch.zeros(2, 1, 8, 8).double(), masks=held)
+    magnitude = plugin.load("pruners", "magnitude")
+    chosen = {"granularity": granularity, "pick": pick, "ranking": ranking, "seed": 5}
+    settings = magnitude.Settings(**chosen, ratios=0.8, skip=["[3]"])
+    found = magnitude.prune(settings, context)
+    if granularity == "weight":
+        left = found.masks["1.weight"]
+    else:
+        left = torch.ones(40, 1, dtype=torch.bool)
+        left[next(iter(found.channels.values()))] = False
+    assert int(left.sum()) == left.numel() // 5
+    assert not (left & ~held["1.weight"][:, : left.shape[1]]).any()
+
+
+@pytest.mark.parametrize("of", ["given", "dense"])
+@pytest.mark.parametrize("pick", ["min", "random"])
+def test_a_target_counts_what_earlier_masks_have_removed(of, pick):
+    """400 weights, of which masks hold 300 at zero: half of the rest are 50, a fifth of all 80."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 25, bias=False))
+    held = {"1.weight": torch.randperm(400).view(25, 16) < 100}
+    images = torch.zeros(2, 1, 4, 4)
+    context = PruningContext(model, images, dense=copy.deepcopy(model), masks=held)
+    magnitude = plugin.load("pruners", "magnitude")
+    wanted = {"params": 0.5} if of == "given" else {"params": 0.2, "of": "dense"}
+    chosen = {"granularity": "weight", "pick": pick, "seed": 2}
+    found = magnitude.prune(magnitude.Settings(**chosen, target=wanted), context)
+    left = found.masks["1.weight"] & held["1.weight"]
+    assert int(left.sum()) == (50 if of == "given" else 80)
+    assert found.notes["params_left_reached"] == wanted["params"]
+
+
+def test_obs_leaves_zeros_at_zero():
+    """A ratio below the share of zeros removes zeros alone, which changes no other weight."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 30))
+    layer = model[1].weight.data
+    layer[torch.rand(30, 64) < 0.7] = 0
+    zeros = layer == 0
+    obs = plugin.load("pruners", "obs")
+    context = PruningContext(model, torch.randn(200, 1, 8, 8))
+    found = obs.prune(obs.Settings(ratios=0.5), context)
+    assert torch.equal(found.weights["1.weight"] == 0, zeros)
+    assert torch.allclose(found.weights["1.weight"], layer)

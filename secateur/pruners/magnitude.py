@@ -171,7 +171,7 @@ def prune(settings: Settings, context: PruningContext) -> PruningDecision:
     if not any(score.numel() > 1 for score in scores.values()):
         raise ArgumentError("ratios", f"no layer has a {granularity} to spare")
     pick = choices.pick_scores_by_layer if settings.ranking == "layer" else choices.pick_scores
-    scores = pick(scores, settings.pick, settings.seed)
+    scores = choices.masked_first(pick(scores, settings.pick, settings.seed), context.masks)
 
     choose = _by_layer(scores) if settings.ranking == "layer" else _over_all_layers(scores)
 

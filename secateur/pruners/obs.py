@@ -67,7 +67,8 @@ def prune(settings: Settings, context: PruningContext) -> PruningDecision:
             why = f"inputs of {name} are linearly dependent; a higher value is needed"
             raise ArgumentError("damping", why, settings.damping) from None
         found[name] = kept.view(weight.shape)
-        values[name] = reconstruct(rows, second, kept).view(weight.shape).to(weight.dtype)
+        left = reconstruct(rows, second, kept).masked_fill(rows == 0, 0)  # exactly, not nearly
+        values[name] = left.view(weight.shape).to(weight.dtype)
     total = sum(mask.numel() for mask in found.values())
     asked = sum(ratios[name] * mask.numel() for name, mask in found.items()) / total
     reached = sum(int((~mask).sum()) for mask in found.values()) / total

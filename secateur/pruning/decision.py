@@ -52,17 +52,19 @@ class PruningContext:
         choices: Choices | None = None,
         latency: LatencyTable | None = None,
         dense: nn.Module | None = None,
+        masks: Masks | None = None,
     ) -> None:
         """`images` (N, C, H, W) are some of the training images, normalised; `labels` (N,) int64.
 
         `choices` are those of the penalty, if it makes any. `latency` has measured times of the
         network's layers, for latency targets. `dense` is the network before any pruning, if known;
-        its weights do not matter.
+        its weights do not matter. `masks` stay in force, whatever the pruner decides.
         """
         self.model, self.images, self.dense = model, images, dense
         self.labels = torch.empty(0, dtype=torch.int64) if labels is None else labels
         self.choices: Choices = choices or {}
         self.latency = latency
+        self.masks: Masks = masks or {}
 
     @cached_property
     def graph(self) -> ChannelGraph:

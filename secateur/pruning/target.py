@@ -2,11 +2,11 @@
 
 `target: {macs: 0.5}` leaves half of the multiply-accumulates (MACs) of the network that is pruned,
 `target: {params: 0.3}` three tenths of its parameters; with `of: dense`, these are shares of the
-dense network. Single weights that the decision masks count as removed; weights that were zero
-before do not. `target: {bytes: 0.3}` leaves three tenths of the bytes of all parameters and
-buffers, where masked weights take as many bytes as others. `target: {latency: 0.5}` leaves half of
-the time of a forward pass, predicted from measured layers (pruning/latency.py), where only whole
-channels count.
+dense network. Single weights count as removed if the decision masks them, or if they were masked
+before; other weights that are zero do not. `target: {bytes: 0.3}` leaves three tenths of the bytes
+of all parameters and buffers, where masked weights take as many bytes as others.
+`target: {latency: 0.5}` leaves half of the time of a forward pass, predicted from measured layers
+(pruning/latency.py), where only whole channels count.
 """
 
 from collections.abc import Callable, Iterator
@@ -81,46 +81,41 @@ class RemainingShare:
         device = next(model.parameters()).device
         self.positions = cost.output_positions(model, context.images[:1].to(device))
         self.weights = masks.prunable(model, "weights")
-        self.macs = sum(
-            weight.numel() * self.positions.get(name.removesuffix(".weight"), 0)
-            for name, weight in self.weights.items()
-        )
-        self.params = cost.parameters(model)
         self.parameters = dict(model.named_parameters())
         stored = model.state_dict(keep_vars=True)
         names = {id(tensor): name for name, tensor in reversed(stored.items())}  # the first name
         self.tensors: dict[str, Tensor] = {name: stored[name] for name in names.values()}
-        self.bytes = sum(t.numel() * t.element_size() for t in self.tensors.values())
-        self.whole: dict[str, float]
+        self.whole: dict[str, float] = self._left(PruningDecision())
         """MACs, parameters, bytes and milliseconds of the network that shares refer to."""
-        self.whole = {"macs": self.macs, "params": self.params, "bytes": self.bytes}
         if dense is not None:
             self.whole = RemainingShare(PruningContext(dense, context.images)).whole
-        if (table := context.latency) is not None:
-            self.whole["latency"] = (
-                self._time(table, PruningDecision()) if dense is None else table.networks[0].ms
-            )
+            if context.latency is not None:
+                self.whole["latency"] = context.latency.networks[0].ms
 
     def __call__(self, decision: PruningDecision) -> dict[str, float]:
         """Remaining shares of `macs`, `params`, `bytes` and, with a latency table, `latency`."""
-        macs, params, size = self.macs, self.params, self.bytes
+        return {kind: count / self.whole[kind] for kind, count in self._left(decision).items()}
+
+    def _left(self, decision: PruningDecision) -> dict[str, float]:
+        """MACs, parameters, bytes and milliseconds that a decision leaves."""
         kept = self._kept(decision)
-        for name in {**kept, **decision.masks}:
-            tensor, own = self.tensors[name], kept.get(name, _KeptEntries({}))
+        mask = masks.joined(decision.masks, self.context.masks)
+        macs, params, size = 0, 0, 0
+        for name, tensor in self.tensors.items():
+            own = kept.get(name, _KeptEntries({}))
             stays = own.count(tensor)
-            size -= (tensor.numel() - stays) * tensor.element_size()
+            size += stays * tensor.element_size()
             if name not in self.parameters:
                 continue
-            if name in decision.masks:
-                stays = int((own.mask(tensor) & decision.masks[name].cpu()).sum())
-            lost = tensor.numel() - stays
-            params -= lost
+            if name in mask:
+                stays = int((own.mask(tensor) & mask[name].cpu()).sum())
+            params += stays
             if name in self.weights:
-                macs -= lost * self.positions.get(name.removesuffix(".weight"), 0)
+                macs += stays * self.positions.get(name.removesuffix(".weight"), 0)
         left: dict[str, float] = {"macs": macs, "params": params, "bytes": size}
         if self.context.latency is not None:
             left["latency"] = self._time(self.context.latency, decision)
-        return {kind: count / self.whole[kind] for kind, count in left.items()}
+        return left
 
     def _time(self, table: LatencyTable, decision: PruningDecision) -> float:
         """Predicted milliseconds of a forward pass without the decision's channels."""

@@ -108,6 +108,22 @@ def pick_scores_by_layer(scores: Mapping[str, Tensor], pick: Pick, seed: int) ->
     return found
 
 
+def masked_first(scores: Mapping[str, Tensor], masks: Masks) -> dict[str, Tensor]:
+    """Scores below all others for units that `masks` (by parameter) hold at zero as a whole.
+
+    With them, a share of the units that is pruned includes those that were pruned before. Otherwise
+    random units, or the most important ones, would be pruned in addition to them.
+    """
+    found = dict(scores)
+    for name in scores.keys() & masks.keys():
+        kept = masks[name].to(scores[name].device)
+        for axis, size in enumerate(scores[name].shape):
+            if size == 1:
+                kept = kept.any(axis, keepdim=True)
+        found[name] = scores[name].double().masked_fill(~kept, -torch.inf)
+    return found
+
+
 def _split(flat: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Parts of a flat tensor in the given shapes."""
     parts = flat.split([tensor.numel() for tensor in like.values()])

@@ -75,6 +75,12 @@ def joined(masks: Masks, held: Masks) -> Masks:
     return {**held, **masks, **together}
 
 
+def prune_more(masks: Masks, held: Masks) -> bool:
+    """Whether masks remove an entry that the held ones keep."""
+    kept = {name: held.get(name, torch.ones_like(mask)) for name, mask in masks.items()}
+    return any(bool((kept[name] & ~mask).any()) for name, mask in masks.items())
+
+
 def refuse_empty(model: nn.Module, masks: Mapping[str, Tensor], requested: str) -> None:
     """Raise PruningError if a mask keeps none of a layer's weights.
 
