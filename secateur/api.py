@@ -19,6 +19,7 @@ from secateur.base import machine, plugin
 from secateur.base.errors import CheckpointError, PruningError, SettingsError, shorten
 from secateur.base.sections import Export, RuntimeName
 from secateur.channels.graph import ChannelGraph, build_channel_graph
+from secateur.data.batches import scale_and_shift
 from secateur.nn import checkpoint, cost, matching, weights
 from secateur.nn.checkpoint import Checkpoint, Header
 from secateur.nn.matching import Names
@@ -59,9 +60,8 @@ class Preprocess:
         white = 255 if images.dtype == torch.uint8 else 1
         if not self.mean:
             return images.to(torch.float32) / white
-        std = torch.tensor(self.std, dtype=torch.float32, device=images.device).view(1, -1, 1, 1)
-        mean = torch.tensor(self.mean, dtype=torch.float32, device=images.device).view_as(std)
-        return images.to(torch.float32) * (1 / (white * std)) - mean / std
+        scale, shift = scale_and_shift(self.mean, self.std, white, device=images.device)
+        return images.to(torch.float32) * scale + shift
 
 
 @dataclass(frozen=True)

@@ -184,15 +184,24 @@ def _example_size(info: DatasetInfo) -> int:
     return max(8, min(256, 256 * 32 * 32 // (height * width)))
 
 
+def scale_and_shift(
+    mean: Sequence[float], std: Sequence[float], white: int = 255, *, device: torch.device = _CPU
+) -> tuple[Tensor, Tensor]:
+    """Factor and summand that normalise pixels from 0 to `white`, each (1, channels, 1, 1).
+
+    `mean` and `std`, one value per channel or one for all, are those of pixels in [0, 1].
+    """
+    deviation = torch.tensor(std, dtype=torch.float32, device=device).view(1, -1, 1, 1)
+    centre = torch.tensor(mean, dtype=torch.float32, device=device).view(1, -1, 1, 1)
+    return 1 / (white * deviation), -centre / deviation
+
+
 class Normalise:
     """Turns uint8 pixels into float32: (pixel / 255 - mean) / std, by channel."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device) -> None:
         """`mean` and `std` have one value per channel and apply to pixels in [0, 1]."""
-        deviation = torch.tensor(std, dtype=torch.float32, device=device).view(1, -1, 1, 1)
-        centre = torch.tensor(mean, dtype=torch.float32, device=device).view(1, -1, 1, 1)
-        self.scale = 1 / (255 * deviation)
-        self.shift = -centre / deviation
+        self.scale, self.shift = scale_and_shift(mean, std, device=device)
         self.centred = any(mean)
 
     def __call__(self, pixels: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from torch.export import ExportedProgram
 from secateur.base import optional
 from secateur.base.errors import SecateurError, cut
 from secateur.base.logs import muted
+from secateur.data.batches import scale_and_shift
 from secateur.deploy import stack_traces
 from secateur.deploy.metadata import PT2_FILE, Metadata
 
@@ -44,10 +45,9 @@ class PixelNetwork(nn.Module):
         """`mean` and `std`, one value per channel or one for all, are those of pixels in [0, 1]."""
         super().__init__()
         self.network = network
-        deviation = torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1)
-        centre = torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1)
-        self.register_buffer("scale", 1 / (255 * deviation))
-        self.register_buffer("shift", -centre / deviation)
+        scale, shift = scale_and_shift(mean, std)
+        self.register_buffer("scale", scale)
+        self.register_buffer("shift", shift)
 
     def forward(self, images: Tensor) -> Tensor:
         """(N, channels, height, width) -> (N, classes)."""
