@@ -27,6 +27,7 @@ from secateur.pipeline import params_file
 from secateur.studies import definition, estimate, plan, progress, run, search
 from secateur.studies.execution import snapshot
 from secateur.studies.execution.keys import Graph
+from secateur.training import optim
 
 ROOT = Path(__file__).resolve().parents[1]
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
@@ -127,6 +128,26 @@ def test_controls_change_one_thing(write_study):
     assert smaller["baseline"]["epochs"] == 0 and smaller["finetune"]["epochs"] == 7
     assert any("slim: no control 'random'" in note for note in study.notes)
     assert any("slim: no control 'smaller'" in note for note in study.notes)
+
+
+@pytest.mark.parametrize("schedule", ["multistep", "cosine"])
+def test_a_longer_dense_network_has_the_same_schedule_over_all_epochs(write_study, schedule):
+    """Sixteen epochs in place of eight: at every moment, the rate of the eight at half the time."""
+    milestones = [4, 6] if schedule == "multistep" else []
+    short = {"epochs": 8, "schedule": schedule, "schedule_by": "step", "warmup": 2, "lr": 0.1,
+             "milestones": milestones, "schedule_after": 1}  # fmt: skip
+    study = write_study(
+        settings={"baseline": short, "sparse_train": {"epochs": 3}, "finetune": {"epochs": 5}},
+        axes={"method": {"one": {}}},
+        controls=["dense_longer"],
+    )
+    found = {c.control: check_values(merged(PARAMS, c.settings)).baseline for c in study.cells}
+    before, after = found[None], found["dense_longer"]
+    assert (before.epochs, after.epochs, after.warmup, after.schedule_after) == (8, 16, 4, 2)
+    assert list(after.milestones) == [2 * m for m in milestones]
+    for step in range(8 * 10):
+        expected = optim.rate(before, step, 10)
+        assert optim.rate(after, step, 5) == pytest.approx(expected, rel=1e-12), step
 
 
 def test_controls_trained_like_the_dense_network_have_no_teacher(write_study):

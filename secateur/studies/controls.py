@@ -1,7 +1,8 @@
 """Controls of a comparison: the settings of a method with one thing taken away.
 
 - `dense`: nothing is pruned, and nothing is trained after the baseline.
-- `dense_longer`: the dense network, trained in one go for the epochs of all stages together.
+- `dense_longer`: the dense network, trained in one go for the epochs of all stages together;
+  milestones and warm-up are scaled like the epochs.
 - `random`: the same amounts are pruned in the same layers, chosen at random (`pick: random`).
 - `scratch`: the pruned network from new weights, trained like the dense network: for as many epochs
   (Scratch-E) and for as much computation (Scratch-B of Z. Liu et al., Rethinking the value of
@@ -19,10 +20,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from secateur.base import settings as base_settings
-from secateur.base.sections import NOTHING
+from secateur.base.sections import NOTHING, Baseline
 from secateur.pipeline.record import FIRST
 from secateur.studies import rounds
 from secateur.studies.rounds import in_round, merged
+from secateur.training.budget import stretched
 
 Control = Literal[
     "dense", "dense_longer", "random", "scratch", "scratch_epochs", "scratch_compute", "smaller"
@@ -91,8 +93,7 @@ def _dense(
         if control == "dense_longer":
             whole = rounds.whole(params, settings)
             parts = (rounds.epochs(whole, section) for section in ("sparse_train", "finetune"))
-            total = int(whole["baseline"]["epochs"]) + sum(map(sum, parts))
-            above = merged(above, {"baseline": {"epochs": total}})
+            above = merged(above, {"baseline": _longer(whole["baseline"], sum(map(sum, parts)))})
         keys = ("dataset", "arch", "baseline", "data", "datasets", "archs")
         same = repr([_value(above, params, key) for key in keys])
         found.setdefault(same, ("dense" if control == "dense" else "longer", "", above))
@@ -101,6 +102,16 @@ def _dense(
         (method, str(number) if several else "", settings)
         for number, (method, _, settings) in enumerate(found.values(), 1)
     ]
+
+
+def _longer(baseline: Mapping[str, Any], more: int) -> dict[str, Any]:
+    """What changes in the settings of the baseline for so many more epochs of one schedule."""
+    given = base_settings.validate(Baseline, baseline, "baseline")
+    if not given.epochs or not more:
+        return {"epochs": given.epochs + more}
+    changed = stretched(given, given.epochs + more)
+    changed["milestones"] = [*changed["milestones"]]
+    return {key: value for key, value in changed.items() if value}
 
 
 def _random(settings: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Any] | str:

@@ -1,6 +1,24 @@
-"""Epochs of a pruned network that take as much computation as those of the dense network."""
+"""Longer trainings: a schedule stretched over more epochs, and the epochs of a pruned network that
+take as much computation as those of the dense network."""
 
-from secateur.base.sections import Finetune
+from typing import Any
+
+from secateur.base.sections import Finetune, Train
+
+
+def stretched(settings: Train, epochs: int) -> dict[str, Any]:
+    """The settings that change if the same schedule takes this number of epochs, by key.
+
+    Milestones, warm-up and skipped epochs are scaled like the epochs, of which there is at least
+    one before.
+    """
+    exact = epochs / settings.epochs
+    return {
+        "epochs": epochs,
+        "milestones": tuple(exact * m for m in settings.milestones),
+        "warmup": exact * settings.warmup,
+        "schedule_after": exact * settings.schedule_after,
+    }
 
 
 def extend_epochs(settings: Finetune, dense_macs: int, pruned_macs: int) -> Finetune:
@@ -13,13 +31,4 @@ def extend_epochs(settings: Finetune, dense_macs: int, pruned_macs: int) -> Fine
     if not settings.epochs:
         return settings
     factor = min(max(dense_macs / pruned_macs, 1.0), settings.budget_limit)
-    epochs = round(settings.epochs * factor)
-    exact = epochs / settings.epochs
-    return settings.model_copy(
-        update={
-            "epochs": epochs,
-            "milestones": tuple(exact * m for m in settings.milestones),
-            "warmup": exact * settings.warmup,
-            "schedule_after": exact * settings.schedule_after,
-        }
-    )
+    return settings.model_copy(update=stretched(settings, round(settings.epochs * factor)))
