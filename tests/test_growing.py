@@ -18,7 +18,7 @@ from secateur.base.settings import section, validate
 from secateur.base.stage import Stage
 from secateur.data import dataset
 from secateur.nn.layers import ChannelSelect
-from secateur.penalties._shared import growing
+from secateur.penalties._shared import growing, trace
 from secateur.pruning import removal
 from secateur.pruning.decision import PruningContext
 from secateur.sparsity import choices
@@ -413,7 +413,7 @@ def test_what_is_chosen_shrinks_and_the_network_still_learns():
 
 
 def test_the_trace_has_kept_against_chosen_by_layer(monkeypatch):
-    monkeypatch.setattr(growing, "MAX_POINTS", 50)
+    monkeypatch.setattr(trace, "MAX_POINTS", 50)
     model = network()
     penalty = build("greg1", model, decay=0.01, interval=2, ceiling=0.095, stabilise=100)
     first = {
@@ -423,7 +423,7 @@ def test_the_trace_has_kept_against_chosen_by_layer(monkeypatch):
     rows = penalty.trace_table()
     assert penalty.max_steps == 119  # 10 updates in 19 steps, then 100 steps
     assert [row["step"] for row in rows] == [*range(0, 119, 3), 119]
-    assert len(rows) <= growing.MAX_POINTS + 1
+    assert len(rows) <= trace.MAX_POINTS + 1
     assert set(rows[0]) == {"step", "factor", "kept", "chosen", "kept 0", "chosen 0", "kept 3",
                             "chosen 3"}  # fmt: skip
     for number in ("0", "3"):
@@ -434,6 +434,19 @@ def test_the_trace_has_kept_against_chosen_by_layer(monkeypatch):
     last, kept = result.history[-1], rows[-1]
     ratio = (kept["kept 0"] / kept["chosen 0"] + kept["kept 3"] / kept["chosen 3"]) / 2
     assert last["magnitude_ratio"] == pytest.approx(ratio, rel=1e-5)
+
+
+@pytest.mark.parametrize("points", [0, 2])
+def test_a_trace_is_restored_only_if_its_points_have_the_same_shape(points):
+    one, two = trace.Trace((3, 2)), trace.Trace((3, 2))
+    for step in range(points):
+        one.add(step, torch.rand(3, 2))
+    two.load_state_dict(one.state_dict())
+    assert [step for step, _ in two.points] == list(range(points))
+    for (_, own), (_, other) in zip(one.points, two.points, strict=True):
+        assert torch.equal(own, other) and own is not other
+    with pytest.raises(ValueError, match=rf"penalty: trace of \({points}, 3, 2\) does not fit"):
+        trace.Trace((3, 4)).load_state_dict(one.state_dict())
 
 
 @pytest.mark.parametrize("name", METHODS)

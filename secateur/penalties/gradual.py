@@ -22,8 +22,8 @@ from torch.optim import Optimizer
 
 from secateur.base.errors import ArgumentError
 from secateur.base.sections import StepsOrShare
+from secateur.penalties._shared import trace
 from secateur.penalties._shared.dynamic import (
-    MAX_POINTS,
     DynamicSparsityPenalty,
     DynamicSparsitySettings,
     check_end,
@@ -132,7 +132,7 @@ class GradualPenalty(DynamicSparsityPenalty):
                 plan.settings.epochs,
             )
         self.count = (end - self.first) // self.interval
-        self.trace_interval = -(-(self.count + 1) // MAX_POINTS)
+        self.trace_interval = trace.interval(self.count + 1)
 
     def due(self, step: int) -> bool:
         """At the first step, and then `count` times at regular intervals."""

@@ -107,7 +107,7 @@ class GSM(DynamicSparsityPenalty):
     def after_step(self, step: int, optimizer: Optimizer) -> None:
         """Record the magnitudes of what would be kept and pruned now; nothing is set to zero."""
         if step % self.trace_interval == 0:
-            self.trace.append((step, self._now()))
+            self.trace.add(step, self._now())
 
     def choices(self) -> Choices:
         """The weights that are currently the smallest."""

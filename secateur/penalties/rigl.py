@@ -27,8 +27,8 @@ from torch.optim import Optimizer
 
 from secateur.base.errors import ArgumentError
 from secateur.base.sections import Seed, Share, StepsOrShare
+from secateur.penalties._shared import trace
 from secateur.penalties._shared.dynamic import (
-    MAX_POINTS,
     DynamicSparsityPenalty,
     DynamicSparsitySettings,
     check_end,
@@ -127,7 +127,7 @@ class RigL(DynamicSparsityPenalty):
                 self.settings.interval,
             )
         updates = -(-self.until // self.interval)
-        self.trace_interval = -(-max(1, updates) // MAX_POINTS)
+        self.trace_interval = trace.interval(updates)
         chance = torch.Generator().manual_seed(self.settings.seed)
         for name, weight in self.held.items():
             if name in plan.masks:

@@ -16,13 +16,12 @@ from torch.optim import Optimizer
 from secateur.base.errors import ArgumentError, cut
 from secateur.base.sections import Strict
 from secateur.penalties._shared.formula import ClosedFormPenalty, NormPenalty, lasso
+from secateur.penalties._shared.trace import Trace
 from secateur.sparsity import choices
 from secateur.sparsity.choices import Choices, Ranking
 from secateur.training.penalty import TrainingPlan
 from secateur.training.state import with_prefix
 
-MAX_POINTS = 500
-"""Approximate largest number of points of a trace."""
 COLUMNS = ("pruned", "kept", "chosen")
 """Values of a point of the trace: share of the groups that is pruned; mean |w| of kept and of
 chosen weights, before the chosen ones are set to zero."""
@@ -59,8 +58,8 @@ class DynamicSparsityPenalty:
         self.choice: Choices = {}
         """Name of a weight -> True where it is pruned; empty until the first update."""
         self.updates = 0
-        self.trace: list[tuple[int, Tensor]] = []
-        """Step, and the values of `COLUMNS`, at some of the updates."""
+        self.trace = Trace((len(COLUMNS),))
+        """The values of `COLUMNS` at some of the updates."""
         self.trace_interval = 1
         self.keep: list[Tensor] = []
         """For each held parameter: 1 where it is kept, else 0."""
@@ -96,7 +95,7 @@ class DynamicSparsityPenalty:
             self.updates += 1
             self.refresh()
             if self.updates % self.trace_interval == 1 % self.trace_interval:
-                self.trace.append((step, self.point(self.share(), self.keep)))
+                self.trace.add(step, self.point(self.share(), self.keep))
         self.mask()
 
     @torch.no_grad()
@@ -133,17 +132,16 @@ class DynamicSparsityPenalty:
 
     def trace_table(self) -> list[dict[str, float]]:
         """A row for each point of the trace."""
-        columns = (dict(zip(COLUMNS, p.double().tolist(), strict=True)) for _, p in self.trace)
-        pairs = zip(self.trace, columns, strict=True)
-        return [{"step": float(step), **point} for (step, _), point in pairs]
+        return [
+            {"step": float(step), **dict(zip(COLUMNS, point.double().tolist(), strict=True))}
+            for step, point in self.trace.points
+        ]
 
     def state_dict(self) -> dict[str, Tensor]:
         """The whole state as tensors."""
-        points = [point for _, point in self.trace]
         return {
             "updates": torch.tensor([self.updates]),
-            "trace.steps": torch.tensor([step for step, _ in self.trace], dtype=torch.int64),
-            "trace.points": torch.stack(points) if points else torch.zeros(0, len(COLUMNS)),
+            **self.trace.state_dict(),
             **{f"choice/{name}": choice for name, choice in self.choice.items()},
         }
 
@@ -157,8 +155,7 @@ class DynamicSparsityPenalty:
             if found is None or found.shape != shape or found.dtype != torch.bool:
                 raise ValueError(f"penalty: choice of {name} does not fit")
         self.updates = int(state["updates"])
-        points = zip(state["trace.steps"].tolist(), state["trace.points"], strict=True)
-        self.trace = [(step, point.clone()) for step, point in points]
+        self.trace.load_state_dict(state)
         device = next(iter(self.held.values())).device
         self.choice = {name: chosen[name].to(device) for name in self.choice_shapes() if chosen}
         self.refresh()

@@ -11,7 +11,6 @@ for exactly as many steps as the settings say. After that the training is finish
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
@@ -21,15 +20,15 @@ from torch import Tensor, nn
 
 from secateur.base.errors import ArgumentError, cut
 from secateur.base.sections import Positive, Strict
+from secateur.penalties._shared import trace
 from secateur.penalties._shared.coupled import CoupledWeights
 from secateur.sparsity import choices, masks
 from secateur.sparsity.choices import Choices, Granularity
 from secateur.sparsity.layer_ratios import ratios_by_group, ratios_by_layer
 from secateur.sparsity.ratios import Ratios, Rules, Skip, Skipped
+from secateur.training.state import with_prefix
 
 PICKING, GROWING, STABILISING, FINISHED = range(4)
-MAX_POINTS = 500
-"""Largest number of points of a growth trace, not counting its end."""
 
 
 class GrowthSettings(Strict):
@@ -296,42 +295,6 @@ def pruned_groups(
     return PrunedGroups(model, settings, settings.granularity)
 
 
-@dataclass
-class GrowthTrace:
-    """Factors and magnitudes at some steps of a schedule."""
-
-    points: list[tuple[int, Tensor]] = field(default_factory=list)
-    """Step, and (3, layers): factor, mean |w| of kept and of chosen groups."""
-
-    def state_dict(self, layers: int) -> dict[str, Tensor]:
-        """The points as two tensors."""
-        steps = [step for step, _ in self.points]
-        tensors = [point for _, point in self.points]
-        return {
-            "record.steps": torch.tensor(steps, dtype=torch.int64),
-            "record.points": torch.stack(tensors) if tensors else torch.zeros(0, 3, layers),
-        }
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore what `state_dict` returned."""
-        points = zip(state["record.steps"].tolist(), state["record.points"], strict=True)
-        self.points = [(step, point.clone()) for step, point in points]
-
-    def table(self, names: list[str], end: tuple[int, Tensor]) -> list[dict[str, float]]:
-        """A row for each point and one for the end: magnitudes by layer and over all layers, and
-        the largest factor."""
-        rows: list[dict[str, float]] = []
-        for step, point in [*self.points, end]:
-            factor, kept, chosen = point.double()
-            row = {"step": float(step), "factor": float(factor.max())}
-            row |= {"kept": float(kept.mean()), "chosen": float(chosen.mean())}
-            for name, of_kept, of_chosen in zip(names, kept, chosen, strict=True):
-                layer = name.removesuffix(".weight")
-                row |= {f"kept {layer}": float(of_kept), f"chosen {layer}": float(of_chosen)}
-            rows.append(row)
-        return rows
-
-
 class GrowingPenalty:
     """The schedule that both methods share; they differ in `grow` and `ends`.
 
@@ -362,10 +325,11 @@ class GrowingPenalty:
             )
         self.settings, self.growth = settings, decay
         self.groups = pruned_groups(model, settings, shape)
-        self.trace = GrowthTrace()
         self.phase, self.since, self.steps, self.updates = GROWING, 0, 0, 0
         """`since`: the step at which stabilising began."""
         count = len(self.groups.names)
+        self.trace = trace.Trace((3, count))
+        """Factor, mean |w| of kept and of chosen groups, by layer."""
         self.factor, self.kept_factor = torch.zeros(count), torch.zeros(count)
         """Factors of the chosen and of the kept groups."""
         self.average = torch.zeros(count, dtype=torch.float64)
@@ -395,7 +359,7 @@ class GrowingPenalty:
         elif not self._expanded:  # resumed
             self._expanded = self.groups.expand(self.factor, self.kept_factor)
         if step % self.trace_interval == 0:
-            self.trace.points.append((step, self._point()))
+            self.trace.add(step, self._point())
         self.steps = step + 1
         total: Tensor = _HalfSquares.apply(self._expanded, *self.groups.weights)
         return total
@@ -418,10 +382,10 @@ class GrowingPenalty:
         return {
             "clock": torch.tensor([self.phase, self.since, self.steps, self.updates]),
             "factor": self.factor,
-            "others": self.kept_factor,
+            "kept_factor": self.kept_factor,
             "average": self.average,
             "active": self.active,
-            **self.trace.state_dict(len(self.groups.names)),
+            **self.trace.state_dict(),
             **{f"choice/{name}": choice for name, choice in self.groups.choice.items()},
         }
 
@@ -429,22 +393,18 @@ class GrowingPenalty:
         """Restore what `state_dict` returned; ValueError if it is the state of another network."""
         for name, own in self.state_dict().items():
             found = state.get(name)
-            if not name.startswith(("record.", "choice/")) and (
+            if not name.startswith(("trace.", "choice/")) and (
                 found is None or found.shape != own.shape or found.dtype != own.dtype
             ):
                 raise ValueError(f"penalty: {name} does not fit")
-        chosen = {n.removeprefix("choice/") for n in state if n.startswith("choice/")}
-        if unknown := sorted(chosen - set(self.groups.names)):
+        chosen = with_prefix(state, "choice/")
+        if unknown := sorted(chosen.keys() - set(self.groups.names)):
             raise ValueError(f"penalty: no weight {cut(unknown[0])}")
         self.phase, self.since, self.steps, self.updates = map(int, state["clock"].tolist())
-        self.factor, self.kept_factor = state["factor"].clone(), state["others"].clone()
+        self.factor, self.kept_factor = state["factor"].clone(), state["kept_factor"].clone()
         self.average, self.active = state["average"].clone(), state["active"].clone()
         self.trace.load_state_dict(state)
-        self.groups.choice = {
-            name.removeprefix("choice/"): choice.clone()
-            for name, choice in state.items()
-            if name.startswith("choice/")
-        }
+        self.groups.choice = {name: choice.clone() for name, choice in chosen.items()}
         self._expanded = []
 
     def choices(self) -> Choices:
@@ -452,13 +412,23 @@ class GrowingPenalty:
         return self.groups.as_choices()
 
     def trace_table(self) -> list[dict[str, float]]:
-        """Mean |w| of kept and chosen groups, and the largest factor, over the steps."""
-        return self.trace.table(self.groups.names, (self.steps, self._point()))
+        """A row for each point of the trace and one for the end: magnitudes by layer and over all
+        layers, and the largest factor."""
+        rows: list[dict[str, float]] = []
+        for step, point in [*self.trace.points, (self.steps, self._point())]:
+            factor, kept, chosen = point.double()
+            row = {"step": float(step), "factor": float(factor.max())}
+            row |= {"kept": float(kept.mean()), "chosen": float(chosen.mean())}
+            for name, of_kept, of_chosen in zip(self.groups.names, kept, chosen, strict=True):
+                layer = name.removesuffix(".weight")
+                row |= {f"kept {layer}": float(of_kept), f"chosen {layer}": float(of_chosen)}
+            rows.append(row)
+        return rows
 
     @property
     def trace_interval(self) -> int:
         """Steps from one point of the trace to the next."""
-        return -(-self.max_steps // MAX_POINTS)
+        return trace.interval(self.max_steps)
 
     @property
     def separated(self) -> Tensor:
