@@ -36,7 +36,7 @@ from secateur.pruning import criteria
 from secateur.pruning.criteria import Criterion
 from secateur.pruning.decision import PruningContext
 from secateur.sparsity import choices
-from secateur.sparsity.scores import mean_distances
+from secateur.sparsity.scores import mean_distances, share_of_not_smaller
 
 Reduction = Literal["sum", "mean", "max", "prod"]
 """How the shares of a channel's members become one score."""
@@ -109,10 +109,7 @@ def normalise(scores: Tensor, normalisation: ScoreNormalisation) -> Tensor:
     if normalisation == "none":
         return scores
     if normalisation == "lamp":
-        flat, order = scores.sort(descending=True, stable=True)
-        found = torch.empty_like(flat)
-        found[order] = flat / flat.cumsum(0).clamp_min(1e-300)
-        return found
+        return share_of_not_smaller(scores)
     if normalisation == "standard":
         scores, by = scores - scores.mean(), scores.std(correction=0)
     elif normalisation == "max":

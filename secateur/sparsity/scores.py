@@ -51,12 +51,19 @@ def mean_distances(rows: Tensor) -> Tensor:
     return distances.sum(dim=1) / max(1, len(rows) - 1)
 
 
+def share_of_not_smaller(values: Tensor) -> Tensor:
+    """Each value over the sum of all that are not smaller (LAMP), in the same shape.
+
+    The sum of one of several equal values includes those of them that come before it.
+    """
+    flat, order = values.flatten().sort(descending=True, stable=True)
+    shares = torch.empty_like(flat)
+    shares[order] = flat / flat.cumsum(0).clamp_min(1e-300)
+    return shares.view(values.shape)
+
+
 def _lamp(weight: Tensor, granularity: Granularity) -> Tensor:
-    size = magnitude_scores(weight.double().square(), granularity)
-    flat, order = size.flatten().sort(descending=True, stable=True)
-    score = torch.empty_like(flat)
-    score[order] = flat / flat.cumsum(0).clamp_min(1e-300)
-    return score.view(size.shape)
+    return share_of_not_smaller(magnitude_scores(weight.double().square(), granularity))
 
 
 def _taylor(weight: Tensor, gradient: Tensor, granularity: Granularity) -> Tensor:
