@@ -1,7 +1,7 @@
-"""Latency of group convolutions: dense, masked and exported networks.
+"""Latency of group convolutions: dense, masked and converted networks.
 
-Exported networks are timed twice: with an index layer before and after every group convolution, and
-with these permutations folded into the channel order where possible (secateur/gconv/export.py). All
+Converted networks are timed twice: with an index layer before and after every group convolution,
+and with these permutations folded into the channel order where possible (gconv/conversion.py). All
 networks are timed alternately on one batch. A ratio below 1 is slower than the dense network.
 
     python -m benchmarks.gconv_latency
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from benchmarks.gconv_sizes import NETS, build
 from secateur.base import machine, timing
-from secateur.gconv.export import export, group_convolution_counts
+from secateur.gconv.conversion import convert, group_convolution_counts
 from secateur.nn import cost
 from secateur.pruners import gconv
 from secateur.pruning.decision import PruningContext
@@ -33,8 +33,8 @@ def versions(model: nn.Module, image: Tensor, groups: int) -> dict[str, nn.Modul
     decision = gconv.prune(gconv.Settings(groups=groups), PruningContext(model, image))
     masked = copy.deepcopy(model)
     masks.apply(masked, decision.masks)
-    plain = export(masked, decision.masks, image, fold=False).model
-    folded = export(masked, decision.masks, image).model
+    plain = convert(masked, decision.masks, image, fold=False).model
+    folded = convert(masked, decision.masks, image).model
     return {"dense": model, "masked": masked, "indexed": plain, "folded": folded}
 
 

@@ -17,7 +17,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from secateur.base import machine, plugin
 from secateur.base.errors import CheckpointError, PruningError, SettingsError, shorten
-from secateur.base.sections import Export, RuntimeName
+from secateur.base.sections import RuntimeName
 from secateur.channels.graph import ChannelGraph, build_channel_graph
 from secateur.data.batches import scale_and_shift
 from secateur.nn import checkpoint, cost, matching, weights
@@ -215,7 +215,7 @@ def prune(
     labels: Tensor | None = None,
     latency: LatencyTable | None = None,
     remove_dead: bool = True,
-    export: Export = "none",
+    group_convolutions: bool = False,
 ) -> PruneResult:
     """Prune a network that torch.fx can trace, and prove that the compact network is equivalent.
 
@@ -223,15 +223,15 @@ def prune(
     labels, which criteria that use the loss (taylor) need. The pruner decides which weights are set
     to zero and which channels are removed; masks that the network was loaded with stay in force. A
     latency target needs the table of `measure_latency` as `latency`. With `remove_dead`, channels
-    that no longer affect the output are removed too. `export="gconv"` turns masks made of groups of
-    channels into group convolutions. The compact network is compared with the masked network on
-    `images`, in float64 and in float32, before it is returned. `model` is not changed.
+    that no longer affect the output are removed too; with `group_convolutions`, masks made of
+    groups of channels become group convolutions. The compact network is compared with the masked
+    network on `images`, in float64 and in float32, before it is returned. `model` is not changed.
 
     Raises SettingsError naming the argument that does not fit the network, and PruningError if the
     network cannot be traced, if a layer would be left empty, or if the two networks differ.
     """
-    _check_prune(model, images, pruner, labels, export)
-    _check_options(pruner, latency, remove_dead)
+    _check_prune(model, images, pruner, labels)
+    _check_options(pruner, latency, remove_dead=remove_dead, group_convolutions=group_convolutions)
     dense, images = copy.deepcopy(model).eval(), _usable(images)
     origin = getattr(model, "origin", None)
     choices = origin.choices if isinstance(origin, Origin) else {}
@@ -245,7 +245,7 @@ def prune(
         replace(decision, masks=masks.joined(decision.masks, earlier)),
         images,
         remove_dead=remove_dead,
-        export=export,
+        group_convolutions=group_convolutions,
         requested=str(pruner),
     )
     counts = cost.parameters(dense), cost.nonzero(pruned.model, pruned.masks)
@@ -404,9 +404,7 @@ def _check_model(model: nn.Module) -> None:
                 )
 
 
-def _check_prune(
-    model: nn.Module, images: Tensor, pruner: Any, labels: Tensor | None, export: str
-) -> None:
+def _check_prune(model: nn.Module, images: Tensor, pruner: Any, labels: Tensor | None) -> None:
     """Raise SettingsError or PruningError naming the first argument that is not valid."""
     _check_model(model)
     _check_batch(images)
@@ -420,8 +418,6 @@ def _check_prune(
             "pruner: one with its settings is needed, such as "
             "secateur.pruners.magnitude(ratios=0.5)"
         )
-    if export not in get_args(Export):
-        raise SettingsError(f"export = {export!r}: must be one of {', '.join(get_args(Export))}")
     if labels is not None and not isinstance(labels, Tensor):
         raise SettingsError(f"labels: a {type(labels).__name__}; an int64 tensor (N,) is needed")
     if labels is not None and (labels.dtype != torch.int64 or labels.shape != images.shape[:1]):
@@ -447,7 +443,7 @@ def _check_types(model: nn.Module) -> None:
             raise PruningError(f"model: {name} is {dtype}; call model.float() before pruning")
 
 
-def _check_options(pruner: ConfiguredPruner, latency: object, remove_dead: object) -> None:
+def _check_options(pruner: ConfiguredPruner, latency: object, **switches: object) -> None:
     """Raise SettingsError naming the first of these arguments of `prune` that is not valid."""
     if latency is not None and not isinstance(latency, LatencyTable):
         raise SettingsError(
@@ -457,8 +453,9 @@ def _check_options(pruner: ConfiguredPruner, latency: object, remove_dead: objec
     target = getattr(pruner.settings, "target", None)
     if latency is None and isinstance(target, Target) and target.latency is not None:
         raise SettingsError(f"latency: target = {target} needs the table of measure_latency")
-    if not isinstance(remove_dead, bool):
-        raise SettingsError(f"remove_dead = {shorten(remove_dead)}: must be True or False")
+    for name, value in switches.items():
+        if not isinstance(value, bool):
+            raise SettingsError(f"{name} = {shorten(value)}: must be True or False")
 
 
 def _usable(tensor: Tensor) -> Tensor:

@@ -9,10 +9,10 @@ Writes  models/pruned/model.safetensors with its masks, outputs.csv (outputs of 
 
 A pruner selects single weights, which are set to zero, or whole channels or residual branches,
 which are removed; branches that prune.branches names are removed before. Masks that consist of
-groups of channels can become group convolutions (prune.export). Channels that are dead afterwards
-are removed too (prune.remove_dead), and the compact network is proved to compute the same as the
-masked network before anything is written. The statistics of batch normalisations can then be
-recalibrated (prune.recalibrate).
+groups of channels can become group convolutions (prune.group_convolutions). Channels that are dead
+afterwards are removed too (prune.remove_dead), and the compact network is proved to compute the
+same as the masked network before anything is written. The statistics of batch normalisations can
+then be recalibrated (prune.recalibrate).
 """
 
 from dataclasses import replace
@@ -24,7 +24,7 @@ from secateur.base.files import Table
 from secateur.base.sections import Strict
 from secateur.base.settings import section
 from secateur.data.batches import example_batch, stratified_batch
-from secateur.gconv import export
+from secateur.gconv import conversion
 from secateur.nn import checkpoint, cost
 from secateur.pipeline import console, latency_check, runner
 from secateur.pruning.apply import PrunedNetwork, apply_decision, without_branches
@@ -70,7 +70,7 @@ def prune(context: runner.StageContext) -> runner.StageResult:
             decision,
             images,
             remove_dead=params.prune.remove_dead,
-            export=params.prune.export,
+            group_convolutions=params.prune.group_convolutions,
             requested=asked,
         )
     outputs = _outputs(model, pruned.model)
@@ -128,8 +128,8 @@ def _measure(
     """Recalibrate if the params say so, and compare the size with that of the dense network."""
     settings = context.params.prune
     metrics: dict[str, float] = {}
-    if settings.export == "gconv":
-        metrics |= export.group_convolution_counts(pruned.model)
+    if settings.group_convolutions:
+        metrics |= conversion.group_convolution_counts(pruned.model)
         console.say(
             f"prune: {metrics['group_convolutions']:.0f} group convolutions, "
             f"{metrics['index_layers']:.0f} index layers beside them"

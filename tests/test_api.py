@@ -205,7 +205,7 @@ def test_labels_serve_criteria_that_look_at_the_loss(net):
 
 def test_groups_become_group_convolutions_on_request(net):
     pruner = secateur.pruners.gconv(groups=3, skip=["conv1"])
-    result = secateur.prune(net, IMAGES, pruner, export="gconv")
+    result = secateur.prune(net, IMAGES, pruner, group_convolutions=True)
     assert result.model.conv2.groups == 3
 
 
@@ -215,7 +215,7 @@ def test_groups_become_group_convolutions_on_request(net):
         ({"images": torch.zeros(2, 3, 8, 8, dtype=torch.uint8)}, "images: torch.uint8"),
         ({"images": torch.zeros(0, 3, 8, 8)}, "images: a batch"),
         ({"pruner": "magnitude"}, "pruner: one with its settings"),
-        ({"export": "onnx"}, "export = 'onnx': must be one of none, gconv"),
+        ({"group_convolutions": "gconv"}, "group_convolutions = 'gconv': must be True or False"),
         ({"labels": torch.zeros(3, dtype=torch.int64)}, r"labels: .* int64 \(8,\) is needed"),
         ({"latency": 3}, "latency: a int; the table of measure_latency"),
         ({"remove_dead": "no"}, "remove_dead = 'no': must be True or False"),

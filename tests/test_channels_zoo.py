@@ -21,7 +21,7 @@ from secateur.archs import vgg
 from secateur.base import plugin, settings
 from secateur.base.errors import PruningError
 from secateur.channels import graph as channels
-from secateur.gconv import export
+from secateur.gconv import conversion
 from secateur.nn import checkpoint, cost, resizing
 from secateur.nn.checkpoint import Header
 from secateur.nn.layers import ChannelSelect
@@ -535,8 +535,8 @@ def in_groups(model, batch):
     masked = copy.deepcopy(model).float()
     found = gconv.prune(gconv.Settings(groups=4), PruningContext(masked, batch.float())).masks
     masks.apply(masked, found)
-    grouped = export.export(masked, found, batch[:1].float()).model
-    assert export.group_convolution_counts(grouped)["index_layers"] > 0
+    grouped = conversion.convert(masked, found, batch[:1].float()).model
+    assert conversion.group_convolution_counts(grouped)["index_layers"] > 0
     return grouped
 
 

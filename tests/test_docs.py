@@ -74,8 +74,9 @@ METHODS = (
     "granularity 2:4", "granularity group", "reduce", "normalise", "ranking isomorphic",
     "ratios by stage", "target latency", "finetune.budget compute", "finetune.init rewind",
     "finetune.init orthogonal", "schedule_after", "distillation", "distillation.features",
-    "average.kind swa", "augment.cutout", "progressive_resizing", "export to group convolutions",
-    "regrow of penalty gradual", "growth random of penalty rigl",
+    "average.kind swa", "augment.cutout", "progressive_resizing",
+    "conversion to group convolutions", "regrow of penalty gradual",
+    "growth random of penalty rigl",
 )  # fmt: skip
 """Settings that select a published method, with its name in CITATION.cff."""
 

@@ -117,7 +117,7 @@ def test_all_stages_and_mlflow_agree(name, data, store, tmp_path, capsys):
     context = SimpleNamespace(
         params=SimpleNamespace(
             pruner=pruner,
-            prune=Prune(export="gconv" if pruner == "gconv" else "none"),
+            prune=Prune(group_convolutions=pruner == "gconv"),
             evaluate=Evaluate(latency_batch=2, latency_repeats=3),
             chosen=lambda _: settings,
             dataset="toy",

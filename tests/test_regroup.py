@@ -1,4 +1,4 @@
-"""Export to group convolutions: equal to the masked network, with as few index layers as needed."""
+"""Conversion to group convolutions: equal to the masked network, with few index layers."""
 
 import copy
 from types import SimpleNamespace
@@ -14,7 +14,7 @@ from secateur.base.sections import Prune
 from secateur.base.torchvision_import import import_torchvision
 from secateur.channels import graph as channels
 from secateur.data.dataset import InMemoryImages
-from secateur.gconv import export, permutation
+from secateur.gconv import conversion, permutation
 from secateur.nn import checkpoint, cost, resizing
 from secateur.nn.checkpoint import Header
 from secateur.nn.layers import IndexedConv2d
@@ -99,15 +99,15 @@ def difference(one, other, images):
 
 
 def indexes(model):
-    return int(export.group_convolution_counts(model)["index_layers"])
+    return int(conversion.group_convolution_counts(model)["index_layers"])
 
 
 @pytest.mark.parametrize("name", ZOO)
 def test_the_zoo_computes_what_it_computed_with_masks(name):
     model, images, groups = build(**ZOO[name])
     masked, found = pruned(model, images, groups=groups)
-    plain = export.export(masked, found, images[:1], fold=False)
-    folded = export.export(masked, found, images[:1])
+    plain = conversion.convert(masked, found, images[:1], fold=False)
+    folded = conversion.convert(masked, found, images[:1])
     assert plain.groups == folded.groups and not plain.left
     assert {f"{layer}.weight" for layer in folded.groups} == set(found)
     assert not folded.masks
@@ -118,10 +118,10 @@ def test_the_zoo_computes_what_it_computed_with_masks(name):
         assert (conv.in_channels, conv.out_channels) == (dense.in_channels, dense.out_channels)
     assert indexes(plain.model) == 2 * len(plain.groups)
     assert indexes(folded.model) < indexes(plain.model)
-    for exported in (plain.model, folded.model):
-        assert difference(masked, exported, images) < 1e-5
+    for converted in (plain.model, folded.model):
+        assert difference(masked, converted, images) < 1e-5
     wide = copy.deepcopy(masked).double()
-    exact = export.export(wide, found, images[:1].double())
+    exact = conversion.convert(wide, found, images[:1].double())
     assert difference(wide, exact.model, images.double()) < 1e-12
 
 
@@ -136,9 +136,9 @@ def test_one_layer_is_exact(mode, bias):
     images = torch.randint(-9, 9, (2, 12, 11, 13)).float()
     masked, found = pruned(nn.Sequential(conv), images, groups=3)
     for fold in (True, False):
-        exported = export.export(masked, found, images, fold).model
-        assert exported[0].weight.shape == (18, 4, 3, 3)
-        assert torch.equal(exported(images), masked(images))
+        converted = conversion.convert(masked, found, images, fold).model
+        assert converted[0].weight.shape == (18, 4, 3, 3)
+        assert torch.equal(converted(images), masked(images))
         assert not torch.equal(masked(images), conv(images))
 
 
@@ -151,7 +151,7 @@ def test_numbers_of_groups_by_hand():
     found = {"0.weight": mask[:, :, None, None]}
     masked = nn.Sequential(conv)
     masks.apply(masked, found)
-    made = export.export(masked, found, torch.zeros(1, 4, 2, 2)).model[0]
+    made = conversion.convert(masked, found, torch.zeros(1, 4, 2, 2)).model[0]
     assert made.before.tolist() == [0, 3, 1, 2]
     assert made.after.tolist() == [0, 2, 1, 3]
     assert made.weight.flatten(1).tolist() == [[1, 4], [9, 12], [6, 7], [14, 15]]
@@ -162,20 +162,20 @@ def test_a_chain_needs_one_index_between_two_layers():
     torch.manual_seed(0)
     model, images = nn.Sequential(*layers, nn.Conv2d(16, 5, 1)).eval(), torch.randn(2, 3, 12, 12)
     masked, found = pruned(model, images, groups=4)
-    exported = export.export(masked, found, images).model
+    converted = conversion.convert(masked, found, images).model
     # layers 0 and 3 are dense and accept any order, so only the path from 1 to 2 needs an index
-    assert set(export.export(masked, found, images).groups) == {"1", "2"}
-    assert indexes(exported) == 1
-    assert difference(masked, exported, images) < 1e-5
+    assert set(conversion.convert(masked, found, images).groups) == {"1", "2"}
+    assert indexes(converted) == 1
+    assert difference(masked, converted, images) < 1e-5
 
 
 def test_neighbours_need_no_index_in_a_chain():
     model, images, _ = build(**ZOO["vgg"])
     masked, found = pruned(model, images, groups=4, permutation="same")
-    exported = export.export(masked, found, images[:1])
-    assert indexes(exported.model) == 0
-    assert not any(isinstance(m, IndexedConv2d) for m in exported.model.modules())
-    assert difference(masked, exported.model, images) < 1e-5
+    converted = conversion.convert(masked, found, images[:1])
+    assert indexes(converted.model) == 0
+    assert not any(isinstance(m, IndexedConv2d) for m in converted.model.modules())
+    assert difference(masked, converted.model, images) < 1e-5
 
 
 def test_masks_and_norms_move_with_the_channels():
@@ -190,24 +190,24 @@ def test_masks_and_norms_move_with_the_channels():
     found = {"3.weight": found["3.weight"], "0.weight": torch.rand(8, 3, 3, 3) < 0.7}
     found |= {"3.bias": torch.arange(8) % 3 > 0}
     masks.apply(model, found)
-    exported = export.export(model, found, images)
-    assert exported.left == ("0",) and exported.groups == {"3": 2}
-    assert set(exported.masks) == {"0.weight", "3.bias"}
-    for name, mask in exported.masks.items():
-        parameter = exported.model.get_parameter(name)
+    converted = conversion.convert(model, found, images)
+    assert converted.left == ("0",) and converted.groups == {"3": 2}
+    assert set(converted.masks) == {"0.weight", "3.bias"}
+    for name, mask in converted.masks.items():
+        parameter = converted.model.get_parameter(name)
         assert torch.equal(parameter != 0, mask) and not bool(mask.all())
-    assert difference(model, exported.model, images) < 1e-5
-    order = exported.kept["0"]
-    assert torch.equal(exported.model[0].weight, model[0].weight[order])
-    assert torch.equal(exported.model[1].running_mean, model[1].running_mean[order])
+    assert difference(model, converted.model, images) < 1e-5
+    order = converted.kept["0"]
+    assert torch.equal(converted.model[0].weight, model[0].weight[order])
+    assert torch.equal(converted.model[1].running_mean, model[1].running_mean[order])
 
 
-def test_groups_that_were_there_and_were_exported_are_exported_again():
+def test_groups_that_were_there_and_were_converted_are_converted_again():
     model, images, _ = build(**ZOO["condensenet"])
     masked, found = pruned(model, images, groups=2)
-    first = export.export(masked, found, images[:1]).model
+    first = conversion.convert(masked, found, images[:1]).model
     again, more = pruned(first, images, groups=4)
-    second = export.export(again, more, images[:1]).model
+    second = conversion.convert(again, more, images[:1]).model
     assert difference(again, second, images) < 1e-5
     dense = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.in_channels > 3]
     grouped = [m for m in second.modules() if isinstance(m, nn.Conv2d) and m.groups == 4]
@@ -217,29 +217,29 @@ def test_groups_that_were_there_and_were_exported_are_exported_again():
 def test_a_step_of_training_is_the_same_step():
     _, masked, found, images = small()
     masked, images = masked.double(), images.double()
-    exported = export.export(masked, found, images[:1]).model
-    for model, held in ((masked, found), (exported, {})):
+    converted = conversion.convert(masked, found, images[:1]).model
+    for model, held in ((masked, found), (converted, {})):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
         masks.hold(model, held, optimizer)
         for _ in range(3):
             optimizer.zero_grad()
             nn.functional.cross_entropy(model(images), torch.arange(4)).backward()
             optimizer.step()
-    assert difference(masked, exported, images) < 1e-9
-    assert cost.nonzero(masked, found) == cost.parameters(exported)
+    assert difference(masked, converted, images) < 1e-9
+    assert cost.nonzero(masked, found) == cost.parameters(converted)
 
 
 def test_new_weights_in_the_found_groups():
     _, masked, found, images = small()
-    exported = export.export(masked, found, images[:1]).model
-    before = {name: t.clone() for name, t in exported.state_dict().items()}
+    converted = conversion.convert(masked, found, images[:1]).model
+    before = {name: t.clone() for name, t in converted.state_dict().items()}
     torch.manual_seed(5)
-    resizing.reset_parameters(exported)
-    after = exported.state_dict()
+    resizing.reset_parameters(converted)
+    after = converted.state_dict()
     assert all(
         torch.equal(after[n], t) for n, t in before.items() if n.endswith(("before", "after"))
     )
-    conv = exported.get_submodule("layer3.0.conv2")
+    conv = converted.get_submodule("layer3.0.conv2")
     assert not torch.equal(conv.weight, before["layer3.0.conv2.weight"])
     # like torch's group convolution: scaled by the fan-out of all outputs
     assert float(conv.weight.detach().std()) == pytest.approx((2 / (64 * 9)) ** 0.5, rel=0.05)
@@ -248,7 +248,7 @@ def test_new_weights_in_the_found_groups():
 # ---- surgery and files -------------------------------------------------------------------------
 
 
-def test_dead_channels_go_from_an_exported_network():
+def test_dead_channels_go_from_a_converted_network():
     model, images, _ = build(**ZOO["resnet-b"])
     dead = "layer1.0.conv1"
     masked, found = pruned(model, images, groups=2)
@@ -267,15 +267,15 @@ def test_dead_channels_go_from_an_exported_network():
 
 
 @pytest.mark.parametrize("name", ["preresnet", "condensenet", "resnet-a"])
-def test_channels_can_be_followed_and_taken_out_of_an_exported_network(name):
+def test_channels_can_be_followed_and_taken_out_of_a_converted_network(name):
     model, images, _ = build(**ZOO[name])
     masked, found = pruned(model, images, groups=2)
-    exported = export.export(masked.double(), found, images[:1].double()).model
-    network = channels.build_channel_graph(exported, images)
+    converted = conversion.convert(masked.double(), found, images[:1].double()).model
+    network = channels.build_channel_graph(converted, images)
     wanted = {g.name: torch.arange(0, g.size, 3) for g in network.groups if g.locked is None}
     selection = network.removable(wanted)
-    small = removal.remove(exported, selection, images[:1].double(), {}, network)
-    expected = removal.mask(exported, selection, images, network)
+    small = removal.remove(converted, selection, images[:1].double(), {}, network)
+    expected = removal.mask(converted, selection, images, network)
     assert proof.verify(expected, small, images.double(), proof.FLOAT64_TOLERANCE) < 1e-9
 
 
@@ -286,15 +286,15 @@ def header(arch, **settings):
 def test_the_file_holds_groups_and_permutation(tmp_path):
     """test_channels_zoo.py tests that this file, like all others, needs no code of the pruners."""
     _, masked, found, images = small()
-    exported = export.export(masked, found, images[:1]).model
+    converted = conversion.convert(masked, found, images[:1]).model
     made = header("preresnet", depth=20)
-    checkpoint.save(tmp_path / "model.safetensors", made, exported, {})
+    checkpoint.save(tmp_path / "model.safetensors", made, converted, {})
     loaded = checkpoint.load(tmp_path / "model.safetensors")
     assert loaded.header.layers["layer1.1.conv1"]["groups"] == 4
     again = loaded.model()
-    assert torch.equal(again(images), exported(images))
-    assert indexes(again) == indexes(exported) > 0
-    assert resizing.describe_layers(again) == resizing.describe_layers(exported)
+    assert torch.equal(again(images), converted(images))
+    assert indexes(again) == indexes(converted) > 0
+    assert resizing.describe_layers(again) == resizing.describe_layers(converted)
     one, other = tmp_path / "model.safetensors", tmp_path / "again.safetensors"
     checkpoint.save(other, made, again, {})
     assert one.read_bytes() == other.read_bytes()
@@ -327,7 +327,7 @@ def run_stage(model, images, decide, monkeypatch, **settings):
 
 
 @pytest.mark.parametrize("dead", [True, False])
-def test_the_stage_exports_and_proves(dead, monkeypatch, capsys):
+def test_the_stage_converts_and_proves(dead, monkeypatch, capsys):
     model, images, _ = build(**ZOO["preresnet"])
 
     def decide(_, subject):
@@ -340,10 +340,10 @@ def test_the_stage_exports_and_proves(dead, monkeypatch, capsys):
         monkeypatch,
         remove_dead=dead,
         recalibrate=0,
-        export="none",
+        group_convolutions=False,
     )
     made = run_stage(
-        model, images, decide, monkeypatch, remove_dead=dead, recalibrate=0, export="gconv"
+        model, images, decide, monkeypatch, remove_dead=dead, recalibrate=0, group_convolutions=True
     )
     assert made.metrics["difference_float64"] < 1e-9
     assert made.metrics["difference_float32"] < proof.FLOAT32_TOLERANCE
@@ -355,31 +355,32 @@ def test_the_stage_exports_and_proves(dead, monkeypatch, capsys):
     assert "left dense: conv1" in capsys.readouterr().out
 
 
-def test_a_wrong_export_is_noticed(monkeypatch):
+def test_a_wrong_conversion_is_noticed(monkeypatch):
     model, images, _ = build(**ZOO["preresnet"])
-    convert = export._convert
+    replace = conversion._replace
 
     def wrong(network, held, name, *rest):
-        convert(network, held, name, *rest)
+        replace(network, held, name, *rest)
         if name == "layer2.1.conv2":
             made = network.get_submodule(name)
             made.weight.data = made.weight.data.roll(1, 0)
 
-    monkeypatch.setattr(export, "_convert", wrong)
+    monkeypatch.setattr(conversion, "_replace", wrong)
     with pytest.raises(PruningError, match=r"layer layer2\.1\.conv2 differs by"):
         run_stage(
             model, images, lambda _, s: gconv.prune(gconv.Settings(groups=4), s), monkeypatch,
-            remove_dead=False, recalibrate=0, export="gconv",
+            remove_dead=False, recalibrate=0, group_convolutions=True,
         )  # fmt: skip
 
 
-def test_nothing_to_export_is_an_error(monkeypatch):
+def test_nothing_to_convert_is_an_error(monkeypatch):
     model, images, _ = build(**ZOO["preresnet"])
     scattered = {"conv1.weight": torch.rand(16, 3, 3, 3) < 0.5}
     with pytest.raises(
-        SettingsError, match=r"params\.yaml: prune\.export = 'gconv': no convolution's mask is made"
+        SettingsError,
+        match=r"params\.yaml: prune\.group_convolutions = True: no convolution's mask is made",
     ):
         run_stage(
             model, images, lambda *_: PruningDecision(scattered), monkeypatch,
-            remove_dead=True, recalibrate=0, export="gconv",
+            remove_dead=True, recalibrate=0, group_convolutions=True,
         )  # fmt: skip

@@ -262,6 +262,9 @@ def test_an_unknown_key_is_told_with_the_one_that_was_meant(key, hint, tmp_path)
         *[(f"{part}.accumulate", 2,
            f"{part}.accumulate: renamed; write {part}.accumulate_grad_batches")
           for part in TRAININGS],
+        *[("prune.export", old,
+           f"prune.export = '{old}': renamed; write prune.group_convolutions: {new}")
+          for old, new in (("none", "false"), ("gconv", "true"))],
         *[(f"{section}.groups", "filter", f"{section}.groups: renamed; write {section}.granularity")
           for section in ("pruners.magnitude", "penalties.greg1", "penalties.greg2")],
         *[("pruners.magnitude.scope", old,
@@ -275,6 +278,23 @@ def test_an_unknown_key_is_told_with_the_one_that_was_meant(key, hint, tmp_path)
 )  # fmt: skip
 def test_a_renamed_key_or_value_is_told_with_the_new_one(old, value, line, tmp_path):
     assert complaint(changed(old, value), tmp_path) == f"params.yaml: {line}"
+
+
+@pytest.mark.parametrize(
+    ("prune", "line"),
+    [
+        ({"export": "gconv"}, "export = 'gconv': renamed; write {}group_convolutions: true"),
+        ({"pruners": {"magnitude": {"groups": "filter"}}},
+         "pruners.magnitude.groups: renamed; write {}pruners.magnitude.granularity"),
+        ({"pruners": {"magnitude": {"scope": "global"}}},
+         "pruners.magnitude.scope = 'global': renamed; write {}pruners.magnitude.ranking: global"),
+    ],
+)  # fmt: skip
+def test_a_renamed_key_or_value_of_a_round_is_told_with_the_new_one(prune, line, tmp_path):
+    round2 = {"after": "finetuned", "sparse_train": {}, "prune": prune, "finetune": {}}
+    params = changed("rounds", {"round2": round2}) | {"pruner": "magnitude"}
+    place = "rounds.round2.prune."
+    assert complaint(params, tmp_path) == f"params.yaml: {place}{line.format(place)}"
 
 
 def test_the_new_names_of_renamed_keys_are_there_and_the_old_ones_are_not():

@@ -319,9 +319,6 @@ class Finetune(ContinuedTrain):
         return self
 
 
-Export = Literal["none", "gconv"]
-
-
 class Prune(Strict):
     """Settings of the prune stage that apply to every pruner."""
 
@@ -330,8 +327,8 @@ class Prune(Strict):
     pruning/branches.py. Further rounds pass over those that are gone."""
     remove_dead: bool = True
     """Remove neurons and filters whose outputs are constant or not used, where that is exact."""
-    export: Export = "none"
-    """gconv: masks made of groups of channels become group convolutions; see gconv/export.py."""
+    group_convolutions: bool = False
+    """Convert masks made of groups of channels to group convolutions; see gconv/conversion.py."""
     recalibrate: Annotated[int, Field(ge=0)] = 0
     """Training images on which batch-norm statistics are measured again; 0: they are kept."""
     latency: Literal["none", "torch", "onnxruntime", "openvino"] = "none"

@@ -1,5 +1,6 @@
 """params.yaml -> typed, validated settings; unknown keys and impossible values are refused."""
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,13 +46,18 @@ RENAMED = {
     "baseline.accumulate": "baseline.accumulate_grad_batches",
     "sparse_train.accumulate": "sparse_train.accumulate_grad_batches",
     "finetune.accumulate": "finetune.accumulate_grad_batches",
+    "prune.export": "prune.group_convolutions",
     "pruners.magnitude.groups": "pruners.magnitude.granularity",
     "penalties.greg1.groups": "penalties.greg1.granularity",
     "penalties.greg2.groups": "penalties.greg2.granularity",
     "penalties.network_slimming.scope": "penalties.network_slimming.coupled",
 }
-"""Key of an earlier version -> the key that replaces it."""
+"""Key of an earlier version -> the key that replaces it; the same keys of rounds follow."""
 RENAMED_VALUES = {
+    "prune.group_convolutions": {
+        "none": "prune.group_convolutions: false",
+        "gconv": "prune.group_convolutions: true",
+    },
     "penalties.network_slimming.coupled": {
         "inner": "penalties.network_slimming.coupled: skip",
         "all": "penalties.network_slimming.coupled: include",
@@ -353,8 +359,11 @@ def _renamed(key: str, value: Any, is_unknown: bool) -> str | None:
 
     Only a key that is unknown now can have been renamed.
     """
-    new = RENAMED.get(key, key) if is_unknown else key
+    of_a_round = re.match(r"rounds\.\w+\.(\w+\.(?=(penalties|pruners)\.))?", key)
+    prefix = of_a_round[0] if of_a_round else ""
+    old = key.removeprefix(prefix)
+    new = RENAMED.get(old, old) if is_unknown else old
     values = RENAMED_VALUES.get(new, {})
     if isinstance(value, str) and value in values:
-        return f"{key} = {value!r}: renamed; write {values[value]}"
-    return None if new == key else f"{key}: renamed; write {new}"
+        return f"{key} = {value!r}: renamed; write {prefix}{values[value]}"
+    return None if new == old else f"{key}: renamed; write {prefix}{new}"

@@ -197,8 +197,8 @@ def _without_layers_of_gconv(weights: Weights) -> dict[str, Tensor]:
             index = tensors.pop(name)
             if not torch.equal(index, torch.arange(index.numel(), dtype=index.dtype)):
                 raise CheckpointError(
-                    f"{weights.source}: {cut(name)} changes the order of channels, as exported "
-                    "group convolutions do; take the file from before the export"
+                    f"{weights.source}: {cut(name)} changes the order of channels, as a "
+                    "conversion to group convolutions does; take the file from before it"
                 )
             if inner in tensors:
                 tensors[weight] = tensors.pop(inner)

@@ -102,7 +102,7 @@ def _check(model: nn.Module, info: DatasetInfo, params: settings.Params) -> None
         with settings.section("prune"):
             trial = without_branches(trial, params.prune.branches, {}, images).model
         context = PruningContext(trial, images, labels, dense=trial)
-        if params.prune.remove_dead or params.prune.export != "none":
+        if params.prune.remove_dead or params.prune.group_convolutions:
             _check_removal(context)
         try:
             with settings.section(f"pruners.{params.pruner}"):
@@ -190,5 +190,5 @@ def _check_removal(context: PruningContext) -> None:
     except SecateurError as error:
         raise SettingsError(
             f"params.yaml: prune.remove_dead: {error}; set prune.remove_dead = false (and "
-            "prune.export = none) to prune single weights only"
+            "prune.group_convolutions = false) to prune single weights only"
         ) from None

@@ -5,7 +5,7 @@ convolution, ICCV workshops 2019. Outputs and inputs of a convolution are divide
 groups, and only the kernels within these groups are kept; the division is searched for such that
 the kept kernels have as much importance as possible (gconv/permutation.py). The number of groups of
 a layer is set, read from a file, or searched for within a budget (gconv/search.py). With
-prune.export = gconv the masks become group convolutions.
+prune.group_convolutions the masks become group convolutions.
 """
 
 from collections.abc import Mapping

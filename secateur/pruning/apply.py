@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from secateur.base.sections import Export
 from secateur.channels.graph import build_channel_graph
 from secateur.pruning import branches, proof, removal
 from secateur.pruning.branches import Branch
@@ -40,21 +39,21 @@ def apply_decision(
     images: Tensor,
     *,
     remove_dead: bool = True,
-    export: Export = "none",
+    group_convolutions: bool = False,
     requested: str = "this decision",
 ) -> PrunedNetwork:
     """The network after the decision, in eval mode; `model` itself is not changed.
 
     Weights get the values of the decision and are masked by its masks; its channels and residual
     branches are removed.
-    With `remove_dead`, channels that are dead afterwards are removed too; `export` tells how masks
-    that consist of groups of channels are exported (see gconv/export.py). If anything may be
-    removed, the compact network is compared with the masked one on `images`, (N, C, H, W), in
-    float64 and in float32.
+    With `remove_dead`, channels that are dead afterwards are removed too; with
+    `group_convolutions`, masks that consist of groups of channels are converted (see
+    gconv/conversion.py). If anything may be removed or converted, the compact network is compared
+    with the masked one on `images`, (N, C, H, W), in float64 and in float32.
 
     Raises PruningError if a layer would be left empty (`requested` describes in the message what
     the user asked for), if the network cannot be traced, or if the two networks differ;
-    ArgumentError (`export`) if there is nothing to export.
+    ArgumentError (`group_convolutions`) if there is nothing to convert.
     """
     masks.refuse_empty(model, decision.masks, requested)
     images = images.to(next(model.parameters()).device)
@@ -63,14 +62,20 @@ def apply_decision(
         for name, values in decision.weights.items():
             masked.get_parameter(name).copy_(values)
     masks.apply(masked, decision.masks)
-    if not (remove_dead or decision.channels or decision.branches or export != "none"):
+    if not (remove_dead or decision.channels or decision.branches or group_convolutions):
         return PrunedNetwork(masked, decision.masks)
     removed = _branches(masked, decision.branches, images)
     double = images.double()
     exact = removal.to_precision(copy.deepcopy(masked), torch.float64)
     with proof.InDouble():
         compact = removal.compact(
-            exact, decision.channels, decision.masks, double[:1], remove_dead, export, removed
+            exact,
+            decision.channels,
+            decision.masks,
+            double[:1],
+            remove_dead,
+            group_convolutions,
+            removed,
         )
     masked = removal.mask(masked, decision.channels, images)
     branches.silence(masked, removed)

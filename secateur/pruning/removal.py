@@ -17,11 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.base.sections import Export
 from secateur.channels.graph import ChannelGraph, Selection, build_channel_graph
 from secateur.channels.groups import by_channel
 from secateur.channels.planner import ShapePlan
-from secateur.gconv import export as group_export
+from secateur.gconv import conversion
 from secateur.nn import resizing
 from secateur.nn.layers import ChannelSelect
 from secateur.nn.norms import mask_layer_norm
@@ -113,16 +112,17 @@ def compact(
     masks: Masks,
     example: Tensor,
     dead: bool,
-    export: Export = "none",
+    group_convolutions: bool = False,
     branches: Sequence[Branch] = (),
 ) -> Compact:
     """The network without the selected channels and branches and, with `dead`, the dead channels.
 
-    After the selected channels are removed, masks are exported by `export` (gconv/export.py).
+    With `group_convolutions`, masks are converted after the selected channels are removed
+    (gconv/conversion.py).
     """
     first = remove_branches(remove(model, selection, example, masks), branches)
-    if export == "gconv":
-        grouped = group_export.export(first.model, first.masks, example)
+    if group_convolutions:
+        grouped = conversion.convert(first.model, first.masks, example)
         order = {n: first.kept[n][i] if n in first.kept else i for n, i in grouped.kept.items()}
         first = Compact(grouped.model, grouped.masks, first.kept | order)
     if not dead:

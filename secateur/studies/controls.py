@@ -39,7 +39,7 @@ UNPRUNED: dict[str, Any] = {
     "sparse_train": {"epochs": 0, "warmup": 0},
     "pruner": "threshold",
     "pruners": {"threshold": {"sensitivity": 0.0}},
-    "prune": {"remove_dead": False, "export": "none"},
+    "prune": {"remove_dead": False, "group_convolutions": False},
     "finetune": {"epochs": 0, "warmup": 0, "init": "inherit", "budget": "epochs"},
     "rounds": {},
 }

@@ -1,10 +1,10 @@
-"""Export masks that consist of groups of channels as group convolutions (for the pruner gconv).
+"""Convert masks that consist of groups of channels to group convolutions (for pruner gconv).
 
 A convolution whose mask keeps G groups of outputs and inputs is a group convolution between two
 permutations of channels. The order of channels is free unless an operation depends on it, so that
 most permutations need not be computed at run time: the channels of the network are reordered to
 make groups contiguous, in all tensors that have entries for them, and an index remains only where
-several layers need different orders. The exported network computes what the masked network
+several layers need different orders. The converted network computes what the masked network
 computes.
 """
 
@@ -24,25 +24,25 @@ from secateur.sparsity.masks import Masks
 
 
 @dataclass(frozen=True)
-class Exported:
+class Converted:
     """A network with group convolutions in place of masks."""
 
     model: nn.Module
     masks: Masks
     """The remaining masks, in the new order of the channels."""
     groups: dict[str, int]
-    """Exported convolution -> its groups."""
+    """Converted convolution -> its groups."""
     left: tuple[str, ...]
     """Convolutions with masks that do not consist of groups; they are unchanged."""
     kept: dict[str, Tensor] = field(default_factory=dict)
     """Layer -> its outputs in their new order, if the order has changed."""
 
 
-def export(model: nn.Module, masks: Masks, example: Tensor, fold: bool = True) -> Exported:
+def convert(model: nn.Module, masks: Masks, example: Tensor, fold: bool = True) -> Converted:
     """The network with group convolutions; `model` itself is not changed.
 
     Masked weights must be zero already. `example` is a batch of inputs, of which only the shape
-    matters. Without `fold`, channels are not reordered and every exported convolution has both
+    matters. Without `fold`, channels are not reordered and every converted convolution has both
     indices. Raises ArgumentError if no mask consists of groups.
     """
     model = copy.deepcopy(model).eval()
@@ -50,9 +50,9 @@ def export(model: nn.Module, masks: Masks, example: Tensor, fold: bool = True) -
     found, left = _groupings(model, masks)
     if not found:
         raise ArgumentError(
-            "export",
+            "group_convolutions",
             "no convolution's mask is made of groups of one size; prune with the pruner gconv",
-            "gconv",
+            True,
         )
     kept: dict[str, Tensor] = {}
     if fold:
@@ -61,9 +61,9 @@ def export(model: nn.Module, masks: Masks, example: Tensor, fold: bool = True) -
         kept = _reorder(model, masks, graph, orders)
         found, _ = _groupings(model, masks)
     for name in found:
-        _convert(model, masks, name, found[name], fold)
+        _replace(model, masks, name, found[name], fold)
     counts = {name: grouping.groups for name, grouping in found.items()}
-    return Exported(model, masks, counts, tuple(left), kept)
+    return Converted(model, masks, counts, tuple(left), kept)
 
 
 def group_convolution_counts(model: nn.Module) -> dict[str, float]:
@@ -185,7 +185,7 @@ class _ChannelOrders:
         return met
 
     def _sides(self, group: ChannelGroup) -> Iterable[_Side]:
-        """The sides of exported convolutions whose channels are this channel group."""
+        """The sides of converted convolutions whose channels are this channel group."""
         number = {channel_id: k for k, channel_id in enumerate(group.ids.tolist())}
         for name, grouping in self.groupings.items():
             layer = self.graph.layers.get(name)
@@ -269,7 +269,7 @@ def _rewrite_index(index: Tensor, channels: Tensor, group: ChannelGroup, order: 
 
 
 @torch.no_grad()
-def _convert(model: nn.Module, masks: Masks, name: str, grouping: Grouping, fold: bool) -> None:
+def _replace(model: nn.Module, masks: Masks, name: str, grouping: Grouping, fold: bool) -> None:
     """Replace a masked convolution by a group convolution."""
     conv = model.get_submodule(name)
     assert isinstance(conv, nn.Conv2d)
