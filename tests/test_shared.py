@@ -125,9 +125,16 @@ def test_a_layer_takes_the_time_of_all_its_runs():
 
 
 @pytest.mark.parametrize("granularity", ["filter", "channel"])
-def test_filters_of_the_layers_that_share_no_weight_are_pruned(granularity):
-    """A weight that two layers share has a single choice for both."""
+def test_only_filters_that_no_shared_weight_couples_are_pruned(granularity):
+    """b and b2 have one weight, so their inputs are the same channels: the outputs of a, b and b2
+    go together, and only c's outputs, the inputs of fc, are free."""
     net = build(Tied)
     pruner = secateur.pruners.magnitude(granularity=granularity, ratios=0.5)
-    result = secateur.prune(net, IMAGES, pruner)
-    assert result.parameters[1] < result.parameters[0]
+    small = secateur.prune(net, IMAGES, pruner).model
+    axes = {"filter": (net.c.weight, (1, 2, 3)), "channel": (net.fc.weight, 0)}
+    weight, others = axes[granularity]
+    kept = weight.abs().mean(others).topk(4).indices.sort().values
+    assert torch.equal(small.c.weight, net.c.weight[kept])
+    assert torch.equal(small.fc.weight, net.fc.weight[:, kept])
+    for name in ("a", "b", "b2"):
+        assert torch.equal(getattr(small, name).weight, getattr(net, name).weight)
