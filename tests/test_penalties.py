@@ -334,12 +334,12 @@ class Coupled(nn.Module):
 
 
 @pytest.mark.parametrize("name", GROUPED)
-def test_with_grouping_coupled_a_group_is_all_that_a_channel_has_in_any_layer(name):
+def test_with_grouping_group_a_group_is_all_that_a_channel_has_in_any_layer(name):
     torch.manual_seed(0)
     model = Coupled().double()
     model.norm.weight.data.uniform_(0.5, 1.5)
     one = plugin.load("penalties", name)
-    penalty = one.build(one.Settings(grouping="coupled"), model, 0.3, (1, 2, 2))
+    penalty = one.build(one.Settings(grouping="group"), model, 0.3, (1, 2, 2))
     value = penalty(0)
     value.backward()
     found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
@@ -376,10 +376,10 @@ def test_a_coupled_group_of_zeros_has_no_gradient_and_biases_do_not_count():
     for parameter in model.parameters():
         parameter.data.zero_()
     module = plugin.load("penalties", "group_hoyer_square")
-    penalty = module.build(module.Settings(grouping="coupled"), model, 1.0, (1, 2, 2))
+    penalty = module.build(module.Settings(grouping="group"), model, 1.0, (1, 2, 2))
     value = penalty(0)
     value.backward()
     assert float(value.detach()) == 0
     assert all(not p.grad.any() for p in model.parameters() if p.grad is not None)
-    with pytest.raises(ValueError, match="biases: are not covered with grouping: coupled"):
-        module.Settings(grouping="coupled", biases=True)
+    with pytest.raises(ValueError, match="biases: are not covered with grouping: group"):
+        module.Settings(grouping="group", biases=True)

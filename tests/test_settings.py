@@ -262,6 +262,9 @@ def test_an_unknown_key_is_told_with_the_one_that_was_meant(key, hint, tmp_path)
         *[(f"{part}.accumulate", 2,
            f"{part}.accumulate: renamed; write {part}.accumulate_grad_batches")
           for part in TRAININGS],
+        *[(f"penalties.{name}.grouping", "coupled",
+           f"penalties.{name}.grouping = 'coupled': renamed; write penalties.{name}.grouping: group")
+          for name in ("group_lasso", "group_hoyer", "group_hoyer_square")],
         *[("prune.export", old,
            f"prune.export = '{old}': renamed; write prune.group_convolutions: {new}")
           for old, new in (("none", "false"), ("gconv", "true"))],

@@ -66,6 +66,9 @@ RENAMED_VALUES = {
         "layer": "pruners.magnitude.ranking: layer",
         "global": "pruners.magnitude.ranking: global",
     },
+} | {
+    f"penalties.{name}.grouping": {"coupled": f"penalties.{name}.grouping: group"}
+    for name in ("group_lasso", "group_hoyer", "group_hoyer_square")
 }
 """Key -> value of an earlier version -> the key and the value that replace it."""
 

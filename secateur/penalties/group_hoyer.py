@@ -3,7 +3,7 @@
 Source: the group form of Hoyer in H. Yang, W. Wen, H. Li, DeepHoyer, ICLR 2020.
 With A the sum of channel norms, B the sum of filter norms, S = sqrt(sum w^2): R(W) = (A + B) / S;
 gradient (w/a_c + w/b_n) / S - w (A + B) / S^3, and 0 in a group of zeros.
-With grouping coupled, a_c is the norm of all weights that are coupled to a channel in any layer.
+With grouping `group`, a_c is the norm of all weights that are coupled to a channel in any layer.
 Each channel group has its own formula, R = A / S, and these are summed.
 """
 

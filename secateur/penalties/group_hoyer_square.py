@@ -3,7 +3,7 @@
 Source: Group-HS of H. Yang, W. Wen, H. Li, DeepHoyer, ICLR 2020.
 With A the sum of channel norms, B the sum of filter norms: R(W) = (A^2 + B^2) / sum w^2, between 2
 and channels + filters; gradient 2w (A/a_c + B/b_n - R) / sum w^2, and 0 in a group of zeros.
-With grouping coupled, a_c is the norm of all weights that are coupled to a channel in any layer.
+With grouping `group`, a_c is the norm of all weights that are coupled to a channel in any layer.
 Each channel group has its own formula, R = A^2 / S^2, and these are summed.
 """
 

@@ -4,7 +4,7 @@ Source: M. Yuan, Y. Lin, Model selection and estimation in regression with group
 JRSS B, 2006; for networks, W. Wen et al., Learning structured sparsity, NeurIPS 2016.
 With a_c the norm of input channel c and b_n the norm of filter n: R(W) = sum_c a_c + sum_n b_n;
 gradient w/a_c + w/b_n, and 0 in a group of zeros.
-With grouping coupled, a_c is the norm of all weights that are coupled to a channel in any layer.
+With grouping `group`, a_c is the norm of all weights that are coupled to a channel in any layer.
 Each channel group has its own formula, R = sum_c a_c, and these are summed.
 """
 

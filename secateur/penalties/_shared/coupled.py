@@ -93,7 +93,7 @@ class CoupledPenalty:
         channels and the norm of all of them together, both (groups,)."""
         self.coupled, self.formula, self.decay = weights, formula, decay
         if not len(weights.owner):
-            raise ArgumentError("grouping", "no channel of this network can be removed", "coupled")
+            raise ArgumentError("grouping", "no channel of this network can be removed", "group")
 
     def __call__(self, step: int) -> Tensor:
         """`decay` times the sum over all groups."""
@@ -124,9 +124,9 @@ def group_penalty(
 
     `value` and `gradient` take one tensor, `by_position`, and the number of groups of its
     convolution; `coupled` is the formula of a CoupledPenalty. `shape` is the shape of one image,
-    which grouping coupled needs.
+    which grouping `group` needs.
     """
-    if settings.grouping == "coupled":
+    if settings.grouping == "group":
         return CoupledPenalty(CoupledWeights(model, shape), coupled, decay)
     by_position = settings.grouping == "position"
     return GroupPenalty(

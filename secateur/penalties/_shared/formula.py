@@ -33,16 +33,16 @@ class GroupSettings(Strict):
 
     biases: bool = False
     """Cover biases too, each entry a group of its own."""
-    grouping: Literal["layer", "position", "coupled"] = "layer"
+    grouping: Literal["layer", "position", "group"] = "layer"
     """layer: filters and input channels of each layer; each group of a convolution has its own
     input channels. position: as layer, but separately at each position of the kernel, as in the
-    source's scripts for ImageNet. coupled: channels that can be removed, each with its filters, its
+    source's scripts for ImageNet. group: channels that can be removed, each with its filters, its
     inputs and its scales in all layers."""
 
     @model_validator(mode="after")
-    def _coupled_without_biases(self) -> Self:
-        if self.biases and self.grouping == "coupled":
-            raise ValueError("biases: are not covered with grouping: coupled")
+    def _channel_groups_without_biases(self) -> Self:
+        if self.biases and self.grouping == "group":
+            raise ValueError("biases: are not covered with grouping: group")
         return self
 
 
