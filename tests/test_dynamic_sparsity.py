@@ -1,6 +1,7 @@
 """Penalties that prune while the network trains: schedules and masks, computed by hand."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from secateur.base import plugin
 from secateur.base.errors import SettingsError
 from secateur.base.settings import section, validate
-from secateur.penalties import rigl
+from secateur.penalties import gradual, rigl
 from secateur.pruning import removal
 from secateur.pruning.apply import apply_decision
 from secateur.pruning.decision import PruningContext
@@ -149,10 +150,14 @@ def test_with_regrowth_the_gradient_at_the_masked_weights_moves_the_hidden_ones(
         torch.testing.assert_close(weight.detach(), masked, rtol=1e-5, atol=1e-5)
 
 
-def test_what_has_grown_meanwhile_comes_back():
-    model = linear([[4.0, -1.0, 3.0, -2.0]])
-    penalty = started("gradual", model, ratios=0.5, begin=0, end=4, interval=2, regrow=True)
-    weight = model[0].weight
+@pytest.mark.parametrize("granularity", ["weight", "channel"])
+def test_what_has_grown_meanwhile_comes_back(granularity):
+    model = nn.Sequential(nn.Linear(2, 4), *linear([[4.0, -1.0, 3.0, -2.0]]))
+    penalty = started(
+        "gradual", model, granularity=granularity, ratios=0.5, begin=0, end=4, interval=2,
+        regrow=True,
+    )  # fmt: skip
+    weight = model[1].weight
     for number in range(3):
         step(penalty, number)
     assert weight.tolist() == [[4, 0, 3, 0]]
@@ -276,8 +281,7 @@ class Mobile(nn.Module):
         return self.fc(F.relu(self.norm5(torch.cat((x, y), 1))).mean((2, 3)))
 
 
-@pytest.mark.parametrize("regrow", [False, True])
-def test_filters_that_are_zero_have_no_shift_either_so_that_removing_them_changes_nothing(regrow):
+def test_filters_that_are_zero_have_no_shift_either_so_that_removing_them_changes_nothing():
     torch.manual_seed(0)
     model = Mobile()
     with torch.no_grad():  # so the same filters of both layers are pruned
@@ -285,7 +289,7 @@ def test_filters_that_are_zero_have_no_shift_either_so_that_removing_them_change
         model.right.weight[:4] *= 0.01
     penalty = build(
         "gradual", model, shape=(1, 8, 8), granularity="filter", ratios=0.5, begin=2, end=10,
-        interval=3, regrow=regrow,
+        interval=3,
     )  # fmt: skip
     fit(model, digits(), settings(4), penalty=penalty)
     gone = penalty.choices()["right.weight"].flatten()
@@ -302,18 +306,26 @@ def test_filters_that_are_zero_have_no_shift_either_so_that_removing_them_change
     torch.testing.assert_close(small(images), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_scales_stay_as_long_as_filters_may_come_back():
-    model = network()
-    penalty = started(
-        "gradual", model, shape=(1, 8, 8), granularity="filter", ratios=0.5, begin=0, end=2,
-        interval=1, regrow=True,
-    )  # fmt: skip
-    model[1].bias.data.fill_(1.0)
-    for number in range(3):
-        step(penalty, number)
-        gone = penalty.choice["0.weight"].flatten()
-        assert torch.equal(model[1].bias == 0, gone)
-        assert torch.equal(model[1].weight == 0, gone & (number == 2))
+@pytest.mark.parametrize("granularity", ["filter", "group"])
+def test_no_gradient_reaches_what_filters_and_groups_have_lost_so_that_none_can_regrow(granularity):
+    """Behind a batch norm and a ReLU; so regrowth is refused."""
+    torch.manual_seed(0)
+    model, chosen = network(), {"granularity": granularity, "ratios": 0.5}
+    penalty = started("gradual", model, shape=(1, 8, 8), begin=0, end=0, **chosen)
+    step(penalty, 0)
+    F.cross_entropy(model(torch.randn(64, 1, 8, 8)), torch.arange(64) % 10).backward()
+    kept = penalty.held_factors()
+    for name in ("0.weight", "3.weight"):
+        gone = kept[name].flatten(1).sum(1) == 0
+        assert gone.any() and not model.get_parameter(name).grad[gone].any()
+        assert model.get_parameter(name).grad[~gone].any()
+    with pytest.raises(SettingsError) as error:
+        validate(gradual.Settings, chosen | {"regrow": True}, "penalties.gradual")
+    assert re.match(
+        rf"params\.yaml: penalties\.gradual\.regrow: true; with granularity: {granularity} nothing "
+        r"would return, .* weight or channel is needed$",
+        str(error.value),
+    )
 
 
 @pytest.mark.parametrize("norm", ["l1", "l2"])
@@ -489,7 +501,7 @@ COURSES = {
     "gradual": {"begin": 2, "end": 14, "interval": 3, "ratios": 0.7},
     "gradual regrow": {"begin": 2, "end": 14, "interval": 3, "ratios": 0.7, "regrow": True},
     "gradual filter": {"begin": 2, "end": 14, "interval": 3, "granularity": "filter",
-                       "ratios": 0.5, "regrow": True, "shape": (1, 8, 8)},
+                       "ratios": 0.5, "shape": (1, 8, 8)},
 }  # fmt: skip
 
 

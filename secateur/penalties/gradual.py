@@ -9,7 +9,10 @@ smallest magnitude in each layer.
 With `regrow`, pruned weights are zero in the forward pass only. The optimizer continues to update
 their unmasked values with the gradient at the masked weights (straight-through), so that a weight
 that has grown in the meantime returns at the next choice: T. Lin et al., Dynamic model pruning with
-feedback, ICLR 2020. Without `regrow`, pruned weights stay zero.
+feedback, ICLR 2020. Without `regrow`, pruned weights stay zero. Filters and groups cannot regrow: a
+pruned one is zero with everything that lets its output reach the loss, so that behind a ReLU its
+gradient is zero; and with the rest kept, a batch norm would divide its gradient by the square root
+of eps in place of a standard deviation, so that filters would return at random.
 """
 
 from collections.abc import Mapping, Sequence
@@ -69,7 +72,8 @@ class Settings(DynamicSparsitySettings):
     interval: Annotated[StepsOrShare, Field(gt=0)] = 0.01
     """Steps, or share of the training, from one choice to the next; at least one step."""
     regrow: bool = False
-    """Whether pruned weights continue to train and may return."""
+    """Whether pruned weights continue to train and may return; of granularity weight and channel
+    only."""
 
     @model_validator(mode="after")
     def _fit_each_other(self) -> Self:
@@ -86,6 +90,11 @@ class Settings(DynamicSparsitySettings):
             raise ValueError("criterion: geometric_median is not defined for single weights")
         if self.criterion != "l1" and self.granularity == "group":
             raise ValueError(f"criterion: {self.criterion}; of granularity group only l1")
+        if self.regrow and self.granularity not in ("weight", "channel"):
+            raise ValueError(
+                f"regrow: true; with granularity: {self.granularity} nothing would return, since "
+                "no gradient reaches what is pruned; weight or channel is needed"
+            )
         return self
 
 
@@ -217,18 +226,10 @@ class Gradual(GradualPenalty):
         self.choice = lowest(scores, shares, self.settings.ranking, self.settings.keep_at_least)
 
     def kept(self) -> dict[str, Tensor]:
-        """Masks, including biases of pruned filters and their entries in normalisations.
-
-        As long as filters may return, scales are kept: the gradient of a filter passes through
-        them.
-        """
+        """Masks, including biases of pruned filters and their entries in normalisations."""
         found = {name: ~choice for name, choice in self.choice.items()}
         if self.behind is not None:
             found = self.behind.kept(self.choice) | found
-            if self.settings.regrow and self.updates <= self.count:
-                others = self.held.keys() - self.ranked.keys()
-                scales = (name for name in others if name.endswith("weight"))
-                found |= {name: torch.ones_like(found[name]) for name in scales}
         return {name: found[name] for name in self.held}
 
     def choice_shapes(self) -> dict[str, torch.Size]:
