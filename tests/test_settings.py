@@ -262,9 +262,9 @@ def test_an_unknown_key_is_told_with_the_one_that_was_meant(key, hint, tmp_path)
         *[(f"{part}.accumulate", 2,
            f"{part}.accumulate: renamed; write {part}.accumulate_grad_batches")
           for part in TRAININGS],
-        *[(f"penalties.{name}.grouping", "coupled",
-           f"penalties.{name}.grouping = 'coupled': renamed; write penalties.{name}.grouping: group")
-          for name in ("group_lasso", "group_hoyer", "group_hoyer_square")],
+        *[(key, "coupled", f"{key} = 'coupled': renamed; write {key}: group")
+          for name in ("group_lasso", "group_hoyer", "group_hoyer_square")
+          for key in [f"penalties.{name}.grouping"]],
         *[("prune.export", old,
            f"prune.export = '{old}': renamed; write prune.group_convolutions: {new}")
           for old, new in (("none", "false"), ("gconv", "true"))],
