@@ -41,7 +41,7 @@ from secateur.data.dataset import Images, InMemoryImages
 from secateur.gconv import config
 from secateur.nn import checkpoint, matching, weights
 from secateur.nn.checkpoint import Header
-from secateur.pipeline import recipe, record, tracking
+from secateur.pipeline import params_file, recipe, record, tracking
 from secateur.pipeline.record import RunRecord
 from secateur.training.resume import ResumeStore
 from secateur.training.state import TrainingState
@@ -209,7 +209,7 @@ RECORD = RunRecord(
 
 def use_record(found):
     """Use it like the tables, MLflow and `secateur sync`."""
-    record.flat(found.params)
+    params_file.flat(found.params)
     assert isinstance(found.identity, str)
     assert f"{found.dataset['name']} {found.dataset['hash']}"
     assert record.MODELS[found.stage].kind

@@ -387,9 +387,9 @@ def test_two_mistakes_are_counted(tmp_path):
         ("seed: 1\ndecay: 1\nseed: 2", "not valid YAML: seed occurs twice, in lines 1 and 3"),
         ("a:\n  lr: 1\n  lr: 1", "not valid YAML: lr occurs twice, in lines 2 and 3"),
         ("decay: 1\nseed: " + "7" * 5001, "not valid YAML: line 2: 7777777777777777777… (5,001"),
-        ("", "must be a table of settings"),
-        ("- decay", "must be a table of settings"),
-        ("decay", "must be a table of settings"),
+        ("", "must be a table of settings, not None"),
+        ("- decay", "must be a table of settings, not ['decay']"),
+        ("decay", "must be a table of settings, not 'decay'"),
     ],
 )
 def test_a_file_that_is_no_table_is_refused(content, reason, tmp_path):

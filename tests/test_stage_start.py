@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from secateur.base import machine, plugin
+from secateur.base import machine, plugin, settings
 from secateur.pipeline import console, params_file
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -91,6 +91,18 @@ def test_changed_values_leave_the_rest_of_params_yaml_as_it_is(tmp_path):
     (std, new_std), (torch, new_torch) = changed
     assert new_std == std.replace("0.25 ", "0.75 ") and "#" in new_std
     assert torch.startswith("  torch: ") and new_torch == "  torch: 9.8.7"
+
+
+def test_values_are_found_under_the_dotted_keys_of_the_flat_table():
+    params = settings.raw(ROOT / "params.yaml")
+    flat = params_file.flat(params)
+    assert flat["prune.remove_dead"] is True and "prune" not in flat
+    assert all(params_file.value_at(params, key) == value for key, value in flat.items())
+    assert params_file.flat(params_file.nested(flat)) == flat
+    null = next(key for key, value in flat.items() if value is None)
+    for key, there in {null: True, "prune": True, "prune.x": False, f"{null}.x": False}.items():
+        assert params_file.has(params, key) is there
+    assert params_file.value_at(params, f"{null}.x") is None
 
 
 STARTED = """

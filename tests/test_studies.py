@@ -19,11 +19,11 @@ import yaml
 from PIL import Image
 from workspace import Project, start_warm, warm_children, warm_python, yaml_text
 
+from secateur.base import settings as base_settings
 from secateur.base.errors import SecateurError, SettingsError
 from secateur.base.settings import check as check_settings
 from secateur.base.settings import check_values, merged
 from secateur.cli import build_parser
-from secateur.pipeline import params_file
 from secateur.studies import definition, estimate, plan, progress, run, search
 from secateur.studies.execution import snapshot
 from secateur.studies.execution.keys import Graph
@@ -416,7 +416,7 @@ def test_a_search_for_accuracy_without_validation_images_ends_before_it_trains(
         settings = {"penalty": "none", "data": {"validation": 0}} | own
         study_of(unborn, axes=axes, search={"trials": 2}, settings=settings)
         state = snapshot.take(unborn.path)
-        space = definition.load("mine", params_file.read()).space
+        space = definition.load("mine", base_settings.raw()).space
         refused = pytest.raises(SettingsError, match=r"set data\.validation above 0")
         with state.held(), refused if own["dataset"] == "digits" else contextlib.nullcontext():
             graph = Graph(state.copy("plan"), state.root)
@@ -484,7 +484,7 @@ def run_study(project, *options, tracking="off", **more):
 @pytest.mark.pipeline
 def test_the_keys_are_those_of_dvc_and_so_is_the_experiment(project):
     """Results of `dvc repro` are found, and the cell's experiment has DVC's own dvc.lock."""
-    seed = params_file.read(project.path / "params.yaml")["seed"]
+    seed = base_settings.raw(project.path / "params.yaml")["seed"]
     study_of(project, seeds=[seed], settings={})
     log = run_study(project)
     assert "1 of 1 cells are experiments of DVC; 0 pieces of work were run" in log
@@ -570,10 +570,10 @@ class _Busy:
 @pytest.mark.pipeline
 def test_while_a_piece_runs_the_time_left_is_said(project, monkeypatch, capsys):
     """Estimated from the time per epoch of the stages that have been trained."""
-    seed = params_file.read(project.path / "params.yaml")["seed"]
+    seed = base_settings.raw(project.path / "params.yaml")["seed"]
     study_of(project, seeds=[seed], settings={"finetune": {"epochs": 400, "budget": "compute"}})
     project.enter(monkeypatch)
-    study = definition.load("mine", params_file.read())
+    study = definition.load("mine", base_settings.raw())
     state = snapshot.take(project.path)
     made = run.prepare(state, study)
     assert [work.stage.name for work in made.missing()] == ["finetune", "evaluate"]
@@ -691,7 +691,7 @@ def _descendants(pid):
 @pytest.mark.pipeline
 def test_what_a_stage_refuses_is_one_line_and_the_other_cells_are_finished(project):
     study_of(
-        project, settings={}, seeds=[params_file.read(project.path / "params.yaml")["seed"]],
+        project, settings={}, seeds=[base_settings.raw(project.path / "params.yaml")["seed"]],
         axes={"method": {
             "good": {}, "bad": {"pruner": "magnitude", "pruners": {"magnitude": {
                 "ratios": {"nosuchlayer": 0.5}}}},
@@ -711,7 +711,7 @@ def test_what_a_stage_refuses_is_one_line_and_the_other_cells_are_finished(proje
 @pytest.mark.pipeline
 def test_mlflow_gets_a_parent_with_the_page_and_children_once(project):
     """In the real store: unchanged results are written again only if the store is another one."""
-    seed = params_file.read(project.path / "params.yaml")["seed"]
+    seed = base_settings.raw(project.path / "params.yaml")["seed"]
     study_of(project, seeds=[seed], settings={})
     first = run_study(project, tracking="on")
     (parent,) = project.runs("tags.kind = 'study'")
@@ -733,13 +733,13 @@ def test_mlflow_gets_a_parent_with_the_page_and_children_once(project):
 EXECUTE = """
 import json, sys
 from pathlib import Path
-from secateur.pipeline import params_file
+from secateur.base import settings
 from secateur.studies import definition, run
 from secateur.studies.execution import local, on_ray, on_slurm, snapshot
 from secateur.studies.execution.experiments import Experiments
 from secateur.studies.progress import Progress
 state = snapshot.take(Path.cwd())
-study = definition.load("mine", params_file.read())
+study = definition.load("mine", settings.raw())
 made = run.prepare(state, study)
 executor = {
     "local": lambda: local.LocalExecutor(state, 2, made.graph.ignored),

@@ -14,7 +14,7 @@ from pydantic import (
 
 from secateur.base import plugin
 from secateur.base.documents import read_yaml
-from secateur.base.errors import ArgumentError, SettingsError, cut
+from secateur.base.errors import ArgumentError, SettingsError, cut, shorten
 from secateur.base.mistakes import first_mistake
 from secateur.base.sections import (
     NOTHING,
@@ -181,20 +181,20 @@ def read(path: Path | str = FILE) -> Params:
 
     Raises SettingsError naming the key, the value and what is allowed.
     """
-    return validate(Params, _filled(_raw(path)), "")
+    return validate(Params, _filled(raw(path)), "")
 
 
-def _raw(path: Path | str) -> dict[str, Any]:
-    """The values of the file."""
-    raw = read_yaml(Path(path), SettingsError, "; run from the project's root")
-    if not isinstance(raw, dict):
-        raise SettingsError(f"{path}: must be a table of settings")
-    return raw
+def raw(path: Path | str = FILE) -> dict[str, Any]:
+    """The values of the file, not validated; SettingsError unless it is a table."""
+    content = read_yaml(Path(path), SettingsError, "; run from the project's root")
+    if not isinstance(content, dict):
+        raise SettingsError(f"{path}: must be a table of settings, not {shorten(content)}")
+    return content
 
 
 def check(path: Path | str = FILE) -> Params:
     """Read the whole file and validate every section: see `check_values`."""
-    return check_values(_raw(path))
+    return check_values(raw(path))
 
 
 def check_values(raw: Mapping[str, Any]) -> Params:

@@ -24,6 +24,7 @@ from secateur.base.stage import content_hash
 from secateur.deploy import metadata, pt2_archive, stack_traces
 from secateur.pipeline import record, tracking
 from secateur.pipeline.mlflow_store import Store
+from secateur.pipeline.params_file import flat
 from secateur.pipeline.record import MODELS, Chain, RunRecord
 
 NAME = "exported"
@@ -155,7 +156,7 @@ def _measurements(
 
     now = int(time.time() * 1000)
     known = store.client.get_run(run_id).data.metrics
-    numbers = record.flat(dict(report), "/")
+    numbers = flat(dict(report), "/")
     numbers = {f"export/{k}": v for k, v in numbers.items() if isinstance(v, int | float)}
     metrics = [
         Metric(key, float(value), now, 0, model_id if key.startswith(_OWN) else None)

@@ -6,17 +6,20 @@ names. A misspelt name would therefore end in DVC's `No such file or directory`.
 
 import argparse
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from secateur.base import plugin, settings
 from secateur.base.documents import read_yaml
 from secateur.base.errors import DataError, SettingsError, cut, did_you_mean, shorten
-from secateur.pipeline import console, params_file, tracked
+from secateur.pipeline import console, tracked
+from secateur.pipeline.params_file import value_at
 
 PLUGIN_CODE = "secateur/"
 """Dependencies below it are code; plug-ins that a setting names are checked by `plugin.find`."""
+OUTS = ("outs", "metrics", "plots")
+"""Keys of a stage in a pipeline file that list what the stage writes."""
 SHOWN = 8
 """Number of existing files that are listed when one is missing."""
 
@@ -26,7 +29,7 @@ def command(_options: argparse.Namespace) -> None:
 
     Architecture, penalty and pruner are tried on an untrained network if the data are prepared.
     """
-    params = params_file.read()
+    params = settings.raw()
     check_names(params)
     from secateur.base import stage  # torch takes a second
 
@@ -51,25 +54,29 @@ def check_names(params: Mapping[str, Any], root: Path = Path()) -> None:
     for kind, key in plugin.KEYS.items():
         if key in params:
             plugin.find(kind, str(params[key]))
-    deps, outs = _dependencies(root)
+    files = (root / "dvc.yaml", *sorted(root.glob("stages/*/dvc.yaml")))
+    deps, outs = deps_and_outs(read_yaml(file, SettingsError) for file in files)
     made = [re.sub(r"\\\$\\\{.*?\\\}", "[^/]+", re.escape(out)) for out in outs]
     for dep in sorted(dep for dep in deps if not dep.startswith(PLUGIN_CODE)):
         for key in re.findall(r"\$\{([\w.]+)\}", dep):
-            value = tracked.value_at(params, key)
+            value = value_at(params, key)
             path = dep.replace(f"${{{key}}}", str(value))
             by_a_stage = any(re.fullmatch(out, path) for out in made)
             if isinstance(value, str) and not by_a_stage and not Path(root, path).exists():
                 raise SettingsError(_missing(key, value, path, root))
 
 
-def _dependencies(root: Path) -> tuple[set[str], set[str]]:
-    """Deps and outs of all stages as written in the pipeline files, with `${...}`."""
+def deps_and_outs(pipelines: Iterable[Mapping[str, Any]]) -> tuple[set[str], set[str]]:
+    """Deps and outs of all stages as written in pipeline files, with `${...}`.
+
+    `pipelines` has the content of each file.
+    """
     deps, outs = set[str](), set[str]()
-    for file in (root / "dvc.yaml", *sorted(root.glob("stages/*/dvc.yaml"))):
-        for stage in read_yaml(file, SettingsError)["stages"].values():
+    for content in pipelines:
+        for stage in (content.get("stages") or {}).values():
             own = stage.get("do", stage)
-            deps.update(own.get("deps", ()))
-            written = (out for kind in ("outs", "metrics", "plots") for out in own.get(kind, ()))
+            deps.update(own.get("deps") or ())
+            written = (out for kind in OUTS for out in own.get(kind) or ())
             outs |= {next(iter(out)) if isinstance(out, dict) else out for out in written}
     return deps, outs
 

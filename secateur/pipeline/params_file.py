@@ -1,4 +1,7 @@
-"""Read params.yaml, and change values in it; comments and the order of keys are kept."""
+"""Settings by dotted keys: values in nested tables, and changes of values in params.yaml.
+
+Comments and the order of keys in params.yaml are kept.
+"""
 
 import copy
 import functools
@@ -8,18 +11,47 @@ from pathlib import Path
 from typing import Any
 
 from secateur.base import files, settings
-from secateur.base.documents import read_yaml
-from secateur.base.errors import SettingsError, shorten
 
 _NULL = "tag:yaml.org,2002:null"
 
 
-def read(path: Path | str = settings.FILE) -> dict[str, Any]:
-    """The values of params.yaml, not validated."""
-    content = read_yaml(Path(path), SettingsError)
-    if not isinstance(content, dict):
-        raise SettingsError(f"{path}: {shorten(content)} in place of a table of settings")
-    return content
+def value_at(tree: Mapping[str, Any], key: str) -> Any:
+    """The value at a dotted key; None if there is none."""
+    value: Any = tree
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
+def has(tree: Mapping[str, Any], key: str) -> bool:
+    """Whether there is a value at a dotted key, possibly null."""
+    sections, _, last = key.rpartition(".")
+    table = value_at(tree, sections) if sections else tree
+    return isinstance(table, Mapping) and last in table
+
+
+def nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested tables from values by dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        *sections, last = key.split(".")
+        table = found
+        for section in sections:
+            table = table.setdefault(section, {})
+        table[last] = value
+    return found
+
+
+def flat(tree: Mapping[str, Any], separator: str = ".", prefix: str = "") -> dict[str, Any]:
+    """One table with joined keys from nested tables; lists are kept."""
+    result: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            result |= flat(value, separator, f"{name}{separator}")
+        else:
+            result[name] = value
+    return result
 
 
 def update(values: Mapping[str, Any], path: Path | str = settings.FILE) -> None:

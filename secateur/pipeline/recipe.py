@@ -34,6 +34,7 @@ from pydantic import BaseModel, ConfigDict, JsonValue, TypeAdapter
 from rich.console import Console
 from rich.table import Table
 
+from secateur.base import settings as base_settings
 from secateur.base.documents import read_yaml, validated
 from secateur.base.errors import SecateurError, SettingsError, cut, shorten
 from secateur.base.settings import merged
@@ -57,7 +58,7 @@ class Recipe:
     def overrides(self) -> list[str]:
         """The settings as arguments of `dvc exp run`."""
         parts = []
-        for key, value in changes(self.settings, params_file.read()).items():
+        for key, value in changes(self.settings, base_settings.raw()).items():
             new = "+" * bool(re.fullmatch(r"rounds\.\w+", key))  # a key that does not exist yet
             simple = isinstance(value, int | float) or re.fullmatch(r"[\w./-]+", str(value))
             plain = simple and not isinstance(value, bool | None)
@@ -357,7 +358,7 @@ def _words(value: float) -> str:
 
 def apply(recipe: Recipe) -> None:
     """Write the settings into params.yaml; its comments and all other settings are kept."""
-    params_file.update(changes(recipe.settings, params_file.read()))
+    params_file.update(changes(recipe.settings, base_settings.raw()))
     console.say(f"params.yaml has the settings of {recipe.name}; `dvc repro` runs them")
 
 
@@ -367,7 +368,7 @@ def command(options: argparse.Namespace) -> None:
         _list()
         return
     recipe = load(options.name)
-    params_check.check_values(merged(params_file.read(), recipe.settings))
+    params_check.check_values(merged(base_settings.raw(), recipe.settings))
     if options.apply:
         apply(recipe)
     else:

@@ -259,15 +259,3 @@ def parse(content: bytes, where: str) -> RunRecord:
 
 
 _RECORD = TypeAdapter(RunRecord)
-
-
-def flat(tree: dict[str, Any], separator: str = ".", prefix: str = "") -> dict[str, Any]:
-    """Flatten nested tables into one with joined keys; lists are kept."""
-    result: dict[str, Any] = {}
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, dict):
-            result |= flat(value, separator, f"{name}{separator}")
-        else:
-            result[name] = value
-    return result

@@ -15,6 +15,7 @@ import yaml
 
 from secateur.base.documents import YAML_LOADER, parse_json
 from secateur.base.errors import SecateurError, cut
+from secateur.pipeline.params_file import value_at
 from secateur.pipeline.record import ROUND, STAGES, stage_spec
 
 MAIN_LOCK = "dvc.lock"
@@ -109,14 +110,6 @@ def is_outdated(folder: Path, params: Mapping[str, Any], stage: str) -> bool:
 def _differs(locked: Mapping[str, Any], params: Mapping[str, Any]) -> bool:
     """Whether `params` has another value for a key that a lock file has."""
     return any(value_at(params, key) != value for key, value in locked.items())
-
-
-def value_at(params: Mapping[str, Any], key: str) -> Any:
-    """The value of a dotted key; None if it does not exist."""
-    value: Any = params
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, Mapping) else None
-    return value
 
 
 def _in_lock(lock: bytes | None) -> dict[str, str]:

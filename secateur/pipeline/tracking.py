@@ -26,7 +26,8 @@ from secateur.base.errors import SecateurError, cut
 from secateur.base.stage import Stage, revision
 from secateur.pipeline import figures
 from secateur.pipeline.mlflow_store import Store, clone_tags
-from secateur.pipeline.record import RunRecord, flat, model_spec, stage_spec
+from secateur.pipeline.params_file import flat
+from secateur.pipeline.record import RunRecord, model_spec, stage_spec
 from secateur.training.callbacks import Callback, Row
 
 LIVE_AFTER = 20.0

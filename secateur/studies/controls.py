@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 from secateur.base import settings as base_settings
 from secateur.base.sections import NOTHING, Baseline
+from secateur.pipeline.params_file import value_at
 from secateur.pipeline.record import FIRST
 from secateur.studies import rounds
 from secateur.studies.rounds import in_round, merged
@@ -75,12 +76,8 @@ def make(
 
 def _value(settings: Mapping[str, Any], params: Mapping[str, Any], key: str) -> Any:
     """The value that a combination has at a dotted key; None if there is none."""
-    for tree in (settings, params):
-        for part in key.split("."):
-            tree = tree.get(part) if isinstance(tree, Mapping) else None  # type: ignore[assignment]
-        if tree is not None:
-            return tree
-    return None
+    own = value_at(settings, key)
+    return value_at(params, key) if own is None else own
 
 
 def _dense(

@@ -32,6 +32,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, JsonValue, Tag
 from secateur.base.documents import read_yaml, validated
 from secateur.base.errors import SettingsError, shorten
 from secateur.pipeline import recipe
+from secateur.pipeline.params_file import nested
 from secateur.studies import controls, rounds
 from secateur.studies.controls import Combination, Control
 from secateur.studies.rounds import merged
@@ -389,18 +390,6 @@ def _is_key(axis: str, table: Any) -> bool:
             return isinstance(table, Mapping) and place > 2 and axis.startswith("rounds.")
         table = table[part]
     return True
-
-
-def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested tables from values by dotted keys."""
-    found: dict[str, Any] = {}
-    for key, value in flat.items():
-        *sections, last = key.split(".")
-        table = found
-        for section in sections:
-            table = table.setdefault(section, {})
-        table[last] = value
-    return found
 
 
 def _filled(tree: Any, values: Mapping[str, Any], used: set[str]) -> Any:

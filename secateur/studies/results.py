@@ -12,6 +12,7 @@ import yaml
 from secateur.base.documents import YAML_LOADER, parse_json
 from secateur.base.errors import SecateurError, cut, did_you_mean, shorten
 from secateur.pipeline import record, tracked
+from secateur.pipeline.params_file import flat
 from secateur.studies.execution.snapshot import git
 
 REPORT, PARAMS = "metrics/evaluate.json", "params.yaml"
@@ -213,7 +214,7 @@ def parse(name: str, params: bytes | None, report: bytes | None) -> Result:
         raise SecateurError(f"it has no {PARAMS if params is None else REPORT}")
     try:
         settings = yaml.load(params, YAML_LOADER)
-        result = Result(name, record.flat(settings), parse_json(report))
+        result = Result(name, flat(settings), parse_json(report))
         record.chain_of(result.report)
         numbers = [result.dense, result.final, result.compression, result.macs, result.speedup]
         numbers += [number for row in result.rounds.values() for number in row.values()]

@@ -8,9 +8,9 @@ secateur study NAME                runs it; after an interruption, the same comm
 import argparse
 from pathlib import Path
 
+from secateur.base import settings
 from secateur.base.errors import SecateurError, SettingsError
 from secateur.pipeline import console
-from secateur.pipeline.params_file import read as read_params
 from secateur.studies import definition, estimate, marks, plan, progress
 from secateur.studies.definition import Study
 from secateur.studies.execution import check, snapshot
@@ -32,7 +32,7 @@ def command(options: argparse.Namespace) -> None:
         layer_times.check_packages(options.latency)  # before hours of training
     state = snapshot.take(Path.cwd())
     with state.held():
-        study = definition.load(options.name, read_params())
+        study = definition.load(options.name, settings.raw())
         if study.space is not None:
             from secateur.studies import search
 

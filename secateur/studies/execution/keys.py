@@ -23,7 +23,7 @@ from voluptuous import Invalid
 
 from secateur.base.errors import SecateurError, SettingsError, cut
 from secateur.pipeline import params_check, tracked
-from secateur.pipeline.tracked import value_at
+from secateur.pipeline.params_file import has, value_at
 from secateur.studies.execution import stages
 from secateur.studies.execution.snapshot import bring, tracked_in
 from secateur.studies.execution.stages import PARAMS, ResolvedStage
@@ -133,7 +133,7 @@ class Graph:
         found = {}
         for key in sorted(stage.params):
             found[key] = value_at(params, key)
-            if found[key] is None and not _has(params, key):
+            if found[key] is None and not has(params, key):
                 raise SettingsError(f"params.yaml: {key}: missing; stage {stage.name} declares it")
         return found
 
@@ -221,12 +221,6 @@ def newest(runs: Path, key: str) -> Entry | None:
             return None
         return found
     return None
-
-
-def _has(tree: Any, key: str) -> bool:
-    *sections, last = key.split(".")
-    table = value_at(tree, ".".join(sections)) if sections else tree
-    return isinstance(table, Mapping) and last in table
 
 
 def _newest_first(folder: Path) -> Iterator[Path]:

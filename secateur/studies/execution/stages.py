@@ -18,8 +18,10 @@ from dvc.repo import Repo
 from dvc.utils.serialize import load_yaml
 
 from secateur.base.errors import SettingsError, cut
+from secateur.pipeline import params_check
+from secateur.pipeline.params_check import OUTS
+from secateur.pipeline.params_file import value_at
 from secateur.pipeline.record import FIRST, ROUND, STAGES, stage_spec
-from secateur.pipeline.tracked import value_at
 
 PARAMS = "params.yaml"
 MAIN = STAGES["evaluate"].pipeline
@@ -138,13 +140,7 @@ def _filled(
 
 def _shared(wiring: Mapping[str, dict[str, Any]]) -> set[str]:
     """The deps below which a stage has an out, both as written in the files, for any params."""
-    deps: set[str] = set()
-    outs: set[str] = set()
-    for content in wiring.values():
-        for stage in (content.get("stages") or {}).values():
-            own = stage.get("do", stage)
-            deps.update(own.get("deps") or [])
-            outs.update(_path(out) for kind in KINDS for out in own.get(kind) or [])
+    deps, outs = params_check.deps_and_outs(wiring.values())
     return {dep for dep in deps if any(out.startswith(f"{dep}/") for out in outs)}
 
 
@@ -155,18 +151,10 @@ def _makers(dep: str, makers: Mapping[str, str], shared: set[str]) -> list[str]:
     return [name for path, name in makers.items() if path.startswith(f"{dep}/")]
 
 
-KINDS = ("outs", "metrics", "plots")
-
-
-def _path(out: str | dict[str, Any]) -> str:
-    """Path of an out, which may be written with options."""
-    return next(iter(out)) if isinstance(out, dict) else out
-
-
 def _outs(file: str, name: str, stage: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """Paths of all outs of a stage, and of the outs that are tracked by Git."""
     paths, uncached = [], []
-    for kind in KINDS:
+    for kind in OUTS:
         for out in stage.get(kind, []):
             path, options = next(iter(out.items())) if isinstance(out, dict) else (out, {})
             paths.append(path)
