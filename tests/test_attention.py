@@ -139,6 +139,27 @@ def test_free_attention_computes_what_torchs_does(options):
     assert torch.allclose(actual, expected, atol=1e-12, rtol=0)
 
 
+ATTENTION_MASKS = {
+    "bool": lambda: torch.ones(5, 5).triu(1).bool(),
+    "float": lambda: torch.randn(5, 5).double(),
+    "bool_by_head": lambda: torch.rand(2 * 3, 5, 5) > 0.8,
+    "float_by_head": lambda: torch.randn(2 * 3, 5, 5).double(),
+}
+
+
+@pytest.mark.parametrize("kind", ATTENTION_MASKS)
+def test_free_attention_takes_masks_as_torchs_does(kind):
+    """In a bool mask, True is for positions that take no part."""
+    torch.manual_seed(0)
+    module = nn.MultiheadAttention(12, 3, batch_first=True).double().eval()
+    mask = ATTENTION_MASKS[kind]()
+    x = torch.randn(2, 5, 12, dtype=torch.float64)
+    expected = module(x, x, x, attn_mask=mask)[0]
+    actual = attention.free_class(module).forward(module, x, x, x, attn_mask=mask)[0]
+    assert not torch.allclose(expected, module(x, x, x)[0], atol=1e-3)
+    assert torch.allclose(actual, expected, atol=1e-12, rtol=0)
+
+
 @pytest.mark.parametrize(
     ("size", "shift"), [((8, 8), 0), ((8, 8), 2), ((7, 9), 2), ((4, 8), 2), ((3, 3), 2)]
 )
@@ -263,6 +284,45 @@ def test_attention_that_is_not_covered_is_named(key):
 
     with pytest.raises(PruningError, match=r"a MultiheadAttention .* is not covered"):
         channels.build_channel_graph(Crossed(), images())
+
+
+class Causal(nn.Module):
+    """Attention with a bool mask: a buffer, made by the code, or with an entry for every head."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+        self.patches = nn.Conv2d(3, 12, 4, 4)
+        self.attention = nn.MultiheadAttention(12, 3, batch_first=True)
+        self.head = nn.Linear(12, CLASSES)
+        mask = torch.ones(4, 4).triu(1).bool()
+        self.register_buffer("mask", mask if kind == "buffer" else mask.repeat(2 * 3, 1, 1))
+
+    def forward(self, x):
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        mask = torch.ones(4, 4).triu(1).bool() if self.kind == "code" else self.mask
+        x, weights = self.attention(x, x, x, attn_mask=mask)
+        return (self.head(x.mean(1)), weights) if self.kind == "weights" else self.head(x.mean(1))
+
+
+@pytest.mark.parametrize("kind", ["buffer", "code"])
+def test_attention_with_a_bool_mask_is_pruned(kind):
+    model, batch, graph = followed(lambda: Causal(kind), 8)
+    assert [group.size for group in free(graph)] == [12, 3, 12]
+    chosen = {"patches": torch.arange(5), "attention.in_proj_weight": torch.tensor([1])}
+    check(model, graph, chosen, batch)
+
+
+def test_heads_with_masks_of_their_own_are_locked():
+    model, batch, graph = followed(lambda: Causal("heads"), 8)
+    assert "entries for each head" in graph.group("attention.in_proj_weight").locked
+    check(model, graph, {"patches": torch.arange(5)}, batch)
+
+
+def test_a_network_that_returns_attention_weights_is_told_that_the_compact_one_does_not():
+    model, batch = build(lambda: Causal("weights")).float(), images(2, 8).float()
+    with pytest.raises(PruningError, match=r"returns 2 tensors, the compact network 1: a Multih"):
+        secateur.prune(model, batch, secateur.pruners.magnitude(granularity="group", ratios=0.5))
 
 
 # ---- masked equals compact ---------------------------------------------------------------------

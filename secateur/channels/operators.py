@@ -135,6 +135,7 @@ OPERATORS: dict[OperatorKey, Operator] = _table(
         ),
         ("scaled_dot_product_attention",),
     ),
+    (Operator(attention.mask_of_scores), ("mask_of_scores",)),
     (Operator(attention.split_windows), ("split_windows",)),
     (Operator(attention.join_windows), ("join_windows",)),
     (Operator(elementwise.unchanged, elementwise=True), ("separate_regions",)),

@@ -13,6 +13,7 @@ Transformer, ICCV 2021.
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
@@ -44,7 +45,7 @@ class FreeAttention(nn.MultiheadAttention):
             q,
             k,
             v,
-            attn_mask,
+            None if attn_mask is None else mask_of_scores(attn_mask, self.num_heads),
             self.dropout if self.training else 0.0,
             is_causal and attn_mask is None,
         )
@@ -103,6 +104,18 @@ def split_heads(projected: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """(N, positions, 3 * heads * width) -> queries, keys, values: (N, heads, positions, width)."""
     q, k, v = projected.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
     return q, k, v
+
+
+@fx.wrap
+def mask_of_scores(mask: Tensor, heads: int) -> Tensor:
+    """A mask for `nn.MultiheadAttention` as `scaled_dot_product_attention` takes it.
+
+    A bool mask is inverted: True means "masked" for the first, "takes part" for the second. A mask
+    (N * heads, positions, positions) becomes one of (N, heads, positions, positions).
+    """
+    if mask.dim() == 3:
+        mask = mask.unflatten(0, (-1, heads))
+    return ~mask if mask.dtype == torch.bool else mask
 
 
 @fx.wrap

@@ -26,6 +26,12 @@ def verify(masked: nn.Module, compact: Compact, images: Tensor, tolerance: float
     are random, or not finite when the pruned weights are zero.
     """
     expected, actual = _outputs(masked, images), _outputs(compact.model, images)
+    if len(expected) != len(actual):
+        raise PruningError(
+            f"the network returns {len(expected)} tensors, the compact network {len(actual)}: a "
+            "MultiheadAttention without some of its channels returns no attention weights; return "
+            "only its output, or skip the layers whose channels it shares"
+        )
     differences = [_difference(*pair) for pair in zip(expected, actual, strict=True)]
     worst = math.nan if any(map(math.isnan, differences)) else max(differences)
     if worst <= tolerance:

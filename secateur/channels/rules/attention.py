@@ -55,6 +55,14 @@ def scaled_dot_product_attention(
     return matmul(call, scores, value)
 
 
+def mask_of_scores(call: Call, mask: ChannelIds, heads: int) -> ChannelIds:
+    """The mask; along the first of three axes it has entries for heads, which are locked."""
+    if len(mask.shape) < 3:
+        return mask
+    call.lock(mask, "an attention mask has entries for each head")
+    return shapes.unflatten(call, mask, 0, (-1, heads))
+
+
 def _contract(
     call: Call, first: tuple[str, ChannelIds], second: tuple[str, ChannelIds], result: str
 ) -> ChannelIds:
