@@ -10,6 +10,7 @@ from torch import nn
 from secateur.base.errors import TrainingError
 from secateur.base.sections import Finetune, Prune
 from secateur.data import dataset
+from secateur.pipeline import console
 from secateur.pruning.decision import PruningContext
 from secateur.training import budget
 from secateur.training.recalibrate import recalibrate, recalibrate_on
@@ -151,3 +152,9 @@ def test_as_many_epochs_as_the_dense_network_has_computed(dense, pruned, limit, 
 
 def test_no_epochs_stay_none_whatever_the_budget():
     assert budget.extend_epochs(Finetune(epochs=0), 100, 50).epochs == 0
+
+
+def test_outputs_are_listed_under_the_names_that_layers_have(capsys):
+    """A network of the user's own may have keys that rich would read as tags."""
+    console.outputs([("heads.[fc1]", 10, 5)])
+    assert capsys.readouterr().out.splitlines()[1].split() == ["heads.[fc1]", "10", "5", "50%"]

@@ -386,6 +386,18 @@ def test_an_experiment_is_replaced_by_the_next_that_succeeds_on_the_same_commit(
     assert experiments() == old | {ref("r-seed1"): 3}
 
 
+def test_the_table_of_a_recipe_has_its_description_as_it_is_written(capsys):
+    """rich would read [fc1] as a tag."""
+    model = {"accuracy": 0.9, "macs": 1, "macs_dense": 2}
+    report = {
+        "baseline": model, "finetuned": model, "compression": 2.0, "measured_speedup": 1.0,
+        "seconds": {"prune": 1.0}, "hardware": "a processor",
+        "layers": "model,filters_alive\nfinetuned,3\n",
+    }  # fmt: skip
+    recipe.show(recipe.Recipe("mine", "without [fc1]", {}), [1], [report])
+    assert capsys.readouterr().out.startswith("mine: without [fc1]")
+
+
 def test_the_published_names_are_there():
     wanted = ["greg-resnet56-0.9-greg1", "greg-resnet56-2.55x-greg2", "greg-vgg19-8.84x-greg1",
               "greg-resnet50-3.06x-greg2", "greg-resnet50-weights-greg1", "cifar10-jpeg-resnet20",

@@ -229,6 +229,26 @@ def test_compare_sorts_and_says_what_differs(experiments, tmp_path, capsys):
     assert capsys.readouterr().out.startswith(",".join(compare.COLUMNS))
 
 
+REPORT = {
+    "seed": 1, "arch": "lenet300", "dataset": "digits", "compression": 2.0,
+    "theoretical_speedup": 2.0, "measured_speedup": 1.0, "hardware": "a processor",
+    "baseline": {"accuracy": 0.9, "latency_ms": 1.0},
+    "finetuned": {"accuracy": 0.8, "latency_ms": 1.0},
+}  # fmt: skip
+
+
+def test_compare_prints_lists_of_names_as_they_are(capsys):
+    """`[fc1]` would be a tag in the markup of rich, and `:car:` a picture."""
+    found = [
+        Result("one", {"pruner": "m", "prune.branches": ["layer1.2", "layer2.1"]}, REPORT),
+        Result("[bold]two:car:", {"pruner": "m", "prune.branches": ["fc1"]}, REPORT),
+    ]
+    compare._print(compare.table(found))
+    printed = capsys.readouterr().out
+    assert "branches [layer1.2, layer2.1]" in printed and "branches [fc1]" in printed
+    assert "[bold]two:car:" in printed
+
+
 def test_compare_of_all_commits_has_experiments_of_one_name_of_each(experiments, tmp_path, capsys):
     experiments(1, seeds=(1,))
     experiments.git("commit", "-q", "--allow-empty", "-m", "next")

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from secateur.base import allocator
 from secateur.base.errors import ArgumentError, SecateurError, cut
@@ -260,7 +261,8 @@ def outputs(rows: Sequence[tuple[str, int, int]]) -> None:
     for heading in ("layer", "outputs", "remaining", ""):
         table.add_column(heading, justify="left" if heading in ("layer", "") else "right")
     for name, count, left in rows:
-        table.add_row(name, str(count), str(left), "" if left == count else f"{left / count:.0%}")
+        share = "" if left == count else f"{left / count:.0%}"
+        table.add_row(Text(name), str(count), str(left), share)
     Console(width=max(88, Console().width)).print(table)
 
 

@@ -33,6 +33,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, JsonValue, TypeAdapter
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from secateur.base import settings as base_settings
 from secateur.base.documents import read_yaml, validated
@@ -326,7 +327,7 @@ def show(recipe: Recipe, seeds: Sequence[int], reports: Sequence[dict[str, Any]]
         "seconds": lambda r: sum(r["seconds"].values()),
     }
     values = {heading: [read(report) for report in reports] for heading, read in columns.items()}
-    table = Table(title=f"{recipe.name}: {recipe.about}", title_justify="left")
+    table = Table(title=Text(f"{recipe.name}: {recipe.about}", "table.title"), title_justify="left")
     for heading in ("seed", *columns, "remaining outputs"):
         table.add_column(heading, justify="right")
     for number, (seed, report) in enumerate(zip(seeds, reports, strict=True)):

@@ -121,13 +121,14 @@ def _by_round(key: str) -> tuple[str, str]:
 def _print(rows: Sequence[Mapping[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     shown = Table(box=None, pad_edge=False)
     for key, heading in COLUMNS.items():
         left = key in ("experiment", "differs")
         shown.add_column(heading, justify="left" if left else "right", no_wrap=key != "differs")
     for row in rows:
-        shown.add_row(
+        cells = (
             row["experiment"],
             row["differs"],
             str(row["seed"]),
@@ -139,5 +140,6 @@ def _print(rows: Sequence[Mapping[str, Any]]) -> None:
             f"{row['latency']:.3f}",
             f"{row['speedup']:.2f}x",
         )
+        shown.add_row(*map(Text, cells))  # a list of names in a str is a tag of rich
     width = Console().width if Console().is_terminal else 160
     Console(width=max(110, width)).print(shown)
