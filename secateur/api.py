@@ -66,11 +66,12 @@ class Preprocess:
 
 @dataclass(frozen=True)
 class Origin:
-    """What the file of a loaded network contains besides its weights: attribute `origin`."""
+    """What is known of a loaded or pruned network besides its weights: attribute `origin`."""
 
     header: Header
     masks: Masks
-    """Parameter name -> mask, True for entries that are kept; apply them in further training."""
+    """Parameter name -> mask, True for entries that are kept; apply them in further training, as
+    `prune` does when the network is pruned again."""
     choices: Choices
     """What the penalty has chosen, for the pruner `chosen`."""
     sha256: str = ""
@@ -221,11 +222,12 @@ def prune(
 
     `images` (N, C, H, W) are some normalised training images, and `labels` (N,), int64, their
     labels, which criteria that use the loss (taylor) need. The pruner decides which weights are set
-    to zero and which channels are removed; masks that the network was loaded with stay in force. A
-    latency target needs the table of `measure_latency` as `latency`. With `remove_dead`, channels
-    that no longer affect the output are removed too; with `group_convolutions`, masks made of
-    groups of channels become group convolutions. The compact network is compared with the masked
-    network on `images`, in float64 and in float32, before it is returned. `model` is not changed.
+    to zero and which channels are removed; masks of earlier prunings, in this session or in the
+    file that the network was loaded from, stay in force. A latency target needs the table of
+    `measure_latency` as `latency`. With `remove_dead`, channels that no longer affect the output
+    are removed too; with `group_convolutions`, masks made of groups of channels become group
+    convolutions. The compact network is compared with the masked network on `images`, in float64
+    and in float32, before it is returned. `model` is not changed.
 
     Raises SettingsError naming the argument that does not fit the network, and PruningError if the
     network cannot be traced, if a layer would be left empty, or if the two networks differ.
@@ -250,8 +252,7 @@ def prune(
     )
     counts = cost.parameters(dense), cost.nonzero(pruned.model, pruned.masks)
     header = _header(origin, pruned, pruner, images)
-    if isinstance(origin, Origin):
-        _attach(pruned.model, origin=Origin(header, dict(pruned.masks), {}))
+    _attach(pruned.model, origin=Origin(header, dict(pruned.masks), {}))
     return PruneResult(
         model=pruned.model,
         masks=dict(pruned.masks),
@@ -327,7 +328,7 @@ def save(result: PruneResult, path: str | Path) -> None:
 
 
 def _masks_of(origin: object, model: nn.Module) -> Masks:
-    """The masks that the network was loaded with, if their shapes still fit."""
+    """The masks that the network was pruned with before, if their shapes still fit."""
     if not isinstance(origin, Origin):
         return {}
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}

@@ -277,6 +277,22 @@ def test_masks_are_saved_and_kept_through_a_second_pruning(net, tmp_path):
     assert second.model.origin.masks.keys() == second.masks.keys()
 
 
+def test_masks_are_kept_through_a_second_pruning_in_one_session(net, tmp_path):
+    pruner = secateur.pruners.magnitude(granularity="weight", ratios=0.9)
+    first = secateur.prune(net, IMAGES, pruner, remove_dead=False)
+    copied = copy.deepcopy(first.model)
+    for model in (first.model, copied):
+        filters = secateur.pruners.magnitude(ratios={"conv1": 0.5})
+        second = secateur.prune(model, IMAGES, filters, remove_dead=False)
+        secateur.save(second, tmp_path / "a.safetensors")
+        loaded = secateur.load(tmp_path / "a.safetensors", into=Net())
+        mask = second.masks["head.weight"]
+        assert torch.equal(mask, first.model.head.weight != 0)
+        assert torch.equal(loaded.origin.masks["head.weight"], mask)
+        weights = [p.count_nonzero() for p in second.model.parameters() if p.dim() > 1]
+        assert sum(map(torch.count_nonzero, second.masks.values())) == sum(weights)
+
+
 def test_a_model_of_the_pipeline_is_loaded_from_its_folder(folder, tmp_path):
     model = secateur.load(folder)
     assert not model.training and model.classes[3] == "class 3"
