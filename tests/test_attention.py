@@ -544,7 +544,7 @@ def test_heads_that_a_penalty_has_chosen_are_removed(name):
     module = plugin.load("penalties", name)
     chosen = module.Settings(granularity="group", ratios=0.5)
     penalty = penalties.build(name, chosen, model, 1e-3, [3, 8, 8])
-    penalty.groups.choose()
+    penalty.pruned.choose()
     context = PruningContext(model, images(2, 8, 0).float(), None, penalty.choices())
     decision = plugin.load("pruners", "chosen").prune(None, context)
     heads = "encoder.layers.encoder_layer_0.self_attention.in_proj_weight"

@@ -140,7 +140,7 @@ def test_the_clock_announces_exactly_the_steps_that_the_course_takes(name, monke
     model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
     penalty = build(name, model, interval=1, stabilise=7, magnitude_ratio=1e9)
     near = torch.ones(1, dtype=torch.float64)  # ratios below the limit; computing them is slow
-    monkeypatch.setattr(growing.PrunedGroups, "magnitude_ratios", lambda _: near)
+    monkeypatch.setattr(growing.PrunedUnits, "magnitude_ratios", lambda _: near)
     changes, before = [], -1.0
     for step in range(20_000):
         assert not penalty.finished
@@ -175,12 +175,12 @@ def test_the_gradient_grows_by_factor_times_weight_and_by_nothing_else():
         ):
             difference = ours.grad - theirs.grad
             expected = torch.zeros_like(difference)
-            if name in penalty.groups.choice:
-                expected = factor * penalty.groups.choice[name] * ours.detach()
+            if name in penalty.pruned.choice:
+                expected = factor * penalty.pruned.choice[name] * ours.detach()
                 total += 0.5 * float((expected * ours.detach()).sum())
             torch.testing.assert_close(difference, expected, rtol=1e-4, atol=1e-6)
         assert float(value.detach()) == pytest.approx(total, rel=1e-5)
-    assert set(penalty.groups.choice) == {"0.weight", "3.weight"}
+    assert set(penalty.pruned.choice) == {"0.weight", "3.weight"}
 
 
 @pytest.mark.parametrize("groups_", GROUPS)
@@ -196,8 +196,8 @@ def test_a_step_of_sgd_shrinks_what_is_chosen_by_rate_times_factor_and_weight_de
     fit(ours, prepared, how, "greg", penalty=penalty)
     for name, after in ours.named_parameters():
         pulled = plain.get_parameter(name).detach().clone()
-        if name in penalty.groups.choice:
-            pulled -= 0.1 * 2.0 * penalty.groups.choice[name] * start[name]
+        if name in penalty.pruned.choice:
+            pulled -= 0.1 * 2.0 * penalty.pruned.choice[name] * start[name]
         torch.testing.assert_close(after.detach(), pulled, rtol=1e-4, atol=1e-6)
 
 
@@ -236,7 +236,7 @@ def test_greg1_leaves_what_it_keeps_alone():
         found = factors(penalty, model)
     assert set(found) == {"0.weight", "3.weight"}
     for name, factor in found.items():
-        choice = penalty.groups.choice[name].expand_as(factor)
+        choice = penalty.pruned.choice[name].expand_as(factor)
         assert not factor[~choice].any()
         torch.testing.assert_close(factor[choice], torch.full_like(factor[choice], 0.75))
 
@@ -409,6 +409,13 @@ def test_what_is_chosen_shrinks_and_the_network_still_learns():
     assert accuracy(model, prepared.test, prepared.info)[0] > 0.8
 
 
+@pytest.mark.parametrize("granularity", ["filter", "channel"])
+def test_a_network_of_single_filters_and_channels_has_none_to_spare(granularity):
+    model = nn.Sequential(nn.Conv2d(1, 1, 3), nn.ReLU(), nn.Conv2d(1, 1, 3), nn.Flatten())
+    with pytest.raises(SettingsError, match=rf"no layer has a {granularity} to spare"):
+        build("greg1", model, granularity=granularity)
+
+
 # reports, and the trained network
 
 
@@ -417,7 +424,7 @@ def test_the_trace_has_kept_against_chosen_by_layer(monkeypatch):
     model = network()
     penalty = build("greg1", model, decay=0.01, interval=2, ceiling=0.095, stabilise=100)
     first = {
-        n: choices.magnitude_scores(model.get_parameter(n), "filter") for n in penalty.groups.choice
+        n: choices.magnitude_scores(model.get_parameter(n), "filter") for n in penalty.pruned.choice
     }
     result = fit(model, digits(), settings(30), penalty=penalty)
     rows = penalty.trace_table()
@@ -427,7 +434,7 @@ def test_the_trace_has_kept_against_chosen_by_layer(monkeypatch):
     assert set(rows[0]) == {"step", "factor", "kept", "chosen", "kept 0", "chosen 0", "kept 3",
                             "chosen 3"}  # fmt: skip
     for number in ("0", "3"):
-        size, choice = first[f"{number}.weight"], penalty.groups.choice[f"{number}.weight"]
+        size, choice = first[f"{number}.weight"], penalty.pruned.choice[f"{number}.weight"]
         assert rows[0][f"chosen {number}"] == pytest.approx(float(size[choice].mean()))
         assert rows[0][f"kept {number}"] == pytest.approx(float(size[~choice].mean()))
     assert rows[0]["kept"] == pytest.approx((rows[0]["kept 0"] + rows[0]["kept 3"]) / 2)
@@ -618,7 +625,7 @@ def test_a_layer_of_two_million_single_weights_starts_at_once():
     for name in METHODS:
         penalty = build(name, model, granularity="weight", ratios=0.827)
         penalty(0).backward()
-        assert sum(penalty.groups.numbers.values()) == math.ceil(0.827 * 2_048_000)
+        assert sum(penalty.pruned.numbers.values()) == math.ceil(0.827 * 2_048_000)
     chosen = build("greg1", model, granularity="weight", ratios=0.827).choices()["0.weight"]
     assert int(chosen.sum()) == math.ceil(0.827 * 2_048_000)
 
@@ -684,8 +691,8 @@ def test_groups_are_chosen_and_penalised_in_all_layers_that_hold_them():
     penalty = grow("greg1", model, ratios=0.5)
     chosen = {n: lowest(s, math.ceil(len(s) / 2)) for n, s in coupled_means(model).items()}
     found = {
-        name: {int(penalty.groups.coupled.number[i]) for i in ids[penalty.groups.choice[name]]}
-        for name, ids in penalty.groups.channels.items()
+        name: {int(penalty.pruned.coupled.number[i]) for i in ids[penalty.pruned.choice[name]]}
+        for name, ids in penalty.pruned.channels.items()
     }
     starts = {"stem": 0, "up": 4, "inner": 10}  # channels are numbered over all groups in order
     assert found == {n: {starts[n] + c for c in own} for n, own in chosen.items()}
@@ -701,7 +708,7 @@ def test_groups_are_chosen_and_penalised_in_all_layers_that_hold_them():
     }
     for name, factor in wanted.items():
         torch.testing.assert_close(own[name], factor.expand_as(own[name]), rtol=1e-5, atol=1e-7)
-    kept, gone = penalty.groups.magnitudes()
+    kept, gone = penalty.pruned.magnitudes()
     for place, (name, scores) in enumerate(coupled_means(model).items()):
         is_chosen = torch.tensor([c in chosen[name] for c in range(len(scores))])
         assert float(gone[place]) == pytest.approx(float(scores[is_chosen].mean()), rel=1e-5)
@@ -715,7 +722,7 @@ def test_what_was_chosen_as_groups_is_removed_whole_from_its_checkpoint(name, tm
     penalty = grow(name, model, ratios=0.5, interval=1, **given)
     for step in range(4):
         penalty(step)
-    assert penalty.groups.choice and penalty.metrics()["layers_chosen"] == 3
+    assert penalty.pruned.choice and penalty.metrics()["layers_chosen"] == 3
     stored = penalty.choices()
     assert set(stored) == {
         "stem.weight", "up.weight", "select.index", "inner.weight", "back.weight",

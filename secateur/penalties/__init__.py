@@ -9,6 +9,6 @@ network.
 
 `_shared` is not a penalty but holds the code that several penalties are built on: `formula` for
 penalties in closed form, on single tensors or on channels and filters; `coupled` for channels that
-are coupled across layers; `growing` for penalties that grow on the groups chosen to be pruned;
+are coupled across layers; `growing` for penalties that grow on the units chosen to be pruned;
 `dynamic` for penalties that prune while the network trains; `trace` for the progress of these two.
 """

@@ -64,7 +64,7 @@ class Settings(DynamicSparsitySettings):
     skip: Skip = ()
     """Layers that are not pruned: names, or stage.block."""
     keep_at_least: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of each layer that is kept whatever the ranking; at least one weight or group."""
+    """Share of each layer that is kept whatever the ranking; at least one unit."""
     begin: StepsOrShare = 0.1
     """The first choice is made after this many steps or, below 1, this share of the training."""
     end: StepsOrShare = 0.7
@@ -149,7 +149,7 @@ class GradualPenalty(DynamicSparsityPenalty):
         return rest == 0 and 0 <= number <= self.count
 
     def update(self, step: int, optimizer: Optimizer) -> None:
-        """Choose the groups for the share at this step."""
+        """Choose the units for the share at this step."""
         number = (step - self.first) // self.interval
         self.choose(number / self.count if self.count else 1.0)
 
@@ -254,49 +254,49 @@ class GradualChannels(GradualPenalty):
     def __init__(
         self, settings: Settings, model: nn.Module, decay: float, shape: Sequence[int] | None
     ) -> None:
-        self.groups = PrunedChannels(model, settings, shape)
-        _check_initial(settings, self.groups.ratios)
-        super().__init__(settings, model, decay, self.groups.coupled.weights)
+        self.pruned = PrunedChannels(model, settings, shape)
+        _check_initial(settings, self.pruned.ratios)
+        super().__init__(settings, model, decay, self.pruned.coupled.weights)
 
     def choose(self, progress: float) -> None:
         """Choose the channels of the smallest mean magnitude by group or globally."""
-        groups, settings = self.groups, self.settings
-        scores = groups.unit_scores()
+        pruned, settings = self.pruned, self.settings
+        scores = pruned.unit_scores()
         if settings.ranking == "layer":
             wanted = {
                 name: choices.number_pruned(
                     share_at(ratio, settings.initial, progress), len(scores[name])
                 )
-                for name, ratio in groups.ratios.items()
+                for name, ratio in pruned.ratios.items()
             }
         else:
             ranks, total = choices.ranks(scores), sum(len(score) for score in scores.values())
-            ratio = next(iter(groups.ratios.values()))
+            ratio = next(iter(pruned.ratios.values()))
             number = choices.number_pruned(share_at(ratio, settings.initial, progress), total)
             wanted = {name: int((rank < number).sum()) for name, rank in ranks.items()}
         for name, score in scores.items():
             least = choices.number_kept(settings.keep_at_least, len(score))
-            groups.numbers[name] = min(wanted[name], len(score) - least)
-        groups.choose()
-        self.choice = groups.choice
+            pruned.numbers[name] = min(wanted[name], len(score) - least)
+        pruned.choose()
+        self.choice = pruned.choice
 
     def kept(self) -> dict[str, Tensor]:
         """Masks: a weight is pruned if either of the two channels that it connects is chosen."""
-        ones, zeros = torch.ones(len(self.groups.names)), torch.zeros(len(self.groups.names))
-        factors = self.groups.expand(ones, zeros)
+        ones, zeros = torch.ones(len(self.pruned.names)), torch.zeros(len(self.pruned.names))
+        factors = self.pruned.expand(ones, zeros)
         return {name: factor == 0 for name, factor in zip(self.held, factors, strict=True)}
 
     def choices(self) -> Choices:
         """The chosen channels, as outputs of the layers that produce them."""
-        return self.groups.as_choices()
+        return self.pruned.as_choices()
 
     def choice_shapes(self) -> dict[str, torch.Size]:
         """Shape of every choice, by the name of the channel group."""
-        return {name: ids.shape for name, ids in self.groups.channels.items()}
+        return {name: ids.shape for name, ids in self.pruned.channels.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore what `state_dict` returned; ValueError if it is the state of another network."""
-        self.groups.choice = {n: c.clone() for n, c in with_prefix(state, "choice/").items()}
+        self.pruned.choice = {n: c.clone() for n, c in with_prefix(state, "choice/").items()}
         super().load_state_dict(state)
 
 

@@ -1,9 +1,9 @@
-"""GReg-1: choose groups by L1 norm at the start, then grow an L2 penalty on them.
+"""GReg-1: choose units by L1 norm at the start, then grow an L2 penalty on them.
 
 Source: H. Wang, C. Qin, Y. Zhang, Y. Fu, Neural pruning via growing regularization, ICLR 2021,
-section 3.2. The groups with the smallest L1 norms in the dense network are chosen. At every update
+section 3.2. The units with the smallest L1 norms in the dense network are chosen. At every update
 their factor f rises by `decay`; f * w is added to their gradient, in addition to the weight decay.
-The gradients of the other groups are unchanged. Growth ends when the kept groups of every layer are
+The gradients of the other units are unchanged. Growth ends when the kept units of every layer are
 1,000 times as large as its chosen ones (mean |w|, exponential average with 0.9 over updates), or
 when f exceeds the ceiling.
 """
@@ -24,7 +24,7 @@ class Settings(GrowthSettings):
     """What is pruned, and how the penalty grows."""
 
     pick: Pick = "min"
-    """Which groups are chosen: the smallest, the largest, or random ones (the paper's controls)."""
+    """Which units are chosen: the smallest, the largest, or random ones (the paper's controls)."""
     seed: Seed = 0
     """For pick: random."""
     jump: bool = False
@@ -34,7 +34,7 @@ class Settings(GrowthSettings):
 def build(
     settings: Settings, model: nn.Module, decay: float, shape: Sequence[int] | None = None
 ) -> Penalty:
-    """The growing penalty, on groups chosen by the current weights of the model.
+    """The growing penalty, on units chosen by the current weights of the model.
 
     `decay` is the growth at each update. Raises ArgumentError for ratios that do not fit the
     network, and for a growth too small to reach the ceiling.
@@ -43,7 +43,7 @@ def build(
 
 
 class GReg1(GrowingPenalty):
-    """One factor for all chosen groups of a layer, none for the others."""
+    """One factor for all chosen units of a layer, none for the others."""
 
     def __init__(
         self, settings: Settings, model: nn.Module, decay: float, shape: Sequence[int] | None
@@ -55,7 +55,7 @@ class GReg1(GrowingPenalty):
         except ValueError as error:
             raise ArgumentError("decay", f"ceiling {error} (penalty greg1)", decay) from None
         self.max_steps = self.steps_for(updates)
-        self.groups.choose(settings.pick, settings.seed)
+        self.pruned.choose(settings.pick, settings.seed)
 
     def grow(self) -> None:
         """Raise the factor by `decay`, or to the ceiling at once."""

@@ -23,7 +23,7 @@ from secateur.training.penalty import TrainingPlan
 from secateur.training.state import with_prefix
 
 COLUMNS = ("pruned", "kept", "chosen")
-"""Values of a point of the trace: share of the groups that is pruned; mean |w| of kept and of
+"""Values of a point of the trace: share of the units that is pruned; mean |w| of kept and of
 chosen weights, before the chosen ones are set to zero."""
 
 
@@ -118,11 +118,11 @@ class DynamicSparsityPenalty:
         return [torch.empty_like(self.held[name]).copy_(mask) for name, mask in kept.items()]
 
     def metrics(self) -> dict[str, float]:
-        """Share of the groups that is pruned, and the number of updates so far."""
+        """Share of the units that is pruned, and the number of updates so far."""
         return {"pruned": self.share(), "updates": float(self.updates)}
 
     def share(self) -> float:
-        """Share of the ranked groups that is currently chosen."""
+        """Share of the ranked units that is currently chosen."""
         total = sum(choice.numel() for choice in self.choice.values())
         return sum(int(choice.sum()) for choice in self.choice.values()) / max(1, total)
 
@@ -192,10 +192,10 @@ def _term(
 def lowest(
     scores: Mapping[str, Tensor], shares: Mapping[str, float], ranking: Ranking, least: float = 0.0
 ) -> Choices:
-    """The choice of the groups with the lowest scores, in each parameter or over all of them.
+    """The choice of the units with the lowest scores, in each parameter or over all of them.
 
     With ranking global the shares are equal. Every weight and scale keeps at least the share
-    `least`, and at least one group; a bias may be pruned entirely.
+    `least`, and at least one unit; a bias may be pruned entirely.
     """
     if ranking == "layer":
         counts = {n: choices.number_pruned(shares[n], score.numel()) for n, score in scores.items()}

@@ -1,8 +1,8 @@
-"""L2 penalties that grow on the groups to be pruned until these are small: GReg.
+"""L2 penalties that grow on the units to be pruned until these are small: GReg.
 
 Source: H. Wang, C. Qin, Y. Zhang, Y. Fu, Neural pruning via growing regularization, ICLR 2021,
-Algorithm 1. At regular intervals the factor of the groups to be pruned rises by `decay`; their
-weights shrink while the network adapts to their loss. With the factor f of a weight's group,
+Algorithm 1. At regular intervals the factor of the units to be pruned rises by `decay`; their
+weights shrink while the network adapts to their loss. With the factor f of a weight's unit,
 R(w) = sum f * w^2 / 2, so that f * w is added to the gradient, in addition to the weight decay of
 the optimizer.
 
@@ -47,16 +47,16 @@ class GrowthSettings(Strict):
     ceiling: Positive = 1.0
     """A layer's factor stops growing when it exceeds this."""
     magnitude_ratio: Positive = 1000.0
-    """It also stops when the mean magnitude of the layer's kept groups is this many times that of
-    its chosen groups; not for granularity weight."""
+    """It also stops when the mean magnitude of the layer's kept units is this many times that of
+    its chosen units; not for granularity weight."""
     stabilise: Annotated[int, Field(ge=0)] = 10_000
     """Steps with constant factors, after the growth."""
 
 
-class PrunedGroups:
-    """The groups of weights that are to be pruned, by layer, and their magnitudes.
+class PrunedUnits:
+    """The filters, channels or weights that are to be pruned, by layer, and their magnitudes.
 
-    Only layers that lose at least one group are included, in order; tensors have one entry for each
+    Only layers that lose at least one unit are included, in order; tensors have one entry for each
     of these layers.
     """
 
@@ -72,22 +72,22 @@ class PrunedGroups:
             for name, weight in weights.items()
             if (number := self._number(weight, ratios[name.removesuffix(".weight")]))
         }
-        """Weight's parameter name -> number of its groups that are pruned."""
+        """Weight's parameter name -> number of its units that are pruned."""
         if not self.numbers:
-            raise ArgumentError("ratios", "no layer has a group to spare")
+            raise ArgumentError("ratios", f"no layer has a {granularity} to spare")
         self.names = list(self.numbers)
         self.weights = [weights[name] for name in self.names]
         self.choice: Choices = {}
-        """Empty until the groups are chosen."""
+        """Empty until the units are chosen."""
 
     def choose(self, pick: choices.Pick = "min", seed: int = 0) -> None:
-        """Choose by the current L1 norms of the groups."""
+        """Choose by the current L1 norms of the units."""
         for place, (name, weight) in enumerate(zip(self.names, self.weights, strict=True)):
             score = choices.magnitude_scores(weight, self.granularity)
             self.choice[name] = choices.choose(score, self.numbers[name], pick, seed + place)
 
     def choice_of_smallest(self) -> Choices:
-        """The groups that currently have the smallest L1 norms, on the CPU; changes nothing."""
+        """The units that currently have the smallest L1 norms, on the CPU; changes nothing."""
         return {
             name: choices.choose_smallest(
                 choices.magnitude_scores(weight, self.granularity), self.numbers[name]
@@ -97,9 +97,9 @@ class PrunedGroups:
 
     @torch.no_grad()
     def magnitudes(self) -> tuple[Tensor, Tensor]:
-        """Mean |w| of the kept and of the chosen groups by layer, float64 on the CPU.
+        """Mean |w| of the kept and of the chosen units by layer, float64 on the CPU.
 
-        Before the choice, the smallest groups count as chosen.
+        Before the choice, the smallest units count as chosen.
         """
         pairs = []
         for name, weight in zip(self.names, self.weights, strict=True):
@@ -116,15 +116,15 @@ class PrunedGroups:
         return means[:, 0], means[:, 1]
 
     def magnitude_ratios(self) -> Tensor:
-        """Magnitude of the kept groups over that of the chosen groups by layer; always finite."""
+        """Magnitude of the kept units over that of the chosen units by layer; always finite."""
         kept, chosen = self.magnitudes()
         return kept / chosen.clamp_min(1e-30)
 
     @torch.no_grad()
     def expand(self, chosen: Tensor, kept: Tensor) -> list[Tensor]:
-        """Factors of each layer's chosen and kept groups -> tensors that broadcast over its weight.
+        """Factors of each layer's chosen and kept units -> tensors that broadcast over its weight.
 
-        Before the choice, all groups have the factor `chosen`.
+        Before the choice, all units have the factor `chosen`.
         """
         if not self.choice:
             return [w.new_tensor(float(f)) for w, f in zip(self.weights, chosen, strict=True)]
@@ -133,10 +133,10 @@ class PrunedGroups:
             self.choice[name] = self.choice[name].to(weight.device)
             factor = weight.new_full((), float(chosen[index]))
             other = weight.new_full((), float(kept[index]))
-            by_group = torch.where(self.choice[name], factor, other)
-            if by_group.shape == weight.shape:  # in the weight's memory format
-                by_group = torch.empty_like(weight).copy_(by_group)
-            expanded.append(by_group)
+            by_unit = torch.where(self.choice[name], factor, other)
+            if by_unit.shape == weight.shape:  # in the weight's memory format
+                by_unit = torch.empty_like(weight).copy_(by_unit)
+            expanded.append(by_unit)
         return expanded
 
     def as_choices(self) -> Choices:
@@ -161,7 +161,7 @@ class HasRatios(Protocol):
 
 
 class PrunedChannels:
-    """As `PrunedGroups`, for channels with everything that is coupled to them.
+    """As `PrunedUnits`, for channels with everything that is coupled to them.
 
     In place of a layer there is a channel group, or several groups that must lose equal numbers.
     """
@@ -286,19 +286,19 @@ class PrunedChannels:
         return found
 
 
-def pruned_groups(
+def pruned_units(
     model: nn.Module, settings: GrowthSettings, shape: Sequence[int] | None
-) -> PrunedGroups | PrunedChannels:
-    """The groups to be pruned, at the granularity of the settings; `shape` is that of one image."""
+) -> PrunedUnits | PrunedChannels:
+    """The units to be pruned, at the granularity of the settings; `shape` is that of one image."""
     if settings.granularity == "group":
         return PrunedChannels(model, settings, shape)
-    return PrunedGroups(model, settings, settings.granularity)
+    return PrunedUnits(model, settings, settings.granularity)
 
 
 class GrowingPenalty:
     """The schedule that both methods share; they differ in `grow` and `ends`.
 
-    Factors and averages are tensors with one entry for each layer of `groups`.
+    Factors and averages are tensors with one entry for each layer of `pruned`.
     """
 
     max_steps = 0
@@ -324,14 +324,14 @@ class GrowingPenalty:
                 decay,
             )
         self.settings, self.growth = settings, decay
-        self.groups = pruned_groups(model, settings, shape)
+        self.pruned = pruned_units(model, settings, shape)
         self.phase, self.since, self.steps, self.updates = GROWING, 0, 0, 0
         """`since`: the step at which stabilising began."""
-        count = len(self.groups.names)
+        count = len(self.pruned.names)
         self.trace = trace.Trace((3, count))
-        """Factor, mean |w| of kept and of chosen groups, by layer."""
+        """Factor, mean |w| of kept and of chosen units, by layer."""
         self.factor, self.kept_factor = torch.zeros(count), torch.zeros(count)
-        """Factors of the chosen and of the kept groups."""
+        """Factors of the chosen and of the kept units."""
         self.average = torch.zeros(count, dtype=torch.float64)
         """Exponential average of the magnitude ratios over the updates."""
         self.active = torch.ones(count, dtype=torch.bool)
@@ -357,22 +357,22 @@ class GrowingPenalty:
         if self.phase < STABILISING and step % self.settings.interval == 0:
             self._update(step)
         elif not self._expanded:  # resumed
-            self._expanded = self.groups.expand(self.factor, self.kept_factor)
+            self._expanded = self.pruned.expand(self.factor, self.kept_factor)
         if step % self.trace_interval == 0:
             self.trace.add(step, self._point())
         self.steps = step + 1
-        total: Tensor = _HalfSquares.apply(self._expanded, *self.groups.weights)
+        total: Tensor = _HalfSquares.apply(self._expanded, *self.pruned.weights)
         return total
 
     def metrics(self) -> dict[str, float]:
-        """Phase from 0 (picking) to 3 (finished), largest factor, number of layers whose groups are
+        """Phase from 0 (picking) to 3 (finished), largest factor, number of layers whose units are
         chosen, and the magnitude ratio (kept over chosen), of each layer and as a mean."""
-        ratios = self.groups.magnitude_ratios()
-        layers = [name.removesuffix(".weight") for name in self.groups.names]
+        ratios = self.pruned.magnitude_ratios()
+        layers = [name.removesuffix(".weight") for name in self.pruned.names]
         return {
             "phase": float(FINISHED if self.finished else self.phase),
             "factor": float(self.factor.max()),
-            "layers_chosen": float(len(self.groups.choice)),
+            "layers_chosen": float(len(self.pruned.choice)),
             "magnitude_ratio": float(ratios.mean()),
             **{f"magnitude_ratio/{n}": float(r) for n, r in zip(layers, ratios, strict=True)},
         }
@@ -386,7 +386,7 @@ class GrowingPenalty:
             "average": self.average,
             "active": self.active,
             **self.trace.state_dict(),
-            **{f"choice/{name}": choice for name, choice in self.groups.choice.items()},
+            **{f"choice/{name}": choice for name, choice in self.pruned.choice.items()},
         }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -398,18 +398,18 @@ class GrowingPenalty:
             ):
                 raise ValueError(f"penalty: {name} does not fit")
         chosen = with_prefix(state, "choice/")
-        if unknown := sorted(chosen.keys() - set(self.groups.names)):
+        if unknown := sorted(chosen.keys() - set(self.pruned.names)):
             raise ValueError(f"penalty: no weight {cut(unknown[0])}")
         self.phase, self.since, self.steps, self.updates = map(int, state["clock"].tolist())
         self.factor, self.kept_factor = state["factor"].clone(), state["kept_factor"].clone()
         self.average, self.active = state["average"].clone(), state["active"].clone()
         self.trace.load_state_dict(state)
-        self.groups.choice = {name: choice.clone() for name, choice in chosen.items()}
+        self.pruned.choice = {name: choice.clone() for name, choice in chosen.items()}
         self._expanded = []
 
     def choices(self) -> Choices:
         """What is to be pruned, by the weight's parameter name; see sparsity/choices.py."""
-        return self.groups.as_choices()
+        return self.pruned.as_choices()
 
     def trace_table(self) -> list[dict[str, float]]:
         """A row for each point of the trace and one for the end: magnitudes by layer and over all
@@ -419,7 +419,7 @@ class GrowingPenalty:
             factor, kept, chosen = point.double()
             row = {"step": float(step), "factor": float(factor.max())}
             row |= {"kept": float(kept.mean()), "chosen": float(chosen.mean())}
-            for name, of_kept, of_chosen in zip(self.groups.names, kept, chosen, strict=True):
+            for name, of_kept, of_chosen in zip(self.pruned.names, kept, chosen, strict=True):
                 layer = name.removesuffix(".weight")
                 row |= {f"kept {layer}": float(of_kept), f"chosen {layer}": float(of_chosen)}
             rows.append(row)
@@ -449,18 +449,18 @@ class GrowingPenalty:
     def _update(self, step: int) -> None:
         """One growth of the factors; the last one begins the stabilising phase."""
         if self.settings.granularity != "weight":
-            now = self.groups.magnitude_ratios()
+            now = self.pruned.magnitude_ratios()
             self.average = 0.9 * self.average + 0.1 * now if self.updates else now
         self.updates += 1
         self.grow()
         self.active &= ~self.ends()
         if not bool(self.active.any()):
             self.phase, self.since = STABILISING, step
-        self._expanded = self.groups.expand(self.factor, self.kept_factor)
+        self._expanded = self.pruned.expand(self.factor, self.kept_factor)
 
     def _point(self) -> Tensor:
         """Factor and magnitudes of every layer: (3, layers)."""
-        means = self.groups.magnitudes()
+        means = self.pruned.magnitudes()
         return torch.stack([self.factor, *(part.float() for part in means)])
 
 
