@@ -356,6 +356,36 @@ def test_erk_is_the_formula_solved_for_the_total(density):
     assert found == pytest.approx(expected, rel=1e-9)
 
 
+@pytest.mark.parametrize("allocation", ["erk", "uniform"])
+@pytest.mark.parametrize("ratio", [0.7, 0.93, 0.985])
+def test_masks_that_the_training_holds_take_nothing_from_the_share_of_the_network(
+    allocation, ratio
+):
+    """By brute force: the one scale at which the shares, capped by the masks, give the total. The
+    masks allow 20 % of the weights, so that a ratio of 0.7 keeps all that they allow."""
+    model = nn.Sequential(nn.Linear(100, 60), nn.Linear(60, 50), nn.Linear(50, 10))
+    shapes = {f"{place}.weight": layer.weight.shape for place, layer in enumerate(model)}
+    limits = {"0.weight": 200, "1.weight": 1_500, "2.weight": 200}
+    masks = {n: (torch.arange(s.numel()) < limits[n]).view(s) for n, s in shapes.items()}
+    penalty = build("rigl", model, ratio=ratio, allocation=allocation)
+    penalty.start(TrainingPlan(settings(1), 1_000, 100, masks))
+    wanted = min((1 - ratio) * 9_500, 1_900)
+
+    def numbers(scale):  # ERK: inputs + outputs per weight of a layer; uniform: as many of each
+        own = {n: sum(s) if allocation == "erk" else s.numel() for n, s in shapes.items()}
+        return {name: min(limits[name], scale * own[name]) for name in shapes}
+
+    low, high = 0.0, 1e3
+    for _ in range(200):
+        scale = (low + high) / 2
+        low, high = (scale, high) if sum(numbers(scale).values()) < wanted else (low, scale)
+    assert penalty.numbers == pytest.approx(numbers(high), abs=0.51)
+    assert sum(penalty.numbers.values()) == pytest.approx(wanted, abs=2)
+    for name, mask in masks.items():
+        kept = ~penalty.choice[name]
+        assert int(kept.sum()) == penalty.numbers[name] and not kept[~mask].any()
+
+
 def test_which_weights_drop_and_which_grow_on_a_layer_by_hand():
     model = linear([[5.0, -4.0, 0.5, 3.0, 0.1, -0.2, 0.3, 0.4]])
     weight = model[0].weight

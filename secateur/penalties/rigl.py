@@ -10,7 +10,8 @@ the optimizer also takes its step at an update; in the source it does not.
 
 `allocation` determines the kept share of each layer. erk (equation in section 3, after D. Mocanu et
 al., 2018): in proportion to (inputs + outputs + height + width of the kernel) / (inputs * outputs *
-height * width), at most 1, such that the network as a whole has the required density.
+height * width), at most 1, such that the network as a whole has the required density. Where the
+training holds masks, a layer keeps at most what its mask allows, and the others keep more instead.
 
 SET: D. Mocanu et al., Scalable training of artificial neural networks with adaptive sparse
 connectivity inspired by network science, Nature Communications, 2018: weights grow at random.
@@ -72,23 +73,47 @@ def build(settings: Settings, model: nn.Module, decay: float) -> DynamicSparsity
     return RigL(settings, model, decay)
 
 
-def erdos_renyi_kernel(shapes: Mapping[str, torch.Size], density: float) -> dict[str, float]:
+def erdos_renyi_kernel(
+    shapes: Mapping[str, torch.Size], density: float, caps: Mapping[str, float] | None = None
+) -> dict[str, float]:
     """Share of the weights that each layer keeps, by ERK; `density` is that of the whole network.
 
     `shapes` are the shapes of weights: (outputs, inputs) or (filters, channels, height, width).
-    Layers whose share would exceed 1 are dense, and the others share the remaining weights.
+    Layers whose share would exceed their cap, by default 1, keep the cap, and the others share the
+    remaining weights.
     """
+    raw = {name: sum(shape) / shape.numel() for name, shape in shapes.items()}
+    return _in_proportion(raw, shapes, density, caps or {})
+
+
+def uniform(
+    shapes: Mapping[str, torch.Size], density: float, caps: Mapping[str, float]
+) -> dict[str, float]:
+    """The same share for each layer, except for those whose cap is lower; see ERK."""
+    if all(cap >= density for cap in caps.values()):
+        return dict.fromkeys(shapes, density)
+    return _in_proportion(dict.fromkeys(shapes, 1.0), shapes, density, caps)
+
+
+def _in_proportion(
+    raw: Mapping[str, float],
+    shapes: Mapping[str, torch.Size],
+    density: float,
+    caps: Mapping[str, float],
+) -> dict[str, float]:
+    """Shares in proportion to `raw`, at most the caps, that give the density if the caps allow."""
     sizes = {name: shape.numel() for name, shape in shapes.items()}
-    raw = {name: sum(shape) / sizes[name] for name, shape in shapes.items()}
-    dense: set[str] = set()
-    while True:
-        sparse = [name for name in shapes if name not in dense]
-        left = density * sum(sizes.values()) - sum(sizes[name] for name in dense)
-        scale = left / sum(raw[name] * sizes[name] for name in sparse)
-        above = {name for name in sparse if scale * raw[name] > 1}
+    limits = {name: caps.get(name, 1.0) for name in shapes}
+    full: set[str] = set()
+    while len(full) < len(shapes):
+        others = [name for name in shapes if name not in full]
+        left = density * sum(sizes.values()) - sum(limits[name] * sizes[name] for name in full)
+        scale = left / sum(raw[name] * sizes[name] for name in others)
+        above = {name for name in others if scale * raw[name] > limits[name]}
         if not above:
-            return {name: 1.0 if name in dense else scale * raw[name] for name in shapes}
-        dense |= above
+            return {name: limits[name] if name in full else scale * raw[name] for name in shapes}
+        full |= above
+    return limits
 
 
 class RigL(DynamicSparsityPenalty):
@@ -99,13 +124,8 @@ class RigL(DynamicSparsityPenalty):
         held = {f"{name}.weight": layers[name].weight for name in layers_left(model, settings.skip)}
         super().__init__(model, "rigl", settings.norm, decay, held)
         self.settings = settings
-        shapes = {name: weight.shape for name, weight in held.items()}
-        density = 1 - settings.ratio
-        shares = dict.fromkeys(shapes, density)
-        if settings.allocation == "erk":
-            shares = erdos_renyi_kernel(shapes, density)
-        self.numbers = {n: max(1, round(shares[n] * shapes[n].numel())) for n in shapes}
-        """Name of a weight -> number of its entries that are kept."""
+        self.numbers: dict[str, int] = {}
+        """Name of a weight -> number of its entries that are kept; known from `start` on."""
         self.allowed: dict[str, Tensor] = {}
         """For weights with a mask that the training holds: True where an entry may be kept."""
         self._gradients: list[Tensor] = []
@@ -128,11 +148,11 @@ class RigL(DynamicSparsityPenalty):
             )
         updates = -(-self.until // self.interval)
         self.trace_interval = trace.interval(updates)
+        own = {name: plan.masks[name] for name in self.held if name in plan.masks}
+        self.allowed = {name: mask.to(self.held[name].device) for name, mask in own.items()}
+        self.numbers = self._numbers()
         chance = torch.Generator().manual_seed(self.settings.seed)
         for name, weight in self.held.items():
-            if name in plan.masks:
-                self.allowed[name] = plan.masks[name].to(weight.device)
-                self.numbers[name] = min(self.numbers[name], int(self.allowed[name].sum()))
             if self.settings.initial == "random":
                 score = torch.rand(weight.shape, generator=chance).to(weight.device)
             else:
@@ -140,6 +160,16 @@ class RigL(DynamicSparsityPenalty):
             self.choice[name] = ~self._highest(name, score, self.numbers[name])
         self.refresh()
         self.mask()
+
+    def _numbers(self) -> dict[str, int]:
+        """How many entries of each weight are kept, by the allocation; no more than are allowed."""
+        shapes = {name: weight.shape for name, weight in self.held.items()}
+        allowed = {name: int(mask.sum()) for name, mask in self.allowed.items()}
+        caps = {name: number / shapes[name].numel() for name, number in allowed.items()}
+        allocate = erdos_renyi_kernel if self.settings.allocation == "erk" else uniform
+        shares = allocate(shapes, 1 - self.settings.ratio, caps)
+        numbers = {n: max(1, round(shares[n] * shape.numel())) for n, shape in shapes.items()}
+        return {name: min(number, allowed.get(name, number)) for name, number in numbers.items()}
 
     def due(self, step: int) -> bool:
         """At regular intervals, not at the first step."""
