@@ -190,9 +190,22 @@ def fill(model: nn.Module, found: Checkpoint, file: str | Path) -> nn.Module:
 
 def _attach(model: nn.Module, **attributes: object) -> None:
     """Set attributes, except those that the network itself uses for something else."""
-    for name, value in attributes.items():
-        if isinstance(getattr(model, name, value), type(value)):
-            setattr(model, name, value)
+    free = [
+        name
+        for name in attributes
+        if not hasattr(type(model), name)  # such as a property
+        and (not hasattr(model, name) or _was_attached(model, name))
+    ]
+    for name in free:
+        setattr(model, name, attributes[name])
+
+
+def _was_attached(model: nn.Module, name: str) -> bool:
+    """Whether `_attach` has set this attribute of the network."""
+    value, origin = getattr(model, name), getattr(model, "origin", None)
+    if isinstance(value, list) and isinstance(origin, Origin):
+        return value == list(origin.header.classes)
+    return isinstance(value, Preprocess | Origin)
 
 
 def channel_graph(model: nn.Module, images: Tensor) -> ChannelGraph:

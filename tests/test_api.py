@@ -317,6 +317,33 @@ def test_attributes_of_the_network_itself_are_left_alone(net, tmp_path):
     assert secateur.load(tmp_path / "a.safetensors", into=dense).classes == 5
 
 
+@pytest.mark.parametrize("kind", ["pth", "own", "pruned"])
+def test_classes_of_the_network_itself_are_left_alone(kind, net, tmp_path):
+    """A list that it holds, or a property that cannot be set; those of a file may be replaced."""
+
+    class Named(Net):
+        classes = property(lambda self: "abcde")
+
+    if kind == "pth":
+        torch.save(net.state_dict(), tmp_path / "a")
+    else:
+        secateur.save(secateur.prune(net, IMAGES, half()), tmp_path / "a")
+    net.classes = list("abcde")
+    dense = secateur.prune(net, IMAGES, half()).model if kind == "pruned" else net
+    for _ in range(2):
+        assert secateur.load(tmp_path / "a", into=dense).classes == list("abcde")
+    assert isinstance(dense.origin, secateur.api.Origin)
+    assert secateur.load(tmp_path / "a", into=Named()).classes == "abcde"
+
+
+def test_classes_of_one_file_are_replaced_by_those_of_the_next(net, tmp_path):
+    for name in "abcde", "fghij":
+        header = checkpoint.Header("", {}, list(name), [3, 8, 8], [], [], split="", stage="prune")
+        checkpoint.save(tmp_path / name, header, net, {})
+        assert secateur.load(tmp_path / name, into=net).classes == list(name)
+        assert net.origin.header.classes == list(name)
+
+
 @pytest.mark.parametrize(
     ("images", "words"),
     [
