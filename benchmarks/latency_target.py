@@ -17,7 +17,7 @@ from torch import nn
 
 import secateur
 from secateur.base.machine import cpu_name
-from secateur.base.sections import RuntimeName
+from secateur.base.optional import RuntimeName
 from secateur.base.torchvision_import import import_torchvision
 from secateur.deploy import layer_times
 from secateur.nn import cost

@@ -18,6 +18,7 @@ from torch import nn
 import secateur
 from benchmarks.surgery_time import build
 from secateur.base.machine import cpu_name
+from secateur.base.optional import RUNTIME_TITLES
 from secateur.deploy import layer_times
 from secateur.nn import cost
 
@@ -25,7 +26,6 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     "resnet20": ("resnet_cifar", {"depth": 20, "shortcut": "B"}),
     "mobilenet_v3_small": ("torchvision", {"name": "mobilenet_v3_small"}),
 }
-RUNTIMES = ["torch", "onnxruntime", "openvino"]
 
 
 def pruned(model: nn.Module, images: torch.Tensor, share: float, multiple: int) -> nn.Module:
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--net", default="resnet20", choices=NETWORKS)
     parser.add_argument("--share", type=float, default=0.5, help="requested share of the MACs")
     parser.add_argument("--multiples", nargs="+", type=int, default=[1, 4, 8, 16])
-    parser.add_argument("--runtimes", nargs="+", default=RUNTIMES, choices=RUNTIMES)
+    parser.add_argument("--runtimes", nargs="+", default=[*RUNTIME_TITLES], choices=RUNTIME_TITLES)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=100)

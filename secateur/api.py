@@ -17,7 +17,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from secateur.base import machine, plugin
 from secateur.base.errors import CheckpointError, PruningError, SettingsError, shorten
-from secateur.base.sections import RuntimeName
+from secateur.base.optional import RuntimeName
 from secateur.channels.graph import ChannelGraph, build_channel_graph
 from secateur.data.batches import scale_and_shift
 from secateur.nn import checkpoint, cost, matching, weights

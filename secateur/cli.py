@@ -17,10 +17,11 @@ from typing import NoReturn
 
 from secateur import __version__
 from secateur.base.errors import SecateurError, did_you_mean
+from secateur.base.optional import RUNTIME_TITLES
 
 VERSIONS = ("torch", "torchvision", "lightning-fabric", "dvc", "mlflow")
 """Shown by `secateur version`."""
-RUNTIMES = ("torch", "onnxruntime", "openvino")
+RUNTIMES = tuple(RUNTIME_TITLES)
 LATENCY = "--latency"
 
 

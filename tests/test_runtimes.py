@@ -2,15 +2,18 @@
 
 import ast
 import sys
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from test_wiring import CODE, ROOT
 from torch import nn
 
-from secateur.base import optional
+from secateur.base import optional, sections
 from secateur.base.errors import SecateurError
+from secateur.base.optional import RUNTIME_TITLES, RuntimeName
 from secateur.deploy import runtimes
 from secateur.deploy.runtimes import RUNTIMES, open_model
 
@@ -64,6 +67,14 @@ def test_every_runtime_computes_the_network_for_any_batch(name, threads, exporte
         assert logits.dtype == np.float32
         np.testing.assert_allclose(logits, wanted, rtol=0, atol=1e-5)
     assert torch.get_num_threads() == before
+
+
+def test_every_list_of_runtimes_has_the_same():
+    """That of the settings, of the files that each opens, and of the pipeline that measures."""
+    measured = yaml.safe_load((ROOT / "stages/latency/dvc.yaml").read_text())["stages"]["latency"]
+    allowed = get_args(sections.Prune.model_fields["latency"].annotation)
+    assert [*RUNTIMES] == [*RUNTIME_TITLES] == measured["foreach"] == [*allowed][1:]
+    assert get_args(RuntimeName) == (*RUNTIME_TITLES,) and allowed[0] == "none"
 
 
 def test_results_of_one_pass_outlive_the_next(exported):

@@ -1,8 +1,9 @@
-"""Read ordinary files only, and write files atomically: either the old or the new content."""
+"""Read and hash ordinary files, and write files atomically: either the old or the new content."""
 
 import contextlib
 import csv
 import fcntl
+import hashlib
 import io
 import os
 import shutil
@@ -95,6 +96,18 @@ def _kind(mode: int) -> str:
     """The kind of a file that is not ordinary, in words."""
     kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
     return kinds.get(stat.S_IFMT(mode), "a device")
+
+
+def content_hash(path: Path) -> str:
+    """sha256 of a file, or of the names and contents in a folder; 'missing' if neither exists."""
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    if not path.is_dir():
+        return "missing"
+    files = sorted(p for p in path.rglob("*") if p.is_file() and "__pycache__" not in p.parts)
+    parts = [f"{p.relative_to(path).as_posix()} {content_hash(p)}" for p in files]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def write_bytes(path: Path, content: bytes) -> None:

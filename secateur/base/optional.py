@@ -1,10 +1,18 @@
-"""Optional packages, imported only when they are needed."""
+"""Optional packages, imported only when they are needed, and the runtimes of exported networks."""
 
 import importlib
-from typing import Any
+from typing import Any, Literal
 
 from secateur.base.errors import SecateurError
 
+RuntimeName = Literal["torch", "onnxruntime", "openvino"]
+"""A runtime that runs exported networks, named like its package."""
+RUNTIME_TITLES: dict[RuntimeName, str] = {
+    "torch": "torch",
+    "onnxruntime": "ONNX Runtime",
+    "openvino": "OpenVINO",
+}
+"""All runtimes, with their names in texts."""
 INSTALL = "in a clone of Secateur `make setup` installs it, elsewhere `pip install"
 
 

@@ -15,6 +15,8 @@ from pydantic import (
     model_validator,
 )
 
+from secateur.base.optional import RuntimeName
+
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
@@ -331,7 +333,7 @@ class Prune(Strict):
     """Convert masks made of groups of channels to group convolutions; see gconv/conversion.py."""
     recalibrate: Annotated[int, Field(ge=0)] = 0
     """Training images on which batch-norm statistics are measured again; 0: they are kept."""
-    latency: Literal["none", "torch", "onnxruntime", "openvino"] = "none"
+    latency: Literal["none", RuntimeName] = "none"
     """Runtime whose table of measured layers predicts a pruner's target {latency: ...}; `dvc repro`
     measures that table first (stages/latency)."""
 
@@ -373,10 +375,6 @@ class Sensitivity(Strict):
     """Validation images to measure on; 0: all."""
     drop: Annotated[float, Field(ge=0, lt=1)] = 0.01
     """Loss of accuracy that a layer may cause at its suggested ratio, as a fraction."""
-
-
-RuntimeName = Literal["torch", "onnxruntime", "openvino"]
-"""Key of `deploy.runtimes.RUNTIMES`."""
 
 
 class MeasuredLatency(Strict):

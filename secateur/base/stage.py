@@ -17,6 +17,7 @@ import torch
 
 from secateur.base import files, sections, settings
 from secateur.base.errors import SecateurError, SettingsError
+from secateur.base.files import content_hash
 from secateur.base.machine import device, installed_versions, processes, versions
 
 
@@ -140,18 +141,6 @@ def check_libraries(wanted: sections.Libraries) -> None:
                 f"results depend on it; install {name}=={version}, or run `secateur libraries "
                 "--update`, after which `dvc status` lists what will be made again"
             )
-
-
-def content_hash(path: Path) -> str:
-    """sha256 of a file, or of the names and contents in a folder; 'missing' if neither exists."""
-    if path.is_file():
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    if not path.is_dir():
-        return "missing"
-    files = sorted(p for p in path.rglob("*") if p.is_file() and "__pycache__" not in p.parts)
-    parts = [f"{p.relative_to(path).as_posix()} {content_hash(p)}" for p in files]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 @functools.cache

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.base import machine, optional, timing
-from secateur.base.sections import RuntimeName
+from secateur.base.optional import RuntimeName
 from secateur.channels.graph import ChannelGraph, build_channel_graph
 from secateur.deploy import export, runtimes
 from secateur.nn import cost

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from secateur.base import files, optional
 from secateur.base.errors import SecateurError, cut
+from secateur.base.optional import RUNTIME_TITLES, RuntimeName
 from secateur.deploy import pt2_archive, stack_traces
 
 Runner = Callable[[NDArray[Any]], NDArray[np.float32]]
@@ -166,11 +167,11 @@ def _unreadable(path: Path, error: Exception) -> SecateurError:
     return SecateurError(f"{path}: cannot be opened: {reason}")
 
 
-RUNTIMES = {
-    runtime.name: runtime
-    for runtime in (
-        Runtime("torch", "torch", ".pt2", _open_torch),
-        Runtime("onnxruntime", "ONNX Runtime", ".onnx", _open_onnxruntime),
-        Runtime("openvino", "OpenVINO", ".onnx", _open_openvino),
-    )
+_OPENED: dict[RuntimeName, tuple[str, Callable[[Path, int], Runner]]] = {
+    "torch": (".pt2", _open_torch),
+    "onnxruntime": (".onnx", _open_onnxruntime),
+    "openvino": (".onnx", _open_openvino),
+}
+RUNTIMES: dict[str, Runtime] = {
+    name: Runtime(name, title, *_OPENED[name]) for name, title in RUNTIME_TITLES.items()
 }

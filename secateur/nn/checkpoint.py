@@ -9,14 +9,14 @@ bytes.
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import safetensors.torch
 import torch
-from pydantic import ConfigDict, Field, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 from torch import Tensor, nn
 
 from secateur.base import files, plugin, settings, tensor_files
@@ -187,11 +187,23 @@ def build_architecture(header: Header) -> nn.Module:
 
     Raises SettingsError if the settings do not fit the images.
     """
-    module = plugin.load("archs", header.arch)
-    arch = settings.validate(module.Settings, header.arch_settings, f"archs.{header.arch}")
-    channels, height, width = header.shape
-    with settings.section(f"archs.{header.arch}"):
-        return module.build(arch, len(header.classes), (channels, height, width))
+    schema = plugin.load("archs", header.arch).Settings
+    chosen = settings.validate(schema, header.arch_settings, f"archs.{header.arch}")
+    return build(header.arch, chosen, len(header.classes), header.shape)
+
+
+def build(arch: str, chosen: BaseModel, classes: int, shape: Sequence[int]) -> nn.Module:
+    """The dense network of an architecture, with random weights.
+
+    `chosen` is an instance of the `Settings` of `arch`; `shape` is that of one image: channels,
+    height, width. Raises SettingsError if the settings do not fit the images.
+    """
+    channels, height, width = shape
+    with settings.section(f"archs.{arch}"):
+        model: nn.Module = plugin.load("archs", arch).build(
+            chosen, classes, (channels, height, width)
+        )
+    return model
 
 
 def classifier(header: Header) -> frozenset[str]:

@@ -23,7 +23,7 @@ from torch import Tensor
 from secateur.base import files, tensor_files
 from secateur.base.documents import read_json
 from secateur.base.errors import CheckpointError, cut
-from secateur.base.stage import content_hash
+from secateur.base.files import content_hash
 from secateur.nn import checkpoint
 from secateur.nn.checkpoint import Checkpoint
 

@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from secateur.base.errors import SecateurError
+from secateur.base.files import content_hash
 from secateur.base.logs import muted
-from secateur.base.stage import content_hash
 from secateur.deploy import metadata, pt2_archive, stack_traces
 from secateur.pipeline import record, tracking
 from secateur.pipeline.mlflow_store import Store

@@ -15,6 +15,7 @@ from secateur.base import machine, plugin, sections, settings
 from secateur.base.errors import ArgumentError, SecateurError, SettingsError
 from secateur.data import progressive_resizing
 from secateur.data.dataset import DatasetInfo
+from secateur.nn import checkpoint
 from secateur.pruning.apply import without_branches
 from secateur.pruning.decision import PruningContext
 from secateur.training import averaging, distillation
@@ -38,13 +39,8 @@ def build_network(params: settings.Params, info: DatasetInfo) -> nn.Module:
     Raises SettingsError if its settings do not fit the images. The state of the random number
     generator is not changed.
     """
-    with torch.random.fork_rng(devices=[]), settings.section(f"archs.{params.arch}"):
-        build = plugin.load("archs", params.arch).build
-        channels, height, width = info.shape
-        model: nn.Module = build(
-            params.chosen("archs"), len(info.classes), (channels, height, width)
-        )
-        return model
+    with torch.random.fork_rng(devices=[]):
+        return checkpoint.build(params.arch, params.chosen("archs"), len(info.classes), info.shape)
 
 
 def check_network(model: nn.Module, info: DatasetInfo, round_name: str | None = None) -> None:

@@ -24,7 +24,8 @@ from pydantic import Field, TypeAdapter, model_validator
 from secateur.base import files
 from secateur.base.documents import read_json, validated
 from secateur.base.errors import PruningError, SecateurError
-from secateur.base.sections import RuntimeName, Strict
+from secateur.base.optional import RuntimeName
+from secateur.base.sections import Strict
 from secateur.channels.graph import ChannelGraph, Selection
 
 Milliseconds = Annotated[float, Field(gt=0)]

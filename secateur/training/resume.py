@@ -31,7 +31,8 @@ from torch import Tensor
 from secateur.base import files, machine, tensor_files
 from secateur.base.documents import read_json, validated
 from secateur.base.errors import SecateurError, StateError
-from secateur.base.stage import Stage, content_hash, project_root
+from secateur.base.files import content_hash
+from secateur.base.stage import Stage, project_root
 
 STATE, NOTES = "state.safetensors", "notes.json"
 KEEP_DAYS = 1.0

@@ -14,7 +14,7 @@ from typing import get_args
 
 import torch
 
-from secateur.base.sections import RuntimeName
+from secateur.base.optional import RuntimeName
 from secateur.deploy import layer_times
 from secateur.nn import checkpoint
 from secateur.pipeline import console, runner

@@ -17,7 +17,7 @@ from pydantic import Field, TypeAdapter
 
 from secateur.base import files
 from secateur.base.errors import SecateurError
-from secateur.base.sections import RuntimeName
+from secateur.base.optional import RUNTIME_TITLES, RuntimeName
 from secateur.pipeline import record
 from secateur.studies.marks import LATENCIES
 from secateur.studies.report import artifacts
@@ -25,10 +25,6 @@ from secateur.studies.results import Result
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-TITLES: dict[RuntimeName, str] = {
-    "torch": "torch", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -111,8 +107,8 @@ def _title(
     """The runtime, with the other conditions if columns would otherwise have the same title."""
     runtime, batch, threads, hardware = key
     if sum(other[0] == runtime for other in others) == 1:
-        return TITLES[runtime]
-    return f"{TITLES[runtime]}, batch {batch}, threads {threads}, {hardware}"
+        return RUNTIME_TITLES[runtime]
+    return f"{RUNTIME_TITLES[runtime]}, batch {batch}, threads {threads}, {hardware}"
 
 
 def notes(times: Mapping[str, Column]) -> list[str]:
