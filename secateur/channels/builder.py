@@ -201,10 +201,11 @@ class GroupBuilder:
 
     def _find_axes(self) -> None:
         """The axis of every added or multiplied tensor along which channels differ."""
+        every = torch.tensor(self._sets.canonical())
+        sizes = every.bincount()
         for name, (ids, _) in self.parameters.items():
-            sets = [self._sets.find(number) for number in ids.flatten().tolist()]
-            canonical = torch.tensor(sets).reshape(ids.shape)
-            if torch.equal(canonical, ids):
+            canonical = every[ids]
+            if bool((sizes[canonical] == 1).all()):
                 continue  # it was combined with no channels
             axis = _only_axis(canonical)
             if axis is None:
