@@ -221,6 +221,37 @@ def test_whole_filters_and_channels_go_with_the_lowest_mean_magnitude(granularit
             assert torch.equal(bias == 0, gone)
 
 
+@pytest.mark.parametrize("granularity", ["weight", "filter"])
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+def test_taylor_ranks_by_the_loss_without_the_norm(norm, granularity):
+    """(w * dL/dw)^2 of P. Molchanov et al., CVPR 2019, equation 8, L being the cross-entropy."""
+    torch.manual_seed(0)
+    model = network().double()
+    penalty = started(
+        "gradual", model, decay=0.05, norm=norm, shape=(1, 8, 8), granularity=granularity,
+        criterion="taylor", ratios=0.5, begin=1, end=1,
+    )  # fmt: skip
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    images = torch.randn(64, 1, 8, 8, dtype=torch.float64)
+    for number in range(2):
+        loss = F.cross_entropy(model(images), torch.arange(64) % 10)
+        weights = [model.get_parameter(name) for name in penalty.ranked]
+        gradients = torch.autograd.grad(loss, weights, retain_graph=True)
+        optimizer.zero_grad()
+        (loss + penalty(number)).backward()
+        assert not torch.allclose(weights[0].grad, gradients[0]), "the norm has a gradient"
+        penalty.before_step(number, optimizer)
+        optimizer.step()
+        now = [weight.detach().clone() for weight in weights]
+        penalty.after_step(number, optimizer)
+    for name, weight, gradient in zip(penalty.ranked, now, gradients, strict=True):
+        score = weight * gradient
+        score = score.flatten(1).sum(1).abs() if granularity == "filter" else score.abs().flatten()
+        gone = torch.zeros(len(score), dtype=torch.bool)
+        gone[score.argsort()[: number_pruned(0.5, len(score))]] = True
+        assert torch.equal(penalty.choice[name].flatten(), gone), name
+
+
 class Residual(nn.Module):
     def __init__(self):
         super().__init__()

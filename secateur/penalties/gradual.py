@@ -53,8 +53,8 @@ class Settings(DynamicSparsitySettings):
     scope: masks.Scope = "weights"
     """For granularity weight: the parameters whose entries are ranked."""
     criterion: WeightCriterion = "l1"
-    """How importance is measured, see pruning/criteria.py; taylor uses the gradient of the step.
-    Granularity group allows only l1."""
+    """How importance is measured, see pruning/criteria.py; taylor uses the gradient of the step,
+    without that of the norm. Granularity group allows only l1."""
     ranking: Ranking = "layer"
     """layer: within a layer (or channel group); global: over all that have a ratio above 0."""
     ratios: Ratios = Rules(0.9)
@@ -218,12 +218,21 @@ class Gradual(GradualPenalty):
         if self.behind is not None:  # not in the norm that is added to the loss
             names = self.behind.concerned(self.ranked)
             self.held |= {name: model.get_parameter(name) for name in names}
+        self._gradients: dict[str, Tensor] = {}
+        """For criterion taylor, within a step with a choice: gradients of the loss alone."""
+
+    def before_step(self, step: int, optimizer: Optimizer) -> None:
+        """Store what the choice needs, while weights and gradients are those of the step."""
+        if self.settings.criterion == "taylor" and self.due(step):
+            self._gradients = self._without_norm(step)
+        super().before_step(step, optimizer)
 
     def choose(self, progress: float) -> None:
         """Choose the lowest scores by layer or globally; without `regrow` for good."""
         scores = {name: self._scores(name, weight) for name, weight in self.ranked.items()}
         shares = {n: share_at(r, self.settings.initial, progress) for n, r in self.ratios.items()}
         self.choice = lowest(scores, shares, self.settings.ranking, self.settings.keep_at_least)
+        self._gradients = {}
 
     def kept(self) -> dict[str, Tensor]:
         """Masks, including biases of pruned filters and their entries in normalisations."""
@@ -239,9 +248,23 @@ class Gradual(GradualPenalty):
             for name, weight in self.ranked.items()
         }
 
+    def _without_norm(self, step: int) -> dict[str, Tensor]:
+        """Gradients of the loss without the norm that was added to it, by name of the weight."""
+        weights = self.ranked.values()
+        found = [weight.grad for weight in weights if weight.grad is not None]
+        with torch.enable_grad():
+            norm = self(step)
+        if norm.requires_grad:
+            own = torch.autograd.grad(norm, list(weights))
+            found = [whole - part for whole, part in zip(found, own, strict=True)]
+        return dict(zip(self.ranked, found, strict=True))
+
     def _scores(self, name: str, weight: Tensor) -> Tensor:
         score = scores_of_weight(
-            weight.detach(), self.granularity, self.settings.criterion, weight.grad
+            weight.detach(),
+            self.granularity,
+            self.settings.criterion,
+            self._gradients.get(name),
         )
         if name in self.choice and not self.settings.regrow:
             score = score.masked_fill(self.choice[name], -torch.inf)
