@@ -123,7 +123,8 @@ def load(path: str | Path, into: nn.Module | None = None, rename: Names | None =
 
     Raises CheckpointError if the file is missing, damaged or of another format, if it requires
     `into` or does not allow `rename`, or if the tensors do not fit; `into` then stays unchanged.
-    Raises SettingsError if `into` is not a network, or `rename` not a mapping of names.
+    Raises SettingsError if `into` is not a network or is on the device meta, or if `rename` is not
+    a mapping of names.
     """
     _check_load(into, rename)
     file = Path(path)
@@ -298,7 +299,7 @@ def measure_latency(
 
     _check_model(model)
     _check_batch(images)
-    _check_values(model, images=images)
+    _check_values("model", model, images=images)
     if runtime not in get_args(RuntimeName):
         raise SettingsError(
             f"runtime = {runtime!r}: must be one of {', '.join(get_args(RuntimeName))}"
@@ -357,11 +358,11 @@ def _check_batch(images: Tensor) -> None:
         )
 
 
-def _check_values(model: nn.Module, **arguments: object) -> None:
+def _check_values(argument: str, model: nn.Module, **others: object) -> None:
     """Raise SettingsError for tensors on the meta device, which have shapes but no values."""
     held = [*model.named_parameters(), *model.named_buffers()]
-    named = {f"model: {name}": tensor for name, tensor in held}
-    for name, tensor in {**named, **arguments}.items():
+    named = {f"{argument}: {name}": tensor for name, tensor in held}
+    for name, tensor in {**named, **others}.items():
         if isinstance(tensor, Tensor) and tensor.is_meta:
             raise SettingsError(f"{name}: a tensor on the device meta; one with values is needed")
 
@@ -372,10 +373,11 @@ def _check_network(argument: str, value: object) -> None:
         raise SettingsError(f"{argument}: {found}; an instance of torch.nn.Module is needed")
 
 
-def _check_load(into: object, rename: object) -> None:
+def _check_load(into: nn.Module | None, rename: object) -> None:
     """Raise SettingsError naming the first argument of `load` that is not valid."""
     if into is not None:
         _check_network("into", into)
+        _check_values("into", into)
     names = [*rename.keys(), *rename.values()] if isinstance(rename, Mapping) else [None]
     if rename is not None and not all(isinstance(name, str) for name in names):
         raise SettingsError(
@@ -422,7 +424,7 @@ def _check_prune(model: nn.Module, images: Tensor, pruner: Any, labels: Tensor |
     """Raise SettingsError or PruningError naming the first argument that is not valid."""
     _check_model(model)
     _check_batch(images)
-    _check_values(model, images=images, labels=labels)
+    _check_values("model", model, images=images, labels=labels)
     if images.dtype != torch.float32:
         raise SettingsError(f"images: {images.dtype}; float32 is needed (images.float())")
     if not bool(images.isfinite().all()):

@@ -387,7 +387,11 @@ def test_an_argument_of_load_that_cannot_be_meant_is_named(net, tmp_path):
     secateur.save(secateur.prune(net, IMAGES, half()), own)
     torch.save(net.state_dict(), other)
     for path in (own, other):
-        for into, words in [(3, "into: a int"), (Net, "into: Net; an instance of torch.nn.Module")]:
+        for into, words in [
+            (3, "into: a int"),
+            (Net, "into: Net; an instance of torch.nn.Module"),
+            (Net().to("meta"), "into: conv1.weight: a tensor on the device meta"),
+        ]:
             with pytest.raises(SettingsError, match=words):
                 secateur.load(path, into=into)
         for rename in ("a", ["a"], {1: "a"}, {"a": None}):
@@ -410,6 +414,25 @@ def test_a_network_that_a_file_does_not_fit_is_left_as_it_was(net, tmp_path):
     with pytest.raises(CheckpointError, match="do not fit into = Fixed"):
         secateur.load(tmp_path / "a.safetensors", into=fixed)
     assert fixed.conv1.weight.shape == (12, 3, 3, 3) and fixed(IMAGES).shape == (8, 5)
+
+
+def test_a_convolution_with_another_kernel_is_not_filled(net, tmp_path):
+    """It would keep the attribute kernel_size of one network and the padding of the other."""
+    secateur.save(secateur.prune(net, IMAGES, half()), tmp_path / "a.safetensors")
+    dense = Net()
+    dense.conv1 = nn.Conv2d(3, 12, 5, padding=2)
+    with pytest.raises(CheckpointError, match=r"conv1.weight has a kernel of 3 x 3, needs 5 x 5"):
+        secateur.load(tmp_path / "a.safetensors", into=dense)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_file_is_loaded_into_a_network_of_any_precision(net, tmp_path, dtype):
+    result = secateur.prune(net, IMAGES, half())
+    secateur.save(result, tmp_path / "a.safetensors")
+    loaded = secateur.load(tmp_path / "a.safetensors", into=Net().to(dtype))
+    expected = result.model.to(dtype).state_dict()
+    for name, tensor in loaded.state_dict().items():
+        assert tensor.dtype == expected[name].dtype and torch.equal(tensor, expected[name])
 
 
 def test_only_what_prune_returned_is_saved(net, tmp_path):

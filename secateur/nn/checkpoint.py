@@ -119,9 +119,9 @@ class Checkpoint:
             _check_types(model, self.tensors)
             resizing.load_state(model, self.tensors)
             if self.header.shape:
-                device = next((p.device for p in model.parameters()), torch.device("cpu"))
+                like = next(model.parameters(), torch.empty(0))
                 with torch.no_grad():  # a forward pass checks that layers fit each other
-                    outputs = model.eval()(torch.zeros(1, *self.header.shape, device=device))
+                    outputs = model.eval()(like.new_zeros(1, *self.header.shape))
                 classes = len(self.header.classes)
                 if classes and outputs.shape != (1, classes):
                     raise ValueError(f"{outputs.shape[-1]} outputs for {classes} classes")

@@ -32,7 +32,7 @@ def resize(
     name has one group, and any other module keeps its sizes. If `layers` is None, depthwise
     convolutions get as many groups as they have filters, and other convolutions keep their groups.
     The values of resized tensors are lost. Raises ValueError if `shapes` lacks a tensor of the
-    model, or has another number of axes for it.
+    model, or has another number of axes for it, or another kernel for a convolution.
     """
     gone = {name: known[REMOVED] for name, known in (layers or {}).items() if REMOVED in known}
     remove_layers(model, gone)
@@ -46,6 +46,9 @@ def resize(
             shape = tuple(shapes[path])
             if len(shape) != old.dim():
                 raise ValueError(f"{path} has {len(shape)} axes, needs {old.dim()}")
+            if isinstance(module, nn.Conv2d) and shape[2:] != tuple(old.shape[2:]):
+                kernels = (" x ".join(map(str, sizes[2:])) for sizes in (shape, old.shape))
+                raise ValueError("{} has a kernel of {}, needs {}".format(path, *kernels))
             if id(old) not in fresh:
                 fresh[id(old)] = old if shape == tuple(old.shape) else _empty(shape, old)
             tensors[path] = fresh[id(old)]
