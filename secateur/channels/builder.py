@@ -178,8 +178,8 @@ class GroupBuilder:
         Raises PruningError naming a layer that never ran.
         """
         _refuse_unused(self.model, self._used)
-        self._find_axes()
         self.canonical = torch.tensor(self._sets.canonical())
+        self._find_axes()
         self._canonical_and_zero = torch.cat((self.canonical, torch.tensor([ZERO])))
         self.beside_zeros = torch.zeros(len(self.canonical) + 1, dtype=torch.bool)
         for ids in self._beside:
@@ -201,10 +201,9 @@ class GroupBuilder:
 
     def _find_axes(self) -> None:
         """The axis of every added or multiplied tensor along which channels differ."""
-        every = torch.tensor(self._sets.canonical())
-        sizes = every.bincount()
+        sizes = self.canonical.bincount()
         for name, (ids, _) in self.parameters.items():
-            canonical = every[ids]
+            canonical = self.canonical[ids]
             if bool((sizes[canonical] == 1).all()):
                 continue  # it was combined with no channels
             axis = _only_axis(canonical)
@@ -213,8 +212,7 @@ class GroupBuilder:
                 continue
             along = canonical.movedim(axis, 0).flatten(1)[:, 0] if ids.dim() > 1 else canonical
             self.parameters[name] = (ids, axis)
-            owner = name.rpartition(".")[0]
-            self.axes[name, axis] = AxisEntry(name, axis, "scale", along, owner)
+            self.axes[name, axis] = AxisEntry(name, axis, "scale", along, name.rpartition(".")[0])
 
 
 def _constants(model: nn.Module) -> Callable[[str], str | None]:
