@@ -400,6 +400,10 @@ def test_a_wide_axis_of_accuracies_has_equal_room_for_equal_ratios_of_errors():
     assert bottom < 60 and 99.9 < top < 100
     plots.scale_accuracy(wide, [0.0, 100.0])  # an error of zero can be drawn too
     assert np.isfinite(wide.transData.transform((0, 100.0))).all()
+    forward, backward = wide.yaxis.get_transform(), wide.yaxis.get_transform().inverted()
+    around = np.linspace(0, 101, 1000)
+    assert np.diff(forward.transform(around)).min() > 0
+    assert backward.transform(forward.transform(around)) == pytest.approx(around)
 
 
 def test_seeds_are_one_row_with_the_differences_paired(experiments):
@@ -443,6 +447,75 @@ def test_long_labels_leave_room_for_the_axes():
         warnings.simplefilter("error")
         plots.png(figure)
     assert figure.axes[0].get_position().width > 0.5
+
+
+def drawings(lines):
+    """Each kind of figure that has labels, drawn, of the labels and points of `lines`."""
+    history = {"baseline": [0.5, 0.7], "finetune": [0.8, 0.9]}
+    drawn = [plots.trade_off(lines, 0.9, [], "cost"), plots.curves(dict.fromkeys(lines, history))]
+    for figure in drawn:
+        figure.draw_without_rendering()
+    return drawn
+
+
+def test_labels_are_drawn_as_they_are_written():
+    """matplotlib omits `_hidden` from a legend, and reads a formula between two `$`."""
+    written = ["_hidden", r"cost $\frac{ $", "$x$", "dense"]
+    points = [plots.Point(2.0, 0.9, None)]
+    for figure in drawings(dict.fromkeys(written, points)):
+        shown = [text.get_text() for text in figure.legends[0].get_texts()]
+        assert shown[:4] == written
+    theirs = [(r"by \$theirs$", 2.0, 0.8)]
+    figure = plots.trade_off({"own": points}, 0.9, [], "a $ in $\\frac{$", theirs)
+    assert plots.svg(figure)
+    assert figure.legends[0].get_texts()[-1].get_text() == r"1: by \$theirs$ (not ours)"
+    figure = plots.layers({label: {r"$\frac{$": 0.5, "_b": 0.5} for label in written})
+    assert plots.svg(figure)
+    (axes, _) = figure.axes
+    assert [text.get_text() for text in axes.get_yticklabels()] == written
+    assert [text.get_text() for text in axes.get_xticklabels()] == [r"$\frac{$", "_b"]
+
+
+@pytest.mark.parametrize(("count", "words"), [(7, 40), (10, 40), (25, 10), (40, 1), (3, 100)])
+def test_every_entry_of_a_legend_is_within_the_figure(count, words):
+    points = [plots.Point(1.5, 0.87, 0.01), plots.Point(1.8, 0.86, 0.01)]
+    for figure in drawings({f"method {n} " + "setting 8, " * words: points for n in range(count)}):
+        legend, canvas = figure.legends[0].get_window_extent(), figure.bbox
+        assert canvas.x0 <= legend.x0 and legend.x1 <= canvas.x1
+        assert canvas.y0 <= legend.y0 and legend.y1 <= canvas.y1
+        assert figure.axes[0].get_position().width > 0.3
+
+
+def test_a_word_longer_than_a_line_of_the_legend_is_broken():
+    points = [plots.Point(1.5, 0.87, 0.01), plots.Point(1.8, 0.86, 0.01)]
+    for figure in drawings({"x" * 150: points}):
+        window, legend = figure.axes[0].get_window_extent(), figure.legends[0].get_window_extent()
+        assert 0.5 * figure.bbox.width < window.x1 < legend.x0 < legend.x1 <= figure.bbox.x1
+
+
+@pytest.mark.parametrize(
+    ("points", "scale"),
+    [
+        ([(0.995, 0.012), (0.9, 0.08)], "function"),
+        ([(1.0, 0.0), (0.97, 0.05)], "function"),
+        ([(0.88, 0.15), (0.86, 0.02)], "linear"),
+    ],
+)
+def test_bars_of_intervals_are_within_the_axes_up_to_100_percent(points, scale):
+    """Bars as drawn, not as asked for; a point at 100 % has room above it."""
+    own = [plots.Point(2.0 + n, *point) for n, point in enumerate(points)]
+    figure = plots.trade_off({"m": own}, 0.9, [], "cost")
+    axes = figure.axes[0]
+    assert axes.get_yscale() == scale
+    (bars,) = axes.collections
+    drawn = np.array([segment[:, 1] for segment in bars.get_segments()])
+    asked = np.array([[accuracy - half, accuracy + half] for accuracy, half in points])
+    assert drawn == pytest.approx(np.clip(100 * asked, 0, 100))
+    figure.draw_without_rendering()
+    ends = axes.transData.transform([(2, end) for end in drawn.flat])[:, 1]
+    window = axes.get_window_extent()
+    room = 0.02 * window.height
+    assert ends.min() > window.y0 + room and ends.max() < window.y1 - room
 
 
 @pytest.mark.usefixtures("vectors")

@@ -213,14 +213,14 @@ def _point(figures: Mapping[str, Interval]) -> plots.Point:
 
 
 CAPTIONS = {
-    "compression": "Accuracy against compression; bars are 95 % intervals over seeds.",
-    "macs": "Accuracy against MACs; bars are 95 % intervals over seeds.",
+    "compression": "Accuracy against compression; bars are 95 % intervals over seeds, up to 100 %.",
+    "macs": "Accuracy against MACs; bars are 95 % intervals over seeds, up to 100 %.",
     "latency": "Accuracy against latency as measured by evaluate; zeros save no time in a dense "
     "layer.",
     "curves": "Validation accuracy by epoch, mean over seeds, at the last operating point of each "
     f"method (the first {MOST_CURVES}).",
     "rounds": "Accuracy against compression after each round, at the last operating point of each "
-    f"method (the first {MOST_CURVES}); bars are 95 % intervals over seeds.",
+    f"method (the first {MOST_CURVES}); bars are 95 % intervals over seeds, up to 100 %.",
     "layers": "Sparsity by layer of the finetuned networks, mean over seeds.",
     "trials": "All trials of the search, on the validation images; trials.csv has the values.",
 }

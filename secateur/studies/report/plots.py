@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from numpy.typing import NDArray
@@ -16,6 +17,11 @@ if TYPE_CHECKING:
 
 LABEL_WIDTH = 34
 """Characters of a line of the legend."""
+LEGEND_HEIGHT = 7.0
+"""Inches of a column of the legend from which there is another one."""
+
+Entry = tuple[str, "Artist"]
+"""A label of the legend as it is written, and what it names."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +34,12 @@ class Point:
     cost: float
     accuracy: float
     half_width: float | None
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """Ends of the interval as far as accuracies go, from 0 to 1."""
+        half_width = self.half_width or 0.0
+        return max(0.0, self.accuracy - half_width), min(1.0, self.accuracy + half_width)
 
 
 def trade_off(
@@ -45,45 +57,68 @@ def trade_off(
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    columns = 1 + len(lines) // 30
-    height = 5 + 0.12 * max(0, len(lines) - 12)
-    figure = Figure(figsize=(6 + 2.5 * columns, height), layout="constrained")
+    figure = Figure(figsize=(8.5, 5), layout="constrained")
     axes = figure.add_subplot()
     colours = colormaps["tab10" if len(lines) <= 10 else "turbo"]
     markers = "osD^vP*X<>"
+    entries: list[Entry] = []
     for place, (label, points) in enumerate(lines.items()):
         ordered = sorted(points, key=lambda point: point.cost)
-        half_widths = [100 * (point.half_width or 0.0) for point in ordered]
-        axes.errorbar(
+        accuracies = 100 * np.array([point.accuracy for point in ordered])
+        line, _, _ = axes.errorbar(
             [point.cost for point in ordered],
-            [100 * point.accuracy for point in ordered],
-            yerr=half_widths,
+            accuracies,
+            yerr=abs(100 * np.array([point.ends for point in ordered]).T - accuracies),
             color=colours(place if len(lines) <= 10 else place / (len(lines) - 1)),
             marker=markers[place % len(markers)],
             markersize=5,
             linewidth=1.2,
             capsize=2,
-            label=_wrapped(label),
         )
-    axes.axhline(100 * dense, color="0.4", linestyle="--", linewidth=1, label="dense")
-    _draw_front(axes, best)
-    _draw_published(axes, published)
-    costs = [point.cost for points in lines.values() for point in points]
-    scale_x(axes, costs)
-    reached = [point.accuracy for points in lines.values() for point in points]
+        entries.append((label, line))
+    entries.append(("dense", axes.axhline(100 * dense, color="0.4", linestyle="--", linewidth=1)))
+    entries += _draw_front(axes, best)
+    entries += _draw_published(axes, published)
+    drawn = [point for points in lines.values() for point in points]
+    scale_x(axes, [point.cost for point in drawn])
+    reached = [point.accuracy for point in drawn]
     reached += [dense, *(accuracy for _, _, accuracy in published)]
-    scale_accuracy(axes, [100 * accuracy for accuracy in reached])
-    axes.set_xlabel(x)
+    ends = [100 * end for point in drawn for end in point.ends]
+    scale_accuracy(axes, [100 * accuracy for accuracy in reached], ends)
+    axes.set_xlabel(x, parse_math=False)
     axes.set_ylabel("test accuracy %")
     axes.grid(alpha=0.25)
-    figure.legend(loc="outside right upper", fontsize=8, frameon=False,
-                  ncols=columns)  # fmt: skip
+    _draw_legend(figure, entries)
     return figure
+
+
+def _draw_legend(figure: "Figure", entries: Sequence[Entry]) -> None:
+    """Draw the legend beside the axes, and give the figure the size that all its lines need.
+
+    The artists have no labels of their own: matplotlib omits those that begin with `_`, and would
+    read a formula between two `$`.
+    """
+    labels = [_wrapped(label) for label, _ in entries]
+    columns = 1 + int(_inches(labels) / LEGEND_HEIGHT)
+    needed = max(_inches(part.tolist()) for part in np.array_split(labels, columns))
+    figure.set_size_inches(6 + 2.5 * columns, max(figure.get_figheight(), 0.3 + needed))
+    made = figure.legend(
+        [artist for _, artist in entries], [""] * len(entries), loc="outside right upper",
+        fontsize=8, frameon=False, ncols=columns,
+    )  # fmt: skip
+    for text, label in zip(made.get_texts(), labels, strict=True):
+        text.set_parse_math(False)
+        text.set_text(label)
 
 
 def _wrapped(label: str) -> str:
     """A label in lines that leave room for the axes beside it."""
-    return textwrap.fill(label, LABEL_WIDTH, break_long_words=False, break_on_hyphens=False)
+    return textwrap.fill(label, LABEL_WIDTH, break_on_hyphens=False)
+
+
+def _inches(labels: Sequence[str]) -> float:
+    """Height of wrapped labels in small print, one below the other."""
+    return sum(0.08 + 0.14 * (1 + label.count("\n")) for label in labels)
 
 
 def scale_x(axes: "Axes", values: Sequence[float]) -> None:
@@ -97,61 +132,75 @@ def scale_x(axes: "Axes", values: Sequence[float]) -> None:
         axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-ACCURACIES = (20, 50, 70, 80, 90, 95, 97, 98, 99, 99.5, 99.7, 99.8, 99.9)
+ACCURACIES = (20, 50, 70, 80, 90, 95, 97, 98, 99, 99.5, 99.7, 99.8, 99.9, 100)
 """Ticks of a log axis, in percent."""
-LEAST_ERROR = 0.01
-"""Error at which a log axis ends, in percent."""
+LEAST_ERROR, LARGEST_ERROR = 0.01, 1.0
+"""Bounds of the error, in percent, below which a log axis is linear."""
 
 
-def scale_accuracy(axes: "Axes", values: Sequence[float]) -> None:
+def scale_accuracy(axes: "Axes", values: Sequence[float], ends: Sequence[float] = ()) -> None:
     """Scale the accuracy axis by the logarithm of the error if errors have a wide range: 98 to 99
-    then takes as much room as 96 to 98."""
+    then takes as much room as 96 to 98.
+
+    `ends` are those of intervals, which are within the axis too; all are in percent. Below half of
+    the smallest error, the axis is linear, so that it has a place for 100 %.
+    """
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-    low, high = min(values), min(max(values), 100 - LEAST_ERROR)
-    if 100 - low <= 3 * (100 - high):
+    errors = [100 - value for value in values]
+    if max(errors) <= 3 * max(min(errors), LEAST_ERROR):
         return
+    smallest = min(error for error in errors if error > 0)
+    bound = min(max(smallest / 2, LEAST_ERROR), LARGEST_ERROR)
+    slope = 1 / np.log(10)  # of log10(error / bound) at the bound, per bound
 
     def forward(accuracy: "NDArray[np.float64]") -> "NDArray[np.float64]":
-        return -np.log10(np.maximum(100 - np.asarray(accuracy), LEAST_ERROR))
+        error = (100 - np.asarray(accuracy)) / bound
+        return -np.log10(np.maximum(error, 1)) + slope * np.maximum(1 - error, 0)
 
     def backward(place: "NDArray[np.float64]") -> "NDArray[np.float64]":
-        return 100 - 10 ** -np.asarray(place)
+        place = np.asarray(place)
+        return 100 - bound * (10 ** -np.minimum(place, 0) - np.maximum(place, 0) / slope)
 
     axes.set_yscale("function", functions=(forward, backward))
     axes.yaxis.set_major_locator(FixedLocator(ACCURACIES))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.set_ylim(100 - 1.4 * (100 - low), 100 - 0.8 * (100 - high))
+    places = forward(np.array([*values, *ends]))
+    room = 0.06 * np.ptp(places)
+    axes.set_ylim(*backward(np.array([places.min() - room, places.max() + room])))
 
 
-def _draw_front(axes: "Axes", best: Sequence[tuple[float, float]]) -> None:
+def _draw_front(axes: "Axes", best: Sequence[tuple[float, float]]) -> list[Entry]:
     """Draw the front as a broad line behind the points, if it has several."""
-    if len(best) > 1:
-        axes.plot(
-            [cost for cost, _ in best],
-            [100 * accuracy for _, accuracy in best],
-            color="0.75",
-            linewidth=6,
-            alpha=0.5,
-            zorder=0,
-            label="Pareto front",
-        )
+    if len(best) < 2:
+        return []
+    (line,) = axes.plot(
+        [cost for cost, _ in best],
+        [100 * accuracy for _, accuracy in best],
+        color="0.75",
+        linewidth=6,
+        alpha=0.5,
+        zorder=0,
+    )
+    return [("Pareto front", line)]
 
 
-def _draw_published(axes: "Axes", published: Sequence[tuple[str, float, float]]) -> None:
+def _draw_published(axes: "Axes", published: Sequence[tuple[str, float, float]]) -> list[Entry]:
     """Draw a grey number for each published method."""
+    entries: list[Entry] = []
     labels = dict.fromkeys(label for label, _, _ in published)
     for number, label in enumerate(labels, 1):
-        axes.plot(
+        (line,) = axes.plot(
             [cost for name, cost, _ in published if name == label],
             [100 * accuracy for name, _, accuracy in published if name == label],
             linestyle="none",
             marker=f"${number}$",
             markersize=7,
             color="0.35",
-            label=f"{number}: {label} (not ours)",
         )
+        entries.append((f"{number}: {label} (not ours)", line))
+    return entries
 
 
 def curves(lines: Mapping[str, Mapping[str, Sequence[float]]]) -> "Figure":
@@ -162,24 +211,26 @@ def curves(lines: Mapping[str, Mapping[str, Sequence[float]]]) -> "Figure":
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4.4), layout="constrained")
+    figure = Figure(figsize=(8.5, 4.4), layout="constrained")
     axes = figure.add_subplot()
+    entries: list[Entry] = []
     for place, (label, stages) in enumerate(lines.items()):
-        first, named = 1, False
+        first, line = 1, None
         for stage, values in stages.items():
-            axes.plot(
+            (line,) = axes.plot(
                 range(first, first + len(values)),
                 [100 * value for value in values],
                 {"baseline": ":", "sparse-train": "--"}.get(stage.partition("@")[0], "-"),
                 color=colormaps["tab10"](place % 10),
                 linewidth=1.3,
-                label=None if named else _wrapped(label),
             )
-            first, named = first + len(values), True
+            first += len(values)
+        if line is not None:
+            entries.append((label, line))
     axes.set_xlabel("epoch; dotted: baseline, dashed: sparse-train, solid: finetune")
     axes.set_ylabel("validation accuracy %")
     axes.grid(alpha=0.25)
-    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+    _draw_legend(figure, entries)
     return figure
 
 
@@ -190,12 +241,11 @@ def layers(rows: Mapping[str, Mapping[str, float]]) -> "Figure":
     columns = list(dict.fromkeys(layer for row in rows.values() for layer in row))
     values = [[row.get(layer, float("nan")) for layer in columns] for row in rows.values()]
     labels = [_wrapped(label) for label in rows]
-    height = sum(0.09 + 0.13 * (1 + label.count("\n")) for label in labels)
-    figure = Figure(figsize=(8, max(3.0, 1.4 + height)), layout="constrained")
+    figure = Figure(figsize=(8, max(3.0, 1.4 + _inches(labels))), layout="constrained")
     axes = figure.add_subplot()
     image = axes.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
-    axes.set_yticks(range(len(rows)), labels, fontsize=8)
-    axes.set_xticks(range(len(columns)), columns, rotation=90, fontsize=7)
+    axes.set_yticks(range(len(rows)), labels, fontsize=8, parse_math=False)
+    axes.set_xticks(range(len(columns)), columns, rotation=90, fontsize=7, parse_math=False)
     figure.colorbar(image).set_label("share of the dense layer that is pruned", fontsize=8)
     return figure
 
