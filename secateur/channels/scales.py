@@ -53,10 +53,6 @@ class NormScale:
 class FlatScales:
     """Scales of several normalisations, one after the other."""
 
-    names: list[str]
-    """Names of the parameters."""
-    sizes: list[int]
-    """Number of scales of each."""
     values: Tensor
     """Absolute values, (scales,)."""
     ids: Tensor
@@ -129,8 +125,6 @@ def flat_scales(model: nn.Module, graph: ChannelGraph, scales: list[NormScale]) 
     values = [model.get_parameter(name).detach().abs().cpu() for name in names]
     empty = torch.empty(0)
     return FlatScales(
-        names=names,
-        sizes=[len(value) for value in values],
         values=torch.cat([empty, *values]),
         ids=torch.cat([empty.long(), *(owner[name] for name in names)]),
     )

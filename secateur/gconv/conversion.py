@@ -30,10 +30,6 @@ class Converted:
     model: nn.Module
     masks: Masks
     """The remaining masks, in the new order of the channels."""
-    groups: dict[str, int]
-    """Converted convolution -> its groups."""
-    left: tuple[str, ...]
-    """Convolutions with masks that do not consist of groups; they are unchanged."""
     kept: dict[str, Tensor] = field(default_factory=dict)
     """Layer -> its outputs in their new order, if the order has changed."""
 
@@ -47,7 +43,7 @@ def convert(model: nn.Module, masks: Masks, example: Tensor, fold: bool = True) 
     """
     model = copy.deepcopy(model).eval()
     masks = {name: mask.clone() for name, mask in masks.items()}
-    found, left = _groupings(model, masks)
+    found = _groupings(model, masks)
     if not found:
         raise ArgumentError(
             "group_convolutions",
@@ -59,11 +55,10 @@ def convert(model: nn.Module, masks: Masks, example: Tensor, fold: bool = True) 
         graph = build_channel_graph(model, example)
         orders = _ChannelOrders(graph, found).chosen
         kept = _reorder(model, masks, graph, orders)
-        found, _ = _groupings(model, masks)
+        found = _groupings(model, masks)
     for name in found:
         _replace(model, masks, name, found[name], fold)
-    counts = {name: grouping.groups for name, grouping in found.items()}
-    return Converted(model, masks, counts, tuple(left), kept)
+    return Converted(model, masks, kept)
 
 
 def group_convolution_counts(model: nn.Module) -> dict[str, float]:
@@ -79,12 +74,9 @@ def group_convolution_counts(model: nn.Module) -> dict[str, float]:
     }
 
 
-def _groupings(
-    model: nn.Module, masks: Mapping[str, Tensor]
-) -> tuple[dict[str, Grouping], list[str]]:
-    """Groupings by convolution, and names of convolutions whose masks do not consist of groups."""
+def _groupings(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Grouping]:
+    """Groupings by convolution; convolutions whose masks do not consist of groups have none."""
     found: dict[str, Grouping] = {}
-    left: list[str] = []
     names = [id(p) for _, p in model.named_parameters(remove_duplicate=False)]
     for name, module in model.named_modules():
         mask = masks.get(f"{name}.weight")
@@ -95,11 +87,9 @@ def _groupings(
             (mask == mask.flatten(2)[:, :, 0][:, :, None, None]).all()
         ):
             grouping = grouping_from_mask(expand_groups(mask[:, :, 0, 0].cpu(), module.groups))
-        if grouping is None:
-            left.append(name)
-        else:
+        if grouping is not None:
             found[name] = grouping
-    return found, left
+    return found
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from a clean one: `git checkout params.yaml`.
 import argparse
 import contextlib
 import difflib
-import functools
 import io
 import itertools
 import json
@@ -99,23 +98,7 @@ def changes(
 
 def load(name: str) -> Recipe:
     """The recipe of this name; SettingsError with similar names if there is none."""
-    library = _read_all()
-    if name not in library.names:
-        close = difflib.get_close_matches(name, library.names, n=5)
-        unread = "".join(f"; {error}" for error in library.errors)
-        raise SettingsError(
-            f"recipe {shorten(name)}: there is none in {FOLDER}/; there are: "
-            f"{', '.join(close) or 'none of a similar name'}; `secateur recipe` lists all{unread}"
-        )
-    settings = library.settings(name)
-    if "libraries" in settings:
-        raise SettingsError(f"recipe {name}: libraries: a recipe runs with what is installed")
-    return Recipe(name, library.written[name].about, settings)
-
-
-def names() -> list[str]:
-    """All recipes that can be run, sorted."""
-    return _read_all().names
+    return library().recipe(name)
 
 
 class _Written(BaseModel):
@@ -141,7 +124,7 @@ _WRITTEN = TypeAdapter(_Written)
 
 
 @dataclass(frozen=True)
-class _Library:
+class Library:
     """All recipes of the folder; each file is read once."""
 
     written: dict[str, _Written]
@@ -153,6 +136,21 @@ class _Library:
     def names(self) -> list[str]:
         """All recipes that can be run, sorted."""
         return sorted(name for name, found in self.written.items() if not found.base)
+
+    def recipe(self, name: str) -> Recipe:
+        """The recipe of this name; SettingsError with similar names if there is none."""
+        if name not in self.names:
+            close = difflib.get_close_matches(name, self.names, n=5)
+            unread = "".join(f"; {error}" for error in self.errors)
+            raise SettingsError(
+                f"recipe {shorten(name)}: there is none in {FOLDER}/; there are: "
+                f"{', '.join(close) or 'none of a similar name'}; `secateur recipe` lists all"
+                f"{unread}"
+            )
+        settings = self.settings(name)
+        if "libraries" in settings:
+            raise SettingsError(f"recipe {name}: libraries: a recipe runs with what is installed")
+        return Recipe(name, self.written[name].about, settings)
 
     def settings(self, name: str) -> dict[str, Any]:
         """The settings of a recipe on top of those that it extends; SettingsError for a cycle."""
@@ -169,37 +167,23 @@ class _Library:
         return settings
 
 
-def _read_all() -> _Library:
+def library() -> Library:
     """The recipes of all valid files, and the errors of the others."""
-    library, seen = _Library({}, []), set[str]()
+    whole, seen = Library({}, []), set[str]()
     for path in sorted(FOLDER.glob("*.yaml")):
         try:
-            found = _read_changed(path)
+            found = _read(path)
         except SettingsError as error:
-            library.errors.append(str(error))
+            whole.errors.append(str(error))
             continue
         for name, recipe in found.items():
             if name in seen:  # ambiguous
-                library.written.pop(name, None)
-                library.errors.append(f"{path}: there is another recipe named {name}")
+                whole.written.pop(name, None)
+                whole.errors.append(f"{path}: there is another recipe named {name}")
             else:
-                library.written[name] = recipe
+                whole.written[name] = recipe
         seen |= found.keys()
-    return library
-
-
-def _read_changed(path: Path) -> dict[str, _Written]:
-    """The recipes of one file by name, read again only if the file has changed since."""
-    try:
-        state = path.stat()
-    except OSError:
-        return _read(path)
-    return _read_once(path, Path.cwd(), (state.st_ino, state.st_mtime_ns, state.st_size))
-
-
-@functools.lru_cache(maxsize=1000)
-def _read_once(path: Path, _folder: Path, _state: tuple[int, int, int]) -> dict[str, _Written]:
-    return _read(path)
+    return whole
 
 
 def _read(path: Path) -> dict[str, _Written]:
@@ -378,16 +362,16 @@ def command(options: argparse.Namespace) -> None:
 
 def _list() -> None:
     """Print a line for each recipe, and an error for each file that is damaged."""
-    library = _read_all()
-    errors = list(library.errors)
-    width = max(map(len, library.names), default=0)
-    for name in library.names:
+    whole = library()
+    errors = list(whole.errors)
+    width = max(map(len, whole.names), default=0)
+    for name in whole.names:
         try:
-            library.settings(name)
+            whole.settings(name)
         except SettingsError as error:
             errors.append(str(error))
         else:
-            console.say(f"{name:{width}}  {library.written[name].about}")
+            console.say(f"{name:{width}}  {whole.written[name].about}")
     for message in errors[:-1]:
         print(f"error: {message}", file=sys.stderr, flush=True)
     if errors:

@@ -175,10 +175,6 @@ class Graph:
                 self._whole[md5] = all(self.object(file).is_file() for file in inner.values())
         return self._whole[md5]
 
-    def forget_missing(self) -> None:
-        """Forget which objects were missing in the cache, so that they are looked up again."""
-        self._whole = {md5: there for md5, there in self._whole.items() if there}
-
     def object(self, md5: str) -> Path:
         """Path of an object in the cache."""
         return self.cache / md5[:2] / md5[2:]

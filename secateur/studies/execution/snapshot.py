@@ -128,15 +128,13 @@ def _index(root: Path) -> Iterator[dict[str, str]]:
         yield os.environ | {"GIT_INDEX_FILE": str(Path(folder) / "index")}
 
 
-def git(
-    root: Path, *command: str, env: dict[str, str] | None = None, error: str = "", text: str = ""
-) -> str:
+def git(root: Path, *command: str, env: dict[str, str] | None = None, error: str = "") -> str:
     """Output of a Git command; SecateurError in one line if it fails."""
     surroundings = (env or os.environ) | {"LC_ALL": "C"}
     try:
         done = subprocess.run(
-            ["git", *command], cwd=root, env=surroundings, input=text, capture_output=True,
-            text=True, errors="surrogateescape", check=False,
+            ["git", *command], cwd=root, env=surroundings, stdin=subprocess.DEVNULL,
+            capture_output=True, text=True, errors="surrogateescape", check=False,
         )  # fmt: skip
     except OSError as reason:
         raise SecateurError(f"git: {reason}; experiments need Git") from None
