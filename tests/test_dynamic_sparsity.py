@@ -11,12 +11,14 @@ from torch import nn
 
 from secateur.base import plugin
 from secateur.base.errors import SettingsError
+from secateur.base.sections import Train, in_steps
 from secateur.base.settings import section, validate
 from secateur.penalties import gradual, rigl
 from secateur.pruning import removal
 from secateur.pruning.apply import apply_decision
 from secateur.pruning.decision import PruningContext
 from secateur.sparsity.choices import number_pruned
+from secateur.training import averaging
 from secateur.training.penalty import TrainingPlan
 
 
@@ -605,3 +607,19 @@ def test_steps_of_the_training_are_shares_rounded_down():
     plan = TrainingPlan(settings(1), 10, 100)
     given = (0, 0.05, 0.999, 1, 10_000.0)
     assert [plan.in_steps(value) for value in given] == [0, 0, 9, 1, 10_000]
+
+
+def test_every_share_of_whole_percents_is_its_number_of_steps_and_zeros():
+    """k / 100 of 100 steps are k; the average begins, and the first choice prunes, as many."""
+    plan, model = TrainingPlan(settings(1), 100, 100), nn.Sequential(nn.Linear(10, 10, bias=False))
+    for percent in range(100):
+        share = percent / 100
+        assert plan.in_steps(share) == percent
+        average = {"kind": "ema", "start": share, "recalibrate": 0}
+        how = Train(epochs=4, average=average)
+        assert averaging.WeightAverage(how, model, 25).start == percent
+        penalty = started("gradual", model, ratios=0.999, initial=share, begin=0, end=50)
+        step(penalty, 0)
+        assert int(penalty.choice["0.weight"].sum()) == percent
+    assert [in_steps(1 / steps, 7 * steps) for steps in range(2, 99)] == [7] * 97
+    assert in_steps(0.289999, 100) == 28

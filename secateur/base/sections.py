@@ -35,6 +35,14 @@ StepsOrShare = Annotated[float, Field(ge=0), AfterValidator(_whole_above_one)]
 """A number of optimizer steps, or, if less than 1, a share of all steps of the training."""
 
 
+def in_steps(value: float, steps: int) -> int:
+    """Number of steps that a `StepsOrShare` stands for in a training of `steps`, rounded down.
+
+    Without the rounding error of the product: 0.29 of 100 is 29, and 1/3 of 15 is 5.
+    """
+    return int(round(value * steps, 6)) if value < 1 else int(value)
+
+
 def matching(pattern: str, needed: str) -> AfterValidator:
     """Validator: `pattern` must match the whole text; otherwise the error message is `needed`."""
 

@@ -112,6 +112,8 @@ def build(
 
 def share_at(final: float, initial: float, progress: float) -> float:
     """The pruned share at a progress between 0, the first choice, and 1, the last choice."""
+    if not progress:  # exactly; the sum below may be larger by a rounding error
+        return initial
     left: float = (1 - progress) ** 3
     return final + (initial - final) * left
 

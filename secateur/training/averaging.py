@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from secateur.base.errors import ArgumentError
-from secateur.base.sections import Train
+from secateur.base.sections import Train, in_steps
 from secateur.data.dataset import Dataset
 from secateur.sparsity.masks import BatchNorm
 from secateur.training.penalty import ChoosingPenalty, MaskingPenalty, Penalty
@@ -48,8 +48,7 @@ def check(settings: Train, steps_per_epoch: int, penalty: Penalty | None = None)
 
 def _first_step(settings: Train, steps_per_epoch: int) -> int:
     """Number of steps before the average begins."""
-    start = settings.average.start
-    return int(start * settings.epochs * steps_per_epoch) if start < 1 else int(start)
+    return in_steps(settings.average.start, settings.epochs * steps_per_epoch)
 
 
 class WeightAverage:

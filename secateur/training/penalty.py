@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from secateur.base import plugin
 from secateur.base.errors import ArgumentError
-from secateur.base.sections import Train
+from secateur.base.sections import Train, in_steps
 from secateur.training.callbacks import Row
 
 
@@ -80,7 +80,7 @@ class TrainingPlan:
 
     def in_steps(self, value: float) -> int:
         """Number of steps that a `StepsOrShare` stands for; a share is rounded down."""
-        return int(value * self.steps) if value < 1 else int(value)
+        return in_steps(value, self.steps)
 
 
 @runtime_checkable
