@@ -55,8 +55,8 @@ def prune(context: runner.StageContext) -> runner.StageResult:
         settings = params.chosen("pruners")
         table = _latencies(context)
         batch = stratified_batch(context.data.train, context.data.info)
-        weights_left = dict(start.model.named_parameters())
-        choices = {name: own for name, own in sparse.choices.items() if name in weights_left}
+        left = start.model.state_dict()  # weights, and indices of channels
+        choices = {name: own for name, own in sparse.choices.items() if name in left}
         network = PruningContext(start.model, *batch, choices, table, dense, start.masks)
         decision = plugin.load("pruners", params.pruner).prune(settings, network)
     decision = replace(decision, masks=masks.joined(decision.masks, start.masks))

@@ -184,21 +184,86 @@ class Ended(Block):
         return self.drop(self.branch(x)) + x
 
 
-@pytest.mark.parametrize("block", [Function, Placed, Ended])
+class Channelwise(Block):
+    """A function in its branch takes only tensors that have channels."""
+
+    def forward(self, x):
+        inner = torch.relu(self.norm(self.first(x)))
+        return x + self.second(F.dropout2d(inner, 0.1, self.training))
+
+
+@pytest.mark.parametrize("block", [Function, Placed, Ended, Channelwise])
 def test_sums_are_written_in_several_ways(block):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), block(4, 3), nn.Conv2d(4, 2, 1)).eval()
     small = without(model, "1").model
     with torch.no_grad():
         assert torch.equal(small(IMAGES), model[2](model[0](IMAGES)))
-    assert small[1].first.zero == 0
-    assert not list(small[1].parameters())
+    assert not [*small[1].parameters(), *small[1].buffers()]
+    assert small.train()(IMAGES).requires_grad  # it can be trained, whatever stands between layers
 
 
 def test_macs_fall_by_those_of_the_branch(net):
     by_hand = 6 * 6 * (3 * 4 * 9 + 3 * 4)  # of 6x6 positions: 3x3 from 4 to 3 channels, 1x1 back
     result = without(net, "blocks.1")
     assert cost.macs(net, IMAGES[:1]) - cost.macs(result.model, IMAGES[:1]) == by_hand
+
+
+class Shared(Block):
+    """Its first layer has a second name, which is the one that is called."""
+
+    def __init__(self, channels, inner):
+        super().__init__(channels, inner)
+        self.again = self.first
+
+    def branch(self, x):
+        return self.second(torch.relu(self.norm(self.again(x))))
+
+
+def test_a_layer_with_two_names_is_removed_under_both():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), Shared(4, 3), nn.Conv2d(4, 2, 1)).eval()
+    small = without(model, "1").model
+    assert isinstance(small[1].first, Removed) and small[1].again is small[1].first
+    with torch.no_grad():
+        assert torch.equal(small(IMAGES), model[2](torch.relu(model[0](IMAGES))))
+
+
+class Rectified(nn.Module):
+    """x + f(x), where f rectifies x in place, behind modules that return it unchanged."""
+
+    def __init__(self, *before):
+        super().__init__()
+        self.before = nn.Sequential(*before, nn.ReLU(inplace=True))
+        self.layer = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        return x + self.layer(self.before(x))
+
+
+@pytest.mark.parametrize("before", [(), (nn.Identity(),), (nn.Dropout(), nn.Identity())])
+def test_a_branch_that_changes_the_shortcut_in_place_is_none(before):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), Rectified(*before), nn.Conv2d(4, 2, 1)).eval()
+    assert not find(model)
+    copied = nn.Sequential(nn.Conv2d(3, 4, 3), Rectified(nn.BatchNorm2d(4)), nn.Conv2d(4, 2, 1))
+    assert list(find(copied.eval())) == ["1"]
+
+
+class Shifted(nn.Module):
+    """A linear layer whose bias is a parameter of its own: without the layer, a single row."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 4, bias=False)
+        self.shift = nn.Parameter(torch.ones(1, 4))
+
+    def forward(self, x):
+        features = x.mean((2, 3))
+        return self.layer(features) + self.shift, features
+
+
+def test_a_sum_with_a_learnt_row_has_no_branch():
+    assert not find(Shifted().eval())
 
 
 @pytest.mark.parametrize("number", [1, 2, 3])
@@ -257,6 +322,7 @@ def test_the_loss_needs_labels(net):
         ("preresnet", {"depth": 11}, 3),
         ("wide_resnet", {"depth": 10, "widen": 1}, 3),
         ("resnext", {"depth": 11, "cardinality": 4, "base_width": 4}, 3),
+        ("resnext", {"depth": 11, "cardinality": 4, "base_width": 8}, 3),
         ("densenet", {"depth": 10}, 0),
         ("torchvision", {"name": "resnet18"}, 8),  # one inplace ReLU runs twice in every block
         ("torchvision", {"name": "mobilenet_v3_small"}, 6),  # squeeze-excite within the branch
@@ -273,6 +339,7 @@ def test_architectures_lose_any_branch_exactly_and_are_rebuilt(arch, settings, e
     names = list(branches)[1::2]
     if not names:
         return
+    assert not [name for name in branches if "shortcut" in name or "downsample" in name]
     result = without(model, *names, images=images)
     zeroed = copy.deepcopy(model)
     with torch.no_grad():
@@ -342,13 +409,9 @@ HEADER = checkpoint.Header(
 
 
 def test_the_stage_removes_named_branches_beside_what_the_pruner_removes():
-    chance = torch.Generator().manual_seed(1)
-    pixels = torch.randint(0, 256, (30, 8, 8, 3), generator=chance, dtype=torch.uint8)
-    split = dataset.InMemoryImages.from_pixels(pixels, torch.arange(30) % 3)
-    images = dataset.Images(split, split, HEADER.classes, (0.5,) * 3, (0.5,) * 3)
-    data = dataset.prepare("toy", images, 0, 0)
+    data = toy_data(HEADER.shape, HEADER.classes)
     model = randomise(checkpoint.build_architecture(HEADER), 0)
-    mask = torch.rand(16, 16, 3, 3, generator=chance) > 0.2
+    mask = torch.rand(16, 16, 3, 3, generator=torch.Generator().manual_seed(1)) > 0.2
     kept = {"layer1.0.conv1.weight": mask, "layer1.0.conv2.weight": mask}
     context = stage_context({"branches": ["layer1.1"]}, model, data, kept)
     result = prune_stage.prune(context)
@@ -360,8 +423,60 @@ def test_the_stage_removes_named_branches_beside_what_the_pruner_removes():
     # in a further round, the branch is gone already
     again = prune_stage.prune(stage_context({"branches": ["layer1.1"]}, result.model, data))
     assert again.model.layer1[0].conv1.out_channels == 4
-    with pytest.raises(SettingsError, match=r"prune.branches = 'layer9': .*layer1.0, layer2.0"):
-        prune_stage.prune(stage_context({"branches": ["layer9"]}, result.model, data))
+    for name in ("layer9", "layer1", "layer1.1.conv1"):  # the last two are no whole branch
+        with pytest.raises(
+            SettingsError, match=rf"prune.branches = '{name}': .*layer1.0, layer2.0"
+        ):
+            prune_stage.prune(stage_context({"branches": [name]}, result.model, data))
+
+
+def test_a_narrow_branch_is_still_told_from_its_shortcut():
+    """Filters inside a bottleneck do not decide which operand of the sum is the branch."""
+    build = plugin.load("archs", "resnet_cifar")
+    settings = build.Settings(depth=11, block="bottleneck", shortcut="B")
+    model = randomise(build.build(settings, 3, (3, 16, 16)).eval(), 0)
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    names = list(find(model, images))
+    half = secateur.pruners.magnitude(granularity="filter", ratios=0.75)
+    narrow = secateur.prune(model, images, half).model
+    inner = narrow.layer2[0]
+    own = sum(p.numel() for n, p in inner.named_parameters() if not n.startswith("shortcut"))
+    assert own < sum(p.numel() for p in inner.shortcut.parameters())
+    assert list(find(narrow, images)) == names
+
+
+def toy_data(shape, classes):
+    """Random pictures of three classes."""
+    chance = torch.Generator().manual_seed(1)
+    pixels = torch.randint(0, 256, (30, *shape[1:], 3), generator=chance, dtype=torch.uint8)
+    split = dataset.InMemoryImages.from_pixels(pixels, torch.arange(30) % 3)
+    images = dataset.Images(split, split, classes, (0.5,) * 3, (0.5,) * 3)
+    return dataset.prepare("toy", images, 0, 0)
+
+
+def test_the_stage_removes_all_that_the_penalty_chose_by_channel_groups():
+    """Also channels that a ChannelSelect passes on, whose choice has the name of its index."""
+    header = replace(HEADER, arch_settings={"depth": 8})
+    model = randomise(checkpoint.build_architecture(header), 0)
+    graph = build_channel_graph(model, torch.zeros(1, *header.shape))
+    group = graph.group("layer3.0.conv2")
+    gone = torch.zeros(len(graph.canonical), dtype=torch.bool)
+    gone[group.ids[::2]] = True
+    choices = {}
+    for name, ids in graph.output_ids().items():
+        if name not in graph.layers:
+            choices[name] = gone[ids]
+        elif gone[ids].any():
+            weight = model.get_submodule(name).weight
+            choices[f"{name}.weight"] = gone[ids].view(-1, *[1] * (weight.dim() - 1))
+    assert any(name.endswith("index") and bool(own.any()) for name, own in choices.items())
+    context = stage_context({}, model, toy_data(header.shape, header.classes))
+    context.start.choices, context.start.header = choices, header
+    context.params.pruner = "chosen"
+    context.params.chosen = lambda _: plugin.load("pruners", "chosen").Settings()
+    result = prune_stage.prune(context)
+    assert result.model.layer3[0].conv2.out_channels == len(group.ids) // 2
+    assert not result.masks  # no chosen channel is left with masks
 
 
 def test_a_branch_that_is_not_there_is_told_before_any_training(tmp_path, monkeypatch):
@@ -372,4 +487,30 @@ def test_a_branch_that_is_not_there_is_told_before_any_training(tmp_path, monkey
     info = dataset.DatasetInfo("toy", ["a", "b"], (3, 8, 8), [0.0], [1.0], "", {"train": 640})
     model = checkpoint.build_architecture(HEADER)
     with pytest.raises(SettingsError, match=r"prune.branches = 'layer4.0': .*layer1.0, layer1.1"):
+        preflight.check_network(model, info)
+
+
+def test_a_feature_of_a_removed_branch_is_told_before_any_training(tmp_path, monkeypatch):
+    """The finetuned network has lost the layer, and so may have a teacher."""
+    params = yaml.safe_load(Path("params.yaml").read_text())
+    params["prune"]["branches"] = ["layer2.0"]
+    params["arch"] = "resnet_cifar"
+    params["finetune"]["distillation"] |= {"teacher": "models/baseline"}
+    params["finetune"]["distillation"]["features"] = ["layer2.0.conv2"]
+    monkeypatch.chdir(tmp_path)
+    info = dataset.DatasetInfo("toy", HEADER.classes, (3, 8, 8), [0.0], [1.0], "", {"train": 640})
+    model = checkpoint.build_architecture(HEADER)
+    Path("params.yaml").write_text(yaml_text(params))
+    with pytest.raises(
+        SettingsError, match=r"finetune.distillation.features.*'layer2.0.conv2' no more"
+    ):
+        preflight.check_network(model, info)
+    params["finetune"]["distillation"]["features"] = ["layer2.1.conv2"]
+    Path("params.yaml").write_text(yaml_text(params))
+    preflight.check_network(model, info)
+    less = without(model, "layer2.1", images=torch.zeros(1, 3, 8, 8)).model
+    checkpoint.save(tmp_path / "weights/small.safetensors", HEADER, less, {})
+    params["finetune"]["distillation"]["teacher"] = "weights/small.safetensors"
+    Path("params.yaml").write_text(yaml_text(params))
+    with pytest.raises(SettingsError, match=r"the teacher has 'layer2.1.conv2' no more"):
         preflight.check_network(model, info)

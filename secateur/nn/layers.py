@@ -80,19 +80,18 @@ class Removed(nn.Module):
     """Takes the place of a layer of a removed residual branch: returns zero, whatever the input.
 
     The last layer of the branch returns a plain number, which can be added to a tensor in place as
-    well; the others return a tensor without axes, since functions between them take tensors.
+    well; the others return a single zero with as many axes as their input, since functions between
+    them take tensors.
     """
 
-    zero: Tensor
-
-    def __init__(self, last: bool, device: torch.device | None = None) -> None:
+    def __init__(self, last: bool) -> None:
         super().__init__()
         self.last = last
-        self.register_buffer("zero", torch.zeros((), device=device), persistent=False)
 
-    def forward(self, *_: Any, **__: Any) -> Tensor | float:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor | float:
         """Zero."""
-        return 0.0 if self.last else self.zero.clone()
+        tensors = [given for given in (*args, *kwargs.values()) if isinstance(given, Tensor)]
+        return 0.0 if self.last or not tensors else tensors[0].new_zeros((1,) * tensors[0].dim())
 
     def extra_repr(self) -> str:
         """Whether it is the last layer of its branch."""

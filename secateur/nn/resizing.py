@@ -62,11 +62,17 @@ def resize(
 
 
 def remove_layers(model: nn.Module, modules: Mapping[str, int]) -> None:
-    """Replace modules by `layers.Removed`, in place; `LAST` for the last module of its branch."""
-    device = next((p.device for p in model.parameters()), None)
+    """Replace modules by `layers.Removed`, in place; `LAST` for the last module of its branch.
+
+    A module that has several names is replaced under all of them.
+    """
+    names = list(model.named_modules(remove_duplicate=False))
     for name, place in modules.items():
-        made = Removed(place == LAST, device)
-        model.set_submodule(name, made.train(model.get_submodule(name).training))
+        old = model.get_submodule(name)
+        made = Removed(place == LAST).train(old.training)
+        for other, module in names:
+            if module is old:
+                model.set_submodule(other, made)
 
 
 def assign(

@@ -82,8 +82,6 @@ def _check(model: nn.Module, info: DatasetInfo, params: settings.Params) -> None
             with settings.section(key):
                 _check_length(term, key, training, info.counts.get("train", 0))
                 progressive_resizing.check(trial, training.progressive_resizing, info.shape)
-                if isinstance(training, sections.ContinuedTrain):
-                    _check_teacher(training.distillation, model, info, params)
         if parametrization is not None:
             parametrization.collapse()
         elif params.pruner == "chosen" and not isinstance(penalty, ChoosingPenalty):
@@ -95,8 +93,12 @@ def _check(model: nn.Module, info: DatasetInfo, params: settings.Params) -> None
             )
         chosen = _without_latency(params)
         images, labels = torch.zeros(1, *info.shape), torch.zeros(1, dtype=torch.int64)
+        with settings.section("sparse_train"):
+            _check_teacher(params.sparse_train.distillation, trial, info, params)
         with settings.section("prune"):
             trial = without_branches(trial, params.prune.branches, {}, images).model
+        with settings.section("finetune"):
+            _check_teacher(params.finetune.distillation, trial, info, params)
         context = PruningContext(trial, images, labels, dense=trial)
         if params.prune.remove_dead or params.prune.group_convolutions:
             _check_removal(context)
@@ -167,6 +169,7 @@ def _check_teacher(
         arch = params.arch
         file, found = distillation.load_teacher(file, wanted.code, arch, params.archs.get(arch))
         distillation.check_data(file, found.header, info, "classes", "shape")
+        distillation.check_layers(wanted.features, found.model(), "the teacher")
     distillation.check_layers(wanted.features, model)
 
 

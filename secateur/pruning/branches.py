@@ -3,7 +3,8 @@
 A residual block computes x + f(x). The layers of f are its branch if their result goes nowhere but
 into this sum, and if all operations between them act on each entry separately. Without the branch
 the sum is its other operand: x, or a shortcut of x. Every block of a ResNet has a branch; where the
-shortcut has layers too, the branch is the operand with more parameters.
+shortcut has layers too, the branch is the operand with more layers, or, if there are as many, with
+more parameters.
 """
 
 import operator
@@ -24,6 +25,11 @@ from secateur.sparsity.masks import LAYERS
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
 _IN_PLACE = ("iadd", "isub", "imul", "itruediv")
+_SAME_MEMORY = (
+    "contiguous", "to", "float", "double", "half", "type", "detach", "dropout", "dropout1d",
+    "dropout2d", "feature_dropout", "alpha_dropout", "stochastic_depth",
+)  # fmt: skip
+"""Operations that may return their input in eval mode."""
 _NO_EFFECT = (nn.Identity, nn.Dropout, nn.Dropout2d)
 """Modules after the last layer of a branch, which in eval mode return their input."""
 
@@ -49,14 +55,14 @@ def residual_branches(graph: ChannelGraph, example: Tensor) -> dict[str, Branch]
     """
     model = graph.model
     shapes = _Shapes(model, graph.fx_graph)
-    shapes.run(example[:1])
+    shapes.run(example[:1].expand(2, *example.shape[1:]).clone())  # one image hides its axis
     network = _Network.of(model, graph.fx_graph)
     found = []
     for node in network.nodes:
         if _adds_equal_shapes(node, shapes.found):
             regions = [_Region(operand, node, network) for operand in node.all_input_nodes]
-            shortcut, branch = sorted(regions, key=lambda region: region.parameters)
-            if shortcut.parameters < branch.parameters and branch.last is not None:
+            shortcut, branch = sorted(regions, key=lambda region: region.size)
+            if shortcut.size < branch.size and branch.last is not None:
                 found.append(branch)
     paths = [_common_path(region.modules) for region in found]
     named = {}
@@ -77,12 +83,24 @@ def find_named(
     if not names:
         return []
     branches = residual_branches(graph, example)
-    gone = [path for path, module in graph.model.named_modules() if isinstance(module, Removed)]
     for name in names:
-        if name not in branches and not any(f"{path}.".startswith(f"{name}.") for path in gone):
+        if name not in branches and not _was_removed(name, graph.model):
             known = ", ".join(branches) or "none"
             raise ArgumentError(key, f"no such residual branch; the network has {known}", name)
     return [branches[name] for name in dict.fromkeys(names) if name in branches]
+
+
+def _was_removed(name: str, model: nn.Module) -> bool:
+    """Whether this is the name of one branch, whose modules have been removed."""
+    modules = {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, Removed) and f"{path}.".startswith(f"{name}.")
+    }
+    if name in modules:
+        return modules[name].last
+    one_branch = sum(module.last for module in modules.values()) == 1
+    return one_branch and _common_path(list(modules)) == name
 
 
 @torch.no_grad()
@@ -146,8 +164,8 @@ class _Region:
 
     modules: list[str]
     """The modules in it that run nowhere else, in order of execution."""
-    parameters: int
-    """Number of entries of their parameters."""
+    size: tuple[int, int]
+    """Number of layers among them, which pruning of channels does not change, and of parameters."""
     last: str | None = None
     """As `Branch.last`; None if the region is no branch."""
 
@@ -163,7 +181,8 @@ class _Region:
         called = [str(node.target) for node in self.nodes if node.op == "call_module"]
         self.modules = [name for name in called if network.calls[name] == 1]
         own = [p for name in self.modules for p in network.modules[name].parameters()]
-        self.parameters = sum(p.numel() for p in own)
+        layers = [name for name in self.modules if isinstance(network.modules[name], LAYERS)]
+        self.size = len(layers), sum(p.numel() for p in own)
         if self._can_become_zero(network):
             is_number = into.target in (operator.add, operator.iadd) or operand is into.args[1]
             runs_once = network.calls[str(operand.target)] == 1
@@ -176,9 +195,14 @@ class _Region:
         write into their inputs, which the shortcut reads.
         """
         inside = set(self.nodes)
+        outer: set[fx.Node] = set()
+        """Nodes whose result may be a tensor from outside."""
         for node in self.nodes:
-            if not set(node.all_input_nodes) <= inside and _changes_input(node, network.modules):
+            from_outside = any(n not in inside or n in outer for n in node.all_input_nodes)
+            if from_outside and _changes_input(node, network.modules):
                 return False
+            if from_outside and _returns_input(node, network.modules):
+                outer.add(node)
             if node.op != "call_module":
                 if not _acts_on_entries(node, network.modules):
                     return False
@@ -203,6 +227,13 @@ def _changes_input(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
         return bool(getattr(modules[str(node.target)], "inplace", False))
     name = operators.name_of(node.target)
     return bool(node.kwargs.get("inplace")) or name.endswith("_") or name in _IN_PLACE
+
+
+def _returns_input(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether the result may be the input itself, or a tensor that shares its memory."""
+    if node.op == "call_module":
+        return isinstance(modules[str(node.target)], _NO_EFFECT)
+    return operators.name_of(node.target) in _SAME_MEMORY
 
 
 def _last_layer(operand: fx.Node, network: _Network) -> str | None:

@@ -43,8 +43,9 @@ class Target(Strict):
     latency: Share | None = None
     """Share of the time of a forward pass, predicted for the runtime that was measured."""
     of: Literal["given", "dense"] = "given"
-    """What the share refers to: the network that is pruned, or the dense network that it comes
-    from. They differ from the second round on."""
+    """What the share refers to: the network that is pruned, without the branches of
+    prune.branches, or the dense network that it comes from. They differ from the second round on,
+    and where branches are removed."""
 
     @model_validator(mode="after")
     def _one_of_them(self) -> Self:

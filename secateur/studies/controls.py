@@ -40,7 +40,13 @@ UNPRUNED: dict[str, Any] = {
     "sparse_train": {"epochs": 0, "warmup": 0},
     "pruner": "threshold",
     "pruners": {"threshold": {"sensitivity": 0.0}},
-    "prune": {"remove_dead": False, "group_convolutions": False},
+    "prune": {
+        "branches": [],
+        "remove_dead": False,
+        "group_convolutions": False,
+        "recalibrate": 0,
+        "latency": "none",
+    },
     "finetune": {"epochs": 0, "warmup": 0, "init": "inherit", "budget": "epochs"},
     "rounds": {},
 }

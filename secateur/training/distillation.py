@@ -14,6 +14,7 @@ from secateur.base.sections import NOTHING, Distillation
 from secateur.data.batches import Batches, sequential_batches
 from secateur.data.dataset import DatasetInfo
 from secateur.nn import checkpoint
+from secateur.nn.layers import Removed
 from secateur.training.engine import Engine
 
 MOST_LOGITS = 2**26
@@ -34,8 +35,12 @@ def softened_divergence(logits: Tensor, teacher: Tensor, temperature: float) -> 
 
 def check_layers(names: tuple[str, ...], model: nn.Module, whose: str = "the network") -> None:
     """Raise ArgumentError naming the first of these layers that the network does not have."""
-    known = {name for name, _ in model.named_modules() if name}
+    modules = dict(model.named_modules())
+    known = {name for name, module in modules.items() if name and not isinstance(module, Removed)}
     for name in names:
+        if name in modules and name not in known:
+            why = f"{whose} has {shorten(name)} no more: it was removed with its residual branch"
+            raise ArgumentError("distillation.features", why, list(names))
         if name not in known:
             close = difflib.get_close_matches(name, sorted(known), n=3) or sorted(known)[:8]
             raise ArgumentError(
