@@ -439,6 +439,53 @@ def test_a_setting_that_an_older_version_lacks_counts_as_turned_off():
     assert compare.differences(other, ["branches"]) == "branches [layer1.2, layer2.1]"
 
 
+NO_EFFECT = {
+    "export.int8": (True, False), "export.latency_batches": ([1, 32], [1]),
+    "sensitivity.drop": (0.01, 0.1), "evaluate.latency_repeats": (200, 3),
+    "evaluate.last_epochs": (0, 5), "datasets.image_folder.memory_mb": (1024, 0),
+    "latency.threads": (1, 2),
+}  # fmt: skip
+
+
+def with_settings(changed):
+    """An experiment with these settings for each seed; changed for the second seed only."""
+    both = [{key: values[n] for key, values in changed.items()} for n in range(2)]
+    same = {"dataset": "image_folder", "pruner": "magnitude", "penalty": "none"}
+    return [
+        Result(f"s{seed}", same | own | {"seed": seed}, REPORT | {"seed": seed})
+        for seed, own in enumerate(both, 1)
+    ]
+
+
+@pytest.mark.parametrize("key", NO_EFFECT)
+def test_seeds_are_one_method_whatever_settings_without_effect_are(key):
+    found = with_settings({key: NO_EFFECT[key]})
+    assert results.different(found) == []
+    assert [(cell.method, cell.point) for cell in by_hand.cells_of(found)] == [
+        ("none, magnitude", "as set")
+    ] * 2
+    rows = [tables.Row("m", "1", False, (result,)) for result in found]
+    assert fairness.setup(*rows) == ("S4.2", "")
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"evaluate.latency_batch": (1, 32)},
+        {"datasets.image_folder.size": (16, 32)},
+        {"latency.threads": (1, 2), "prune.latency": ("torch", "torch")},
+        {"latency.threads": (1, 2), "rounds.round2.prune.latency": ("torch", "torch")},
+    ],
+)
+def test_settings_that_can_change_a_result_are_methods_of_their_own(changed):
+    found, key = with_settings(changed), next(iter(changed))
+    assert results.different(found) == [key]
+    name, values = key.rpartition(".")[2], changed[key]
+    assert [cell.method for cell in by_hand.cells_of(found)] == [
+        f"none, magnitude, {name} {value}" for value in values
+    ]
+
+
 def test_long_labels_leave_room_for_the_axes():
     label = "none, magnitude, branches [layer1.2, layer2.1], image_folder.augment.cutout 8"
     points = [plots.Point(1.5, 0.87, 0.01), plots.Point(1.8, 0.86, 0.01)]
@@ -447,6 +494,20 @@ def test_long_labels_leave_room_for_the_axes():
         warnings.simplefilter("error")
         plots.png(figure)
     assert figure.axes[0].get_position().width > 0.5
+
+
+def test_ticks_of_a_wide_axis_do_not_overlap():
+    """A dense network at 100 % and a pruned one that guesses: 99.7 to 100 are a few points high."""
+    points = [plots.Point(1.2, 1.0, None), plots.Point(2.0, 0.8, 0.1), plots.Point(20.0, 0.15, 0.1)]
+    figure = plots.trade_off({"m": points}, 1.0, [], "cost")
+    figure.draw_without_rendering()
+    axes = figure.axes[0]
+    shown = [
+        label for label in axes.get_yticklabels() if axes.get_ylim()[0] <= label.get_position()[1]
+    ]
+    boxes = [label.get_window_extent() for label in shown]
+    assert shown[0].get_text() == "100" and len(shown) > 6
+    assert all(above.y0 > below.y1 for above, below in itertools.pairwise(boxes))
 
 
 def drawings(lines):

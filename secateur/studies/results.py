@@ -1,5 +1,6 @@
 """Results of experiments, read from the files in Git, without models, DVC or MLflow."""
 
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -227,6 +228,10 @@ def parse(name: str, params: bytes | None, report: bytes | None) -> Result:
     return result
 
 
+NO_EFFECT = (
+    r"(export|sensitivity)(\..+)?|evaluate\.(latency_repeats|last_epochs)|datasets\.\w+\.memory_mb"
+)
+"""Settings that change no result: of other pipelines, of measurement, and of memory."""
 OFF: tuple[Any, ...] = (0, False, "none", [], {})
 """Values of settings that do nothing."""
 
@@ -238,11 +243,29 @@ def different(results: Sequence[Result]) -> list[str]:
 
 
 def are_different(key: str, results: Sequence[Result]) -> bool:
-    """Whether a setting has several values.
+    """Whether a setting that can change a result has several values.
 
     A version of Secateur that lacks the setting did the same as one where it is turned off.
     """
+    if not has_effect(key) or (key.startswith("latency.") and not _latency_counts(results)):
+        return False
     values = [result.params.get(key) for result in results]
     if any(key not in result.params for result in results):
         values = [None if value in OFF else value for value in values]
     return len(set(map(str, values))) > 1
+
+
+def has_effect(key: str) -> bool:
+    """Whether a setting can change a result."""
+    return re.fullmatch(NO_EFFECT, key) is None
+
+
+def _latency_counts(results: Sequence[Result]) -> bool:
+    """Whether a round of any result uses a latency table."""
+    chosen = [
+        value
+        for result in results
+        for key, value in result.params.items()
+        if f".{key}".endswith(".prune.latency")
+    ]
+    return any(value not in (None, "none") for value in chosen)

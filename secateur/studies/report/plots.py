@@ -133,7 +133,9 @@ def scale_x(axes: "Axes", values: Sequence[float]) -> None:
 
 
 ACCURACIES = (20, 50, 70, 80, 90, 95, 97, 98, 99, 99.5, 99.7, 99.8, 99.9, 100)
-"""Ticks of a log axis, in percent."""
+"""Ticks of a log axis, in percent, as far as they are apart."""
+TICKS_APART = 0.04
+"""Least distance of two of them, as a share of the axis."""
 LEAST_ERROR, LARGEST_ERROR = 0.01, 1.0
 """Bounds of the error, in percent, below which a log axis is linear."""
 
@@ -163,12 +165,18 @@ def scale_accuracy(axes: "Axes", values: Sequence[float], ends: Sequence[float] 
         return 100 - bound * (10 ** -np.minimum(place, 0) - np.maximum(place, 0) / slope)
 
     axes.set_yscale("function", functions=(forward, backward))
-    axes.yaxis.set_major_locator(FixedLocator(ACCURACIES))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     places = forward(np.array([*values, *ends]))
     room = 0.06 * np.ptp(places)
-    axes.set_ylim(*backward(np.array([places.min() - room, places.max() + room])))
+    limits = np.array([places.min() - room, places.max() + room])
+    ticks, highest = [], limits[1]
+    for tick, place in reversed([*zip(ACCURACIES, forward(np.array(ACCURACIES)), strict=True)]):
+        if place <= highest:
+            ticks.append(tick)
+            highest = place - TICKS_APART * np.ptp(limits)
+    axes.yaxis.set_major_locator(FixedLocator(ticks))
+    axes.set_ylim(*backward(limits))
 
 
 def _draw_front(axes: "Axes", best: Sequence[tuple[float, float]]) -> list[Entry]:
