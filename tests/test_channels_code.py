@@ -4,8 +4,11 @@ import pytest
 import torch
 from cutting import at_random, build, check, difference, free, images, rebuilt
 from torch import nn
+from torch.nn import functional
 
+from secateur.base.errors import PruningError
 from secateur.channels.graph import build_channel_graph
+from secateur.pruning import removal
 
 CLASSES = 3
 
@@ -77,3 +80,64 @@ def test_parameters_that_are_used_before_the_layers_become_smaller(make, name):
     graph = equal_at_random(make)
     (group,) = free(graph)
     assert name in {member.tensor for member in group.members}
+
+
+# ---- a single channel that is left -------------------------------------------------------------
+
+
+def token_joined():
+    def run(net, x):
+        x = tokens(net.patches(x))
+        x = torch.cat([net.token.expand(x.shape[0], -1, -1), x], 1)
+        return net.head(net.fc(x).relu().mean(1))
+
+    return Code(run, patches=patches(4), token=nn.Parameter(torch.randn(1, 1, 4)),
+                fc=nn.Linear(4, 6), head=nn.Linear(6, CLASSES))  # fmt: skip
+
+
+def joined_maps():
+    def run(net, x):
+        x = net.a(x)
+        return net.head(net.b(torch.cat([x, x], 2)).mean((2, 3)))
+
+    return Code(run, a=conv(3, 4), b=conv(4, 6), head=nn.Linear(6, CLASSES))
+
+
+def padded_last():
+    def run(net, x):
+        return net.head(functional.pad(net.a(x).permute(0, 2, 3, 1), (0, 3, 1, 0)).mean((1, 2)))
+
+    return Code(run, a=conv(3, 4), head=nn.Linear(7, CLASSES))
+
+
+def padded_rows():
+    def run(net, x):
+        x = functional.pad(net.a(x).permute(0, 2, 3, 1), (0, 0, 1, 0, 2, 1))
+        return net.head(net.fc(x).relu().mean((1, 2)))
+
+    return Code(run, a=conv(3, 4), fc=nn.Linear(4, 6), head=nn.Linear(6, CLASSES))
+
+
+@pytest.mark.parametrize("make", [token_joined, joined_maps, padded_last, padded_rows])
+def test_channels_go_down_to_one_and_the_rest_can_be_followed(make):
+    graph, batch = equal_at_random(make), images()
+    every = {group.name: torch.arange(group.size) for group in free(graph)}
+    assert every
+    _, compact = check(graph.model, graph, graph.removable(every), batch)
+    again = build_channel_graph(compact.model, batch)
+    assert all(group.size == 1 for group in free(again))
+    dead = removal.remove_dead(compact.model, {}, batch)
+    assert difference(compact.model, dead.model, batch) < 1e-9
+
+
+def test_an_axis_that_is_dropped_once_it_has_one_channel_is_told():
+    def run(net, x):
+        return net.head(functional.adaptive_avg_pool2d(net.a(x), 1).squeeze())
+
+    model, batch = build(lambda: Code(run, a=conv(3, 4), head=nn.Linear(4, CLASSES))), images()
+    graph = build_channel_graph(model, batch)
+    check(model, graph, {"a": torch.arange(2)}, batch)
+    with pytest.raises(
+        PruningError, match=r"'squeeze'.*one channel is left.*name the axes to drop"
+    ):
+        graph.plan({"a": torch.arange(3)})

@@ -13,8 +13,10 @@ from secateur.channels.visitor import Visitor
 
 Broadcasts = dict[str, tuple[bool, bool]]
 """Node -> whether its first and its second operand are combined with all channels of the other; for
-a concatenation, whether channels differ along an axis other than the joined one. This can no longer
-be seen when a single channel is left, so later propagations reuse the result of the first."""
+a concatenation, whether channels differ along an axis other than the joined one. Node and axis ->
+whether a padding is among channels, or whether the axis has size 1 where such axes are dropped.
+This can no longer be seen when a single channel is left, so later propagations reuse the result of
+the first."""
 
 
 @dataclass(frozen=True)

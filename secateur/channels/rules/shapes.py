@@ -72,7 +72,16 @@ def transpose(call: Call, x: ChannelIds, dim0: int, dim1: int) -> ChannelIds:
 
 
 def squeeze(call: Call, x: ChannelIds, *dims: Any) -> ChannelIds:
-    """Without axes of size 1."""
+    """Without axes of size 1; PruningError if that of the channels has become one of them."""
+    given = dims[0] if dims and isinstance(dims[0], tuple | list) else dims
+    for axis in {k % len(x.shape) for k in given} or range(len(x.shape)):
+        single = x.shape[axis] == 1
+        before, _ = call.broadcasts.setdefault(f"{call.node}:{axis}", (single, single))
+        if single and not before:
+            raise PruningError(
+                "one channel is left, whose axis would be dropped too; remove fewer, or let the "
+                "code name the axes to drop"
+            )
     return ChannelIds.from_expanded(x.expanded().squeeze(*dims))
 
 
@@ -126,7 +135,9 @@ def pad(
     for k in range(len(pad) // 2):
         axis, (before, after) = len(shape) - 1 - k, pad[2 * k : 2 * k + 2]
         shape[axis] += before + after
-        if not (x.varies(axis) or axis == 1) or before == after == 0:
+        along = _channels_along(x, axis)
+        along, _ = call.broadcasts.setdefault(f"{call.node}:{axis}", (along, along))
+        if not along or before == after == 0:
             continue
         if mode != "constant" or value not in (None, 0, 0.0) or min(before, after) < 0:
             call.lock(x, "padded among the channels with values other than zero")
@@ -136,6 +147,14 @@ def pad(
         width = [0, 0] * (ids.dim() - 1 - axis) + [before, after]
         ids = functional.pad(ids, width, value=ZERO)
     return ChannelIds(ids, tuple(shape))
+
+
+def _channels_along(x: ChannelIds, axis: int) -> bool:
+    """Whether channels differ along an axis; a single one lies along axis 1 or the last one."""
+    if x.ids.numel() > 1:
+        return x.varies(axis)
+    last = x.shape[-1] == 1 and 1 not in x.shape[1:-1]
+    return axis == (len(x.shape) - 1 if last else 1)
 
 
 def pad_module(call: Call, module: nn.ZeroPad2d | nn.ZeroPad3d, x: ChannelIds) -> ChannelIds:

@@ -22,6 +22,8 @@ def cat(call: Call, tensors: Sequence[Any], dim: int = 0, axis: int | None = Non
     parts = [call.channels(t) for t in tensors]
     dim = (dim if axis is None else axis) % len(parts[0].shape)
     across = any(part.varies(k) for part in parts for k in range(len(part.shape)) if k != dim)
+    if all(part.ids.numel() == 1 for part in parts):  # one channel may have several entries
+        across = any(part.shape[dim] > 1 for part in parts if bool((part.ids >= 0).all()))
     if call.broadcasts.setdefault(call.node, (across, across))[0]:
         parts = _one_along(call, parts, dim)
     ids = []
