@@ -120,9 +120,7 @@ def measure(
         "dataset": params.dataset,
         "arch": params.arch,
         "seed": params.seed,
-        "compression": cost.compression(
-            models["baseline"], models["finetuned"], masks["finetuned"]
-        ),
+        "compression": dense["params"] / final["nonzero"],
         "theoretical_speedup": dense["macs_dense"] / final["macs"],
         "measured_speedup": timing.speedup(times["baseline"], times["finetuned"]),
         "latency_batch": len(batch),

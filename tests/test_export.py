@@ -356,8 +356,10 @@ def test_times_are_of_the_processor_and_of_batches_larger_than_the_test_set(expo
     monkeypatch.setattr(machine, "hardware", lambda: "a GPU")
     monkeypatch.setattr(latency, "thread_counts", lambda: [1])
     context = in_a_stage(runtimes=("torch",), latency_batches=(2, 12))
-    report = {name: stage.prove(context, small(), exported[0]) for name in ("dense", "finetuned")}
-    rows = stage.compare(context, dict.fromkeys(("dense", "finetuned"), exported[0]), report)
+    report = {
+        name: stage.prove(context, small(), exported[0]) for name in ("baseline", "finetuned")
+    }
+    rows = stage.compare(context, dict.fromkeys(("baseline", "finetuned"), exported[0]), report)
     assert report["hardware"] == machine.cpu_name()
     assert {row["batch"] for row in rows} == {2, 12}
     assert set(report["finetuned"]["csr"]["threads_1"]) == {"batch_2", "batch_12"}

@@ -237,7 +237,10 @@ def test_what_is_written_can_be_read(inside):
         ),
         ({"layer1.0.conv2": entry(1, 32, 16)}, "the file is for another network"),
         ({"layer1.0.conv2": entry(3, 16, 16)}, "G = 3 does not divide F = 16"),
-        ({"layer1.0.conv2": entry(-1, 16, 16)}, "G = -1: must be at least 1; the file is a form"),
+        (
+            {"layer1.0.conv2": entry(-1, 16, 16)},
+            "G = -1: must be at least 1; the file is a template",
+        ),
         ({"layer1.0.conv2": entry(2.5, 16, 16)}, "G = 2.5: a whole number is needed"),
         ({"layer1.0.conv2": {"G": 2}}, "F = None: a whole number is needed"),
         ({"layer1.0.conv2": 4}, "must be an object with G, F and C"),

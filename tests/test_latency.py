@@ -196,8 +196,8 @@ def test_layers_without_many_zeros_are_not_tried():
 
 
 LATENCIES = [
-    latency.Latency("dense", "torch", 1, 4, 8.0, 0.5),
-    latency.Latency("dense", "onnxruntime", 1, 4, 4.0, 0.25),
+    latency.Latency("baseline", "torch", 1, 4, 8.0, 0.5),
+    latency.Latency("baseline", "onnxruntime", 1, 4, 4.0, 0.25),
     latency.Latency("finetuned", "torch", 1, 4, 2.0, 0.1),
     latency.Latency("finetuned", "onnxruntime", 1, 4, 2.0, 0.1),
     latency.Latency("finetuned_int8", "onnxruntime", 1, 4, 1.0, 0.1),
@@ -210,15 +210,15 @@ def report():
         "model.pt2": {"bytes": 40, "accuracy": 0.5},
     }
     int8 = {"model-int8.onnx": {"bytes": 10, "accuracy": {"onnxruntime": 0.25, "openvino": 0.125}}}
-    return {"dense": dict(files), "finetuned": dict(files), "finetuned_int8": int8}
+    return {"baseline": dict(files), "finetuned": dict(files), "finetuned_int8": int8}
 
 
 def test_the_table_has_a_row_for_each_network_in_each_runtime():
     table = comparison.rows(report(), LATENCIES)
     keys = ("network", "precision", "runtime", "bytes", "accuracy", "latency_ms", "speedup")
     assert [tuple(row[key] for key in keys) for row in table] == [
-        ("dense", "float32", "torch", 40, 0.5, 8.0, 1.0),
-        ("dense", "float32", "onnxruntime", 30, 0.75, 4.0, 1.0),
+        ("baseline", "float32", "torch", 40, 0.5, 8.0, 1.0),
+        ("baseline", "float32", "onnxruntime", 30, 0.75, 4.0, 1.0),
         ("finetuned", "float32", "torch", 40, 0.5, 2.0, 4.0),
         ("finetuned", "float32", "onnxruntime", 30, 0.75, 2.0, 2.0),
         ("finetuned", "int8", "onnxruntime", 10, 0.25, 1.0, 4.0),
@@ -229,21 +229,25 @@ def test_the_table_has_a_row_for_each_network_in_each_runtime():
 def test_the_report_has_times_by_runtime_threads_and_batch():
     found = report()
     comparison.add_latencies(found, LATENCIES)
-    assert found["dense"]["latency_ms"]["torch"] == {"threads_1": {"batch_4": 8.0}}
-    assert found["dense"]["latency_iqr_ms"]["onnxruntime"] == {"threads_1": {"batch_4": 0.25}}
+    assert found["baseline"]["latency_ms"]["torch"] == {"threads_1": {"batch_4": 8.0}}
+    assert found["baseline"]["latency_iqr_ms"]["onnxruntime"] == {"threads_1": {"batch_4": 0.25}}
     assert found["finetuned_int8"]["latency_ms"] == {"onnxruntime": {"threads_1": {"batch_4": 1.0}}}
 
 
 def test_a_float32_file_has_the_accuracy_of_each_runtime():
     """As `proved` writes it; the accuracy of one runtime is never used for another."""
     found = report()
-    found["dense"]["model.onnx"] = {"bytes": 30, "accuracy": 0.75, "openvino": {"accuracy": 0.625}}
+    found["baseline"]["model.onnx"] = {
+        "bytes": 30,
+        "accuracy": 0.75,
+        "openvino": {"accuracy": 0.625},
+    }
     rows = [
-        latency.Latency("dense", runtime, 1, 4, 4.0, 0.25)
+        latency.Latency("baseline", runtime, 1, 4, 4.0, 0.25)
         for runtime in ("torch", "onnxruntime", "openvino")
     ]
     assert [row["accuracy"] for row in comparison.rows(found, rows)] == [0.5, 0.75, 0.625]
-    del found["dense"]["model.onnx"]["openvino"]
+    del found["baseline"]["model.onnx"]["openvino"]
     with pytest.raises(KeyError):
         comparison.rows(found, rows)
 
@@ -253,7 +257,7 @@ def test_times_stand_below_their_own_heading_whatever_the_order_of_batches(capsy
         latency.Latency(network, "torch", threads, batch, threads * batch, 0.5)
         for threads in (1, 2)
         for batch in (500, 4)
-        for network in ("dense", "finetuned")
+        for network in ("baseline", "finetuned")
     ]
     console.exported(comparison.rows(report(), rows), {"csr": {}})
     text = capsys.readouterr().out
@@ -274,6 +278,7 @@ def test_the_console_says_what_was_measured_and_what_zeros_are_worth(capsys):
     console.exported(comparison.rows(found, LATENCIES), found["finetuned"])
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["finetuned", "int8", "onnxruntime", "25.00%", "10", "1", "±", "0.1"] in lines
+    assert ["dense", "float32", "torch", "50.00%", "40", "8", "±", "0.5"] in lines
     text = [" ".join(line) for line in lines]
     assert "single zeros, threads 1, batch 1: no gain" in text
     assert "single zeros, threads 1, batch 32: 3.00x in torch with CSR for fc1, fc2" in text

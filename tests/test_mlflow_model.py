@@ -27,7 +27,7 @@ from secateur.pipeline.record import MODELS, RunRecord
 pytestmark = pytest.mark.usefixtures("one_registry")
 SHAPE, CLASSES = [1, 4, 4], ["circle", "square", "star"]
 REPORT = {
-    "dense": {"model.onnx": {"bytes": 9}},
+    "baseline": {"model.onnx": {"bytes": 9}},
     "finetuned": {"latency_ms": {"torch": {"batch_1": 0.5}}, "csr": {"layers": ["fc"]}},
     "hardware": "a processor",
 }
@@ -116,7 +116,7 @@ def test_its_metrics_are_attached_to_it_and_all_to_the_run(project):
     run = store.client.get_run(run_id)
     ours = {k: v for k, v in run.data.metrics.items() if k.startswith("export/")}
     own = {"export/finetuned/latency_ms/torch/batch_1": 0.5}
-    assert ours == {"export/dense/model.onnx/bytes": 9} | own
+    assert ours == {"export/baseline/model.onnx/bytes": 9} | own
     attached = store.client.get_logged_model(model_id).metrics
     assert [(metric.key, metric.value) for metric in attached] == list(own.items())
     assert "table.csv" in [file.path for file in store.client.list_artifacts(run_id)]
@@ -178,7 +178,7 @@ def test_sync_restores_it_from_what_dvc_tracks(project, capfd):
     (run,) = store.runs("tags.kind = 'pipeline'")
     (link,) = run.outputs.model_outputs
     assert f"exported network written as {link.model_id}" in capfd.readouterr().out
-    assert run.data.metrics["export/dense/model.onnx/bytes"] == 9
+    assert run.data.metrics["export/baseline/model.onnx/bytes"] == 9
     assert mlflow.pyfunc.load_model(f"models:/{link.model_id}") is not None
     assert sync.write(store, source(project)) == 0
 

@@ -10,8 +10,7 @@ from secateur.deploy import latency, metadata
 
 pytestmark = pytest.mark.pipeline
 pytest.importorskip("onnxscript")
-NETWORKS = {"dense": "baseline", "pruned": "pruned", "finetuned": "finetuned"}
-"""Name in the report of export -> name in the report of evaluate."""
+NETWORKS = ("baseline", "pruned", "finetuned")
 
 
 def test_export_writes_files_a_report_a_table_and_a_model_in_mlflow(project):
@@ -30,19 +29,19 @@ def test_export_writes_files_a_report_a_table_and_a_model_in_mlflow(project):
 
     report = json.loads((project.path / "metrics/export.json").read_text())
     evaluated = json.loads((project.path / "metrics/evaluate.json").read_text())
-    for name, key in NETWORKS.items():
+    for name in NETWORKS:
         for file in ("model.onnx", "model.pt2"):
-            assert report[name][file]["accuracy"] == pytest.approx(evaluated[key]["accuracy"])
-    for name in ("dense", "finetuned"):
+            assert report[name][file]["accuracy"] == pytest.approx(evaluated[name]["accuracy"])
+    for name in ("baseline", "finetuned"):
         (int8,) = report[f"{name}_int8"]["model-int8.onnx"]["accuracy"].values()
-        assert int8 == pytest.approx(evaluated[NETWORKS[name]]["accuracy"], abs=0.05)
+        assert int8 == pytest.approx(evaluated[name]["accuracy"], abs=0.05)
     assert set(report["finetuned"]["csr"]) == {f"threads_{n}" for n in latency.thread_counts()}
 
     table = pd.read_csv(project.path / "metrics/export.csv")
     passes = table.groupby(["network", "precision"]).size()
     assert dict(passes) == dict.fromkeys(
-        [("dense", "float32"), ("dense", "int8"), ("finetuned", "float32"), ("finetuned", "int8"),
-         ("pruned", "float32")], 2 * len(latency.thread_counts()),
+        [("baseline", "float32"), ("baseline", "int8"), ("finetuned", "float32"),
+         ("finetuned", "int8"), ("pruned", "float32")], 2 * len(latency.thread_counts()),
     )  # fmt: skip
     assert (table.latency_ms > 0).all() and set(table.runtime) == {"onnxruntime"}
     assert "mlflow.pyfunc.load_model('models:/digits@champion')" in log

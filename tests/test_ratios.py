@@ -231,11 +231,11 @@ BY_TEXT = [  # value, text that the message must contain
     ({"a": 1.0}, "'a' = 1.0: must be"),
     ({"a": -1}, "'a' = -1: must be"),
     ({"a": None}, "'a' = None: a number is needed"),
-    ("0-4: 0.5, 7", "'7': a name or a place, a colon and a ratio are needed"),
+    ("0-4: 0.5, 7", "'7': a name or a number, a colon and a ratio are needed"),
     ("0-4: nan", "'0-4' = 'nan': must be"),
-    ("4-0: 0.5", "'4-0': the second place is before the first"),
+    ("4-0: 0.5", "'4-0': the second number is less than the first"),
     ("a: 0.5, a: 0.6", "'a' is named twice"),
-    (": 0.5", "a name or a place, a colon"),
+    (": 0.5", "a name or a number, a colon"),
     ([[0.5]], "a number is needed"),
 ]
 

@@ -28,6 +28,7 @@ from secateur.cli import build_parser
 from secateur.studies import definition, estimate, plan, progress, run, search
 from secateur.studies.execution import snapshot
 from secateur.studies.execution.keys import Graph
+from secateur.studies.report import trials as drawn_trials
 from secateur.training import optim
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -251,6 +252,7 @@ SOUGHT = {"search": {"trials": 6}}
         ({"search": {"trials": 0}}, "search.trials = 0"),
         ({"search": {"trials": 1, "objectives": ["macs", "macs"]}}, "each only once"),
         ({"search": {"trials": 1, "objectives": ["speed"]}}, "search.objectives.0 = 'speed'"),
+        ({"search": {"trials": 1, "objectives": ["parameters"]}}, "did you mean params?"),
         ({"search": {"trials": 1, "sampler": "grid"}}, "search.sampler = 'grid'"),
     ],
 )
@@ -285,6 +287,15 @@ def test_cells_of_a_trial_have_the_values_that_were_chosen(write_study):
     assert (first.method, first.point) == ("slim", "t007: ratio 0.123 epochs 5")
     assert first.settings["pruners"] == {"network_slimming": {"ratio": 0.12345}}
     assert first.settings["baseline"] == {"epochs": 5} and second.settings["seed"] == 2
+
+
+@pytest.mark.parametrize("column", ["params", "parameters"])
+def test_trials_are_drawn_also_from_a_table_of_an_earlier_version(column, tmp_path):
+    table = f"trial,decay,accuracy,{column},best\n0,0.1,0.9,0.5,1\n"
+    (tmp_path / drawn_trials.TRIALS).write_text(table)
+    (axes,) = drawn_trials.figure(tmp_path, ["accuracy", "params"]).axes
+    assert axes.get_xlabel() == "share of the parameters that is left"
+    assert [line.get_xydata().tolist() for line in axes.lines] == [[[0.5, 0.9]]] * 2
 
 
 def _searched(space, interrupt):
@@ -379,9 +390,9 @@ def test_a_search_evaluates_what_no_other_trial_beats(project):
         int(one["trial"])
         for one in rows
         if not any(
-            (other["accuracy"], -other["parameters"]) != (one["accuracy"], -one["parameters"])
+            (other["accuracy"], -other["params"]) != (one["accuracy"], -one["params"])
             and other["accuracy"] >= one["accuracy"]
-            and other["parameters"] <= one["parameters"]
+            and other["params"] <= one["params"]
             for other in rows
         )
     ]
@@ -393,7 +404,7 @@ def test_a_search_evaluates_what_no_other_trial_beats(project):
     for number in best:  # the search and evaluate report the same parameters
         show = f"refs/exps/{_baseline(project)}/mine-t{number:03d}-s1:metrics/evaluate.json"
         report = json.loads(project.run("git", "show", show))
-        assert 1 / report["compression"] == pytest.approx(rows[number]["parameters"])
+        assert 1 / report["compression"] == pytest.approx(rows[number]["params"])
     again = run_study(project)
     assert "0 pieces of work were run" in again and "trial" not in again.replace("trials", "")
     assert "4 in studies/mine.journal, 0 to be run" in run_study(project, "--plan")

@@ -10,6 +10,8 @@ from secateur.deploy.parity import Parity
 from secateur.deploy.runtimes import RUNTIMES, for_file
 from secateur.deploy.sparse_inference import Gain
 
+DENSE = "baseline"
+"""The dense network's name in the report."""
 INT8_FILE = "model-int8.onnx"
 INT8 = "_int8"
 """Ending of a network's name in the report, for its int8 version."""
@@ -55,7 +57,7 @@ def rows(
     dense = {
         (row.runtime, row.threads, row.batch): row.latency_ms
         for row in latencies
-        if row.model == "dense"
+        if row.model == DENSE
     }
     found = []
     for row in latencies:

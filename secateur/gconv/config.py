@@ -89,7 +89,7 @@ def _sizes(where: str, entry: Any) -> tuple[int, int, int]:
         if not isinstance(value, int) or isinstance(value, bool):
             raise SettingsError(f"{where}: {key} = {shorten(value)}: a whole number is needed")
         if value < 1:
-            what = "; the file is a form that has not been filled in" if value == -1 else ""
+            what = "; the file is a template that has not been filled in" if value == -1 else ""
             raise SettingsError(f"{where}: {key} = {shorten(value)}: must be at least 1{what}")
     return entry["G"], entry["F"], entry["C"]
 

@@ -278,9 +278,10 @@ def exported(rows: Sequence[Mapping[str, Any]], finetuned: Mapping[str, Any]) ->
         table.add_column(
             f"{threads} thread{'s'[: threads != 1]}\nbatch {batch}", justify="right", no_wrap=True
         )
+    titles = {model.key: model.title for model in MODELS.values()}
     lines: dict[tuple[str, ...], dict[tuple[int, int], str]] = {}
     for row in rows:
-        about = (row["network"], row["precision"], row["runtime"])
+        about = (titles[row["network"]], row["precision"], row["runtime"])
         cells = lines.setdefault((*about, f"{row['accuracy']:.2%}", f"{row['bytes']:,}"), {})
         cell = f"{row['latency_ms']:.3g} ± {row['latency_iqr_ms']:.2g}"
         cells[row["threads"], row["batch"]] = cell

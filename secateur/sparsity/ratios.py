@@ -109,7 +109,7 @@ def _pair(text: str) -> tuple[str, Any]:
     """Pattern and ratio of `pattern: ratio`."""
     pattern, colon, ratio = text.rpartition(":")
     if not colon or not pattern.strip():
-        raise ValueError(f"'{text}': a name or a place, a colon and a ratio are needed")
+        raise ValueError(f"'{text}': a name or a number, a colon and a ratio are needed")
     return pattern.strip(), ratio.strip()
 
 
@@ -120,7 +120,7 @@ def _distinct(pairs: Iterable[tuple[str, Any]]) -> tuple[tuple[str, float], ...]
         if not pattern or pattern in found:
             raise ValueError(f"'{pattern}' is named twice" if pattern else "a name is empty")
         if (match := NUMBERS.fullmatch(pattern)) and int(match[2] or match[1]) < int(match[1]):
-            raise ValueError(f"'{pattern}': the second place is before the first")
+            raise ValueError(f"'{pattern}': the second number is less than the first")
         found[pattern] = _ratio(ratio, f"'{pattern}'")
     if not found:
         raise ValueError("an empty table has no ratios")

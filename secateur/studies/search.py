@@ -166,7 +166,7 @@ def _reached(
         if "val_accuracy" not in metrics:
             raise SettingsError(NO_IMAGES)
         values["accuracy"] = metrics["val_accuracy"]
-    if {"parameters", "macs"} & {*objectives}:
+    if {"params", "macs"} & {*objectives}:
         values |= _costs(made, entries, last)
     return values
 
@@ -189,7 +189,7 @@ def _costs(made: Plan, entries: Mapping[str, Entry], last: str) -> dict[str, flo
     network, small = dense.model(), final.model()
     left = sum(layer.macs for layer in cost.layer_costs(small, image, final.masks))
     return {
-        "parameters": 1 / cost.compression(network, small, final.masks),
+        "params": 1 / cost.compression(network, small, final.masks),
         "macs": left / cost.macs(network, image),
     }
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-Objective = Literal["accuracy", "parameters", "macs"]
+Objective = Literal["accuracy", "params", "macs"]
 """Accuracy on the validation images; remaining share of the dense network's parameters or MACs,
 counting only non-zeros."""
 MAXIMISED = ("accuracy",)
@@ -67,7 +67,7 @@ class Search(BaseModel):
     hours: Annotated[float, Field(gt=0)] | None = None
     """Hours of one call of the command after which no further trial is started."""
     sampler: Literal["random", "tpe", "nsga2"] = "tpe"
-    objectives: Annotated[list[Objective], Field(min_length=1)] = ["accuracy", "parameters"]
+    objectives: Annotated[list[Objective], Field(min_length=1)] = ["accuracy", "params"]
     batch: Annotated[int, Field(ge=1, le=1000)] = 4
     """Trials that are proposed together, so that they can run at the same time; the proposals
     depend on this number, not on the number of workers."""

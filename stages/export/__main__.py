@@ -44,8 +44,8 @@ from secateur.pipeline import console, mlflow_model, record, runner
 
 FOLDER = Path("models/export")
 REPORT, TABLE = Path("metrics/export.json"), Path("metrics/export.csv")
-ROWS = {"baseline": "dense", "prune": "pruned", "finetune": "finetuned"}
-"""Stage -> row of the report."""
+ROWS = {stage: record.MODELS[stage].key for stage in ("baseline", "prune", "finetune")}
+"""Stage -> row of the report, with the name that `evaluate` gives it."""
 Files = dict[str, Mapping[str, Path]]
 """Row of the report -> suffix -> exported file."""
 
@@ -96,7 +96,10 @@ def make(
         report[row] = prove(context, model, exported[row])
         console.say(f"export: {row}: both files compute what the network computes")
     if context.params.export.int8:
-        for row in ("dense", "finetuned"):  # dense for comparison: quantised without pruning
+        for row in (
+            comparison.DENSE,
+            "finetuned",
+        ):  # dense for comparison: quantised without pruning
             target = exported[row][".onnx"].with_name(comparison.INT8_FILE)
             report[row + comparison.INT8] = quantise(context, exported[row][".onnx"], target)
             console.say(f"export: {row}: int8 calibrated and tested")

@@ -93,9 +93,9 @@ def measure(context: runner.StageContext) -> tuple[pd.DataFrame, dict[str, Any]]
     for criterion in how:
         ratios = suggest(table[table.criterion == criterion], right[0] / count - settings.drop)
         together = sensitivity.combined(made, ratios, criterion)
-        alive = ablation_runner.count_correct(batches(), [together], lambda: None)[1] / count
+        right_together = ablation_runner.count_correct(batches(), [together], lambda: None)[1]
         suggestion = as_params(criterion, settings.granularity, ratios, context.params.seed)
-        found[criterion] = suggestion | {"together": alive}
+        found[criterion] = suggestion | {"together": right_together / count}
     return table, found
 
 

@@ -1,7 +1,7 @@
-"""`secateur groups`: write a form for pruner gconv that lists every convolution of the network.
+"""`secateur groups`: write a template for pruner gconv that lists every convolution.
 
-With -1 for each number of groups, the form has to be filled in by hand, like that of gconv-prune's
-`--dump-only`; with a number it is complete.
+With -1 for each number of groups, the template has to be filled in by hand, like that of
+gconv-prune's `--dump-only`; with a number it is complete.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from secateur.pipeline import console, preflight
 
 FOLDER = Path("recipes/groups")
 EMPTY = -1
-"""Number of groups in a form that has not been filled in."""
+"""Number of groups in a template that has not been filled in."""
 
 
 def command(options: argparse.Namespace) -> None:

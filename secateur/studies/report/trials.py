@@ -53,7 +53,10 @@ def figure(folder: Path, objectives: Sequence[str]) -> "Figure | None":
     from matplotlib.figure import Figure
 
     try:
-        table = pd.read_csv(folder / TRIALS).dropna(subset=list(objectives))
+        table = pd.read_csv(folder / TRIALS)
+        if "params" not in table:  # its name in earlier versions
+            table = table.rename(columns={"parameters": "params"})
+        table = table.dropna(subset=list(objectives))
         best = table[table.best == 1]
     except (OSError, ValueError, KeyError, AttributeError):
         return None
@@ -82,6 +85,6 @@ def _words(name: str) -> str:
     """Label of an axis of the figure."""
     return {
         "accuracy": "accuracy on the validation images",
-        "parameters": "share of the parameters that is left",
+        "params": "share of the parameters that is left",
         "macs": "share of the MACs that is left",
     }.get(name, name)
