@@ -21,7 +21,7 @@ from secateur.nn.layers import ChannelSelect
 from secateur.penalties._shared import growing, trace
 from secateur.pruning import removal
 from secateur.pruning.decision import PruningContext
-from secateur.sparsity import choices
+from secateur.sparsity import choices, masks
 from secateur.training import loop, resume
 from secateur.training.callbacks import Callback
 from secateur.training.evaluation import accuracy
@@ -227,6 +227,20 @@ def test_greg1_can_choose_at_random_by_its_own_seed():
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(one[n], again[n]) for n in one)
     assert not all(torch.equal(one[n], other[n]) for n in one)
+
+
+@pytest.mark.parametrize("pick", ["min", "max", "random"])
+def test_greg1_chooses_first_what_an_earlier_round_has_pruned(pick):
+    """With half of the weights at zero, a ratio of 0.6 chooses all of these and a tenth more."""
+    model = network()
+    for name, layer in masks.layers(model).items():
+        draw = torch.Generator().manual_seed(len(name))
+        layer.weight.data *= torch.rand(layer.weight.shape, generator=draw) < 0.5
+    made = build("greg1", model, granularity="weight", ratios=0.6, pick=pick).choices()
+    for name, choice in made.items():
+        weight = model.get_parameter(name).detach()
+        assert choice[weight == 0].all(), name
+        assert int(choice.sum()) == choices.number_pruned(0.6, weight.numel())
 
 
 def test_greg1_leaves_what_it_keeps_alone():

@@ -60,9 +60,15 @@ def number_kept(share: float, total: int) -> int:
     return max(1, ceil(Decimal(repr(share)) * total))
 
 
-def choose(score: Tensor, number: int, pick: Pick = "min", seed: int = 0) -> Tensor:
-    """The choice of `number` units by their scores; of equal scores, the first are chosen."""
-    return ranks(pick_scores({"": score}, pick, seed))[""] < number
+def choose(
+    score: Tensor, number: int, pick: Pick = "min", seed: int = 0, mask: Tensor | None = None
+) -> Tensor:
+    """The choice of `number` units by their scores; of equal scores, the first are chosen.
+
+    Units that `mask` (of the weight's shape) holds at zero as a whole are chosen before all others.
+    """
+    picked = pick_scores({"": score}, pick, seed)
+    return ranks(picked if mask is None else masked_first(picked, {"": mask}))[""] < number
 
 
 def choose_smallest(score: Tensor, number: int) -> Tensor:

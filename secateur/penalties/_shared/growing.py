@@ -81,10 +81,15 @@ class PrunedUnits:
         """Empty until the units are chosen."""
 
     def choose(self, pick: choices.Pick = "min", seed: int = 0) -> None:
-        """Choose by the current L1 norms of the units."""
+        """Choose by the current L1 norms of the units; units that are zero are always chosen first.
+
+        Masks of earlier rounds hold units at zero, and a ratio includes these.
+        """
         for place, (name, weight) in enumerate(zip(self.names, self.weights, strict=True)):
             score = choices.magnitude_scores(weight, self.granularity)
-            self.choice[name] = choices.choose(score, self.numbers[name], pick, seed + place)
+            self.choice[name] = choices.choose(
+                score, self.numbers[name], pick, seed + place, weight.detach() != 0
+            )
 
     def choice_of_smallest(self) -> Choices:
         """The units that currently have the smallest L1 norms, on the CPU; changes nothing."""
