@@ -673,6 +673,11 @@ def test_latencies_are_columns_of_the_models_that_were_measured(experiments, tmp
     assert "latency in ONNX Runtime: batch 1, 1 thread, float32, a processor" in text
     assert (folder / "latency-onnx-runtime.svg").is_file()
     found = results.read([cell.experiment for cell in cells])
+    older = (folder / "latency.csv").read_text().replace(",repeats", "").replace(",0\n", "\n")
+    (folder / "latency.csv").write_text(older)
+    assert latencies.read(folder) == times, "a table without repeats"
+    (note,) = latencies.notes(latencies.columns(found, [replace(times[0], repeats=1000), times[1]]))
+    assert "the shortest of many or 1,000 passes" in note
     other = [replace(times[0], batch=8), *times]
     assert list(latencies.columns(found, other)) == [
         "ONNX Runtime, batch 8, threads 1, a processor",
@@ -704,6 +709,14 @@ def test_networks_of_the_cache_are_measured_once(experiments, tmp_path):
     assert all(line.dense_ms > 0 and line.latency_ms > 0 for line in times) and len(said) == 2
     assert list(latencies.measure(found, conditions, times, said.append)) == []
     assert len(said) == 2
+    folder, names = tmp_path / "page", [result.name for result in found]
+    for repeats, kept in ((3, 3), (7, 7), (5, 7)):  # more repeats are measured again, fewer are not
+        words = ["report", "--latency", "torch", "--repeats", str(repeats), "--name", "x", *names]
+        page.measure(folder, found, build_parser().parse_args(words))
+        stored = latencies.read(folder)
+        assert [(line.experiment, line.repeats) for line in stored] == [(n, kept) for n in names]
+        (note,) = latencies.notes(latencies.columns(found, stored))
+        assert f"the shortest of {kept} passes" in note
     networks, image = latencies._networks(found[0])
     assert networks["dense"].fc1.out_features == 6 and networks["finetuned"].fc1.out_features == 3
     assert image.shape == (1, 1, 8, 8)

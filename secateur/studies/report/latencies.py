@@ -2,7 +2,8 @@
 
 `evaluate` only times torch and, during a study, while other trainings run. Here the dense and the
 finetuned network of each experiment take turns in every requested runtime, after the study has
-ended. A line is valid for the model whose hash it names: a new model is measured again.
+ended. A line is valid for the model whose hash it names: a new model is measured again, and so is
+one whose line has fewer repeats than requested.
 """
 
 import csv
@@ -52,11 +53,18 @@ class ExperimentLatency:
     """The shortest pass of the dense network, in milliseconds."""
     latency_ms: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     """The shortest pass of the finetuned network, in milliseconds."""
+    repeats: Annotated[int, Field(ge=0)] = 0
+    """Passes of each network, of which the shortest counts; 0: not recorded."""
 
     @property
     def conditions(self) -> tuple[RuntimeName, int, int, str]:
         """The conditions that all times in a column must share."""
         return self.runtime, self.batch, self.threads, self.hardware
+
+    @property
+    def identity(self) -> tuple[str, str, RuntimeName, int, int, str]:
+        """What has only one line: a model of an experiment, under certain conditions."""
+        return self.experiment, self.model, *self.conditions
 
     @property
     def speedup(self) -> float:
@@ -91,6 +99,11 @@ def write(folder: Path, times: Sequence[ExperimentLatency]) -> None:
     files.write_text(folder / LATENCIES, stream.getvalue())
 
 
+def replaced(times: Iterable[ExperimentLatency], new: ExperimentLatency) -> list[ExperimentLatency]:
+    """The lines with the new one, in place of the one of the same model and conditions."""
+    return [*(line for line in times if line.identity != new.identity), new]
+
+
 def columns(found: Sequence[Result], times: Iterable[ExperimentLatency]) -> dict[str, Column]:
     """Title -> times of these experiments' current models; a column for each set of conditions."""
     models = artifacts.final_models(found)
@@ -116,10 +129,12 @@ def notes(times: Mapping[str, Column]) -> list[str]:
     said = []
     for title, column in times.items():
         line = next(iter(column.values()))
+        passes = sorted({each.repeats for each in column.values()})
+        counts = " or ".join(f"{count:,}" if count else "many" for count in passes)
         threads = "1 thread" if line.threads == 1 else f"{line.threads} threads"
         said.append(
             f"latency in {title}: batch {line.batch}, {threads}, float32, {line.hardware}; the "
-            "shortest of many passes, dense and finetuned network taking turns"
+            f"shortest of {counts} passes, dense and finetuned network taking turns"
         )
     return said
 
@@ -130,7 +145,8 @@ def measure(
     known: Sequence[ExperimentLatency],
     say: Callable[[str], object],
 ) -> Iterator[ExperimentLatency]:
-    """Measure the times that are not known, with the models in DVC's cache, one after the other.
+    """Measure the times that are not known, or from fewer repeats, with the models in DVC's cache,
+    one after the other.
 
     Raises SecateurError if a runtime is not installed; a model that is not in the cache is reported
     in one line.
@@ -140,7 +156,7 @@ def measure(
 
     layer_times.check_packages(conditions.runtimes)
     models, hardware = artifacts.final_models(found), cpu_name()
-    have = {(line.experiment, line.model, *line.conditions) for line in known}
+    have = {line.identity for line in known if line.repeats >= conditions.repeats}
     for number, result in enumerate(found, 1):
         model, place = models[result.name], (conditions.batch, conditions.threads, hardware)
         missing = [
@@ -162,8 +178,9 @@ def measure(
                 threads=conditions.threads, repeats=conditions.repeats,
             )  # fmt: skip
             yield ExperimentLatency(
-                result.name, model, runtime, *place, ms["dense"], ms["finetuned"]
-            )
+                result.name, model, runtime, *place, ms["dense"], ms["finetuned"],
+                conditions.repeats,
+            )  # fmt: skip
 
 
 def _networks(result: Result) -> "tuple[dict[str, nn.Module], Tensor]":

@@ -69,7 +69,7 @@ def measure(folder: Path, found: Sequence[Result], options: argparse.Namespace) 
         times = latencies.read(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for time in latencies.measure(found, conditions, tuple(times), console.say):
-            times.append(time)
+            times = latencies.replaced(times, time)
             latencies.write(folder, times)
 
 
