@@ -23,6 +23,7 @@ from secateur.data.batches import scale_and_shift
 from secateur.nn import checkpoint, cost, matching, weights
 from secateur.nn.checkpoint import Checkpoint, Header
 from secateur.nn.matching import Names
+from secateur.nn.modes import in_eval_mode
 from secateur.nn.weights import Weights
 from secateur.pruning.apply import PrunedNetwork, apply_decision
 from secateur.pruning.callable_pruners import ConfiguredPruner, arguments_of
@@ -148,7 +149,7 @@ def load(path: str | Path, into: nn.Module | None = None, rename: Names | None =
         preprocess=Preprocess(tuple(header.mean), tuple(header.std)),
         origin=origin,
     )
-    return model.eval()
+    return in_eval_mode(model)
 
 
 def _rebuild(found: Checkpoint, into: nn.Module | None, file: str) -> tuple[nn.Module, Origin]:
@@ -218,7 +219,7 @@ def channel_graph(model: nn.Module, images: Tensor) -> ChannelGraph:
     """
     _check_model(model)
     _check_batch(images)
-    return build_channel_graph(copy.deepcopy(model).eval(), images[:1])
+    return build_channel_graph(in_eval_mode(copy.deepcopy(model)), images[:1])
 
 
 @torch.inference_mode(False)
@@ -248,7 +249,7 @@ def prune(
     """
     _check_prune(model, images, pruner, labels)
     _check_options(pruner, latency, remove_dead=remove_dead, group_convolutions=group_convolutions)
-    dense, images = copy.deepcopy(model).eval(), _usable(images)
+    dense, images = in_eval_mode(copy.deepcopy(model)), _usable(images)
     origin = getattr(model, "origin", None)
     choices = origin.choices if isinstance(origin, Origin) else {}
     labels = None if labels is None else _usable(labels)
@@ -312,7 +313,7 @@ def measure_latency(
                 f"{name} = {shorten(value)}: must be a whole number of at least {least}"
             )
     return layer_times.measure(
-        copy.deepcopy(model).eval(),
+        in_eval_mode(copy.deepcopy(model)),
         images[:1],
         runtime=runtime,
         batch=batch,

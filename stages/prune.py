@@ -26,6 +26,7 @@ from secateur.base.settings import section
 from secateur.data.batches import example_batch, stratified_batch
 from secateur.gconv import conversion
 from secateur.nn import checkpoint, cost
+from secateur.nn.modes import in_eval_mode
 from secateur.pipeline import console, latency_check, runner
 from secateur.pruning.apply import PrunedNetwork, apply_decision, without_branches
 from secateur.pruning.decision import PruningContext, PruningDecision
@@ -46,8 +47,8 @@ def main(round_name: str | None) -> None:
 def prune(context: runner.StageContext) -> runner.StageResult:
     """Apply the pruner's decision to the sparse-trained network, and remove dead channels."""
     params, sparse = context.params, context.start
-    model = sparse.model().eval()
-    dense = checkpoint.build_architecture(sparse.header).eval()
+    model = sparse.model()
+    dense = in_eval_mode(checkpoint.build_architecture(sparse.header))
     images, _ = example_batch(context.data.train, context.data.info)
     with section("prune"):
         start = without_branches(model, params.prune.branches, sparse.masks, images)

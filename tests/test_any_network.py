@@ -258,6 +258,46 @@ def test_code_that_zeros_do_not_suit_is_told_as_such(kind):
         secateur.prune(net, IMAGES, HALF)
 
 
+class Frozen(Net):
+    """Like many backbones, it keeps some layers in eval mode, and `train` returns nothing."""
+
+    def __init__(self):
+        super().__init__(norm=nn.BatchNorm2d(8))
+        self.b = nn.Sequential(self.norm, self.b)
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.norm.eval()
+
+
+@pytest.mark.parametrize(
+    "pruner",
+    [
+        HALF,
+        secateur.pruners.magnitude(criterion="taylor"),
+        secateur.pruners.std(),
+        secateur.pruners.network_slimming(),
+        secateur.pruners.obs(),
+        secateur.pruners.oracle(ratios={"a": 0.1}),
+    ],
+    ids=str,
+)
+def test_a_network_whose_train_returns_nothing_is_pruned_and_loaded(pruner, tmp_path):
+    net = Frozen()
+    secateur.channel_graph(net, IMAGES)
+    found = secateur.prune(net, IMAGES, pruner, labels=LABELS)
+    secateur.save(found, tmp_path / "own")
+    torch.save(found.model.state_dict(), tmp_path / "pth")
+    loaded = secateur.load(tmp_path / "own", into=Frozen())
+    assert not loaded.training and torch.equal(loaded(IMAGES), found.model(IMAGES))
+    again = secateur.load(tmp_path / "pth", into=copy.deepcopy(loaded))
+    assert torch.equal(again(IMAGES), found.model(IMAGES))
+
+
+def test_the_latency_of_a_network_whose_train_returns_nothing_is_measured():
+    assert set(secateur.measure_latency(Frozen(), IMAGES, repeats=3).layers) == {"a", "b.1", "fc"}
+
+
 class InPlace(nn.Module):
     """A layer reads a tensor that is changed in place afterwards."""
 

@@ -104,6 +104,16 @@ def test_classes_and_functions_can_be_read_in_one_go(file):
     assert not large
 
 
+@pytest.mark.parametrize("file", CODE)
+def test_no_code_uses_what_eval_returns(file):
+    """Networks of users may override `train` and return nothing: see `nn.modes.in_eval_mode`."""
+    nodes = [*ast.walk(ast.parse((ROOT / file).read_text()))]
+    statements = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+    calls = [node for node in nodes if isinstance(node, ast.Call) and not node.args]
+    calls = [call for call in calls if ast.unparse(call.func).endswith(".eval")]
+    assert not [ast.unparse(call) for call in calls if id(call) not in statements]
+
+
 @pytest.mark.parametrize("place", [
     "channels", "data", "gconv", "nn", "pipeline", "pruning", "sparsity", "training"
 ])  # fmt: skip

@@ -21,6 +21,7 @@ from torch import nn
 
 from secateur.base.errors import ArgumentError, cut
 from secateur.base.sections import Strict, matching
+from secateur.nn.modes import in_eval_mode
 
 NONE = "weights/none"
 """A file that never changes."""
@@ -139,7 +140,7 @@ def _check_output(model: nn.Module, target: str, classes: int, shape: tuple[int,
     try:
         # not inference_mode: tensors that the network caches in this pass must work in training too
         with torch.random.fork_rng(devices=[]), torch.no_grad():
-            outputs = model.eval()(torch.zeros(1, *shape))
+            outputs = in_eval_mode(model)(torch.zeros(1, *shape))
     except Exception as error:
         size = "x".join(map(str, shape))
         message = f"its network fails on an image of {size}: {_explain(error)}"

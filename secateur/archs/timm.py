@@ -23,6 +23,7 @@ from secateur.base.logs import muted
 from secateur.base.sections import Strict, matching
 from secateur.base.torchvision_import import import_torchvision
 from secateur.nn import weights
+from secateur.nn.modes import in_eval_mode
 from secateur.nn.weights import Weights
 
 
@@ -88,7 +89,7 @@ def _outputs(model: nn.Module, shape: tuple[int, int, int]) -> tuple[int, ...]:
     tensors = {name: t.detach().to("meta") for name, t in model.state_dict().items()}
     training = model.training
     image = torch.empty(1, *shape, device="meta")
-    outputs = functional_call(model.eval(), tensors, image)
+    outputs = functional_call(in_eval_mode(model), tensors, image)
     model.train(training)
     return tuple(outputs.shape) if isinstance(outputs, torch.Tensor) else ()
 

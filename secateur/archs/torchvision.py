@@ -19,6 +19,7 @@ from secateur.base.errors import ArgumentError, DataError, did_you_mean
 from secateur.base.sections import Strict
 from secateur.base.torchvision_import import import_torchvision
 from secateur.nn import weights
+from secateur.nn.modes import in_eval_mode
 from secateur.nn.weights import Weights
 
 PORTED = ("googlenet", "inception_v3")
@@ -139,7 +140,7 @@ def _trace_shapes(model: nn.Module, shape: tuple[int, int, int]) -> tuple[int, i
     hook = pool.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[-2:]))
     tensors = {name: t.detach().to("meta") for name, t in model.state_dict().items()}
     try:
-        functional_call(model.eval(), tensors, torch.empty(1, *shape, device="meta"))
+        functional_call(in_eval_mode(model), tensors, torch.empty(1, *shape, device="meta"))
     finally:
         hook.remove()
     model.train()

@@ -13,6 +13,7 @@ from secateur.channels.ids import AttributeSize
 from secateur.channels.rules.elementwise import ADDITIONS
 from secateur.nn.attention import free_class
 from secateur.nn.layers import ChannelSelect, Removed
+from secateur.nn.modes import in_eval_mode
 from secateur.sparsity.masks import LAYERS, BatchNorm
 
 _LEAVES = (*LAYERS, *get_args(BatchNorm), nn.InstanceNorm2d, nn.LayerNorm, nn.GroupNorm)
@@ -104,7 +105,7 @@ def trace(model: nn.Module) -> fx.Graph:
     try:
         with _named_sizes(model):
             try:
-                graph = _Tracer(buffers=True).trace(model.eval())
+                graph = _Tracer(buffers=True).trace(in_eval_mode(model))
             except Exception:  # the code depends on the value of a buffer
                 graph = _Tracer(buffers=False).trace(model)
     except Exception as error:  # of any type: it is the network's code that fails

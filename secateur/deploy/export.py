@@ -21,6 +21,7 @@ from secateur.base.logs import muted
 from secateur.data.batches import scale_and_shift
 from secateur.deploy import stack_traces
 from secateur.deploy.metadata import PT2_FILE, Metadata
+from secateur.nn.modes import in_eval_mode
 
 INPUT, OUTPUT = "images", "logits"
 """Names in the ONNX graph: float32 (batch, channels, height, width) and (batch, classes)."""
@@ -83,7 +84,7 @@ def trace(model: nn.Module, shape: Sequence[int]) -> ExportedProgram:
     The example has two images: with a single image, torch would treat the batch size as a constant.
     Raises SecateurError with torch's reason if the network cannot be traced.
     """
-    example, network = torch.zeros(2, *shape), copy.deepcopy(model).eval().cpu().float()
+    example, network = torch.zeros(2, *shape), in_eval_mode(copy.deepcopy(model)).cpu().float()
     network.requires_grad_(False)  # or the exporter prepares for gradients, which takes time
     batch = torch.export.Dim("batch")
     try:

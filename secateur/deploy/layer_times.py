@@ -25,6 +25,7 @@ from secateur.channels.graph import ChannelGraph, build_channel_graph
 from secateur.deploy import export, runtimes
 from secateur.nn import cost
 from secateur.nn.hooks import watched_inputs
+from secateur.nn.modes import in_eval_mode
 from secateur.pruning import removal
 from secateur.pruning.latency import LatencyTable, MeasuredLayer, MeasuredNetwork, widths_left
 from secateur.sparsity import choices
@@ -92,7 +93,7 @@ def measure(
     cannot be exported, PruningError if its channels cannot be followed.
     """
     check_packages([runtime])
-    model = model.eval()
+    model.eval()
     graph = build_channel_graph(model, image)
     shapes = _shapes(model, graph, image)
     with (
@@ -171,7 +172,7 @@ class _Opener:
             size = (*shape.input_size, shape.inputs)
         images = torch.randn(self.batch, *size)
         if self.runtime == "torch":
-            return _inferring(module.eval(), images)
+            return _inferring(in_eval_mode(module), images)
         return self._file(_onnx_layer(shape, module, tuple(images.shape)), images)
 
     def network(self, model: nn.Module, image: Tensor) -> Pass:
@@ -408,7 +409,7 @@ def _measure_networks(
         selection = _narrower(graph, share, multiple)
         own = widths_left(graph, selection)
         if own not in widths:
-            small = removal.remove(model, selection, image, {}, graph).model.eval()
+            small = in_eval_mode(removal.remove(model, selection, image, {}, graph).model)
             passes[len(widths)] = opener.network(small, image)
             widths.append(own)
     times = _shortest(passes, repeats, untimed=1)

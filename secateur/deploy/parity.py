@@ -13,6 +13,7 @@ from secateur.base.errors import SecateurError
 from secateur.data.batches import example_batch, sequential_batches
 from secateur.data.dataset import DatasetInfo, Split
 from secateur.deploy.runtimes import Runner
+from secateur.nn.modes import in_eval_mode
 
 TOLERANCE = 1e-5
 """Difference from float64, over the largest output, that rounding in float32 may cause."""
@@ -49,8 +50,8 @@ def verify(
     255. `tick` is called after every batch. Raises SecateurError naming the file that differs, and
     by how much.
     """
-    exact = copy.deepcopy(model).cpu().double().eval()
-    model = copy.deepcopy(model).cpu().float().eval()
+    exact = in_eval_mode(copy.deepcopy(model).cpu().double())
+    model = in_eval_mode(copy.deepcopy(model).cpu().float())
     images, _ = example_batch(split, info)
     images = as_input(images, info, pixels)
     wanted = exact(images.double())

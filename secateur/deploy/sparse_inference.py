@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from secateur.base import timing
 from secateur.deploy.runtimes import torch_threads
 from secateur.nn.hooks import watched_inputs
+from secateur.nn.modes import in_eval_mode
 from secateur.sparsity import masks
 
 LEAST_ZEROS = 0.5
@@ -90,7 +91,7 @@ def with_sparse_layers(model: nn.Module, names: Sequence[str]) -> nn.Module:
     changed = copy.deepcopy(model)
     for name in names:
         changed.set_submodule(name, SparseLinear(cast(nn.Linear, changed.get_submodule(name))))
-    return changed.eval()
+    return in_eval_mode(changed)
 
 
 def layer_inputs(model: nn.Module, images: Tensor) -> Mapping[str, Tensor]:

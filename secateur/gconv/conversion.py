@@ -20,6 +20,7 @@ from secateur.channels.graph import ChannelGraph, build_channel_graph
 from secateur.channels.groups import ChannelGroup
 from secateur.gconv.permutation import Grouping, expand_groups, grouping_from_mask
 from secateur.nn.layers import ChannelSelect, IndexedConv2d
+from secateur.nn.modes import in_eval_mode
 from secateur.sparsity.masks import Masks
 
 
@@ -41,7 +42,7 @@ def convert(model: nn.Module, masks: Masks, example: Tensor, fold: bool = True) 
     matters. Without `fold`, channels are not reordered and every converted convolution has both
     indices. Raises ArgumentError if no mask consists of groups.
     """
-    model = copy.deepcopy(model).eval()
+    model = in_eval_mode(copy.deepcopy(model))
     masks = {name: mask.clone() for name, mask in masks.items()}
     found = _groupings(model, masks)
     if not found:

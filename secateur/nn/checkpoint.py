@@ -25,6 +25,7 @@ from secateur.base.errors import CheckpointError, SecateurError, cut, shorten
 from secateur.base.machine import versions
 from secateur.base.tensor_files import MAX_PIXELS, ClassName, Finite, Positive, Shape, TensorFile
 from secateur.nn import resizing
+from secateur.nn.modes import in_eval_mode
 from secateur.sparsity.choices import Choices, fits
 
 FORMAT = 1
@@ -121,14 +122,14 @@ class Checkpoint:
             if self.header.shape:
                 like = next(model.parameters(), torch.empty(0))
                 with torch.no_grad():  # a forward pass checks that layers fit each other
-                    outputs = model.eval()(like.new_zeros(1, *self.header.shape))
+                    outputs = in_eval_mode(model)(like.new_zeros(1, *self.header.shape))
                 classes = len(self.header.classes)
                 if classes and outputs.shape != (1, classes):
                     raise ValueError(f"{outputs.shape[-1]} outputs for {classes} classes")
         except Exception as error:  # whatever a network's code raises on unsuitable tensors
             reason = cut(str(error) or type(error).__name__, 300)
             raise CheckpointError(f"{message}: {reason}") from error
-        return model.eval()
+        return in_eval_mode(model)
 
 
 def _check_memory(header: Header) -> None:

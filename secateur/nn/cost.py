@@ -15,6 +15,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from secateur.base import timing
+from secateur.nn.modes import in_eval_mode
 from secateur.sparsity.masks import LAYERS, prunable
 
 
@@ -85,7 +86,7 @@ def positions_by_call(model: nn.Module, example: Tensor) -> dict[str, list[int]]
         {id(weight): name.removesuffix(".weight") for name, weight in reversed(weights.items())}
     )
     with counter, _running(model, counter.running):
-        model.eval()(example)
+        in_eval_mode(model)(example)
     return {
         name.removesuffix(".weight"): counter.found[counter.names[id(weight)]]
         for name, weight in weights.items()
@@ -260,7 +261,7 @@ def latency(models: Mapping[str, nn.Module], batch: Tensor, repeats: int) -> dic
         _synchronize(batch.device)
 
     _synchronize(batch.device)
-    passes = {name: partial(forward, model.eval()) for name, model in models.items()}
+    passes = {name: partial(forward, in_eval_mode(model)) for name, model in models.items()}
     return timing.take_turns(passes, repeats)
 
 

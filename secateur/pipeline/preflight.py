@@ -16,6 +16,7 @@ from secateur.base.errors import ArgumentError, SecateurError, SettingsError
 from secateur.data import progressive_resizing
 from secateur.data.dataset import DatasetInfo
 from secateur.nn import checkpoint
+from secateur.nn.modes import in_eval_mode
 from secateur.pruning.apply import without_branches
 from secateur.pruning.decision import PruningContext
 from secateur.training import averaging, distillation
@@ -67,7 +68,7 @@ def _check(model: nn.Module, info: DatasetInfo, params: settings.Params) -> None
     """Check the network for one round."""
     _check_pooling(model, params)
     with torch.random.fork_rng(devices=[]):
-        trial = copy.deepcopy(model).cpu().eval()
+        trial = in_eval_mode(copy.deepcopy(model).cpu())
         with settings.section(f"penalties.{params.penalty}"):
             chosen = params.chosen("penalties")
             penalty = penalties.build(params.penalty, chosen, trial, params.decay, info.shape)

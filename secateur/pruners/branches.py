@@ -20,6 +20,7 @@ from pydantic import Field, model_validator
 
 from secateur.base.errors import ArgumentError
 from secateur.base.sections import Strict
+from secateur.nn.modes import in_eval_mode
 from secateur.pruning.branches import Branch, find_named, residual_branches, silence
 from secateur.pruning.decision import PruningContext, PruningDecision
 
@@ -84,6 +85,6 @@ def _by_loss(number: int, context: PruningContext, left: dict[str, Branch]) -> P
 
 def _loss(context: PruningContext, removed: Sequence[Branch]) -> float:
     """Mean cross-entropy of the network without these branches."""
-    model = copy.deepcopy(context.model).eval()
+    model = in_eval_mode(copy.deepcopy(context.model))
     silence(model, removed)
     return context.loss(model, "pruner branches")

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from secateur.base.errors import ArgumentError
 from secateur.base.sections import Strict
 from secateur.nn.hooks import watched_weights
+from secateur.nn.modes import in_eval_mode
 from secateur.pruning.decision import PruningContext, PruningDecision
 from secateur.sparsity import masks
 from secateur.sparsity.choices import number_pruned
@@ -104,7 +105,7 @@ def _second_moments(
 
     weights = {name: layer.weight for name, layer in layers.items()}
     with watched_weights(context.model, weights, add), torch.no_grad():
-        context.model.eval()(context.images.to(next(context.model.parameters()).device))
+        in_eval_mode(context.model)(context.images.to(next(context.model.parameters()).device))
     return {name: total / counts[name] for name, total in sums.items()}
 
 

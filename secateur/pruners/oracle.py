@@ -101,6 +101,7 @@ def _combinations(sizes: dict[str, int], numbers: dict[str, int]) -> Iterator[Ch
 
 def _loss(context: PruningContext, decision: PruningDecision) -> float:
     """Mean cross-entropy of the network without what the decision prunes."""
-    model = removal.mask(context.model, decision.channels, context.images[:1], context.graph).eval()
+    model = removal.mask(context.model, decision.channels, context.images[:1], context.graph)
+    model.eval()
     masks.apply(model, decision.masks)
     return context.loss(model, "pruner oracle")

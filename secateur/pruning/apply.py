@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.channels.graph import build_channel_graph
+from secateur.nn.modes import in_eval_mode
 from secateur.pruning import branches, proof, removal
 from secateur.pruning.branches import Branch
 from secateur.pruning.decision import PruningDecision
@@ -57,7 +58,7 @@ def apply_decision(
     """
     masks.refuse_empty(model, decision.masks, requested)
     images = images.to(next(model.parameters()).device)
-    masked = copy.deepcopy(model).eval()
+    masked = in_eval_mode(copy.deepcopy(model))
     with torch.no_grad():
         for name, values in decision.weights.items():
             masked.get_parameter(name).copy_(values)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from secateur.base.errors import PruningError
+from secateur.nn.modes import in_eval_mode
 from secateur.nn.outputs import tensors_of
 from secateur.pruning.removal import Compact
 
@@ -89,7 +90,7 @@ def _outputs(model: nn.Module, images: Tensor) -> list[Tensor]:
 
     Other tensors, such as predicted classes, may change by rounding.
     """
-    found = tensors_of(model.eval()(images))
+    found = tensors_of(in_eval_mode(model)(images))
     if not (found := [t for t in found if t.is_floating_point() or t.is_complex()]):
         raise PruningError(f"{type(model).__name__} returns no tensor of floats to compare")
     return found
@@ -119,7 +120,7 @@ def _layer_outputs(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
         if isinstance(module, nn.Conv2d | nn.Linear)
     ]
     try:
-        model.eval()(images)
+        in_eval_mode(model)(images)
     finally:
         for hook in hooks:
             hook.remove()

@@ -23,6 +23,7 @@ from secateur.channels.planner import ShapePlan
 from secateur.gconv import conversion
 from secateur.nn import resizing
 from secateur.nn.layers import ChannelSelect
+from secateur.nn.modes import in_eval_mode
 from secateur.nn.norms import mask_layer_norm
 from secateur.pruning.branches import Branch
 from secateur.pruning.dead_channels import DeadChannels
@@ -201,7 +202,7 @@ def _shallow_copy(model: nn.Module) -> nn.Module:
     Buffers that checkpoints do not hold are copied.
     """
     known: dict[int, Any] = {id(t): t for t in model.state_dict(keep_vars=True).values()}
-    return copy.deepcopy(model, known | _new_empty_tables(model)).eval()
+    return in_eval_mode(copy.deepcopy(model, known | _new_empty_tables(model)))
 
 
 def _new_empty_tables(model: nn.Module) -> dict[int, Any]:

@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from secateur.base.errors import PruningError
 from secateur.channels.graph import Selection
 from secateur.nn.layers import ChannelSelect
+from secateur.nn.modes import in_eval_mode
 from secateur.nn.norms import unmask_layer_norm
 from secateur.pruning import criteria, group_scores
 from secateur.pruning.decision import PruningContext, decision_from_choices, unprunable_layers
@@ -146,10 +147,10 @@ class AblationRunner:
 
     def __init__(self, context: PruningContext) -> None:
         """Takes over the context's model: its in-place operations are replaced."""
-        self.model, self.graph = context.model.eval(), context.graph
+        self.model, self.graph = in_eval_mode(context.model), context.graph
         fx_graph = self.graph.fx_graph
         _make_out_of_place(self.model, fx_graph)
-        self.fx_graph = fx.GraphModule(self.model, fx_graph).eval()
+        self.fx_graph = in_eval_mode(fx.GraphModule(self.model, fx_graph))
         self.interpreter = fx.Interpreter(self.fx_graph, garbage_collect_values=False)
         self.tensors = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
 

@@ -15,6 +15,7 @@ from secateur.data.batches import Batches, sequential_batches
 from secateur.data.dataset import DatasetInfo
 from secateur.nn import checkpoint
 from secateur.nn.layers import Removed
+from secateur.nn.modes import in_eval_mode
 from secateur.training.engine import Engine
 
 MOST_LOGITS = 2**26
@@ -115,7 +116,7 @@ class Distiller:
         one tensor, or whose outputs differ in more than their width.
         """
         self.settings, self.model = settings, model
-        self.teacher = teacher.eval().requires_grad_(False)
+        self.teacher = in_eval_mode(teacher).requires_grad_(False)
         check_layers(settings.features, model)
         check_layers(settings.features, teacher, "the teacher")
         self._ours: dict[str, Tensor] = {}
@@ -133,7 +134,7 @@ class Distiller:
         image = torch.zeros(1, *shape, device=device)
         self.listen()
         with torch.no_grad():
-            self.model.eval()(image)
+            in_eval_mode(self.model)(image)
             self.teacher.to(device)(image)
         self.close()
         self.model.train(training)

@@ -40,6 +40,7 @@ from secateur.deploy import (
 from secateur.deploy.metadata import Metadata
 from secateur.deploy.runtimes import RUNTIMES, open_model
 from secateur.nn.checkpoint import Checkpoint
+from secateur.nn.modes import in_eval_mode
 from secateur.pipeline import console, mlflow_model, record, runner
 
 FOLDER = Path("models/export")
@@ -113,7 +114,7 @@ def network(context: runner.StageContext, stage: str) -> tuple[nn.Module, Metada
     model = found.model()
     if inside:
         model = export.PixelNetwork(model, found.header.mean, found.header.std)
-    return model.eval(), describe(context, stage, found)
+    return in_eval_mode(model), describe(context, stage, found)
 
 
 def describe(context: runner.StageContext, stage: str, found: Checkpoint) -> Metadata:

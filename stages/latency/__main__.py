@@ -28,7 +28,7 @@ def main(runtime: RuntimeName) -> None:
     model = checkpoint.build_architecture(context.header())
     settings = params.latency
     table = layer_times.measure(
-        model.eval(),
+        model,
         torch.randn(1, *info.shape),
         runtime=runtime,
         batch=settings.batch,

@@ -56,7 +56,7 @@ def measure(context: runner.StageContext) -> tuple[pd.DataFrame, dict[str, Any]]
         raise SettingsError(
             "params.yaml: data.validation = 0: sensitivity needs validation images to measure on"
         )
-    model = context.upstream["baseline"].model().eval()
+    model = context.upstream["baseline"].model()
     images, labels = stratified_batch(data.train, data.info)
     pruning_context = PruningContext(model, images, labels)
     how = _criteria(settings.criteria, model)

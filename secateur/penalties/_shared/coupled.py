@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from secateur.base.errors import ArgumentError
 from secateur.channels.graph import ChannelGraph, build_channel_graph
 from secateur.channels.groups import by_channel
+from secateur.nn.modes import in_eval_mode
 from secateur.penalties._shared.formula import GroupPenalty, GroupSettings, root
 
 
@@ -29,7 +30,7 @@ class CoupledWeights:
             raise ArgumentError("coupled groups", "the shape of an image is needed to find them")
         device = next(model.parameters()).device
         example = torch.zeros(1, *shape, device=device)
-        self.graph: ChannelGraph = build_channel_graph(copy.deepcopy(model).eval(), example)
+        self.graph: ChannelGraph = build_channel_graph(in_eval_mode(copy.deepcopy(model)), example)
         free = [group for group in self.graph.groups if group.locked is None]
         sizes = torch.tensor([group.size for group in free])
         self.owner = torch.arange(len(free)).repeat_interleave(sizes)

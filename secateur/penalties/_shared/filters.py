@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from secateur.base.errors import ArgumentError
 from secateur.channels.graph import ChannelGraph, build_channel_graph
+from secateur.nn.modes import in_eval_mode
 from secateur.sparsity.choices import Choices
 from secateur.sparsity.masks import LAYERS, BatchNorm
 
@@ -29,7 +30,7 @@ class EntriesBehindFilters:
         if shape is None:
             raise ArgumentError("granularity", "filter needs the shape of an image")
         example = torch.zeros(1, *shape, device=next(model.parameters()).device)
-        self.graph: ChannelGraph = build_channel_graph(copy.deepcopy(model).eval(), example)
+        self.graph: ChannelGraph = build_channel_graph(in_eval_mode(copy.deepcopy(model)), example)
         own = dict(model.named_parameters())
         self.ids: dict[str, Tensor] = {}
         """Name of a parameter -> canonical id of each entry, -1 where it has none."""

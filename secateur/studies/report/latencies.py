@@ -200,6 +200,6 @@ def _networks(result: Result) -> "tuple[dict[str, nn.Module], Tensor]":
         loaded = {
             name: checkpoint.load(folder / "model.safetensors") for name, folder in folders.items()
         }
-        networks = {name: found.model().eval() for name, found in loaded.items()}
+        networks = {name: found.model() for name, found in loaded.items()}
     torch.manual_seed(0)
     return networks, torch.randn(1, *loaded["dense"].header.shape)

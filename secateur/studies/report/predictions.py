@@ -67,7 +67,7 @@ def correct(result: Result) -> "tuple[NDArray[np.bool_], str]":
         artifacts.link(result, wanted)
         prepared = dataset.load(data)
         found = checkpoint.load(model / "model.safetensors", split=prepared.info.hash)
-        header, network = found.header, found.model().eval()
+        header, network = found.header, found.model()
         info = replace(prepared.info, mean=list(header.mean), std=list(header.std))
         right = []
         with torch.inference_mode():
