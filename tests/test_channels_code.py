@@ -141,3 +141,57 @@ def test_an_axis_that_is_dropped_once_it_has_one_channel_is_told():
         PruningError, match=r"'squeeze'.*one channel is left.*name the axes to drop"
     ):
         graph.plan({"a": torch.arange(3)})
+
+
+# ---- buffers with indices ----------------------------------------------------------------------
+
+ORDER = torch.tensor([2, 0, 3, 5])
+
+
+def counted_from_the_end():
+    index = torch.tensor([-2, 0, 3, -1, -5])
+    return Code(lambda n, x: n.head(n.a(x)[:, n.index].mean((2, 3))), a=conv(3, 8), index=index,
+                head=nn.Linear(5, CLASSES))  # fmt: skip
+
+
+def same_for_rows():
+    return Code(lambda n, x: n.head(n.a(x)[:, n.index][:, :, n.index].flatten(2).amax(2)),
+                a=conv(3, 8), index=ORDER.clone(), head=nn.Linear(4, CLASSES))  # fmt: skip
+
+
+def same_for_a_table():
+    def run(net, x):
+        return net.head(net.a(x)[:, net.index].mean((2, 3)) * net.table[net.index].mean())
+
+    return Code(run, a=conv(3, 8), index=ORDER.clone(), table=nn.Parameter(torch.randn(8, 2)),
+                head=nn.Linear(4, CLASSES))  # fmt: skip
+
+
+def rows_only():
+    return Code(lambda n, x: n.head(n.a(x)[:, :, n.index].flatten(2).amax(2)),
+                a=conv(3, 8), index=ORDER.clone(), head=nn.Linear(8, CLASSES))  # fmt: skip
+
+
+@pytest.mark.parametrize("make", [counted_from_the_end, rows_only])
+def test_channels_by_index_and_rows_by_index_become_fewer(make):
+    assert free(equal_at_random(make))
+
+
+@pytest.mark.parametrize("make", [same_for_rows, same_for_a_table])
+def test_an_index_of_channels_that_has_another_use_locks_them(make):
+    graph = equal_at_random(make, seeds=1)
+    reasons = {group.locked for group in graph.groups if "a" in group.producers}
+    assert reasons == {"index is not only an index of channels"}
+
+
+def test_a_buffer_that_files_do_not_hold_does_not_disturb_what_follows():
+    def run(net, x):
+        y = net.a(x) + net.own
+        return net.head(net.b(y.mean(1, keepdim=True)).mean((2, 3)) + net.c(x).mean((2, 3)))
+
+    def make():
+        net = Code(run, a=conv(3, 8), b=conv(1, 6), c=conv(3, 6), head=nn.Linear(6, CLASSES))
+        net.register_buffer("own", torch.ones(1, 8, 1, 1), persistent=False)
+        return net
+
+    assert free(equal_at_random(make))

@@ -109,8 +109,9 @@ class GroupBuilder:
         """New ids for every entry; `finish` finds the axis along which channels differ."""
         self._used.add(named.name)
         if named.name not in self.parameters:
-            count, reason = named.tensor.numel(), self._constant(named.name)
-            ids = self._new(count) if reason is None else self.fixed(count, reason)
+            ids = self._new(named.tensor.numel())
+            if (reason := self._constant(named.name)) is not None:
+                self.lock(ids, reason)
             self.parameters[named.name] = (ids.reshape(named.tensor.shape), ZERO)
         return self.parameters[named.name][0]
 
@@ -125,6 +126,7 @@ class GroupBuilder:
         if owns_channels:
             outputs = self._new(len(numbers))
         else:
+            numbers = numbers % len(into)  # negative ones count from the end
             outputs = into[numbers]
             if index.name not in self._buffers:
                 self.lock(into, f"chosen by {index.name}, which is no buffer")
@@ -134,11 +136,7 @@ class GroupBuilder:
 
     def unify(self, a: Tensor, b: Tensor) -> None:
         """Unite the ids of each pair; an id that is paired with ZERO is locked instead."""
-        different = a != b
-        x, y = a[different] - ZERO, b[different] - ZERO  # from 0, so that a pair is one number
-        base = len(self._sets.parent) - ZERO
-        key = (x * base + y).unique()
-        pairs = torch.stack((key // base, key % base), dim=1) + ZERO
+        pairs = _different_pairs(a, b, len(self._sets.parent))
         with_zero = (pairs == ZERO).any(dim=1)
         beside = pairs[with_zero].amax(dim=1)
         if len(beside):
@@ -203,6 +201,8 @@ class GroupBuilder:
         """The axis of every added or multiplied tensor along which channels differ."""
         sizes = self.canonical.bincount()
         for name, (ids, _) in self.parameters.items():
+            if name in self.selects:
+                self.lock(self.selects[name].inputs, f"{name} is not only an index of channels")
             canonical = self.canonical[ids]
             if bool((sizes[canonical] == 1).all()):
                 continue  # it was combined with no channels
@@ -230,6 +230,15 @@ def _constants(model: nn.Module) -> Callable[[str], str | None]:
         return None if name in saved else "a constant"
 
     return reason
+
+
+def _different_pairs(a: Tensor, b: Tensor, count: int) -> Tensor:
+    """Pairs of different ids below `count`, each once, (pairs, 2)."""
+    different = a != b
+    x, y = a[different] - ZERO, b[different] - ZERO  # from 0, so that a pair is one number
+    base = count - ZERO
+    key = (x * base + y).unique()
+    return torch.stack((key // base, key % base), dim=1) + ZERO
 
 
 def _refuse_unused(model: nn.Module, used: set[str]) -> None:

@@ -95,6 +95,8 @@ def index_select(call: Call, x: ChannelIds, dim: int, index: Any) -> ChannelIds:
         ids = call.visitor.select(index, x.axis_ids(dim), owns_channels=False)
         shape = [len(ids) if k == dim else s for k, s in enumerate(x.shape)]
         return ChannelIds.along(dim, ids, shape)
+    elif isinstance(index, NamedTensor):
+        call.visitor.parameter(index)  # which must not be renumbered with channels elsewhere
     else:
         call.lock(x, "selected by hard-coded indices")
     return ChannelIds.from_expanded(x.expanded().index_select(dim, numbers.cpu()))
@@ -105,6 +107,7 @@ def getitem(call: Call, x: Any, index: Any) -> Any:
     if isinstance(x, list | tuple):
         return x[index]
     if isinstance(x, NamedTensor) and isinstance(index, NamedTensor):
+        call.visitor.parameter(index)
         return attention.index_parameter(call, x, 0, index.tensor)
     x = call.channels(x)
     parts = list(index) if isinstance(index, tuple) else [index]
