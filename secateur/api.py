@@ -4,7 +4,6 @@ The pipeline's stages and these functions use the same code: `prune` returns the
 stage `prune` writes for the same network, images and settings.
 """
 
-import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -22,6 +21,7 @@ from secateur.channels.graph import ChannelGraph, build_channel_graph
 from secateur.data.batches import scale_and_shift
 from secateur.nn import checkpoint, cost, matching, weights
 from secateur.nn.checkpoint import Checkpoint, Header
+from secateur.nn.copies import copied
 from secateur.nn.matching import Names
 from secateur.nn.modes import in_eval_mode
 from secateur.nn.weights import Weights
@@ -155,7 +155,8 @@ def load(path: str | Path, into: nn.Module | None = None, rename: Names | None =
 def _rebuild(found: Checkpoint, into: nn.Module | None, file: str) -> tuple[nn.Module, Origin]:
     """The network stored in a checkpoint of Secateur."""
     if into is not None:
-        fill(copy.deepcopy(into), found, file)  # on an error, `into` itself stays unchanged
+        trial = copied(into, "into", SettingsError)
+        fill(trial, found, file)  # on an error, `into` itself stays unchanged
         model = fill(into, found, file)
     elif not found.header.arch:
         raise CheckpointError(
@@ -219,7 +220,7 @@ def channel_graph(model: nn.Module, images: Tensor) -> ChannelGraph:
     """
     _check_model(model)
     _check_batch(images)
-    return build_channel_graph(in_eval_mode(copy.deepcopy(model)), images[:1])
+    return build_channel_graph(in_eval_mode(copied(model)), images[:1])
 
 
 @torch.inference_mode(False)
@@ -249,7 +250,7 @@ def prune(
     """
     _check_prune(model, images, pruner, labels)
     _check_options(pruner, latency, remove_dead=remove_dead, group_convolutions=group_convolutions)
-    dense, images = in_eval_mode(copy.deepcopy(model)), _usable(images)
+    dense, images = in_eval_mode(copied(model)), _usable(images)
     origin = getattr(model, "origin", None)
     choices = origin.choices if isinstance(origin, Origin) else {}
     labels = None if labels is None else _usable(labels)
@@ -313,7 +314,7 @@ def measure_latency(
                 f"{name} = {shorten(value)}: must be a whole number of at least {least}"
             )
     return layer_times.measure(
-        in_eval_mode(copy.deepcopy(model)),
+        in_eval_mode(copied(model)),
         images[:1],
         runtime=runtime,
         batch=batch,

@@ -1,6 +1,7 @@
 """Networks as users write them: several outputs, several arguments, frozen weights."""
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch.nn import functional as F
 from torch.nn.utils import prune as torch_prune
 
 import secateur
-from secateur.base.errors import PruningError, SecateurError
+from secateur.base.errors import PruningError, SecateurError, SettingsError
 
 IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([0, 1, 2, 3])
@@ -97,6 +98,28 @@ def with_result():
     return net
 
 
+def with_lock():
+    net = Net()
+    net.b.lock = threading.Lock()
+    return net
+
+
+def with_activations():
+    """A hook has stored what a layer returned, with its gradients."""
+    net = Net()
+    net.features = {}
+    net.b.register_forward_hook(lambda _module, _args, out: net.features.update(b=out))
+    net(IMAGES)
+    return net
+
+
+def with_hook():
+    """The gradients of the criterion are those of the copy that is pruned."""
+    net = Net()
+    net.b.register_forward_hook(lambda module, _args, out: setattr(module, "seen", [out]))
+    return net
+
+
 def with_count():
     net = Net().half()
     net.count = nn.Parameter(torch.tensor([3]), requires_grad=False)
@@ -138,6 +161,15 @@ WRONG = {
     "compiled": (lambda: {"model": OptimizedModule()}, r"OptimizedModule .* model\._orig_mod"),
     "parallel": (lambda: {"model": nn.DataParallel(Net())}, r"DataParallel .* pass model\.module"),
     "result": (lambda: {"model": with_result()}, "model: last is a result .* detach"),
+    "activations": (
+        lambda: {"model": with_activations()},
+        r"model: features cannot be copied \(Only Tensors created explicitly",
+    ),
+    "lock": (lambda: {"model": with_lock()}, r"model: b\.lock cannot be copied \(cannot pickle"),
+    "hook": (
+        lambda: {"model": with_hook(), "pruner": TAYLOR, "labels": LABELS},
+        r"model: b\.seen cannot be copied .* remove the hook",
+    ),
 }
 
 
@@ -148,6 +180,18 @@ def test_arguments_that_cannot_be_are_told_in_one_line(kind):
     with pytest.raises(SecateurError, match=words) as told:
         secateur.prune(given.pop("model"), given.pop("images"), given.pop("pruner"), **given)
     assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("make", [with_lock, with_activations])
+def test_a_network_that_cannot_be_copied_is_told_by_every_function(make, tmp_path):
+    net, words = make(), "(b.lock|features) cannot be copied"
+    secateur.save(secateur.prune(Net(), IMAGES, HALF), tmp_path / "own")
+    with pytest.raises(PruningError, match=f"model: {words}"):
+        secateur.channel_graph(net, IMAGES)
+    with pytest.raises(PruningError, match=f"model: {words}"):
+        secateur.measure_latency(net, IMAGES)
+    with pytest.raises(SettingsError, match=f"into: {words}"):
+        secateur.load(tmp_path / "own", into=net)
 
 
 @pytest.mark.parametrize("granularity", ["group", "filter", "weight"])

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.channels.graph import build_channel_graph
+from secateur.nn.copies import copied
 from secateur.nn.modes import in_eval_mode
 from secateur.pruning import branches, proof, removal
 from secateur.pruning.branches import Branch
@@ -58,7 +59,7 @@ def apply_decision(
     """
     masks.refuse_empty(model, decision.masks, requested)
     images = images.to(next(model.parameters()).device)
-    masked = in_eval_mode(copy.deepcopy(model))
+    masked = in_eval_mode(copied(model))
     with torch.no_grad():
         for name, values in decision.weights.items():
             masked.get_parameter(name).copy_(values)
