@@ -590,6 +590,126 @@ def test_a_norms_shift_is_folded_into_the_next_norm_unless_a_border_sees_it(kern
         assert proof.verify(model, compact, batch, proof.FLOAT64_TOLERANCE) < 1e-9
 
 
+class DepthwiseMean(nn.Module):
+    """Filters 0 to 3 of `c` are constant; `d` gives another mean of them at each image size."""
+
+    def __init__(self):
+        super().__init__()
+        self.c = nn.Conv2d(3, 16, 1)
+        self.d = nn.Conv2d(16, 16, 3, padding=1, groups=16)
+        self.h = nn.Linear(16, 4)
+
+    def forward(self, x):
+        return self.h(self.d(self.c(x).relu()).relu().mean((2, 3)))
+
+
+class Hourglass(nn.Module):
+    """Takes images whose sides are multiples of 4; padding is visible in images larger than 4."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 6, 4, stride=4), nn.Conv2d(6, 5, 3, padding=1)
+        self.c, self.h = nn.Conv2d(3, 5, 1), nn.Linear(5, 2)
+
+    def forward(self, x):
+        y = functional.interpolate(self.b(self.a(x).relu()), scale_factor=4)
+        return self.h((y + self.c(x)).relu().mean((2, 3)))
+
+
+class ThirdStride(nn.Module):
+    """Only the last column of `d` is not zero: it reads padding where 2 is not a divisor.
+
+    That is so at side 9, but neither at 4 nor at 8.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Conv2d(3, 6, 1)
+        self.d, self.h = nn.Conv2d(6, 5, 3, stride=2, padding=1), nn.Linear(5, 2)
+
+    def forward(self, x):
+        y = functional.avg_pool2d(self.a(x).relu(), 2)
+        return self.h(self.d(y).relu().mean((2, 3)))
+
+
+class WideKernel(nn.Module):
+    """`b` has weights for pixels at a distance of 3 only, which images of side 4 do not have."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 6, 4, stride=4), nn.Conv2d(6, 6, 7, padding=3)
+        self.c, self.d, self.h = nn.Conv2d(6, 5, 1), nn.Conv2d(6, 5, 1), nn.Linear(5, 2)
+
+    def forward(self, x):
+        y = self.a(x)
+        return self.h((self.c(y) + self.d(self.b(y).relu())).relu().mean((2, 3)))
+
+
+def with_constant(make, layer):
+    """A random network in which the first four filters of a layer are constant."""
+    model = build(make)
+    with torch.no_grad():
+        model.get_submodule(layer).weight[:4] = 0
+        model.get_submodule(layer).bias[:4] = 1
+        if isinstance(model, ThirdStride):
+            model.d.weight[:, :, :, :2] = 0
+            model.d.weight[:, :, 0] = 0
+        if isinstance(model, WideKernel):
+            model.b.weight[:, :, 1:6, 1:6] = 0
+            model.b.weight[:, :, [0, 6], 1:6] = model.b.weight[:, :, 1:6, [0, 6]] = 0
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "layer", "side", "sides"),
+    [
+        (DepthwiseMean, "c", 8, (7, 9, 16, 33)),
+        (Hourglass, "a", 4, (8, 16, 20)),
+        (ThirdStride, "a", 8, (9, 10, 16, 18, 33)),
+        (WideKernel, "a", 4, (8, 16, 33)),
+    ],
+)
+def test_constants_are_folded_only_if_they_are_equal_at_every_image_size(make, layer, side, sides):
+    model, batch = with_constant(make, layer), images(side=side)
+    compact = removal.remove_dead(model, {}, batch)
+    assert proof.verify(model, compact, batch, proof.FLOAT64_TOLERANCE) < 1e-9
+    for other in sides:
+        assert difference(model, compact.model, images(side=other)) < 1e-9, other
+
+
+def test_what_a_single_pixel_hides_is_not_dead():
+    torch.manual_seed(0)
+    model = import_torchvision().models.resnet18(num_classes=5)  # layer4 has 1x1 pixels at side 32
+    randomise(model.double(), 3)
+    chosen = {
+        name: torch.rand(p.shape) < 0.0005 if name.startswith("layer4") else torch.ones_like(p) > 0
+        for name, p in model.named_parameters()
+        if p.dim() > 1
+    }
+    masks.apply(model, chosen)
+    compact = removal.remove_dead(model, chosen, images(side=32))
+    for side in (32, 64, 97):
+        assert difference(model, compact.model, images(2, side)) < 1e-9, side
+
+
+@pytest.mark.parametrize("viewed", [False, True])
+def test_a_network_of_one_image_size_folds_what_is_constant_there(viewed):
+    class Flat(DepthwiseMean):
+        def __init__(self):
+            super().__init__()
+            self.width, self.h = 16 * 4, nn.Linear(16 * 4, 4)
+
+        def forward(self, x):
+            y = functional.avg_pool2d(self.d(self.c(x).relu()).relu(), 4)
+            # a view makes a batch of 4 out of a larger image
+            return self.h(y.view(-1, self.width) if viewed else y.flatten(1))
+
+    model, batch = with_constant(Flat, "c"), images()
+    compact = removal.remove_dead(model, {}, batch)
+    assert compact.kept["c"].tolist() == list(range(4, 16))
+    assert difference(model, compact.model, batch) < 1e-9
+
+
 def test_a_dead_branch_keeps_one_channel_as_long_as_the_network_lives():
     model, batch = build(residual), images()
     with torch.no_grad():

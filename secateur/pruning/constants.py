@@ -15,6 +15,7 @@ from torch.nn import functional
 from secateur.channels import operators
 from secateur.channels.groups import by_channel
 from secateur.nn.layers import ChannelSelect
+from secateur.nn.outputs import tensors_of
 
 
 class ConstantPropagation(fx.Interpreter):
@@ -29,6 +30,8 @@ class ConstantPropagation(fx.Interpreter):
         """Layer or index buffer -> its input at each call."""
         self.result: Any = None
         """What the network returns."""
+        self.least_factor = 2
+        """How much larger an image must be for every kernel to fit into its input; 2 at least."""
         self._names = {id(t): n for n, t in [*model.named_parameters(), *model.named_buffers()]}
 
     @classmethod
@@ -38,6 +41,33 @@ class ConstantPropagation(fx.Interpreter):
         propagation = cls(model, graph)
         propagation.result = propagation.run(torch.full_like(example[:1], torch.nan))
         return propagation
+
+    @classmethod
+    def at_two_sizes(
+        cls, model: nn.Module, graph: fx.Graph, example: Tensor
+    ) -> list["ConstantPropagation"]:
+        """As `of` at the size of the example, and at a larger one if the network takes it.
+
+        In a small image, inputs of a few pixels hide most weights of a padded kernel, and means
+        over pixels have another value. The second is left out if no layer has a constant input at
+        the first.
+        """
+        first = cls.of(model, graph, example)
+        constant = [call.constant for calls in first.inputs.values() for call in calls]
+        if example.dim() != 4 or not any(bool(channels.any()) for channels in constant):
+            return [first]
+        (height, width), by = example.shape[2:], first.least_factor
+        # an odd size has other borders at strides; some networks take multiples of a size only
+        for size in ((by * height + 1, by * width + 1), ((by + 1) * height, (by + 1) * width)):
+            try:
+                second = cls.of(model, graph, example.new_empty(1, example.shape[1], *size))
+            except torch.OutOfMemoryError:
+                raise
+            except Exception:  # of any type: flattened images that do not fit, assertions
+                continue
+            if _lengths(second.result) == _lengths(first.result):
+                return [first, second]  # otherwise a view has made a batch of the larger image
+        return [first]
 
     def run_node(self, n: fx.Node) -> Any:
         """Run a node without the traces that fx keeps for it, which cost as much as most rules."""
@@ -101,6 +131,8 @@ class ConstantPropagation(fx.Interpreter):
         if weight.dim() == 2:
             self._note(name, x, -1)
             return _through_linear(run, x, weight, bias)
+        for kernel, side in zip(weight.shape[2:], x.shape[2:], strict=True):
+            self.least_factor = max(self.least_factor, -(-kernel // side))
         return _through_convolution(run, x, self._note(name, x, 1), weight, bias)
 
     def _note(self, name: str, x: Tensor, axis: int) -> "LayerInput":
@@ -132,6 +164,11 @@ class LayerInput:
         values = x.clone() if bool((constant & ~zero).any()) else None
         least = rows.nan_to_num(nan=torch.inf).amin(dim=1)  # finite if one entry is a number
         return cls(values, zero, constant, least.isinf())
+
+
+def _lengths(result: Any) -> list[int]:
+    """Number of images in each tensor that a network returns."""
+    return [len(tensor) if tensor.dim() else 0 for tensor in tensors_of(result)]
 
 
 def _through_linear(run: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -59,16 +59,20 @@ class DeadChannels:
 
     @torch.no_grad()
     def __init__(self, model: nn.Module, graph: ChannelGraph, example: Tensor) -> None:
-        """`graph` is the model's; only shape, type and device of the batch `example` matter."""
+        """`graph` is the model's; only shape, type and device of the batch `example` matter.
+
+        Channels are dead, and constants are equal, for images of every size that the network takes.
+        """
         self.graph, self.folding = graph, Folding(model, graph)
-        constants = ConstantPropagation.of(model, graph.fx_graph, example)
-        self.consumers = _consumers(graph, self.folding, constants)
+        sizes = ConstantPropagation.at_two_sizes(model, graph.fx_graph, example)
+        self.consumers = _consumers(graph, self.folding, sizes)
         count = len(graph.canonical)
         self.consumer_count = torch.zeros(count + 1, dtype=torch.int64)
         """By canonical id: how many consumers read it."""
         for consumer in self.consumers:
             self.consumer_count[consumer.channels] += 1
-        outputs = [t for t in tensors_of(constants.result) if t.is_floating_point()]
+        results = [t for size in sizes for t in tensors_of(size.result)]
+        outputs = [t for t in results if t.is_floating_point()]
         self.constant_output = not any(bool(t.isnan().any()) for t in outputs)
         """Whether the network computes the same for every input."""
         self.candidates = torch.zeros(count + 1, dtype=torch.bool)
@@ -137,33 +141,35 @@ class DeadChannels:
 
 
 def _consumers(
-    graph: ChannelGraph, folding: Folding, constants: ConstantPropagation
+    graph: ChannelGraph, folding: Folding, sizes: list[ConstantPropagation]
 ) -> list[Consumer]:
-    """All consumers in the order of execution, layers first."""
+    """All consumers in the order of execution, layers first; `sizes` has the constants at each."""
     layers = [
-        _layer(name, graph, folding, constants.inputs[name])
+        _layer(name, graph, folding, [size.inputs[name] for size in sizes])
         for name, layer in graph.layers.items()
         if not layer.depthwise()
     ]
     selects = [
-        _select(name, graph, constants.inputs[name])
+        _select(name, graph, [size.inputs[name] for size in sizes])
         for name, select in graph.selects.items()
         if select.owns_channels
     ]
     return layers + selects
 
 
-def _layer(name: str, graph: ChannelGraph, folding: Folding, calls: list[LayerInput]) -> Consumer:
-    """A convolution or linear layer; `calls` has its input at each of its calls."""
+def _layer(
+    name: str, graph: ChannelGraph, folding: Folding, sizes: list[list[LayerInput]]
+) -> Consumer:
+    """A convolution or linear layer; `sizes` has its input at each size and call."""
     layer = graph.layers[name]
     weight = folding.tensors[layer.weight]
     reads = weight.flatten(2).any(dim=2) if weight.dim() > 2 else weight.bool()
     blocks = reads.reshape(layer.groups, -1, reads.shape[1])
-    zero = torch.stack([call.zero for call in calls]).all(dim=0)
-    constant = calls[0].constant & ~zero
+    zero = _zero(sizes)
+    constant = torch.stack([calls[0].constant for calls in sizes]).all(dim=0) & ~zero
     if bool(constant.any()):
         constant &= blocks.any(dim=1).flatten()
-    foldable = folding.foldable(name, calls, constant)
+    foldable = folding.foldable(name, sizes, constant)
     return Consumer(
         name,
         _canonical(graph, layer.inputs),
@@ -171,17 +177,22 @@ def _layer(name: str, graph: ChannelGraph, folding: Folding, calls: list[LayerIn
         _block_reader(blocks),
         (zero | foldable).cpu(),
         foldable.cpu(),
-        calls[0].values,
+        sizes[0][0].values,
     )
 
 
-def _select(name: str, graph: ChannelGraph, calls: list[LayerInput]) -> Consumer:
+def _select(name: str, graph: ChannelGraph, sizes: list[list[LayerInput]]) -> Consumer:
     """The index of a ChannelSelect."""
     select = graph.selects[name]
-    zero = torch.stack([call.zero for call in calls]).all(dim=0).cpu()
+    zero = _zero(sizes).cpu()
     inputs, outputs = _canonical(graph, select.inputs), _canonical(graph, select.outputs)
     reader = _index_reader(select.index, len(inputs))
     return Consumer(name, inputs, outputs, reader, zero, torch.zeros_like(zero))
+
+
+def _zero(sizes: list[list[LayerInput]]) -> Tensor:
+    """Inputs that are zero at each size and call, bool, (inputs,)."""
+    return torch.stack([call.zero for calls in sizes for call in calls]).all(dim=0)
 
 
 def _canonical(graph: ChannelGraph, ids: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 An input that is the same for every image contributes a constant to each output, provided that the
 contribution is the same at every position; at a border padded with zeros it is not. Such a constant
 is added to the bias of the layer, or subtracted from the running mean of the batch normalisation
-that is the only reader of the layer.
+that is the only reader of the layer. If the network takes images of several sizes, the contribution
+must also be the same for all of them; a mean over a padded border, for example, is not.
 """
 
 import copy
@@ -50,17 +51,24 @@ class Folding:
         self.tensors = dict(model.named_parameters()) | dict(model.named_buffers())
         self.running_means = _running_means(graph)
 
-    def foldable(self, name: str, calls: list[LayerInput], constant: Tensor) -> Tensor:
+    def foldable(self, name: str, sizes: list[list[LayerInput]], constant: Tensor) -> Tensor:
         """The constant inputs of a layer that can be folded, bool, (inputs,).
 
-        `calls` has its input at each call.
+        `sizes` has its input at each call, for images of one or two sizes.
         """
-        if len(calls) > 1 or (self.layers[name].bias is None and name not in self.running_means):
+        values = [call.values for calls in sizes for call in calls]
+        reader = self.layers[name].bias is not None or name in self.running_means
+        here, elsewhere = values[0], values[-1]
+        if len(values) > len(sizes) or not reader or here is None or elsewhere is None:
             return torch.zeros_like(constant)
         foldable = constant.clone()
-        if (values := calls[0].values) is not None:
-            for channel in foldable.nonzero().flatten().tolist():
-                foldable[channel] = self._adds_evenly(name, values, channel)
+        if len(sizes) > 1:
+            axis = self._axis(name)
+            foldable &= _equal(by_channel(here, axis), by_channel(elsewhere, axis))
+            if isinstance(module := self.modules.get(name), nn.Conv2d):
+                here = _with_every_border(module, here)
+        for channel in foldable.nonzero().flatten().tolist():
+            foldable[channel] = self._adds_evenly(name, here, channel)
         return foldable
 
     @torch.no_grad()
@@ -83,10 +91,14 @@ class Folding:
                 mask |= (added != 0).to(mask.device)
         return folded
 
+    def _axis(self, name: str) -> int:
+        """The axis of the channels in the input of a layer."""
+        return -1 if isinstance(self.modules.get(name), nn.Linear) else 1
+
     def _adds_evenly(self, name: str, values: Tensor, channel: int) -> bool:
         """Whether a constant input adds the same to an output at every position."""
         module = self.modules.get(name)
-        x = by_channel(values, -1 if isinstance(module, nn.Linear) else 1)[channel]
+        x = by_channel(values, self._axis(name))[channel]
         uniform = bool((x == x[0]).all())
         if not isinstance(module, nn.Conv2d):
             return uniform and isinstance(module, nn.Linear)
@@ -103,12 +115,34 @@ class Folding:
         module, values = self.modules[inputs.layer], inputs.values
         assert isinstance(module, nn.Conv2d | nn.Linear)
         shape = [1] * values.dim()
-        shape[-1 if isinstance(module, nn.Linear) else 1] = -1
+        shape[self._axis(inputs.layer)] = -1
         only = torch.where(inputs.channels.to(values.device).reshape(shape), values, 0.0)
         if isinstance(module, nn.Linear):
             return nn.functional.linear(only, module.weight).reshape(-1, module.weight.shape[0])[0]
         added = module._conv_forward(only, module.weight, None)[0]
         return added[:, added.shape[1] // 2, added.shape[2] // 2]
+
+
+def _equal(here: Tensor, elsewhere: Tensor) -> Tensor:
+    """Channels with one value at all positions of two inputs, (channels, positions); bool."""
+    x, y = here[:, :1], elsewhere[:, :1]
+    tolerance = 64 * torch.finfo(here.dtype).eps * here.nan_to_num().abs().max()
+    uniform = (here == x).all(dim=1) & (elsewhere == y).all(dim=1)
+    return uniform & ((x - y).abs() <= tolerance).flatten()
+
+
+def _with_every_border(conv: nn.Conv2d, values: Tensor) -> Tensor:
+    """An input with the first value of each channel, whose padding is read at all four borders.
+
+    At a stride, the padding at the end of an axis is not read at all sizes.
+    """
+    pads = conv._reversed_padding_repeated_twice[::-1]
+    sides = []
+    for axis, stride in enumerate(conv.stride):
+        extent = 1 + conv.dilation[axis] * (conv.kernel_size[axis] - 1)
+        pad = sum(pads[2 * axis : 2 * axis + 2])
+        sides.append(extent + stride * (extent + pad) - pad)  # a stride from border to border
+    return values[:1, :, :1, :1].expand(-1, -1, *sides)
 
 
 def _contribution_of_one(conv: nn.Conv2d, only: Tensor, channel: int) -> Tensor:
