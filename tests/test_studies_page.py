@@ -112,6 +112,12 @@ def test_standard_error_of_360_images_is_half_a_point_and_more():
     assert statistics.standard_error(0.9, 360) == pytest.approx(0.0158114, rel=1e-5)
 
 
+def test_interval_of_an_accuracy_of_all_images_is_that_of_scipy():
+    for right, images in ((360, 360), (0, 360), (9, 10)):
+        known = stats.binomtest(right, images).proportion_ci(0.95, method="wilson")
+        assert statistics.wilson(right / images, images) == pytest.approx(tuple(known))
+
+
 def test_hypervolume_by_hand_and_by_counting_cells():
     points = [(0.5, 0.8), (0.2, 0.5), (0.6, 0.7), (1.5, 0.9)]
     assert statistics.front(points) == [1, 0, 3]
@@ -489,7 +495,7 @@ def test_settings_that_can_change_a_result_are_methods_of_their_own(changed):
 def test_long_labels_leave_room_for_the_axes():
     label = "none, magnitude, branches [layer1.2, layer2.1], image_folder.augment.cutout 8"
     points = [plots.Point(1.5, 0.87, 0.01), plots.Point(1.8, 0.86, 0.01)]
-    figure = plots.trade_off({label: points, "other": points}, 0.88, [], "latency")
+    figure = plots.trade_off({label: points, "other": points}, {"dense": 0.88}, [], "latency")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         plots.png(figure)
@@ -499,7 +505,7 @@ def test_long_labels_leave_room_for_the_axes():
 def test_ticks_of_a_wide_axis_do_not_overlap():
     """A dense network at 100 % and a pruned one that guesses: 99.7 to 100 are a few points high."""
     points = [plots.Point(1.2, 1.0, None), plots.Point(2.0, 0.8, 0.1), plots.Point(20.0, 0.15, 0.1)]
-    figure = plots.trade_off({"m": points}, 1.0, [], "cost")
+    figure = plots.trade_off({"m": points}, {"dense": 1.0}, [], "cost")
     figure.draw_without_rendering()
     axes = figure.axes[0]
     shown = [
@@ -513,7 +519,10 @@ def test_ticks_of_a_wide_axis_do_not_overlap():
 def drawings(lines):
     """Each kind of figure that has labels, drawn, of the labels and points of `lines`."""
     history = {"baseline": [0.5, 0.7], "finetune": [0.8, 0.9]}
-    drawn = [plots.trade_off(lines, 0.9, [], "cost"), plots.curves(dict.fromkeys(lines, history))]
+    drawn = [
+        plots.trade_off(lines, {"dense": 0.9}, [], "cost"),
+        plots.curves(dict.fromkeys(lines, history)),
+    ]
     for figure in drawn:
         figure.draw_without_rendering()
     return drawn
@@ -527,7 +536,7 @@ def test_labels_are_drawn_as_they_are_written():
         shown = [text.get_text() for text in figure.legends[0].get_texts()]
         assert shown[:4] == written
     theirs = [(r"by \$theirs$", 2.0, 0.8)]
-    figure = plots.trade_off({"own": points}, 0.9, [], "a $ in $\\frac{$", theirs)
+    figure = plots.trade_off({"own": points}, {"dense": 0.9}, [], "a $ in $\\frac{$", theirs)
     assert plots.svg(figure)
     assert figure.legends[0].get_texts()[-1].get_text() == r"1: by \$theirs$ (not ours)"
     figure = plots.layers({label: {r"$\frac{$": 0.5, "_b": 0.5} for label in written})
@@ -565,7 +574,7 @@ def test_a_word_longer_than_a_line_of_the_legend_is_broken():
 def test_bars_of_intervals_are_within_the_axes_up_to_100_percent(points, scale):
     """Bars as drawn, not as asked for; a point at 100 % has room above it."""
     own = [plots.Point(2.0 + n, *point) for n, point in enumerate(points)]
-    figure = plots.trade_off({"m": own}, 0.9, [], "cost")
+    figure = plots.trade_off({"m": own}, {"dense": 0.9}, [], "cost")
     axes = figure.axes[0]
     assert axes.get_yscale() == scale
     (bars,) = axes.collections
@@ -577,6 +586,54 @@ def test_bars_of_intervals_are_within_the_axes_up_to_100_percent(points, scale):
     window = axes.get_window_extent()
     room = 0.02 * window.height
     assert ends.min() > window.y0 + room and ends.max() < window.y1 - room
+
+
+def row_of(label, dense, control=False, **params):
+    """A row of one experiment with this dense accuracy and these settings."""
+    own = {"arch": "resnet_cifar", "dataset": "digits"} | {
+        key.replace("__", "."): value for key, value in params.items()
+    }
+    report = REPORT | {"dataset": own["dataset"], "baseline": {"accuracy": dense}}
+    return tables.Row(label, "1", control, (Result(label, own, report),))
+
+
+def test_each_dense_network_has_a_line_of_its_own():
+    same = [row_of("a", 0.9), row_of("b", 0.8, baseline__keep_epoch=3)]
+    longer = row_of("dense_longer: a", 0.99, control=True, baseline__epochs=99)
+    assert tables.dense([*same, longer]) == {"dense": pytest.approx(0.85)}
+    assert tables.dense([longer]) == {"dense": 0.99}
+    rows = [
+        row_of("a", 1.0, dataset="mnist"), row_of("a", 0.9, archs__resnet_cifar__depth=20),
+        row_of("b", 0.8, archs__resnet_cifar__depth=20, pruner="other"),
+        row_of("b", 0.7, archs__resnet_cifar__depth=56),
+    ]  # fmt: skip
+    lines = tables.dense(rows)
+    assert lines == {
+        "dense: dataset mnist": 1.0, "dense: dataset digits, depth 20": pytest.approx(0.85),
+        "dense: dataset digits, depth 56": 0.7,
+    }  # fmt: skip
+    axes = page._figure(rows, "compression", []).axes[0]
+    assert [line.get_ydata()[0] for line in axes.get_lines()[-3:]] == pytest.approx([100, 85, 70])
+    many = {f"dense {number}": 0.9 for number in range(plots.MOST_DENSE + 1)}
+    figure = plots.trade_off({"m": [plots.Point(2.0, 0.9, None)]}, many, [], "cost")
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["m"]
+
+
+def test_each_data_set_has_a_note_on_its_test_images_in_any_order():
+    """sqrt(0.8 * 0.2 / 100) = 0.04; with all n right, Wilson's lower end is n / (n + z^2)."""
+    rows = [row_of("a", 1.0, dataset="mnist"), row_of("b", 0.9), row_of("c", 0.7)]
+    left = {
+        name: artifacts.Artifacts("", {}, images, None)
+        for name, images in (("a", 360), ("b", 100), ("c", 100))
+    }
+    said = page._image_notes(rows, left)
+    first, second = said
+    assert first.startswith("digits: 100 test images: ") and "error of 4.00 points;" in first
+    low = 100 * 360 / (360 + stats.norm.ppf(0.975) ** 2)
+    assert second.startswith("mnist: 360 test images: ") and f" {low:.2f} to 100.00 %" in second
+    assert page._image_notes(rows[::-1], left) == said
+    (alone,) = page._image_notes(rows[1:], left)
+    assert alone.startswith("100 test images: ")
 
 
 @pytest.mark.usefixtures("vectors")

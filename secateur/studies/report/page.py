@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 from secateur.base import files
@@ -155,10 +156,9 @@ def _figure(rows: Sequence[Row], cost: str, published: Sequence[Anchor]) -> "Fig
         accuracy = row.final
         point = plots.Point(tables.gain(row, cost), accuracy.mean, accuracy.half_width)
         lines.setdefault(row.label, []).append(point)
-    dense = sum(row.dense.mean for row in rows) / len(rows)
     known = [(a.method, getattr(a, cost, None), a.accuracy) for a in published]
     others = [(method, value, accuracy) for method, value, accuracy in known if value is not None]
-    return plots.trade_off(lines, dense, tables.best(rows, cost), _axis(cost), others)
+    return plots.trade_off(lines, tables.dense(rows), tables.best(rows, cost), _axis(cost), others)
 
 
 def _axis(cost: str) -> str:
@@ -195,7 +195,7 @@ def _details(rows: Sequence[Row], left: Mapping[str, Artifacts]) -> "dict[str, F
     drawn_rounds = {label: points for label, points in by_round.items() if points}
     if drawn_rounds:
         chosen = dict(list(drawn_rounds.items())[:MOST_CURVES])
-        dense = sum(row.dense.mean for row in rows) / len(rows)
+        dense = tables.dense(rows)
         figures["rounds"] = plots.trade_off(chosen, dense, [], TITLES["compression"], [])
     sparsity = {
         f"{row.label} {row.point}": artifacts.layer_sparsity(found)
@@ -232,17 +232,33 @@ MEASURED = "Accuracy against latency, as measured for this page."
 def _notes(rows: Sequence[Row], left: Mapping[str, Artifacts]) -> list[str]:
     """What is compared, and the limits of the comparison."""
     revisions = sorted({each.revision[:10] for each in left.values() if each.revision})
-    said = [
+    return [
         *tables.notes(rows),
         *fairness.notes(rows),
         f"revision of the code: {', '.join(revisions) or 'not recorded'}",
+        *_image_notes(rows, left),
     ]
-    images = next((each.test_images for each in left.values() if each.test_images), None)
-    if images:
-        error = 100 * statistics.standard_error(rows[0].dense.mean, images)
+
+
+def _image_notes(rows: Sequence[Row], left: Mapping[str, Artifacts]) -> list[str]:
+    """What the number of test images means for the accuracy, for each data set."""
+    dense: dict[tuple[str, int], list[float]] = {}
+    for result in (result for row in rows for result in row.results):
+        if images := left[result.name].test_images:
+            dense.setdefault((str(result.report.get("dataset")), images), []).append(result.dense)
+    said = []
+    for (dataset, images), accuracies in sorted(dense.items()):
+        mean = fmean(accuracies)
+        if 0 < mean < 1:
+            error = 100 * statistics.standard_error(mean, images)
+            what = f"a standard error of {error:.2f} points; smaller differences"
+        else:
+            low, high = statistics.wilson(mean, images)
+            what = f"an interval of {100 * low:.2f} to {100 * high:.2f} % (95 %, Wilson)"
+            what += "; differences within it"
         said.append(
-            f"{images:,} test images: their number alone gives the dense accuracy a standard "
-            f"error of {error:.2f} points; smaller differences say nothing about the methods"
+            f"{f'{dataset}: ' * (len(dense) > 1)}{images:,} test images: their number alone gives "
+            f"the dense accuracy {what} say nothing about the methods"
         )
     return said
 

@@ -20,6 +20,9 @@ LABEL_WIDTH = 34
 LEGEND_HEIGHT = 7.0
 """Inches of a column of the legend from which there is another one."""
 
+MOST_DENSE = 5
+"""Largest number of dense networks that are drawn as lines; more cannot be told apart."""
+
 Entry = tuple[str, "Artist"]
 """A label of the legend as it is written, and what it names."""
 
@@ -44,15 +47,16 @@ class Point:
 
 def trade_off(
     lines: Mapping[str, Sequence[Point]],
-    dense: float,
+    dense: Mapping[str, float],
     best: Sequence[tuple[float, float]],
     x: str,
     published: Sequence[tuple[str, float, float]] = (),
 ) -> "Figure":
-    """Accuracy in percent against a cost, with the dense network as a line; log axes if needed.
+    """Accuracy in percent against a cost, with a line for each dense network; log axes if needed.
 
-    `best` are the points (cost, accuracy) of the Pareto front, which no other point beats in both;
-    `published` are results of others: label, cost, accuracy.
+    `dense` is label -> accuracy; more than `MOST_DENSE` are not drawn. `best` are the points
+    (cost, accuracy) of the Pareto front, which no other point beats in both; `published` are
+    results of others: label, cost, accuracy.
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
@@ -76,13 +80,17 @@ def trade_off(
             capsize=2,
         )
         entries.append((label, line))
-    entries.append(("dense", axes.axhline(100 * dense, color="0.4", linestyle="--", linewidth=1)))
+    dense = dense if len(dense) <= MOST_DENSE else {}
+    for number, (label, accuracy) in enumerate(dense.items()):
+        dashes = (0, (4, 2, *((1, 2) * number)))
+        line = axes.axhline(100 * accuracy, color="0.4", linestyle=dashes, linewidth=1)
+        entries.append((label, line))
     entries += _draw_front(axes, best)
     entries += _draw_published(axes, published)
     drawn = [point for points in lines.values() for point in points]
     scale_x(axes, [point.cost for point in drawn])
     reached = [point.accuracy for point in drawn]
-    reached += [dense, *(accuracy for _, _, accuracy in published)]
+    reached += [*dense.values(), *(accuracy for _, _, accuracy in published)]
     ends = [100 * end for point in drawn for end in point.ends]
     scale_accuracy(axes, [100 * accuracy for accuracy in reached], ends)
     axes.set_xlabel(x, parse_math=False)

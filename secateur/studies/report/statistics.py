@@ -102,6 +102,22 @@ def standard_error(accuracy: float, images: int) -> float:
     return math.sqrt(accuracy * (1 - accuracy) / images)
 
 
+def wilson(accuracy: float, images: int, level: float = 0.95) -> tuple[float, float]:
+    """Interval of an accuracy measured on `images` images (Wilson, JASA 1927).
+
+    Unlike the standard error, it is not zero at an accuracy of 0 or 1.
+    """
+    from scipy import stats
+
+    z = float(stats.norm.ppf((1 + level) / 2))
+    shrunk = 1 + z**2 / images
+    middle = (accuracy + z**2 / (2 * images)) / shrunk
+    half_width = (
+        z * math.sqrt(standard_error(accuracy, images) ** 2 + (z / (2 * images)) ** 2) / shrunk
+    )
+    return middle - half_width, middle + half_width
+
+
 def front(points: Sequence[tuple[float, float]]) -> list[int]:
     """Indices of the points (cost, value) on the Pareto front: no other point dominates them."""
     order = sorted(range(len(points)), key=lambda k: (points[k][0], -points[k][1]))

@@ -6,7 +6,9 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 
+from secateur.studies import compare, results
 from secateur.studies.report import statistics
 from secateur.studies.report.latencies import Column, ExperimentLatency
 from secateur.studies.report.statistics import Interval
@@ -177,6 +179,27 @@ def best(found: Sequence[Row], cost: str) -> list[tuple[float, float]]:
     values = [row.final.mean for row in found]
     places = statistics.front([(-gain, value) for gain, value in zip(gains, values, strict=True)])
     return sorted((gains[place], values[place]) for place in places)
+
+
+def dense(found: Sequence[Row]) -> dict[str, float]:
+    """Label -> mean test accuracy, for dense networks of each architecture, data set and training.
+
+    Controls do not count: their dense networks may have been trained for longer.
+    """
+    members = [result for row in found if not row.control for result in row.results]
+    members = members or [result for row in found for result in row.results]
+    keys = [key for key in results.different(members) if _of_dense(key)]
+    accuracies: dict[str, list[float]] = {}
+    for result in members:
+        own = compare.differences(result, keys)
+        accuracies.setdefault(f"dense: {own}" if own else "dense", []).append(result.dense)
+    return {label: fmean(own) for label, own in accuracies.items()}
+
+
+def _of_dense(key: str) -> bool:
+    """Whether the dense network depends on a setting; a copy kept for rewinding changes nothing."""
+    sections = ("dataset", "data", "datasets", "arch", "archs", "baseline")
+    return key.partition(".")[0] in sections and key != "baseline.keep_epoch"
 
 
 def volumes(found: Sequence[Row]) -> dict[str, float]:
