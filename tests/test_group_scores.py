@@ -233,6 +233,41 @@ def test_a_layer_that_never_runs_has_scores_of_zero_and_changes_no_others(criter
     assert found["aux.weight"].equal(torch.zeros(3, 1, SIDE, SIDE))
 
 
+class Cut(nn.Module):
+    """The loss depends on `a`, but no gradient reaches it."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.a, self.b, self.how = nn.Conv2d(1, 3, 3), nn.Linear(3, 2), how
+
+    def forward(self, x):
+        if self.how == "detach":
+            return self.b(self.a(x).detach().relu().mean((2, 3)))
+        with torch.set_grad_enabled(False):
+            y = nn.functional.conv2d(x, self.a.weight, self.a.bias).relu().mean((2, 3))
+            if self.how == "all":
+                return self.b(y)
+        return self.b(y)
+
+
+@pytest.mark.parametrize("how", ["detach", "no_grad", "all"])
+@pytest.mark.parametrize("criterion", ["taylor", "fisher"])
+def test_layers_that_no_gradient_reaches_are_refused_by_name(criterion, how):
+    torch.manual_seed(1)
+    subject = context(Cut(how))
+    where = rf"criterion {criterion}: no gradient of the loss reaches a\.weight"
+    with pytest.raises(PruningError, match=where):
+        criteria.scores(subject, ["a"], "filter", criterion)
+    with pytest.raises(PruningError, match=where):
+        score_groups(subject, criterion)
+    before = subject.loss(subject.model, "the test")
+    with torch.no_grad():
+        subject.model.a.weight[0] += 0.1
+    assert abs(subject.loss(subject.model, "the test") - before) > 1e-6  # it is not zero
+    if how != "all":
+        assert bool(criteria.scores(subject, ["b"], "filter", criterion)["b.weight"].all())
+
+
 def test_wanda_takes_the_inputs_that_an_indexed_convolution_multiplies():
     torch.manual_seed(0)
     scale, plain = nn.Conv2d(1, 4, 1), nn.Conv2d(4, 6, 1, groups=2)

@@ -32,16 +32,17 @@ eval mode, inputs and gradients are zero. With w the weights of a unit:
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
-from secateur.base.errors import ArgumentError
+from secateur.base.errors import ArgumentError, PruningError
 from secateur.channels import scales
 from secateur.nn.hooks import watched_weights
-from secateur.nn.outputs import class_scores
+from secateur.nn.outputs import class_scores, tensors_of
 from secateur.pruning.decision import PruningContext
 from secateur.sparsity.choices import Granularity, magnitude_scores
 from secateur.sparsity.scores import choice_shape, scores_of_weight
@@ -108,7 +109,8 @@ def _means(entries: Mapping[str, Tensor], granularity: Granularity) -> dict[str,
 def gradients(context: PruningContext, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Gradient of the cross-entropy over the context's images with respect to these parameters.
 
-    Raises PruningError if the images have no labels, and for a network that is not a classifier.
+    Raises PruningError if the images have no labels, for a network that is not a classifier, and
+    naming a parameter that the network uses without a gradient (detach, no_grad).
     """
     context.need_labels("criterion taylor")
     with _evaluated(context.model), _differentiable(weights):
@@ -119,7 +121,8 @@ def loss_increases(context: PruningContext, weights: Mapping[str, Tensor]) -> di
     """h * w^2 / 2 of every entry of these parameters, with h the mean over images of the squared
     gradient of the cross-entropy of one image.
 
-    Raises PruningError if the images have no labels, and for a network that is not a classifier.
+    Raises PruningError if the images have no labels, for a network that is not a classifier, and
+    naming a parameter that the network uses without a gradient (detach, no_grad).
     """
     context.need_labels("criterion fisher")
     squares = [torch.zeros_like(weight, requires_grad=False) for weight in weights.values()]
@@ -173,9 +176,41 @@ def _gradients(
 ) -> tuple[Tensor, ...]:
     device = next(context.model.parameters()).device
     labels = context.labels[images].to(device)
-    result = context.model(context.images[images].to(device))
+    with _Uses() as uses:
+        result = context.model(context.images[images].to(device))
     loss = F.cross_entropy(class_scores(result, labels, f"criterion {criterion}"), labels)
-    return torch.autograd.grad(loss, list(weights), allow_unused=True, materialize_grads=True)
+    found: Sequence[Tensor | None] = [None] * len(weights)
+    if loss.requires_grad:
+        found = torch.autograd.grad(loss, list(weights), allow_unused=True)
+    names = {id(parameter): name for name, parameter in context.model.named_parameters()}
+    for weight, gradient in zip(weights, found, strict=True):
+        if gradient is None and id(weight) in uses.tensors:
+            raise PruningError(
+                f"criterion {criterion}: no gradient of the loss reaches {names[id(weight)]}; the "
+                "network's code may use detach or no_grad. Skip this layer, or use a criterion "
+                "without gradients"
+            )
+    return tuple(
+        torch.zeros_like(weight, requires_grad=False) if gradient is None else gradient
+        for weight, gradient in zip(weights, found, strict=True)
+    )
+
+
+class _Uses(TorchFunctionMode):
+    """Collects the tensors from which others are computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tensors: set[int] = set()
+        """Their id()."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """The function's result."""
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if tensors_of(out):
+            self.tensors.update(id(tensor) for tensor in tensors_of((args, kwargs)))
+        return out
 
 
 @contextmanager
