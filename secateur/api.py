@@ -336,7 +336,7 @@ def save(result: PruneResult, path: str | Path) -> None:
 
     The current weights of `result.model` are written, so it may be finetuned first. Masked weights
     are written as zeros. Raises TypeError for anything but a PruneResult, and SecateurError if the
-    file cannot be written.
+    file cannot be written, or cannot hold what the network's modules store.
     """
     if not isinstance(result, PruneResult):
         raise TypeError(f"result: a {type(result).__name__}; what `prune` returned is needed")

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.nn.utils import prune as torch_prune
 
 import secateur
-from secateur.base.errors import PruningError, SecateurError, SettingsError
+from secateur.base.errors import CheckpointError, PruningError, SecateurError, SettingsError
 
 IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([0, 1, 2, 3])
@@ -340,6 +340,48 @@ def test_a_network_whose_train_returns_nothing_is_pruned_and_loaded(pruner, tmp_
 
 def test_the_latency_of_a_network_whose_train_returns_nothing_is_measured():
     assert set(secateur.measure_latency(Frozen(), IMAGES, repeats=3).layers) == {"a", "b.1", "fc"}
+
+
+class Extra(Net):
+    """Its state dict has a value that is not a parameter or buffer."""
+
+    def __init__(self, extra):
+        super().__init__()
+        self.extra = extra
+
+    def get_extra_state(self):
+        return self.extra
+
+    def set_extra_state(self, state):
+        self.extra = state
+
+
+def test_an_extra_state_that_is_a_tensor_is_kept_and_stored(tmp_path):
+    extra = torch.tensor([1.0, 2.0])
+    found = secateur.prune(Extra(extra), IMAGES, HALF)
+    assert found.model.a.out_channels == 4 and torch.equal(found.model.extra, extra)
+    secateur.save(found, tmp_path / "own")
+    torch.save(found.model.state_dict(), tmp_path / "pth")
+    loaded = secateur.load(tmp_path / "own", into=Extra(torch.zeros(2)))
+    again = secateur.load(tmp_path / "pth", into=copy.deepcopy(loaded))
+    for other in (loaded, again):
+        assert torch.equal(other.extra, extra) and torch.equal(other(IMAGES), found.model(IMAGES))
+    secateur.save(secateur.prune(Net(), IMAGES, HALF), tmp_path / "own")
+    with pytest.raises(CheckpointError, match=r"_extra_state is missing"):
+        secateur.load(tmp_path / "own", into=Extra(extra))
+
+
+def test_an_extra_state_that_is_no_tensor_is_kept_but_not_stored(tmp_path):
+    found = secateur.prune(Extra({"step": 3}), IMAGES, HALF)
+    assert found.model.a.out_channels == 4 and found.model.extra == {"step": 3}
+    with pytest.raises(SecateurError, match=r"_extra_state: get_extra_state returns a dict, which"):
+        secateur.save(found, tmp_path / "own")
+    plain = secateur.prune(Net(), IMAGES, HALF)
+    secateur.save(plain, tmp_path / "own")
+    torch.save(Net().state_dict(), tmp_path / "pth")
+    torch.save(Extra({"step": 5}).state_dict(), tmp_path / "pth with it")
+    for name in "own", "pth", "pth with it":
+        assert secateur.load(tmp_path / name, into=Extra({"step": 4})).extra == {"step": 4}
 
 
 class InPlace(nn.Module):

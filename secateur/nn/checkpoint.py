@@ -175,9 +175,12 @@ def _check_indices(header: Header, tensors: dict[str, Tensor]) -> None:
 
 
 def _check_types(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """ValueError if a tensor's type is not the network's; floating-point types are converted."""
+    """ValueError if a tensor is missing or of another type; floating-point types are converted."""
     for name, own in model.state_dict().items():
-        found = tensors[name]
+        if not isinstance(own, Tensor):  # an extra state, which keeps the network's value
+            continue
+        if (found := tensors.get(name)) is None:
+            raise ValueError(f"{cut(name)} is missing")
         floating = own.is_floating_point() and found.is_floating_point()
         if found.dtype != own.dtype and not floating:
             raise ValueError(f"{name} holds {found.dtype}, needs {own.dtype}")
@@ -234,7 +237,7 @@ def save(
     """Write a checkpoint atomically and return its sha256.
 
     Masks that prune nothing are left out. Pruned weights are written as positive zeros, so that
-    equal models give equal bytes.
+    equal models give equal bytes. Raises SecateurError for an extra state that is not a tensor.
     """
     kept = {name: m.detach().cpu() for name, m in masks.items() if not bool(m.all())}
     tensors = _stored(model, kept)
@@ -260,7 +263,8 @@ def _plain(header: Header) -> dict[str, Any]:
 def _stored(model: nn.Module, masks: dict[str, Tensor]) -> dict[str, Tensor]:
     """The network's tensors by name, masked, none of them sharing memory.
 
-    A tensor with several names is stored under each of them, with the masks of all names.
+    A tensor with several names is stored under each of them, with the masks of all names. Raises
+    SecateurError for an extra state that is not a tensor.
     """
     state = model.state_dict(keep_vars=True)
     by_tensor: dict[int, Tensor] = {}
@@ -269,6 +273,11 @@ def _stored(model: nn.Module, masks: dict[str, Tensor]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, own in state.items():
+        if not isinstance(own, Tensor):
+            raise SecateurError(
+                f"{name}: get_extra_state returns a {type(own).__name__}, which a file of "
+                "safetensors cannot hold; let it return a tensor"
+            )
         tensor = own.detach().cpu().contiguous()
         if (both := by_tensor.get(id(own))) is not None:
             tensor = torch.where(both, tensor, torch.zeros_like(tensor))

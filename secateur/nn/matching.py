@@ -52,13 +52,14 @@ def fill(
     Names are matched without the prefixes that wrappers add: directly, by `rename`, or by
     `aliases`, the names that other implementations of the network use. Tensors whose names begin
     with one of `auxiliary` may be left over. Masks of gconv-prune's layers are multiplied into the
-    weights. Integer buffers that the file lacks, such as counters of batches, are not changed.
+    weights. Integer buffers that the file lacks, such as counters of batches, are not changed, and
+    neither are extra states (`get_extra_state`) that are not tensors.
 
     Raises CheckpointError before anything is changed: if tensors are missing, unexpected or of
     another shape, naming up to ten of each kind, with `hint` if a tensor of `classifier` has
     another shape; or if a value is not finite.
     """
-    own = model.state_dict()
+    own = {name: t for name, t in model.state_dict().items() if isinstance(t, Tensor)}
     tensors = _without_layers_of_gconv(weights)
     try:
         found = match(list(tensors), own, rename or {}, aliases or {})

@@ -97,10 +97,13 @@ def load_state(model: nn.Module, tensors: Mapping[str, torch.Tensor], assign: bo
     """Copy tensors into a network with the same shapes; RuntimeError if they do not fit.
 
     With `assign`, they replace the network's tensors instead. Unlike `load_state_dict` with a plain
-    dictionary, this passes the current version of the state to the modules.
+    dictionary, this passes the current version of the state to the modules, and leaves extra states
+    that are not tensors as they are.
     """
-    versions = getattr(model.state_dict(), "_metadata", None)
-    state = OrderedDict(tensors)
+    own = model.state_dict()
+    extra = {name: value for name, value in own.items() if not isinstance(value, torch.Tensor)}
+    state = OrderedDict({**extra, **tensors})
+    versions = getattr(own, "_metadata", None)
     state._metadata = versions  # type: ignore[attr-defined]  # where torch looks for it
     model.load_state_dict(state, assign=assign)
 

@@ -235,8 +235,9 @@ def _resize(
         own[id(old)] = (
             nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
         )
-    # a tensor that is shared under several names stays shared
-    state = {name: own[id(old)] for name, old in copied.state_dict(keep_vars=True).items()}
+    # a tensor that is shared under several names stays shared, and an extra state is as it was
+    stored = copied.state_dict(keep_vars=True)
+    state = {name: own.get(id(old), old) for name, old in stored.items()}
     sizes = {name: {"groups": count} for name, count in plan.groups.items()}
     for (module, key), count in plan.sizes.items():
         sizes.setdefault(module, {})[resizing.SIZE + key] = count
