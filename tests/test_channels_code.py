@@ -6,6 +6,7 @@ from cutting import at_random, build, check, difference, free, images, rebuilt
 from torch import nn
 from torch.nn import functional
 
+import secateur
 from secateur.base.errors import PruningError
 from secateur.channels.graph import build_channel_graph
 from secateur.pruning import removal
@@ -195,3 +196,135 @@ def test_a_buffer_that_files_do_not_hold_does_not_disturb_what_follows():
         return net
 
     assert free(equal_at_random(make))
+
+
+# ---- code that works with two images or more ---------------------------------------------------
+
+
+def pooled(x):
+    return functional.adaptive_avg_pool2d(x, 1)
+
+
+def squeezed():
+    return Code(lambda n, x: n.head(n.norm(pooled(n.a(x)).squeeze())), a=conv(3, 8),
+                norm=nn.BatchNorm1d(8), head=nn.Linear(8, CLASSES))  # fmt: skip
+
+
+def squeezed_and_joined():
+    def run(net, x):
+        x = net.a(x)
+        return net.head(torch.cat([pooled(x).squeeze(), pooled(x.abs()).squeeze()], 1))
+
+    return Code(run, a=conv(3, 8), head=nn.Linear(16, CLASSES))
+
+
+def statistics_of_the_batch():
+    return Code(lambda n, x: n.head(n.norm(pooled(n.a(x)).flatten(1))), a=conv(3, 8),
+                norm=nn.BatchNorm1d(8, track_running_stats=False),
+                head=nn.Linear(8, CLASSES))  # fmt: skip
+
+
+@pytest.mark.parametrize("make", [squeezed, squeezed_and_joined, statistics_of_the_batch])
+def test_code_that_fails_on_one_image_is_pruned_saved_and_loaded(make, tmp_path):
+    net, batch = make().eval(), torch.randn(4, 3, 8, 8)
+    pruner = secateur.pruners.magnitude(granularity="group", ratios=0.5)
+    result = secateur.prune(net, batch, pruner)
+    assert result.model.a.out_channels == 4
+    secateur.save(result, tmp_path / "model.safetensors")
+    loaded = secateur.load(tmp_path / "model.safetensors", into=make())
+    assert torch.equal(loaded(batch), result.model(batch))
+
+
+# ---- functions with the tensors of modules, and tensors of two modules -------------------------
+
+
+def normalised_by_function():
+    def run(net, x):
+        norm = net.norm
+        x = functional.layer_norm(tokens(net.a(x)), (8,), norm.weight, norm.bias)
+        return net.head(x.amax(1))
+
+    return Code(run, a=conv(3, 8), norm=nn.LayerNorm(8), head=nn.Linear(8, CLASSES))
+
+
+def normalised_by_channel():
+    def run(net, x):
+        x = functional.group_norm(net.a(x), 8, net.norm.weight, net.norm.bias)
+        return net.head(x.amax((2, 3)))
+
+    return Code(run, a=conv(3, 8), norm=nn.GroupNorm(8, 8), head=nn.Linear(8, CLASSES))
+
+
+def convolved_in_groups():
+    return Code(lambda n, x: n.head(functional.conv2d(n.a(x), n.b.weight, groups=2).mean((2, 3))),
+                a=conv(3, 8), b=conv(8, 6, groups=2, bias=False),
+                head=nn.Linear(6, CLASSES))  # fmt: skip
+
+
+def tied_by_channel():
+    net = Code(lambda n, x: n.head((n.b(n.a(x)) + n.c(n.a(x).relu())).mean((2, 3))),
+               a=conv(3, 8), b=conv(8, 8, groups=8), c=conv(8, 8, groups=8),
+               head=nn.Linear(8, CLASSES))  # fmt: skip
+    net.c.weight = net.b.weight
+    return net
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (normalised_by_function, "LayerNorm whose size is hard-coded"),
+        (normalised_by_channel, "hard-coded number of groups"),
+        (convolved_in_groups, "number of groups is hard-coded"),
+        (tied_by_channel, "number of groups is hard-coded"),
+    ],
+)
+def test_sizes_that_cannot_follow_lock_channels(make, reason):
+    graph = equal_at_random(make)
+    (group,) = (group for group in graph.groups if "a" in group.producers)
+    assert reason in group.locked
+
+
+class Last(nn.LayerNorm):
+    """Normalises channels of images, with its own code."""
+
+    def forward(self, x):
+        x = functional.layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, self.weight)
+        return x.permute(0, 3, 1, 2)
+
+
+def normalised_by_own_code():
+    return Code(lambda n, x: n.head(n.norm(n.a(x)).amax((2, 3))), a=conv(3, 8),
+                norm=Last(8, bias=False), head=nn.Linear(8, CLASSES))  # fmt: skip
+
+
+def normalised_by_tied():
+    net = Code(lambda n, x: n.head((n.norm(tokens(n.a(x))) + n.too(tokens(n.a(x).abs()))).amax(1)),
+               a=conv(3, 8), norm=nn.LayerNorm(8), too=nn.LayerNorm(8),
+               head=nn.Linear(8, CLASSES))  # fmt: skip
+    net.too.weight = net.norm.weight
+    return net
+
+
+@pytest.mark.parametrize("make", [normalised_by_own_code, normalised_by_tied])
+def test_sizes_of_modules_follow_their_channels(make):
+    assert free(equal_at_random(make))
+
+
+def test_a_kernel_that_is_a_plain_attribute_is_told():
+    model = build(lambda: Code(lambda n, x: functional.conv2d(n.a(x), n.kernel), a=conv(3, 8)))
+    model.kernel = torch.ones(6, 8, 3, 3, dtype=torch.float64)
+    with pytest.raises(PruningError, match=r"kernel is no parameter.*make it a buffer"):
+        build_channel_graph(model, images())
+
+
+def test_the_average_of_constant_values_may_be_changed_in_place():
+    def run(net, x):
+        x = functional.scaled_dot_product_attention(*(tokens(f(x)) for f in (net.q, net.k, net.v)))
+        return net.head(net.fc(x.mul_(2)).relu().mean(1))
+
+    layers = {name: conv(3, 8) for name in "qkv"}
+    model = build(lambda: Code(run, **layers, fc=nn.Linear(8, 6), head=nn.Linear(6, CLASSES)))
+    model.v.weight.data[:, :] = 0
+    model.v.bias.data[:] = torch.arange(8)
+    with pytest.raises(PruningError, match="no living output left"):
+        removal.remove_dead(model, {}, images())

@@ -44,6 +44,7 @@ class Propagation(fx.Interpreter):
         self._names = {id(tensor): name for name, tensor in tensors}
         self._dtype = next((p.dtype for p in model.parameters()), torch.get_default_dtype())
         self._node = ""
+        self._within: list[str] = []
 
     @torch.no_grad()
     def run(self, *args: Any, **options: Any) -> Any:
@@ -56,6 +57,7 @@ class Propagation(fx.Interpreter):
         The traces that fx keeps for each node are left out: they cost as much as most rules.
         """
         self._node = n.name
+        self._within = [path for path, _ in n.meta.get("nn_module_stack", {}).values()]
         try:
             args, kwargs = self.fetch_args_kwargs_from_env(n)
             return getattr(self, n.op)(n.target, args, kwargs)
@@ -131,6 +133,7 @@ class Propagation(fx.Interpreter):
             self._names,
             self._dtype,
             self.broadcasts,
+            self._within,
         )
 
     def _apply(self, name: str, args: Any, kwargs: Any) -> Any:
@@ -140,6 +143,8 @@ class Propagation(fx.Interpreter):
             return NamedTensor(f"{args[0].name} ({self._node})", moved)
         if operator.parametric:
             _check_parameters(call, args, kwargs)
+            if operator.weighted:
+                _check_kernels(call, args, kwargs)
         if not operator.raw:
             args = (call.channels(args[0]), *args[1:])
         return operator.rule(call, *args, **kwargs)
@@ -155,6 +160,13 @@ def _check_parameters(call: Call, args: Any, kwargs: Any) -> None:
     computed = any(isinstance(value, ChannelIds) for value in others)
     if computed or not isinstance(args[0], ChannelIds):
         raise PruningError(f"{call.name} with weights that are computed on the way")
+
+
+def _check_kernels(call: Call, args: Any, kwargs: Any) -> None:
+    """PruningError for a weight that is a plain attribute, which another precision would miss."""
+    for value in (*args[1:], *kwargs.values()):
+        if isinstance(value, NamedTensor) and value.name not in call.names.values():
+            raise PruningError(f"{value.name} is no parameter of the network; make it a buffer")
 
 
 def _flat(values: Any) -> list[Any]:

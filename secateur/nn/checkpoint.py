@@ -122,9 +122,9 @@ class Checkpoint:
             if self.header.shape:
                 like = next(model.parameters(), torch.empty(0))
                 with torch.no_grad():  # a forward pass checks that layers fit each other
-                    outputs = in_eval_mode(model)(like.new_zeros(1, *self.header.shape))
+                    outputs = in_eval_mode(model)(like.new_zeros(2, *self.header.shape))
                 classes = len(self.header.classes)
-                if classes and outputs.shape != (1, classes):
+                if classes and outputs.shape != (2, classes):
                     raise ValueError(f"{outputs.shape[-1]} outputs for {classes} classes")
         except Exception as error:  # whatever a network's code raises on unsuitable tensors
             reason = cut(str(error) or type(error).__name__, 300)

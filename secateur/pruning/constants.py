@@ -39,7 +39,8 @@ class ConstantPropagation(fx.Interpreter):
     def of(cls, model: nn.Module, graph: fx.Graph, example: Tensor) -> "ConstantPropagation":
         """Run a network in eval mode; of the example only shape, type and device matter."""
         propagation = cls(model, graph)
-        propagation.result = propagation.run(torch.full_like(example[:1], torch.nan))
+        two = example.new_full((2, *example.shape[1:]), torch.nan)  # one image hides its axis
+        propagation.result = propagation.run(two)
         return propagation
 
     @classmethod
@@ -146,7 +147,7 @@ class LayerInput:
     """What is known about the input of a layer, by channel: bool, (channels,)."""
 
     values: Tensor | None
-    """The input for one image, NaN where it varies; None if only zeros are known."""
+    """The input for two images, NaN where it varies; None if only zeros are known."""
     zero: Tensor
     """Channels that are zero in every position."""
     constant: Tensor
@@ -206,7 +207,7 @@ def _averages(run: Any, args: Any) -> Tensor:
     first = value[..., :1, :]
     equal = (value == first).all(dim=-2, keepdim=True) & (len(args) < 4 or args[3] is None)
     known = torch.where(equal, first, torch.nan)
-    return known.expand(*query.shape[:-1], value.shape[-1])
+    return known.expand(*query.shape[:-1], value.shape[-1]).clone()  # it may change in place
 
 
 def _through_convolution(

@@ -35,7 +35,7 @@ class Consumer:
     foldable: Tensor
     """bool, (inputs,): constant, not zero, and foldable."""
     values: Tensor | None = None
-    """The input for one image, NaN where it depends on the image."""
+    """The input for two images, NaN where it depends on the image."""
     _last: tuple[Tensor, Tensor] | None = None
     """Argument and result of the last call of `requires`."""
 

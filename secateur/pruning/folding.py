@@ -26,7 +26,7 @@ class ConstantInputs:
 
     layer: str
     values: Tensor
-    """Input of the layer for one image, NaN where it depends on the image."""
+    """Input of the layer for two images, NaN where it depends on the image."""
     channels: Tensor
     """bool, (inputs,): the inputs to be folded."""
 

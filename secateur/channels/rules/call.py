@@ -35,6 +35,12 @@ class Call:
     dtype: torch.dtype
     """Type of the network's tensors."""
     broadcasts: Broadcasts
+    within: Sequence[str] = ()
+    """Paths of the modules whose code the node belongs to, and its own if it is a module."""
+
+    def inside(self, kind: type[nn.Module]) -> bool:
+        """Whether the node belongs to the code of a module of this type, whose sizes it uses."""
+        return any(isinstance(self.modules.get(path), kind) for path in self.within)
 
     def unknown(self) -> PruningError:
         """The error for arguments that the rule does not cover."""

@@ -21,7 +21,7 @@ def conv2d(
             "is the batch axis missing?"
         )
     name = weight.name.removesuffix(".weight")
-    if groups > 1 and not isinstance(call.modules.get(name), nn.Conv2d):
+    if groups > 1 and not (name in call.within and isinstance(call.modules[name], nn.Conv2d)):
         call.lock(x, f"read by {name}, whose number of groups is hard-coded")
     outputs = call.visitor.layer(name, weight, bias, x.axis_ids(1), groups)
     kernel = weight.tensor.shape[2:]

@@ -50,7 +50,7 @@ def layer_norm(
     shape = normalized_shape
     module = call.modules.get(weight.name.removesuffix(".weight")) if weight else None
     if any(x.varies(len(x.shape) - 1 - k) for k in range(len(shape))):
-        if len(shape) == 1 and isinstance(module, nn.LayerNorm):
+        if len(shape) == 1 and isinstance(module, nn.LayerNorm) and call.inside(nn.LayerNorm):
             call.visitor.normalise(x.axis_ids(-1))
         else:
             call.lock(x, "normalised together by a LayerNorm whose size is hard-coded")
@@ -80,7 +80,7 @@ def group_norm(
     name = weight.name.removesuffix(".weight") if weight else ""
     if num_groups != x.shape[1]:
         call.lock(x, f"normalised together with other channels by {name or 'GroupNorm'}")
-    elif not isinstance(call.modules.get(name), nn.GroupNorm):
+    elif not (isinstance(call.modules.get(name), nn.GroupNorm) and call.inside(nn.GroupNorm)):
         call.lock(x, "normalised in a hard-coded number of groups")
     call.visitor.norm([t for t in (weight, bias) if t], "norm", x.axis_ids(1))
     return x
