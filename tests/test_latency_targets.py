@@ -250,6 +250,11 @@ def test_mistakes_are_one_line():
     table = by_macs(net(), image())
     with pytest.raises(PruningError, match=r"layer 0 is not in the table of measured layers"):
         pruned(table, secateur_vgg())
+    larger = by_macs(net(), torch.randn(1, 3, 2 * SIDE, 2 * SIDE))
+    count = (SIDE // 2) ** 2  # the stem has a stride of 2
+    size = rf"layer stem was measured with {4 * count} positions and has {count}: .* another size"
+    with pytest.raises(PruningError, match=size):
+        pruned(larger)
     for argument in (
         {"runtime": "tvm"}, {"batch": 0}, {"batch": "a"}, {"batch": 1.5}, {"batch": True},
         {"threads": 0}, {"repeats": 2}, {"images": image().to("meta")}, {"model": 3},

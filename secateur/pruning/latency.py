@@ -132,6 +132,18 @@ class LatencyTable(Strict):
         left = dense.ms - by_layer * (layers - own[0]) - by_output * (outputs - own[1])
         return max(left, 1e-3 * dense.ms)
 
+    def check_positions(self, positions: Mapping[str, int]) -> None:
+        """Raise PruningError unless layers were measured with as many positions of one image.
+
+        Layers that were not measured are left to `time`.
+        """
+        for name, layer in self.layers.items():
+            if (own := positions.get(name, layer.positions)) != layer.positions:
+                raise PruningError(
+                    f"layer {name} was measured with {layer.positions} positions and has {own}: "
+                    "the table of measured layers is for images of another size"
+                )
+
     def _sums(self, widths: Mapping[str, tuple[int, int]]) -> tuple[float, float]:
         """Sum of the times of the layers, and number of their outputs at all positions."""
         layers, outputs = 0.0, 0.0

@@ -76,11 +76,16 @@ class RemainingShare:
     """The share of a network that a decision leaves, found without removing anything."""
 
     def __init__(self, context: PruningContext, dense: nn.Module | None = None) -> None:
-        """Runs the network on one image. Shares refer to `dense` if given, else to the network."""
+        """Runs the network on one image. Shares refer to `dense` if given, else to the network.
+
+        Raises PruningError for a latency table of another network or of images of another size.
+        """
         self.context = context
         model = context.model
         device = next(model.parameters()).device
         self.positions = cost.output_positions(model, context.images[:1].to(device))
+        if context.latency is not None:
+            context.latency.check_positions(self.positions)
         self.weights = masks.prunable(model, "weights")
         self.parameters = dict(model.named_parameters())
         stored = model.state_dict(keep_vars=True)
