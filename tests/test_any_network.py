@@ -11,6 +11,7 @@ from torch.nn.utils import prune as torch_prune
 
 import secateur
 from secateur.base.errors import CheckpointError, PruningError, SecateurError, SettingsError
+from secateur.pruning import proof, removal
 
 IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([0, 1, 2, 3])
@@ -75,6 +76,43 @@ def test_a_random_network_is_told_as_such():
     net = Net(lambda model, x: model.fc(F.dropout(x).mean((2, 3))))
     with pytest.raises(PruningError, match="random in eval mode"):
         secateur.prune(net, IMAGES, HALF)
+
+
+def test_an_output_without_entries_is_equal_to_itself():
+    net = Net(lambda model, x: (model.fc(x.mean((2, 3))), x.new_zeros(0)))
+    found = secateur.prune(net, IMAGES, HALF)
+    assert found.model.b.out_channels == 4 and 0 <= found.max_difference < 1e-4
+
+
+def test_an_output_of_another_shape_is_not_equal_though_all_its_entries_are():
+    other = removal.Compact(nn.AdaptiveAvgPool2d(1), {}, {})
+    with pytest.raises(PruningError, match="the output differs by inf"):
+        proof.verify(nn.Identity(), other, torch.ones(2, 3, 8, 8), 1e-4)
+
+
+def of_eight_channels(net):
+    """A hook with a constant for eight channels, of which pruning leaves four."""
+    factors = torch.ones(8, 1, 1)
+    net.a.register_forward_hook(lambda _module, _args, out: out * factors)
+    return net
+
+
+def of_the_original(net):
+    """A forward that runs the original network, also in a copy."""
+    net.forward = lambda x: Net.forward(net, x) * 1
+    return net
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (of_eight_channels, r"the compact network does not run \(The size .*\); a hook"),
+        (of_the_original, r"with its pruned weights at zero does not run \(.*\); a hook, or a for"),
+    ],
+)
+def test_a_network_that_cannot_run_with_fewer_channels_is_told_why(change, words):
+    with pytest.raises(PruningError, match=words):
+        secateur.prune(change(Net()), IMAGES, HALF)
 
 
 def with_nan(tensor):

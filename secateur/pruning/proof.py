@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from secateur.base.errors import PruningError
+from secateur.base.errors import PruningError, cut
 from secateur.nn.modes import in_eval_mode
 from secateur.nn.outputs import tensors_of
 from secateur.pruning.removal import Compact
@@ -26,7 +26,8 @@ def verify(masked: nn.Module, compact: Compact, images: Tensor, tolerance: float
     naming the first layer that differs by more than `tolerance`, and for a network whose outputs
     are random, or not finite when the pruned weights are zero.
     """
-    expected, actual = _outputs(masked, images), _outputs(compact.model, images)
+    expected = _outputs(masked, images, "network with its pruned weights at zero")
+    actual = _outputs(compact.model, images, "compact network")
     if len(expected) != len(actual):
         raise PruningError(
             f"the network returns {len(expected)} tensors, the compact network {len(actual)}: a "
@@ -37,7 +38,7 @@ def verify(masked: nn.Module, compact: Compact, images: Tensor, tolerance: float
     worst = math.nan if any(map(math.isnan, differences)) else max(differences)
     if worst <= tolerance:
         return worst
-    _refuse_random(expected, _outputs(masked, images))
+    _refuse_random(expected, _outputs(masked, images, "network"))
     if not all(bool(t.isfinite().all()) for t in expected):
         raise PruningError(
             "with the pruned channels at zero, outputs of the network are not finite, so that "
@@ -85,12 +86,20 @@ def _first_difference(
     return None
 
 
-def _outputs(model: nn.Module, images: Tensor) -> list[Tensor]:
+def _outputs(model: nn.Module, images: Tensor, which: str) -> list[Tensor]:
     """All float tensors that a network returns, in eval mode; PruningError if there are none.
 
-    Other tensors, such as predicted classes, may change by rounding.
+    Other tensors, such as predicted classes, may change by rounding. The PruningError for a network
+    that fails names it by `which`.
     """
-    found = tensors_of(in_eval_mode(model)(images))
+    try:
+        found = tensors_of(in_eval_mode(model)(images))
+    except Exception as error:  # of any type: it is the network's code that fails
+        reason = cut(str(error) or type(error).__name__, 200)
+        raise PruningError(
+            f"{type(model).__name__}: the {which} does not run ({reason}); a hook, or a forward "
+            "that is set on the instance, may use tensors that pruning does not change"
+        ) from error
     if not (found := [t for t in found if t.is_floating_point() or t.is_complex()]):
         raise PruningError(f"{type(model).__name__} returns no tensor of floats to compare")
     return found
@@ -107,7 +116,14 @@ def _refuse_random(first: list[Tensor], second: list[Tensor]) -> None:
 
 
 def _difference(expected: Tensor, actual: Tensor) -> float:
-    """Largest difference over the largest value; NaN if one of the tensors has a NaN."""
+    """Largest difference over the largest value; NaN if one of the tensors has a NaN.
+
+    It is 0 for empty tensors, and infinite for tensors of different shapes.
+    """
+    if expected.shape != actual.shape:
+        return math.inf
+    if not expected.numel():
+        return 0.0
     return float((expected - actual).abs().max()) / max(float(expected.abs().max()), 1e-30)
 
 
