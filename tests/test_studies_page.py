@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from markdown_it import MarkdownIt
 from matplotlib.figure import Figure
 from scipy import stats
 
@@ -839,6 +840,42 @@ def test_published_results_are_drawn_and_marked_as_not_ours(experiments, tmp_pat
     assert "Published results" in html and "a paper" in html
     assert "theirs (not ours)" in (tmp_path / "report/compression.svg").read_text()
     assert "theirs" not in (tmp_path / "report/macs.svg").read_text(), "no published MACs"
+
+
+LABELS = [
+    r"L1 & 50% <b>bold</b> a|b _#~~x~~ ^{}\ x\|",
+    "*Taylor* ≥ 2",
+    "[a](b) `c` $x$ &lt;",
+    "_h_",
+    "a\nb",
+]
+
+
+def test_labels_in_markdown_are_shown_as_they_are_written():
+    rows = [row_of(label, 0.9) for label in LABELS]
+    parser = MarkdownIt("commonmark").enable(["table", "strikethrough"])
+    tokens = parser.parse(tables.as_markdown(rows))
+    shown = [
+        "".join(part.content for part in cell.children)
+        for opened, cell in itertools.pairwise(tokens)
+        if opened.type == "td_open"
+    ]
+    assert shown[:: len(tables.FIXED)] == [label.replace("\n", " ") for label in LABELS]
+    kinds = {part.type for token in tokens for part in token.children or ()}
+    assert kinds == {"text"}, "no emphasis, tags or links"
+    assert r"\$x\$" in tables.as_markdown(rows), "no formula on GitHub"
+
+
+def test_labels_in_latex_have_no_ligatures_and_no_options():
+    """`<` and `>` are other letters in OT1, and `[` at the start of a line would be a length."""
+    text = tables.as_latex([row_of("a<b>|", 0.9), row_of("[a]", 0.9)])
+    assert "\n" + r"a\textless{}b\textgreater{}\textbar{} & 1" in text and "\n{[}a] & 1" in text
+
+
+def test_a_stage_of_one_epoch_is_a_point():
+    stages = {"baseline": [0.5, 0.6], "sparse-train": [0.7], "finetune": [0.8]}
+    lines = plots.curves({"m": stages}).axes[0].get_lines()
+    assert [line.get_marker() in (".", "o") for line in lines] == [False, True, True]
 
 
 def test_short_names_of_settings_are_as_long_as_it_takes():

@@ -239,6 +239,7 @@ def curves(lines: Mapping[str, Mapping[str, Sequence[float]]]) -> "Figure":
                 {"baseline": ":", "sparse-train": "--"}.get(stage.partition("@")[0], "-"),
                 color=colormaps["tab10"](place % 10),
                 linewidth=1.3,
+                marker="." if len(values) == 1 else "",
             )
             first += len(values)
         if line is not None:

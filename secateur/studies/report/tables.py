@@ -4,6 +4,7 @@ import csv
 import io
 import itertools
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
@@ -142,8 +143,12 @@ def as_markdown(found: Sequence[Row]) -> str:
     """The table as Markdown, for a README."""
     names = headings(found)
     lines = [names, ["---", "---", *["---:"] * (len(names) - 2)], *map(cells, found)]
-    escaped = [[cell.replace("|", "\\|") for cell in line] for line in lines]
-    return "".join(f"| {' | '.join(line)} |\n" for line in escaped)
+    return "".join(f"| {' | '.join(map(_markdown, line))} |\n" for line in lines)
+
+
+def _markdown(text: str) -> str:
+    """The text in one line, with what Markdown, HTML and GitHub's formulas would change escaped."""
+    return re.sub(r"[\\`*_<>\[\]|~$]|&(?=#?\w+;)", r"\\\g<0>", " ".join(text.split()))
 
 
 def as_latex(found: Sequence[Row]) -> str:
@@ -156,8 +161,10 @@ def as_latex(found: Sequence[Row]) -> str:
 
 
 def _latex(text: str) -> str:
-    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
-               "±": r"$\pm$", **{letter: f"\\{letter}" for letter in "&%$#_{}"}}  # fmt: skip
+    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "<": r"\textless{}",
+               ">": r"\textgreater{}", "|": r"\textbar{}", "^": r"\textasciicircum{}",
+               "±": r"$\pm$", "[": "{[}",
+               **{letter: f"\\{letter}" for letter in "&%$#_{}"}}  # fmt: skip
     return "".join(special.get(letter, letter) for letter in text)
 
 
