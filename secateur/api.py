@@ -335,11 +335,13 @@ def save(result: PruneResult, path: str | Path) -> None:
     """Write a pruned network as one safetensors file, which `load` reads.
 
     The current weights of `result.model` are written, so it may be finetuned first. Masked weights
-    are written as zeros. Raises TypeError for anything but a PruneResult, and SecateurError if the
-    file cannot be written, or cannot hold what the network's modules store.
+    are written as zeros. Raises TypeError for anything but a PruneResult, SettingsError if a mask
+    no longer fits its layer, and SecateurError if the file cannot be written, or cannot hold what
+    the network's modules store.
     """
     if not isinstance(result, PruneResult):
         raise TypeError(f"result: a {type(result).__name__}; what `prune` returned is needed")
+    _check_masks(result)
     checkpoint.save(Path(path), result.header, result.model, result.masks)
 
 
@@ -349,6 +351,22 @@ def _masks_of(origin: object, model: nn.Module) -> Masks:
         return {}
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     return {name: mask for name, mask in origin.masks.items() if mask.shape == shapes.get(name)}
+
+
+def _check_masks(result: PruneResult) -> None:
+    """Raise SettingsError naming a mask that `result.model` has no tensor for."""
+    tensors = result.model.state_dict()
+    for name, mask in result.masks.items():
+        if bool(mask.all()):
+            continue
+        cure = f"if the layer is a new one, delete its mask: del result.masks[{name!r}]"
+        if (tensor := tensors.get(name)) is None:
+            raise SettingsError(f"result: its masks name {name}, which result.model lacks; {cure}")
+        if tensor.shape != mask.shape:
+            raise SettingsError(
+                f"result: the mask of {name} is {tuple(mask.shape)}, but result.model has "
+                f"{tuple(tensor.shape)}; {cure}"
+            )
 
 
 def _check_batch(images: Tensor) -> None:

@@ -440,6 +440,21 @@ def test_only_what_prune_returned_is_saved(net, tmp_path):
         secateur.save(net, tmp_path / "a.safetensors")
 
 
+def test_a_layer_that_is_replaced_after_pruning_loses_its_mask_before_it_is_saved(net, tmp_path):
+    result = secateur.prune(net, IMAGES, secateur.pruners.std(), remove_dead=False)
+    result.model.head = nn.Sequential(nn.Linear(24, 3))
+    with pytest.raises(SettingsError, match=r"masks name head.weight, which result.model lacks"):
+        secateur.save(result, tmp_path / "a")
+    result.model.head = nn.Linear(24, 3)
+    with pytest.raises(SettingsError, match=r"mask of head.weight is \(5, 24\), .* has \(3, 24\)"):
+        secateur.save(result, tmp_path / "a")
+    del result.masks["head.weight"]
+    secateur.save(result, tmp_path / "a")
+    other = Net()
+    other.head = nn.Linear(24, 3)
+    assert torch.equal(secateur.load(tmp_path / "a", into=other)(IMAGES), result.model(IMAGES))
+
+
 def test_torchvision_resnet18_is_pruned_saved_and_loaded(tmp_path):
     models = import_torchvision().models
     torch.manual_seed(0)
