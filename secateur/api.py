@@ -302,6 +302,8 @@ def measure_latency(
     _check_model(model)
     _check_batch(images)
     _check_values("model", model, images=images)
+    _check_precision(images)
+    _check_types(model)
     if runtime not in get_args(RuntimeName):
         raise SettingsError(
             f"runtime = {runtime!r}: must be one of {', '.join(get_args(RuntimeName))}"
@@ -445,8 +447,7 @@ def _check_prune(model: nn.Module, images: Tensor, pruner: Any, labels: Tensor |
     _check_model(model)
     _check_batch(images)
     _check_values("model", model, images=images, labels=labels)
-    if images.dtype != torch.float32:
-        raise SettingsError(f"images: {images.dtype}; float32 is needed (images.float())")
+    _check_precision(images)
     if not bool(images.isfinite().all()):
         raise SettingsError("images: some values are NaN or infinite")
     if not isinstance(pruner, ConfiguredPruner):
@@ -466,6 +467,12 @@ def _check_prune(model: nn.Module, images: Tensor, pruner: Any, labels: Tensor |
             raise PruningError(f"model: {name} has entries that are NaN or infinite")
 
 
+def _check_precision(images: Tensor) -> None:
+    """Raise SettingsError unless the images are float32."""
+    if images.dtype != torch.float32:
+        raise SettingsError(f"images: {images.dtype}; float32 is needed (images.float())")
+
+
 def _check_types(model: nn.Module) -> None:
     """Raise PruningError naming a parameter that is not float32, if there is one."""
     types = {name: parameter.dtype for name, parameter in model.named_parameters()}
@@ -476,7 +483,7 @@ def _check_types(model: nn.Module) -> None:
             raise PruningError(f"model: {name} is {dtype}; make it a buffer (register_buffer)")
     for name, dtype in types.items():
         if dtype != torch.float32:
-            raise PruningError(f"model: {name} is {dtype}; call model.float() before pruning")
+            raise PruningError(f"model: {name} is {dtype}; call model.float() first")
 
 
 def _check_options(pruner: ConfiguredPruner, latency: object, **switches: object) -> None:

@@ -258,9 +258,13 @@ def test_mistakes_are_one_line():
     for argument in (
         {"runtime": "tvm"}, {"batch": 0}, {"batch": "a"}, {"batch": 1.5}, {"batch": True},
         {"threads": 0}, {"repeats": 2}, {"images": image().to("meta")}, {"model": 3},
+        {"images": image().double()}, {"images": image().half()},
     ):  # fmt: skip
         with pytest.raises(SettingsError, match=f"^{next(iter(argument))}"):
             secateur.measure_latency(**{"model": net(), "images": image(), **argument})
+    for dtype in (torch.float16, torch.float64):
+        with pytest.raises(PruningError, match=rf"^model: stem.weight is {dtype}; call model.float"):
+            secateur.measure_latency(net().to(dtype), image())
 
 
 def params_with(monkeypatch, runtime):
