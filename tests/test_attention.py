@@ -302,6 +302,8 @@ class Causal(nn.Module):
         x = self.patches(x).flatten(2).transpose(1, 2)
         mask = torch.ones(4, 4).triu(1).bool() if self.kind == "code" else self.mask
         x, weights = self.attention(x, x, x, attn_mask=mask)
+        if self.kind == "use":
+            x = x * weights.mean()
         return (self.head(x.mean(1)), weights) if self.kind == "weights" else self.head(x.mean(1))
 
 
@@ -323,6 +325,11 @@ def test_a_network_that_returns_attention_weights_is_told_that_the_compact_one_d
     model, batch = build(lambda: Causal("weights")).float(), images(2, 8).float()
     with pytest.raises(PruningError, match=r"returns 2 tensors, the compact network 1: a Multih"):
         secateur.prune(model, batch, secateur.pruners.magnitude(granularity="group", ratios=0.5))
+
+
+def test_a_network_that_uses_attention_weights_is_told_that_this_is_not_covered():
+    with pytest.raises(PruningError, match=r"uses attention weights of a Mult.* not covered"):
+        secateur.channel_graph(build(lambda: Causal("use")).float(), images(2, 8).float())
 
 
 # ---- masked equals compact ---------------------------------------------------------------------

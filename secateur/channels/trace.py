@@ -110,6 +110,8 @@ def trace(model: nn.Module) -> fx.Graph:
                 graph = _Tracer(buffers=False).trace(model)
     except Exception as error:  # of any type: it is the network's code that fails
         reason = " ".join(str(error).split()) or type(error).__name__
+        if "NoneType" in reason and any(isinstance(m, nn.MultiheadAttention) for m in training):
+            reason += "; code that uses attention weights of a MultiheadAttention is not covered"
         raise PruningError(f"cannot follow {type(model).__name__}: {reason}") from None
     finally:
         for module, mode in training.items():
