@@ -1,5 +1,8 @@
 """Code that networks of users hold: the compact network computes the same as the masked one."""
 
+import math
+from functools import partial
+
 import pytest
 import torch
 from cutting import at_random, build, check, difference, free, images, rebuilt
@@ -328,3 +331,108 @@ def test_the_average_of_constant_values_may_be_changed_in_place():
     model.v.bias.data[:] = torch.arange(8)
     with pytest.raises(PruningError, match="no living output left"):
         removal.remove_dead(model, {}, images())
+
+
+# ---- numbers that the code calculates from sizes -----------------------------------------------
+
+
+class Heads(nn.Module):
+    """Attention with three heads, whose scores a function of the network changes."""
+
+    def __init__(self, change, by_torch=False):
+        super().__init__()
+        self.heads, self.change, self.by_torch = 3, change, by_torch
+        self.patches = patches(8)
+        self.q, self.k, self.v = (nn.Linear(8, 12) for _ in range(3))
+        self.o, self.head = nn.Linear(12, 8), nn.Linear(8, CLASSES)
+
+    def forward(self, x):
+        x = tokens(self.patches(x))
+        n, count, _ = x.shape
+        q, k, v = (f(x).view(n, count, self.heads, -1).transpose(1, 2)
+                   for f in (self.q, self.k, self.v))  # fmt: skip
+        if self.by_torch:
+            scale = self.change(self, q, 1)
+            y = functional.scaled_dot_product_attention(q, k, v, scale=scale)
+        else:
+            y = self.change(self, q, q @ k.transpose(-2, -1)).softmax(-1) @ v
+        return self.head((x + self.o(y.transpose(1, 2).flatten(2))).mean(1))
+
+
+BY_NUMBER = {
+    "decision": lambda net, q, a: a * 0.5 if net.heads > 1 else a,
+    "int": lambda net, q, a: a * int(net.heads),
+    "divmod": lambda net, q, a: a * divmod(7, net.heads)[0],
+    "exponent": lambda net, q, a: a.abs() ** net.heads,
+    "bound": lambda net, q, a: a.clamp(max=net.heads),
+    "size": lambda net, q, a: a * q.shape[1] ** -0.5,
+    "quotient": lambda net, q, a: a / q.shape[1],
+    "root": lambda net, q, a: a / math.sqrt(q.shape[1]),
+}
+
+
+@pytest.mark.parametrize("change", BY_NUMBER.values(), ids=BY_NUMBER)
+def test_numbers_of_heads_that_the_code_calculates_with_lock_them(change):
+    graph = equal_at_random(lambda: Heads(change), seeds=2)
+    assert "calculate" in next(g for g in graph.groups if "q" in g.producers).locked
+
+
+@pytest.mark.parametrize("by_torch", [False, True])
+def test_a_scale_from_the_number_of_heads_locks_them_and_one_from_their_width_does_not(by_torch):
+    def heads(axis):
+        make = partial(Heads, lambda net, q, a: a * q.shape[axis] ** -0.5, by_torch)
+        graph = equal_at_random(make, seeds=3)
+        return next(group for group in graph.groups if "q" in group.producers)
+
+    assert heads(1).locked
+    assert heads(-1).locked is None
+
+
+def widened_by(zeros):
+    def run(net, x):
+        x = net.a(x)
+        return net.head(net.b(torch.cat([x, zeros(x)], 1)).mean((2, 3)))
+
+    return Code(run, a=conv(3, 8), b=conv(16, 6), head=nn.Linear(6, CLASSES))
+
+
+@pytest.mark.parametrize(
+    "calculate",
+    [
+        lambda x: x * x.shape[1] ** -0.5,
+        lambda x: x / x.shape[1],
+        lambda x: x / math.sqrt(x.shape[1]),
+    ],
+)
+def test_numbers_of_channels_that_the_code_calculates_with_lock_them(calculate):
+    def make():
+        return Code(lambda n, x: n.head(calculate(n.a(x)).mean((2, 3))), a=conv(3, 8),
+                    head=nn.Linear(8, CLASSES))  # fmt: skip
+
+    graph = equal_at_random(make, seeds=2)
+    assert "calculates with their number" in next(
+        group.locked for group in graph.groups if "a" in group.producers
+    )
+
+
+@pytest.mark.parametrize(
+    "zeros",
+    [
+        lambda x: x.new_zeros(x.shape[0], x.shape[1], 8, 8),
+        lambda x: x.new_zeros((x.shape[0], 16 - x.shape[1], 8, 8)),
+        lambda x: torch.full((x.shape[0], 16 - x.shape[1], 8, 8), 0.0),
+    ],
+)
+def test_zeros_whose_number_follows_from_channels_lock_them(zeros):
+    graph = equal_at_random(partial(widened_by, zeros), seeds=2)
+    assert next(group.locked for group in graph.groups if "a" in group.producers)
+
+
+def test_a_size_that_is_rounded_remains_a_size():
+    def run(net, x):
+        x = net.a(x)
+        x = x.view(x.shape[0], math.floor(x.shape[1] / 2), 2, 8, 8)
+        return net.head(x.flatten(1, 2).mean((2, 3)))
+
+    graph = equal_at_random(lambda: Code(run, a=conv(3, 8), head=nn.Linear(8, CLASSES)))
+    assert graph.balances

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -56,6 +56,20 @@ for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "floordiv", "rfloordi
     _keep_traced(f"__{_name}__")
 
 
+class TracedNumber(float):
+    """The result of a calculation with a TracedSize that is no size."""
+
+    counted: Tensor
+    """Ids of the channels that the size counts."""
+
+    @classmethod
+    def of(cls, value: float, counted: Tensor) -> "TracedNumber":
+        """The number with its origin."""
+        number = cls(value)
+        number.counted = counted
+        return number
+
+
 class AttributeSize(int):
     """A size that a module of the network holds as an attribute, such as its number of heads.
 
@@ -68,7 +82,9 @@ class AttributeSize(int):
     key: str
     """Name of the attribute."""
     calculated: bool = False
-    """Whether the network's code calculates with it."""
+    """Whether the network's code calculates with it, or decides by it."""
+    tracing: ClassVar[bool] = False
+    """Whether the network's code runs, so that comparisons are its own."""
 
     @classmethod
     def of(cls, value: int, module: str, key: str) -> "AttributeSize":
@@ -97,9 +113,23 @@ def _note_calculation(name: str) -> None:
 
 for _name in (
     *("add", "radd", "sub", "rsub", "mul", "rmul", "floordiv", "rfloordiv", "mod", "rmod", "neg"),
-    *("truediv", "rtruediv", "pow", "rpow", "float"),
+    *("truediv", "rtruediv", "pow", "rpow", "float", "divmod", "rdivmod", "abs"),
 ):
     _note_calculation(f"__{_name}__")
+
+
+def _note_decision(name: str) -> None:
+    plain = getattr(int, name)
+
+    def noted(self: AttributeSize, *others: Any) -> Any:
+        self.calculated |= AttributeSize.tracing
+        return plain(self, *others)
+
+    setattr(AttributeSize, name, noted)
+
+
+for _name in ("lt", "le", "gt", "ge", "eq", "ne", "int"):
+    _note_decision(f"__{_name}__")
 
 
 @dataclass(frozen=True)

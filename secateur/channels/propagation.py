@@ -111,7 +111,8 @@ class Propagation(fx.Interpreter):
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Apply the rule for the function's name, or call it if it is given no channels."""
         if not _has_channels(args, kwargs):
-            return self._call(operators.name_of(target)).created(target(*args, **kwargs))
+            call, created = self._call(operators.name_of(target)), target(*args, **kwargs)
+            return call.created(created, _flat((args, kwargs)))
         package = getattr(target, "__module__", None) or "torch"
         name = operators.name_of(target)
         if package.split(".")[0] not in _LIBRARIES:
@@ -121,7 +122,8 @@ class Propagation(fx.Interpreter):
     def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Apply the rule for the method's name, or call it if it is given no channels."""
         if not _has_channels(args, kwargs):
-            return self._call(target).created(super().call_method(target, args, kwargs))
+            created = super().call_method(target, args, kwargs)
+            return self._call(target).created(created, _flat((args, kwargs)))
         return self._apply(target, args, kwargs)
 
     def _call(self, name: str) -> Call:

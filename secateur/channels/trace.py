@@ -87,9 +87,11 @@ def _named_sizes(model: nn.Module) -> Iterator[None]:
             if type(value) is int and value > 1 and not key.startswith("_"):
                 changed.append((module, key, value))
                 vars(module)[key] = AttributeSize.of(value, path, key)
+    AttributeSize.tracing = True
     try:
         yield
     finally:
+        AttributeSize.tracing = False
         for module, key, value in changed:
             vars(module)[key] = value
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.channels.ids import AttributeSize, TracedSize
+from secateur.channels.ids import AttributeSize, TracedNumber, TracedSize
 
 Attribute = tuple[str, str]
 """Path of a module, and the name of an attribute that holds a size."""
@@ -20,7 +20,8 @@ class View:
     node: str
     sizes: tuple[Any, ...]
     """-1 or TracedSizes for sizes that follow the tensor, AttributeSizes for sizes that an
-    attribute holds, and plain numbers for hard-coded sizes."""
+    attribute holds, plain numbers for hard-coded sizes, and a TracedNumber, in place of a view, for
+    what the code calculates with."""
     ids: Tensor
     """Ids of its entries, broadcastable to the sizes."""
 
@@ -67,6 +68,8 @@ def settle(views: Sequence[View], canonical_of: Callable[[Tensor], Tensor]) -> S
                 constant.add((size.module, size.key))
             if isinstance(size, AttributeSize) and size.calculated:
                 calculated[size.module, size.key] = f"the code calculates with {size.path}"
+            if isinstance(size, TracedNumber) and len(canonical_of(size.counted).unique()) > 1:
+                first.append((size.counted, f"{view.node} calculates with their number"))
             if isinstance(size, TracedSize) and size.counted is not None:
                 along = _along(view.ids, axis) if axis in varying else None
                 first += _foreign(view.node, size, along, canonical_of)

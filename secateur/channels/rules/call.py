@@ -8,7 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from secateur.base.errors import PruningError
-from secateur.channels.ids import ZERO, AttributeSize, ChannelIds, NamedTensor
+from secateur.channels.ids import (
+    ZERO,
+    AttributeSize,
+    ChannelIds,
+    NamedTensor,
+    TracedNumber,
+    TracedSize,
+)
 from secateur.channels.visitor import Visitor
 
 Broadcasts = dict[str, tuple[bool, bool]]
@@ -82,6 +89,15 @@ class Call:
                 self.visitor.view(self.node, sizes, x.ids)
             self.visitor.size(size)
 
+    def calculates(self, *values: Any) -> None:
+        """Report that the result depends on these numbers, of which sizes would change."""
+        for value in values:
+            if isinstance(value, AttributeSize):
+                value.calculated = True
+            if (counted := getattr(value, "counted", None)) is not None:
+                number = TracedNumber.of(value, counted)
+                self.visitor.view(self.node, [number], torch.tensor([ZERO]))
+
     def lock(self, x: ChannelIds, reason: str) -> None:
         """Report that no channel of this tensor can be removed."""
         self.visitor.lock(x.ids.flatten(), reason)
@@ -91,8 +107,20 @@ class Call:
         ids = self.visitor.fixed(1, reason)
         return ChannelIds(ids.reshape([1] * len(shape)), tuple(shape))
 
-    def created(self, value: Any) -> Any:
-        """The result of an operation without channels: zeros, or a tensor that does not change."""
+    def created(self, value: Any, arguments: Sequence[Any]) -> Any:
+        """The result of an operation without channels: zeros, or a tensor that does not change.
+
+        Numbers keep the origin of the sizes in `arguments`; tensors lock the channels.
+        """
+        counted = [v.counted for v in arguments if getattr(v, "counted", None) is not None]
+        if counted and type(value) is float:
+            return TracedNumber.of(value, torch.cat(counted))
+        if counted and type(value) is int:
+            size = TracedSize(value)
+            size.counted, size.computed = torch.cat(counted), True
+            return size
+        if isinstance(value, Tensor):
+            self.calculates(*arguments)
         if not isinstance(value, Tensor) or value.dim() == 0:
             return value
         if not bool(value.any()):

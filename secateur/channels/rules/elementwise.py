@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from secateur.base.errors import PruningError
-from secateur.channels.ids import AttributeSize, ChannelIds, NamedTensor
+from secateur.channels.ids import ChannelIds, NamedTensor
 from secateur.channels.rules.call import Call
 
 ADDITIONS = ("add", "add_", "iadd")
@@ -29,9 +29,7 @@ def unchanged_module(call: Call, module: nn.Module, x: ChannelIds) -> ChannelIds
 
 def combine(call: Call, a: Any, b: Any, *_: Any, **__: Any) -> Any:
     """Two tensors, entry by entry: equal positions become one channel."""
-    for v in (a, b):
-        if isinstance(v, AttributeSize):
-            v.calculated = True
+    call.calculates(a, b)
     sides = [
         call.channels(v) if isinstance(v, NamedTensor) and v.tensor.numel() > 1 else v
         for v in (a, b)
@@ -68,7 +66,9 @@ def combine(call: Call, a: Any, b: Any, *_: Any, **__: Any) -> Any:
 
 def combine_all(call: Call, *values: Any, **named: Any) -> Any:
     """Any number of tensors, entry by entry, among arguments that may be numbers or None."""
-    tensors = [v for v in (*values, *named.values()) if isinstance(v, ChannelIds | NamedTensor)]
+    every = (*values, *named.values())
+    call.calculates(*every)
+    tensors = [v for v in every if isinstance(v, ChannelIds | NamedTensor)]
     result = combine(call, tensors[0], None)
     for number, tensor in enumerate(tensors[1:]):  # each pair has a place of its own in broadcasts
         result = combine(replace(call, node=f"{call.node}:{number}"), result, tensor)

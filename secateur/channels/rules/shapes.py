@@ -164,7 +164,9 @@ def pad_module(call: Call, module: nn.ZeroPad2d | nn.ZeroPad3d, x: ChannelIds) -
 
 def new_zeros(call: Call, x: ChannelIds, *size: Any, **_: Any) -> ChannelIds:
     """Zeros in the given shape."""
-    return zeros(size[0] if isinstance(size[0], tuple | list) else size)
+    sizes = size[0] if isinstance(size[0], tuple | list) else size
+    call.calculates(*sizes)
+    return zeros(sizes)
 
 
 def size(call: Call, x: ChannelIds, dim: int | None = None) -> Any:
