@@ -756,6 +756,13 @@ KEEPS = """
     return Keeps(3, num_classes)
 """
 
+EXTRA = """
+    class Extra(nn.Linear):
+        def get_extra_state(self):
+            return {"step": 3}
+    return nn.Sequential(nn.Flatten(), Extra(3 * 32 * 32, num_classes))
+"""
+
 
 @pytest.fixture
 def own(tmp_path, monkeypatch):
@@ -798,6 +805,7 @@ def test_a_network_of_ones_own_gets_its_arguments_and_the_number_of_classes(own)
         ({"before": "import nonsense_of_mine"}, r"cannot be imported: .*\(net\w+\.py, line 3\)"),
         ({"body": GOOD.replace("num_classes)", "9)")}, r"gives \(1, 9\) for one image, needs"),
         ({"body": GOOD.replace("Conv2d(3", "Conv2d(4")}, "its network fails on an image of 3x32"),
+        ({"body": EXTRA}, r"has 1\._extra_state = {'step': 3}; files hold only tensors"),
         ({"source": "weights/none"}, r"source = 'weights/none': does not cover mine/net\w+\.py"),
         ({"before": "import more"}, r"source = 'mine': does not cover more\.py"),
         ({"body": "import more; " + GOOD}, r"source = 'mine': does not cover more\.py"),

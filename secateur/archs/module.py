@@ -19,7 +19,7 @@ import torch
 from pydantic import AfterValidator, Field
 from torch import nn
 
-from secateur.base.errors import ArgumentError, cut
+from secateur.base.errors import ArgumentError, cut, shorten
 from secateur.base.sections import Strict, matching
 from secateur.nn.modes import in_eval_mode
 
@@ -77,7 +77,8 @@ def build(settings: Settings, classes: int, shape: tuple[int, int, int]) -> nn.M
     """The network that the function returns, unchanged.
 
     Raises ArgumentError if its module cannot be imported or is outside of `source`, or if the
-    function fails or does not return a network with one output per class.
+    function fails or does not return a network with one output per class, or if an extra state of
+    the network (`get_extra_state`) is not a tensor.
     """
     if settings.target is None:
         raise ArgumentError("target", "name the function: package.module:function", None)
@@ -92,6 +93,10 @@ def build(settings: Settings, classes: int, shape: tuple[int, int, int]) -> nn.M
     if not isinstance(model, nn.Module):
         kind = type(model).__name__
         raise ArgumentError("target", f"returned a {kind}, not a torch.nn.Module", settings.target)
+    for name, value in model.state_dict().items():
+        if not isinstance(value, torch.Tensor):
+            message = f"its network has {cut(name)} = {shorten(value)}; files hold only tensors"
+            raise ArgumentError("target", message, settings.target)
     _check_output(model, settings.target, classes, shape)
     _check_source(settings.target, settings.source, before)  # functions may import, too
     return model
