@@ -509,7 +509,7 @@ def test_the_keys_are_those_of_dvc_and_so_is_the_experiment(project):
     assert project.run("git", "diff", "HEAD", show[2].partition(":")[0]) == ""
     again = run_study(project, "--latency", "torch", "--repeats", "3")
     assert f"latency: 1 of 1: mine-s{seed}" in again and "0 pieces of work" in again
-    assert "torch speed-up" in (project.path / "report/mine/table.md").read_text()
+    assert "torch.export speed-up" in (project.path / "report/mine/table.md").read_text()
     assert "up to date" in run_study(project, "--latency", "torch", "--repeats", "3")
     study_of(project, seeds=[seed], settings={}, axes={"finetune.epochs": [0]})
     assert "2 pieces of work were run" in run_study(project)

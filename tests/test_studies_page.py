@@ -735,7 +735,7 @@ def test_latencies_are_columns_of_the_models_that_were_measured(experiments, tmp
     (folder / "latency.csv").write_text(older)
     assert latencies.read(folder) == times, "a table without repeats"
     (note,) = latencies.notes(latencies.columns(found, [replace(times[0], repeats=1000), times[1]]))
-    assert "the shortest of many or 1,000 passes" in note
+    assert "the shortest of many or 1,000 passes" in note and latencies.OF_PROGRAMS not in note
     other = [replace(times[0], batch=8), *times]
     assert list(latencies.columns(found, other)) == [
         "ONNX Runtime, batch 8, threads 1, a processor",
@@ -775,6 +775,7 @@ def test_networks_of_the_cache_are_measured_once(experiments, tmp_path):
         assert [(line.experiment, line.repeats) for line in stored] == [(n, kept) for n in names]
         (note,) = latencies.notes(latencies.columns(found, stored))
         assert f"the shortest of {kept} passes" in note
+        assert note.startswith("latency in torch.export: ") and latencies.OF_PROGRAMS in note
     networks, image = latencies._networks(found[0])
     assert networks["dense"].fc1.out_features == 6 and networks["finetuned"].fc1.out_features == 3
     assert image.shape == (1, 1, 8, 8)
