@@ -401,6 +401,56 @@ def gated():
     return Net(run, a=conv(3, 8), b=conv(4, 4))
 
 
+def extremes():
+    def run(n, x):
+        a = n.a(x)
+        high, _ = a.flatten(2).max(dim=2)
+        low = a.flatten(2).min(2, keepdim=True)[0].unsqueeze(3)
+        return n.b(torch.max(a, other=low) + high[:, :, None, None])
+
+    return Net(run, a=conv(3, 5), b=conv(5, 4))
+
+
+def spread():
+    def run(n, x):
+        a = functional.normalize(n.a(x), dim=(2, 3))
+        deviation = a.std((2, 3), False, True) + a.var(dim=(2, 3), keepdim=True)
+        return n.b(a * deviation)
+
+    return Net(run, a=conv(3, 5), b=conv(5, 4))
+
+
+def reversed_and_repeated():
+    def run(n, x):
+        a = n.a(x)
+        return n.b(a.flip(1, 3).repeat(1, 2, 1, 1) + torch.flip(torch.cat([a, a], 1), dims=(2,)))
+
+    return Net(run, a=conv(3, 5), b=conv(10, 4))
+
+
+def repeated():
+    return Net(lambda n, x: n.b(n.a(x).repeat(1, 2, 1, 2)), a=conv(3, 5), b=conv(10, 4))
+
+
+def axes_swapped():
+    def run(n, x):
+        return n.b(torch.swapaxes(n.a(x).swapdims(1, 3), axis0=1, axis1=3))
+
+    return Net(run, a=conv(3, 5), b=conv(5, 4))
+
+
+def gated_at_once():
+    layers = {"a": conv(3, 8), "b": conv(4, 12), "c": conv(6, 4)}
+    return Net(lambda n, x: n.c(n.glu(n.b(functional.glu(n.a(x), 1)))), glu=nn.GLU(1), **layers)
+
+
+def pixels_shuffled():
+    def run(n, x):
+        return n.c(functional.pixel_shuffle(n.b(n.up(n.a(x))), 3))
+
+    return Net(run, a=conv(3, 20), up=nn.PixelShuffle(2), b=conv(5, 18), c=conv(2, 4))
+
+
 class Own(nn.Module):
     """A user's own module: parameters outside of layers, two branches, sizes read from tensors."""
 
@@ -423,7 +473,8 @@ SMALL = [
     depthwise, multiplier, grouped, shuffled, shuffle_module, halves, unequal, picked, subscripted,
     selected, excited, convnext, scaled, normed, shared, deep, attended, Own, permuted, swapped,
     permuted_take, norm_twice, tied, aliased, deep_then_grouped, mirrored, up_again, pixelwise,
-    positioned, frozen, gated, plain_norms, looked_up,
+    positioned, frozen, gated, plain_norms, looked_up, extremes, spread, reversed_and_repeated,
+    repeated, axes_swapped, gated_at_once, pixels_shuffled,
 ]  # fmt: skip
 
 
@@ -749,6 +800,24 @@ def test_torchvisions_networks(name):
     assert count(dead.model) <= count(compact.model)
     single = compact.to(torch.float32)
     assert difference(masked.float(), single.model, batch.float()) < 1e-4
+
+
+def maxvit():
+    """Small, with one head of attention in the first stage, and two in the second."""
+    sizes = {"block_channels": [8, 16], "block_layers": [1, 1], "head_dim": 8, "partition_size": 2}
+    return import_torchvision().models.MaxVit(
+        (64, 64), stem_channels=8, stochastic_depth_prob=0.0, num_classes=5, **sizes
+    )
+
+
+def test_maxvit():
+    model, batch = randomise(maxvit().double(), 0), images(2, 64)
+    graph = channels.build_channel_graph(model, batch)
+    assert sum(group.size for group in free(graph)) > 250
+    for seed in range(5):
+        masked, _ = check(model, graph, at_random(graph, seed), batch)
+    dead = removal.remove_dead(masked, {}, batch)
+    assert proof.verify(masked, dead, batch, proof.FLOAT64_TOLERANCE) < 1e-9
 
 
 MORE = ["resnet34", "wide_resnet50_2", "efficientnet_v2_s", "mobilenet_v3_large",
@@ -1195,9 +1264,29 @@ def all_normed():
     return Net(lambda n, x: n.b(n.norm(n.a(x))), a=conv(3, 4), norm=norm, b=conv(4, 4))
 
 
+def across(run, **layers):
+    """A network in which an operation combines the channels of `a`."""
+    return lambda: Net(lambda n, x: n.b(run(n, n.a(x))), a=conv(3, 4), b=conv(4, 4), **layers)
+
+
+ACROSS = [
+    (across(lambda n, x: x / x.std(1, keepdim=True)), "std sums over them"),
+    (across(lambda n, x: x - x.max(dim=1, keepdim=True)[0]), "max_1 sums over them"),
+    (across(lambda n, x: x - x.min()), "min_1 sums over them"),
+    (across(lambda n, x: functional.normalize(x)), "divided by their norm over all channels"),
+    (across(lambda n, x: n.local(x), local=nn.LocalResponseNorm(2)), "the channels beside them"),
+    (across(lambda n, x: functional.local_response_norm(x, 2)), "the channels beside them"),
+    (
+        across(lambda n, x: n.rms(x.transpose(1, 3)).transpose(1, 3), rms=nn.RMSNorm(4)),
+        "normalised together by an RMSNorm",
+    ),
+]
+
+
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
+        *ACROSS,
         (group_normed_by_number, "normalised in a hard-coded number of groups"),
         (taken_by_view, "chosen by i"),
         (all_normed, "LayerNorm whose size is hard-coded"),
@@ -1215,6 +1304,35 @@ def test_channels_that_cannot_go_are_locked_with_a_reason(make, reason):
     group = next(g for g in graph.groups if g.locked and reason in g.locked)
     with pytest.raises(PruningError, match=f"channels of {group.name} cannot.*{reason}"):
         removal.remove(model, {group.name: torch.tensor([0])}, batch)
+
+
+@pytest.mark.parametrize("make", [make for make, _ in ACROSS])
+def test_networks_with_locked_channels_lose_others_and_dead_ones(make):
+    model, batch = build(make), images()
+    graph = channels.build_channel_graph(model, batch)
+    assert [group.name for group in free(graph)] == ["b"]
+    masked, _ = check(model, graph, {"b": torch.tensor([0, 2])}, batch)
+    compact = removal.remove_dead(masked, {}, batch)
+    assert compact.kept["b"].tolist() == [1, 3]
+    assert proof.verify(masked, compact, batch, proof.FLOAT64_TOLERANCE) < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("use", "where"),
+    [
+        (lambda values, places: values + places, "'add'"),
+        (lambda values, places: values.clamp(max=places), "'clamp'"),
+        (lambda values, places: places.double(), "'double'"),
+        (lambda values, places: torch.cat([values, places.to(values)], 3), "'to'"),
+    ],
+)
+def test_places_of_the_largest_entries_are_refused(use, where):
+    def run(n, x):
+        found = n.a(x).max(3, keepdim=True)
+        return n.b(use(found[0], found[1]))
+
+    with pytest.raises(PruningError, match=f"through {where}"):
+        channels.build_channel_graph(build(lambda: Net(run, a=conv(3, 4), b=conv(4, 4))), images())
 
 
 @pytest.mark.parametrize("name", ["input", "head.2"])

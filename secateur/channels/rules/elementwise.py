@@ -15,6 +15,8 @@ from secateur.channels.rules.call import Call
 ADDITIONS = ("add", "add_", "iadd")
 SUMS = (*ADDITIONS, "sub", "sub_", "isub")
 PRODUCTS = ("mul", "mul_", "imul", "multiply")
+PLACES = object()
+"""Stands for the indices of the largest or smallest entries, which cannot be followed."""
 
 
 def unchanged(call: Call, x: ChannelIds, *_: Any, **__: Any) -> ChannelIds:
@@ -29,6 +31,8 @@ def unchanged_module(call: Call, module: nn.Module, x: ChannelIds) -> ChannelIds
 
 def combine(call: Call, a: Any, b: Any, *_: Any, **__: Any) -> Any:
     """Two tensors, entry by entry: equal positions become one channel."""
+    if a is PLACES or b is PLACES:
+        raise call.unknown()
     call.calculates(a, b)
     sides = [
         call.channels(v) if isinstance(v, NamedTensor) and v.tensor.numel() > 1 else v
@@ -67,6 +71,8 @@ def combine(call: Call, a: Any, b: Any, *_: Any, **__: Any) -> Any:
 def combine_all(call: Call, *values: Any, **named: Any) -> Any:
     """Any number of tensors, entry by entry, among arguments that may be numbers or None."""
     every = (*values, *named.values())
+    if any(value is PLACES for value in every):
+        raise call.unknown()
     call.calculates(*every)
     tensors = [v for v in every if isinstance(v, ChannelIds | NamedTensor)]
     result = combine(call, tensors[0], None)
@@ -123,3 +129,26 @@ def reduce(
         return ChannelIds(x.ids, tuple(shape))
     ids = x.ids.reshape([s for k, s in enumerate(x.ids.shape) if k not in axes])
     return ChannelIds(ids, tuple(shape))
+
+
+def extremum(call: Call, x: ChannelIds, dim: Any = None, keepdim: bool = False) -> Any:
+    """`max` or `min` of two tensors, of all entries, or over one axis.
+
+    Over an axis it gives values and indices; a network may only use the values.
+    """
+    if isinstance(dim, ChannelIds | NamedTensor):
+        return combine(call, x, dim)
+    values = reduce(call, x, dim, keepdim)
+    return values if dim is None else [values, PLACES]
+
+
+def deviation(
+    call: Call,
+    x: ChannelIds,
+    dim: Any = None,
+    unbiased: Any = True,
+    keepdim: bool = False,
+    **_: Any,
+) -> ChannelIds:
+    """Standard deviation or variance over axes; see reduce."""
+    return reduce(call, x, None if isinstance(dim, bool) else dim, keepdim)

@@ -68,6 +68,50 @@ def layer_norm_module(call: Call, module: nn.LayerNorm, x: ChannelIds) -> Channe
     return layer_norm(call, x, module.normalized_shape, *tensors)
 
 
+def rms_norm(
+    call: Call,
+    x: ChannelIds,
+    normalized_shape: Sequence[int],
+    weight: NamedTensor | None = None,
+    eps: Any = None,
+) -> ChannelIds:
+    """Unchanged; channels that are averaged over are locked."""
+    if any(x.varies(len(x.shape) - 1 - k) for k in range(len(normalized_shape))):
+        call.lock(x, "normalised together by an RMSNorm")
+    if weight and len(normalized_shape) == 1:
+        call.visitor.norm([weight], "norm", x.axis_ids(-1))
+    elif weight:
+        call.visitor.parameter(weight)  # reports its use
+    return x
+
+
+def rms_norm_module(call: Call, module: nn.RMSNorm, x: ChannelIds) -> ChannelIds:
+    """See rms_norm."""
+    return rms_norm(call, x, module.normalized_shape, call.tensor(module, "weight"))
+
+
+def local_response_norm(call: Call, x: ChannelIds, *_: Any, **__: Any) -> ChannelIds:
+    """Unchanged; channels are locked."""
+    call.lock(x, "normalised together with the channels beside them")
+    return x
+
+
+def local_response_norm_module(
+    call: Call, module: nn.LocalResponseNorm, x: ChannelIds
+) -> ChannelIds:
+    """See local_response_norm."""
+    return local_response_norm(call, x)
+
+
+def normalize(
+    call: Call, x: ChannelIds, p: float = 2.0, dim: Any = 1, *_: Any, **__: Any
+) -> ChannelIds:
+    """Unchanged; channels are locked if the norm is that over them."""
+    if any(x.varies(axis) for axis in ([dim] if isinstance(dim, int) else dim)):
+        call.lock(x, "divided by their norm over all channels")
+    return x
+
+
 def group_norm(
     call: Call,
     x: ChannelIds,

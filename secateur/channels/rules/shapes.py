@@ -50,6 +50,35 @@ def channel_shuffle_module(call: Call, module: nn.ChannelShuffle, x: ChannelIds)
     return channel_shuffle(call, x, module.groups)
 
 
+def pixel_shuffle(call: Call, x: ChannelIds, upscale_factor: int) -> ChannelIds:
+    """Several channels become the pixels of one; they are one unit."""
+    count, channels, height, width = x.shape
+    factor = int(upscale_factor)
+    ids = x.axis_ids(1).reshape(-1, factor**2)
+    whole = ids.amax(dim=1, keepdim=True)
+    call.visitor.unify(whole.expand(ids.shape).flatten(), ids.flatten())
+    shape = (count, channels // factor**2, height * factor, width * factor)
+    return ChannelIds.along(1, whole.flatten(), shape)
+
+
+def pixel_shuffle_module(call: Call, module: nn.PixelShuffle, x: ChannelIds) -> ChannelIds:
+    """See pixel_shuffle."""
+    return pixel_shuffle(call, x, module.upscale_factor)
+
+
+def flip(call: Call, x: ChannelIds, *dims: Any) -> ChannelIds:
+    """Entries in reverse order along axes."""
+    axes = dims[0] if isinstance(dims[0], tuple | list) else dims
+    return ChannelIds(x.ids.flip(tuple(axes)), x.shape)
+
+
+def repeat(call: Call, x: ChannelIds, *sizes: Any) -> ChannelIds:
+    """Several copies along each axis."""
+    given = sizes[0] if len(sizes) == 1 and isinstance(sizes[0], tuple | list) else sizes
+    call.calculates(*given)
+    return ChannelIds.from_expanded(x.expanded().repeat(tuple(map(int, given))))
+
+
 def flatten(call: Call, x: ChannelIds, start_dim: int = 0, end_dim: int = -1) -> ChannelIds:
     """Several axes become one."""
     return ChannelIds.from_expanded(torch.flatten(x.expanded(), start_dim, end_dim))

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from secateur.base.errors import PruningError
 from secateur.channels.ids import ChannelIds, NamedTensor, TracedSize
-from secateur.channels.rules import attention, shapes
+from secateur.channels.rules import attention, elementwise, shapes
 from secateur.channels.rules.call import Call
 
 
@@ -68,6 +69,17 @@ def chunk(call: Call, x: ChannelIds, chunks: int, dim: int = 0) -> list[ChannelI
     if x.varies(dim):
         call.visitor.balance(call.node, [part.ids.flatten() for part in parts])
     return parts
+
+
+def glu(call: Call, x: ChannelIds, dim: int = -1) -> Any:
+    """The first half along an axis times the sigmoid of the second."""
+    first, second = chunk(call, x, 2, dim)
+    return elementwise.combine(call, first, second)
+
+
+def glu_module(call: Call, module: nn.GLU, x: ChannelIds) -> Any:
+    """See glu."""
+    return glu(call, x, module.dim)
 
 
 def split(call: Call, x: ChannelIds, split_size_or_sections: Any, dim: int = 0) -> list[ChannelIds]:
