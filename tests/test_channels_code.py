@@ -1,6 +1,7 @@
 """Code that networks of users hold: the compact network computes the same as the masked one."""
 
 import math
+import operator
 from functools import partial
 
 import pytest
@@ -436,3 +437,58 @@ def test_a_size_that_is_rounded_remains_a_size():
 
     graph = equal_at_random(lambda: Code(run, a=conv(3, 8), head=nn.Linear(8, CLASSES)))
     assert graph.balances
+
+
+# ---- results in place, which change every tensor with the same entries -------------------------
+
+
+def sum_in_place(first):
+    """`h` is read after `y += ...`, where `y` is another name for its entries."""
+
+    def run(net, x):
+        h = net.norm(net.a(x))
+        y = first(net, h)
+        y += net.e(x)
+        y *= 2
+        y -= net.e(x)
+        y /= 4
+        return net.head(net.b(h).mean((2, 3)))
+
+    return Code(run, a=conv(3, 8), norm=nn.BatchNorm2d(8), e=conv(3, 8), b=conv(8, 6),
+                head=nn.Linear(6, CLASSES), relu=nn.ReLU(inplace=True),
+                hardswish=nn.Hardswish(inplace=True), same=nn.Identity(),
+                off=nn.AlphaDropout(0.5))  # fmt: skip
+
+
+SAME_ENTRIES = {
+    "relu": lambda net, h: net.relu(h),
+    "function": lambda net, h: functional.relu(h, inplace=True),
+    "hardswish": lambda net, h: net.hardswish(h),
+    "identity": lambda net, h: net.same(h),
+    "dropout": lambda net, h: net.off(h),
+    "contiguous": lambda net, h: h.contiguous(),
+    "detach": lambda net, h: h.detach(),
+    "to": lambda net, h: h.to(h.dtype),
+    "mul_": lambda net, h: h.mul_(2.0),
+}
+
+
+@pytest.mark.parametrize("first", SAME_ENTRIES.values(), ids=SAME_ENTRIES)
+def test_a_constant_that_a_result_in_place_changes_is_none(first):
+    model, batch = build(partial(sum_in_place, first)), images()
+    with torch.no_grad():
+        model.norm.weight[:4] = 0
+        model.norm.bias[:4] = torch.tensor([1, -2, 0.5, 0])
+    compact = removal.remove_dead(model, {}, batch)
+    assert difference(model, compact.model, batch) < 1e-9
+
+
+@pytest.mark.parametrize("first", [SAME_ENTRIES["relu"], SAME_ENTRIES["mul_"]])
+def test_sums_and_products_in_place_couple_channels(first):
+    graph = equal_at_random(partial(sum_in_place, first))
+    (group,) = (group for group in graph.groups if "a" in group.producers)
+    assert group.locked is None
+    assert "e" in group.producers
+    assert {node.target for node in graph.fx_graph.nodes} >= {
+        operator.iadd, operator.isub, operator.imul, operator.itruediv
+    }  # fmt: skip

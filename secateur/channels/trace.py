@@ -1,5 +1,6 @@
 """Traces a network with torch.fx: its operations in the order of execution."""
 
+import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from inspect import Parameter, signature
@@ -25,6 +26,25 @@ _ALIASES = {"axis": "dim", "keepdims": "keepdim"}
 """Keywords that torch accepts for numpy's sake -> torch's own keywords."""
 
 
+class _Proxy(fx.Proxy):
+    """Records `x += y` and the like as what they are: every name of x has the result."""
+
+    def __iadd__(self, other: Any) -> fx.Proxy:
+        return self._in_place(operator.iadd, other)
+
+    def __isub__(self, other: Any) -> fx.Proxy:
+        return self._in_place(operator.isub, other)
+
+    def __imul__(self, other: Any) -> fx.Proxy:
+        return self._in_place(operator.imul, other)
+
+    def __itruediv__(self, other: Any) -> fx.Proxy:
+        return self._in_place(operator.itruediv, other)
+
+    def _in_place(self, target: Callable[..., Any], other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", target, (self, other), {})
+
+
 class _Tracer(fx.Tracer):
     """Treats Secateur's layers, and plain subclasses of known layers, as leaves.
 
@@ -34,6 +54,10 @@ class _Tracer(fx.Tracer):
     def __init__(self, buffers: bool) -> None:
         super().__init__()
         self.proxy_buffer_attributes = buffers
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """The value of a node in the network's code."""
+        return _Proxy(node, self)
 
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
@@ -146,15 +170,15 @@ def _leave_out_removed(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
 def _normalise_keywords(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
     """Pass by position the arguments of known operations that rules take by position, in place."""
     for node in graph.nodes:
-        operator = operators.of_node(node, modules)
-        if not node.kwargs or operator is operators.UNKNOWN:
+        known = operators.of_node(node, modules)
+        if not node.kwargs or known is operators.UNKNOWN:
             continue
         keywords: list[tuple[str, ...]] = []  # by position
         options = dict(node.kwargs)
         if node.op == "call_module":
             keywords.append(tuple(signature(modules[node.target].forward).parameters)[:1])
         else:
-            keywords += [_FIRST, *operator.keywords]
+            keywords += [_FIRST, *known.keywords]
             options = {_ALIASES.get(key, key): value for key, value in options.items()}
         args = list(node.args)
         for names in keywords[len(args) :]:

@@ -91,8 +91,9 @@ class ConstantPropagation(fx.Interpreter):
             else:  # it normalises by statistics of its input
                 out = torch.full_like(x, torch.nan)
             return _shift_where_scale_is_zero(out, module.weight, module.bias)
+        varies = x.isnan() if operator.elementwise and not operator.keeps_nan else None
         out = super().call_module(target, args, kwargs)
-        return _restore_nan(x, out) if operator.elementwise and not operator.keeps_nan else out
+        return out if varies is None else _restore_nan(x, varies, out)
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Run a function by the properties of its operator."""
@@ -116,15 +117,17 @@ class ConstantPropagation(fx.Interpreter):
             return _products(lambda *operands: run(target, operands, kwargs), args)
         if operator.averages:
             return _averages(lambda *operands: run(target, operands, kwargs), args)
-        out = run(target, args, kwargs)
         if operator.elementwise and isinstance(args[0], Tensor):
-            return _restore_nan(args[0], out)
-        if operator.multiplies and isinstance(out, Tensor):
-            zero = torch.zeros_like(out, dtype=torch.bool)
-            for factor in args[:2]:
-                zero = zero | (torch.as_tensor(factor, device=out.device) == 0)
-            return out.masked_fill(zero, 0.0)
-        return out
+            varies = args[0].isnan()
+            return _restore_nan(args[0], varies, run(target, args, kwargs))
+        if operator.multiplies:
+            zeros = [torch.as_tensor(factor) == 0 for factor in args[:2]]
+            out = run(target, args, kwargs)
+            if isinstance(out, Tensor):
+                for zero in zeros:
+                    out = _filled(args[0], out, zero.to(out.device).expand(out.shape), 0.0)
+            return out
+        return run(target, args, kwargs)
 
     def _through(self, run: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """A convolution or linear layer; `run(x, weight, bias)` computes it."""
@@ -278,8 +281,16 @@ def _shift_where_scale_is_zero(out: Tensor, weight: Tensor | None, bias: Tensor 
     return out
 
 
-def _restore_nan(x: Tensor, out: Any) -> Any:
-    """The result of an elementwise operation, with NaN where its input is NaN."""
+def _restore_nan(x: Tensor, varies: Tensor, out: Any) -> Any:
+    """The result of an elementwise operation, with NaN where its input `x` was NaN."""
     if isinstance(out, Tensor) and out.shape == x.shape and out.is_floating_point():
-        return out.masked_fill(x.isnan(), torch.nan)
+        return _filled(x, out, varies & ~out.isnan(), torch.nan)
     return out
+
+
+def _filled(x: Any, out: Tensor, where: Tensor, value: float) -> Tensor:
+    """The result of an operation with other entries; in place if it shares the memory of `x`."""
+    if not bool(where.any()):
+        return out
+    shared = isinstance(x, Tensor) and x.untyped_storage()._cdata == out.untyped_storage()._cdata
+    return out.masked_fill_(where, value) if shared else out.masked_fill(where, value)

@@ -239,7 +239,10 @@ def _make_out_of_place(model: nn.Module, fx_graph: fx.Graph) -> None:
     for module in model.modules():
         if getattr(module, "inplace", False):
             module.inplace = False  # type: ignore[assignment]
-    out_of_place = {"iadd": operator.add, "imul": operator.mul, "isub": operator.sub}
+    out_of_place = {
+        **{"iadd": operator.add, "isub": operator.sub},
+        **{"imul": operator.mul, "itruediv": operator.truediv},
+    }
     for node in fx_graph.nodes:
         if node.kwargs.get("inplace"):
             node.kwargs = {**node.kwargs, "inplace": False}
