@@ -289,7 +289,7 @@ def make_recipes(folder):
 
 def read_recipes(folder):
     os.chdir(folder)
-    return [(name, load_or_error(name)) for name in recipe.library().names]
+    return [(name, load_or_error(name)) for name in recipe.read_recipes().names]
 
 
 def load_or_error(name):

@@ -20,10 +20,10 @@ from secateur.pipeline import params_file, recipe
 from secateur.training.penalty import TrainingPlan
 
 PARAMS = yaml.safe_load(Path("params.yaml").read_text())
-LIBRARY = recipe.library()
+RECIPES = recipe.read_recipes()
 """All recipes, read once: there are hundreds of tests of them."""
-NAMES = LIBRARY.names
-PENALTIES = {n: LIBRARY.recipe(n).settings.get("penalty") for n in NAMES}
+NAMES = RECIPES.names
+PENALTIES = {n: RECIPES.recipe(n).settings.get("penalty") for n in NAMES}
 GROWING = [n for n in NAMES if PENALTIES[n] in ("greg1", "greg2")]
 TRAINING_IMAGES = {"cifar10": 50_000, "cifar100": 50_000, "imagenet": 1_281_167, "digits": 1_293,
                    "mnist": 54_000, "image_folder": 45_000}  # fmt: skip
@@ -31,7 +31,7 @@ TRAINING_IMAGES = {"cifar10": 50_000, "cifar100": 50_000, "imagenet": 1_281_167,
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_on_top_of_params_yaml_is_sound(name, tmp_path):
-    made = LIBRARY.recipe(name)
+    made = RECIPES.recipe(name)
     path = tmp_path / "params.yaml"
     path.write_text(yaml_text(settings.merged(PARAMS, made.settings)))
     settings.check(path)
@@ -40,7 +40,7 @@ def test_a_recipe_on_top_of_params_yaml_is_sound(name, tmp_path):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_changes_only_keys_that_there_are(name):
-    made = LIBRARY.recipe(name)
+    made = RECIPES.recipe(name)
     for key in recipe.changes(made.settings, PARAMS):
         *sections, last = key.split(".")
         table = PARAMS
@@ -51,7 +51,7 @@ def test_a_recipe_changes_only_keys_that_there_are(name):
 
 @pytest.mark.parametrize("name", GROWING)
 def test_a_growing_penalty_fits_into_the_epochs_that_a_recipe_gives_it(name):
-    made = settings.merged(PARAMS, LIBRARY.recipe(name).settings)
+    made = settings.merged(PARAMS, RECIPES.recipe(name).settings)
     module = plugin.load("penalties", made["penalty"])
     written = made["penalties"][made["penalty"]] | {"ratios": 0.5, "skip": []}
     own = settings.validate(module.Settings, written, "")
@@ -68,7 +68,7 @@ STEPPING = [n for n in NAMES if PENALTIES[n] in ("gradual", "rigl", "gsm")]
 
 @pytest.mark.parametrize("name", STEPPING)
 def test_a_penalty_that_prunes_meanwhile_suits_the_training_that_a_recipe_gives_it(name):
-    made = settings.merged(PARAMS, LIBRARY.recipe(name).settings)
+    made = settings.merged(PARAMS, RECIPES.recipe(name).settings)
     module = plugin.load("penalties", made["penalty"])
     own = settings.validate(module.Settings, made["penalties"][made["penalty"]], "")
     arch, shape = plugin.load("archs", made["arch"]), (1, 28, 28)
@@ -105,7 +105,7 @@ PARAMETERS = {  # published for ten classes
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_a_recipe_names_the_network_that_was_published(name):
-    made = settings.merged(PARAMS, LIBRARY.recipe(name).settings)
+    made = settings.merged(PARAMS, RECIPES.recipe(name).settings)
     module, own = plugin.load("archs", made["arch"]), made["archs"][made["arch"]]
     large = made["dataset"] == "imagenet"
     with torch.device("meta"):
@@ -119,7 +119,7 @@ def test_a_recipe_names_the_network_that_was_published(name):
 
 @pytest.mark.parametrize("name", [n for n in NAMES if re.match("(gconv-)?dense-", n)])
 def test_a_dense_recipe_trains_nothing_but_the_dense_network(name):
-    made = settings.merged(PARAMS, LIBRARY.recipe(name).settings)
+    made = settings.merged(PARAMS, RECIPES.recipe(name).settings)
     assert made["sparse_train"]["epochs"] == made["finetune"]["epochs"] == 0
     assert (made["penalty"], made["pruners"]["threshold"]["sensitivity"]) == ("none", 0)
     assert made["baseline"]["keep"] == "last" and made["data"]["validation"] == 0
@@ -188,7 +188,7 @@ def test_a_recipe_stands_on_another_and_changes_what_it_names(folder):
         middle={"about": "m", "extends": "below", "settings": {"t": {"v": [3]}}},
         above={"about": "a", "extends": "middle", "settings": {"t": {"w": 4}, "x": 5}},
     )
-    assert recipe.library().names == ["above", "middle"]
+    assert recipe.read_recipes().names == ["above", "middle"]
     assert recipe.load("middle").settings == {"x": 1, "t": {"u": 1, "v": [3]}}
     assert recipe.load("above").settings == {"x": 5, "t": {"u": 1, "v": [3], "w": 4}}
     assert recipe.load("above").about == "a"
@@ -208,7 +208,7 @@ def test_a_table_is_a_recipe_for_every_combination(folder):
             },
         },
     )  # fmt: skip
-    assert recipe.library().names == ["n-0.5-a", "n-0.5-b", "n-0.75-a", "n-0.75-b"]
+    assert recipe.read_recipes().names == ["n-0.5-a", "n-0.5-b", "n-0.75-a", "n-0.75-b"]
     assert recipe.load("n-0.5-a").settings == {"z": 1, "p": {"q": 1, "r": 1}}
     assert recipe.load("n-0.75-b").settings == {"z": 0, "p": {"q": 9, "r": 2}}
     assert recipe.load("n-0.75-b").about == "net 0.75 by b"

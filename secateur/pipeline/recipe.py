@@ -98,7 +98,7 @@ def changes(
 
 def load(name: str) -> Recipe:
     """The recipe of this name; SettingsError with similar names if there is none."""
-    return library().recipe(name)
+    return read_recipes().recipe(name)
 
 
 class _Written(BaseModel):
@@ -124,7 +124,7 @@ _WRITTEN = TypeAdapter(_Written)
 
 
 @dataclass(frozen=True)
-class Library:
+class Recipes:
     """All recipes of the folder; each file is read once."""
 
     written: dict[str, _Written]
@@ -167,9 +167,9 @@ class Library:
         return settings
 
 
-def library() -> Library:
+def read_recipes() -> Recipes:
     """The recipes of all valid files, and the errors of the others."""
-    whole, seen = Library({}, []), set[str]()
+    whole, seen = Recipes({}, []), set[str]()
     for path in sorted(FOLDER.glob("*.yaml")):
         try:
             found = _read(path)
@@ -362,7 +362,7 @@ def command(options: argparse.Namespace) -> None:
 
 def _list() -> None:
     """Print a line for each recipe, and an error for each file that is damaged."""
-    whole = library()
+    whole = read_recipes()
     errors = list(whole.errors)
     width = max(map(len, whole.names), default=0)
     for name in whole.names:
