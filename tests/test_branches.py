@@ -241,7 +241,9 @@ class Rectified(nn.Module):
         return x + self.layer(self.before(x))
 
 
-@pytest.mark.parametrize("before", [(), (nn.Identity(),), (nn.Dropout(), nn.Identity())])
+@pytest.mark.parametrize(
+    "before", [(), (nn.Identity(),), (nn.Dropout(), nn.Identity()), (nn.AlphaDropout(),)]
+)
 def test_a_branch_that_changes_the_shortcut_in_place_is_none(before):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), Rectified(*before), nn.Conv2d(4, 2, 1)).eval()
     assert not find(model)

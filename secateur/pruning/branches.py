@@ -30,8 +30,8 @@ _SAME_MEMORY = (
     "dropout2d", "feature_dropout", "alpha_dropout", "stochastic_depth",
 )  # fmt: skip
 """Operations that may return their input in eval mode."""
-_NO_EFFECT = (nn.Identity, nn.Dropout, nn.Dropout2d)
-"""Modules after the last layer of a branch, which in eval mode return their input."""
+_NO_EFFECT = (nn.Identity, nn.modules.dropout._DropoutNd)
+"""Modules that in eval mode return their input."""
 
 
 @dataclass(frozen=True)

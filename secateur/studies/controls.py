@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from secateur.base import settings as base_settings
-from secateur.base.sections import NOTHING, Baseline
+from secateur.base.sections import NOTHING, Baseline, Prune
 from secateur.pipeline.params_file import value_at
 from secateur.pipeline.record import FIRST
 from secateur.studies import rounds
@@ -40,13 +40,7 @@ UNPRUNED: dict[str, Any] = {
     "sparse_train": {"epochs": 0, "warmup": 0},
     "pruner": "threshold",
     "pruners": {"threshold": {"sensitivity": 0.0}},
-    "prune": {
-        "branches": [],
-        "remove_dead": False,
-        "group_convolutions": False,
-        "recalibrate": 0,
-        "latency": "none",
-    },
+    "prune": Prune(remove_dead=False).model_dump(mode="json"),
     "finetune": {"epochs": 0, "warmup": 0, "init": "inherit", "budget": "epochs"},
     "rounds": {},
 }

@@ -97,10 +97,7 @@ def make(
         report[row] = prove(context, model, exported[row])
         console.say(f"export: {row}: both files compute what the network computes")
     if context.params.export.int8:
-        for row in (
-            comparison.DENSE,
-            "finetuned",
-        ):  # dense for comparison: quantised without pruning
+        for row in (comparison.DENSE, "finetuned"):  # dense for comparison: int8 without pruning
             target = exported[row][".onnx"].with_name(comparison.INT8_FILE)
             report[row + comparison.INT8] = quantise(context, exported[row][".onnx"], target)
             console.say(f"export: {row}: int8 calibrated and tested")
