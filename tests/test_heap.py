@@ -53,6 +53,7 @@ def test_holes_are_given_back_and_a_steady_step_is_left_alone():
 
 
 LARGE = """
+import sys
 from pathlib import Path
 from secateur.base import allocator
 allocator.tune_process()
@@ -83,6 +84,22 @@ assert large() > found + 100 * 2**10, (found, large())
 assert all((block == number).all() for number, block in enumerate(kept))
 """
 
+FORKED = (
+    LARGE.partition("steps(100")[0]
+    + """
+import os
+clock[0] = allocator.LARGE_PAGES_AFTER + 1
+child = os.fork()
+if child:
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+steps(allocator.CHECK_INTERVAL)
+assert large() == 0, "it has just started"
+clock[0] *= 2
+steps(allocator.CHECK_INTERVAL)
+assert large() > 80 * 2**10
+"""
+)
+
 
 def large_pages_at_once():
     """Whether Linux moves memory into large pages when a program requests it: since 6.1."""
@@ -97,6 +114,13 @@ def large_pages_at_once():
 @pytest.mark.skipif(not large_pages_at_once(), reason="no large pages on request")
 def test_a_long_training_gets_large_pages_and_again_when_it_has_grown():
     run(LARGE)
+
+
+@needs_glibc
+@pytest.mark.skipif(not large_pages_at_once(), reason="no large pages on request")
+def test_a_forked_process_is_as_old_as_its_own_work():
+    """Workers of a study fork one for each training; moving the heap would copy all of theirs."""
+    run(FORKED)
 
 
 @needs_glibc

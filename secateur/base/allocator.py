@@ -57,6 +57,8 @@ def tune_process() -> None:
     Existing environment variables (GOMP_SPINCOUNT, OMP_WAIT_POLICY, MALLOC_*) take precedence.
     """
     atexit.register(_exit_fast)  # first, so it is called last
+    os.register_at_fork(after_in_child=_state.start)
+    _state.start()
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "30000")
     if sys.platform != "linux" or any(name.startswith("MALLOC_") for name in os.environ):
@@ -121,6 +123,10 @@ class _State:
     """Bytes of the heap when it was last moved to huge pages."""
     looked: float = field(default_factory=time.monotonic)
     """When the size of the heap was last examined."""
+
+    def start(self) -> None:
+        """Start the clock of a process: a forked one may be short, however old its parent is."""
+        self.looked = time.monotonic()
 
 
 _state = _State()
