@@ -707,12 +707,13 @@ def test_what_a_stage_refuses_is_one_line_and_the_other_cells_are_finished(proje
     study_of(
         project, settings={}, seeds=[base_settings.raw(project.path / "params.yaml")["seed"]],
         axes={"method": {
-            "good": {}, "bad": {"pruner": "magnitude", "pruners": {"magnitude": {
+            "bad": {"pruner": "magnitude", "pruners": {"magnitude": {
                 "ratios": {"nosuchlayer": 0.5}}}},
+            "good": {},
         }},
     )  # fmt: skip
     log = run_study(project, ok=False)
-    assert "1 of 2 cells are experiments of DVC" in log
+    assert "1 of 2 cells are experiments of DVC" in log and "`dvc exp apply mine-good-s" in log
     assert "error: 1 pieces of work failed, so 1 cells are missing:" in log and "nosuchlayer" in log
     study_of(project, axes={"decay": [-1.0]})
     assert "error: cell mine-1-s1: params.yaml: decay" in run_study(project, ok=False)
@@ -720,6 +721,16 @@ def test_what_a_stage_refuses_is_one_line_and_the_other_cells_are_finished(proje
     study_of(project, settings={"rounds": {"round2": again}})
     said = "error: cell mine-s1: params.yaml: rounds.round2.after = 'rounds/no/pruned': there is no"
     assert said in run_study(project, ok=False)
+
+
+@pytest.mark.pipeline
+@pytest.mark.parametrize("labels", [{"bad": {"finetun": {}}}, {"good": {}, "bad": {"finetun": {}}}])
+def test_a_key_that_no_stage_reads_is_refused_though_all_work_is_finished(project, labels):
+    seed = base_settings.raw(project.path / "params.yaml")["seed"]
+    study_of(project, seeds=[seed], settings={}, axes={"method": labels})
+    log = run_study(project, ok=False)
+    assert f"error: cell mine-bad-s{seed}: params.yaml: finetun: unknown key" in log
+    assert "mine-" not in project.dvc("exp", "list", "--name-only")
 
 
 @pytest.mark.pipeline

@@ -105,16 +105,19 @@ def show(study: Study, made: Plan) -> None:
 def run(state: Snapshot, study: Study, made: Plan, options: argparse.Namespace) -> str | None:
     """Run missing work and write all results; returns one line about failures, or None."""
     work = Progress(state, made, Experiments(state, made, study.name))
-    work.write_experiments()
     if made.missing():
         with executor_of(options, state, made.graph, len(made.missing())) as executor:
             check.settings(made)  # meanwhile the executor starts
+            work.write_experiments()
             work.finish(executor)
+    else:
+        check.settings(made)
+        work.write_experiments()
     done = [cell for number, cell in enumerate(made.cells) if made.finished(number)]
+    cure = f"; `dvc exp apply {done[0].name}` brings one into the workspace" if done else ""
     console.say(
         f"{len(done)} of {len(made.cells)} cells are experiments of DVC; {len(work.ran)} "
-        f"pieces of work were run; `dvc exp apply {made.cells[0].name}` brings one into the "
-        "workspace"
+        f"pieces of work were run{cure}"
     )
     if done:
         _publish(state, study, made, options)
