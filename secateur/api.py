@@ -265,6 +265,7 @@ def prune(
         remove_dead=remove_dead,
         group_convolutions=group_convolutions,
         requested=str(pruner),
+        held=earlier,
     )
     counts = cost.parameters(dense), cost.nonzero(pruned.model, pruned.masks)
     header = _header(origin, pruned, pruner, images)

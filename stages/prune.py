@@ -73,6 +73,7 @@ def prune(context: runner.StageContext) -> runner.StageResult:
             remove_dead=params.prune.remove_dead,
             group_convolutions=params.prune.group_convolutions,
             requested=asked,
+            held=start.masks,
         )
     outputs = _outputs(model, pruned.model)
     console.outputs(outputs)

@@ -212,21 +212,21 @@ def test_a_pruner_changes_nothing_and_says_nothing(name, arch, capsys):
 def test_an_emptied_layer_is_refused_by_name_with_what_was_asked(name):
     model = network("lenet300")
     with pytest.raises(PruningError, match=r"layer fc1 .* by sensitivity 9: .*19200 weights"):
-        masks.refuse_empty(model, prune(name, model, sensitivity=9), "sensitivity 9")
+        masks.refuse_empty(model, prune(name, model, sensitivity=9), "sensitivity 9", {})
 
 
 def test_one_weight_is_enough_and_none_is_too_few():
     model = network("lenet300")
     model.fc2.weight.data[0, 0] = 0.25  # all others are at most 1 / sqrt(300)
     everything = {"fc1.weight": torch.ones(300, 64, dtype=torch.bool)}
-    masks.refuse_empty(model, everything | {"fc2.weight": model.fc2.weight >= 0.25}, "0.25")
+    masks.refuse_empty(model, everything | {"fc2.weight": model.fc2.weight >= 0.25}, "0.25", {})
     with pytest.raises(PruningError, match=r"layer fc2 .*largest is 0\.25"):
-        masks.refuse_empty(model, everything | {"fc2.weight": model.fc2.weight > 0.25}, "more")
+        masks.refuse_empty(model, everything | {"fc2.weight": model.fc2.weight > 0.25}, "more", {})
 
 
 def test_a_layer_may_lose_all_its_biases():
     model = linear([[1.0, 1.0]], bias=[0.0])
-    masks.refuse_empty(model, prune("threshold", model, sensitivity=0.5), "0.5")
+    masks.refuse_empty(model, prune("threshold", model, sensitivity=0.5), "0.5", {})
 
 
 def two_convs():

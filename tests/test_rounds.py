@@ -9,8 +9,9 @@ import torch
 import yaml
 from workspace import ROOT, yaml_text
 
+import secateur
 from secateur.base import plugin
-from secateur.base.errors import ArgumentError, SettingsError
+from secateur.base.errors import ArgumentError, PruningError, SettingsError
 from secateur.base.settings import Params, check, validate
 from secateur.nn import cost
 from secateur.pipeline.commands import rounds
@@ -50,6 +51,30 @@ def test_every_round_leaves_its_share_of_the_dense_network(granularity, remove):
         step = 0 if granularity == "weight" else 0.06  # one filter of this small network
         assert abs(left - share) <= step + 1e-3
         assert found.notes["params_left_asked"] == share
+
+
+@pytest.mark.parametrize("granularity", ["weight", "filter"])
+def test_a_network_with_a_dead_branch_is_pruned_again(granularity):
+    """Of the dead branch one channel remains, in layers without any weight."""
+    module = plugin.load("archs", "resnet_cifar")
+    torch.manual_seed(0)
+    model = module.build(module.Settings(depth=8), 10, (3, 8, 8)).eval()
+    block, images = model.layer1[0], torch.randn(4, 3, 8, 8)
+    for conv in (block.conv1, block.conv2):
+        conv.weight.data *= 1e-4
+    first = secateur.prune(
+        model,
+        images,
+        secateur.pruners.magnitude(granularity="weight", ranking="global", ratios=0.6),
+    )
+    empty = [name for name, mask in first.masks.items() if not mask.any()]
+    assert "layer1.0.conv1.weight" in empty
+    second = secateur.pruners.magnitude(granularity=granularity, ratios=0.8)
+    again = secateur.prune(first.model, images, second)
+    assert again.parameters[1] < first.parameters[1]
+    assert not any(again.masks[name].any() for name in empty)
+    with pytest.raises(PruningError, match=r"layer conv1 would be left empty by threshold"):
+        secateur.prune(first.model, images, secateur.pruners.threshold(sensitivity=9))
 
 
 def test_without_a_dense_network_a_target_of_it_is_refused():

@@ -43,11 +43,12 @@ def apply_decision(
     remove_dead: bool = True,
     group_convolutions: bool = False,
     requested: str = "this decision",
+    held: Mapping[str, Tensor] | None = None,
 ) -> PrunedNetwork:
     """The network after the decision, in eval mode; `model` itself is not changed.
 
-    Weights get the values of the decision and are masked by its masks; its channels and residual
-    branches are removed.
+    Weights get the values of the decision and are masked by its masks, which include those of
+    earlier prunings, `held`; its channels and residual branches are removed.
     With `remove_dead`, channels that are dead afterwards are removed too; with
     `group_convolutions`, masks that consist of groups of channels are converted (see
     gconv/conversion.py). If anything may be removed or converted, the compact network is compared
@@ -57,7 +58,7 @@ def apply_decision(
     the user asked for), if the network cannot be traced, or if the two networks differ;
     ArgumentError (`group_convolutions`) if there is nothing to convert.
     """
-    masks.refuse_empty(model, decision.masks, requested)
+    masks.refuse_empty(model, decision.masks, requested, held or {})
     images = images.to(next(model.parameters()).device)
     masked = in_eval_mode(copied(model))
     with torch.no_grad():
@@ -102,7 +103,7 @@ def without_branches(
     if not names:
         return PrunedNetwork(model, masks)
     decision = PruningDecision(masks, branches=names)
-    return apply_decision(model, decision, images, remove_dead=False)
+    return apply_decision(model, decision, images, remove_dead=False, held=masks)
 
 
 def _branches(model: nn.Module, names: Sequence[str], images: Tensor) -> list[Branch]:

@@ -81,13 +81,18 @@ def prune_more(masks: Masks, held: Masks) -> bool:
     return any(bool((kept[name] & ~mask).any()) for name, mask in masks.items())
 
 
-def refuse_empty(model: nn.Module, masks: Mapping[str, Tensor], requested: str) -> None:
+def refuse_empty(
+    model: nn.Module, masks: Mapping[str, Tensor], requested: str, held: Mapping[str, Tensor]
+) -> None:
     """Raise PruningError if a mask keeps none of a layer's weights.
 
-    `requested` describes in the message what the user asked for.
+    Layers that the earlier masks `held` leave empty are passed over: of a residual branch that is
+    dead as a whole, one channel without weights remains. `requested` describes in the message what
+    the user asked for.
     """
+    empty = {name for name, mask in held.items() if not bool(mask.any())}
     for name, mask in masks.items():
-        if name.endswith("weight") and not bool(mask.any()):
+        if name.endswith("weight") and name not in empty and not bool(mask.any()):
             largest = float(model.get_parameter(name).detach().abs().max())
             raise PruningError(
                 f"layer {name.removesuffix('.weight')} would be left empty by {requested}: none of "
