@@ -256,3 +256,25 @@ def test_a_teacher_of_another_architecture_needs_its_code_named(network, tmp_pat
     network(arch="lenet5", **{f"{key}__teacher": file, f"{key}__code": code})
     with pytest.raises(SecateurError, match="cannot teach: its classes = "):
         check_network(model, replace(INFO, classes=["a", "c"]))
+
+
+def test_a_teacher_for_one_size_is_refused_before_the_first_training(network, tmp_path):
+    """The network takes images of any size, its teacher only those of the data."""
+    header = checkpoint.Header(
+        arch="lenet300", arch_settings={"hidden": [5]}, classes=["a", "b"], shape=(1, 8, 8),
+        mean=[0.0], std=[1.0], split="", stage="baseline",
+    )  # fmt: skip
+    teacher, code = "weights/teacher.safetensors", "secateur/archs/lenet300.py"
+    (tmp_path / "weights").mkdir()
+    checkpoint.save(tmp_path / teacher, header, checkpoint.build_architecture(header), {})
+    pooled = (nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    sizes = {"finetune__progressive_resizing": [{"scale": 0.5, "until": 0.5}]}
+    network(**sizes)
+    check_network(nn.Sequential(*pooled), INFO)
+    given = {"teacher": teacher, "code": code}
+    network(**sizes, finetune__distillation=PARAMS["finetune"]["distillation"] | given)
+    words = (
+        r"^params\.yaml: finetune\.progressive_resizing.*the teacher does not take images of 4x4"
+    )
+    with pytest.raises(SettingsError, match=words):
+        check_network(nn.Sequential(*pooled), INFO)

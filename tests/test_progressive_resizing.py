@@ -13,13 +13,14 @@ from torch import nn
 
 from secateur.base import plugin
 from secateur.base.errors import ArgumentError
-from secateur.base.sections import ImageScale, Train
+from secateur.base.sections import ContinuedTrain, ImageScale, Train
 from secateur.base.stage import Stage
 from secateur.data import dataset, progressive_resizing
 from secateur.data.progressive_resizing import ProgressiveResizing
 from secateur.pipeline import console
 from secateur.training import loop, resume
 from secateur.training.callbacks import Callback
+from secateur.training.distillation import Distiller
 
 PARTS = [{"scale": 0.5, "until": 0.3}, {"scale": 0.75, "until": 0.7}]
 DIGITS = plugin.load("datasets", "digits")
@@ -53,10 +54,10 @@ def digits(tmp_path, monkeypatch):
     return dataset.prepare("digits", images, 0.25, 0)
 
 
-def fit(model, data, wanted, name="a", callbacks=()):
+def fit(model, data, wanted, name="a", callbacks=(), **options):
     """Train as a stage of this name; a second call resumes a training that was stopped."""
     with resume.single_flight(Stage("baseline", None, {"name": name}, {}), [], list) as store:
-        return loop.fit(model, data, wanted, 1, store, callbacks)
+        return loop.fit(model, data, wanted, 1, store, callbacks, **options)
 
 
 def test_the_size_follows_the_share_of_the_epochs():
@@ -156,6 +157,17 @@ def test_a_network_for_one_size_is_refused_and_left_as_it_was():
         progressive_resizing.check(model, [ImageScale(scale=0.5, until=0.5)], (1, 28, 28))
     assert model.training
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_teacher_for_one_size_is_refused_before_the_training(digits):
+    teacher = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    how = ContinuedTrain(**settings().model_dump(), distillation={"teacher": "models/baseline"})
+    model = Pooled()
+    made = Distiller(how.distillation, teacher, model, (1, 8, 8), 3)
+    with pytest.raises(
+        ArgumentError, match=r"the teacher does not take images of 4x4 .* a teacher"
+    ):
+        fit(model, digits, how, distiller=made)
 
 
 @pytest.mark.parametrize("message", ["Wrong height! Expected 8\nbut got 4", ""])

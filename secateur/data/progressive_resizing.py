@@ -52,9 +52,14 @@ def scaled(size: Sequence[int], scale: float) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def check(model: nn.Module, parts: Sequence[ImageScale], shape: Sequence[int]) -> None:
+def check(
+    model: nn.Module,
+    parts: Sequence[ImageScale],
+    shape: Sequence[int],
+    what: str = "network",
+) -> None:
     """Raise ArgumentError if the network does not accept images of (channels, height, width)
-    `shape` at one of the scales.
+    `shape` at one of the scales; `what` is its role, for the message.
 
     A network with a linear layer on the pixels of its last feature map accepts only one size, a
     network with global pooling many. The network is called in eval mode, and not changed.
@@ -74,8 +79,8 @@ def check(model: nn.Module, parts: Sequence[ImageScale], shape: Sequence[int]) -
                 reason = " ".join(str(error).split())[:120] or type(error).__name__
                 raise ArgumentError(
                     "progressive_resizing",
-                    f"the network does not take images of {height}x{width} (scale {part.scale:g}), "
-                    f"only of {shape[-2]}x{shape[-1]}: {reason}; take none, or a network with "
+                    f"the {what} does not take images of {height}x{width} (scale {part.scale:g}), "
+                    f"only of {shape[-2]}x{shape[-1]}: {reason}; take none, or a {what} with "
                     "global pooling",
                 ) from None
     finally:

@@ -95,11 +95,11 @@ def _check(model: nn.Module, info: DatasetInfo, params: settings.Params) -> None
         chosen = _without_latency(params)
         images, labels = torch.zeros(1, *info.shape), torch.zeros(1, dtype=torch.int64)
         with settings.section("sparse_train"):
-            _check_teacher(params.sparse_train.distillation, trial, info, params)
+            _check_teacher(params.sparse_train, trial, info, params)
         with settings.section("prune"):
             trial = without_branches(trial, params.prune.branches, {}, images).model
         with settings.section("finetune"):
-            _check_teacher(params.finetune.distillation, trial, info, params)
+            _check_teacher(params.finetune, trial, info, params)
         context = PruningContext(trial, images, labels, dense=trial)
         if params.prune.remove_dead or params.prune.group_convolutions:
             _check_removal(context)
@@ -158,10 +158,15 @@ def _check_length(term: Penalty | None, key: str, training: sections.Train, imag
 
 
 def _check_teacher(
-    wanted: sections.Distillation, model: nn.Module, info: DatasetInfo, params: settings.Params
+    training: sections.ContinuedTrain,
+    model: nn.Module,
+    info: DatasetInfo,
+    params: settings.Params,
 ) -> None:
-    """Raise ArgumentError for a teacher that is missing, or layers that the network does not have,
-    and CheckpointError for one that cannot teach this network."""
+    """Raise ArgumentError for a teacher that is missing or does not take the sizes of the images,
+    or layers that the network does not have, and CheckpointError for one that cannot teach this
+    network."""
+    wanted = training.distillation
     if wanted.teacher not in (sections.NOTHING, sections.DENSE_PARENT):
         file = Path(wanted.teacher)
         if not file.exists():
@@ -170,7 +175,9 @@ def _check_teacher(
         arch = params.arch
         file, found = distillation.load_teacher(file, wanted.code, arch, params.archs.get(arch))
         distillation.check_data(file, found.header, info, "classes", "shape")
-        distillation.check_layers(wanted.features, found.model(), "the teacher")
+        teacher, sizes = found.model(), training.progressive_resizing
+        distillation.check_layers(wanted.features, teacher, "the teacher")
+        progressive_resizing.check(teacher, sizes, info.shape, "teacher")
     distillation.check_layers(wanted.features, model)
 
 

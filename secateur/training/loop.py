@@ -80,7 +80,7 @@ def fit(
         how = (settings, engine, len(batches), distiller, average)
         step = TrainStep(model, optimizer, penalty, *how)
         try:
-            _start(model, penalty, settings, data, len(batches), masks or {})
+            _start(model, penalty, distiller, settings, data, len(batches), masks or {})
             _resume(state, store, engine)
             for callback in callbacks:
                 callback.on_train_start(settings.epochs, len(batches), state.history)
@@ -201,6 +201,7 @@ def _save(
 def _start(
     model: nn.Module,
     penalty: Penalty | None,
+    distiller: Distiller | None,
     settings: Train,
     data: Dataset,
     steps_per_epoch: int,
@@ -208,9 +209,12 @@ def _start(
 ) -> None:
     """Tell the penalty about the training; ArgumentError if its schedule does not fit.
 
-    Also ArgumentError if the network does not accept one of the image sizes, or if averaging of
-    the weights begins too late.
+    Also ArgumentError if the network or its teacher does not accept one of the image sizes, or if
+    averaging of the weights begins too late.
     """
-    progressive_resizing.check(model, settings.progressive_resizing, data.info.shape)
+    sizes, shape = settings.progressive_resizing, data.info.shape
+    progressive_resizing.check(model, sizes, shape)
+    if distiller is not None:
+        progressive_resizing.check(distiller.teacher, sizes, shape, "teacher")
     penalties.begin(penalty, settings, steps_per_epoch, len(data.train), masks)
     averaging.check(settings, steps_per_epoch, penalty)
