@@ -134,6 +134,32 @@ def test_controls_change_one_thing(write_study):
     assert any("slim: no control 'smaller'" in note for note in study.notes)
 
 
+def test_methods_have_one_dense_network_in_common_however_it_is_written(write_study):
+    baseline = PARAMS["baseline"]
+    methods = {
+        "as in params.yaml": {},
+        "written out": {"baseline": dict(reversed(baseline.items()))},
+        "for rewinding": {"baseline": {"keep_epoch": 1}},
+        "of another data set": {"datasets": {"cifar10": {"version": 2}}},
+    }
+    assert PARAMS["dataset"] != "cifar10"
+    dense = [
+        c for c in write_study(axes={"method": methods}, controls=["dense"]).cells if c.control
+    ]
+    assert [cell.name for cell in dense] == ["mine-dense-s1"]
+    methods["longer"] = {"baseline": {"epochs": 1 + baseline["epochs"]}}
+    study = write_study(axes={"method": methods}, controls=["dense"])
+    assert [c.name for c in study.cells if c.control] == ["mine-dense-1-s1", "mine-dense-2-s1"]
+
+
+def test_scratch_adds_to_its_two_parts(write_study):
+    both = {"scratch": ["L1"], "scratch_epochs": ["slim"]}
+    study = write_study(axes={"method": METHODS, "ratio": [0.5]}, controls=both)
+    found = {(cell.control, cell.method) for cell in study.cells if cell.control}
+    parts = {(f"scratch_{part}", "L1") for part in ("epochs", "compute")}
+    assert found == parts | {("scratch_epochs", "slim")}
+
+
 @pytest.mark.parametrize("schedule", ["multistep", "cosine"])
 def test_a_longer_dense_network_has_the_same_schedule_over_all_epochs(write_study, schedule):
     """Sixteen epochs in place of eight: at every moment, the rate of the eight at half the time."""
@@ -184,6 +210,9 @@ def test_controls_trained_like_the_dense_network_have_no_teacher(write_study):
     assert seen == both | {("smaller", False)}
 
 
+ROUND = {"after": "finetuned", "sparse_train": {}, "prune": {}, "finetune": {}}
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -200,12 +229,23 @@ def test_controls_trained_like_the_dense_network_have_no_teacher(write_study):
             },
             "exclude.1.method = 'l1': no value of this axis; it has 'L1, slim'",
         ),
+        ({"axes": {"decay": [1, 2]}, "exclude": [{"decay": True}]}, "0.decay = True: no value"),
+        ({"axes": {"decay": [1, 2]}, "exclude": [{"decay": []}]}, "0.decay = []: no value"),
+        ({"axes": {"decay": [1, 2]}, "exclude": [{"decay": [1, 2]}]}, "exclude: it leaves no"),
+        ({"axes": {"seed": [1, 2]}}, "axes.seed: of no effect; `seeds` has the seeds"),
+        ({"settings": {"seed": 1}}, "settings.seed: of no effect; `seeds` has"),
+        ({"axes": {"m": {"a": {"seed": 1}}}}, "axes.m.a.seed: of no effect; `seeds` has"),
         (
-            {"axes": {"seed": [1, 2]}, "exclude": [{"seed": True}]},
-            "exclude.0.seed = True: no value",
+            {"axes": {"m": {"a": {"baseline": 3}}}, "controls": ["dense"]},
+            "mine.yaml: a: baseline = 3: a table of settings is needed",
         ),
-        ({"axes": {"seed": [1, 2]}, "exclude": [{"seed": []}]}, "exclude.0.seed = []: no value"),
-        ({"axes": {"seed": [1, 2]}, "exclude": [{"seed": [1, 2]}]}, "exclude: it leaves no"),
+        (
+            {
+                "settings": {"rounds": {"two": dict(ROUND, finetune={"epochs": "x"})}},
+                "controls": ["dense_longer"],
+            },
+            "rounds.two.finetune.epochs = 'x': a whole number is needed",
+        ),
         ({"axes": {"m": {"low": {}, "high": 1}}}, "axes.m.high = 1: a table is needed"),
         (
             {"controls": ["best"]},
@@ -222,7 +262,7 @@ def test_controls_trained_like_the_dense_network_have_no_teacher(write_study):
         ({"recipe": "nosuch"}, "recipe 'nosuch': there is none"),
         ({"extra": 1}, "extra: unknown key; allowed: "),
         ({"axes": {"decay": {"low": 1e-5, "high": 1e-3}}}, "axes.decay: a range is for a search"),
-        ({"axes": {"seed": [*range(200)], "decay": [*range(200)]}}, "40,000 cells"),
+        ({"axes": {"arch": [*range(200)], "decay": [*range(200)]}}, "40,000 cells"),
     ],
 )
 def test_what_is_wrong_with_a_study_is_said_in_one_line(write_study, content, message):

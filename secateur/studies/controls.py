@@ -16,6 +16,7 @@
 has one: the dense network has none.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -91,14 +92,22 @@ def _dense(
             whole = rounds.whole(params, settings)
             parts = (rounds.epochs(whole, section) for section in ("sparse_train", "finetune"))
             above = merged(above, {"baseline": _longer(whole["baseline"], sum(map(sum, parts)))})
-        keys = ("dataset", "arch", "baseline", "data", "datasets", "archs")
-        same = repr([_value(above, params, key) for key in keys])
+        same = _way_of_dense(rounds.whole(params, above))
         found.setdefault(same, ("dense" if control == "dense" else "longer", "", above))
     several = len(found) > 1
     return [
         (method, str(number) if several else "", settings)
         for number, (method, _, settings) in enumerate(found.values(), 1)
     ]
+
+
+def _way_of_dense(whole: Mapping[str, Any]) -> str:
+    """The settings that a dense network depends on, as text; a copy kept for rewinding does not
+    change it."""
+    baseline = {key: value for key, value in whole["baseline"].items() if key != "keep_epoch"}
+    used = [value_at(whole, f"{kind}s.{whole[kind]}") for kind in ("dataset", "arch")]
+    ways = [whole["dataset"], whole["arch"], whole["data"], baseline, *used]
+    return json.dumps(ways, sort_keys=True, default=str)
 
 
 def _longer(baseline: Mapping[str, Any], more: int) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, JsonValue, Tag
 
 from secateur.base.documents import read_yaml, validated
 from secateur.base.errors import SettingsError, shorten
+from secateur.base.settings import Params
 from secateur.pipeline import recipe
 from secateur.pipeline.params_file import nested
 from secateur.studies import controls, rounds
@@ -163,7 +164,7 @@ def load(name: str, params: Mapping[str, Any]) -> Study:
             f"study {shorten(name)}: there is none in {FOLDER}/; there are: "
             f"{', '.join(close) or 'none'}"
         )
-    written = _read(path)
+    written, params = _read(path), _numbers(params)
     below = recipe.load(written.recipe).settings if written.recipe else {}
     common = merged(merged(rounds.start(params), below), written.settings)
     if written.search is not None:
@@ -252,6 +253,8 @@ def _cells(
         for method, point, settings in combined
         for seed in written.seeds
     ]
+    if written.controls:
+        _check_sections(combined, params, where)
     notes: list[str] = []
     for control, methods in _controls(written, [m for m, _, _ in combined], where).items():
         made, said = controls.make(control, methods, combined, params)
@@ -265,8 +268,21 @@ def _cells(
     return found, notes
 
 
+def _check_sections(combined: Sequence[Combination], params: Mapping[str, Any], where: str) -> None:
+    """Raise SettingsError for a section that controls could not be made from, such as a number."""
+    for method, point, settings in combined:
+        whole = rounds.whole(params, settings)
+        known = {key: value for key, value in whole.items() if key in Params.model_fields}
+        try:
+            Params.declared(known)
+        except SettingsError as error:
+            cell, text = f"{method} {point}".strip(), str(error).removeprefix("params.yaml: ")
+            raise SettingsError(f"{where}: {cell}: {text}") from None
+
+
 def _check_axes(written: _Written, where: str) -> None:
     """Raise SettingsError for an axis without values, or with invalid or repeated ones."""
+    _check_no_seed(written, where)
     for axis, values in written.axes.items():
         if isinstance(values, Range):
             continue
@@ -278,6 +294,17 @@ def _check_axes(written: _Written, where: str) -> None:
     for number, rule in enumerate(written.exclude):
         for axis, named in rule.items():
             _check_excluded(written, axis, named, f"{where}: exclude.{number}.{axis}")
+
+
+def _check_no_seed(written: _Written, where: str) -> None:
+    """Raise SettingsError for a seed among the settings or axes, which `seeds` would replace."""
+    tables: dict[str, Mapping[Any, Any]] = {"settings": written.settings, "axes": written.axes}
+    for axis, values in written.axes.items():
+        if isinstance(values, dict):
+            tables |= {f"axes.{axis}.{label}": own for label, own in values.items()}
+    for place, table in tables.items():
+        if "seed" in table:
+            raise SettingsError(f"{where}: {place}.seed: of no effect; `seeds` has the seeds")
 
 
 def _check_excluded(written: _Written, axis: str, named: JsonValue, where: str) -> None:
@@ -320,8 +347,9 @@ def _controls(
     both = asked.get("scratch")
     if both is None:
         return dict(asked)
-    parts: dict[Control, Sequence[str]] = {"scratch_epochs": both, "scratch_compute": both}
-    return {control: of for control, of in asked.items() if control != "scratch"} | parts
+    found: dict[Control, Sequence[str]] = {c: of for c, of in asked.items() if c != "scratch"}
+    parts: tuple[Control, ...] = ("scratch_epochs", "scratch_compute")
+    return found | {part: [*both, *found.get(part, ())] for part in parts}
 
 
 def _combinations(written: _Written) -> Iterator[dict[str, Any]]:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from secateur.base import settings
+from secateur.base.errors import SettingsError, shorten
 from secateur.base.settings import Params, chain
 from secateur.pipeline import recipe
 from secateur.pipeline.record import FIRST, Chain
@@ -51,11 +52,15 @@ def last(params: Mapping[str, Any], stage: str) -> str:
 
 
 def epochs(params: Mapping[str, Any], section: str) -> list[int]:
-    """Epochs of `sparse_train` or `finetune` in every round."""
+    """Epochs of `sparse_train` or `finetune` in every round; SettingsError unless whole numbers."""
     names(params)  # checks their form
-    tables = [params, *(params.get(KEY) or {}).values()]
-    own = [(table.get(section) or {}).get("epochs") for table in tables]
-    return [int(own[0] or 0) if count is None else int(count) for count in own]
+    tables = {"": params, **{f"{KEY}.{k}.": v for k, v in (params.get(KEY) or {}).items()}}
+    own = [(table.get(section) or {}).get("epochs") for table in tables.values()]
+    for place, count in zip(tables, own, strict=True):
+        if not isinstance(count, int | None):
+            key = f"{place}{section}.epochs"
+            raise SettingsError(f"{key} = {shorten(count)}: a whole number is needed")
+    return [own[0] or 0 if count is None else count for count in own]
 
 
 def in_round(name: str, above: Mapping[str, Any]) -> dict[str, Any]:
