@@ -150,6 +150,16 @@ def test_as_many_epochs_as_the_dense_network_has_computed(dense, pruned, limit, 
     assert Finetune(**longer.model_dump()) == longer, "still valid settings"
 
 
+def test_a_milestone_at_a_whole_epoch_stays_at_one():
+    """By one rounding error later, the rate would fall a step, or by epoch a whole epoch, later."""
+    for epochs in (60, 90, 160):
+        given = Finetune(epochs=epochs, schedule="multistep", milestones=range(1, epochs))
+        for longer in range(epochs, 2 * epochs + 1):
+            found = budget.stretched(given, longer)["milestones"]
+            whole = {m: m * longer // epochs for m in range(1, epochs) if m * longer % epochs == 0}
+            assert {m: found[m - 1] for m in whole} == whole
+
+
 def test_no_epochs_stay_none_whatever_the_budget():
     assert budget.extend_epochs(Finetune(epochs=0), 100, 50).epochs == 0
 

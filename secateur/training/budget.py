@@ -12,12 +12,15 @@ def stretched(settings: Train, epochs: int) -> dict[str, Any]:
     Milestones, warm-up and skipped epochs are scaled like the epochs, of which there is at least
     one before.
     """
-    exact = epochs / settings.epochs
+
+    def scaled(value: float) -> float:
+        return value * epochs / settings.epochs  # in this order, 45 of 90 epochs is 55 of 110
+
     return {
         "epochs": epochs,
-        "milestones": tuple(exact * m for m in settings.milestones),
-        "warmup": exact * settings.warmup,
-        "schedule_after": exact * settings.schedule_after,
+        "milestones": tuple(map(scaled, settings.milestones)),
+        "warmup": scaled(settings.warmup),
+        "schedule_after": scaled(settings.schedule_after),
     }
 
 
