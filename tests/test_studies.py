@@ -152,6 +152,18 @@ def test_methods_have_one_dense_network_in_common_however_it_is_written(write_st
     assert [c.name for c in study.cells if c.control] == ["mine-dense-1-s1", "mine-dense-2-s1"]
 
 
+def test_a_dense_network_that_is_not_trained_is_no_training_to_copy(write_study):
+    """Weights from a file, without further training: new weights would be evaluated as they are."""
+    controls = ["dense", "random", "scratch", "smaller"]
+    axes = {"method": {"L1": METHODS["L1"]}, "ratio": [0.5]}
+    given = {"baseline": {"epochs": 0, "weights": "mine.safetensors"}}
+    study = write_study(settings=given, axes=axes, controls=controls)
+    assert [cell.control for cell in study.cells] == [None, "dense", "random"]
+    words = "its dense network is not trained (baseline.epochs = 0)"
+    kinds = ("scratch_epochs", "scratch_compute", "smaller")
+    assert {*study.notes} == {f"L1: no control '{kind}': {words}" for kind in kinds}
+
+
 def test_scratch_adds_to_its_two_parts(write_study):
     both = {"scratch": ["L1"], "scratch_epochs": ["slim"]}
     study = write_study(axes={"method": METHODS, "ratio": [0.5]}, controls=both)

@@ -67,7 +67,11 @@ def make(
     made: list[Combination] = []
     notes: list[str] = []
     for method, point, settings in chosen:
-        above = build(settings, params)
+        copied = control != "random"
+        if copied and not _value(settings, params, "baseline.epochs"):
+            above: dict[str, Any] | str = "its dense network is not trained (baseline.epochs = 0)"
+        else:
+            above = build(settings, params)
         if isinstance(above, str):
             notes.append(f"{method}: no control '{control}': {above}")
         else:
