@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections import Counter
 from pathlib import Path
 from urllib.parse import urlparse
@@ -28,6 +29,7 @@ from secateur.studies import definition, estimate, plan, progress, run, search
 from secateur.studies.execution import snapshot
 from secateur.studies.execution.keys import Graph
 from secateur.studies.report import trials as drawn_trials
+from secateur.studies.space import Range
 from secateur.training import optim
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -459,6 +461,51 @@ def test_a_search_evaluates_what_no_other_trial_beats(project):
     again = run_study(project)
     assert "0 pieces of work were run" in again and "trial" not in again.replace("trials", "")
     assert "4 in studies/mine.journal, 0 to be run" in run_study(project, "--plan")
+
+
+@pytest.mark.pipeline
+@pytest.mark.parametrize(
+    ("axes", "cell"),
+    [
+        (
+            {"method": {"A": {}, "B": {"finetun": {}}}},
+            "mine-method-B-s1: params.yaml: finetun: unk",
+        ),
+        (
+            {"data.validation": {"low": 0.1, "high": 0.7, "step": 0.5}},
+            "mine-data.validation-0.6-s1: params.yaml: data.validation = 0.6: must be",
+        ),
+    ],
+)
+def test_a_search_checks_all_labels_and_ends_before_it_begins(project, axes, cell):
+    """And leaves no journal that a corrected study would be refused for."""
+    pytest.importorskip("optuna")
+    decay = {"decay": {"low": 1e-5, "high": 1e-4}}
+    how = {"trials": 1, "sampler": "random", "batch": 1, "objectives": ["params"]}
+    short = {"baseline": {"epochs": 1}, "sparse_train": {"epochs": 0}, "finetune": {"epochs": 0}}
+    study_of(project, axes=axes | decay, search=how, settings=short)
+    log = run_study(project, ok=False)
+    assert f"error: cell {cell}" in log and len(log.splitlines()) == 1
+    study_of(project, axes=decay, search=how, settings=short)
+    assert "1 of 1 done" in run_study(project)
+
+
+def test_the_highest_number_is_that_of_optuna():
+    optuna = pytest.importorskip("optuna")
+    for low, high, step in [
+        (0.1, 0.7, 0.5),
+        (0.1, 0.7, 0.2),
+        (0.0, 0.3, 0.1),
+        (1, 9, 3),
+        (0.5, 1, 0.2),
+    ]:
+        space = Range(low=low, high=high, step=step)
+        with warnings.catch_warnings(action="ignore"):
+            kinds = optuna.distributions
+            kind = kinds.IntDistribution if space.whole else kinds.FloatDistribution
+            assert space.highest == kind(low, high, step=step).high
+        assert isinstance(space.highest, int) == space.whole
+    assert Range(low=0.5, high=1).highest == 1
 
 
 @pytest.mark.pipeline

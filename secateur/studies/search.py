@@ -68,21 +68,28 @@ def run(state: Snapshot, study: Study, space: Space, options: argparse.Namespace
     search, began = space.search, time.monotonic()
     graph = Graph(state.copy("plan"), state.root)
     with _alone(state, study.name):
-        _check_validation(state, graph, space, options)
         trials = Trials(study.name, space)
+        if trials.missing():
+            _check_settings(graph, space)
+        _check_validation(state, graph, space, options)
         trials.claim(_digest(graph, space))
         if trials.missing():
             with executor_of(options, state, graph, search.batch * len(space.seeds)) as executor:
-                first = True
                 while trials.missing() and not _late(search, began):
-                    _batch(state, graph, space, trials, executor, checked=not first)
-                    first = False
+                    _batch(state, graph, space, trials, executor)
         best = trials.best()
         folder = marks.REPORTS / study.name
         folder.mkdir(parents=True, exist_ok=True)
         table.write(folder, trials.rows())
     cells = [cell for trial in best for cell in space.cells(_name(trial), trial.params)]
     return replace(study, cells=tuple(cells), remarks=(_remark(space, trials.count()),))
+
+
+def _check_settings(graph: Graph, space: Space) -> None:
+    """Raise SettingsError for a label, or an end of a range, whose settings are not allowed."""
+    made = plan.make(graph, _choices(space, both_ends=True), LAST)
+    made.look_up()
+    check.settings(made)
 
 
 def _check_validation(
@@ -118,15 +125,12 @@ def _batch(
     space: Space,
     trials: "Trials",
     executor: Executor,
-    checked: bool,
 ) -> None:
     """Run the next trials up to the end of their batch, and tell the sampler their results."""
     open_trials = trials.propose()
     cells = {t.number: space.cells(_name(t), t.params) for t in open_trials}
     made = plan.make(graph, [cell for own in cells.values() for cell in own], LAST)
     made.look_up()
-    if not checked:
-        check.settings(made)
     progress = Progress(state, made)
     progress.finish(executor)
     numbers = iter(range(len(made.cells)))
@@ -330,8 +334,8 @@ class Trials:
         if not isinstance(axis, Range):
             return kinds.CategoricalDistribution(axis)
         if axis.whole:
-            return kinds.IntDistribution(axis.low, axis.high, log=axis.log, step=axis.step or 1)
-        return kinds.FloatDistribution(axis.low, axis.high, log=axis.log, step=axis.step)
+            return kinds.IntDistribution(axis.low, axis.highest, log=axis.log, step=axis.step or 1)
+        return kinds.FloatDistribution(axis.low, axis.highest, log=axis.log, step=axis.step)
 
 
 def journal(name: str) -> Path:
@@ -348,16 +352,19 @@ def _late(search: Search, began: float) -> bool:
     return search.hours is not None and time.monotonic() - began > 3600 * search.hours
 
 
-def _choices(space: Space) -> list[PlannedCell]:
-    """The cells of one choice for every label; ranges have their lowest number."""
+def _choices(space: Space, both_ends: bool = False) -> list[PlannedCell]:
+    """The cells of one choice for every label; ranges have their lowest number.
+
+    With `both_ends`, also one for the highest number of every range.
+    """
     start = {axis: definition.first(values) for axis, values in space.axes.items()}
-    choices = [start] + [
-        start | {axis: label}
-        for axis, values in space.axes.items()
-        if not isinstance(values, Range)
-        for label in values
-    ]
-    return [cell for chosen in choices for cell in space.cells("digest", chosen)]
+    choices = {"start": start}
+    for axis, values in space.axes.items():
+        if not isinstance(values, Range):
+            choices |= {f"{axis} {label}": start | {axis: label} for label in values}
+        elif both_ends:
+            choices[f"{axis} {values.highest}"] = start | {axis: values.highest}
+    return [cell for name, chosen in choices.items() for cell in space.cells(name, chosen)]
 
 
 def _digest(graph: Graph, space: Space) -> str:

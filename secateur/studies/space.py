@@ -7,6 +7,7 @@ search: {trials: 40, sampler: tpe, objectives: [accuracy, macs]}
 """
 
 import re
+from decimal import Decimal
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -55,6 +56,15 @@ class Range(BaseModel):
     def whole(self) -> bool:
         """Whether it has whole numbers only."""
         return isinstance(self.low, int) and isinstance(self.high, int)
+
+    @property
+    def highest(self) -> int | float:
+        """The highest number, which is below `high` if no number of steps leads there."""
+        if self.step is None:
+            return self.high
+        low, high, step = (Decimal(str(number)) for number in (self.low, self.high, self.step))
+        end = low + (high - low) // step * step
+        return int(end) if self.whole else float(end)
 
 
 class Search(BaseModel):
