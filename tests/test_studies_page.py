@@ -338,6 +338,7 @@ def test_a_damaged_workspace_costs_compare_one_line(damaged, experiments, tmp_pa
     ("changed", "inputs", "report", "stage"),
     [
         ({}, "a", "of DVC", None),
+        ({"decay": "1e-1"}, "a", "of DVC", None),
         ({"decay": 0.5}, "a", "of DVC", "sparse-train"),
         ({}, "b", "of DVC", "sparse-train"),
         ({"decay": 0.5}, "b", "of a script", None),
@@ -444,6 +445,19 @@ def test_a_setting_that_an_older_version_lacks_counts_as_turned_off():
     assert set(results.different([old, other])) == {"size", "branches"}
     assert results.different([off, result("none", size=3, cutout=None, branches=[])]) == ["cutout"]
     assert compare.differences(other, ["branches"]) == "branches [layer1.2, layer2.1]"
+
+
+@pytest.mark.parametrize("texts", [("1e-05", "2e-4"), ("0.00001", "0.0002")])
+def test_numbers_are_amounts_however_they_are_written(texts):
+    """DVC writes 0.00001 as 1e-05, which YAML 1.1 reads as text."""
+    shape = "{{seed: 1, pruner: std, penalty: none, pruners: {{std: {{sensitivity: {}}}}}}}"
+    report = json.dumps(REPORT).encode()
+    small, large = (results.parse(text, shape.format(text).encode(), report) for text in texts)
+    assert [(cell.method, cell.point) for cell in by_hand.cells_of([small, large])] == [
+        ("none, std", "sensitivity 1e-05"), ("none, std", "sensitivity 0.0002")]  # fmt: skip
+    again = results.parse("again", shape.format("1E-5").encode(), report)
+    assert results.different([small, again]) == []
+    assert not results.different([replace(small, params={"lr": n}) for n in (1, 1.0)])
 
 
 NO_EFFECT = {

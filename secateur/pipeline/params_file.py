@@ -6,6 +6,7 @@ Comments and the order of keys in params.yaml are kept.
 import copy
 import functools
 import io
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,22 @@ def flat(tree: Mapping[str, Any], separator: str = ".", prefix: str = "") -> dic
         else:
             result[name] = value
     return result
+
+
+def as_number(value: Any) -> Any:
+    """The number, if YAML 1.1 has left one as text, as in 1e-4; any other value unchanged."""
+    if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
+        return float(value)
+    return value
+
+
+def with_numbers(tree: Any) -> Any:
+    """The tree with numbers where YAML 1.1 has left text, as in 1e-4; DVC reads params.yaml so."""
+    if isinstance(tree, Mapping):
+        return {key: with_numbers(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [with_numbers(value) for value in tree]
+    return as_number(tree)
 
 
 def update(values: Mapping[str, Any], path: Path | str = settings.FILE) -> None:

@@ -15,7 +15,7 @@ import yaml
 
 from secateur.base.documents import YAML_LOADER, parse_json
 from secateur.base.errors import SecateurError, cut
-from secateur.pipeline.params_file import value_at
+from secateur.pipeline.params_file import value_at, with_numbers
 from secateur.pipeline.record import ROUND, STAGES, stage_spec
 
 MAIN_LOCK = "dvc.lock"
@@ -109,7 +109,9 @@ def is_outdated(folder: Path, params: Mapping[str, Any], stage: str) -> bool:
 
 def _differs(locked: Mapping[str, Any], params: Mapping[str, Any]) -> bool:
     """Whether `params` has another value for a key that a lock file has."""
-    return any(value_at(params, key) != value for key, value in locked.items())
+    return any(
+        with_numbers(value_at(params, key)) != with_numbers(value) for key, value in locked.items()
+    )
 
 
 def _in_lock(lock: bytes | None) -> dict[str, str]:

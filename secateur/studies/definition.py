@@ -33,11 +33,11 @@ from secateur.base.documents import read_yaml, validated
 from secateur.base.errors import SettingsError, shorten
 from secateur.base.settings import Params
 from secateur.pipeline import recipe
-from secateur.pipeline.params_file import nested
+from secateur.pipeline.params_file import nested, with_numbers
 from secateur.studies import controls, rounds
 from secateur.studies.controls import Combination, Control
 from secateur.studies.rounds import merged
-from secateur.studies.space import Range, Search, as_number
+from secateur.studies.space import Range, Search
 
 FOLDER = Path("studies")
 MAX_CELLS = 20_000
@@ -164,7 +164,7 @@ def load(name: str, params: Mapping[str, Any]) -> Study:
             f"study {shorten(name)}: there is none in {FOLDER}/; there are: "
             f"{', '.join(close) or 'none'}"
         )
-    written, params = _read(path), _numbers(params)
+    written, params = _read(path), with_numbers(params)
     below = recipe.load(written.recipe).settings if written.recipe else {}
     common = merged(merged(rounds.start(params), below), written.settings)
     if written.search is not None:
@@ -380,7 +380,7 @@ def _named(named: JsonValue, values: Sequence[Any]) -> list[Any]:
 
 def _same(first: Any, second: Any) -> bool:
     """Whether two values of an axis are equal; `true` is not 1, and 1e-4 is 0.0001."""
-    first, second = _numbers(first), _numbers(second)
+    first, second = with_numbers(first), with_numbers(second)
     return bool(first == second) and isinstance(first, bool) == isinstance(second, bool)
 
 
@@ -408,7 +408,7 @@ def _settings(
                 f"'{{{axis}}}' in the settings"
             )
         settings = merged(settings, nested({axis: value}))
-    return _numbers(settings)
+    return with_numbers(settings)
 
 
 def _is_key(axis: str, table: Any) -> bool:
@@ -431,15 +431,6 @@ def _filled(tree: Any, values: Mapping[str, Any], used: set[str]) -> Any:
         used.add(match[1])
         return values[match[1]]
     return tree
-
-
-def _numbers(tree: Any) -> Any:
-    """The tree with numbers where YAML 1.1 has left text, as in 1e-4; DVC reads params.yaml so."""
-    if isinstance(tree, Mapping):
-        return {key: _numbers(value) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [_numbers(value) for value in tree]
-    return as_number(tree)
 
 
 def _rounded(value: Any) -> str:

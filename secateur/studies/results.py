@@ -13,7 +13,7 @@ import yaml
 from secateur.base.documents import YAML_LOADER, parse_json
 from secateur.base.errors import SecateurError, cut, did_you_mean, shorten
 from secateur.pipeline import record, tracked
-from secateur.pipeline.params_file import flat
+from secateur.pipeline.params_file import flat, with_numbers
 from secateur.studies.execution.snapshot import git
 
 REPORT, PARAMS = "metrics/evaluate.json", "params.yaml"
@@ -215,7 +215,7 @@ def parse(name: str, params: bytes | None, report: bytes | None) -> Result:
         raise SecateurError(f"it has no {PARAMS if params is None else REPORT}")
     try:
         settings = yaml.load(params, YAML_LOADER)
-        result = Result(name, flat(settings), parse_json(report))
+        result = Result(name, flat(with_numbers(settings)), parse_json(report))
         record.chain_of(result.report)
         numbers = [result.dense, result.final, result.compression, result.macs, result.speedup]
         numbers += [number for row in result.rounds.values() for number in row.values()]
@@ -252,7 +252,7 @@ def are_different(key: str, results: Sequence[Result]) -> bool:
     values = [result.params.get(key) for result in results]
     if any(key not in result.params for result in results):
         values = [None if value in OFF else value for value in values]
-    return len(set(map(str, values))) > 1
+    return any(value != values[0] for value in values)
 
 
 def has_effect(key: str) -> bool:

@@ -6,24 +6,17 @@ axes:
 search: {trials: 40, sampler: tpe, objectives: [accuracy, macs]}
 """
 
-import re
 from decimal import Decimal
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from secateur.pipeline.params_file import as_number
 
 Objective = Literal["accuracy", "params", "macs"]
 """Accuracy on the validation images; remaining share of the dense network's parameters or MACs,
 counting only non-zeros."""
 MAXIMISED = ("accuracy",)
-
-
-def as_number(value: Any) -> Any:
-    """The number, if YAML 1.1 has left one as text, as in 1e-4; any other value unchanged."""
-    if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
-        return float(value)
-    return value
-
 
 Number = Annotated[int | float, BeforeValidator(as_number), Field(allow_inf_nan=False)]
 
