@@ -609,6 +609,7 @@ def row_of(label, dense, control=False, **params):
         key.replace("__", "."): value for key, value in params.items()
     }
     report = REPORT | {"dataset": own["dataset"], "baseline": {"accuracy": dense}}
+    report["seed"] = own.get("seed", 1)
     return tables.Row(label, "1", control, (Result(label, own, report),))
 
 
@@ -617,6 +618,8 @@ def test_each_dense_network_has_a_line_of_its_own():
     longer = row_of("dense_longer: a", 0.99, control=True, baseline__epochs=99)
     assert tables.dense([*same, longer]) == {"dense": pytest.approx(0.85)}
     assert tables.dense([longer]) == {"dense": 0.99}
+    second = row_of("b", 0.7, seed=2)
+    assert tables.dense([*same, second]) == {"dense": pytest.approx((0.85 + 0.7) / 2)}
     rows = [
         row_of("a", 1.0, dataset="mnist"), row_of("a", 0.9, archs__resnet_cifar__depth=20),
         row_of("b", 0.8, archs__resnet_cifar__depth=20, pruner="other"),
@@ -828,6 +831,8 @@ SAME = {
     ("changed", "label", "lacks"),
     [
         ({"pruner": "other", "archs.vgg.depth": 19}, "S4.2", ""),
+        ({"baseline.keep_epoch": 2, "sparse_train.lr": 0.3}, "S4.1", "sparse_train.lr 0.2 and 0.3"),
+        ({"baseline.warmup": 0, "data.cutout": 0}, "S4.2", ""),  # settings that the first lacks
         ({"sparse_train.lr": 0.3}, "S4.1", "sparse_train.lr 0.2 and 0.3"),
         ({"sparse_train.epochs": 8}, "S3.2", "sparse_train.epochs 4 and 8"),
         ({"finetune.lr": 0.2}, "S3.1", "finetune.lr 0.1 and 0.2"),

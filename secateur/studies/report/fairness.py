@@ -11,7 +11,7 @@ from typing import Any
 
 from secateur.studies.report import rounds, tables
 from secateur.studies.report.tables import Row
-from secateur.studies.results import Result, has_effect
+from secateur.studies.results import Result, are_different
 from secateur.studies.rounds import of_first_round
 
 SETUPS = ("S1", "S2", "S3.1", "S3.2", "S4.1", "S4.2")
@@ -86,7 +86,8 @@ def _differing(one: Mapping[str, Any], other: Mapping[str, Any], parts: tuple[st
         for key in one.keys() | other.keys()
         if (own := of_first_round(key)) in parts or own.startswith(below)
     ]
-    found = [key for key in sorted(keys) if one.get(key) != other.get(key) and has_effect(key)]
+    both = [Result("", dict(params), {}) for params in (one, other)]
+    found = [key for key in sorted(keys) if are_different(key, both) and key != tables.KEPT_COPY]
     return ", ".join(f"{key} {one.get(key)} and {other.get(key)}" for key in found[:2])
 
 

@@ -189,24 +189,30 @@ def best(found: Sequence[Row], cost: str) -> list[tuple[float, float]]:
 
 
 def dense(found: Sequence[Row]) -> dict[str, float]:
-    """Label -> mean test accuracy, for dense networks of each architecture, data set and training.
+    """Label -> mean test accuracy over seeds, for dense networks of each architecture, data set and
+    training.
 
     Controls do not count: their dense networks may have been trained for longer.
     """
     members = [result for row in found if not row.control for result in row.results]
     members = members or [result for row in found for result in row.results]
     keys = [key for key in results.different(members) if _of_dense(key)]
-    accuracies: dict[str, list[float]] = {}
+    accuracies: dict[str, dict[int, list[float]]] = {}
     for result in members:
         own = compare.differences(result, keys)
-        accuracies.setdefault(f"dense: {own}" if own else "dense", []).append(result.dense)
-    return {label: fmean(own) for label, own in accuracies.items()}
+        by_seed = accuracies.setdefault(f"dense: {own}" if own else "dense", {})
+        by_seed.setdefault(result.seed, []).append(result.dense)
+    return {label: fmean(map(fmean, own.values())) for label, own in accuracies.items()}
+
+
+KEPT_COPY = "baseline.keep_epoch"
+"""A setting of `baseline` that does not change the dense network: a copy kept for rewinding."""
 
 
 def _of_dense(key: str) -> bool:
-    """Whether the dense network depends on a setting; a copy kept for rewinding changes nothing."""
+    """Whether the dense network depends on a setting."""
     sections = ("dataset", "data", "datasets", "arch", "archs", "baseline")
-    return key.partition(".")[0] in sections and key != "baseline.keep_epoch"
+    return key.partition(".")[0] in sections and key != KEPT_COPY
 
 
 def volumes(found: Sequence[Row]) -> dict[str, float]:
