@@ -55,6 +55,19 @@ def network():
     return Network()
 
 
+def epochs_with_norm(kind, engine):
+    """A network with a batch norm after two epochs, and the history.
+
+    `kind` is that of the average; its statistics are those of the network.
+    """
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.BatchNorm1d(16), nn.Linear(16, 10))
+    average = {"kind": kind, "decay": 0.5, "recalibrate": 0}
+    settings = Train(epochs=2, batch_size=100, lr=0.01, keep="last", average=average)
+    result = loop.fit(model, digits(300), settings, 0, Nowhere(), (), engine=engine)
+    return model, result.history
+
+
 def step(count, parts, engine=None):
     """The network after one step on `count` images, and the row of this step in the history."""
     model = network()
@@ -68,6 +81,10 @@ def step(count, parts, engine=None):
 
 if __name__ == "__main__":
     together = Engine()
+    for kind in ("none", "ema"):
+        trained, rows = epochs_with_norm(kind, together)
+        path = Path(sys.argv[1]) / f"norm-{kind}-{together.rank}.safetensors"
+        safetensors.torch.save_file(trained.state_dict(), path, {"row": json.dumps(rows[-1])})
     for case in CASES:
         trained, row = step(*case, together)
         name = "-".join(map(str, (*case, together.rank)))

@@ -25,6 +25,7 @@ from workspace import ROOT, Project
 
 from secateur.base import plugin
 from secateur.data.batches import first_images
+from secateur.training.evaluation import accuracy
 
 pytestmark = pytest.mark.pipeline
 
@@ -39,12 +40,15 @@ EPS = 2.0**-23
 
 @pytest.fixture(scope="module")
 def steps_of_two(tmp_path_factory, programs):
-    """(case, rank) -> weights and history row at the end of each of two processes."""
+    """(case, rank) -> weights and history row at the end of each of two processes.
+
+    The cases are those of one step, and ("norm", kind of the average).
+    """
     folder = tmp_path_factory.mktemp("steps")
     command = [*TWO.split(), "-m", "tests.one_step", str(folder)]
     Project(ROOT).run(*command, timeout=600, PYTHON_EXEC="python", SECATEUR_DEVICE="cpu")
     found = {}
-    for case in one_step.CASES:
+    for case in (*one_step.CASES, ("norm", "none"), ("norm", "ema")):
         for rank in (0, 1):
             path = folder / f"{'-'.join(map(str, (*case, rank)))}.safetensors"
             with safetensors.safe_open(path, framework="pt") as file:
@@ -115,6 +119,19 @@ def test_a_step_of_two_processes_is_that_of_one_within_rounding(case, steps_of_t
         loss_of_val = float(F.cross_entropy(of_val, data.val.labels))
         off = abs(shown["val_loss"] - loss_of_val)
         assert off <= (len(val) + 8) * EPS * loss_of_val + rounding(of_val)
+
+
+@pytest.mark.parametrize("kind", ["none", "ema"])
+def test_accuracy_is_that_of_the_network_that_is_kept(kind, steps_of_two):
+    """Each process has batch-norm statistics of its own while it trains; the first one's count."""
+    (first, row), (second, _) = (steps_of_two[("norm", kind), rank] for rank in (0, 1))
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    model, _ = one_step.epochs_with_norm(kind, None)
+    model.load_state_dict(first)
+    data = one_step.digits(300)
+    right, loss = accuracy(model, data.val, data.info)
+    assert row["val_accuracy"] == pytest.approx(right, abs=1e-6)
+    assert row["val_loss"] == pytest.approx(loss, rel=1e-6)
 
 
 # -- the stage -------------------------------------------------------------------------------------

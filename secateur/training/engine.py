@@ -79,6 +79,13 @@ class Engine:
         summed: Tensor = self._fabric.all_reduce(values, reduce_op="sum")
         return summed
 
+    def share_buffers(self, model: nn.Module) -> None:
+        """Set the buffers of `model` to those of the first process: between two steps, those of
+        batch norms differ on CPUs."""
+        if self.world > 1:
+            for buffer in model.buffers():
+                torch.distributed.broadcast(buffer, 0)
+
     def broadcast(self, value: T) -> T:
         """The value of the first process, returned in every process."""
         return self._fabric.broadcast(value) if self.world > 1 else value

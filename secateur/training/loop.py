@@ -175,6 +175,7 @@ def _evaluate_epoch(
     Raises TrainingError if a value or a weight is not finite: the last step of the epoch may have
     broken the weights, and no loss has been computed since.
     """
+    engine.share_buffers(model)  # all processes judge, and keep, the same network
     if len(data.val):
         row["val_accuracy"], row["val_loss"] = accuracy(model, data.val, data.info, engine)
     finite = torch.stack([p.detach().isfinite().all() for p in model.parameters()]).all()
