@@ -363,7 +363,7 @@ COMMANDS = (
         "classify images with a checkpoint or an exported file",
         "secateur.deploy.predict:command",
         _predict,
-        "An image of another size than the network's input is resized and centre-cropped.\n"
+        "Images are resized and centre-cropped as in evaluation.\n"
         "Hidden files in folders are ignored.\n\n"
         "examples:\n"
         "  secateur predict models/finetuned pictures/\n"

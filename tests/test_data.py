@@ -1090,6 +1090,8 @@ def test_imagenet_is_listed_unopened_and_cropped_anew_in_every_epoch(imagenet):
 
 
 def test_a_checkpoint_says_how_evaluation_resizes_pictures(imagenet, tmp_path):
+    """One of the pictures has the size of the network's input; evaluation enlarges it too."""
+    draw_picture(imagenet / "val/n00/small.JPEG", 5, size=(32, 32))
     found = read("imagenet", imagenet.parent, size=32, resize=36)
     prepared = dataset.prepare("imagenet", found, 0, 0)
     settings = {"filters": [2, 2], "hidden": 3}
@@ -1098,7 +1100,7 @@ def test_a_checkpoint_says_how_evaluation_resizes_pictures(imagenet, tmp_path):
     model = checkpoint.build_architecture(header)
     checkpoint.save(tmp_path / "model.safetensors", header, model, {})
     classifier = open_classifier(tmp_path)
-    paths = [prepared.test.path(index) for index in range(4)]
+    paths = [prepared.test.path(index) for index in range(5)]
     pixels = np.stack([image_files.decode_file(path, classifier.view) for path in paths])
     seen = classifier.preprocess(dataset.channels_first(torch.from_numpy(pixels)))
     ((images, _),) = sequential_batches(prepared.test, prepared.info, device=CPU)

@@ -83,7 +83,8 @@ def test_every_file_gives_the_classes_of_the_network(folder):
         wanted = torch.softmax(model(images), 1)
     assert len({int(k) for k in wanted.argmax(1)}) > 1
     for file in ("outside/model.safetensors", *FILES):
-        found = json.loads(run(folder / file, folder / "pictures", "--json", "--top", 3)[0])
+        as_they_are = ("--json", "--top", 3, "--resize", 8)
+        found = json.loads(run(folder / file, folder / "pictures", *as_they_are)[0])
         assert [entry["file"] for entry in found] == [str(path) for path in pictures]
         for entry, likely in zip(found, wanted, strict=True):
             assert entry["label"] == CLASSES[int(likely.argmax())]

@@ -250,12 +250,14 @@ def open_image(path: Path, size: int | None = None) -> Iterator[Image.Image]:
 def decode_file(path: Path, view: ImageView) -> np.ndarray:
     """Decode an image of any size: uint8, (height, width, channels).
 
-    An image of the view's size is not changed; others are resized and cropped as for evaluation.
-    Raises DataError naming the file if it is missing or not a readable image.
+    It is resized and cropped as for evaluation; but one that has the view's size already is not
+    changed if the view resizes to no more than that. Raises DataError naming the file if it is
+    missing or not a readable image.
     """
     with open_image(path) as image:
         converted = _convert(image, view.channels)
-        if image.size != (view.width, view.height):
+        larger = view.resize is not None and view.resize > max(view.width, view.height)
+        if larger or image.size != (view.width, view.height):
             converted = _resize_and_crop(converted, view)
         pixels = np.asarray(converted)
     return pixels.reshape(view.height, view.width, view.channels)
