@@ -28,8 +28,10 @@ class Network(nn.Module):
         super().__init__()
         self.hidden = nn.Linear(64, 16, dtype=torch.float64)
         self.out = nn.Linear(16, 10, dtype=torch.float64)
+        self.passes = 0
 
     def forward(self, images):
+        self.passes += self.training
         return self.out(torch.relu(self.hidden(images.flatten(1).double())))
 
 
@@ -84,10 +86,12 @@ if __name__ == "__main__":
     for kind in ("none", "ema"):
         trained, rows = epochs_with_norm(kind, together)
         path = Path(sys.argv[1]) / f"norm-{kind}-{together.rank}.safetensors"
-        safetensors.torch.save_file(trained.state_dict(), path, {"row": json.dumps(rows[-1])})
+        safetensors.torch.save_file(
+            trained.state_dict(), path, {"row": json.dumps(rows[-1]), "passes": "0"}
+        )
     for case in CASES:
         trained, row = step(*case, together)
         name = "-".join(map(str, (*case, together.rank)))
-        header = {"row": json.dumps(row)}
+        header = {"row": json.dumps(row), "passes": str(trained.passes)}
         path = Path(sys.argv[1]) / f"{name}.safetensors"
         safetensors.torch.save_file(trained.state_dict(), path, header)

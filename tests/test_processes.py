@@ -40,7 +40,7 @@ EPS = 2.0**-23
 
 @pytest.fixture(scope="module")
 def steps_of_two(tmp_path_factory, programs):
-    """(case, rank) -> weights and history row at the end of each of two processes.
+    """(case, rank) -> weights, history row and passes in training of each of two processes.
 
     The cases are those of one step, and ("norm", kind of the average).
     """
@@ -52,8 +52,8 @@ def steps_of_two(tmp_path_factory, programs):
         for rank in (0, 1):
             path = folder / f"{'-'.join(map(str, (*case, rank)))}.safetensors"
             with safetensors.safe_open(path, framework="pt") as file:
-                row = json.loads(file.metadata()["row"])
-            found[case, rank] = safetensors.torch.load_file(path), row
+                row, passes = map(json.loads, map(file.metadata().get, ("row", "passes")))
+            found[case, rank] = safetensors.torch.load_file(path), row, passes
     return found
 
 
@@ -85,8 +85,9 @@ def test_a_step_of_two_processes_is_that_of_one_within_rounding(case, steps_of_t
     images = first_images(data.train, data.info, count)
     model, row = one_step.step(*case)
     alone = model.state_dict()
-    together, row_of_two = steps_of_two[case, 0]
-    others, row_of_second = steps_of_two[case, 1]
+    together, row_of_two, passes = steps_of_two[case, 0]
+    others, row_of_second, passes_of_second = steps_of_two[case, 1]
+    assert passes_of_second == passes, "a process with one more would wait on several GPUs"
     start = {name: value.detach() for name, value in before.named_parameters()}
 
     def logits_of(weights):
@@ -124,7 +125,7 @@ def test_a_step_of_two_processes_is_that_of_one_within_rounding(case, steps_of_t
 @pytest.mark.parametrize("kind", ["none", "ema"])
 def test_accuracy_is_that_of_the_network_that_is_kept(kind, steps_of_two):
     """Each process has batch-norm statistics of its own while it trains; the first one's count."""
-    (first, row), (second, _) = (steps_of_two[("norm", kind), rank] for rank in (0, 1))
+    (first, row, _), (second, *_) = (steps_of_two[("norm", kind), rank] for rank in (0, 1))
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
     model, _ = one_step.epochs_with_norm(kind, None)
     model.load_state_dict(first)

@@ -86,9 +86,12 @@ class TrainStep:
         self, images: Tensor, labels: Tensor, count: int, number: int
     ) -> tuple[Tensor, Tensor]:
         """Accumulate a batch's gradients part by part; returns loss without and with penalty."""
-        parts = self.settings.accumulate_grad_batches
+        # as many parts in every process, since batch norms of several GPUs wait for each other
+        most = -(-count // self.engine.world)
+        size = -(-most // self.settings.accumulate_grad_batches)
         loss = total = torch.zeros((), device=self.engine.device)
-        pairs = list(zip(images.chunk(parts), labels.chunk(parts), strict=True))
+        parts = [slice(start, start + size) for start in range(0, most, size)]
+        pairs = [(images[part], labels[part]) for part in parts]
         for index, (part_images, part_labels) in enumerate(pairs):
             last = index == len(pairs) - 1
             with self.engine.no_sync(self.forward, not last):
@@ -104,7 +107,7 @@ class TrainStep:
 
         With a teacher, this is the weighted sum of the losses on the labels and on its outputs.
         """
-        if not len(labels):  # a last batch smaller than the number of processes
+        if not len(labels):  # a last batch, or part, smaller than the number of processes
             images = images.new_zeros(1, *images.shape[1:])
             return self.forward(images).sum() * 0.0
         try:
