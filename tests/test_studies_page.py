@@ -543,6 +543,17 @@ def drawings(lines):
     return drawn
 
 
+def test_names_of_many_layers_do_not_overlap():
+    names = [f"layer{n}.{k}.conv1" for n in (1, 2, 3) for k in range(40)]
+    figure = plots.layers({"method": dict.fromkeys(names, 0.5)})
+    figure.draw_without_rendering()
+    boxes = [label.get_window_extent() for label in figure.axes[0].get_xticklabels()]
+    assert len(boxes) == len(names)
+    assert all(one.x1 <= other.x0 + 0.5 for one, other in itertools.pairwise(boxes))
+    meaning = figure.axes[1].yaxis.label.get_window_extent()
+    assert meaning.y0 >= 0 and meaning.y1 <= figure.bbox.height
+
+
 def test_labels_are_drawn_as_they_are_written():
     """matplotlib omits `_hidden` from a legend, and reads a formula between two `$`."""
     written = ["_hidden", r"cost $\frac{ $", "$x$", "dense"]

@@ -20,6 +20,9 @@ LABEL_WIDTH = 34
 LEGEND_HEIGHT = 7.0
 """Inches of a column of the legend from which there is another one."""
 
+COLUMN_WIDTH = 0.12
+"""Inches of the name of a layer below its column."""
+
 MOST_DENSE = 5
 """Largest number of dense networks that are drawn as lines; more cannot be told apart."""
 
@@ -258,7 +261,10 @@ def layers(rows: Mapping[str, Mapping[str, float]]) -> "Figure":
     columns = list(dict.fromkeys(layer for row in rows.values() for layer in row))
     values = [[row.get(layer, float("nan")) for layer in columns] for row in rows.values()]
     labels = [_wrapped(label) for label in rows]
-    figure = Figure(figsize=(8, max(3.0, 1.4 + _inches(labels))), layout="constrained")
+    width = max(8.0, 2.5 + COLUMN_WIDTH * len(columns))
+    below = 0.3 + 0.06 * max(map(len, columns), default=0)
+    height = max(1.1, below) + max(0.3 + _inches(labels), 2.3)
+    figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot()
     image = axes.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
     axes.set_yticks(range(len(rows)), labels, fontsize=8, parse_math=False)
