@@ -661,6 +661,9 @@ def test_each_data_set_has_a_note_on_its_test_images_in_any_order():
     low = 100 * 360 / (360 + stats.norm.ppf(0.975) ** 2)
     assert second.startswith("mnist: 360 test images: ") and f" {low:.2f} to 100.00 %" in second
     assert page._image_notes(rows[::-1], left) == said
+    untrained = row_of("smaller: b", 0.1, control=True)
+    of_smaller = left | {"smaller: b": artifacts.Artifacts("", {}, 100, None)}
+    assert page._image_notes([*rows, untrained], of_smaller) == said
     (alone,) = page._image_notes(rows[1:], left)
     assert alone.startswith("100 test images: ")
 

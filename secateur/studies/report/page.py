@@ -241,9 +241,13 @@ def _notes(rows: Sequence[Row], left: Mapping[str, Artifacts]) -> list[str]:
 
 
 def _image_notes(rows: Sequence[Row], left: Mapping[str, Artifacts]) -> list[str]:
-    """What the number of test images means for the accuracy, for each data set."""
+    """What the number of test images means for the accuracy, for each data set.
+
+    Controls do not count: the dense network of `smaller` is not trained.
+    """
     dense: dict[tuple[str, int], list[float]] = {}
-    for result in (result for row in rows for result in row.results):
+    methods = [row for row in rows if not row.control] or rows
+    for result in (result for row in methods for result in row.results):
         if images := left[result.name].test_images:
             dense.setdefault((str(result.report.get("dataset")), images), []).append(result.dense)
     said = []
