@@ -58,6 +58,41 @@ def step(penalty, number, optimizer=None, change=None):
     penalty.after_step(number, optimizer)
 
 
+class Beside(nn.Module):
+    """A network with a layer `beside` that never runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.beside, self.last = nn.Linear(64, 6), nn.Linear(5, 5), nn.Linear(6, 10)
+
+    def forward(self, images):
+        return self.last(self.first(images.flatten(1)).relu())
+
+
+@pytest.mark.parametrize("layer", ["beside", "first"], ids=["unused", "frozen"])
+@pytest.mark.parametrize(
+    ("name", "chosen"),
+    [("rigl", {"interval": 3}), ("gsm", {}), ("gradual", {"criterion": "taylor", "begin": 30})],
+)
+def test_a_layer_that_no_gradient_reaches_is_told_in_the_first_step(name, chosen, layer):
+    """Not only when gradual uses the gradients for the first time."""
+    how = Train(epochs=20, batch_size=32, keep="last", optimizer="sgd")
+
+    def train(skip):
+        model = Beside()
+        model.first.requires_grad_(layer != "first")
+        watcher = Watcher(model)
+        penalty = build(name, model, 0.001 if name == "gsm" else 0.0, **chosen, skip=skip)
+        fit(model, digits(100), how, f"{skip}", watcher=watcher, penalty=penalty)
+        assert watcher.steps
+
+    others = [other for other in ("beside", "first") if other != layer]
+    words = rf"^params\.yaml: penalties\.{name}\.skip: no gradient reaches {layer}, since it never"
+    with pytest.raises(SettingsError, match=words):
+        train(others)
+    train(["beside", "first"])
+
+
 # ---- gradual -----------------------------------------------------------------------------------
 
 

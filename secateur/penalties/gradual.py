@@ -225,8 +225,11 @@ class Gradual(GradualPenalty):
 
     def before_step(self, step: int, optimizer: Optimizer) -> None:
         """Store what the choice needs, while weights and gradients are those of the step."""
-        if self.settings.criterion == "taylor" and self.due(step):
-            self._gradients = self._without_norm(step)
+        if self.settings.criterion == "taylor":
+            if step == 0:
+                self.gradients(self.ranked)  # tells of a layer without any before long work
+            if self.due(step):
+                self._gradients = self._without_norm(step)
         super().before_step(step, optimizer)
 
     def choose(self, progress: float) -> None:
@@ -252,8 +255,7 @@ class Gradual(GradualPenalty):
 
     def _without_norm(self, step: int) -> dict[str, Tensor]:
         """Gradients of the loss without the norm that was added to it, by name of the weight."""
-        weights = self.ranked.values()
-        found = [weight.grad for weight in weights if weight.grad is not None]
+        weights, found = self.ranked.values(), self.gradients(self.ranked)
         with torch.enable_grad():
             norm = self(step)
         if norm.requires_grad:

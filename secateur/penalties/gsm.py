@@ -98,8 +98,7 @@ class GSM(DynamicSparsityPenalty):
     def before_step(self, step: int, optimizer: Optimizer) -> None:
         """Set the gradients of passive weights to zero, and add the decay to all."""
         weights = list(self.held.values())
-        gradients = [weight.grad for weight in weights if weight.grad is not None]
-        assert len(gradients) == len(weights)
+        gradients = self.gradients(self.held)
         torch._foreach_mul_(gradients, self._active(weights, gradients))
         torch._foreach_add_(gradients, weights, alpha=self.decay)
 

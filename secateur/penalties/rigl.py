@@ -178,9 +178,7 @@ class RigL(DynamicSparsityPenalty):
     @torch.no_grad()
     def before_step(self, step: int, optimizer: Optimizer) -> None:
         """Mask the gradients; before an update, store all of them, to know where to grow."""
-        gradients = [weight.grad for weight in self.held.values()]
-        found = [gradient for gradient in gradients if gradient is not None]
-        assert len(found) == len(gradients)
+        found = self.gradients(self.held)
         if self.due(step) and self.settings.growth == "gradient":
             self._gradients = [gradient.abs() for gradient in found]
         torch._foreach_mul_(found, self.keep)

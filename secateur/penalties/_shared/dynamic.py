@@ -87,6 +87,18 @@ class DynamicSparsityPenalty:
     def before_step(self, step: int, optimizer: Optimizer) -> None:
         """Gradients stay as they are, unless a subclass changes them here."""
 
+    def gradients(self, weights: Mapping[str, Tensor]) -> list[Tensor]:
+        """The gradients of these parameters; ArgumentError naming a layer that gets none."""
+        found = [weight.grad for weight in weights.values() if weight.grad is not None]
+        if len(found) < len(weights):
+            without = next(name for name, weight in weights.items() if weight.grad is None)
+            raise ArgumentError(
+                f"penalties.{self.name}.skip",
+                f"no gradient reaches {without.rpartition('.')[0] or without}, since it never runs "
+                "or is frozen; name it under skip",
+            )
+        return found
+
     def after_step(self, step: int, optimizer: Optimizer) -> None:
         """Update the choice if that is due, and set the chosen weights to zero."""
         if self.due(step):
