@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 import yaml
-from test_train import Watcher, content, digits, fit, network, project, state_left  # noqa: F401
+from test_train import Clock, Watcher, content, digits, fit, network, project, state_left  # noqa: F401
 from torch import nn
 from workspace import ROOT
 
@@ -408,6 +408,16 @@ def test_an_average_that_would_never_begin_is_refused(average, steps, line):
 def test_a_training_does_not_start_with_an_average_that_would_never_begin():
     with pytest.raises(ArgumentError, match=r"average\.start = 10000\.0: "):
         fit(network("lenet300"), digits(), averaged("swa", start=10_000))
+
+
+@pytest.mark.parametrize(("start", "warned"), [(10, 0), (12, 1)])
+def test_an_average_that_a_penalty_ends_too_early_is_told(start, warned, capsys):
+    """The penalty ends the training after step 10 of 20, which could not be known before."""
+    how = Train(epochs=5, batch_size=40, average={"kind": "ema", "start": start})
+    model = small(6)
+    fit(model, digits(), how, penalty=Clock(model))
+    line = "warning: the penalty ended the training before weights were averaged (average.start)"
+    assert capsys.readouterr().err.splitlines() == [line] * warned
 
 
 def test_statistics_of_an_average_are_measured_for_its_weights():

@@ -18,6 +18,7 @@ from secateur.sparsity import masks as masking
 from secateur.sparsity.masks import Masks
 from secateur.training import averaging, determinism, optim
 from secateur.training import penalty as penalties
+from secateur.training.averaging import WeightAverage
 from secateur.training.callbacks import Callback, Row
 from secateur.training.distillation import Distiller
 from secateur.training.engine import Engine
@@ -96,7 +97,7 @@ def fit(
         finally:
             batches.close()
             step.close()
-        state.load_best(average.network(data) if average else model)
+        _load_best(state, average, data, engine)
     return FitResult(state.history, state.best_epoch or len(state.history), state.kept_weights)
 
 
@@ -129,7 +130,11 @@ def _resume(state: TrainingState, store: StateStore, engine: Engine) -> None:
         state.load_state_dict(*saved)
     except StateError as error:
         if engine.is_main:
-            print(f"warning: {error}; training starts again", file=sys.stderr, flush=True)
+            _warn(f"{error}; training starts again")
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def _train_epoch(
@@ -197,6 +202,15 @@ def _save(
         callback.on_epoch_end(state.history[-1])
         if saved:
             callback.on_state_saved()
+
+
+def _load_best(
+    state: TrainingState, average: WeightAverage | None, data: Dataset, engine: Engine
+) -> None:
+    """Load the weights that are kept into the network; tells if no weights were averaged."""
+    if average is not None and not average.begun and state.history and engine.is_main:
+        _warn("the penalty ended the training before weights were averaged (average.start)")
+    state.load_best(average.network(data) if average else state.model)
 
 
 def _start(
