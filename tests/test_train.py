@@ -480,6 +480,16 @@ def test_one_image_too_few_for_a_batch_norm_is_told():
         fit(model, data, settings)
 
 
+def test_a_network_with_an_auxiliary_classifier_in_training_is_told():
+    class Auxiliary(nn.Linear):
+        def forward(self, images):
+            logits = super().forward(images.flatten(1))
+            return (logits, logits) if self.training else logits
+
+    with pytest.raises(TrainingError, match=r"^the network returns a tuple in training mode, as"):
+        fit(Auxiliary(64, 10), digits(), Train(epochs=1))
+
+
 def test_masks_are_held_and_other_weights_learn():
     model = network("lenet5")
     before = copy.deepcopy(model.state_dict())

@@ -121,6 +121,11 @@ class TrainStep:
                 "pass of an epoch, too few for a batch normalisation of single pixels; choose "
                 "another batch_size (or accumulate_grad_batches)"
             ) from None
+        if not isinstance(logits, Tensor):
+            raise TrainingError(
+                f"the network returns a {type(logits).__name__} in training mode, as with "
+                "auxiliary classifiers; one tensor (N, classes) is needed in both modes"
+            )
         logits = logits.float()
         self.correct += (logits.detach().argmax(1) == labels).sum()
         smooth = self.settings.label_smoothing
