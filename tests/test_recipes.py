@@ -163,6 +163,21 @@ def test_keys_with_dots_are_kept_whole():
         assert made["epochs"] == 3
 
 
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"archs": {"mine": {}}},  # a new plug-in with its defaults
+        {"archs": {"mine": {"sizes": {}}}},
+        {"pruners": {"a.b": 0.5, "threshold": {"sensitivity": 0.5}}},
+    ],
+)
+def test_what_is_written_into_the_file_is_all_that_was_merged(own):
+    text = Path("params.yaml").read_text()
+    params = yaml.safe_load(text)
+    changed = recipe.changes(own, params)
+    assert yaml.safe_load(params_file.updated(text, changed)) == recipe.merged(params, own)
+
+
 def test_a_table_in_the_place_of_a_plain_value_is_taken_whole():
     wanted = {"pruners": {"network_slimming": {"target": {"params": 0.5}, "ratio": 0.4}}}
     assert recipe.Recipe("x", "", wanted).overrides == [

@@ -81,16 +81,18 @@ def changes(
 ) -> dict[str, Any]:
     """Settings by joined keys; a table is kept whole where `params` has a plain value or null.
 
-    A round that `params` does not have is also kept whole, and so is a table whose own keys have
-    dots, such as patterns of layer names; the latter is merged with that of `params`.
+    A round that `params` does not have is also kept whole, and so are an empty table that it does
+    not have, and a table whose own keys have dots, such as patterns of layer names; the latter is
+    merged with that of `params`.
     """
     found: dict[str, Any] = {}
     for key, value in settings.items():
         below = params.get(key, None if prefix == "rounds." else {})
-        if not isinstance(value, Mapping) or not isinstance(below, Mapping):
+        is_new = key not in params and not value
+        if is_new or not isinstance(value, Mapping) or not isinstance(below, Mapping):
             found[f"{prefix}{key}"] = value
         elif any("." in str(name) for name in value):
-            found[f"{prefix}{key}"] = {**below, **value}
+            found[f"{prefix}{key}"] = merged(below, value)
         else:
             found |= changes(value, below, f"{prefix}{key}.")
     return found
