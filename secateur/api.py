@@ -237,7 +237,8 @@ def prune(
     """Prune a network that torch.fx can trace, and prove that the compact network is equivalent.
 
     `images` (N, C, H, W) are some normalised training images, and `labels` (N,), int64, their
-    labels, which criteria that use the loss (taylor) need. The pruner decides which weights are set
+    labels, which the criteria taylor and fisher and the pruners oracle and branches need, since
+    they use the loss. The pruner decides which weights are set
     to zero and which channels are removed; masks of earlier prunings, in this session or in the
     file that the network was loaded from, stay in force. A latency target needs the table of
     `measure_latency` as `latency`. With `remove_dead`, channels that no longer affect the output

@@ -273,7 +273,7 @@ COMMANDS = (
         "Every seed is a DVC experiment in a temporary copy: the workspace is not changed, and\n"
         "stages that have run before come from the cache. A recipe changes only the settings that\n"
         "it names; all others come from params.yaml, so start from a clean one:\n"
-        "git checkout params.yaml\n\n"
+        "git checkout HEAD params.yaml\n\n"
         "examples:\n"
         "  secateur recipe\n"
         "  secateur recipe mnist-lenet300-element --seeds 1 2 3\n"

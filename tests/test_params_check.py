@@ -88,7 +88,7 @@ def test_a_file_that_dvc_can_bring_is_told_so(tmp_path):
 
 @pytest.mark.pipeline
 def test_the_command_says_what_dvc_does_not(project):
-    assert "no stage will refuse it" in project.run(*CHECK)
+    assert "no mistake found" in project.run(*CHECK)
     project.params(pruner="magnitud")
     assert re.search(r"\[Errno 2\] No such file.*magnitud\.py", project.dvc("repro", ok=False))
     (line,) = project.run(*CHECK, ok=False).splitlines()
@@ -106,7 +106,7 @@ def test_the_command_says_what_dvc_does_not(project):
 @pytest.mark.pipeline
 def test_before_the_data_are_prepared_the_network_is_not_tried(unborn):
     unborn.params(penalty="network_slimming")
-    assert "network is tried when the data are prepared" in unborn.run(*CHECK)
+    assert "network is checked when the data are prepared" in unborn.run(*CHECK)
     (line,) = unborn.run(*CHECK, ok=False, SECATEUR_DEVICE="gpu9").splitlines()
     assert "SECATEUR_DEVICE" in line
 

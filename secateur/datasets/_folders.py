@@ -146,7 +146,7 @@ def common_view(
         if size is None and shape != first:
             raise DataError(
                 f"{path}: {shape[0]}x{shape[1]} pixels, where {paths[0].name} has "
-                f"{first[0]}x{first[1]}; set datasets.<name>.size to bring all to one size"
+                f"{first[0]}x{first[1]}; set datasets.image_folder.size to bring all to one size"
             )
     assert first is not None, "scan() refuses folders without images"
     width, height = first

@@ -37,7 +37,7 @@ def command(_options: argparse.Namespace) -> None:
     stage.check_environment()
     stage.check_libraries(settings.read().libraries)
     untried = _try_network(params)
-    console.say(f"{settings.FILE}: {untried or 'no stage will refuse it'}")
+    console.say(f"{settings.FILE}: {untried or 'no mistake found'}")
 
 
 def check_values(params: Mapping[str, Any], root: Path = Path()) -> None:
@@ -90,7 +90,7 @@ def _try_network(params: Mapping[str, Any]) -> str:
     from secateur.pipeline import preflight
 
     name = params["dataset"]
-    waits = f"the network is tried when the data are prepared (data/{name}); all else is right"
+    waits = f"no mistake found; the network is checked when the data are prepared (data/{name})"
     if tracked.is_outdated(Path(), params, "prepare"):
         return waits
     try:

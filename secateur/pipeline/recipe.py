@@ -8,7 +8,7 @@ workspace does not change); results of earlier runs come from the cache.
     secateur recipe NAME --apply         writes its settings into params.yaml instead
 
 A recipe changes only the settings that it names; all others are taken from params.yaml, so start
-from a clean one: `git checkout params.yaml`.
+from a clean one: `git checkout HEAD params.yaml`.
 """
 
 import argparse
