@@ -289,6 +289,25 @@ def test_every_format_gives_the_same_network_in_python_too(name, tmp_path):
     assert same(model, original, (3, 8, 8))
 
 
+@pytest.mark.parametrize("keep", ["first", "second", "both"])
+def test_a_shared_tensor_may_have_one_of_its_names_in_the_file(keep, tmp_path):
+    """As in files of safetensors' save_model, which keeps the first."""
+
+    def tied():
+        model = nn.ModuleDict({"first": nn.Linear(4, 4), "second": nn.Linear(4, 4)})
+        model.second.weight = model.first.weight
+        return model
+
+    original, model = tied(), tied()
+    drop = {"first": "second.weight", "second": "first.weight"}.get(keep)
+    tensors = {name: t.clone() for name, t in original.state_dict().items() if name != drop}
+    safetensors.torch.save_file(tensors, tmp_path / "w.safetensors")
+    matching.fill(model, weights.read(tmp_path / "w.safetensors"))
+    assert model.first.weight is model.second.weight
+    for name, tensor in original.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor)
+
+
 def test_what_was_loaded_in_python_can_be_pruned_saved_and_loaded(tmp_path):
     torch.save(trained(Small()).state_dict(), tmp_path / "a.pth")
     model = secateur.load(tmp_path / "a.pth", into=Small())

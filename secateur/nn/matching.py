@@ -52,7 +52,8 @@ def fill(
     Names are matched without the prefixes that wrappers add: directly, by `rename`, or by
     `aliases`, the names that other implementations of the network use. Tensors whose names begin
     with one of `auxiliary` may be left over. Masks of gconv-prune's layers are multiplied into the
-    weights. Integer buffers that the file lacks, such as counters of batches, are not changed, and
+    weights. A tensor that the network has under several names may have any of them in the file.
+    Integer buffers that the file lacks, such as counters of batches, are not changed, and
     neither are extra states (`get_extra_state`) that are not tensors.
 
     Raises CheckpointError before anything is changed: if tensors are missing, unexpected or of
@@ -65,8 +66,7 @@ def fill(
         found = match(list(tensors), own, rename or {}, aliases or {})
     except CheckpointError as error:
         raise CheckpointError(f"{weights.source}: {error}") from None
-    needed = {name for name, t in own.items() if t.is_floating_point() or t.is_complex()}
-    missing = [n for n in own if n in needed and n not in found.sources and n not in fresh]
+    missing = [name for name in _not_filled(model, found.sources) if name not in fresh]
     unexpected = [n for n in found.unexpected if n.rpartition(".")[2] not in COUNTERS]
     unexpected = [n for n in unexpected if not n.startswith(auxiliary)]
     chosen = {n: tensors[source] for n, source in found.sources.items() if n not in fresh}
@@ -93,6 +93,22 @@ def fill(
         if tensor.is_floating_point() and not bool(tensor.to(torch.float32).isfinite().all()):
             raise CheckpointError(f"{weights.source}: {cut(name)} holds values that are not finite")
     resizing.load_state(model, {**own, **chosen})
+
+
+def _not_filled(model: nn.Module, names: Collection[str]) -> list[str]:
+    """Names of the network's floating-point tensors that have none of `names`.
+
+    A tensor that several modules share has several, and a file may have it under one of them.
+    """
+    own = {n: t for n, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
+    filled = {id(own[name]) for name in names}
+    return [
+        name
+        for name, tensor in own.items()
+        if (tensor.is_floating_point() or tensor.is_complex())
+        and name not in names
+        and id(tensor) not in filled
+    ]
 
 
 def match(names: Iterable[str], own: Collection[str], rename: Names, aliases: Names) -> Matches:
