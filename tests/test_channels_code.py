@@ -492,3 +492,41 @@ def test_sums_and_products_in_place_couple_channels(first):
     assert {node.target for node in graph.fx_graph.nodes} >= {
         operator.iadd, operator.isub, operator.imul, operator.itruediv
     }  # fmt: skip
+
+
+# ---- constants that are folded into layers whose weights a function gets -----------------------
+
+
+def constant_first(run, **named):
+    """Three channels of `a` are the same for every image; returns the network without dead ones."""
+    model = build(lambda: Code(run, a=conv(3, 8), norm=nn.BatchNorm2d(8), **named))
+    with torch.no_grad():
+        model.norm.weight[:3] = 0
+        model.norm.bias[:3] = torch.tensor([1, 2, 0])
+    compact = removal.remove_dead(model, {}, images()).model
+    for side in (8, 12):
+        assert difference(model, compact, images(side=side)) < 1e-9
+    return compact
+
+
+@pytest.mark.parametrize(
+    ("options", "left"),
+    [({"padding": 1}, 7), ({"padding": "same"}, 7), ({"stride": 2}, 7), ({}, 5)],
+)
+def test_constants_are_folded_only_where_a_function_gets_the_options_of_the_module(options, left):
+    def run(net, x):
+        x = functional.conv2d(net.norm(net.a(x)).relu(), net.b.weight, net.b.bias, **options)
+        return net.head(x.relu().mean((2, 3)))
+
+    compact = constant_first(run, b=nn.Conv2d(8, 6, 3), head=nn.Linear(6, CLASSES))
+    assert len(compact.a.weight) == left
+
+
+def test_constants_that_attention_reads_are_kept():
+    def run(net, x):
+        x = tokens(net.norm(net.a(x)).relu())
+        return net.head(net.attention(x, x, x)[0].mean(1))
+
+    compact = constant_first(run, attention=nn.MultiheadAttention(8, 2, batch_first=True),
+                             head=nn.Linear(8, CLASSES))  # fmt: skip
+    assert len(compact.a.weight) == 7

@@ -8,12 +8,14 @@ must also be the same for all of them; a mean over a padded border, for example,
 """
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from secateur.channels import operators
 from secateur.channels.graph import ChannelGraph
 from secateur.channels.groups import by_channel
 from secateur.pruning.constants import LayerInput
@@ -50,6 +52,7 @@ class Folding:
         self.modules = dict(model.named_modules())
         self.tensors = dict(model.named_parameters()) | dict(model.named_buffers())
         self.running_means = _running_means(graph)
+        self._as_modules = _run_as_modules(graph, self.modules)
 
     def foldable(self, name: str, sizes: list[list[LayerInput]], constant: Tensor) -> Tensor:
         """The constant inputs of a layer that can be folded, bool, (inputs,).
@@ -58,6 +61,7 @@ class Folding:
         """
         values = [call.values for calls in sizes for call in calls]
         reader = self.layers[name].bias is not None or name in self.running_means
+        reader &= name in self._as_modules
         here, elsewhere = values[0], values[-1]
         if len(values) > len(sizes) or not reader or here is None or elsewhere is None:
             return torch.zeros_like(constant)
@@ -153,6 +157,35 @@ def _contribution_of_one(conv: nn.Conv2d, only: Tensor, channel: int) -> Tensor:
     single = copy.copy(conv)
     single.groups = 1
     return single._conv_forward(only[:, channel : channel + 1], weight, None)
+
+
+_OPTIONS = ("stride", "padding", "dilation", "groups")
+
+
+def _run_as_modules(graph: ChannelGraph, modules: Mapping[str, nn.Module]) -> set[str]:
+    """Convolutions and linear layers that compute what their modules do.
+
+    Code that passes the weight of a module to a function may pass other options than the module's.
+    """
+    found = {n for n, module in modules.items() if isinstance(module, nn.Conv2d | nn.Linear)}
+    for node in graph.fx_graph.nodes:
+        if node.op != "call_function" or not operators.of_node(node, {}).weighted:
+            continue
+        weight = node.args[1] if len(node.args) > 1 else node.kwargs["weight"]
+        name = str(weight.target).removesuffix(".weight")
+        if isinstance(module := modules.get(name), nn.Conv2d):
+            given = {**dict(zip(_OPTIONS, node.args[3:], strict=False)), **node.kwargs}
+            same = all(
+                _pair(given.get(k, k != "padding")) == _pair(getattr(module, k)) for k in _OPTIONS
+            )
+            if not same or module.padding_mode != "zeros":
+                found.discard(name)
+    return found
+
+
+def _pair(option: Any) -> Any:
+    """An option of a convolution for both axes; `groups`, and padding that is a name, too."""
+    return tuple(option) if isinstance(option, list | tuple) else (option, option)
 
 
 def _running_means(graph: ChannelGraph) -> dict[str, str]:
