@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import html
 import itertools
 import json
 import os
@@ -712,12 +713,15 @@ def test_each_training_runs_once_and_dvc_has_nothing_to_add_to_a_cell(
 ):
     study_of(
         project, seeds=[4],
-        axes={"pruners.std.sensitivity": [0.5, 0.75], "decay": [0.001]},
+        axes={"pruners.std.sensitivity": [0.5, 0.75], "decay": [0.001]}, controls=["smaller"],
     )  # fmt: skip
     shown = run_study(project, "--plan")
     assert "cells      2" in shown and "trainings  4, of them 4 to be run" in shown
     log = run_study(project)
     assert "2 of 2 cells are experiments of DVC; 8 pieces of work were run" in log
+    note = "mine: no control 'smaller': it does not remove whole outputs by pruner magnitude"
+    assert f"note: {note}\n" in log
+    assert note in html.unescape((project.path / "report/mine/index.html").read_text())
     again = run_study(project)
     assert "2 of 2 cells are experiments of DVC; 0 pieces of work were run" in again
     pair = ["mine-0.5-0.001-s4", "mine-0.75-0.001-s4"]

@@ -397,6 +397,18 @@ def test_the_page_holds_every_method_and_asks_for_nothing_else(experiments, tmp_
     assert ("fewer than 3 seeds: no test" in text) == (methods == 40)
 
 
+@pytest.mark.usefixtures("vectors")
+def test_a_page_has_no_figures_and_tables_of_an_earlier_one(experiments, tmp_path):
+    old = ("rounds.csv", "rounds.svg", "curves.png", "latency-onnx-runtime.svg")
+    own = ("notes.png", latencies.LATENCIES)
+    for name in (*old, *own):
+        (tmp_path / name).write_text("of other experiments")
+    page.write(tmp_path, "later", experiments(1, seeds=(1,)))
+    assert not {*old} & {file.name for file in tmp_path.iterdir()}
+    assert all((tmp_path / name).read_text() == "of other experiments" for name in own)
+    assert (tmp_path / "latency.svg").is_file()
+
+
 def test_a_wide_axis_of_accuracies_has_equal_room_for_equal_ratios_of_errors():
     narrow, wide = Figure().add_subplot(), Figure().add_subplot()
     plots.scale_accuracy(narrow, [98.0, 98.5])

@@ -171,7 +171,7 @@ def load(name: str, params: Mapping[str, Any]) -> Study:
         space = _space(name, written, written.search, common, params)
         return Study(name, written.about, (), (), space)
     cells, notes = _cells(name, written, common, params, str(path))
-    return Study(name, written.about, tuple(cells), tuple(notes))
+    return Study(name, written.about, tuple(cells), tuple(notes), remarks=tuple(notes))
 
 
 def _space(

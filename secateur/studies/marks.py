@@ -30,7 +30,9 @@ def digest(state: Snapshot, study: Study, made: Plan) -> str:
         if made.finished(number)
     ]
     beside = [_content(REPORTS / study.name / name) for name in (LATENCIES, TRIALS)]
-    text = json.dumps([state.tree, study.about, cells, beside], sort_keys=True, default=str)
+    text = json.dumps(
+        [state.tree, study.about, study.remarks, cells, beside], sort_keys=True, default=str
+    )
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 

@@ -113,6 +113,8 @@ def run(state: Snapshot, study: Study, made: Plan, options: argparse.Namespace) 
     else:
         check.settings(made)
         work.write_experiments()
+    for note in study.notes:
+        console.say(f"note: {note}")
     done = [cell for number, cell in enumerate(made.cells) if made.finished(number)]
     cure = f"; `dvc exp apply {done[0].name}` brings one into the workspace" if done else ""
     console.say(

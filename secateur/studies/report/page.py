@@ -105,6 +105,7 @@ def write(
     if searched is not None:
         figures["trials"] = searched
     folder.mkdir(parents=True, exist_ok=True)
+    _remove_old(folder, figures)
     pictures = {}
     for name, figure in figures.items():
         pictures[name] = plots.svg(figure)
@@ -112,7 +113,7 @@ def write(
         files.write_bytes(folder / f"{name}.png", plots.png(figure))
     files.write_text(folder / "table.csv", tables.as_csv(rows))
     if rounds.lines(rows):
-        files.write_text(folder / "rounds.csv", rounds.as_csv(rows))
+        files.write_text(folder / ROUNDS, rounds.as_csv(rows))
     files.write_text(folder / "table.md", tables.as_markdown(rows))
     files.write_text(folder / "table.tex", tables.as_latex(rows))
     files.write_text(
@@ -129,6 +130,14 @@ def write(
     print(f"{folder / PAGE}: experiments: {len(pairs)}, rows: {len(rows)}", flush=True)
 
 
+def _remove_old(folder: Path, figures: Mapping[str, "Figure"]) -> None:
+    """Remove figures and tables of an earlier page, of other experiments, that this one lacks."""
+    (folder / ROUNDS).unlink(missing_ok=True)
+    for file in [*folder.glob("*.svg"), *folder.glob("*.png")]:
+        if (file.stem in CAPTIONS or file.stem.startswith("latency-")) and file.stem not in figures:
+            file.unlink()
+
+
 def _published(rows: Sequence[Row]) -> list[Anchor]:
     """Published results for the network and data set of the rows, if all rows have the same."""
     reports = [result.report for row in rows for result in row.results]
@@ -139,6 +148,9 @@ def _published(rows: Sequence[Row]) -> list[Anchor]:
     depth = rows[0].results[0].params.get(f"archs.{arch}.depth")
     return anchors.of(dataset, arch, depth if isinstance(depth, int) else None)
 
+
+ROUNDS = "rounds.csv"
+"""Beside the page: the results of each round, if there are several."""
 
 TITLES = {
     "compression": "parameters of the dense network / non-zeros that are left",
