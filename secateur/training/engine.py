@@ -84,7 +84,10 @@ class Engine:
         batch norms differ on CPUs."""
         if self.world > 1:
             for buffer in model.buffers():
-                torch.distributed.broadcast(buffer, 0)
+                contiguous = buffer.contiguous()  # nccl takes no others
+                torch.distributed.broadcast(contiguous, 0)
+                if contiguous is not buffer:
+                    buffer.copy_(contiguous)
 
     def broadcast(self, value: T) -> T:
         """The value of the first process, returned in every process."""
