@@ -931,6 +931,13 @@ def test_short_names_of_settings_are_as_long_as_it_takes():
     assert said == "finetune.epochs 3, sensitivity 0.5"
 
 
+def test_settings_of_plugins_that_a_round_does_not_use_are_left_out():
+    key = "rounds.round1.pruners.magnitude.ratios"
+    for pruner, words in (("magnitude", "round1 ratios 0.5"), ("std", "")):
+        result = Result("x", {"pruner": pruner, key: 0.5}, {})
+        assert compare.differences(result, [key]) == words
+
+
 def test_settings_of_a_further_round_are_named_after_it():
     keys = ["pruners.threshold.sensitivity", "sparse_train.epochs"]
     keys += [f"rounds.second.{part}.epochs" for part in ("sparse_train", "finetune")]

@@ -84,7 +84,7 @@ def differences(result: Result, keys: Sequence[str]) -> str:
     chosen = {"pruners": "pruner", "penalties": "penalty", "archs": "arch", "datasets": "dataset"}
     words = []
     for key in keys:
-        kind, _, rest = key.partition(".")
+        kind, _, rest = _by_round(key)[1].partition(".")
         if kind in chosen and rest.split(".")[0] != result.params.get(chosen[kind]):
             continue  # a setting of a plug-in that this result did not use
         if result.params.get(key) is not None:
