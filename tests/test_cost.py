@@ -139,6 +139,12 @@ def test_zeros_pack_well_and_the_packed_size_is_that_of_gzip():
     assert packed == len(gzip.compress(raw, 6))
 
 
+def test_a_shared_tensor_has_its_bytes_once():
+    model = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 5))
+    model[1].weight = model[0].weight
+    assert cost.weight_bytes(model)[0] == 4 * cost.parameters(model) == 4 * 35
+
+
 class Sleeper(nn.Module):
     """A network that takes a known time and records its calls."""
 

@@ -244,8 +244,12 @@ def compression(dense: nn.Module, model: nn.Module, masks: Mapping[str, Tensor])
 
 
 def weight_bytes(model: nn.Module) -> tuple[int, int]:
-    """Bytes of all parameters and buffers: uncompressed, and compressed by gzip."""
-    raw = b"".join(t.detach().cpu().numpy().tobytes() for t in model.state_dict().values())
+    """Bytes of all parameters and buffers: uncompressed, and compressed by gzip.
+
+    A tensor that several modules share counts once.
+    """
+    tensors = {id(t): t for t in model.state_dict(keep_vars=True).values()}
+    raw = b"".join(t.detach().cpu().numpy().tobytes() for t in tensors.values())
     return len(raw), len(gzip.compress(raw, compresslevel=6, mtime=0))
 
 
