@@ -402,6 +402,11 @@ def test_an_experiment_is_replaced_by_the_next_that_succeeds_on_the_same_commit(
     assert experiments() == old | {ref("r-seed1"): 3}
 
 
+def test_a_seed_is_asked_for_once():
+    with pytest.raises(SettingsError, match=r"--seeds 1 2 1: each only once"):
+        recipe.command(Namespace(name=recipe.read_recipes().names[0], seeds=[1, 2, 1], apply=False))
+
+
 def test_the_table_of_a_recipe_has_its_description_as_it_is_written(capsys):
     """rich would read [fc1] as a tag."""
     model = {"accuracy": 0.9, "macs": 1, "macs_dense": 2}

@@ -355,6 +355,8 @@ def command(options: argparse.Namespace) -> None:
         _list()
         return
     recipe = load(options.name)
+    if len(set(options.seeds)) < len(options.seeds):
+        raise SettingsError(f"--seeds {' '.join(map(str, options.seeds))}: each only once")
     params_check.check_values(merged(base_settings.raw(), recipe.settings))
     if options.apply:
         apply(recipe)
