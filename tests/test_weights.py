@@ -530,6 +530,7 @@ TIMM = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.1], "input_size": [3, 96, 6
     ("files", "size"),
     [
         ({"config.json": {"architecture": "resnet18", "pretrained_cfg": TIMM}}, (96, 64)),
+        ({"config.json": {"architecture": "resnet18", "num_classes": 5, **TIMM}}, (96, 64)),
         (
             {
                 "config.json": {"model_type": "resnet"},

@@ -331,7 +331,8 @@ def describe(folder: Path) -> Weights:
             if not isinstance(found, dict):
                 raise CheckpointError(f"{folder / name}: an object is needed")
             config |= found
-    known = config.get("pretrained_cfg")
+    before = config if "architecture" in config else None  # timm's first form
+    known = config.get("pretrained_cfg", before)
     if isinstance(known, dict):  # timm
         return from_config(
             str(folder), known.get("mean"), known.get("std"), known.get("input_size")
