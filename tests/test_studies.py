@@ -261,6 +261,13 @@ ROUND = {"after": "finetuned", "sparse_train": {}, "prune": {}, "finetune": {}}
             },
             "rounds.two.finetune.epochs = 'x': a whole number is needed",
         ),
+        (
+            {
+                "settings": {"rounds": {"two": dict(ROUND, prune={"pruners": [1]})}},
+                "controls": ["smaller"],
+            },
+            "mine.yaml: mine: rounds.two.prune.pruners = [1]: a table of settings is needed",
+        ),
         ({"axes": {"m": {"low": {}, "high": 1}}}, "axes.m.high = 1: a table is needed"),
         (
             {"controls": ["best"]},

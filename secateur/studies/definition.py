@@ -274,7 +274,8 @@ def _check_sections(combined: Sequence[Combination], params: Mapping[str, Any], 
         whole = rounds.whole(params, settings)
         known = {key: value for key, value in whole.items() if key in Params.model_fields}
         try:
-            Params.declared(known)
+            for name, changed in Params.declared(known).rounds.items():
+                rounds.check_pruners(name, changed.prune)
         except SettingsError as error:
             cell, text = f"{method} {point}".strip(), str(error).removeprefix("params.yaml: ")
             raise SettingsError(f"{where}: {cell}: {text}") from None

@@ -63,6 +63,14 @@ def epochs(params: Mapping[str, Any], section: str) -> list[int]:
     return [own[0] or 0 if count is None else count for count in own]
 
 
+def check_pruners(name: str, prune: Mapping[str, Any]) -> None:
+    """Raise SettingsError unless the `pruners` of a round are a table, or missing."""
+    given = prune.get("pruners", {})
+    if not isinstance(given, Mapping):
+        key = f"{KEY}.{name}.prune.pruners"
+        raise SettingsError(f"{key} = {shorten(given)}: a table of settings is needed")
+
+
 def in_round(name: str, above: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of params.yaml moved to one round; those that a round cannot have stay outside."""
     if name == FIRST:
