@@ -238,8 +238,8 @@ def test_a_table_is_a_recipe_for_every_combination(folder):
           "b": {"about": "", "extends": "a", "settings": {}}}, "a", "extends a, which is no other"),
         ({"a": {"about": "", "settings": {}},
           "b": {"about": "", "name": "a", "settings": {}}}, "a", "there is another recipe named a"),
-        ({"a": {"about": "", "settings": {}}}, "c", "'c': there is .*: none of a similar name"),
-        ({"abc": {"about": "", "settings": {}}}, "abd", "'abd': .* there are: abc; "),
+        ({"a": {"about": "", "settings": {}}}, "c", "'c': there is .* of a similar name: none; "),
+        ({"abc": {"about": "", "settings": {}}}, "abd", "'abd': .* of a similar name: abc; "),
     ],
 )  # fmt: skip
 def test_recipes_that_lead_nowhere_are_told(folder, files, name, line):

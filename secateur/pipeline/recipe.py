@@ -145,8 +145,8 @@ class Recipes:
             close = difflib.get_close_matches(name, self.names, n=5)
             unread = "".join(f"; {error}" for error in self.errors)
             raise SettingsError(
-                f"recipe {shorten(name)}: there is none in {FOLDER}/; there are: "
-                f"{', '.join(close) or 'none of a similar name'}; `secateur recipe` lists all"
+                f"recipe {shorten(name)}: there is none in {FOLDER}/; of a similar name: "
+                f"{', '.join(close) or 'none'}; `secateur recipe` lists all"
                 f"{unread}"
             )
         settings = self.settings(name)

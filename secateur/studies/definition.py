@@ -18,7 +18,6 @@ A cell is one combination of values with one seed, or a control: one run of the 
 """
 
 import copy
-import difflib
 import itertools
 import math
 import re
@@ -30,7 +29,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, JsonValue, Tag, TypeAdapter
 
 from secateur.base.documents import read_yaml, validated
-from secateur.base.errors import SettingsError, shorten
+from secateur.base.errors import SettingsError, did_you_mean, shorten
 from secateur.base.settings import Params
 from secateur.pipeline import recipe
 from secateur.pipeline.params_file import nested, with_numbers
@@ -159,10 +158,9 @@ def load(name: str, params: Mapping[str, Any]) -> Study:
     path = FOLDER / f"{name}.yaml"
     if not re.fullmatch(r"[\w.-]+", name) or not path.is_file():
         known = names()
-        close = difflib.get_close_matches(name, known, n=5) or known
         raise SettingsError(
             f"study {shorten(name)}: there is none in {FOLDER}/; there are: "
-            f"{', '.join(close) or 'none'}"
+            f"{', '.join(known) or 'none'}{did_you_mean(name, known)}"
         )
     written, params = _read(path), with_numbers(params)
     below = recipe.load(written.recipe).settings if written.recipe else {}
