@@ -490,6 +490,18 @@ def test_a_network_with_an_auxiliary_classifier_in_training_is_told():
         fit(Auxiliary(64, 10), digits(), Train(epochs=1))
 
 
+def test_a_network_with_a_tensor_of_five_axes_is_trained():
+    """Its convolutions become channels-last, for which tensors need four axes."""
+    model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.Flatten(), nn.Linear(108, 10))
+    model.volume = nn.Parameter(torch.ones(1, 2, 3, 4, 5))
+    model.register_buffer("image", torch.rand(2, 3, 4, 5))
+    before = model.image.clone()
+    result = fit(model, digits(), Train(epochs=1, keep="last"))
+    assert len(result.history) == 1 and torch.equal(model.image, before)
+    for tensor in (model[0].weight, model.image):
+        assert tensor.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_masks_are_held_and_other_weights_learn():
     model = network("lenet5")
     before = copy.deepcopy(model.state_dict())

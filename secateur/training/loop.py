@@ -105,7 +105,9 @@ def _place(model: nn.Module, device: torch.device) -> None:
     """Move the model to the device; networks with convolutions become channels-last, for speed."""
     model.to(device)
     if any(isinstance(module, nn.Conv2d) for module in model.modules()):
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.dim() == 4:  # `model.to` would try it on five axes too
+                tensor.data = tensor.data.to(memory_format=torch.channels_last)
 
 
 def _batches(data: Dataset, settings: Train, seed: int, engine: Engine) -> Batches:
