@@ -439,6 +439,52 @@ def test_a_size_that_is_rounded_remains_a_size():
     assert graph.balances
 
 
+@pytest.mark.parametrize(
+    "normalise",
+    [
+        lambda x, count: functional.group_norm(x, count),
+        lambda x, count: functional.layer_norm(x.transpose(1, 3), (count,)).transpose(1, 3),
+    ],
+)
+def test_channels_whose_number_another_tensor_is_normalised_by_are_locked(normalise):
+    def run(net, x):
+        x = net.a(x)
+        return net.head((normalise(net.b(x), x.shape[1]) * net.scale).mean((2, 3)))
+
+    def make():
+        return Code(run, a=conv(3, 8), b=conv(8, 8), scale=torch.rand(1, 8, 1, 1),
+                    head=nn.Linear(8, CLASSES))  # fmt: skip
+
+    graph = equal_at_random(make, seeds=2)
+    assert "calculates with their number" in graph.group("a").locked
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_shortcut_that_is_padded_up_to_a_number_is_locked_unless_it_follows_the_sum(known):
+    def run(net, x):
+        x, short = net.a(x), net.b(x)
+        more = (8 if known else x.shape[1]) - short.shape[1]
+        return net.head((x + functional.pad(short, (0, 0, 0, 0, 0, more))).mean((2, 3)))
+
+    graph = equal_at_random(
+        lambda: Code(run, a=conv(3, 8), b=conv(3, 6), head=nn.Linear(8, CLASSES))
+    )
+    (group,) = (group for group in graph.groups if "b" in group.producers)
+    assert (group.locked is not None) == known
+
+
+def test_channels_that_give_a_view_of_others_its_size_are_locked():
+    def run(net, x):
+        x = net.a(x)
+        parts = net.b(x).reshape(x.shape[0], 2, x.shape[1] // 2, 2, 64)
+        return net.head(parts.transpose(3, 2).flatten(1, 3).mean(-1))
+
+    graph = equal_at_random(
+        lambda: Code(run, a=conv(3, 8), b=conv(8, 16), head=nn.Linear(16, CLASSES))
+    )
+    assert "counts other channels" in graph.group("a").locked
+
+
 # ---- results in place, which change every tensor with the same entries -------------------------
 
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from secateur.base.errors import PruningError
@@ -21,6 +22,8 @@ class TracedSize(int):
     counted: Tensor | None = None
     """Ids of the channels that the size counts, or that it was computed from; None if it does not
     depend on channels."""
+    less: Tensor | None = None
+    """Of the difference of two sizes, the ids that the second one counts."""
     computed: bool = False
     """Whether it is the result of arithmetic."""
 
@@ -44,8 +47,11 @@ def _keep_traced(name: str) -> None:
         if not isinstance(result, int):
             return result
         size = TracedSize(result)
-        counted = [v.counted for v in (self, *others) if isinstance(v, TracedSize)]
-        size.counted = next((ids for ids in counted if ids is not None), None)
+        sizes = [v for v in (self, *others) if isinstance(v, TracedSize)]
+        counted = [v.counted for v in sizes if v.counted is not None]
+        size.counted = torch.cat(counted) if counted else None
+        if name == "__sub__" and len(counted) == 2 and not any(v.computed for v in sizes):
+            size.counted, size.less = counted
         size.computed = True
         return size
 
@@ -61,12 +67,14 @@ class TracedNumber(float):
 
     counted: Tensor
     """Ids of the channels that the size counts."""
+    less: Tensor | None = None
+    """As `TracedSize.less`."""
 
     @classmethod
-    def of(cls, value: float, counted: Tensor) -> "TracedNumber":
+    def of(cls, value: float, counted: Tensor, less: Tensor | None = None) -> "TracedNumber":
         """The number with its origin."""
         number = cls(value)
-        number.counted = counted
+        number.counted, number.less = counted, less
         return number
 
 

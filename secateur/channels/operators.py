@@ -52,6 +52,8 @@ class Operator:
     """Means of its third tensor over positions, with weights from the first two: attention."""
     moves: bool = False
     """The entries of the result are those of one tensor, in another shape or order."""
+    sized: bool = False
+    """Its rule reports the sizes among its arguments; for all others, they are numbers."""
     metadata: bool = False
     """The result is about the tensor's shape or type, not its entries."""
     keywords: tuple[tuple[str, ...], ...] = ()
@@ -140,7 +142,7 @@ OPERATORS: dict[OperatorKey, Operator] = _table(
         ),
         ("scaled_dot_product_attention",),
     ),
-    (Operator(attention.mask_of_scores), ("mask_of_scores",)),
+    (Operator(attention.mask_of_scores, sized=True), ("mask_of_scores",)),
     (Operator(attention.split_windows), ("split_windows",)),
     (Operator(attention.join_windows), ("join_windows",)),
     (Operator(elementwise.unchanged, elementwise=True), ("separate_regions",)),
@@ -167,8 +169,11 @@ OPERATORS: dict[OperatorKey, Operator] = _table(
         ("max", "min"),
     ),
     # shapes
-    (Operator(shapes.reshape, moves=True, keywords=(("shape", "size"),)), ("view", "reshape")),
-    (Operator(shapes.unflatten, moves=True), ("unflatten",)),
+    (
+        Operator(shapes.reshape, moves=True, sized=True, keywords=(("shape", "size"),)),
+        ("view", "reshape"),
+    ),
+    (Operator(shapes.unflatten, moves=True, sized=True), ("unflatten",)),
     (Operator(shapes.flatten_module), (nn.Flatten,)),
     (Operator(shapes.flatten, moves=True), ("flatten",)),
     (Operator(shapes.permute, moves=True, keywords=(("dims",),)), ("permute",)),
@@ -180,7 +185,7 @@ OPERATORS: dict[OperatorKey, Operator] = _table(
     (Operator(shapes.repeat, moves=True, keywords=(("repeats",),)), ("repeat",)),
     (Operator(shapes.squeeze, moves=True, keywords=(("dim",),)), ("squeeze",)),
     (Operator(shapes.unsqueeze, moves=True), ("unsqueeze",)),
-    (Operator(shapes.expand, moves=True, keywords=(("size",),)), ("expand",)),
+    (Operator(shapes.expand, moves=True, sized=True, keywords=(("size",),)), ("expand",)),
     (Operator(shapes.expand_as), ("expand_as",)),
     (Operator(shapes.unbind), ("unbind",)),
     (Operator(shapes.roll), ("roll",)),
@@ -199,7 +204,7 @@ OPERATORS: dict[OperatorKey, Operator] = _table(
     (Operator(slices.chunk), ("chunk",)),
     (Operator(slices.glu_module), (nn.GLU,)),
     (Operator(slices.glu), ("glu",)),
-    (Operator(slices.split, keywords=(("split_size",),)), ("split",)),
+    (Operator(slices.split, sized=True, keywords=(("split_size",),)), ("split",)),
     (Operator(slices.index_select), ("index_select",)),
     (Operator(slices.getitem, raw=True), ("getitem",)),
 )

@@ -147,6 +147,8 @@ class Propagation(fx.Interpreter):
             _check_parameters(call, args, kwargs)
             if operator.weighted:
                 _check_kernels(call, args, kwargs)
+        if not operator.sized:
+            call.calculates(*_flat((args[1:], kwargs)))
         if not operator.raw:
             args = (call.channels(args[0]), *args[1:])
         return operator.rule(call, *args, **kwargs)

@@ -68,11 +68,12 @@ def settle(views: Sequence[View], canonical_of: Callable[[Tensor], Tensor]) -> S
                 constant.add((size.module, size.key))
             if isinstance(size, AttributeSize) and size.calculated:
                 calculated[size.module, size.key] = f"the code calculates with {size.path}"
-            if isinstance(size, TracedNumber) and len(canonical_of(size.counted).unique()) > 1:
-                first.append((size.counted, f"{view.node} calculates with their number"))
+            if isinstance(size, TracedNumber):
+                counted = _number_of(size, canonical_of)
+                first.append((counted, f"{view.node} calculates with their number"))
             if isinstance(size, TracedSize) and size.counted is not None:
                 along = _along(view.ids, axis) if axis in varying else None
-                first += _foreign(view.node, size, along, canonical_of)
+                first += _foreign(view, size, along, canonical_of)
         if counting is not None and isinstance(size := view.sizes[counting], AttributeSize):
             settled.locks += _count(settled.counts, size, _along(view.ids, counting), canonical_of)
         elif fixed and fixed == varying:
@@ -90,8 +91,19 @@ def settle(views: Sequence[View], canonical_of: Callable[[Tensor], Tensor]) -> S
     return settled
 
 
+def _number_of(size: TracedNumber, canonical_of: Callable[[Tensor], Tensor]) -> Tensor:
+    """Ids that a number depends on; a difference does not on channels that both sizes count."""
+    counted = canonical_of(size.counted)
+    if size.less is None:
+        return counted if len(counted.unique()) > 1 else counted[:0]
+    less = canonical_of(size.less)
+    ids, places = torch.cat((counted, less)).unique(return_inverse=True)
+    left = places[: len(counted)].bincount(minlength=len(ids))
+    return ids[left != places[len(counted) :].bincount(minlength=len(ids))]
+
+
 def _foreign(
-    node: str, size: TracedSize, ids: Tensor | None, canonical_of: Callable[[Tensor], Tensor]
+    view: View, size: TracedSize, ids: Tensor | None, canonical_of: Callable[[Tensor], Tensor]
 ) -> list[tuple[Tensor, str]]:
     """Locks for a size that counts channels other than those along its axis.
 
@@ -100,9 +112,11 @@ def _foreign(
     assert size.counted is not None
     if ids is not None:
         counted, own = canonical_of(size.counted), canonical_of(ids)
-        if size.computed or torch.equal(counted.sort().values, own.sort().values):
+        if size.computed and bool(torch.isin(counted, canonical_of(view.ids)).any()):
             return []
-    reason = f"{node} views a tensor in a size that counts other channels"
+        if torch.equal(counted.sort().values, own.sort().values):
+            return []
+    reason = f"{view.node} views a tensor in a size that counts other channels"
     return [(other, reason) for other in (size.counted, ids) if other is not None]
 
 

@@ -47,7 +47,6 @@ def scaled_dot_product_attention(
     """Products of queries and keys, and sums of values weighted by them."""
     if enable_gqa:
         raise PruningError("heads that share keys (enable_gqa) are not covered")
-    call.calculates(scale)
     key, value = call.channels(key), call.channels(value)
     turned = shapes.transpose(call, key, -2, -1)
     scores = matmul(call, query, turned)

@@ -95,7 +95,7 @@ class Call:
             if isinstance(value, AttributeSize):
                 value.calculated = True
             if (counted := getattr(value, "counted", None)) is not None:
-                number = TracedNumber.of(value, counted)
+                number = TracedNumber.of(value, counted, getattr(value, "less", None))
                 self.visitor.view(self.node, [number], torch.tensor([ZERO]))
 
     def lock(self, x: ChannelIds, reason: str) -> None:

@@ -33,7 +33,6 @@ def combine(call: Call, a: Any, b: Any, *_: Any, **__: Any) -> Any:
     """Two tensors, entry by entry: equal positions become one channel."""
     if a is PLACES or b is PLACES:
         raise call.unknown()
-    call.calculates(a, b)
     sides = [
         call.channels(v) if isinstance(v, NamedTensor) and v.tensor.numel() > 1 else v
         for v in (a, b)
@@ -73,7 +72,6 @@ def combine_all(call: Call, *values: Any, **named: Any) -> Any:
     every = (*values, *named.values())
     if any(value is PLACES for value in every):
         raise call.unknown()
-    call.calculates(*every)
     tensors = [v for v in every if isinstance(v, ChannelIds | NamedTensor)]
     result = combine(call, tensors[0], None)
     for number, tensor in enumerate(tensors[1:]):  # each pair has a place of its own in broadcasts

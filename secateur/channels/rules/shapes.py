@@ -75,7 +75,6 @@ def flip(call: Call, x: ChannelIds, *dims: Any) -> ChannelIds:
 def repeat(call: Call, x: ChannelIds, *sizes: Any) -> ChannelIds:
     """Several copies along each axis."""
     given = sizes[0] if len(sizes) == 1 and isinstance(sizes[0], tuple | list) else sizes
-    call.calculates(*given)
     return ChannelIds.from_expanded(x.expanded().repeat(tuple(map(int, given))))
 
 
@@ -194,7 +193,6 @@ def pad_module(call: Call, module: nn.ZeroPad2d | nn.ZeroPad3d, x: ChannelIds) -
 def new_zeros(call: Call, x: ChannelIds, *size: Any, **_: Any) -> ChannelIds:
     """Zeros in the given shape."""
     sizes = size[0] if isinstance(size[0], tuple | list) else size
-    call.calculates(*sizes)
     return zeros(sizes)
 
 
