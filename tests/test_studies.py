@@ -498,6 +498,25 @@ def test_a_search_checks_all_labels_and_ends_before_it_begins(project, axes, cel
     assert "1 of 1 done" in run_study(project)
 
 
+@pytest.mark.pipeline
+def test_a_search_judges_a_network_whose_last_training_has_no_epochs(project):
+    """Nothing is pruned, so its accuracy on the validation images is that of the dense network."""
+    pytest.importorskip("optuna")
+    short = {"baseline": {"epochs": 1}, "sparse_train": {"epochs": 0}, "finetune": {"epochs": 0}}
+    study_of(
+        project, settings=short | {"pruner": "threshold", "penalty": "none"},
+        axes={"pruners.threshold.sensitivity": {"low": 0.0, "high": 1e-12}},
+        search={"trials": 1, "sampler": "random", "objectives": ["accuracy"]},
+    )  # fmt: skip
+    assert "1 of 1 done" in run_study(project)
+    with (project.path / "report/mine/trials.csv").open() as lines:
+        (row,) = csv.DictReader(lines)
+    project.run("git", "stash", "-u", "-q")
+    project.dvc("exp", "apply", "mine-t000-s1")
+    record = json.loads((project.path / "models/baseline.run.json").read_text())
+    assert float(row["accuracy"]) == record["metrics"]["val_accuracy"] > 0.1
+
+
 def test_the_highest_number_is_that_of_optuna():
     optuna = pytest.importorskip("optuna")
     for low, high, step in [

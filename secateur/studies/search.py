@@ -15,6 +15,7 @@ import fcntl
 import hashlib
 import json
 import statistics
+import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +25,7 @@ from typing import Any
 
 from secateur.base import optional
 from secateur.base.errors import SecateurError, SettingsError
-from secateur.pipeline import console
+from secateur.pipeline import console, tracked
 from secateur.pipeline.record import model_spec, parse
 from secateur.studies import definition, marks, plan, rounds
 from secateur.studies.definition import PlannedCell, Space, Study
@@ -167,12 +168,40 @@ def _reached(
     if "accuracy" in objectives:
         path = str(model_spec(last).record)
         metrics = parse(made.graph.read(entries[last], path), path).metrics
-        if "val_accuracy" not in metrics:
-            raise SettingsError(NO_IMAGES)
-        values["accuracy"] = metrics["val_accuracy"]
+        known = metrics.get("val_accuracy")  # missing if its training had no epochs
+        values["accuracy"] = _accuracy(made, entries, last) if known is None else known
     if {"params", "macs"} & {*objectives}:
         values |= _costs(made, entries, last)
     return values
+
+
+def _accuracy(made: Plan, entries: Mapping[str, Entry], last: str) -> float:
+    """Accuracy of the final network on the validation images, from the files in DVC's cache."""
+    from secateur.data import dataset
+    from secateur.nn import checkpoint
+    from secateur.training.evaluation import accuracy
+
+    (out,) = entries[PREPARE]["outs"]
+    with tempfile.TemporaryDirectory() as folder:
+        for path, md5 in tracked.contents(made.graph.object(out["md5"])).items():
+            target = Path(folder, path)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.symlink_to(made.graph.object(md5).resolve())
+        prepared = dataset.load(Path(folder))
+        if not prepared.info.counts["val"]:
+            raise SettingsError(NO_IMAGES)
+        final = checkpoint.load(_checkpoint(made, entries, last))
+        info = replace(prepared.info, mean=list(final.header.mean), std=list(final.header.std))
+        return accuracy(final.model(), prepared.val, info)[0]
+
+
+def _checkpoint(made: Plan, entries: Mapping[str, Entry], stage: str) -> Path:
+    """The model of a finished stage, in DVC's cache."""
+    path = str(model_spec(stage).checkpoint)
+    place = made.graph.locate(entries[stage], path)
+    if place is None:
+        raise SecateurError(f"{path}: the stage has not written it")
+    return place
 
 
 def _costs(made: Plan, entries: Mapping[str, Entry], last: str) -> dict[str, float]:
@@ -181,14 +210,9 @@ def _costs(made: Plan, entries: Mapping[str, Entry], last: str) -> dict[str, flo
 
     from secateur.nn import checkpoint, cost
 
-    loaded = []
-    for stage in ("baseline", last):
-        path = str(model_spec(stage).checkpoint)
-        place = made.graph.locate(entries[stage], path)
-        if place is None:
-            raise SecateurError(f"{path}: the stage has not written it")
-        loaded.append(checkpoint.load(place))
-    dense, final = loaded
+    dense, final = (
+        checkpoint.load(_checkpoint(made, entries, stage)) for stage in ("baseline", last)
+    )
     image = torch.zeros(1, *dense.header.shape)
     network, small = dense.model(), final.model()
     left = sum(layer.macs for layer in cost.layer_costs(small, image, final.masks))
