@@ -5,6 +5,7 @@ import copy
 import functools
 import hashlib
 import math
+import random
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -339,6 +340,26 @@ def test_a_killed_training_with_dropout_does_too():
     settings = Train(epochs=3, batch_size=32)
     killed, alone = killed_and_undisturbed(make, settings, [(1, 2), (2, None)])
     assert killed == alone
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.random], ids=["python", "numpy"])
+def test_a_killed_training_whose_layers_draw_from_other_generators_does_too(draw):
+    """As code for stochastic depth may; the numbers drawn before and after do not matter."""
+
+    class Random(nn.Linear):
+        def forward(self, images):
+            return super().forward(images.flatten(1)) * (draw() if self.training else 1.0)
+
+    def make():
+        torch.manual_seed(5)
+        return Random(64, 10)
+
+    settings = Train(epochs=3, batch_size=32)
+    killed, alone = killed_and_undisturbed(make, settings, [(1, 2), (2, None)])
+    assert killed == alone
+    states = random.getstate(), repr(np.random.get_state())
+    fit(make(), digits(120), settings, "again")
+    assert (random.getstate(), repr(np.random.get_state())) == states
 
 
 class Clock:
