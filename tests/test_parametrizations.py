@@ -245,6 +245,22 @@ def test_collapsed_it_computes_what_it_computed_in_eval_mode(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_layers_that_share_a_weight_compute_with_the_same_weight_until_the_end(name):
+    model = nn.Sequential(
+        nn.Flatten(), *(nn.Linear(64, 64) for _ in range(2)), nn.ReLU(), nn.Linear(64, 10)
+    )
+    model[2].weight = model[1].weight
+    model, made, _ = trained(name, model=model)
+    images = torch.randn(7, 1, 8, 8)
+    expected = model.eval()(images)
+    assert 0.05 < made.metrics()["pruned"] < 0.95
+    made.collapse()
+    assert torch.equal(model(images), expected)
+    assert model[2].weight is model[1].weight
+    assert {type(layer) for layer in (model[1], model[2])} == {nn.Linear}
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_killed_at_any_step_it_ends_with_the_same_bytes(name):
     alone, _, expected = trained(name, "alone")
     for stop in (1, 5, 10, 15):

@@ -23,7 +23,7 @@ from secateur.sparsity import masks
 from secateur.sparsity.choices import Choices
 from secateur.sparsity.layer_ratios import layers_left
 from secateur.sparsity.ratios import Skip
-from secateur.training.parametrization import Parametrization, zeros
+from secateur.training.parametrization import Parametrization, holders, zeros
 from secateur.training.penalty import TrainingPlan
 
 
@@ -67,9 +67,13 @@ class SoftThresholds:
         layers = masks.layers(model)
         self.layers = {name: layers[name] for name in layers_left(model, settings.skip)}
         self.thresholds: dict[str, SoftThreshold] = {}
+        self.places: dict[str, list[tuple[nn.Module, str]]] = {}
+        """Layer -> the modules that have its weight, which share its threshold too."""
         for name, layer in self.layers.items():
             self.thresholds[name] = SoftThreshold(settings.initial, layer.weight.device)
-            parametrize.register_parametrization(layer, "weight", self.thresholds[name])
+            self.places[name] = holders(model, layer.weight)
+            for module, key in self.places[name]:
+                parametrize.register_parametrization(module, key, self.thresholds[name])
 
     def start(self, plan: TrainingPlan) -> None:
         """Nothing to prepare."""
@@ -91,7 +95,10 @@ class SoftThresholds:
     @torch.no_grad()
     def collapse(self) -> Choices:
         """Replace the weights of the layers by their soft-thresholded values."""
-        for layer in self.layers.values():
+        for name, layer in self.layers.items():
+            for module, key in self.places[name]:
+                if module is not layer:  # gets the values of the layer, whose weight it has
+                    parametrize.remove_parametrizations(module, key, leave_parametrized=False)
             parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
         return zeros(self.model, (f"{name}.weight" for name in self.layers))
 

@@ -31,7 +31,7 @@ from secateur.sparsity import masks
 from secateur.sparsity.choices import Choices
 from secateur.sparsity.layer_ratios import layers_left
 from secateur.sparsity.ratios import Skip
-from secateur.training.parametrization import Parametrization, zeros
+from secateur.training.parametrization import Parametrization, holders, zeros
 from secateur.training.penalty import TrainingPlan
 
 K1, K2, K3 = 0.63576, 1.87320, 1.48695
@@ -61,8 +61,8 @@ class Settings(Strict):
 def build(settings: Settings, model: nn.Module) -> Parametrization:
     """Noise on the weights of convolutions and linear layers.
 
-    Layers of derived classes keep plain weights. Raises ArgumentError if no layer is left, or if a
-    name under `skip` matches no layer.
+    Layers of derived classes keep plain weights, and so do those that share theirs. Raises
+    ArgumentError if no layer is left, or if a name under `skip` matches no layer.
     """
     return VariationalDropout(settings, model)
 
@@ -120,13 +120,21 @@ class VariationalDropout:
         self.model, self.settings = model, settings
         layers = masks.layers(model)
         wanted = layers_left(model, settings.skip)
-        self.layers: dict[str, Any] = {n: layers[n] for n in wanted if type(layers[n]) in NOISY}
+        own = {name: [m for m, _ in holders(model, layers[name].weight)] for name in wanted}
+        self.sharing: dict[str, list[Any]] = {
+            name: found for name, found in own.items() if all(type(m) in NOISY for m in found)
+        }
+        """Name of the first layer that has a weight -> all layers that have it; they share its
+        variances too."""
+        self.layers: dict[str, Any] = {name: layers[name] for name in self.sharing}
         if not self.layers:
             raise ArgumentError("skip", "no plain convolution or linear layer is left")
-        for layer in self.layers.values():
-            layer.__class__ = NOISY[type(layer)]
-            layer.threshold = settings.threshold
-            layer.log_variance = nn.Parameter(torch.full_like(layer.weight, settings.initial))
+        for name, layer in self.layers.items():
+            log_variance = nn.Parameter(torch.full_like(layer.weight, settings.initial))
+            for same in self.sharing[name]:
+                same.__class__ = NOISY[type(same)]
+                same.threshold = settings.threshold
+                same.log_variance = log_variance
 
     def start(self, plan: TrainingPlan) -> None:
         """Store the length of the training. ArgumentError for an optimizer that would be too slow,
@@ -174,10 +182,11 @@ class VariationalDropout:
     @torch.no_grad()
     def collapse(self) -> Choices:
         """Turn the noisy layers into plain ones, with the means as weights."""
-        for layer in self.layers.values():
+        for name, layer in self.layers.items():
             layer.weight.copy_(layer.mean())
-            del layer.log_variance, layer.threshold
-            layer.__class__ = {own: plain for plain, own in NOISY.items()}[type(layer)]
+            for same in self.sharing[name]:
+                del same.log_variance, same.threshold
+                same.__class__ = {own: plain for plain, own in NOISY.items()}[type(same)]
         return zeros(self.model, (f"{name}.weight" for name in self.layers))
 
 

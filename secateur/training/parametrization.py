@@ -107,6 +107,16 @@ class _Joined:
             self.penalty.load_state_dict(state)
 
 
+def holders(model: nn.Module, weight: Tensor) -> list[tuple[nn.Module, str]]:
+    """The modules that have this parameter, and its name in each: several if they share it."""
+    return [
+        (module, key)
+        for module in model.modules()
+        for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
+        if parameter is weight
+    ]
+
+
 def zeros(model: nn.Module, names: Iterable[str]) -> Choices:
     """The zeros in these weights, as choices of single weights, on the CPU."""
     found = {name: (model.get_parameter(name).detach() == 0).cpu() for name in names}
