@@ -124,11 +124,14 @@ def _latency(parser: argparse.ArgumentParser) -> None:
         help="measure the dense and finetuned networks in one or several of torch, onnxruntime "
         "and openvino, and keep the times in report/NAME/latency.csv",
     )
-    group.add_argument("--batch", type=_positive, default=1, metavar="N", help="default: 1")
-    group.add_argument("--threads", type=_positive, default=1, metavar="N", help="default: 1")
-    group.add_argument(
-        "--repeats", type=_positive, default=100, metavar="N", help="timed passes; default: 100"
-    )
+    for name, default, what in (
+        ("--batch", 1, "images per forward pass"),
+        ("--threads", 1, "threads of a forward pass"),
+        ("--repeats", 100, "timed passes"),
+    ):
+        group.add_argument(
+            name, type=_positive, default=default, metavar="N", help=f"{what}; default: {default}"
+        )
 
 
 def _compare(parser: argparse.ArgumentParser) -> None:
@@ -153,7 +156,9 @@ def _compare(parser: argparse.ArgumentParser) -> None:
 
 def _report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("experiment", nargs="+", help="names of experiments")
-    parser.add_argument("--name", default="comparison", help="folder in report/, and the title")
+    parser.add_argument(
+        "--name", default="comparison", help="folder in report/, and the title; default: comparison"
+    )
     _latency(parser)
 
 
