@@ -426,7 +426,9 @@ def test_a_journal_of_something_else_is_refused(write_study, tmp_path):
     pytest.importorskip("optuna")
     space = write_study(axes=RANGES, **SOUGHT).space
     search.Trials("mine", space).claim("one state of the code")
+    written = (tmp_path / "studies/mine.journal").read_bytes()
     search.Trials("mine", space).claim("one state of the code")
+    assert (tmp_path / "studies/mine.journal").read_bytes() == written, "nothing new has happened"
     with pytest.raises(SettingsError, match="other axes, objectives, seeds, settings, code or"):
         search.Trials("mine", space).claim("another")
     one = write_study(axes=RANGES, search={"trials": 2, "objectives": ["accuracy"]}).space

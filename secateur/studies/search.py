@@ -236,12 +236,14 @@ class Trials:
             for objective in self.search.objectives
         ]
         with self._damaged():
-            self._study = self._optuna.create_study(
-                study_name=name,
-                storage=self._optuna.storages.JournalStorage(backend),
-                directions=directions,
-                load_if_exists=True,
-            )
+            storage = self._optuna.storages.JournalStorage(backend)
+            known = {each.study_name for each in storage.get_all_studies()}
+            if name in known:  # create_study would write a line for it again
+                self._study = self._optuna.load_study(study_name=name, storage=storage)
+            else:
+                self._study = self._optuna.create_study(
+                    study_name=name, storage=storage, directions=directions
+                )
             if [each.name.lower() for each in self._study.directions] != directions:
                 raise ValueError("other objectives")
         self._failed: set[int] = set()
