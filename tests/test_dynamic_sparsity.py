@@ -396,6 +396,29 @@ def test_no_gradient_reaches_what_filters_and_groups_have_lost_so_that_none_can_
     )
 
 
+@pytest.mark.parametrize("granularity", ["filter", "channel", "weight"])
+@pytest.mark.parametrize("criterion", ["l1", "geometric_median", "taylor", "lamp"])
+def test_a_ratio_includes_what_masks_of_earlier_rounds_prune(criterion, granularity):
+    if (criterion, granularity) == ("geometric_median", "weight"):
+        return  # not defined
+    model = nn.Sequential(nn.Linear(64, 12), nn.ReLU(), nn.Linear(12, 8), nn.ReLU(),
+                          nn.Linear(8, 3))  # fmt: skip
+    model[2].weight.data.mul_(0.1).add_(0.5)  # rows that are close to each other, far from 0
+    mask = torch.ones(8, 12, dtype=torch.bool)
+    mask[6:] = mask[:, 10:] = False
+    model[2].weight.data *= mask
+    penalty = build("gradual", model, shape=(64,), granularity=granularity, criterion=criterion,
+                    ratios={"[2]": 0.5}, begin=0, end=0, interval=1)  # fmt: skip
+    penalty.start(TrainingPlan(settings(1), 10, 100, {"2.weight": mask}))
+    (0.0 * model(torch.rand(5, 64)).sum()).backward()  # with taylor, all have the lowest score
+    step(penalty, 0)
+    held = ~mask if granularity == "weight" else ~mask.any(
+        1 if granularity == "filter" else 0, keepdim=True
+    )  # fmt: skip
+    choice = penalty.choice["2.weight"]
+    assert choice[held].all() and int(choice.sum()) == choice.numel() // 2
+
+
 @pytest.mark.parametrize("norm", ["l1", "l2"])
 def test_decay_multiplies_the_norm_of_what_may_be_pruned(norm):
     model = linear([[3.0, -4.0]])

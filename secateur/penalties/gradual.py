@@ -37,6 +37,7 @@ from secateur.penalties._shared.growing import PrunedChannels
 from secateur.sparsity import choices, masks
 from secateur.sparsity.choices import Choices, Granularity, Ranking
 from secateur.sparsity.layer_ratios import ratios_by_layer, ratios_by_parameter
+from secateur.sparsity.masks import Masks
 from secateur.sparsity.ratios import Ratios, Rules, Skip
 from secateur.sparsity.scores import WeightCriterion, scores_of_weight
 from secateur.training.penalty import TrainingPlan
@@ -222,6 +223,13 @@ class Gradual(GradualPenalty):
             self.held |= {name: model.get_parameter(name) for name in names}
         self._gradients: dict[str, Tensor] = {}
         """For criterion taylor, within a step with a choice: gradients of the loss alone."""
+        self.masks: Masks = {}
+        """Masks that the training holds, of ranked weights; a ratio includes what they prune."""
+
+    def start(self, plan: TrainingPlan) -> None:
+        """Also note the masks that the training holds."""
+        super().start(plan)
+        self.masks = {name: plan.masks[name] for name in self.ranked if name in plan.masks}
 
     def before_step(self, step: int, optimizer: Optimizer) -> None:
         """Store what the choice needs, while weights and gradients are those of the step."""
@@ -235,6 +243,7 @@ class Gradual(GradualPenalty):
     def choose(self, progress: float) -> None:
         """Choose the lowest scores by layer or globally; without `regrow` for good."""
         scores = {name: self._scores(name, weight) for name, weight in self.ranked.items()}
+        scores = choices.masked_first(scores, self.masks)
         shares = {n: share_at(r, self.settings.initial, progress) for n, r in self.ratios.items()}
         self.choice = lowest(scores, shares, self.settings.ranking, self.settings.keep_at_least)
         self._gradients = {}
