@@ -16,7 +16,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from secateur.base import plugin
@@ -26,6 +25,7 @@ from secateur.nn import checkpoint, matching, weights
 from secateur.nn.checkpoint import Header
 from secateur.nn.weights import Weights
 from secateur.pipeline import console, preflight, runner
+from secateur.training import determinism
 from secateur.training.evaluation import accuracy
 
 
@@ -37,7 +37,7 @@ def main() -> None:
 def make_dense(context: runner.TrainingContext) -> runner.StageResult:
     """Train a network with cross-entropy only, from random or given weights."""
     settings, header = context.params.baseline, context.header()
-    torch.manual_seed(context.params.seed)
+    determinism.seed_weights(context.params.seed)
     model = checkpoint.build_architecture(header)
     notes = _notes(context)
     if (found := _find_weights(context)) is not None:

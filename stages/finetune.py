@@ -22,7 +22,7 @@ from secateur.nn import checkpoint, cost
 from secateur.nn.resizing import orthogonalise, reset_parameters
 from secateur.pipeline import console, runner
 from secateur.sparsity import masks
-from secateur.training import budget
+from secateur.training import budget, determinism
 
 
 def main(round_name: str | None) -> None:
@@ -35,7 +35,7 @@ def finetune(context: runner.TrainingContext) -> runner.StageResult:
     settings, pruned = context.params.finetune, context.start
     model = pruned.model()
     if settings.init in ("scratch", "orthogonal"):
-        torch.manual_seed(context.params.seed)
+        determinism.seed_weights(context.params.seed)
         reset_parameters(model)
     if settings.init == "orthogonal":
         orthogonalise(model)

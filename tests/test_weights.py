@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import sys
 import types
 from collections import Counter, defaultdict, deque
@@ -909,6 +910,36 @@ def start(coloured):
 
     yield run
     (coloured.path / "params.yaml").write_text(original)
+
+
+DRAWN = """
+import random
+import numpy as np
+import torch
+from torch import nn
+
+def net(num_classes):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3072, num_classes))
+    model[1].weight.data[0, 0] = random.random()
+    model[1].bias.data = torch.from_numpy(np.random.rand(num_classes)).float()
+    return model
+"""
+
+
+@pytest.mark.pipeline
+@pytest.mark.usefixtures("start")
+def test_weights_that_own_code_draws_by_numpy_or_python_follow_the_seed_too(coloured):
+    (coloured.path / "drawn.py").write_text(DRAWN)
+    own = {"archs__module__target": "drawn:net", "archs__module__source": "drawn.py"}
+    found = []
+    for seed in (1, 1, 2):
+        shutil.rmtree(coloured.path / ".resume", ignore_errors=True)
+        coloured.params(arch="module", seed=seed, **own)
+        coloured.stage("baseline")
+        found.append(checkpoint.load(coloured.path / "models/baseline/model.safetensors").tensors)
+    for name in ("1.weight", "1.bias"):
+        first, again, other = (tensors[name] for tensors in found)
+        assert torch.equal(first, again) and not torch.equal(first, other)
 
 
 @pytest.mark.pipeline

@@ -47,6 +47,14 @@ def _denormals_are_flushed() -> bool:
     return float(torch.tensor([1e-38]) * 1e-2) == 0.0
 
 
+def seed_weights(seed: int) -> None:
+    """Seed the global generators from which the weights of a new network are drawn, for good: those
+    of torch, and those of Python and numpy, from which a user's code may draw."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
 def seed_layers(seed: int, epoch: int, device: torch.device, rank: int = 0) -> None:
     """Seed the global generators of the CPU and of `device`, from which dropout and other random
     layers draw, for one epoch; also those of Python and numpy, from which a user's layer may.
