@@ -485,6 +485,29 @@ def test_channels_that_give_a_view_of_others_its_size_are_locked():
     assert "counts other channels" in graph.group("a").locked
 
 
+# ---- tensors of layers that other code reads too ------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("scaled", "free_ones"),
+    [
+        (lambda net, x: x / net.a.weight.shape[0], False),
+        (lambda net, x: x * net.a.weight.abs().mean(), False),
+        (lambda net, x: x * net.a.bias.mean(), False),
+        (lambda net, x: x / net.a.bias.shape[0], False),
+        (lambda net, x: x * net.a.bias.reshape(1, net.a.bias.shape[0], 1, 1), True),
+        (lambda net, x: (net.norm(x.transpose(1, 3)) * net.norm.weight).transpose(1, 3), True),
+    ],
+)
+def test_tensors_of_layers_that_other_code_reads_stay_with_their_channels(scaled, free_ones):
+    graph = equal_at_random(
+        lambda: Code(lambda n, x: n.head(scaled(n, n.norm(n.a(x).transpose(1, 3)).transpose(1, 3))
+                                         .amax((2, 3))),
+                     a=conv(3, 8), norm=nn.LayerNorm(8), head=nn.Linear(8, CLASSES))
+    )  # fmt: skip
+    assert (graph.group("a").locked is None) == free_ones
+
+
 # ---- results in place, which change every tensor with the same entries -------------------------
 
 

@@ -176,6 +176,7 @@ class GroupBuilder:
         Raises PruningError naming a layer that never ran.
         """
         _refuse_unused(self.model, self._used)
+        _join_other_uses(self)
         self.canonical = torch.tensor(self._sets.canonical())
         self._find_axes()
         self._canonical_and_zero = torch.cat((self.canonical, torch.tensor([ZERO])))
@@ -212,7 +213,24 @@ class GroupBuilder:
                 continue
             along = canonical.movedim(axis, 0).flatten(1)[:, 0] if ids.dim() > 1 else canonical
             self.parameters[name] = (ids, axis)
-            self.axes[name, axis] = AxisEntry(name, axis, "scale", along, name.rpartition(".")[0])
+            self.axes.setdefault((name, axis), _scale(name, axis, along))
+
+
+def _scale(name: str, axis: int, ids: Tensor) -> AxisEntry:
+    """The axis of a tensor that is added or multiplied."""
+    return AxisEntry(name, axis, "scale", ids, name.rpartition(".")[0])
+
+
+def _join_other_uses(built: GroupBuilder) -> None:
+    """The entries of a layer's tensor that other code reads too are the layer's channels."""
+    for (name, _), entry in built.axes.items():
+        if name not in built.parameters or name in built.selects:
+            continue
+        ids, _ = built.parameters[name]
+        if ids.dim() == 1:
+            built.unify(entry.ids, ids)
+        else:
+            built.lock(entry.ids, f"{name} is read by other code than its layer's")
 
 
 def _constants(model: nn.Module) -> Callable[[str], str | None]:

@@ -32,7 +32,7 @@ class TracedSize(int):
         """The size of an axis."""
         size = cls(x.shape[axis])
         if x.varies(axis):
-            size.counted = x.ids.movedim(axis, 0).flatten(1)[:, 0]
+            size.counted = x.ids.movedim(axis, 0).reshape(size, -1)[:, 0]
         return size
 
 
