@@ -485,6 +485,66 @@ def test_channels_that_give_a_view_of_others_its_size_are_locked():
     assert "counts other channels" in graph.group("a").locked
 
 
+# ---- spellings of common operations ------------------------------------------------------------
+
+
+def selective_kernels(net, x):
+    """Branches weighted by a softmax over the branches."""
+    both = torch.stack([net.a(x), net.b(x)], dim=1)
+    squeezed = both.sum(1).mean((2, 3)).relu()
+    weights = torch.stack([net.fc(squeezed), net.fc(squeezed.tanh())], 1).softmax(dim=1)
+    return (both * weights[:, :, :, None, None]).sum(dim=1)
+
+
+SPELLINGS = {
+    "stack": selective_kernels,
+    "stack last": lambda net, x: torch.stack((net.a(x), net.b(x)), dim=-1).mean(-1),
+    "erf": lambda net, x: net.a(x) * (1 + torch.erf(net.a(x) / 2**0.5)) / 2 + net.b(x),
+    "logsigmoid": lambda net, x: functional.logsigmoid(net.a(x)) + net.b(x),
+    "clamp_": lambda net, x: net.a(x).clamp_(min=0) + net.b(x).clamp_(-1, 1),
+    "subtract": lambda net, x: torch.subtract(net.a(x), net.b(x)),
+    "true_divide": lambda net, x: torch.true_divide(net.a(x), 1 + net.b(x).square()),
+    "reciprocal": lambda net, x: net.a(x) * (1 + net.b(x).absolute()).reciprocal(),
+    "logarithm": lambda net, x: torch.log1p(net.a(x).abs()) + torch.expm1(net.b(x).clamp(max=1)),
+    "addcmul": lambda net, x: torch.addcmul(net.shift, net.scale, net.a(x)) + net.b(x),
+    "lerp": lambda net, x: torch.lerp(net.a(x), net.b(x), 0.3),
+    "threshold": lambda net, x: functional.threshold(net.a(x), 0.1, 0.5) + net.bent(net.b(x)),
+    "view_as": lambda net, x: net.a(x).flatten(2).view_as(net.a(x)) + net.b(x),
+    "reshape_as": lambda net, x: net.a(x).flatten(1).reshape_as(net.a(x)) + net.b(x),
+    "constant": lambda net, x: net.edges(net.a(x)) + net.circle(net.b(x)),
+}
+
+
+def spelt(name):
+    return Code(lambda n, x: n.head(SPELLINGS[name](n, x).amax((2, 3))), a=conv(3, 8), b=conv(3, 8),
+                fc=nn.Linear(8, 8), shift=nn.Parameter(torch.randn(1, 8, 1, 1)),
+                scale=nn.Parameter(torch.randn(8, 1, 1)), bent=nn.Threshold(0.1, 0.5),
+                edges=nn.ConstantPad2d(1, 0.5), circle=nn.CircularPad2d(1),
+                head=nn.Linear(8, CLASSES))  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_common_operations_are_followed_in_every_spelling(name):
+    def make():
+        net = spelt(name)
+        used = {
+            str(node.target).partition(".")[0] for node in torch.fx.symbolic_trace(net).graph.nodes
+        }
+        for own in {"fc", "shift", "scale"} - used:
+            delattr(net, own)
+        return net
+
+    graph = equal_at_random(make)
+    assert graph.group("a").locked is None
+    model = make().double().eval()
+    with torch.no_grad():
+        model.a.weight[:3] = 0  # constants of which some are zero
+        model.b.weight[:3] = 0
+        model.b.bias[:2] = 0
+    compact = removal.remove_dead(model, {}, images()).model
+    assert difference(model, compact, images(side=12)) < 1e-9
+
+
 # ---- tensors of layers that other code reads too ------------------------------------------------
 
 

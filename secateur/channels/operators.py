@@ -103,7 +103,8 @@ OPERATORS: dict[OperatorKey, Operator] = _table(
         (
             *(nn.ReLU6, nn.LeakyReLU, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.GELU, nn.SiLU),
             *(nn.Sigmoid, nn.Tanh, nn.ELU, nn.SELU, nn.CELU, nn.Mish, nn.Softplus, nn.Softsign),
-            *(nn.LogSigmoid, nn.Dropout1d, nn.AlphaDropout),
+            *(nn.LogSigmoid, nn.Dropout1d, nn.AlphaDropout, nn.Threshold, nn.Hardshrink),
+            *(nn.Softshrink, nn.Tanhshrink),
         ),
     ),
     (
@@ -111,22 +112,36 @@ OPERATORS: dict[OperatorKey, Operator] = _table(
         (
             *("relu", "relu_", "relu6", "leaky_relu", "leaky_relu_", "hardtanh", "hardtanh_"),
             *("hardswish", "hardsigmoid", "gelu", "silu", "sigmoid", "sigmoid_", "tanh", "tanh_"),
-            *("elu", "elu_", "selu", "celu", "mish", "softplus", "softsign", "logsigmoid"),
+            *("elu", "elu_", "selu", "celu", "mish", "softplus", "softsign", "log_sigmoid"),
             *("dropout", "dropout1d", "dropout2d", "alpha_dropout", "feature_dropout"),
             *("stochastic_depth", "drop_path", "contiguous", "clone", "detach", "identity"),
             *("float", "double", "half", "bfloat16", "to", "type_as", "neg", "abs", "exp", "log"),
-            *("sqrt", "rsqrt", "square", "zeros_like", "ones_like"),
+            *(
+                "sqrt",
+                "rsqrt",
+                "square",
+                "zeros_like",
+                "ones_like",
+                "erf",
+                "absolute",
+                "reciprocal",
+            ),
+            *("log1p", "expm1", "_threshold", "hardshrink", "softshrink"),
         ),
     ),
     # two tensors or more, entry by entry
     (
         Operator(elementwise.combine, raw=True, combines=True, keywords=(OTHER,)),
-        (*elementwise.SUMS, "truediv", "div", "div_", "itruediv", "maximum", "minimum"),
+        (
+            *(*elementwise.SUMS, "subtract", "truediv", "div", "div_", "divide", "true_divide"),
+            *("itruediv", "maximum", "minimum"),
+        ),
     ),
     (
         Operator(elementwise.combine_all, raw=True, combines=True),
-        ("pow", "clamp", "clamp_min", "clamp_max", "clip"),
+        ("pow", "clamp", "clamp_", "clamp_min", "clamp_min_", "clamp_max", "clamp_max_", "clip"),
     ),
+    (Operator(elementwise.combine_all, raw=True), ("addcmul", "lerp")),
     (
         Operator(elementwise.combine, raw=True, combines=True, multiplies=True, keywords=(OTHER,)),
         elementwise.PRODUCTS,
@@ -153,6 +168,7 @@ OPERATORS: dict[OperatorKey, Operator] = _table(
         (
             *(nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d),
             *(nn.LPPool2d, nn.Upsample, nn.ReflectionPad2d, nn.ReplicationPad2d),
+            *(nn.ConstantPad2d, nn.CircularPad2d),
         ),
     ),
     (
@@ -173,6 +189,7 @@ OPERATORS: dict[OperatorKey, Operator] = _table(
         Operator(shapes.reshape, moves=True, sized=True, keywords=(("shape", "size"),)),
         ("view", "reshape"),
     ),
+    (Operator(shapes.reshape_as, sized=True), ("view_as", "reshape_as")),
     (Operator(shapes.unflatten, moves=True, sized=True), ("unflatten",)),
     (Operator(shapes.flatten_module), (nn.Flatten,)),
     (Operator(shapes.flatten, moves=True), ("flatten",)),
@@ -201,6 +218,7 @@ OPERATORS: dict[OperatorKey, Operator] = _table(
     (Operator(shapes.attribute, metadata=True), ("getattr",)),
     # along an axis
     (Operator(slices.cat, raw=True), ("cat", "concat", "concatenate")),
+    (Operator(slices.stack, raw=True), ("stack",)),
     (Operator(slices.chunk), ("chunk",)),
     (Operator(slices.glu_module), (nn.GLU,)),
     (Operator(slices.glu), ("glu",)),

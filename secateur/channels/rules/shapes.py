@@ -24,6 +24,11 @@ def reshape(call: Call, x: ChannelIds, *shape: Any) -> ChannelIds:
     return out
 
 
+def reshape_as(call: Call, x: ChannelIds, other: ChannelIds) -> ChannelIds:
+    """See reshape."""
+    return reshape(call, x, size(call, other))
+
+
 def _present(call: Call, sizes: Sequence[Any]) -> tuple[int, ...]:
     """The sizes, with the current values of attributes."""
     return tuple(call.visitor.size(s) if isinstance(s, AttributeSize) else s for s in sizes)

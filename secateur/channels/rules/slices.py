@@ -46,6 +46,13 @@ def cat(call: Call, tensors: Sequence[Any], dim: int = 0, axis: int | None = Non
     return ChannelIds(joined, tuple(shape))
 
 
+def stack(call: Call, tensors: Sequence[Any], dim: int = 0) -> ChannelIds:
+    """As `cat` along a new axis: the tensors have the same channels."""
+    parts = [shapes.unsqueeze(call, call.channels(t), dim) for t in tensors]
+    call.broadcasts.setdefault(call.node, (True, True))
+    return cat(call, parts, dim)
+
+
 def _one_along(call: Call, parts: Sequence[ChannelIds], dim: int) -> list[ChannelIds]:
     """Parts whose entries along an axis are one channel, which all parts share."""
     rows = []
