@@ -876,6 +876,12 @@ def test_the_setup_is_the_strictest_that_two_methods_fulfil(changed, label, lack
     assert fairness.setup(*rows) == (label, lacks)
 
 
+def test_a_round_that_repeats_a_setting_of_the_first_one_does_not_differ():
+    first, key = {"finetune.lr": 0.1}, "rounds.round2.finetune.lr"
+    assert fairness._differing(first, first | {key: 0.1}, ("finetune.",)) == ""
+    assert fairness._differing(first, first | {key: 0.2}, ("finetune.",)) == f"{key} None and 0.2"
+
+
 @pytest.mark.usefixtures("vectors")
 def test_published_results_are_drawn_and_marked_as_not_ours(experiments, tmp_path, monkeypatch):
     cells = experiments(2)

@@ -86,7 +86,11 @@ def _differing(one: Mapping[str, Any], other: Mapping[str, Any], parts: tuple[st
         for key in one.keys() | other.keys()
         if (own := of_first_round(key)) in parts or own.startswith(below)
     ]
-    both = [Result("", dict(params), {}) for params in (one, other)]
+    both = [  # a round has the settings of the first one that it does not change
+        Result("", {key: params[at] for key in keys for at in (of_first_round(key), key)
+                    if at in params}, {})
+        for params in (one, other)
+    ]  # fmt: skip
     found = [key for key in sorted(keys) if are_different(key, both) and key != tables.KEPT_COPY]
     return ", ".join(f"{key} {one.get(key)} and {other.get(key)}" for key in found[:2])
 
