@@ -163,3 +163,19 @@ def test_channels_that_a_mask_marks_are_locked(mask, tmp_path):
     assert any("by a boolean mask" in str(reason) for reason in locks(net))
     small, _ = pruned(net, tmp_path)
     assert (small.a.out_channels, small.b.out_channels) == (8, 4)
+
+
+@pytest.mark.parametrize(
+    "pruner",
+    [secateur.pruners.magnitude(granularity="2:4"), secateur.pruners.gconv(groups=2)],
+    ids=["2:4", "gconv"],
+)
+def test_weights_computed_from_other_tensors_get_no_masks(pruner):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(1))
+    nn.utils.parametrizations.weight_norm(model[0])
+    images = torch.randn(2, 4, 6, 6)
+    pruned = secateur.prune(model, images, pruner, remove_dead=False)
+    assert set(pruned.masks) == {"2.weight"}
+    with pytest.raises(secateur.SecateurError, match=r"its weight is computed from other"):
+        secateur.prune(model, images, pruner)

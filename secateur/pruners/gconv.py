@@ -167,11 +167,15 @@ class _Report:
 
 
 def _prunable(settings: Settings, convolutions: Mapping[str, nn.Conv2d]) -> dict[str, nn.Conv2d]:
-    """The convolutions that are not skipped."""
+    """The convolutions that are not skipped, and whose weights are not computed from others."""
     for name in settings.skip:
         if name not in convolutions:
             raise ArgumentError("skip", "there is no such convolution", name)
-    layers = {n: conv for n, conv in convolutions.items() if n not in settings.skip}
+    layers = {
+        name: conv
+        for name, conv in convolutions.items()
+        if name not in settings.skip and conv._parameters.get("weight") is not None
+    }
     if not layers:
         raise ArgumentError("skip", "the network has no convolution, or all are skipped")
     return layers

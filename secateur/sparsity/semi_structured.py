@@ -11,9 +11,16 @@ from secateur.sparsity import masks
 
 
 def suitable_layers(model: nn.Module) -> dict[str, nn.Conv2d | nn.Linear]:
-    """Layers, by name, whose number of inputs (per group of a convolution) is divisible by four."""
-    layers = masks.layers(model)
-    return {name: layer for name, layer in layers.items() if layer.weight.shape[1] % 4 == 0}
+    """Layers, by name, whose number of inputs (per group of a convolution) is divisible by four.
+
+    Layers whose weights are computed from other tensors are left out: such weights have no masks.
+    """
+    own = masks.prunable(model, "weights")
+    return {
+        name: layer
+        for name, layer in masks.layers(model).items()
+        if f"{name}.weight".lstrip(".") in own and layer.weight.shape[1] % 4 == 0
+    }
 
 
 def smaller_two_of_four(scores: Tensor) -> Tensor:
