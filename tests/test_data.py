@@ -1000,7 +1000,7 @@ def test_a_single_channel_can_be_asked_for(pictures):
 def test_different_sizes_need_one_to_be_set(pictures):
     path = pictures / "train" / "cow" / "0.png"
     draw_picture(path, 1, size=(30, 20))
-    refuses(pictures, f"{path}: 30x20 pixels, where 0.png has 9x6; set datasets.<name>.size")
+    refuses(pictures, f"{path}: 30x20 pixels, where 0.png has 9x6; set datasets.image_folder.size")
     assert own(pictures, size=6).train.images.shape == (24, 3, 6, 6)
 
 
