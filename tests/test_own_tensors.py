@@ -179,3 +179,13 @@ def test_weights_computed_from_other_tensors_get_no_masks(pruner):
     assert set(pruned.masks) == {"2.weight"}
     with pytest.raises(secateur.SecateurError, match=r"its weight is computed from other"):
         secateur.prune(model, images, pruner)
+
+
+def test_a_search_for_groups_counts_a_weight_of_two_convolutions_once():
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Conv2d(8, 8, 3, padding=1, bias=False) for _ in range(2)))
+    model[1].weight = model[0].weight
+    pruner = secateur.pruners.gconv(groups=None, search={"max_params": 288})
+    pruned = secateur.prune(model, torch.randn(2, 8, 6, 6), pruner, remove_dead=False)
+    assert pruned.parameters == (576, 288) == (576, pruned.notes["search_params"])
+    assert pruned.notes["search_macs"] == 2 * 288 * 36

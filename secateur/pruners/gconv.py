@@ -23,6 +23,7 @@ from secateur.gconv.search import Assignment, Budget, Candidate, SearchSpace, St
 from secateur.nn import cost
 from secateur.pruning.criteria import gradients
 from secateur.pruning.decision import PruningContext, PruningDecision
+from secateur.sparsity.masks import prunable
 
 FOLDER = Path("recipes/groups")
 Count = Annotated[int, Field(ge=1)]
@@ -95,7 +96,7 @@ def prune(settings: Settings, context: PruningContext) -> PruningDecision:
     another network, and for the name of a layer that does not exist.
     """
     convolutions = config.convolutions(context.model)
-    layers = _prunable(settings, convolutions)
+    layers = _prunable(settings, context.model, convolutions)
     importance = _importance(settings, context, layers)
     report = _Report()
     if settings.search.max_params is not None or settings.search.max_macs is not None:
@@ -166,15 +167,19 @@ class _Report:
             self.lines.append(f"left dense: {', '.join(dense)}")
 
 
-def _prunable(settings: Settings, convolutions: Mapping[str, nn.Conv2d]) -> dict[str, nn.Conv2d]:
-    """The convolutions that are not skipped, and whose weights are not computed from others."""
+def _prunable(
+    settings: Settings, model: nn.Module, convolutions: Mapping[str, nn.Conv2d]
+) -> dict[str, nn.Conv2d]:
+    """The convolutions that are not skipped and that have a weight; of those with one weight, the
+    first."""
     for name in settings.skip:
         if name not in convolutions:
             raise ArgumentError("skip", "there is no such convolution", name)
+    own = prunable(model, "weights")
     layers = {
         name: conv
         for name, conv in convolutions.items()
-        if name not in settings.skip and conv._parameters.get("weight") is not None
+        if name not in settings.skip and f"{name}.weight".lstrip(".") in own
     }
     if not layers:
         raise ArgumentError("skip", "the network has no convolution, or all are skipped")
