@@ -473,6 +473,15 @@ def test_epochs_that_were_saved_but_not_sent_are_sent_by_the_process_that_resume
         assert status(again.store, run.id) == "RUNNING", "this process holds its lock"
 
 
+def test_epochs_with_names_of_layers_that_mlflow_refuses_are_logged(tracked):
+    store = Store(strict=True)
+    run = store.client.create_run(store.experiment)
+    row = {"epoch": 1.0, "magnitude_ratio/blocks.3x3+bn": 2.0}
+    store.attempt(lambda: store.log(run.info.run_id, tracking._metrics([(row, 1.0)])))
+    logged = store.client.get_run(run.info.run_id).data.metrics
+    assert logged == {"epoch/magnitude_ratio/blocks.3x3_bn": 2.0}
+
+
 def test_a_run_that_was_closed_and_killed_then_has_its_model_once(tracked):
     stage = Stage("baseline", None, {"seed": 1}, {})
     ids = set()

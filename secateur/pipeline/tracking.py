@@ -531,7 +531,7 @@ def _metrics(rows: Sequence[tuple[Row, float]]) -> list[Any]:
     from mlflow.entities import Metric
 
     return [
-        Metric(f"epoch/{key}", value, int(when * 1000), int(row["epoch"]))
+        Metric(f"epoch/{_key(key)}", value, int(when * 1000), int(row["epoch"]))
         for row, when in rows
         for key, value in row.items()
         if key != "epoch"
