@@ -147,7 +147,7 @@ def _compare(parser: argparse.ArgumentParser) -> None:
         default="final",
         choices=("experiment", "differs", "seed", "dense", "final", "change", "compression",
                  "macs", "latency", "speedup"),
-        help="default: final",
+        help="the best first: the highest, or the least MACs and latency; default: final",
     )  # fmt: skip
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print one JSON list")

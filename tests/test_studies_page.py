@@ -231,6 +231,10 @@ def test_compare_sorts_and_says_what_differs(experiments, tmp_path, capsys):
     assert [row["compression"] for row in rows] == [4, 4, 2, 2]
     assert rows[0]["differs"] == "penalty p0, ratios 0.75"  # no settings of penalties not in use
     assert list(rows[0]) == list(compare.COLUMNS)
+    options.sort = "macs"
+    compare.command(options)
+    left = [row["macs"] for row in json.loads(capsys.readouterr().out)]
+    assert left == sorted(left) and left[0] < left[-1], "the least are the best"
     options.json, options.csv = False, True
     compare.command(options)
     assert capsys.readouterr().out.startswith(",".join(compare.COLUMNS))
@@ -242,6 +246,12 @@ REPORT = {
     "baseline": {"accuracy": 0.9, "latency_ms": 1.0},
     "finetuned": {"accuracy": 0.8, "latency_ms": 1.0},
 }  # fmt: skip
+
+
+def test_a_latency_that_was_not_measured_is_sorted_last():
+    nan = float("nan")
+    rows = [{"latency": value} for value in (nan, 3.0, 1.0, nan, 2.0)]
+    assert [row["latency"] for row in compare._sorted(rows, "latency")][:3] == [1.0, 2.0, 3.0]
 
 
 def test_compare_prints_lists_of_names_as_they_are(capsys):

@@ -47,8 +47,7 @@ def command(options: argparse.Namespace) -> None:
     rows = table([here, *found] if here else found)
     if not rows:
         raise SecateurError("no experiment has a result; `dvc exp run` or `dvc repro` makes one")
-    key = options.sort
-    rows.sort(key=lambda row: row[key], reverse=key not in ("experiment", "differs", "seed"))
+    rows = _sorted(rows, options.sort)
     if options.json:
         print(json.dumps(rows, indent=2))
     elif options.csv:
@@ -57,6 +56,14 @@ def command(options: argparse.Namespace) -> None:
         writer.writerows(rows)
     else:
         _print(rows)
+
+
+def _sorted(rows: Sequence[dict[str, Any]], key: str) -> list[dict[str, Any]]:
+    """Names and seeds in order, the best first of all others; a latency that is missing is last."""
+    highest_first = key in ("dense", "final", "change", "compression", "speedup")
+    known = [row for row in rows if row[key] == row[key]]  # NaN is not
+    found = sorted(known, key=lambda row: row[key], reverse=highest_first)
+    return found + [row for row in rows if row[key] != row[key]]
 
 
 def table(found: Sequence[Result]) -> list[dict[str, Any]]:

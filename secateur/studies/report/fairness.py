@@ -86,13 +86,14 @@ def _differing(one: Mapping[str, Any], other: Mapping[str, Any], parts: tuple[st
         for key in one.keys() | other.keys()
         if (own := of_first_round(key)) in parts or own.startswith(below)
     ]
-    both = [  # a round has the settings of the first one that it does not change
-        Result("", {key: params[at] for key in keys for at in (of_first_round(key), key)
-                    if at in params}, {})
-        for params in (one, other)
-    ]  # fmt: skip
+    both = [Result("", _inherited(params, keys), {}) for params in (one, other)]
     found = [key for key in sorted(keys) if are_different(key, both) and key != tables.KEPT_COPY]
     return ", ".join(f"{key} {one.get(key)} and {other.get(key)}" for key in found[:2])
+
+
+def _inherited(params: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    """The settings at these keys; a round has those of the first one that it does not change."""
+    return {key: params[at] for key in keys for at in (of_first_round(key), key) if at in params}
 
 
 def _ratio(first: Row, second: Row) -> str:
