@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import gc
+import math
 import os
 import re
 import shutil
@@ -17,7 +18,10 @@ from _pytest.assertion import rewrite
 from filelock import FileLock
 from workspace import PROGRAMS, Project, fresh_project
 
+from secateur.base import allocator
+
 gc.disable()  # until all tests have been collected
+allocator.LARGE_PAGES_AFTER = math.inf  # tests are too short to gain from moving a gigabyte
 
 MEMORY, ROOM = Path("/dev/shm"), 6 * 2**30
 """Where the tests write if there is enough room: a database in memory never waits for a disk."""
