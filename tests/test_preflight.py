@@ -235,16 +235,21 @@ def test_an_adaptive_pooling_is_refused_where_it_cannot_be_trained(network, monk
     check_network(parts, INFO)
 
 
-def test_a_teacher_of_another_architecture_needs_its_code_named(network, tmp_path):
-    """Before the first training; the normalisation is not compared, since weights may change it."""
+def save_teacher(folder, mean, std):
+    """Save a LeNet-300-100 for the images of INFO; returns its file and that of its code."""
     header = checkpoint.Header(
         arch="lenet300", arch_settings={"hidden": [5]}, classes=["a", "b"], shape=(1, 8, 8),
-        mean=[0.5], std=[2.0], split="", stage="baseline",
+        mean=[mean], std=[std], split="", stage="baseline",
     )  # fmt: skip
-    file, key = "weights/teacher.safetensors", "finetune__distillation"
-    (tmp_path / "weights").mkdir()
-    checkpoint.save(tmp_path / file, header, checkpoint.build_architecture(header), {})
-    code = "secateur/archs/lenet300.py"
+    file = "weights/teacher.safetensors"
+    (folder / "weights").mkdir()
+    checkpoint.save(folder / file, header, checkpoint.build_architecture(header), {})
+    return file, "secateur/archs/lenet300.py"
+
+
+def test_a_teacher_of_another_architecture_needs_its_code_named(network, tmp_path):
+    """Before the first training; the normalisation is not compared, since weights may change it."""
+    (file, code), key = save_teacher(tmp_path, mean=0.5, std=2.0), "finetune__distillation"
     model = network(arch="lenet5", **{f"{key}__teacher": file, f"{key}__code": code})
     check_network(model, INFO)
     model = network(arch="lenet5", **{f"{key}__teacher": file})
@@ -260,13 +265,7 @@ def test_a_teacher_of_another_architecture_needs_its_code_named(network, tmp_pat
 
 def test_a_teacher_for_one_size_is_refused_before_the_first_training(network, tmp_path):
     """The network takes images of any size, its teacher only those of the data."""
-    header = checkpoint.Header(
-        arch="lenet300", arch_settings={"hidden": [5]}, classes=["a", "b"], shape=(1, 8, 8),
-        mean=[0.0], std=[1.0], split="", stage="baseline",
-    )  # fmt: skip
-    teacher, code = "weights/teacher.safetensors", "secateur/archs/lenet300.py"
-    (tmp_path / "weights").mkdir()
-    checkpoint.save(tmp_path / teacher, header, checkpoint.build_architecture(header), {})
+    teacher, code = save_teacher(tmp_path, mean=0.0, std=1.0)
     pooled = (nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
     sizes = {"finetune__progressive_resizing": [{"scale": 0.5, "until": 0.5}]}
     network(**sizes)
