@@ -145,6 +145,7 @@ PUBLISHED = [
     ("wide_resnet", {}, 10, 36_479_194, (5.243, 1e9)),
     ("resnext", {"cardinality": 8}, 10, 34_426_698, (5.387, 1e9)),
     ("resnext", {"cardinality": 16}, 10, 68_155_210, (10.689, 1e9)),
+    ("airbench", {}, 10, 1_972_802, (118.1, 1e6)),
     ("densenet", {"depth": 100, **BC}, 10, 769_162, (287.9, 1e6)),
     ("densenet", {"depth": 190, "growth": 40, **BC}, 10, 25_624_430, None),
     # Network Slimming, as implemented in classifier-pruner
@@ -284,6 +285,7 @@ FORMS = [
     ("vgg", {"depth": 11}, 32),
     ("vgg", {"depth": 11, "batch_norm": False, "bias": False, "pools": [2, 4]}, 4),
     ("vgg", {"depth": 13, **GREG_VGG}, 16),
+    ("airbench", {"entrance": 5, "widths": [8, 16, 12]}, 9),
     ("alexnet_cifar", {}, 29),
     ("torchvision", {"name": "mobilenet_v3_small"}, COLOUR),
     ("torchvision", {"name": "squeezenet1_1"}, COLOUR),

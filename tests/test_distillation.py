@@ -16,9 +16,10 @@ from workspace import ROOT
 
 from secateur.base import plugin
 from secateur.base.errors import ArgumentError, CheckpointError, SettingsError
-from secateur.base.sections import ContinuedTrain, Distillation, Train
+from secateur.base.sections import Distillation, Train
 from secateur.base.settings import Params, validate
 from secateur.base.stage import Stage
+from secateur.data import dataset
 from secateur.data.augment import FileAugment
 from secateur.data.batches import Batches, sequential_batches
 from secateur.nn import checkpoint
@@ -33,7 +34,7 @@ RATES = {"epochs": 3, "batch_size": 32, "lr": 0.002}
 
 
 def settings(**given):
-    return ContinuedTrain(distillation={"teacher": TEACHER, **given}, **RATES)
+    return Train(distillation={"teacher": TEACHER, **given}, **RATES)
 
 
 def small(width, seed=0, inplace=False):
@@ -66,7 +67,7 @@ def test_a_step_of_training_is_that_of_the_whole_formula(parts, inplace):
     prepared, model = digits(100), small(6, inplace=inplace)
     teacher = small(9, seed=1, inplace=inplace)
     by_hand, theirs = copy.deepcopy(model), copy.deepcopy(teacher)
-    how = ContinuedTrain(
+    how = Train(
         epochs=1, batch_size=100, optimizer="sgd", momentum=0, lr=0.1, schedule="constant",
         accumulate_grad_batches=parts, keep="last", average={"kind": "none"},
         distillation={"teacher": TEACHER, "temperature": 3, "weight": 0.7,
@@ -168,12 +169,12 @@ def test_layers_without_one_output_are_refused_before_the_training(feature, word
         distiller(Odd(), Odd(), settings(features=(feature,)))
 
 
-def saved(path, classes, arch="lenet300"):
-    """Save a small network as the checkpoint of a stage."""
-    prepared = digits()
+def saved(path, classes, arch="lenet300", info=None):
+    """Save a small network for such images as the checkpoint of a stage."""
+    info = info or digits().info
     header = Header(
-        arch=arch, arch_settings={"hidden": [5]}, classes=classes, shape=prepared.info.shape,
-        mean=prepared.info.mean, std=prepared.info.std, split="", stage="baseline",
+        arch=arch, arch_settings={"hidden": [5]}, classes=classes, shape=info.shape,
+        mean=info.mean, std=info.std, split="", stage="baseline",
     )  # fmt: skip
     path.parent.mkdir(exist_ok=True)
     checkpoint.save(path, header, checkpoint.build_architecture(header), {})
@@ -215,6 +216,30 @@ def test_a_teacher_comes_from_a_file_that_fits_the_data(tmp_path, monkeypatch):
         assert words in str(refused.value) and "\n" not in str(refused.value)
 
 
+@pytest.mark.pipeline
+def test_the_dense_network_learns_from_a_teacher_too(unborn):
+    """With all the weight on a teacher that always answers 3, the labels have no influence."""
+    unborn.stage_here("prepare")
+    data = dataset.load(unborn.path / "data/digits")
+    path = unborn.path / "weights/threes.safetensors"
+    saved(path, data.info.classes, info=data.info)
+    content = {key: torch.zeros_like(t) for key, t in safetensors.torch.load_file(path).items()}
+    content["fc2.bias"][3] = 8.0
+    with safetensors.safe_open(path, "pt") as file:
+        header = file.metadata()
+    safetensors.torch.save_file(content, path, header)
+    taught = {"teacher": "weights/threes.safetensors", "temperature": 1.0, "weight": 1.0}
+    given = yaml.safe_load((ROOT / "params.yaml").read_text())["baseline"]["distillation"]
+    unborn.params(baseline__epochs=2, baseline__distillation=given | taught)
+    unborn.stage_here("baseline")
+    model = checkpoint.load(unborn.path / "models/baseline/model.safetensors").model().eval()
+    for images, _ in sequential_batches(data.val, data.info, device=torch.device("cpu")):
+        assert set(model(images).argmax(1).tolist()) == {3}
+    unborn.params(baseline__distillation=given | {"teacher": "models/baseline"})
+    line = unborn.stage_here("baseline", ok=False)
+    assert "baseline.distillation.teacher: models/baseline: the network that this stage" in line
+
+
 @pytest.mark.parametrize("code", ["", "/etc/net.py", "../net.py"])
 def test_code_of_a_teacher_lies_in_the_project(code):
     with pytest.raises(ValueError, match=r"weights/none, or secateur/archs/"):
@@ -242,7 +267,7 @@ def test_the_teacher_sees_images_once_that_never_change(augment, sizes, features
     """And the network always learns from the teacher's outputs for the images of the same batch."""
     prepared = digits(100)
     prepared = replace(prepared, info=replace(prepared.info, augment=FileAugment(**augment)))
-    how = ContinuedTrain(
+    how = Train(
         epochs=2, batch_size=32, accumulate_grad_batches=2, progressive_resizing=sizes,
         distillation={"teacher": TEACHER, "features": features},
     )  # fmt: skip
@@ -298,14 +323,18 @@ def rename_architecture(path, arch):
 
 def test_the_teacher_is_a_dependency_of_the_stages_that_have_one():
     """`weights/none` never changes, so only the path counts. All rounds use the same files."""
-    for file, names in [("dvc.yaml", ""), ("stages/rounds/dvc.yaml", "do")]:
+    continued = {"sparse-train": "sparse_train", "finetune": "finetune"}
+    for file, names, taught in [
+        ("dvc.yaml", "", {"baseline": "baseline", **continued}),
+        ("stages/rounds/dvc.yaml", "do", continued),
+    ]:
         stages = yaml.safe_load((ROOT / file).read_text())["stages"]
-        for stage, section in [("sparse-train", "sparse_train"), ("finetune", "finetune")]:
+        for stage, section in taught.items():
             found = stages[stage][names] if names else stages[stage]
             for key in ("teacher", "code"):
                 assert f"${{{section}.distillation.{key}}}" in found["deps"]
     given = yaml.safe_load((ROOT / "params.yaml").read_text())
-    for section in ("sparse_train", "finetune"):
+    for section in ("baseline", "sparse_train", "finetune"):
         for key in ("teacher", "code"):
             assert given[section]["distillation"][key] == "weights/none"
     for key, value in [("teacher", TEACHER), ("code", "secateur/archs/lenet5.py")]:

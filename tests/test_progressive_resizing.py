@@ -13,7 +13,7 @@ from torch import nn
 
 from secateur.base import plugin
 from secateur.base.errors import ArgumentError
-from secateur.base.sections import ContinuedTrain, ImageScale, Train
+from secateur.base.sections import ImageScale, Train
 from secateur.base.stage import Stage
 from secateur.data import dataset, progressive_resizing
 from secateur.data.progressive_resizing import ProgressiveResizing
@@ -161,7 +161,7 @@ def test_a_network_for_one_size_is_refused_and_left_as_it_was():
 
 def test_a_teacher_for_one_size_is_refused_before_the_training(digits):
     teacher = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
-    how = ContinuedTrain(**settings().model_dump(), distillation={"teacher": "models/baseline"})
+    how = Train(**settings().model_dump() | {"distillation": {"teacher": "models/baseline"}})
     model = Pooled()
     made = Distiller(how.distillation, teacher, model, (1, 8, 8), 3)
     with pytest.raises(

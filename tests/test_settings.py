@@ -247,7 +247,7 @@ def test_a_wrong_value_in_a_list_is_told(value, wrong, allowed, tmp_path):
         ("archs.lenet300.hiden", "did you mean hidden?"),
         ("penalties.hoyer_square.bias", "did you mean biases?"),
         ("archs.vgg.dept", "did you mean depth?"),
-        ("baseline.zzz", "allowed: accumulate_grad_batches, average, batch_size, compile, epochs"),
+        ("baseline.zzz", "allowed: accumulate_grad_batches, average, batch_size, compile, disti"),
     ],
 )
 def test_an_unknown_key_is_told_with_the_one_that_was_meant(key, hint, tmp_path):

@@ -125,6 +125,57 @@ class ImageScale(Strict):
     """Share of the epochs at which this part ends."""
 
 
+NOTHING, DENSE_PARENT = "weights/none", "models/baseline"
+"""Paths of dependencies: a file that never changes, and the dense network."""
+
+
+def _teacher(path: str) -> str:
+    """The path; ValueError unless it names a possible teacher."""
+    parts = Path(path).parts
+    if path not in (NOTHING, DENSE_PARENT) and (
+        len(parts) < 2 or parts[0] != "weights" or ".." in parts
+    ):
+        raise ValueError(
+            f"{NOTHING} (none), {DENSE_PARENT} (the dense network), or weights/<a checkpoint>"
+        )
+    return path
+
+
+def _code(path: str) -> str:
+    """The path; ValueError unless it is within the project."""
+    if not path or Path(path).is_absolute() or ".." in Path(path).parts:
+        raise ValueError(f"{NOTHING}, or secateur/archs/<architecture of the teacher>.py")
+    return path
+
+
+class Distillation(Strict):
+    """A teacher whose outputs the network imitates, in addition to the labels; see
+    training/distillation.py."""
+
+    teacher: Annotated[str, AfterValidator(_teacher)] = NOTHING
+    """A path, which dvc.yaml names as a dependency: weights/none, a file that never changes, for no
+    teacher; models/baseline for the dense network; or a checkpoint that Secateur has written."""
+    code: Annotated[str, AfterValidator(_code)] = NOTHING
+    """For a teacher of another architecture: the file secateur/archs/<name>.py of that
+    architecture, which dvc.yaml names as a dependency too."""
+    temperature: Positive = 4.0
+    """Logits are divided by it before the softmax."""
+    weight: Annotated[float, Field(ge=0, le=1)] = 0.9
+    """Weight of the teacher's outputs in the loss; the labels have the weight 1 - weight."""
+    features: tuple[str, ...] = ()
+    """Layers whose outputs are compared too."""
+    features_weight: NonNegative = 1.0
+    """Weight in the loss of the mean squared differences, summed over these layers."""
+
+    @model_validator(mode="after")
+    def _features_need_a_teacher(self) -> Self:
+        if self.features and self.teacher == NOTHING:
+            raise ValueError(f"features: {list(self.features)}: of no effect without a teacher")
+        if self.code != NOTHING and self.teacher in (NOTHING, DENSE_PARENT):
+            raise ValueError(f"code: {self.code}: of no effect without a teacher in weights/")
+        return self
+
+
 class Train(Strict):
     """One training: baseline, sparse_train and finetune have one each."""
 
@@ -168,6 +219,13 @@ class Train(Strict):
     average: Averaging = Averaging()
     progressive_resizing: tuple[ImageScale, ...] = ()
     """First parts of the training, with smaller images, which cost less; then the full size."""
+    distillation: Distillation = Distillation()
+
+    @model_validator(mode="after")
+    def _features_are_seen(self) -> Self:
+        if self.compile and self.distillation.features:
+            raise ValueError("compile: true; distillation.features needs the layers one by one")
+        return self
 
     @model_validator(mode="after")
     def _sizes_follow_each_other(self) -> Self:
@@ -227,76 +285,22 @@ class Baseline(Train):
         return self
 
     @model_validator(mode="after")
+    def _teacher_exists_before(self) -> Self:
+        if self.distillation.teacher == DENSE_PARENT:
+            raise ValueError(
+                f"distillation.teacher: {DENSE_PARENT}: the network that this stage makes; "
+                f"{NOTHING} (none), or weights/<a checkpoint>"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _new_classifier_is_trained(self) -> Self:
         if self.head == "reset" and not self.epochs:
             raise ValueError("epochs: 0; with head: reset at least one, for the new classifier")
         return self
 
 
-NOTHING, DENSE_PARENT = "weights/none", "models/baseline"
-"""Paths of dependencies: a file that never changes, and the dense network."""
-
-
-def _teacher(path: str) -> str:
-    """The path; ValueError unless it names a possible teacher."""
-    parts = Path(path).parts
-    if path not in (NOTHING, DENSE_PARENT) and (
-        len(parts) < 2 or parts[0] != "weights" or ".." in parts
-    ):
-        raise ValueError(
-            f"{NOTHING} (none), {DENSE_PARENT} (the dense network), or weights/<a checkpoint>"
-        )
-    return path
-
-
-def _code(path: str) -> str:
-    """The path; ValueError unless it is within the project."""
-    if not path or Path(path).is_absolute() or ".." in Path(path).parts:
-        raise ValueError(f"{NOTHING}, or secateur/archs/<architecture of the teacher>.py")
-    return path
-
-
-class Distillation(Strict):
-    """A teacher whose outputs the network imitates, in addition to the labels; see
-    training/distillation.py."""
-
-    teacher: Annotated[str, AfterValidator(_teacher)] = NOTHING
-    """A path, which dvc.yaml names as a dependency: weights/none, a file that never changes, for no
-    teacher; models/baseline for the dense network; or a checkpoint that Secateur has written."""
-    code: Annotated[str, AfterValidator(_code)] = NOTHING
-    """For a teacher of another architecture: the file secateur/archs/<name>.py of that
-    architecture, which dvc.yaml names as a dependency too."""
-    temperature: Positive = 4.0
-    """Logits are divided by it before the softmax."""
-    weight: Annotated[float, Field(ge=0, le=1)] = 0.9
-    """Weight of the teacher's outputs in the loss; the labels have the weight 1 - weight."""
-    features: tuple[str, ...] = ()
-    """Layers whose outputs are compared too."""
-    features_weight: NonNegative = 1.0
-    """Weight in the loss of the mean squared differences, summed over these layers."""
-
-    @model_validator(mode="after")
-    def _features_need_a_teacher(self) -> Self:
-        if self.features and self.teacher == NOTHING:
-            raise ValueError(f"features: {list(self.features)}: of no effect without a teacher")
-        if self.code != NOTHING and self.teacher in (NOTHING, DENSE_PARENT):
-            raise ValueError(f"code: {self.code}: of no effect without a teacher in weights/")
-        return self
-
-
-class ContinuedTrain(Train):
-    """A training that continues from the network of an earlier stage."""
-
-    distillation: Distillation = Distillation()
-
-    @model_validator(mode="after")
-    def _features_are_seen(self) -> Self:
-        if self.compile and self.distillation.features:
-            raise ValueError("compile: true; distillation.features needs the layers one by one")
-        return self
-
-
-class SparseTrain(ContinuedTrain):
+class SparseTrain(Train):
     """Training with a penalty."""
 
     keep: Literal["best", "last"] = "last"
@@ -304,7 +308,7 @@ class SparseTrain(ContinuedTrain):
     one, hardly sparse."""
 
 
-class Finetune(ContinuedTrain):
+class Finetune(Train):
     """Training after pruning."""
 
     init: Literal["inherit", "scratch", "orthogonal", "rewind"] = "inherit"

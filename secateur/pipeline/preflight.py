@@ -94,8 +94,9 @@ def _check(model: nn.Module, info: DatasetInfo, params: settings.Params) -> None
             )
         chosen = _without_latency(params)
         images, labels = torch.zeros(1, *info.shape), torch.zeros(1, dtype=torch.int64)
-        with settings.section("sparse_train"):
-            _check_teacher(params.sparse_train, trial, info, params)
+        for key in ("baseline", "sparse_train"):
+            with settings.section(key):
+                _check_teacher(getattr(params, key), trial, info, params)
         with settings.section("prune"):
             trial = without_branches(trial, params.prune.branches, {}, images).model
         with settings.section("finetune"):
@@ -158,7 +159,7 @@ def _check_length(term: Penalty | None, key: str, training: sections.Train, imag
 
 
 def _check_teacher(
-    training: sections.ContinuedTrain,
+    training: sections.Train,
     model: nn.Module,
     info: DatasetInfo,
     params: settings.Params,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from secateur.base import allocator, files, machine
 from secateur.base.errors import CheckpointError, SettingsError, cut, shorten
 from secateur.base.files import Table
-from secateur.base.sections import NOTHING, ContinuedTrain, Train
+from secateur.base.sections import NOTHING, Train
 from secateur.base.settings import Params, chain, section
 from secateur.base.stage import Stage, open_stage, revision
 from secateur.data import dataset
@@ -136,10 +136,7 @@ class TrainingContext(StageContext):
         masks: Masks | None = None,
         keep_epoch: int | None = None,
     ) -> loop.FitResult:
-        """Train `model` in place with these settings, from the saved state if there is one.
-
-        Only `ContinuedTrain` settings can name a teacher.
-        """
+        """Train `model` in place with these settings, from the saved state if there is one."""
         bar = console.Training(self.stage.name, ProgressiveResizing(settings).pixels)
         try:
             with section(_module(self.stage.name)):
@@ -168,8 +165,6 @@ class TrainingContext(StageContext):
 
         Raises CheckpointError if the teacher does not fit these images and classes.
         """
-        if not isinstance(settings, ContinuedTrain):
-            return None
         wanted, info = settings.distillation, self.data.info
         if wanted.teacher == NOTHING:
             return None
