@@ -225,6 +225,42 @@ def test_controls_trained_like_the_dense_network_have_no_teacher(write_study):
     assert seen == both | {("smaller", False)}
 
 
+def test_controls_have_the_teacher_of_the_dense_network(write_study):
+    """With its own temperature; in a round only if the round's teacher is the same file."""
+    ours, other = "weights/ours.safetensors", "weights/other.safetensors"
+    taught = {"teacher": ours, "temperature": 3.0, "weight": 0.25}
+    target = {"target": {"params": 0.5, "of": "dense"}, "granularity": "filter"}
+    again = {"after": "finetuned", "sparse_train": {}, "finetune": {},
+             "prune": {"pruners": {"magnitude": target}}}  # fmt: skip
+    study = write_study(
+        settings={"baseline": {"distillation": taught}, "pruner": "magnitude",
+                  "pruners": {"magnitude": target}},
+        axes={"method": {
+            "none": {}, "other": {"finetune": {"distillation": {"teacher": other}}},
+            "ours2": {"finetune": {"distillation": {"teacher": ours}}, "rounds": {"two": again}},
+            "none2": {"rounds": {"two": again}},
+        }},
+        controls=["scratch", "smaller"],
+    )  # fmt: skip
+    seen = []
+    for cell in study.cells:
+        settings = check_values(merged(PARAMS, cell.settings))
+        dense, last = settings.baseline.distillation, settings
+        if settings.rounds:
+            last = settings.of_round("two")
+        if cell.control:
+            assert last.finetune.distillation.model_dump() == {
+                "teacher": ours, "code": "weights/none", "temperature": 3.0, "weight": 0.25,
+                "features": (), "features_weight": 1.0,
+            }, cell.name  # fmt: skip
+            assert (dense.teacher == ours) == (cell.control != "smaller"), cell.name
+            seen.append((cell.control, bool(settings.rounds)))
+    assert set(seen) == {(c, r) for c in ("scratch_epochs", "scratch_compute") for r in (0, 1)} | {
+        ("smaller", False)
+    }
+    assert any("none2: no control 'scratch_epochs': its dense" in note for note in study.notes)
+
+
 ROUND = {"after": "finetuned", "sparse_train": {}, "prune": {}, "finetune": {}}
 
 

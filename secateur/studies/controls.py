@@ -12,8 +12,8 @@
   method that removes whole outputs.
 
 `dense_longer` has the epochs of all rounds; `random` picks at random in every round; `scratch` and
-`smaller` are derived only from the last network, and trained without a teacher even if the method
-has one: the dense network has none.
+`smaller` are derived only from the last network, and trained with the teacher of the dense network,
+if it has one: without the teacher of sparse-train or finetuning.
 """
 
 import json
@@ -139,28 +139,34 @@ def _random(settings: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str,
     return found
 
 
-def _scratch(settings: Mapping[str, Any], params: Mapping[str, Any], budget: str) -> dict[str, Any]:
+def _scratch(
+    settings: Mapping[str, Any], params: Mapping[str, Any], budget: str
+) -> dict[str, Any] | str:
     """The pruned network from new weights, trained like the dense network, in the last round."""
     last = _last_round(settings)
-    return in_round(last, {"finetune": _anew(settings, params, budget, last)})
+    training = _anew(settings, params, budget, last)
+    return training if isinstance(training, str) else in_round(last, {"finetune": training})
 
 
 def _anew(
     settings: Mapping[str, Any], params: Mapping[str, Any], budget: str, last: str
-) -> dict[str, Any]:
+) -> dict[str, Any] | str:
     """Settings of `finetune` in round `last` that train new weights like those of the dense
-    network, which has no teacher."""
+    network, with its teacher; or why there are none."""
     known = params["finetune"]
     below = merged(params["baseline"], settings.get("baseline", {}))
     training = {key: value for key, value in below.items() if key in known}
     training |= {"init": "scratch", "budget": budget}
     if last == FIRST:
-        alone = {"teacher": NOTHING, "code": NOTHING, "features": []}
-        return training | {"rewind_to": NOTHING, "distillation": alone}
-    if _value(settings, params, "finetune.distillation.teacher") == NOTHING:
-        return training
-    # files are the same in all rounds (base.settings): there, weight 0 means no teacher
-    return training | {"distillation": {"weight": 0.0, "features": []}}
+        return training | {"rewind_to": NOTHING}
+    taught = dict(training.pop("distillation"))
+    # the files are the same in all rounds (base.settings): there, weight 0 means no teacher
+    files = {key: taught.pop(key) for key in ("teacher", "code")}
+    if all(_value(settings, params, f"finetune.distillation.{k}") == v for k, v in files.items()):
+        return training | {"distillation": taught}
+    if files["teacher"] == NOTHING:
+        return training | {"distillation": {"weight": 0.0, "features": []}}
+    return "its dense network has a teacher, its rounds have another one or none"
 
 
 def _smaller(settings: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Any] | str:
@@ -184,6 +190,7 @@ def _smaller(settings: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str
         "baseline": {
             "epochs": 0, "weights": "none", "head": "inherit", "keep_epoch": None,
             "warmup": 0, "milestones": [],
+            "distillation": {"teacher": NOTHING, "code": NOTHING, "features": []},
         },
         "penalty": "none",
         "parametrization": "none",
