@@ -83,14 +83,12 @@ def _study(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cpus",
         type=_number,
-        default=1,
         metavar="N",
         help="CPUs per piece of work, with --executor ray; default: 1",
     )
     parser.add_argument(
         "--gpus",
         type=_number,
-        default=0,
         metavar="N",
         help="GPUs per piece of work, with --executor ray; default: 0",
     )
@@ -100,7 +98,8 @@ def _study(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="a parameter of submitit, such as slurm_partition=gpu or timeout_min=60; repeatable",
+        help="with --executor slurm: a parameter of submitit, such as slurm_partition=gpu or "
+        "timeout_min=60; repeatable",
     )
     parser.add_argument(
         "--no-mlflow",

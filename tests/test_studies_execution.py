@@ -12,6 +12,7 @@ from workspace import ROOT, Project, warm_python
 
 from secateur.base.errors import SecateurError, SettingsError
 from secateur.cli import build_parser
+from secateur.studies import progress
 from secateur.studies.execution import check, local, snapshot
 from secateur.studies.execution.experiments import Experiments
 from secateur.studies.execution.keys import Graph
@@ -178,6 +179,21 @@ def test_a_parameter_of_slurm_without_a_value_is_refused(capsys):
         with pytest.raises(SystemExit):
             build_parser().parse_args([*given, wrong])
         assert f"'{wrong}' is not KEY=VALUE" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        (["--cpus", "0"], "--cpus: of no effect with --executor local, only with --executor ray"),
+        (["--executor", "slurm", "--gpus", "1"], "--gpus: .* slurm, only with --executor ray"),
+        (["--executor", "ray", "--slurm", "a=b"], "--slurm: .* ray, only with --executor slurm"),
+    ],
+)
+def test_an_option_of_another_executor_is_refused(given, line):
+    with pytest.raises(SettingsError, match=line):
+        progress.check_options(build_parser().parse_args(["study", "mine", *given]))
+    fitting = ["--executor", "ray", "--cpus", "0.5", "--gpus", "1"]
+    progress.check_options(build_parser().parse_args(["study", "mine", *fitting]))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from secateur.base.errors import cut
+from secateur.base.errors import SettingsError, cut
 from secateur.pipeline import console
 from secateur.studies import estimate
 from secateur.studies.execution import local
@@ -28,6 +28,16 @@ KILLS = 5
 
 OFTEN, SELDOM = 10.0, 60.0
 """Seconds between two lines of progress: if a piece has ended in between, and otherwise."""
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Raise SettingsError for an option that the chosen executor does not have."""
+    for option, executor in (("cpus", "ray"), ("gpus", "ray"), ("slurm", "slurm")):
+        if getattr(options, option) not in (None, []) and options.executor != executor:
+            raise SettingsError(
+                f"--{option}: of no effect with --executor {options.executor}, "
+                f"only with --executor {executor}"
+            )
 
 
 @contextlib.contextmanager
@@ -56,7 +66,8 @@ def _executor(
     if options.executor == "ray":
         from secateur.studies.execution import on_ray
 
-        return on_ray.RayExecutor(state, ignored, options.workers, options.cpus, options.gpus)
+        cpus = 1 if options.cpus is None else options.cpus
+        return on_ray.RayExecutor(state, ignored, options.workers, cpus, options.gpus or 0)
     from secateur.studies.execution import on_slurm
 
     parameters = {k: int(v) if v.isdecimal() else v for k, v in options.slurm}

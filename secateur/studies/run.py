@@ -26,6 +26,7 @@ def command(options: argparse.Namespace) -> None:
     if options.name is None:
         _list()
         return
+    progress.check_options(options)
     if options.latency:
         from secateur.deploy import layer_times
 
