@@ -214,9 +214,8 @@ def test_a_damaged_lock_file_is_told_before_a_study_runs_anything(content, tmp_p
     (tmp_path / "params.yaml").write_text("seed: 1\n")
     state = snapshot.Snapshot(tmp_path, "0" * 40, "", tmp_path)
     stage = SimpleNamespace(lock="dvc.lock")
-    made = SimpleNamespace(
-        graph=SimpleNamespace(folder=tmp_path), works={"a": SimpleNamespace(stage=stage)}
-    )
+    works = {"a": SimpleNamespace(stage=stage)}
+    made = SimpleNamespace(graph=SimpleNamespace(folder=tmp_path), works=works, cells=[])
     Experiments(state, made, "mine")
     (tmp_path / "dvc.lock").write_bytes(b"")
     Experiments(state, made, "mine")
@@ -224,6 +223,30 @@ def test_a_damaged_lock_file_is_told_before_a_study_runs_anything(content, tmp_p
     with pytest.raises(SecateurError, match=r"^dvc\.lock: not a lock file of DVC: ") as caught:
         Experiments(state, made, "mine")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("message", "refused"),
+    [
+        ("study mine: mine-a-s1\n\nSecateur-Cell: 0123\n", False),
+        ("study min: mine-a-s1\n\nSecateur-Cell: 0123\n", True),
+        ("dvc: commit experiment 0123\n", True),
+    ],
+)
+def test_an_experiment_of_somebody_else_is_not_replaced(message, refused, small):
+    who = ("-c", "user.name=tester", "-c", "user.email=tester@localhost")
+    commit = snapshot.git(small, *who, "commit-tree", "HEAD^{tree}", "-p", "HEAD", "-m", message)
+    state = snapshot.take(small)
+    ref = f"refs/exps/{state.revision[:2]}/{state.revision[2:]}/mine-a-s1"
+    snapshot.git(small, "update-ref", ref, commit)
+    made = SimpleNamespace(
+        graph=SimpleNamespace(folder=small), works={}, cells=[SimpleNamespace(name="mine-a-s1")]
+    )
+    if not refused:
+        Experiments(state, made, "mine")
+        return
+    with pytest.raises(SecateurError, match=r"^experiment mine-a-s1: .* `dvc exp rename mine-a-s1"):
+        Experiments(state, made, "mine")
 
 
 def test_a_wait_that_ends_early_loses_nothing():

@@ -27,9 +27,18 @@ class Experiments:
     """The experiments of one study, based on the commit that is checked out."""
 
     def __init__(self, snapshot: Snapshot, plan: Plan, study: str) -> None:
+        """Raises SecateurError if a cell has the name of an experiment that the study has not
+        written, such as one of `dvc exp run --name` or of a study whose name and label, joined,
+        are this one's."""
         self.snapshot, self.plan, self.study = snapshot, plan, study
         self._committer = git(snapshot.root, "var", "GIT_COMMITTER_IDENT")
-        self._known = _read_digests(snapshot)
+        self._known, others = _read_refs(snapshot, study)
+        for cell in plan.cells:
+            if str(ExpRefInfo(snapshot.revision, cell.name)) in others:
+                raise SecateurError(
+                    f"experiment {cell.name}: there is one already that study {study} has not "
+                    f"written; rename it: `dvc exp rename {cell.name} <another name>`"
+                )
         locks = {work.stage.lock for work in plan.works.values()}
         self._locks = {lock: _read_lock(plan.graph.folder, lock) for lock in sorted(locks)}
 
@@ -95,17 +104,20 @@ def _read_lock(folder: Path, path: str) -> dict[str, Any]:
     return dict(content)
 
 
-def _read_digests(snapshot: Snapshot) -> dict[str, str]:
-    """Ref -> digest of the cell, for experiments on this commit that were written by a study."""
+def _read_refs(snapshot: Snapshot, study: str) -> tuple[dict[str, str], set[str]]:
+    """Ref -> digest of the cell, for experiments on this commit that the study has written; and
+    the refs of all others."""
     place = str(ExpRefInfo(snapshot.revision))
     shape = "%(refname) %(contents:lines=3)%00"
     listed = git(snapshot.root, "for-each-ref", f"--format={shape}", place)
-    found = {}
+    found, others = {}, set()
     for item in listed.split("\0"):
         ref, _, message = item.strip().partition(" ")
-        if NOTE in message:
+        if NOTE in message and message.startswith(f"study {study}: "):
             found[ref] = message.partition(NOTE)[2].strip()
-    return found
+        else:
+            others.add(ref)
+    return found, others
 
 
 def _import(snapshot: Snapshot, commands: bytes) -> None:
