@@ -141,12 +141,14 @@ def test_the_stage_measures_accuracy_before_and_after(validation, capsys):
 )
 def test_as_many_epochs_as_the_dense_network_has_computed(dense, pruned, limit, epochs):
     given = Finetune(
-        epochs=10, schedule="multistep", milestones=[4, 8], warmup=1, budget_limit=limit
-    )
+        epochs=10, schedule="multistep", milestones=[4, 8], warmup=1, budget_limit=limit,
+        average={"kind": "ema", "start": 500},
+    )  # fmt: skip
     longer = budget.extend_epochs(given, dense, pruned)
     assert longer.epochs == epochs
     assert longer.milestones == pytest.approx((0.4 * epochs, 0.8 * epochs))
     assert longer.warmup == pytest.approx(0.1 * epochs)
+    assert longer.average.start == 50 * epochs and longer.average.kind == "ema"
     assert Finetune(**longer.model_dump()) == longer, "still valid settings"
 
 
@@ -158,6 +160,11 @@ def test_a_milestone_at_a_whole_epoch_stays_at_one():
             found = budget.stretched(given, longer)["milestones"]
             whole = {m: m * longer // epochs for m in range(1, epochs) if m * longer % epochs == 0}
             assert {m: found[m - 1] for m in whole} == whole
+
+
+def test_an_average_of_a_share_keeps_its_share():
+    given = Finetune(epochs=10, average={"kind": "ema", "start": 0.4})
+    assert budget.extend_epochs(given, 100, 50).average == given.average
 
 
 def test_no_epochs_stay_none_whatever_the_budget():

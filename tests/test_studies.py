@@ -180,7 +180,8 @@ def test_a_longer_dense_network_has_the_same_schedule_over_all_epochs(write_stud
     """Sixteen epochs in place of eight: at every moment, the rate of the eight at half the time."""
     milestones = [4, 6] if schedule == "multistep" else []
     short = {"epochs": 8, "schedule": schedule, "schedule_by": "step", "warmup": 2, "lr": 0.1,
-             "milestones": milestones, "schedule_after": 1}  # fmt: skip
+             "milestones": milestones, "schedule_after": 1,
+             "average": {"kind": "swa", "start": 11}}  # fmt: skip
     study = write_study(
         settings={"baseline": short, "sparse_train": {"epochs": 3}, "finetune": {"epochs": 5}},
         axes={"method": {"one": {}}},
@@ -190,6 +191,7 @@ def test_a_longer_dense_network_has_the_same_schedule_over_all_epochs(write_stud
     before, after = found[None], found["dense_longer"]
     assert (before.epochs, after.epochs, after.warmup, after.schedule_after) == (8, 16, 4, 2)
     assert list(after.milestones) == [2 * m for m in milestones]
+    assert after.average == before.average.model_copy(update={"start": 22})
     for step in range(8 * 10):
         expected = optim.rate(before, step, 10)
         assert optim.rate(after, step, 5) == pytest.approx(expected, rel=1e-12), step

@@ -2,7 +2,7 @@
 
 - `dense`: nothing is pruned, and nothing is trained after the baseline.
 - `dense_longer`: the dense network, trained in one go for the epochs of all stages together;
-  milestones and warm-up are scaled like the epochs.
+  milestones, warm-up and the start of an average are scaled like the epochs.
 - `random`: the same amounts are pruned in the same layers, chosen at random (`pick: random`).
 - `scratch`: the pruned network from new weights, trained like the dense network: for as many epochs
   (Scratch-E) and for as much computation (Scratch-B of Z. Liu et al., Rethinking the value of
@@ -121,6 +121,8 @@ def _longer(baseline: Mapping[str, Any], more: int) -> dict[str, Any]:
         return {"epochs": given.epochs + more}
     changed = stretched(given, given.epochs + more)
     changed["milestones"] = [*changed["milestones"]]
+    if "average" in changed:
+        changed["average"] = changed["average"].model_dump()
     return {key: value for key, value in changed.items() if value}
 
 

@@ -9,19 +9,23 @@ from secateur.base.sections import Finetune, Train
 def stretched(settings: Train, epochs: int) -> dict[str, Any]:
     """The settings that change if the same schedule takes this number of epochs, by key.
 
-    Milestones, warm-up and skipped epochs are scaled like the epochs, of which there is at least
-    one before.
+    Milestones, warm-up, skipped epochs, and the steps before an average begins, are scaled like the
+    epochs, of which there is at least one before.
     """
 
     def scaled(value: float) -> float:
         return value * epochs / settings.epochs  # in this order, 45 of 90 epochs is 55 of 110
 
-    return {
+    changed = {
         "epochs": epochs,
         "milestones": tuple(map(scaled, settings.milestones)),
         "warmup": scaled(settings.warmup),
         "schedule_after": scaled(settings.schedule_after),
     }
+    if settings.average.start >= 1:  # otherwise a share, which grows by itself
+        start = float(round(scaled(settings.average.start)))
+        changed["average"] = settings.average.model_copy(update={"start": start})
+    return changed
 
 
 def extend_epochs(settings: Finetune, dense_macs: int, pruned_macs: int) -> Finetune:
