@@ -117,6 +117,8 @@ def test_a_table_is_read_back_and_a_damaged_one_is_one_line(tmp_path):
     path = tmp_path / "torch.json"
     table.save(path)
     assert secateur.load_latency(path) == table
+    words = f"torch, 1 thread, batch 1: {len(table.layers)} layers, dense network "
+    assert str(table) == repr(table) and words in repr(table) and len(repr(table)) < 100
     raw = json.loads(path.read_text())
     raw["layers"]["stem"]["ms"] = [[1.0]]
     path.write_text(json.dumps(raw))

@@ -104,6 +104,15 @@ class LatencyTable(Strict):
         threads = f"{self.threads} thread{'s'[: self.threads != 1]}"
         return f"{self.runtime}, {threads}, batch {self.batch}"
 
+    def __repr__(self) -> str:
+        """One line, where the fields would fill pages of a notebook."""
+        dense = f"{len(self.layers)} layers, dense network {self.networks[0].ms:.3g} ms"
+        return f"LatencyTable({self.about}: {dense}; {self.hardware})"
+
+    def __str__(self) -> str:
+        """The line of `repr`."""
+        return repr(self)
+
     @cached_property
     def factors(self) -> tuple[float, float]:
         """Factors a (of the sum over the layers) and b (milliseconds per output)."""
