@@ -725,6 +725,19 @@ def test_the_time_left_in_words(known, words):
     assert progress.time_left(*known) == words
 
 
+@pytest.mark.pipeline
+def test_cells_that_are_the_same_work_are_told(project):
+    """Pruner std has no use for the ratios of magnitude, and sparse-train one for the decay."""
+    axes = {"pruners.magnitude.ratios": [0.25, 0.5], "decay": [0.0003, 0.0001]}
+    study_of(project, axes=axes, controls=["dense"])
+    shown = run_study(project, "--plan")
+    told = [line.split("note")[1].strip() for line in shown.splitlines() if "note " in line]
+    end = "once more: the settings in which they differ have no effect"
+    assert told == [
+        f"mine-0.5-{decay}-s1 is mine-0.25-{decay}-s1 {end}" for decay in (0.0003, 0.0001)
+    ]
+
+
 class _Busy:
     """An executor whose tasks never finish."""
 

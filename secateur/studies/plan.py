@@ -100,6 +100,24 @@ class Plan:
         """The finished stages of a cell by name."""
         return {self.works[id].stage.name: self.entries[id] for id in self.by_cell[cell]}
 
+    def repeated(self) -> list[str]:
+        """A sentence for each cell of the first seed that is an earlier one once more.
+
+        Its settings then differ only in what is not used, such as those of a pruner that is not
+        chosen. Controls are left out, since a method may be its own control.
+        """
+        first: dict[tuple[str, ...], str] = {}
+        found = []
+        for cell, ids in zip(self.cells, self.by_cell, strict=True):
+            if cell.control is None and cell.seed == self.cells[0].seed:
+                before = first.setdefault(tuple(ids), cell.name)
+                if before != cell.name:
+                    found.append(
+                        f"{cell.name} is {before} once more: the settings in which they differ "
+                        "have no effect"
+                    )
+        return found
+
     def finished(self, cell: int) -> bool:
         """Whether every stage of a cell is finished."""
         return all(id in self.entries for id in self.by_cell[cell])

@@ -6,6 +6,7 @@ secateur study NAME                runs it; after an interruption, the same comm
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from secateur.base import settings
@@ -42,6 +43,8 @@ def command(options: argparse.Namespace) -> None:
                 return
             study = search.run(state, study, study.space, options)
         made = prepare(state, study)
+        repeated = made.repeated()
+        study = replace(study, notes=(*study.notes, *repeated), remarks=(*study.remarks, *repeated))
         if options.plan:
             show(study, made)
             return
