@@ -90,6 +90,14 @@ def test_an_output_of_another_shape_is_not_equal_though_all_its_entries_are():
         proof.verify(nn.Identity(), other, torch.ones(2, 3, 8, 8), 1e-4)
 
 
+def test_code_that_calculates_with_the_size_of_a_layer_is_told():
+    """And the layers of the user's network keep their sizes."""
+    net = Net(lambda model, x: model.fc(x.mean((2, 3)) / model.b.out_channels))
+    with pytest.raises(PruningError, match=r"layer fc differs by .* write it as a number$"):
+        secateur.prune(net, IMAGES, HALF)
+    assert (net.b.in_channels, net.b.out_channels) == (8, 8)
+
+
 def of_eight_channels(net):
     """A hook with a constant for eight channels, of which pruning leaves four."""
     factors = torch.ones(8, 1, 1)

@@ -1,6 +1,8 @@
 """Proof that a compact network computes what the masked network computes."""
 
+import contextlib
 import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -46,10 +48,55 @@ def verify(masked: nn.Module, compact: Compact, images: Tensor, tolerance: float
             "skip the layers that produce the channel, or add a small number to it there"
         )
     where, by = _first_difference(masked, compact, images[:8], tolerance) or ("the output", worst)
+    if _calculates_with_sizes(masked, compact.model, images, expected, tolerance):
+        raise PruningError(
+            f"the compact network is not the masked one: {where} differs by {by:.2g} of its "
+            "largest value, since the network's code calculates with the size of a layer, such as "
+            "`self.conv.out_channels`, which pruning changes: write it as a number"
+        )
     raise PruningError(
         f"the compact network is not the masked one: {where} differs by {by:.2g} of its largest "
         f"value (allowed: {tolerance:g}). Nothing was written; this is a bug of the removal"
     )
+
+
+SIZES = ("in_channels", "out_channels", "in_features", "out_features", "num_features")
+"""Attributes of layers that follow their weights, with which torch itself does not compute."""
+
+
+def _calculates_with_sizes(
+    masked: nn.Module,
+    compact: nn.Module,
+    images: Tensor,
+    expected: Sequence[Tensor],
+    tolerance: float,
+) -> bool:
+    """Whether the networks agree if the compact layers give the sizes that they had before."""
+    try:
+        with _sizes_of(masked, compact):
+            found = _outputs(compact, images, "compact network")
+    except PruningError:  # the code has another use for them, such as the shape of a view
+        return False
+    return all(_difference(*pair) <= tolerance for pair in zip(expected, found, strict=True))
+
+
+@contextlib.contextmanager
+def _sizes_of(masked: nn.Module, compact: nn.Module) -> Iterator[None]:
+    """Meanwhile, the layers of the compact network give the sizes of those of the masked one."""
+    before = dict(masked.named_modules())
+    changed = [
+        (module, key, getattr(module, key), getattr(before[name], key))
+        for name, module in compact.named_modules()
+        for key in SIZES
+        if name in before and hasattr(module, key) and hasattr(before[name], key)
+    ]
+    try:
+        for module, key, _, size in changed:
+            setattr(module, key, size)
+        yield
+    finally:
+        for module, key, size, _ in changed:
+            setattr(module, key, size)
 
 
 class InDouble(TorchFunctionMode):
