@@ -51,9 +51,11 @@ SMALL = [
     ("condensenet", {"stages": [2, 1, 2], "growth": [2, 4, 8]}, (3, 8, 8)),
     ("vgg", {"depth": 11, "pools": [1, 2, 4]}, (3, 8, 8)),
     ("vgg", {"depth": 11, "batch_norm": False, "bias": False, "pools": [2, 4]}, (3, 8, 8)),
+    ("airbench", {"entrance": 5, "widths": [8, 12, 9]}, (3, 9, 10)),
     ("alexnet_cifar", {}, (3, 32, 32)),
 ]
 PUBLISHED = [
+    ("airbench", {}, 17),
     ("alexnet_cifar", {}, 32),
     *(("vgg", {"depth": depth}, 32) for depth in (11, 13, 16, 19)),
     ("vgg", {"depth": 19, **GREG_VGG}, 16),

@@ -47,6 +47,7 @@ SMALLEST = [
     ("densenet", {"depth": 7, "growth": 4}, (3, 8, 8)),
     ("condensenet", {"stages": [1, 1, 1], "growth": [2, 4, 8], "groups": 2}, (3, 8, 8)),
     ("vgg", {"depth": 11, "pools": [1, 2, 4]}, (3, 8, 8)),
+    ("airbench", {"entrance": 5, "widths": [8, 6, 7]}, (3, 9, 10)),
     ("alexnet_cifar", {}, (3, 32, 32)),
     ("torchvision", {"name": "squeezenet1_1"}, (3, 32, 32)),
 ]
