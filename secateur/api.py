@@ -256,6 +256,7 @@ def prune(
     choices = origin.choices if isinstance(origin, Origin) else {}
     labels = None if labels is None else _usable(labels)
     earlier = _masks_of(origin, dense)
+    masks.apply(dense, earlier)  # the weights may have been trained without them
     context = PruningContext(dense, images, labels, choices, latency, masks=earlier)
     with arguments_of(pruner.name):
         decision = plugin.load("pruners", pruner.name).prune(pruner.settings, context)

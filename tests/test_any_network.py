@@ -98,6 +98,24 @@ def test_code_that_calculates_with_the_size_of_a_layer_is_told():
     assert (net.b.in_channels, net.b.out_channels) == (8, 8)
 
 
+class Sized(Net):
+    """It gives the size of a layer as its own, and its instance norm compares sizes."""
+
+    def __init__(self):
+        super().__init__(lambda model, x: model.fc(model.norm(x).mean((2, 3)) / model.out_channels))
+        self.norm = nn.InstanceNorm2d(8, affine=True)
+        nn.init.normal_(self.norm.bias)
+
+    @property
+    def out_channels(self):
+        return self.b.out_channels
+
+
+def test_a_size_may_be_that_of_a_module_which_computes_it():
+    with pytest.raises(PruningError, match=r"layer fc differs by .* write it as a number$"):
+        secateur.prune(Sized(), IMAGES, HALF)
+
+
 def of_eight_channels(net):
     """A hook with a constant for eight channels, of which pruning leaves four."""
     factors = torch.ones(8, 1, 1)

@@ -19,6 +19,7 @@ from secateur.base.errors import CheckpointError, SettingsError
 from secateur.base.torchvision_import import import_torchvision
 from secateur.data.batches import Normalise
 from secateur.nn import checkpoint
+from secateur.sparsity import masks
 
 ROOT = Path(__file__).resolve().parents[1]
 IMAGES = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -291,6 +292,32 @@ def test_masks_are_kept_through_a_second_pruning_in_one_session(net, tmp_path):
         assert torch.equal(loaded.origin.masks["head.weight"], mask)
         weights = [p.count_nonzero() for p in second.model.parameters() if p.dim() > 1]
         assert sum(map(torch.count_nonzero, second.masks.values())) == sum(weights)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("obs", {"ratios": 0.5}),
+        ("magnitude", {"granularity": "2:4"}),
+        ("magnitude", {"granularity": "group", "criterion": "l2", "ratios": 0.5}),
+        ("oracle", {"ratios": {"conv1": 0.1}}),
+    ],
+)
+def test_masks_are_in_force_for_a_network_that_was_trained_without_them(net, name, settings):
+    """Masked weights that have moved since count as zeros, also where a pruner measures."""
+    own = {"labels": torch.arange(8) % 5, "remove_dead": False}
+    pruner = secateur.pruners.magnitude(granularity="2:4")
+    first = secateur.prune(net, IMAGES, pruner, **own)
+    with torch.no_grad():
+        for parameter in first.model.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+    held = copy.deepcopy(first.model)
+    masks.apply(held, first.masks)
+    pruner = getattr(secateur.pruners, name)(**settings)
+    found, expected = (secateur.prune(m, IMAGES, pruner, **own) for m in (first.model, held))
+    assert found.notes == expected.notes
+    left = expected.model.state_dict()
+    assert all(torch.equal(t, left[n]) for n, t in found.model.state_dict().items())
 
 
 def test_a_model_of_the_pipeline_is_loaded_from_its_folder(folder, tmp_path):

@@ -102,6 +102,12 @@ def test_zeros_go_first_and_refusals_are_one_line():
     assert not found.masks["3.weight"][zeros].any()
     with pytest.raises(ArgumentError, match=r"damping.*inputs of 3\.weight are linearly dependent"):
         OBS.prune(OBS.Settings(ratios=0.5, skip=["0"], damping=0), PruningContext(model, images))
+    with torch.no_grad():
+        model[0].weight[1].zero_()  # zero inputs, of which a low ratio keeps weights
+        model[0].bias[1] = 0
+    with pytest.raises(ArgumentError, match=r"damping.*inputs of 3\.weight are linearly dependent"):
+        few = OBS.Settings(ratios=0.05, skip=["0"], damping=0)
+        OBS.prune(few, PruningContext(model, images[:1]))
     grouped = nn.Sequential(nn.Conv2d(2, 2, 1, groups=2), nn.Flatten(), nn.Linear(72, 2))
     with pytest.raises(ArgumentError, match=r"skip.*0\.weight belongs to a convolution with"):
         OBS.prune(OBS.Settings(), PruningContext(grouped, images))

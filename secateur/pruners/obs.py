@@ -64,11 +64,11 @@ def prune(settings: Settings, context: PruningContext) -> PruningDecision:
         rows = weight.flatten(1).cpu().double()
         try:
             kept = choose(rows, second, number_pruned(ratios[name], rows.numel()))
+            left = reconstruct(rows, second, kept).masked_fill(rows == 0, 0)  # exactly, not nearly
         except RuntimeError:  # of torch.linalg
             why = f"inputs of {name} are linearly dependent; a higher value is needed"
             raise ArgumentError("damping", why, settings.damping) from None
         found[name] = kept.view(weight.shape)
-        left = reconstruct(rows, second, kept).masked_fill(rows == 0, 0)  # exactly, not nearly
         values[name] = left.view(weight.shape).to(weight.dtype)
     total = sum(mask.numel() for mask in found.values())
     asked = sum(ratios[name] * mask.numel() for name, mask in found.items()) / total

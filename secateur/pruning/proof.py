@@ -88,7 +88,10 @@ def _sizes_of(masked: nn.Module, compact: nn.Module) -> Iterator[None]:
         (module, key, getattr(module, key), getattr(before[name], key))
         for name, module in compact.named_modules()
         for key in SIZES
-        if name in before and hasattr(module, key) and hasattr(before[name], key)
+        if name in before
+        and key in vars(module)
+        and key in vars(before[name])
+        and not isinstance(module, nn.modules.instancenorm._InstanceNorm)  # it checks its inputs
     ]
     try:
         for module, key, _, size in changed:
