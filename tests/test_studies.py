@@ -23,6 +23,7 @@ from workspace import Project, start_warm, warm_children, warm_python, yaml_text
 
 from secateur.base import settings as base_settings
 from secateur.base.errors import SecateurError, SettingsError
+from secateur.base.sections import Train
 from secateur.base.settings import check as check_settings
 from secateur.base.settings import check_values, merged
 from secateur.cli import build_parser
@@ -261,6 +262,57 @@ def test_controls_have_the_teacher_of_the_dense_network(write_study):
         ("smaller", False)
     }
     assert any("none2: no control 'scratch_epochs': its dense" in note for note in study.notes)
+
+
+def test_controls_are_trained_like_a_dense_network_with_defaults(write_study, monkeypatch):
+    """params.yaml may leave settings out: those of finetune are not settings of the baseline."""
+    kept = {"epochs": 8, "distillation": {"teacher": "weights/none", "code": "weights/none"}}
+    short = PARAMS | dict.fromkeys(("baseline", "sparse_train"), kept)
+    short["finetune"] = kept | {"rewind_to": "weights/none"}
+    monkeypatch.setitem(globals(), "PARAMS", short)
+    own = {"lr": 0.5, "schedule": "multistep", "milestones": [4], "average": {"kind": "ema"},
+           "distillation": {"teacher": "weights/a.safetensors", "features": ["fc1"]}}  # fmt: skip
+    pruning = {"granularity": "filter", "target": {"params": 0.5, "of": "dense"}}
+    study = write_study(
+        settings={"baseline": {"batch_size": 32}, "finetune": own, "pruner": "magnitude",
+                  "pruners": {"magnitude": pruning}},
+        axes={"method": {"one": {}, "two": {"rounds": {"two": ROUND}}}},
+        controls=["scratch", "smaller"],
+    )  # fmt: skip
+    others = {"epochs", "distillation"}
+    expected = Train(epochs=8, batch_size=32).model_dump(exclude=others)
+    controls = [cell for cell in study.cells if cell.control]
+    for cell in controls:
+        settings = check_values(merged(short, cell.settings))
+        last = settings.of_round("two") if settings.rounds else settings
+        found = last.finetune.model_dump(include=set(Train.model_fields), exclude=others)
+        assert found == expected, cell.name
+        taught_by = last.finetune.distillation
+        assert taught_by.teacher == "weights/none" or taught_by.weight == 0, cell.name
+        assert not taught_by.features, cell.name
+    assert len(controls) == 6
+
+
+@pytest.mark.parametrize("own", [{"target": None, "ratios": 0.7}, {"ratios": 0.7}])
+def test_a_smaller_network_has_the_amounts_of_its_method(write_study, monkeypatch, own):
+    """Also where params.yaml has a target, which the study takes away."""
+    given = {"target": {"macs": 0.5, "of": "dense"}, "granularity": "filter"}
+    pruners = PARAMS["pruners"] | {"magnitude": given}
+    monkeypatch.setitem(globals(), "PARAMS", PARAMS | {"pruners": pruners})
+    last = ROUND | {"prune": {"pruners": {"magnitude": {"target": {"params": 0.2, "of": "dense"}}}}}
+    study = write_study(
+        settings={"pruner": "magnitude", "pruners": {"magnitude": own}},
+        axes={"method": {"one": {}, "two": {"rounds": {"two": last}}}},
+        controls=["smaller"],
+    )
+    found = {}
+    for cell in study.cells:
+        settings = check_values(merged(PARAMS, cell.settings))
+        settings = settings.of_round("two") if settings.rounds else settings
+        pruner = settings.chosen("pruners")
+        found.setdefault(cell.method, []).append((pruner.target, pruner.ratios))
+    for method, (of_method, of_control) in found.items():
+        assert of_control == of_method, method
 
 
 ROUND = {"after": "finetuned", "sparse_train": {}, "prune": {}, "finetune": {}}

@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from secateur.base import settings as base_settings
-from secateur.base.sections import NOTHING, Baseline, Prune
+from secateur.base.sections import NOTHING, Baseline, Prune, Train
 from secateur.pipeline.params_file import value_at
 from secateur.pipeline.record import FIRST
 from secateur.studies import rounds
@@ -81,8 +81,7 @@ def make(
 
 def _value(settings: Mapping[str, Any], params: Mapping[str, Any], key: str) -> Any:
     """The value that a combination has at a dotted key; None if there is none."""
-    own = value_at(settings, key)
-    return value_at(params, key) if own is None else own
+    return value_at(rounds.whole(params, settings), key)
 
 
 def _dense(
@@ -155,9 +154,10 @@ def _anew(
 ) -> dict[str, Any] | str:
     """Settings of `finetune` in round `last` that train new weights like those of the dense
     network, with its teacher; or why there are none."""
-    known = params["finetune"]
     below = merged(params["baseline"], settings.get("baseline", {}))
-    training = {key: value for key, value in below.items() if key in known}
+    # with the defaults of what the baseline leaves out, which finetune may have otherwise
+    written_out = merged(Train(epochs=0).model_dump(mode="json"), below)
+    training = {key: written_out[key] for key in Train.model_fields}
     training |= {"init": "scratch", "budget": budget}
     if last == FIRST:
         return training | {"rewind_to": NOTHING}
@@ -176,17 +176,18 @@ def _smaller(settings: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str
     table = settings.get(rounds.KEY, {})
     final = table.get(_last_round(settings), {}).get("prune", {})
     pruning = {key: value for key, value in final.items() if key != "pruners"}
-    changed = base_settings.merged(settings.get("pruners", {}), final.get("pruners", {}), depth=2)
-    own = merged(settings, {"prune": pruning}) | {"pruners": changed}
-    granularity = _value(own, params, "pruners.magnitude.granularity")
-    if _value(own, params, "pruner") != "magnitude" or granularity == "weight":
+    whole = rounds.whole(params, settings)
+    pruners = base_settings.merged(whole["pruners"], final.get("pruners", {}), depth=2)
+    own = pruners.get("magnitude") or {}
+    if whole["pruner"] != "magnitude" or own.get("granularity") == "weight":
         return "it does not remove whole outputs by pruner magnitude"
-    target = _value(own, params, TARGET)
+    target = own.get("target")
     if table and not (isinstance(target, Mapping) and target.get("of") == "dense"):
         return "its last round has no target with `of: dense`, so no cut of one round is as large"
     alone: dict[str, Any] = {"pick": "random", "ranking": "layer"}
-    if isinstance(target, Mapping):  # null for the kind of the first round's target
-        alone["target"] = dict.fromkeys(_value(settings, params, TARGET) or {}) | {**target}
+    if isinstance(target, Mapping):  # null for the kinds of the targets that it is merged with
+        others = [value_at(below, TARGET) or {} for below in (params, settings)]
+        alone["target"] = dict.fromkeys(key for other in others for key in other) | {**target}
     return {
         "finetune": _anew(settings, params, "epochs", FIRST),
         "baseline": {
