@@ -248,8 +248,7 @@ def save_teacher(folder, mean, std):
 
 
 def test_a_teacher_of_another_architecture_needs_its_code_named(network, tmp_path):
-    """Before the first training; the normalisation is not compared, since weights may change it."""
-    (file, code), key = save_teacher(tmp_path, mean=0.5, std=2.0), "finetune__distillation"
+    (file, code), key = save_teacher(tmp_path, mean=0.0, std=1.0), "finetune__distillation"
     model = network(arch="lenet5", **{f"{key}__teacher": file, f"{key}__code": code})
     check_network(model, INFO)
     model = network(arch="lenet5", **{f"{key}__teacher": file})
@@ -261,6 +260,24 @@ def test_a_teacher_of_another_architecture_needs_its_code_named(network, tmp_pat
     network(arch="lenet5", **{f"{key}__teacher": file, f"{key}__code": code})
     with pytest.raises(SecateurError, match="cannot teach: its classes = "):
         check_network(model, replace(INFO, classes=["a", "c"]))
+
+
+def test_a_teacher_for_images_normalised_otherwise_is_refused_before_the_first_training(
+    network, tmp_path
+):
+    """Unless the network starts from weights, whose normalisation only the baseline knows."""
+    file, code = save_teacher(tmp_path, mean=0.5, std=2.0)
+    given = PARAMS["finetune"]["distillation"] | {"teacher": file, "code": code}
+    changes = {"arch": "lenet5", "finetune__distillation": given}
+    model = network(**changes)
+    for check in (lambda: check_settings(INFO), lambda: check_network(model, INFO)):
+        with pytest.raises(SecateurError, match=r"cannot teach: its mean = \[0\.5\]"):
+            check()
+    network(**changes, baseline__weights="some.safetensors")
+    check_settings(INFO)
+    check_network(model, replace(INFO, mean=[0.5], std=[2.0]))
+    with pytest.raises(SecateurError, match=r"cannot teach: its std = \[2\.0\]"):
+        check_network(model, replace(INFO, mean=[0.5]))
 
 
 def test_a_teacher_for_one_size_is_refused_before_the_first_training(network, tmp_path):

@@ -5,6 +5,7 @@ after hours of training. No result depends on this module.
 """
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,11 @@ def check_settings(info: DatasetInfo) -> None:
     The architecture is built for these images, then checked by `check_network`. Nothing that it
     downloads is needed, and the state of the random number generator is not changed.
     """
-    check_network(build_network(settings.read(), info), info)
+    params = settings.read()
+    model = build_network(params, info)
+    if params.baseline.weights != "none":  # they may name another normalisation than the data
+        info = replace(info, mean=[], std=[])
+    check_network(model, info)
 
 
 def build_network(params: settings.Params, info: DatasetInfo) -> nn.Module:
@@ -49,8 +54,9 @@ def check_network(model: nn.Module, info: DatasetInfo, round_name: str | None = 
 
     It is also refused if it has operations through which channels to be removed cannot be followed.
     Neither `model` nor the state of the random number generator is changed. Settings that depend on
-    trained weights or on images are not checked. `round_name` is the round whose settings are
-    checked; without it, the settings of all rounds are.
+    trained weights or on images are not checked, nor is a teacher's normalisation if `info` has
+    none. `round_name` is the round whose settings are checked; without it, the settings of all
+    rounds are.
     """
     params = settings.read()
     if round_name is not None:
@@ -175,7 +181,8 @@ def _check_teacher(
             raise ArgumentError("distillation.teacher", why, wanted.teacher)
         arch = params.arch
         file, found = distillation.load_teacher(file, wanted.code, arch, params.archs.get(arch))
-        distillation.check_data(file, found.header, info, "classes", "shape")
+        known = ("mean", "std") if info.mean else ()
+        distillation.check_data(file, found.header, info, "classes", "shape", *known)
         teacher, sizes = found.model(), training.progressive_resizing
         distillation.check_layers(wanted.features, teacher, "the teacher")
         progressive_resizing.check(teacher, sizes, info.shape, "teacher")
