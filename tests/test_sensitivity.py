@@ -124,6 +124,38 @@ def test_the_allowed_ratio_ends_before_the_first_drop(rows, least, ratio):
     assert sensitivity.largest_ratio(rows, least) == ratio
 
 
+def test_an_accuracy_may_fall_by_just_the_drop():
+    for right in range(101):
+        for lost in range(right + 1):
+            least = sensitivity_stage.least_accuracy(right, 100, lost / 100)
+            rows = [(0, right / 100), (0.5, (right - lost) / 100), (0.6, (right - lost - 1) / 100)]
+            assert sensitivity.largest_ratio(rows, least) == 0.5
+
+
+@pytest.mark.parametrize("granularity", ["filter", "group"])
+@pytest.mark.parametrize("kind", ["resnet", "numbers"])
+@pytest.mark.parametrize("criterion", ["l1", "random"])
+def test_the_pruner_removes_what_was_measured_together(criterion, kind, granularity):
+    """Random outputs are those of the suggested layers; layers may have numbers as names."""
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 9, 3), nn.Flatten(), nn.Linear(144, 10)
+    model = MODELS["resnet"]() if kind == "resnet" else nn.Sequential(*layers).eval()
+    context = PruningContext(model, torch.randn(2, *SHAPE))
+    settings = SimpleNamespace(granularity=granularity, ratios=[1 / 3, 0.5])
+    stage = SimpleNamespace(params=SimpleNamespace(sensitivity=settings, seed=3))
+    made = sensitivity_stage._ablations(stage, context, [criterion])
+    *_, last = dict.fromkeys(ablation.layer for ablation in made)
+    ratios = {last: 1 / 3}
+    together = sensitivity_stage._together(stage, context, made, criterion, ratios)
+    suggested = sensitivity_stage.as_params(criterion, granularity, ratios, 3)["pruners"]
+    magnitude = plugin.load("pruners", "magnitude")
+    own = validate(magnitude.Settings, suggested["magnitude"], "")
+    decision = magnitude.prune(own, context)
+    assert together.channels.keys() == decision.channels.keys() and decision.channels
+    for name, index in decision.channels.items():
+        assert together.channels[name].sort().values.equal(index.sort().values)
+
+
 def test_all_suggestions_together():
     context = PruningContext(MODELS["resnet"](), torch.randn(2, *SHAPE), torch.arange(2))
     names = sensitivity.independent_layers(context)

@@ -6,7 +6,7 @@ for each ablation only the nodes that depend on changed tensors are run again.
 """
 
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -91,18 +91,23 @@ def layers_without(context: PruningContext, layers: Sequence[str], criterion: st
 
 
 def group_ablations(
-    context: PruningContext, measures: Sequence[str], ratios: Sequence[float], seed: int
+    context: PruningContext,
+    measures: Sequence[str],
+    ratios: Sequence[float],
+    seed: int,
+    only: Container[str] | None = None,
 ) -> list[Ablation]:
     """One ablation for every group of coupled channels, criterion (or `random`) and ratio.
 
-    Groups for which a criterion is not defined are left out. Raises PruningError if no group has
-    channels that can be pruned.
+    Groups for which a criterion is not defined are left out, and those that `only` does not name.
+    Raises PruningError if no group has channels that can be pruned.
     """
     graph, found = context.graph, []
     for criterion in measures:
         scored = {"random": "l1", "lamp": "l2"}.get(criterion, criterion)
         groups, _ = group_scores.score_groups(context, scored)  # type: ignore[arg-type]
         scores = {JOIN.join(g.groups): g.scores for g in groups if len(g.units) > 1}
+        scores = {name: own for name, own in scores.items() if only is None or name in only}
         if criterion == "random":
             scores = choices.pick_scores_by_layer(scores, "random", seed)
         for group in groups:

@@ -10,6 +10,7 @@ params.yaml lists the criteria and ratios to try.
 """
 
 from collections.abc import Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from secateur.nn import norms
 from secateur.pipeline import console, runner
 from secateur.pruning import sensitivity
 from secateur.pruning.decision import PruningContext
+from secateur.sparsity import masks
+from secateur.sparsity.ratios import NUMBERS
 
 HEAD = """# Ratios by layer with which the dense network loses at most {drop:g} of its accuracy on
 # val ({now:.4f}) when that layer alone is pruned. `together`: accuracy on val with all of them.
@@ -89,10 +92,11 @@ def measure(context: runner.StageContext) -> tuple[pd.DataFrame, dict[str, Any]]
     ]
     table = pd.DataFrame(rows).sort_values(["criterion", "layer", "ratio"], kind="stable")
     table["drop"] = right[0] / count - table.accuracy
+    least = least_accuracy(right[0], count, settings.drop)
     found = {}
     for criterion in how:
-        ratios = suggest(table[table.criterion == criterion], right[0] / count - settings.drop)
-        together = sensitivity.combined(made, ratios, criterion)
+        ratios = suggest(table[table.criterion == criterion], least)
+        together = _together(context, pruning_context, made, criterion, ratios)
         right_together = ablation_runner.count_correct(batches(), [together], lambda: None)[1]
         suggestion = as_params(criterion, settings.granularity, ratios, context.params.seed)
         found[criterion] = suggestion | {"together": right_together / count}
@@ -128,6 +132,36 @@ def _ablations(
     return sensitivity.ablations(pruning_context, names, how, settings.ratios, seed)
 
 
+def _together(
+    context: runner.StageContext,
+    pruning_context: PruningContext,
+    made: Sequence[sensitivity.Ablation],
+    criterion: str,
+    ratios: dict[str, float],
+) -> sensitivity.Ablation:
+    """One ablation of all layers with a suggested ratio; `made` has one of each.
+
+    Random outputs depend on which layers are pruned together, so they are drawn anew, as pruner
+    magnitude draws them for these layers.
+    """
+    seed, values = context.params.seed, sorted(set(ratios.values()))
+    if criterion == "random" and ratios:
+        if context.params.sensitivity.granularity == "group":
+            made = sensitivity.group_ablations(pruning_context, [criterion], values, seed, ratios)
+        else:
+            names = [name for name in masks.layers(pruning_context.model) if name in ratios]
+            made = sensitivity.ablations(pruning_context, names, [criterion], values, seed)
+    return sensitivity.combined(made, ratios, criterion)
+
+
+def least_accuracy(right: int, count: int, drop: float) -> float:
+    """The lowest accuracy that is allowed, if `right` of `count` images are correct now.
+
+    Computed by images, as the accuracies are: 0.8 - 0.1 is more than 0.7.
+    """
+    return (right - int(Decimal(repr(drop)) * count)) / count
+
+
 def suggest(table: pd.DataFrame, least: float) -> dict[str, float]:
     """The highest ratio of each layer that keeps this accuracy; layers without one are left out."""
     found = {
@@ -147,12 +181,17 @@ def as_params(
     if criterion == "random":
         own |= {"criterion": "l1", "pick": "random", "seed": seed}
     pairs = [
-        f"{name}: {ratio:g}"
+        f"{_pattern(name)}: {ratio}"
         for names, ratio in ratios.items()
         for name in names.split(sensitivity.JOIN)
     ]
     own["ratios"] = ", ".join(pairs) or 0  # an empty text has no ratios
     return {"pruner": "magnitude", "pruners": {"magnitude": own}}
+
+
+def _pattern(name: str) -> str:
+    """The name of a layer as a pattern of ratios, where a number alone counts the layers."""
+    return f"[{name[0]}]{name[1:]}" if NUMBERS.fullmatch(name) else name
 
 
 if __name__ == "__main__":
