@@ -112,6 +112,16 @@ def test_what_lies_between_the_layers_follows_from_whole_networks():
     assert fitted.time(other) == pytest.approx(ms(other, 1e3))
 
 
+@pytest.mark.parametrize("groups", [1, 3])
+def test_the_whole_width_of_a_layer_is_measured(groups):
+    """Also where it is no multiple: rounding it made the first outputs to go cost nothing."""
+    for width in range(groups, 100, groups):
+        for multiple in layer_times.MULTIPLES:
+            widths = layer_times._widths(width, False, multiple, groups)
+            assert widths[-1] == width and widths == sorted(set(widths))
+            assert all(own % groups == 0 for own in widths)
+
+
 def test_a_table_is_read_back_and_a_damaged_one_is_one_line(tmp_path):
     table = by_macs(net(), image())
     path = tmp_path / "torch.json"
@@ -252,6 +262,10 @@ def test_mistakes_are_one_line():
     table = by_macs(net(), image())
     with pytest.raises(PruningError, match=r"layer 0 is not in the table of measured layers"):
         pruned(table, secateur_vgg())
+    narrow = secateur.prune(net(), image(), secateur.pruners.magnitude(ratios={"mlp": 0.5}))
+    wide = r"layer mlp has 24 outputs and 16 inputs, and was measured with at most 12 and 16: the"
+    with pytest.raises(PruningError, match=wide):
+        pruned(by_macs(narrow.model, image()))
     larger = by_macs(net(), torch.randn(1, 3, 2 * SIDE, 2 * SIDE))
     count = (SIDE // 2) ** 2  # the stem has a stride of 2
     size = rf"layer stem was measured with {4 * count} positions and has {count}: .* another size"

@@ -386,7 +386,7 @@ def _widths(width: int, fixed: bool, multiple: int, groups: int) -> list[int]:
         return [width]
     step = math.lcm(_fine(multiple, width), groups)
     found = {min(width, max(step, round(part * width / step) * step)) for part in PARTS}
-    return sorted(found)
+    return sorted({*found, width})  # the whole width, which need not be a multiple
 
 
 def _fine(multiple: int, width: int) -> int:

@@ -133,10 +133,18 @@ class LatencyTable(Strict):
     def time(self, widths: Mapping[str, tuple[int, int]]) -> float:
         """Milliseconds of the network; `widths` are the outputs and inputs of its layers.
 
-        Raises PruningError naming a layer that was not measured.
+        Raises PruningError naming a layer that was not measured, or is wider than it was then.
         """
         dense = self.networks[0]
         (layers, outputs), own = self._sums(dense.widths), self._sums(widths)
+        for name, (out, into) in widths.items():
+            most = dense.widths.get(name, (out, into))
+            if out > most[0] or into > most[1]:
+                raise PruningError(
+                    f"layer {name} has {out} outputs and {into} inputs, and was measured with at "
+                    f"most {most[0]} and {most[1]}: the table of measured layers is of another "
+                    "network"
+                )
         by_layer, by_output = self.factors
         left = dense.ms - by_layer * (layers - own[0]) - by_output * (outputs - own[1])
         return max(left, 1e-3 * dense.ms)
