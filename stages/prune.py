@@ -84,7 +84,8 @@ def prune(context: runner.StageContext) -> runner.StageResult:
     metrics["removed_outputs"] = float(sum(before - left for _, before, left in outputs))
     header = context.header(sparse, asked=asked, reached=dict(metrics))
     if table is not None and "latency_left_asked" in metrics:  # after the header: times vary
-        metrics |= latency_check.check(table, model, pruned.model, images[:1])
+        whole = dense if settings.target.of == "dense" else start.model
+        metrics |= latency_check.check(table, whole, pruned.model, images[:1])
     return runner.StageResult(
         pruned.model,
         header,

@@ -1,6 +1,8 @@
 """Latency targets: tables of measured layers, predictions, and what is pruned."""
 
+import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,15 +11,18 @@ from torch import nn
 import secateur
 from secateur.base import optional, plugin, settings
 from secateur.base.errors import PruningError, SecateurError, SettingsError
+from secateur.base.sections import Prune
 from secateur.base.torchvision_import import import_torchvision
 from secateur.channels.graph import build_channel_graph
+from secateur.data import dataset
 from secateur.data.dataset import DatasetInfo
 from secateur.deploy import layer_times
-from secateur.nn import cost
+from secateur.nn import checkpoint, cost
 from secateur.pipeline import latency_check, preflight
 from secateur.pruning import latency
 from secateur.pruning.decision import PruningContext
 from secateur.pruning.latency import LatencyTable, MeasuredLayer, MeasuredNetwork
+from stages import prune as prune_stage
 
 import_torchvision()
 
@@ -340,6 +345,43 @@ def test_a_network_is_measured_pruned_and_measured_again(runtime, monkeypatch, c
     times = latency_check.check(table, model, model, image())
     assert times["latency_left_measured"] == times["latency_ms"] / times["latency_ms_before"]
     assert f"ms in {runtime}, 1 thread, batch 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("of", ["given", "dense"])
+def test_the_stage_measures_the_share_that_the_target_asks_for(of, monkeypatch, tmp_path):
+    """Without a branch, and in a further round, the share is of another network than the first."""
+    monkeypatch.setattr(
+        layer_times,
+        "compare",
+        lambda networks, example, **_: {k: cost.macs(m, example) for k, m in networks.items()},
+    )
+    shape, classes = (3, SIDE, SIDE), ["a", "b", "c"]
+    header = checkpoint.Header(
+        "resnet_cifar", {"depth": 14}, classes, shape, [0.5] * 3, [0.5] * 3, "", "made up"
+    )
+    torch.manual_seed(0)
+    dense = checkpoint.build_architecture(header).eval()
+    by_macs(dense, image()).save(tmp_path / "torch.json")
+    labels = torch.arange(60) % 3
+    split = dataset.InMemoryImages(torch.randint(256, (60, *shape), dtype=torch.uint8), labels)
+    data = dataset.prepare(
+        "toy", dataset.Images(split, split, classes, (0.5,) * 3, (0.5,) * 3), 0, 0
+    )
+    magnitude = plugin.load("pruners", "magnitude")
+    target = {"latency": 0.4, "of": of}
+    own = magnitude.Settings(granularity="group", target=target)
+    start = SimpleNamespace(masks={}, choices={}, header=header, model=lambda: copy.deepcopy(dense))
+    context = SimpleNamespace(
+        params=SimpleNamespace(
+            pruner="magnitude", chosen=lambda _: own,
+            prune=Prune(branches=["layer1.1"], latency="torch"),
+        ),
+        data=data, start=start, header=lambda parent, **notes: notes,
+        stage=SimpleNamespace(input=lambda path: tmp_path / path.split("/")[1]),
+    )  # fmt: skip
+    metrics = prune_stage.prune(context).metrics
+    assert metrics["latency_left_reached"] == pytest.approx(0.4, abs=0.03)
+    assert metrics["latency_left_measured"] == pytest.approx(metrics["latency_left_reached"])
 
 
 def test_the_layer_that_is_measured_is_the_one_in_the_network():

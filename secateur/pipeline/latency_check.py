@@ -18,8 +18,9 @@ def check(
 ) -> dict[str, float]:
     """Measure both networks, taking turns, and print how much of the time is left.
 
-    `image` is one image, (1, C, H, W). Returns the metrics `latency_left_measured`, `latency_ms`
-    and `latency_ms_before`. Raises SecateurError if the runtime is not installed.
+    `before` is the network that the share of the target refers to; `image` is one image,
+    (1, C, H, W). Returns the metrics `latency_left_measured`, `latency_ms` and
+    `latency_ms_before`. Raises SecateurError if the runtime is not installed.
     """
     from secateur.deploy import layer_times  # takes a while to import
 
