@@ -304,6 +304,22 @@ def test_a_name_that_is_no_experiment_is_told_with_those_that_are(experiments):
         results.check_names(["xxx"])
 
 
+def test_a_name_of_several_other_commits_is_not_chosen_by_chance(experiments):
+    experiments(1, seeds=(1,))
+    results.check_names(["m0-2-s1"])
+    experiments.git("commit", "-q", "--allow-empty", "-m", "next")
+    results.check_names(["m0-2-s1"])
+    experiments(1, seeds=(1,), dense=0.5)
+    results.check_names(["m0-2-s1"])
+    experiments.git("commit", "-q", "--allow-empty", "-m", "without experiments")
+    listed = [name for name in results.experiments(everything=True) if name.startswith("m0-2-s1@")]
+    assert len(listed) == 2
+    results.check_names(listed)
+    with pytest.raises(SecateurError, match=r"'m0-2-s1': HEAD has none, and several") as raised:
+        results.check_names(["m0-2-s1"])
+    assert all(name in str(raised.value) for name in listed)
+
+
 def test_compare_has_the_workspace_by_its_name(experiments, capsys):
     name = experiments(1, seeds=(1,))[0].experiment
     options = Namespace(experiment=[name, "workspace"], sort="experiment", json=True, csv=False)
@@ -904,6 +920,18 @@ def test_published_results_are_drawn_and_marked_as_not_ours(experiments, tmp_pat
     assert "theirs" not in (tmp_path / "report/macs.svg").read_text(), "no published MACs"
 
 
+def test_published_results_are_those_of_one_depth(monkeypatch):
+    known = [anchors.Anchor("theirs", 0.9, "a paper", macs=2.0)]
+    monkeypatch.setitem(anchors.PUBLISHED, ("cifar10", "resnet_cifar", 56), known)
+    report = REPORT | {"dataset": "cifar10", "arch": "resnet_cifar"}
+    rows = [
+        tables.Row(str(d), "", False, (Result("x", {"archs.resnet_cifar.depth": d}, report),))
+        for d in (56, 20)
+    ]
+    assert page._published(rows[:1]) == known
+    assert page._published(rows[1:]) == page._published(rows) == []
+
+
 LABELS = [
     r"L1 & 50% <b>bold</b> a|b _#~~x~~ ^{}\ x\|",
     "*Taylor* ≥ 2",
@@ -952,6 +980,16 @@ def test_settings_of_plugins_that_a_round_does_not_use_are_left_out():
     for pruner, words in (("magnitude", "round1 ratios 0.5"), ("std", "")):
         result = Result("x", {"pruner": pruner, key: 0.5}, {})
         assert compare.differences(result, [key]) == words
+
+
+def test_settings_of_a_parametrization_that_is_not_used_make_no_method():
+    key = "parametrizations.str.initial"
+    for name, methods in (("none", 1), ("str", 2)):
+        found = [
+            Result(f"s{n}", {"parametrization": name, key: float(n)}, REPORT | {"seed": n})
+            for n in (1, 2)
+        ]
+        assert len({cell.method for cell in by_hand.cells_of(found)}) == methods, name
 
 
 def test_settings_of_a_further_round_are_named_after_it():

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from secateur.base import plugin
 from secateur.base.errors import SecateurError
 from secateur.studies import results
 from secateur.studies.results import Result
@@ -88,7 +89,7 @@ def table(found: Sequence[Result]) -> list[dict[str, Any]]:
 
 def differences(result: Result, keys: Sequence[str]) -> str:
     """The settings under these keys that the result used, in words."""
-    chosen = {"pruners": "pruner", "penalties": "penalty", "archs": "arch", "datasets": "dataset"}
+    chosen: dict[str, str] = {**plugin.KEYS}
     words = []
     for key in keys:
         kind, _, rest = _by_round(key)[1].partition(".")

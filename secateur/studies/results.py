@@ -105,9 +105,17 @@ def experiments(everything: bool = False) -> dict[str, str]:
 
 
 def check_names(names: Iterable[str]) -> None:
-    """Raise SecateurError for the first name that is neither an experiment nor a Git revision."""
-    known = {name: None for _, name, _ in _listed()} | experiments(everything=True)
+    """Raise SecateurError for the first name that is neither an experiment nor a Git revision, or
+    that several experiments of other commits have."""
+    listed, clear = _listed(), experiments(everything=True) | experiments()
+    known = {name: None for _, name, _ in listed} | clear
     for name in names:
+        if name in known and name not in clear:
+            own = ", ".join(f"{name}@{commit[:7]}" for _, other, commit in listed if other == name)
+            raise SecateurError(
+                f"experiment {shorten(name)}: HEAD has none, and several other commits have one: "
+                f"{own}"
+            )
         if name not in known and not _is_revision(name):
             here = sorted(experiments())
             there = ", ".join(here[:SHOWN]) or "none on this commit"
@@ -173,8 +181,8 @@ def commits(names: Iterable[str], revision: str | None = None) -> dict[str, str]
     """Name -> commit of these experiments; any other name is that of a Git revision.
 
     Of several experiments with the same name, the one of HEAD is taken; `<name>@<commit>`, as in
-    `experiments`, names another. With `revision`, each name is the ref of an experiment on this
-    commit.
+    `experiments`, names another, and `check_names` asks for it if HEAD has none. With `revision`,
+    each name is the ref of an experiment on this commit.
     """
     if revision is not None:
         return {name: f"{NAMESPACE}/{revision[:2]}/{revision[2:]}/{name}" for name in names}

@@ -140,13 +140,14 @@ def _remove_old(folder: Path, figures: Mapping[str, "Figure"]) -> None:
 
 def _published(rows: Sequence[Row]) -> list[Anchor]:
     """Published results for the network and data set of the rows, if all rows have the same."""
-    reports = [result.report for row in rows for result in row.results]
-    kinds = {(str(report.get("dataset")), str(report.get("arch"))) for report in reports}
+    found = [result for row in rows for result in row.results]
+    kinds = {(str(one.report.get("dataset")), str(one.report.get("arch"))) for one in found}
     if len(kinds) != 1:
         return []
     ((dataset, arch),) = kinds
-    depth = rows[0].results[0].params.get(f"archs.{arch}.depth")
-    return anchors.of(dataset, arch, depth if isinstance(depth, int) else None)
+    depths = {one.params.get(f"archs.{arch}.depth") for one in found}
+    depth = depths.pop()
+    return [] if depths else anchors.of(dataset, arch, depth if isinstance(depth, int) else None)
 
 
 ROUNDS = "rounds.csv"
