@@ -89,7 +89,7 @@ def table(found: Sequence[Result]) -> list[dict[str, Any]]:
 
 def differences(result: Result, keys: Sequence[str]) -> str:
     """The settings under these keys that the result used, in words."""
-    chosen: dict[str, str] = {**plugin.KEYS}
+    chosen = {str(kind): key for kind, key in plugin.KEYS.items()}
     words = []
     for key in keys:
         kind, _, rest = _by_round(key)[1].partition(".")
