@@ -1,6 +1,7 @@
 """Executors of studies, and the copies of the project in which they run."""
 
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -115,6 +116,21 @@ def test_a_study_sees_files_that_git_does_not_know_as_they_are_now(copy, small):
     assert now.pop("images/1/2") == listed.pop("images/cats/1")
     assert now == listed | {"weights/mine.bin": "other", "plugin.py": "longer than before"}
     assert {"images/1/2", *UNKNOWN[:2]} | now.keys() == {*now, "images/1/2"}
+
+
+def test_a_study_sees_a_file_of_equal_size_that_is_changed_in_the_moment_of_a_commit(small):
+    """Its size and time are then those in Git's index."""
+    subprocess.run(["git", "config", "core.trustctime", "false"], cwd=small, check=True)
+    before, now = snapshot.take(small).tree, 1_700_000_000
+    file, index = small / "params.yaml", small / ".git/index"
+    os.utime(file, (now, now))
+    subprocess.run(["git", "add", "-u"], cwd=small, check=True)
+    os.utime(index, (now, now))
+    file.write_text("seed: 2\n")
+    os.utime(file, (now, now))
+    state = snapshot.take(small)
+    assert state.tree != before
+    assert (state.copy("plan") / "params.yaml").read_text() == "seed: 2\n"
 
 
 def test_a_file_that_is_gone_is_missed(small):

@@ -108,8 +108,9 @@ def take(root: Path) -> Snapshot:
         )
     revision = git(root, "rev-parse", "--verify", "-q", "HEAD", error="no commit to start from")
     with _index(root) as env:
-        shutil.copyfile(git(root, "rev-parse", "--path-format=absolute", "--git-path", "index"),
-                        env["GIT_INDEX_FILE"])  # fmt: skip
+        # with its time: Git reads files again that are not older than the index that lists them
+        shutil.copy2(git(root, "rev-parse", "--path-format=absolute", "--git-path", "index"),
+                     env["GIT_INDEX_FILE"])  # fmt: skip
         git(root, "add", "-u", env=env)
         tree = git(root, "write-tree", env=env)
     return Snapshot(root, revision, tree, cache_folder(root))
