@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 import statistics
 from itertools import pairwise
 from typing import Literal, get_args, get_origin
@@ -436,6 +437,19 @@ def test_oracle_finds_the_lowest_loss_of_all_choices(seed):
     assert found == [best[0], (best[1],)]
     assert decision.notes["trials"] == len(losses) == 24
     assert decision.notes["loss"] == pytest.approx(losses[best], abs=1e-12)
+
+
+def test_a_choice_whose_loss_is_not_a_number_is_never_the_best():
+    """Without the first filter an output overflows, and the loss is NaN."""
+    model = nn.Sequential(nn.Conv2d(1, 3, 1, bias=False), nn.Flatten(), nn.Linear(3, 2, bias=False))
+    with torch.no_grad():
+        model[0].weight.fill_(1)
+        model[2].weight.copy_(torch.tensor([[-3e38, 3e38, 3e38], [0, 0, 0]]))
+    context = PruningContext(model.eval(), torch.ones(2, 1, 1, 1), torch.ones(2, dtype=torch.int64))
+    oracle = plugin.load("pruners", "oracle")
+    found = oracle.prune(oracle.Settings(ratios={"0": 0.3}), context)
+    assert found.channels["0"].tolist() == [1]
+    assert found.notes["loss"] == pytest.approx(math.log(2))
 
 
 def test_oracle_refuses_more_choices_than_it_may_try_before_any_is_tried():

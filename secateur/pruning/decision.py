@@ -1,5 +1,6 @@
 """Input and result of a pruner: a context, and a decision on weights, whole channels, or both."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -80,6 +81,7 @@ class PruningContext:
     def loss(self, model: nn.Module, purpose: str) -> float:
         """Mean cross-entropy over the images of a network in eval mode, such as a pruned copy.
 
+        Infinite if it is not a number, so that such a network never is the best one.
         Raises PruningError naming the `purpose` if the images have no labels, and for a network
         that is not a classifier.
         """
@@ -87,7 +89,8 @@ class PruningContext:
         device = next(model.parameters()).device
         labels = self.labels.to(device)
         logits = class_scores(model(self.images.to(device)), labels, purpose)
-        return float(F.cross_entropy(logits.double(), labels))
+        loss = float(F.cross_entropy(logits.double(), labels))
+        return math.inf if math.isnan(loss) else loss
 
 
 def decision_from_choices(
