@@ -500,7 +500,8 @@ def test_a_feature_of_a_removed_branch_is_told_before_any_training(tmp_path, mon
     params["finetune"]["distillation"] |= {"teacher": "models/baseline"}
     params["finetune"]["distillation"]["features"] = ["layer2.0.conv2"]
     monkeypatch.chdir(tmp_path)
-    info = dataset.DatasetInfo("toy", HEADER.classes, (3, 8, 8), [0.0], [1.0], "", {"train": 640})
+    scales = HEADER.mean, HEADER.std  # a teacher needs those of the data
+    info = dataset.DatasetInfo("toy", HEADER.classes, (3, 8, 8), *scales, "", {"train": 640})
     model = checkpoint.build_architecture(HEADER)
     Path("params.yaml").write_text(yaml_text(params))
     with pytest.raises(
