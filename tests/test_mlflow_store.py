@@ -323,6 +323,21 @@ def test_a_damaged_store_named_by_the_user_is_left_as_it_is(project, monkeypatch
     assert Store().client is not None, "a new store is created"
 
 
+def test_a_relative_store_lies_in_the_project_and_not_in_a_copy_of_it(tmp_path, monkeypatch):
+    """Experiments run in copies that DVC removes afterwards, with all that is in them."""
+    project, copy = tmp_path / "my project", tmp_path / "copy"
+    project.mkdir()
+    copy.mkdir()
+    enter(monkeypatch, project)
+    monkeypatch.chdir(copy)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///my runs/all.db?timeout=30")
+    store = Store()
+    assert store.client is not None
+    assert store.uri == f"sqlite:///{tmp_path}/my project/my runs/all.db?timeout=30"
+    assert names(project / "my runs") == ["all.db"]
+    assert names(copy) == []
+
+
 @pytest.mark.parametrize(
     ("address", "shown"),
     [

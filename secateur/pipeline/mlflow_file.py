@@ -38,6 +38,15 @@ def local_file(uri: str) -> Path | None:
     return Path(name).resolve()
 
 
+def relative_to(folder: Path, uri: str) -> str:
+    """The URI of a store; the file of an SQLite store is relative to `folder`, unless absolute."""
+    from sqlalchemy.engine import make_url
+
+    if local_file(uri) is None or Path(name := make_url(uri).database or "").is_absolute():
+        return uri
+    return str(make_url(uri).set(database=str(folder / name)))
+
+
 def create(path: Path, experiment: str, artifacts: str | None) -> None:
     """Create a store that has the experiment; if `path` exists by then, it is not changed."""
     from mlflow import MlflowClient

@@ -89,6 +89,7 @@ class Store:
 
     def _connect(self) -> None:
         uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{_own_file()}"
+        uri = mlflow_file.relative_to(project_root(), uri)  # not to an experiment's copy of it
         self.uri = without_password(uri)
         remote = urlparse(uri).scheme in ("http", "https")
         if remote:
