@@ -63,6 +63,8 @@ def verify(masked: nn.Module, compact: Compact, images: Tensor, tolerance: float
 SIZES = ("in_channels", "out_channels", "in_features", "out_features", "num_features")
 """Attributes of layers that follow their weights, with which torch itself does not compute."""
 
+INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+
 
 def _calculates_with_sizes(
     masked: nn.Module,
@@ -91,7 +93,7 @@ def _sizes_of(masked: nn.Module, compact: nn.Module) -> Iterator[None]:
         if name in before
         and key in vars(module)
         and key in vars(before[name])
-        and not isinstance(module, nn.modules.instancenorm._InstanceNorm)  # it checks its inputs
+        and not isinstance(module, INSTANCE_NORMS)  # they check their inputs
     ]
     try:
         for module, key, _, size in changed:
