@@ -249,9 +249,11 @@ def test_a_damaged_lock_file_is_told_before_a_study_runs_anything(content, tmp_p
         ("dvc: commit experiment 0123\n", True),
     ],
 )
-def test_an_experiment_of_somebody_else_is_not_replaced(message, refused, small):
-    who = ("-c", "user.name=tester", "-c", "user.email=tester@localhost")
-    commit = snapshot.git(small, *who, "commit-tree", "HEAD^{tree}", "-p", "HEAD", "-m", message)
+def test_an_experiment_of_somebody_else_is_not_replaced(message, refused, small, monkeypatch):
+    for who in ("AUTHOR", "COMMITTER"):
+        monkeypatch.setenv(f"GIT_{who}_NAME", "a")
+        monkeypatch.setenv(f"GIT_{who}_EMAIL", "a@b.c")
+    commit = snapshot.git(small, "commit-tree", "HEAD^{tree}", "-p", "HEAD", "-m", message)
     state = snapshot.take(small)
     ref = f"refs/exps/{state.revision[:2]}/{state.revision[2:]}/mine-a-s1"
     snapshot.git(small, "update-ref", ref, commit)
