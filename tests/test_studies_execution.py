@@ -79,6 +79,14 @@ def small(tmp_path):
     return tmp_path
 
 
+@pytest.fixture
+def identity(monkeypatch):
+    """Who commits, which Git knows on no fresh machine."""
+    for who in ("AUTHOR", "COMMITTER"):
+        monkeypatch.setenv(f"GIT_{who}_NAME", "a")
+        monkeypatch.setenv(f"GIT_{who}_EMAIL", "a@b.c")
+
+
 UNKNOWN = ("weights/mine.bin", "plugin.py", "images")
 
 
@@ -222,10 +230,8 @@ def test_an_option_of_another_executor_is_refused(given, line):
         b"3\n",
     ],
 )
-def test_a_damaged_lock_file_is_told_before_a_study_runs_anything(content, tmp_path, monkeypatch):
-    for who in ("AUTHOR", "COMMITTER"):
-        monkeypatch.setenv(f"GIT_{who}_NAME", "a")
-        monkeypatch.setenv(f"GIT_{who}_EMAIL", "a@b.c")
+@pytest.mark.usefixtures("identity")
+def test_a_damaged_lock_file_is_told_before_a_study_runs_anything(content, tmp_path):
     subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
     (tmp_path / "params.yaml").write_text("seed: 1\n")
     state = snapshot.Snapshot(tmp_path, "0" * 40, "", tmp_path)
@@ -249,10 +255,8 @@ def test_a_damaged_lock_file_is_told_before_a_study_runs_anything(content, tmp_p
         ("dvc: commit experiment 0123\n", True),
     ],
 )
-def test_an_experiment_of_somebody_else_is_not_replaced(message, refused, small, monkeypatch):
-    for who in ("AUTHOR", "COMMITTER"):
-        monkeypatch.setenv(f"GIT_{who}_NAME", "a")
-        monkeypatch.setenv(f"GIT_{who}_EMAIL", "a@b.c")
+@pytest.mark.usefixtures("identity")
+def test_an_experiment_of_somebody_else_is_not_replaced(message, refused, small):
     commit = snapshot.git(small, "commit-tree", "HEAD^{tree}", "-p", "HEAD", "-m", message)
     state = snapshot.take(small)
     ref = f"refs/exps/{state.revision[:2]}/{state.revision[2:]}/mine-a-s1"
