@@ -338,6 +338,28 @@ def test_a_relative_store_lies_in_the_project_and_not_in_a_copy_of_it(tmp_path, 
     assert names(copy) == []
 
 
+def test_the_project_may_lie_in_a_folder_of_any_name(tmp_path, monkeypatch):
+    """SQLAlchemy decodes `%41`, and takes what follows a question mark for options."""
+    project = tmp_path / "50%41 of what? #é"
+    project.mkdir()
+    enter(monkeypatch, project)
+    assert Store(strict=True).client is not None
+    assert names(project) == ["mlflow.db"]
+    store = Store(strict=True)  # and finds it again
+    assert mlflow_file.local_file(store.uri) == project / "mlflow.db"
+    assert names(tmp_path) == [project.name]
+
+
+@pytest.mark.parametrize("uri", ["sqlite://", "sqlite:///:memory:", "sqlite:///?timeout=3"])
+def test_a_store_in_memory_is_refused(project, monkeypatch, capfd, uri):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    assert Store().client is None
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "a store in memory is lost; name a file" in line
+    with pytest.raises(SecateurError, match="MLFLOW_TRACKING_URI"):
+        Store(strict=True)
+
+
 @pytest.mark.parametrize(
     ("address", "shown"),
     [

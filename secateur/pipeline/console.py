@@ -341,5 +341,5 @@ def summary(report: Mapping[str, Any], asked: str, store: str | None) -> None:
             )
     say("see      metrics/evaluate.json, metrics/layers.csv; `dvc plots show` for the curves")
     if store is not None:
-        where = "`mlflow ui`" if store.startswith("sqlite:") else store
+        where = "`mlflow ui`" if store.startswith("sqlite") else store
         say(f"compare  {where}, Model training, filter the runs by tags.kind = 'pipeline'")

@@ -26,16 +26,29 @@ COMPANIONS = ("-journal", "-wal", "-shm")
 """Suffixes of the files that SQLite keeps beside a database."""
 
 
+def store_uri(path: Path) -> str:
+    """The URI of the SQLite store in this file, from which `local_file` returns it."""
+    # SQLAlchemy decodes escapes in a path, and takes what follows a question mark for options
+    name = str(path).replace("%", "%25").replace("?", "%3F")
+    # for a URI that starts with `sqlite:`, MLflow creates the folder without decoding its name
+    return f"{'sqlite' if name == str(path) else 'sqlite+pysqlite'}:///{name}"
+
+
 def local_file(uri: str) -> Path | None:
     """The file of an SQLite store; None for any other store, and for one in memory."""
     from sqlalchemy.engine import make_url
 
-    if not uri.startswith("sqlite"):
+    if not uri.startswith("sqlite") or in_memory(uri):
         return None
-    name = make_url(uri).database
-    if not name or name == ":memory:" or name.startswith("file:"):
-        return None
-    return Path(name).resolve()
+    name = make_url(uri).database or ""
+    return None if name.startswith("file:") else Path(name).resolve()
+
+
+def in_memory(uri: str) -> bool:
+    """Whether it is the URI of an SQLite store that ends with its process."""
+    from sqlalchemy.engine import make_url
+
+    return uri.startswith("sqlite") and (make_url(uri).database or ":memory:") == ":memory:"
 
 
 def relative_to(folder: Path, uri: str) -> str:
@@ -56,7 +69,7 @@ def create(path: Path, experiment: str, artifacts: str | None) -> None:
     try:
         whole = folder / path.name
         with _unsynchronised():
-            client = MlflowClient(f"sqlite:///{whole}")
+            client = MlflowClient(store_uri(whole))
             client.create_experiment(experiment, artifact_location=artifacts)
         with whole.open("rb+") as file:
             os.fsync(file)

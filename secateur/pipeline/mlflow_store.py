@@ -88,9 +88,11 @@ class Store:
             return None
 
     def _connect(self) -> None:
-        uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{_own_file()}"
+        uri = os.environ.get("MLFLOW_TRACKING_URI") or mlflow_file.store_uri(_own_file())
         uri = mlflow_file.relative_to(project_root(), uri)  # not to an experiment's copy of it
         self.uri = without_password(uri)
+        if mlflow_file.in_memory(uri):
+            raise SecateurError("MLFLOW_TRACKING_URI: a store in memory is lost; name a file")
         remote = urlparse(uri).scheme in ("http", "https")
         if remote:
             _knock(uri)
@@ -113,7 +115,7 @@ class Store:
                     raise
                 mlflow_file.create(file, name, place)
                 # by another spelling: MLflow keeps connections to the renamed file open
-                self._open(f"sqlite:///{file.parent}/./{file.name}", name, place)
+                self._open(mlflow_file.store_uri(file.parent) + f"/./{file.name}", name, place)
             end_abandoned(self)
 
     def _prepare(self, file: Path, experiment: str, place: str | None) -> None:
