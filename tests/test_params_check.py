@@ -1,5 +1,6 @@
 """`secateur check`, and the same check in recipes and studies: names and settings, before DVC."""
 
+import copy
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import yaml
 from secateur.base import settings
 from secateur.base.errors import SettingsError
 from secateur.pipeline import params_check
+from secateur.pipeline.params_file import value_at
 
 ROOT = Path(__file__).resolve().parents[1]
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
@@ -75,6 +77,27 @@ def test_a_name_that_stands_for_nothing_is_told_with_the_nearest(values, line):
 )
 def test_what_is_there_or_a_stage_makes_passes(values):
     params_check.check_names(changed(**values), ROOT)
+
+
+@pytest.mark.parametrize(
+    ("key", "default"),
+    [
+        ("baseline.distillation.teacher", "weights/none"),
+        ("baseline.weights", "none"),
+        ("prune.latency", "none"),
+        ("finetune.rewind_to", "weights/none"),
+        ("archs.module.source", None),
+    ],
+)
+def test_a_key_that_dvc_needs_is_missed_though_a_stage_has_a_default(key, default):
+    params = copy.deepcopy(PARAMS)
+    section, _, last = key.rpartition(".")
+    del value_at(params, section)[last]
+    with pytest.raises(SettingsError) as error:
+        params_check.check_names(params, ROOT)
+    line = str(error.value)
+    assert line.startswith(f"params.yaml: {key}: missing; DVC needs it")
+    assert default is None or line.endswith(f", and {default} is the default")
 
 
 def test_a_file_that_dvc_can_bring_is_told_so(tmp_path):

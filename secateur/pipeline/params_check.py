@@ -14,12 +14,14 @@ from secateur.base import plugin, settings
 from secateur.base.documents import read_yaml
 from secateur.base.errors import DataError, SettingsError, cut, did_you_mean, shorten
 from secateur.pipeline import console, tracked
-from secateur.pipeline.params_file import value_at
+from secateur.pipeline.params_file import has, value_at
 
 PLUGIN_CODE = "secateur/"
 """Dependencies below it are code; plug-ins that a setting names are checked by `plugin.find`."""
 OUTS = ("outs", "metrics", "plots")
 """Keys of a stage in a pipeline file that list what the stage writes."""
+FOREACH = ("key", "item")
+"""DVC's names for the entry that a stage of a `foreach` stands for."""
 SHOWN = 8
 """Number of existing files that are listed when one is missing."""
 
@@ -49,7 +51,8 @@ def check_values(params: Mapping[str, Any], root: Path = Path()) -> None:
 def check_names(params: Mapping[str, Any], root: Path = Path()) -> None:
     """Raise SettingsError for a plug-in or a file that is named in `params` but does not exist.
 
-    `root` is the project's folder. No plug-in is imported.
+    Keys by which pipeline files name a file must be there, even those with a default. `root` is
+    the project's folder. No plug-in is imported.
     """
     for kind, key in plugin.KEYS.items():
         if key in params:
@@ -59,6 +62,8 @@ def check_names(params: Mapping[str, Any], root: Path = Path()) -> None:
     made = [re.sub(r"\\\$\\\{.*?\\\}", "[^/]+", re.escape(out)) for out in outs]
     for dep in sorted(dep for dep in deps if not dep.startswith(PLUGIN_CODE)):
         for key in re.findall(r"\$\{([\w.]+)\}", dep):
+            if not has(params, key) and key.partition(".")[0] not in FOREACH:
+                raise SettingsError(f"{settings.FILE}: {key}: missing; {_default(key)}")
             value = value_at(params, key)
             path = dep.replace(f"${{{key}}}", str(value))
             by_a_stage = any(re.fullmatch(out, path) for out in made)
@@ -99,6 +104,16 @@ def _try_network(params: Mapping[str, Any]) -> str:
         return waits
     preflight.check_settings(info)
     return ""
+
+
+def _default(key: str) -> str:
+    """What to write for a key that DVC needs, although the stages have a default for it."""
+    section, _, rest = key.partition(".")
+    schema: Any = settings.Params.model_fields.get(section)
+    if schema is None or not hasattr(schema.annotation, "model_construct"):
+        return "DVC needs it for the files that stages depend on"
+    value = value_at(schema.annotation.model_construct().model_dump(mode="json"), rest)
+    return f"DVC needs it for the files that stages depend on, and {value} is the default"
 
 
 def _missing(key: str, value: str, path: str, root: Path) -> str:
