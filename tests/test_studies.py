@@ -151,9 +151,31 @@ def test_methods_have_one_dense_network_in_common_however_it_is_written(write_st
         c for c in write_study(axes={"method": methods}, controls=["dense"]).cells if c.control
     ]
     assert [cell.name for cell in dense] == ["mine-dense-s1"]
-    methods["longer"] = {"baseline": {"epochs": 1 + baseline["epochs"]}}
+
+
+def test_several_dense_networks_are_named_by_what_differs(write_study):
+    methods = {
+        "short": {"baseline": {"epochs": 4}},
+        "long": {"baseline": {"epochs": 9, "lr": 0.5}},
+        "other": {"baseline": {"epochs": 4}, "arch": "lenet5"},
+        "deep": {"baseline": {"epochs": 4}, "arch": "resnet_cifar"},
+        "deeper": {
+            "baseline": {"epochs": 4},
+            "arch": "resnet_cifar",
+            "archs": {"resnet_cifar": {"depth": 110}},
+        },
+    }
     study = write_study(axes={"method": methods}, controls=["dense"])
-    assert [c.name for c in study.cells if c.control] == ["mine-dense-1-s1", "mine-dense-2-s1"]
+    depth, lr = PARAMS["archs"]["resnet_cifar"]["depth"], PARAMS["baseline"]["lr"]
+    assert [c.point for c in study.cells if c.control] == [
+        f"arch lenet300 epochs 4 lr {lr}",
+        "arch lenet300 epochs 9 lr 0.5",
+        f"arch lenet5 epochs 4 lr {lr}",
+        f"arch resnet_cifar epochs 4 lr {lr} depth {depth}",
+        f"arch resnet_cifar epochs 4 lr {lr} depth 110",
+    ]
+    names = [c.name for c in study.cells if c.control]
+    assert names[1] == "mine-dense-arch-lenet300-epochs-9-lr-0.5-s1"
 
 
 def test_a_dense_network_that_is_not_trained_is_no_training_to_copy(write_study):
@@ -438,6 +460,11 @@ def test_cells_of_a_trial_have_the_values_that_were_chosen(write_study):
     assert (first.method, first.point) == ("slim", "t007: ratio 0.123 epochs 5")
     assert first.settings["pruners"] == {"network_slimming": {"ratio": 0.12345}}
     assert first.settings["baseline"] == {"epochs": 5} and second.settings["seed"] == 2
+    axes |= {"finetune.epochs": {"low": 1, "high": 9}}
+    (first, _) = write_study(axes=axes, seeds=[1, 2], **SOUGHT).space.cells(
+        "t008", chosen | {"finetune.epochs": 4}
+    )
+    assert first.point == "t008: ratio 0.123 baseline.epochs 5 finetune.epochs 4"
 
 
 @pytest.mark.parametrize("column", ["params", "parameters"])

@@ -7,7 +7,7 @@ import copy
 import functools
 import io
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,22 @@ def nested(values: Mapping[str, Any]) -> dict[str, Any]:
             table = table.setdefault(section, {})
         table[last] = value
     return found
+
+
+def short_key(key: str, keys: Iterable[str]) -> str:
+    """The last part of a dotted key, with as many parts before it as tell it from other keys."""
+    parts, others = key.split("."), set(keys) - {key}
+    names = (".".join(parts[-count:]) for count in range(1, len(parts)))
+    return next((n for n in names if not any(f".{o}".endswith(f".{n}") for o in others)), key)
+
+
+def label(value: Any) -> str:
+    """A value of a setting as part of a name: the same text for equal numbers, without brackets."""
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, list | dict):
+        return re.sub(r"[\[\]{}'\" ]", "", str(value)).replace(",", "-")
+    return str(value)
 
 
 def flat(tree: Mapping[str, Any], separator: str = ".", prefix: str = "") -> dict[str, Any]:

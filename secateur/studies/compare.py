@@ -9,6 +9,7 @@ from typing import Any
 
 from secateur.base import plugin
 from secateur.base.errors import SecateurError
+from secateur.pipeline.params_file import short_key
 from secateur.studies import results
 from secateur.studies.results import Result
 from secateur.studies.rounds import of_first_round
@@ -108,13 +109,7 @@ def _short(key: str, keys: Sequence[str]) -> str:
     The name of a further round comes first.
     """
     round_name, own = _by_round(key)
-    others = [other for name, other in map(_by_round, keys) if name == round_name]
-    parts = own.split(".")
-    names = (".".join(parts[-count:]) for count in range(1, len(parts)))
-    for name in names:
-        if sum(other == name or other.endswith(f".{name}") for other in others) == 1:
-            own = name
-            break
+    own = short_key(own, [other for name, other in map(_by_round, keys) if name == round_name])
     return f"{round_name} {own}" if round_name else own
 
 

@@ -16,13 +16,12 @@
 if it has one: without the teacher of sparse-train or finetuning.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from secateur.base import settings as base_settings
 from secateur.base.sections import NOTHING, Baseline, Prune, Train
-from secateur.pipeline.params_file import value_at
+from secateur.pipeline.params_file import flat, label, short_key, value_at
 from secateur.pipeline.record import FIRST
 from secateur.studies import rounds
 from secateur.studies.rounds import in_round, merged
@@ -88,29 +87,47 @@ def _dense(
     control: str, chosen: Sequence[Combination], params: Mapping[str, Any]
 ) -> list[Combination]:
     """One dense network for each way in which the methods train one."""
-    found: dict[str, Combination] = {}
+    ways: list[tuple[dict[str, Any], dict[str, Any]]] = []
     for _, _, settings in chosen:
         above = merged(settings, UNPRUNED)
         if control == "dense_longer":
             whole = rounds.whole(params, settings)
             parts = (rounds.epochs(whole, section) for section in ("sparse_train", "finetune"))
             above = merged(above, {"baseline": _longer(whole["baseline"], sum(map(sum, parts)))})
-        same = _way_of_dense(rounds.whole(params, above))
-        found.setdefault(same, ("dense" if control == "dense" else "longer", "", above))
-    several = len(found) > 1
-    return [
-        (method, str(number) if several else "", settings)
-        for number, (method, _, settings) in enumerate(found.values(), 1)
-    ]
+        way = _way_of_dense(rounds.whole(params, above))
+        if not any(way == known for known, _ in ways):
+            ways.append((way, above))
+    points = _differences([way for way, _ in ways])
+    method = "dense" if control == "dense" else "longer"
+    return [(method, point, above) for point, (_, above) in zip(points, ways, strict=True)]
 
 
-def _way_of_dense(whole: Mapping[str, Any]) -> str:
-    """The settings that a dense network depends on, as text; a copy kept for rewinding does not
-    change it."""
-    baseline = {key: value for key, value in whole["baseline"].items() if key != "keep_epoch"}
-    used = [value_at(whole, f"{kind}s.{whole[kind]}") for kind in ("dataset", "arch")]
-    ways = [whole["dataset"], whole["arch"], whole["data"], baseline, *used]
-    return json.dumps(ways, sort_keys=True, default=str)
+def _way_of_dense(whole: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a dense network depends on, by dotted keys; a copy kept for rewinding does
+    not change it."""
+    used = (
+        "dataset",
+        "arch",
+        "data",
+        "baseline",
+        *(f"{k}s.{whole[k]}" for k in ("dataset", "arch")),
+    )
+    found = flat({key: value_at(whole, key) for key in used})
+    return {key: value for key, value in found.items() if key != "baseline.keep_epoch"}
+
+
+def _differences(ways: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A name for each of several tables of settings: the values in which it differs from others.
+
+    A setting of an architecture or data set that only one of them has is left out.
+    """
+    values: dict[str, list[str]] = {}
+    for key, value in (pair for way in ways for pair in way.items()):
+        values.setdefault(key, []).append(label(value))
+    keys = [key for key, given in values.items() if len(set(given)) > 1]
+    names = [" ".join(f"{short_key(k, keys)} {label(w[k])}" for k in keys if k in w) for w in ways]
+    unlike = len(set(names)) == len(names)
+    return names if unlike else [str(number) for number in range(1, len(names) + 1)]
 
 
 def _longer(baseline: Mapping[str, Any], more: int) -> dict[str, Any]:

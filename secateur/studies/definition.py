@@ -32,7 +32,7 @@ from secateur.base.documents import read_yaml, validated
 from secateur.base.errors import SettingsError, did_you_mean, shorten
 from secateur.base.settings import Params
 from secateur.pipeline import recipe
-from secateur.pipeline.params_file import nested, with_numbers
+from secateur.pipeline.params_file import label, nested, short_key, with_numbers
 from secateur.studies import controls, rounds
 from secateur.studies.controls import Combination, Control
 from secateur.studies.rounds import merged
@@ -133,9 +133,9 @@ class Space:
         values = {axis: self._value(axis, value) for axis, value in chosen.items()}
         settings = _settings(self._common, written.axes, values, self._params, where)
         methods = _method_axes(written, where)
-        method = " ".join(_text(values[axis]) for axis in methods) or self.study
+        method = " ".join(label(values[axis]) for axis in methods) or self.study
         point = " ".join(
-            f"{axis.rpartition('.')[2]} {_rounded(v)}"
+            f"{short_key(axis, values)} {_rounded(v)}"
             for axis, v in values.items()
             if axis not in methods
         )
@@ -147,7 +147,7 @@ class Space:
         written = self._written.axes[axis]
         if isinstance(written, Range):
             return chosen
-        return next(value for value in written if _text(value) == chosen)
+        return next(value for value in written if label(value) == chosen)
 
 
 def load(name: str, params: Mapping[str, Any]) -> Study:
@@ -189,7 +189,7 @@ def _space(
     _check_seeds(written, where)
     _check_axes(written, where)
     axes = {
-        axis: values if isinstance(values, Range) else tuple(_text(value) for value in values)
+        axis: values if isinstance(values, Range) else tuple(label(value) for value in values)
         for axis, values in written.axes.items()
     }
     space = Space(name, search, axes, tuple(written.seeds), written, common, params)
@@ -241,8 +241,8 @@ def _cells(
     combined: list[Combination] = []
     for values in _combinations(written):
         settings = _settings(common, written.axes, values, params, where)
-        method = " ".join(_text(values[axis]) for axis in method_axes) or name
-        point = " ".join(_text(v) for axis, v in values.items() if axis not in method_axes)
+        method = " ".join(label(values[axis]) for axis in method_axes) or name
+        point = " ".join(label(v) for axis, v in values.items() if axis not in method_axes)
         combined.append((method, point, settings))
     if not combined:
         raise SettingsError(f"{where}: exclude: it leaves no combination of the axes")
@@ -287,7 +287,7 @@ def _check_axes(written: _Written, where: str) -> None:
             continue
         if not values:
             raise SettingsError(f"{where}: axes.{axis}: has no values")
-        labels = [_text(value) for value in values]
+        labels = [label(value) for value in values]
         if len(set(labels)) < len(labels):
             raise SettingsError(f"{where}: axes.{axis}: a value is repeated")
     for number, rule in enumerate(written.exclude):
@@ -300,7 +300,7 @@ def _check_no_seed(written: _Written, where: str) -> None:
     tables: dict[str, Mapping[Any, Any]] = {"settings": written.settings, "axes": written.axes}
     for axis, values in written.axes.items():
         if isinstance(values, dict):
-            tables |= {f"axes.{axis}.{label}": own for label, own in values.items()}
+            tables |= {f"axes.{axis}.{name}": own for name, own in values.items()}
     for place, table in tables.items():
         if "seed" in table:
             raise SettingsError(f"{where}: {place}.seed: of no effect; `seeds` has the seeds")
@@ -314,7 +314,7 @@ def _check_excluded(written: _Written, axis: str, named: JsonValue, where: str) 
     values = list(written.axes[axis])
     for value in _named(named, values) or [named]:
         if not any(_same(value, other) for other in values):
-            allowed = shorten(", ".join(map(_text, values)))
+            allowed = shorten(", ".join(map(label, values)))
             raise SettingsError(
                 f"{where} = {shorten(value)}: no value of this axis; it has {allowed}"
             )
@@ -434,16 +434,7 @@ def _filled(tree: Any, values: Mapping[str, Any], used: set[str]) -> Any:
 
 def _rounded(value: Any) -> str:
     """A value of an axis in words; numbers with three digits."""
-    return f"{value:.3g}" if isinstance(value, float) else _text(value)
-
-
-def _text(value: Any) -> str:
-    """A value of an axis as a label."""
-    if isinstance(value, float):
-        return f"{value:g}"
-    if isinstance(value, list | dict):
-        return re.sub(r"[\[\]{}'\" ]", "", str(value)).replace(",", "-")
-    return str(value)
+    return f"{value:.3g}" if isinstance(value, float) else label(value)
 
 
 def _cell(
