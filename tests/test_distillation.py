@@ -141,7 +141,7 @@ def test_features_that_do_not_fit_are_one_line():
         assert words in str(refused.value) and "\n" not in str(refused.value)
     with pytest.raises(ValueError, match="of no effect without a teacher"):
         Distillation(features=("1",))
-    with pytest.raises(ValueError, match="or weights/<a checkpoint>"):
+    with pytest.raises(ValueError, match=r"weights/<a checkpoint>, or, for .* models/baseline"):
         Distillation(teacher="models/pruned")
 
 

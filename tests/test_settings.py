@@ -93,7 +93,7 @@ def test_any_number_survives_its_way_through_yaml(value):
 
 
 MISTAKES = [  # key, value, text that the message must contain besides both
-    ("dataset", "digit", "there is no secateur/datasets/digit.py; there are: cifar10, "),
+    ("dataset", "digit", "there is no secateur/datasets/digit.py; there are: "),
     ("arch", "lenet", "; did you mean lenet5?"),
     ("penalty", "hoyer_sqare", "did you mean hoyer_square?"),
     ("penalty", "../chain", "a name of small letters, digits and '_' is needed"),

@@ -136,7 +136,8 @@ def _teacher(path: str) -> str:
         len(parts) < 2 or parts[0] != "weights" or ".." in parts
     ):
         raise ValueError(
-            f"{NOTHING} (none), {DENSE_PARENT} (the dense network), or weights/<a checkpoint>"
+            f"{NOTHING} (none), weights/<a checkpoint>, or, for sparse_train and finetune, "
+            f"{DENSE_PARENT} (the dense network)"
         )
     return path
 
