@@ -14,6 +14,7 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 from torch import nn
 
+import secateur
 from secateur.base import plugin
 from secateur.base.errors import PruningError, SettingsError
 from secateur.base.sections import Train
@@ -569,3 +570,25 @@ def test_obs_leaves_zeros_at_zero():
     found = obs.prune(obs.Settings(ratios=0.5), context)
     assert torch.equal(found.weights["1.weight"] == 0, zeros)
     assert torch.allclose(found.weights["1.weight"], layer)
+
+
+@pytest.mark.parametrize("target", [None, {"macs": 0.4}])
+def test_pixels_are_pruned_where_a_ratio_names_the_first_linear_layer(target):
+    """The columns of the lowest norms are zero, so that these pixels have no effect."""
+    net = nn.Sequential(nn.Flatten(), nn.Linear(36, 12), nn.ReLU(), nn.Linear(12, 4))
+    images = torch.randn(3, 1, 6, 6, generator=torch.Generator().manual_seed(1))
+    pruner = secateur.pruners.magnitude(granularity="channel", ratios="[1]: 0.75", target=target)
+    model = secateur.prune(net, images, pruner).model
+    norms = net[1].weight.detach().abs().sum(0)
+    left = 9 if target is None else int((0.4 * (36 * 12 + 48) - 48) / 12)
+    pruned = norms.sort().indices[: 36 - left]
+    wanted = net[1].weight.detach().clone()
+    wanted[:, pruned] = 0
+    assert torch.equal(model.get_parameter("1.weight"), wanted)
+    changed = images.flatten(1).clone()
+    changed[:, pruned] = 7.0
+    with torch.no_grad():
+        assert torch.equal(model(changed.view_as(images)), model(images))
+    everywhere = secateur.pruners.magnitude(granularity="channel", ratios=0.75)
+    small = secateur.prune(net, images, everywhere).model
+    assert [m.in_features for m in small.modules() if isinstance(m, nn.Linear)] == [36, 3]

@@ -254,6 +254,14 @@ def test_a_skip_that_is_no_list_of_names_is_told(skip):
         validate(Written, {"skip": skip}, "penalties.greg1")
 
 
+def test_pixels_are_pruned_only_by_name():
+    """Every input of a first linear layer is a pixel; a convolution reads whole images."""
+    net = nn.Sequential(nn.Flatten(), nn.Linear(9, 6), nn.ReLU(), nn.Linear(6, 5), nn.Linear(5, 2))
+    assert resolve(net, 0.5, "channel") == {"1": 0, "3": 0.5, "4": 0.5}
+    assert resolve(net, "0-1: 0.5", "channel") == {"1": 0.5, "3": 0.5, "4": 0}
+    assert resolve(net, "*: 0.5", "filter", skip=["[4]"]) == {"1": 0.5, "3": 0.5, "4": 0}
+
+
 BY_NETWORK = [  # model, groups, ratios, skip, text that the message must contain
     ("residual", "filter", "layer9.*: 0.5", [], "layer9.* matches no layer; there are: conv"),
     ("residual", "filter", "99: 0.5", [], "99: there are 17 convolutions and linear layers"),

@@ -49,8 +49,9 @@ class Settings(DynamicSparsitySettings):
 
     granularity: Granularity | Literal["group"] = "weight"
     """weight: single weights; filter: outputs of a layer, with their bias and their scale and shift
-    in the normalisation after it; channel: inputs of a layer; group: channels with everything that
-    is coupled to them in any layer."""
+    in the normalisation after it; channel: inputs of a layer (pixels only if `ratios` names the
+    first layer, a linear one; their columns are zero); group: channels with everything that is
+    coupled to them in any layer."""
     scope: masks.Scope = "weights"
     """For granularity weight: the parameters whose entries are ranked."""
     criterion: WeightCriterion = "l1"

@@ -67,8 +67,9 @@ class Settings(Strict):
     granularity: Annotated[Granularity | Literal["group", "2:4"], BeforeValidator(_two_of_four)] = (
         "filter"
     )
-    """filter: outputs of a layer; channel: inputs of a layer; weight: single weights; group:
-    channels with everything that is coupled to them; 2:4: two of every four consecutive inputs."""
+    """filter: outputs of a layer; channel: inputs of a layer (pixels only if `ratios` names the
+    first layer, a linear one; their columns are zero); weight: single weights; group: channels with
+    everything that is coupled to them; 2:4: two of every four consecutive inputs."""
     scope: masks.Scope | None = None
     """For granularity weight: the parameters whose entries are ranked; null: weights. A bias has
     the ratio of its layer."""

@@ -30,7 +30,8 @@ def ratios_by_layer(
     `refused` has the reasons why layers cannot be pruned, by name; by default they follow from
     names and positions. Raises ArgumentError (`ratios` or `skip`) for an entry that matches no
     layer, for a ratio above 0 of a layer that cannot be pruned at this granularity (a single number
-    for all layers skips such layers), and if nothing would be pruned.
+    for all layers skips such layers), and if nothing would be pruned. Pixels, the inputs of a first
+    linear layer, are pruned if a ratio names that layer.
     """
     positions = layer_positions(model)
     names = list(positions)
@@ -42,7 +43,8 @@ def ratios_by_layer(
     result: dict[str, float] = {}
     for name in names:
         ratio, origin = given[name]
-        if ratio > 0 and name not in skipped and (reason := refused[name]):
+        asked = bool(origin) and positions[name].selects_pixels(granularity)
+        if ratio > 0 and name not in skipped and (reason := refused[name]) and not asked:
             if origin:
                 raise ArgumentError(
                     "ratios",

@@ -23,6 +23,7 @@ class Position:
     """Index among convolutions and linear layers, from 0."""
     last: bool
     grouped: bool
+    linear: bool
     residual: bool
     """Whether the network has shortcuts."""
     stage: int | None = None
@@ -50,6 +51,10 @@ class Position:
                 return "its inputs are a residual sum"
         return ""
 
+    def selects_pixels(self, granularity: Granularity) -> bool:
+        """Whether units of this granularity are single pixels: inputs of a first linear layer."""
+        return granularity == "channel" and self.number == 0 and self.linear
+
     @property
     def _at_sum(self) -> bool:
         return self.conv is None or self.block_end
@@ -70,6 +75,7 @@ def layer_positions(model: nn.Module) -> dict[str, Position]:
     after_stem = False
     for number, (name, layer) in enumerate(layers.items()):
         last = number == len(layers) - 1
+        linear = isinstance(layer, nn.Linear)
         grouped = isinstance(layer, nn.Conv2d) and layer.groups > 1
         if match := matches[name]:
             after_stem = True
@@ -77,8 +83,8 @@ def layer_positions(model: nn.Module) -> dict[str, Position]:
             convs = blocks.get(key, [])
             conv = convs.index(name) if name in convs else None
             end = bool(convs) and name == convs[-1]
-            positions[name] = Position(number, last, grouped, residual, *key, conv, end)
+            positions[name] = Position(number, last, grouped, linear, residual, *key, conv, end)
         else:
             stage = None if not stages else stages + 1 if after_stem else 0
-            positions[name] = Position(number, last, grouped, residual, stage)
+            positions[name] = Position(number, last, grouped, linear, residual, stage)
     return positions
