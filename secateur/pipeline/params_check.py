@@ -108,12 +108,13 @@ def _try_network(params: Mapping[str, Any]) -> str:
 
 def _default(key: str) -> str:
     """What to write for a key that DVC needs, although the stages have a default for it."""
+    needed = "DVC needs it for the files that stages depend on"
     section, _, rest = key.partition(".")
     schema: Any = settings.Params.model_fields.get(section)
     if schema is None or not hasattr(schema.annotation, "model_construct"):
-        return "DVC needs it for the files that stages depend on"
+        return needed  # below `archs`, whose architectures have defaults of their own
     value = value_at(schema.annotation.model_construct().model_dump(mode="json"), rest)
-    return f"DVC needs it for the files that stages depend on, and {value} is the default"
+    return f"{needed}, and {value} is the default"
 
 
 def _missing(key: str, value: str, path: str, root: Path) -> str:

@@ -105,13 +105,8 @@ def _dense(
 def _way_of_dense(whole: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that a dense network depends on, by dotted keys; a copy kept for rewinding does
     not change it."""
-    used = (
-        "dataset",
-        "arch",
-        "data",
-        "baseline",
-        *(f"{k}s.{whole[k]}" for k in ("dataset", "arch")),
-    )
+    own = (f"datasets.{whole['dataset']}", f"archs.{whole['arch']}")
+    used = ("dataset", "arch", "data", "baseline", *own)
     found = flat({key: value_at(whole, key) for key in used})
     return {key: value for key, value in found.items() if key != "baseline.keep_epoch"}
 

@@ -146,8 +146,10 @@ def _published(rows: Sequence[Row]) -> list[Anchor]:
         return []
     ((dataset, arch),) = kinds
     depths = {one.params.get(f"archs.{arch}.depth") for one in found}
-    depth = depths.pop()
-    return [] if depths else anchors.of(dataset, arch, depth if isinstance(depth, int) else None)
+    if len(depths) != 1:
+        return []
+    (depth,) = depths
+    return anchors.of(dataset, arch, depth if isinstance(depth, int) else None)
 
 
 ROUNDS = "rounds.csv"
